@@ -1,0 +1,204 @@
+"""The errors of this project. They pickle, and each message says what to do.
+
+::
+
+    RconError
+    ├── SettingsError              the settings or a policy are wrong
+    ├── KernelError (OSError)      the kernel said no, or would
+    │   ├── ControllerUnavailable
+    │   ├── DelegationError
+    │   └── CapabilityError
+    ├── ConfinementError           the work did not run
+    ├── ApplicationError           the confined code raised
+    ├── Killed                     the work's process was ended before the work was done
+    └── LimitExceeded              the work ran into a limit
+        ├── MemoryLimitExceeded
+        ├── TimeLimitExceeded
+        ├── PidsLimitExceeded
+        └── ConcurrencyLimitExceeded
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rcon_plugins.outcome import Usage
+
+
+class RconError(Exception):
+    """Base of every error this project raises."""
+
+
+class SettingsError(RconError):
+    """Raised when settings or a policy are wrong.
+
+    The message names the file, the key, the value and the remedy.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        key: str | None = None,
+        value: object = None,
+        hint: str | None = None,
+        file: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.key = key
+        self.value = value
+        self.hint = hint
+        self.file = file
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.file, self.key) if part)
+        text = f"{where}: {self.problem}" if where else self.problem
+        return f"{text} ({self.hint})" if self.hint else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+class KernelError(RconError, OSError):
+    """Raised when a kernel file or system call refuses.
+
+    ``path`` is the file or call, ``value`` what was written (None for a read), ``hint`` the remedy;
+    ``errno`` is the kernel's own.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        errno: int = _errno.EINVAL,
+        path: str | None = None,
+        value: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(errno, problem)
+        self.problem = problem
+        self.errno = errno
+        self.path = path
+        self.value = value
+        self.hint = hint
+
+    @classmethod
+    def from_oserror(
+        cls, error: OSError, *, path: str, value: str | None = None, hint: str | None = None
+    ) -> KernelError:
+        """The same error with the path, the value written and the remedy."""
+        number = error.errno or _errno.EIO
+        action = f"writing {value!r} to {path}" if value is not None else path
+        return cls(f"{action}: {os.strerror(number)}", errno=number, path=path, value=value, hint=hint)
+
+    def __str__(self) -> str:
+        return f"{self.problem} ({self.hint})" if self.hint else self.problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), (self.problem,), dict(self.__dict__))
+
+
+class ControllerUnavailable(KernelError):
+    """Raised when this machine cannot enforce a limit: its controller is missing or not delegated."""
+
+
+class DelegationError(KernelError):
+    """Raised when no part of the cgroup tree is ours to write. The hint is the exact remedy."""
+
+
+class CapabilityError(KernelError):
+    """Raised when an identity or a capability cannot be taken, given or dropped."""
+
+
+class ConfinementError(RconError):
+    """Raised when work could not be confined. The work did not run."""
+
+
+class ApplicationError(RconError):
+    """Raised in the host when confined code raised: its exception, as text.
+
+    Nothing from a confined process is unpickled, so this carries ``type_name`` (qualified), the
+    ``message`` and the ``traceback_text`` instead of the object.
+    """
+
+    def __init__(self, type_name: str, message: str, traceback_text: str = "") -> None:
+        super().__init__(type_name, message, traceback_text)
+        self.type_name = type_name
+        self.message = message
+        self.traceback_text = traceback_text
+
+    def __str__(self) -> str:
+        first = f"{self.type_name}: {self.message}" if self.message else self.type_name
+        return f"{first}\n\n{self.traceback_text}" if self.traceback_text else first
+
+
+class Killed(RconError):
+    """Raised when the process of a work ended before the work was done, and no limit was the cause.
+
+    ``signal`` is the number of the signal that ended it, None where it ended by itself.
+    """
+
+    def __init__(self, message: str, signal: int | None = None, usage: Usage | None = None) -> None:
+        super().__init__(message, signal, usage)
+        self.signal = signal
+        self.usage = usage
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class LimitExceeded(RconError):
+    """Raised when work ran into one of its limits.
+
+    ``policy`` and ``key`` name the confinement, ``limit`` the limit as the policy spells it,
+    ``usage`` what was used.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        policy: str = "",
+        key: str | None = None,
+        limit: str = "",
+        usage: Usage | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.policy = policy
+        self.key = key
+        self.limit = limit
+        self.usage = usage
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+class MemoryLimitExceeded(LimitExceeded):
+    """Raised when the kernel killed work at its memory limit."""
+
+
+class TimeLimitExceeded(LimitExceeded):
+    """Raised when work was killed at the end of its wall time."""
+
+
+class PidsLimitExceeded(LimitExceeded):
+    """Raised when work failed because it may start no more processes or threads."""
+
+
+class ConcurrencyLimitExceeded(LimitExceeded):
+    """Raised when as much work of a confinement is under way as its policy allows.
+
+    ``retry_after`` is in seconds.
+    """
+
+    retry_after: int = 1
+
+
+def _rebuild(cls: type[RconError], args: tuple[Any, ...], state: dict[str, Any]) -> RconError:
+    error = cls(*args)
+    error.__dict__.update(state)
+    return error

@@ -1,0 +1,126 @@
+"""Framed messages between a host and one of its executor processes, over a socket pair.
+
+A frame is one byte of kind, four bytes of length (network order), and the payload. What a frame means is
+the service's business; only the kinds below ``FIRST_SERVICE_KIND`` belong to the executor itself.
+
+Whatever comes from an executor process is hostile until proven otherwise: a frame is bounded, and nothing
+is unpickled. Memory on either side stays bounded by one frame and the kernel's socket buffer: a sender
+blocks until the other side reads, which is the back-pressure that streamed bodies need.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import NamedTuple
+
+_HEADER = struct.Struct("!BI")
+
+#: The largest payload of one frame, bytes. Longer data is sent in several frames.
+MAX_PAYLOAD = 1024 * 1024
+#: A good size for the pieces of a streamed body, bytes.
+CHUNK = 64 * 1024
+#: Kinds below this one are the executor's own; services number theirs from here.
+FIRST_SERVICE_KIND = 16
+
+
+class Frame(NamedTuple):
+    """One message: a kind of one byte, and its payload."""
+
+    kind: int
+    payload: bytes
+
+
+class ChannelClosed(Exception):  # noqa: N818 - a state of the channel, not a fault
+    """Raised when the other side is gone, or may no longer be spoken to from this process."""
+
+
+class ProtocolViolation(ChannelClosed):
+    """Raised when the other side sent what this protocol does not have."""
+
+
+class Channel:
+    """One end of the socket pair. Not thread-safe: one work at a time owns it.
+
+    A fork of the process that made it can neither send nor receive: what confined code forks must not
+    answer in its parent's name.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._buffer = b""
+        self._position = 0
+        self._owner = os.getpid()
+
+    def fileno(self) -> int:
+        """The socket's descriptor, to poll. See also `buffered`."""
+        return self._socket.fileno()
+
+    @property
+    def buffered(self) -> bool:
+        """Whether a whole frame is here already, so that `receive` will not block."""
+        return self._whole_frame_end() is not None
+
+    def send(self, *frames: tuple[int, bytes]) -> None:
+        """Send frames, in one system call where they fit; blocks while the other side does not read.
+
+        Raises `ChannelClosed` when the other side is gone.
+        """
+        self._check_owner()
+        parts: list[bytes] = []
+        for kind, payload in frames:
+            if len(payload) > MAX_PAYLOAD:
+                raise ValueError(f"a frame holds at most {MAX_PAYLOAD} bytes, not {len(payload)}")
+            parts.append(_HEADER.pack(kind, len(payload)))
+            parts.append(payload)
+        try:
+            self._socket.sendall(b"".join(parts))
+        except OSError as error:
+            raise ChannelClosed(str(error)) from error
+
+    def receive(self) -> Frame:
+        """The next frame; blocks until it is whole.
+
+        Raises `ChannelClosed` at the end of the stream, `ProtocolViolation` for a frame above the bound.
+        """
+        self._check_owner()
+        while (end := self._whole_frame_end()) is None:
+            try:
+                data = self._socket.recv(CHUNK + _HEADER.size)
+            except OSError as error:
+                raise ChannelClosed(str(error)) from error
+            if not data:
+                raise ChannelClosed("the other side closed the channel")
+            self._buffer = self._buffer[self._position :] + data if self._buffer else data
+            self._position = 0
+        start = self._position + _HEADER.size
+        frame = Frame(self._buffer[self._position], self._buffer[start:end])
+        self._position = end
+        if end == len(self._buffer):
+            self._buffer, self._position = b"", 0
+        return frame
+
+    def refuse(self) -> None:
+        """Stop reading: whatever the other side sends from now on fails there as a closed channel."""
+        try:
+            self._socket.shutdown(socket.SHUT_RD)
+        except OSError:
+            return  # the other side is gone already, which is as closed as it can be
+
+    def close(self) -> None:
+        """Close this end."""
+        self._socket.close()
+
+    def _whole_frame_end(self) -> int | None:
+        if len(self._buffer) - self._position < _HEADER.size:
+            return None
+        _, length = _HEADER.unpack_from(self._buffer, self._position)
+        if length > MAX_PAYLOAD:
+            raise ProtocolViolation(f"a frame of {length} bytes; the most is {MAX_PAYLOAD}")
+        end: int = self._position + _HEADER.size + length
+        return end if end <= len(self._buffer) else None
+
+    def _check_owner(self) -> None:
+        if os.getpid() != self._owner:
+            raise ChannelClosed("this process is a fork of the channel's owner and may not use it")
