@@ -1,0 +1,140 @@
+"""From what a settings file holds to the types of this project, with errors that name the key.
+
+msgspec converts and checks; it says where a fault is as ``$.io[...]``, without the key of a table, and
+stops at a whole before it looks at the parts. So when it refuses, `explain` looks again, part by part in
+the order of the file, for the first fault and its key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import msgspec
+
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.units import Written, show
+
+T = TypeVar("T")
+
+
+def convert(value: object, kind: type[T], key: str = "") -> T:
+    """``value``, as a settings file holds it, as a ``kind``.
+
+    ``key`` is the dotted key of ``value`` itself. Raises `SettingsError` for the first fault.
+    """
+    try:
+        return msgspec.convert(value, kind, dec_hook=dec_hook)
+    except (msgspec.ValidationError, SettingsError) as error:
+        raise explain(value, kind, key) or error from None
+
+
+def dec_hook(kind: type, value: object) -> object:
+    """msgspec's ``dec_hook`` for the types of `rcon_plugins.units`."""
+    if issubclass(kind, Written):
+        return kind.parse(value)
+    raise NotImplementedError(kind)
+
+
+def schema_hook(kind: type) -> dict[str, Any]:
+    """msgspec's ``schema_hook`` for the types of `rcon_plugins.units`."""
+    if issubclass(kind, Written):
+        return dict(kind.schema)
+    raise NotImplementedError(kind)
+
+
+def dotted(key: str, part: str) -> str:
+    """The key of ``part`` in the table ``key``, quoted where TOML wants quotes."""
+    shown = part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"'
+    return f"{key}.{shown}" if key else shown
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """A hint at the known word that ``word`` looks like, or None."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else None
+
+
+def one_of(known: Iterable[str]) -> str:
+    """A hint that lists the known words."""
+    return f"one of: {', '.join(known)}"
+
+
+def explain(value: object, kind: Any, key: str, meta: msgspec.Meta | None = None) -> SettingsError | None:
+    """The first fault of ``value`` as a ``kind``, or None where it has none."""
+    try:
+        msgspec.convert(value, kind, dec_hook=dec_hook)
+        return None
+    except SettingsError as error:
+        own = error
+    except msgspec.ValidationError as error:
+        own = SettingsError(_plainly(value, str(error)), value=value, hint=_remedy(value, kind, meta))
+    inner, meta = _unwrapped(kind, meta)
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            fault = _fault_of_part(inner, str(name), part, key)
+            if fault is not None:
+                return fault
+    own.key = ".".join(part for part in (key, own.key) if part)
+    if own.hint is None:
+        own.hint = _remedy(value, kind, meta)
+    return own
+
+
+def _fault_of_part(kind: Any, name: str, part: object, key: str) -> SettingsError | None:
+    here = dotted(key, name)
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        fields = {field.encode_name: hints[field.name] for field in msgspec.structs.fields(kind)}
+        if name not in fields:
+            elsewhere = getattr(kind, "__elsewhere__", {}).get(name)
+            hint = elsewhere or did_you_mean(name, fields) or one_of(fields)
+            return SettingsError("unknown key", key=here, value=part, hint=hint)
+        return explain(part, fields[name], here)
+    if get_origin(kind) is not None and issubclass(get_origin(kind), Mapping):
+        return explain(part, get_args(kind)[1], here)
+    return None
+
+
+def _unwrapped(kind: Any, meta: msgspec.Meta | None) -> tuple[Any, msgspec.Meta | None]:
+    """The type in ``Annotated[kind | None, meta]``, and the meta."""
+    while True:
+        if get_origin(kind) is Annotated:
+            meta = next((extra for extra in kind.__metadata__ if extra.examples), meta)
+            kind = kind.__origin__
+        elif get_origin(kind) in (typing.Union, types.UnionType):
+            kind = next(part for part in get_args(kind) if part is not type(None))
+        else:
+            return kind, meta
+
+
+def _plainly(value: object, message: str) -> str:
+    """msgspec's message without its path, and with the value."""
+    message = message.partition(" - at `")[0].replace(" | null", "").replace("`", "")
+    if message.startswith("Object missing required field "):
+        return f"the key {message.rpartition(' ')[2]!r} is missing"
+    if message.startswith("Invalid enum value"):
+        return f"{show(value)} is not a word it knows"
+    return f"{show(value)} is refused: {message[:1].lower()}{message[1:]}"
+
+
+def _remedy(value: object, kind: Any, meta: msgspec.Meta | None) -> str | None:
+    kind, meta = _unwrapped(kind, meta)
+    if get_origin(kind) is Literal:
+        words = get_args(kind)
+        return (did_you_mean(value, words) if isinstance(value, str) else None) or one_of(words)
+    if meta is not None and meta.examples:
+        return f"for example {_toml(meta.examples[0])}"
+    return None
+
+
+def _toml(example: object) -> str:
+    if isinstance(example, Mapping):
+        return f"{{ {', '.join(f'{key} = {_toml(value)}' for key, value in example.items())} }}"
+    if isinstance(example, list):
+        return f"[{', '.join(map(_toml, example))}]"
+    return f'"{example}"' if isinstance(example, str) else str(example)

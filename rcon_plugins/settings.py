@@ -1,0 +1,209 @@
+"""Settings: the policies, the routes, and the bounds of one server, as read from a TOML file."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta
+
+from rcon_plugins.conversion import convert, did_you_mean, dotted, explain, one_of, schema_hook
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.policy import Policy, PolicyName
+from rcon_plugins.routing import Route
+from rcon_plugins.units import show
+
+_COUNT = Meta(ge=1, le=2**31 - 1)
+
+
+class _Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The plain keys of a settings file."""
+
+    unmatched: Annotated[
+        Literal["refuse", "allow"],
+        Meta(description="What happens to work that no route names.", examples=["refuse"]),
+    ] = "refuse"
+    cgroup: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="The cgroup to work under, given to this server.", examples=["/rcon"]),
+    ] = None
+    plugins: Annotated[
+        tuple[str, ...],
+        Meta(description="Installed plugins to use, by entry-point name.", examples=[["audit"]]),
+    ] = ()
+    confinements: Annotated[
+        Annotated[int, _COUNT],
+        Meta(description="Confinements kept ready; the least recently used go first.", examples=[256]),
+    ] = 256
+    processes: Annotated[
+        Annotated[int, _COUNT],
+        Meta(description="Executor processes that one worker has at most.", examples=[64]),
+    ] = 64
+
+    def __post_init__(self) -> None:
+        for number, plugin in enumerate(self.plugins, 1):
+            if not plugin or plugin in self.plugins[: number - 1]:
+                problem = "is named twice" if plugin else "is not the name of a plugin"
+                raise SettingsError(
+                    f"{show(plugin)} {problem}", key=f"plugins[{number}]", value=plugin, hint="leave it out"
+                )
+
+
+class Settings(_Bounds, frozen=True, kw_only=True):
+    """The settings of one server. From a file by `load`, from data by `from_mapping`."""
+
+    policies: Mapping[str, Policy] = {}
+    routes: tuple[Route, ...] = ()
+    #: Where they were read from, for error messages and the log.
+    file: str | None = None
+
+    @property
+    def fallback(self) -> str | None:
+        """The policy of work that no route names: ``"default"`` where there is one of that name."""
+        return "default" if "default" in self.policies else None
+
+    def with_policies(self, policies: Iterable[Policy]) -> Self:
+        """These settings and more policies, contributed by plugins.
+
+        Raises `SettingsError` when a name is taken, or when a route still leads to no policy.
+        """
+        together = dict(self.policies)
+        for policy in policies:
+            if policy.name in together:
+                raise SettingsError(
+                    "there is a policy of that name already",
+                    key=dotted("policy", policy.name),
+                    hint="a plugin contributes policies under names of its own",
+                    file=self.file,
+                )
+            together[policy.name] = policy
+        complete = msgspec.structs.replace(self, policies=together)
+        for number, route in enumerate(complete.routes, 1):
+            _check_policy(route, number, together, self.file)
+        return complete
+
+
+class _File(_Bounds, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The shape of a settings file."""
+
+    policy: Annotated[
+        Mapping[str, Policy], Meta(description="The policies, by name.", examples=[{"tenant": {"pids": 64}}])
+    ] = {}
+    route: Annotated[
+        tuple[Route, ...],
+        Meta(
+            description="Which work gets which policy; the first that matches.",
+            examples=[[{"host": "*.customers.example", "policy": "tenant"}]],
+        ),
+    ] = ()
+
+
+def load(path: str | os.PathLike[str]) -> Settings:
+    """The settings in the TOML file at ``path``.
+
+    Raises `SettingsError`, with file, key, value and remedy, for the first fault.
+    """
+    file = os.fspath(path)
+    try:
+        mapping = tomllib.loads(Path(file).read_bytes().decode())
+    except OSError as error:
+        raise SettingsError(
+            f"cannot be read: {error.strerror}", file=file, hint="give the path of a file this user can read"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(
+            f"byte {error.start} is not UTF-8", file=file, hint="save the file as UTF-8"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"is not TOML: {error}", file=file, hint="see https://toml.io") from error
+    return from_mapping(mapping, file=file)
+
+
+def from_mapping(mapping: Mapping[str, Any], *, file: str | None = None) -> Settings:
+    """The settings in ``mapping``, which has the shape of the file. Raises as `load` does."""
+    try:
+        return _from_mapping(mapping, file)
+    except SettingsError as error:
+        error.file = file
+        raise
+
+
+def _from_mapping(mapping: Mapping[str, Any], file: str | None) -> Settings:
+    # Key by key, so that the first fault in the order of the file is the one that is told.
+    plain: dict[str, Any] = {}
+    policies: dict[str, Policy] = {}
+    routes: tuple[Route, ...] = ()
+    for key, value in mapping.items():
+        if key == "policy":
+            policies = _policies(value)
+        elif key == "route":
+            routes = _routes(value)
+        elif fault := explain({key: value}, _File, ""):
+            raise fault
+        else:
+            plain[key] = value
+    bounds = convert(plain, _Bounds)
+    if not policies and not bounds.plugins and bounds.unmatched == "refuse":
+        raise SettingsError(
+            "there is no policy, so all work would be refused",
+            key="policy",
+            hint='add a [policy.default], or write unmatched = "allow" to run work without limits',
+        )
+    if not bounds.plugins:
+        for number, route in enumerate(routes, 1):
+            _check_policy(route, number, policies)
+    return Settings(**msgspec.structs.asdict(bounds), policies=policies, routes=routes, file=file)
+
+
+def _policies(tables: object) -> dict[str, Policy]:
+    if not isinstance(tables, Mapping):
+        raise SettingsError(f"{show(tables)} is not a table", key="policy", hint="write [policy.NAME]")
+    policies = {}
+    for name, table in tables.items():
+        key = dotted("policy", convert(name, PolicyName, "policy"))
+        if not isinstance(table, Mapping):
+            raise SettingsError(f"{show(table)} is not a table", key=key, hint=f"write [policy.{name}]")
+        policies[name] = Policy.make(name, **table)
+    return policies
+
+
+def _routes(tables: object) -> tuple[Route, ...]:
+    if not isinstance(tables, list | tuple):
+        raise SettingsError(f"{show(tables)} is not a list of tables", key="route", hint="write [[route]]")
+    routes: list[Route] = []
+    for number, table in enumerate(tables, 1):
+        if routes and not routes[-1].conditions():
+            raise SettingsError(
+                f"is never reached: route[{number - 1}] has no condition and takes all work",
+                key=f"route[{number}]",
+                hint="put the route without condition last",
+            )
+        routes.append(convert(table, Route, f"route[{number}]"))
+    return tuple(routes)
+
+
+def _check_policy(route: Route, number: int, policies: Mapping[str, Policy], file: str | None = None) -> None:
+    if route.policy not in policies:
+        raise SettingsError(
+            f"there is no policy {show(route.policy)}",
+            key=f"route[{number}].policy",
+            value=route.policy,
+            hint=did_you_mean(route.policy, policies) or one_of(policies or ["(none)"]),
+            file=file,
+        )
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a settings file, for editors and for checks in a pipeline."""
+    schema = msgspec.json.schema(_File, schema_hook=schema_hook)
+    policy = schema["$defs"]["Policy"]
+    del policy["properties"]["name"]  # it is the key of the table
+    policy["required"].remove("name")
+    definition = schema["$defs"].pop("_File")
+    definition["title"] = "Settings of rcon-plugins"
+    definition["properties"]["policy"]["propertyNames"] = dict(PolicyName.schema)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **definition, "$defs": schema["$defs"]}

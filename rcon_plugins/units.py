@@ -1,0 +1,239 @@
+"""The units that settings are written in: CPUs, sizes, durations, lists of CPUs.
+
+Each type is the number or text it stands for, so that it computes, compares and pickles as one, and
+``str()`` gives back a spelling that the type reads again::
+
+    >>> Size("256M") // 2
+    134217728
+    >>> str(Size(134217728))
+    '128M'
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Any, ClassVar, Self, SupportsFloat, SupportsInt
+
+from rcon_plugins.errors import SettingsError
+
+_DECIMAL = r"\d{1,9}(?:\.\d{1,6})?"
+
+
+class Written:
+    """A type that settings write as text. A subclass also derives from what it is: float, int or str."""
+
+    __slots__ = ()
+
+    #: What a settings file may hold for it, as JSON schema.
+    schema: ClassVar[dict[str, Any]] = {"type": "string"}
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """The value that a settings file means by ``value``.
+
+        Stricter than the constructor: a bare number is refused where its unit would be a guess. Raises
+        `SettingsError`, without a key, when ``value`` means nothing or cannot be.
+        """
+        raise NotImplementedError
+
+
+class Cpus(Written, float):
+    """CPU time per time, in CPUs: ``"30%"`` is 0.3, three tenths of one CPU; ``"150%"`` is 1.5.
+
+    At least 1 %: the kernel gives out CPU time in pieces of 1 ms and a period is 100 ms long.
+    """
+
+    __slots__ = ()
+    schema: ClassVar[dict[str, Any]] = {"type": "string", "pattern": rf"^{_DECIMAL}%$"}
+    _hint = '"30%" is 30 % of one CPU, "150%" is one and a half'
+
+    def __new__(cls, value: str | SupportsFloat) -> Self:
+        return cls.parse(value) if isinstance(value, str) else super().__new__(cls, value)
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, str):
+            raise SettingsError(f"{show(value)} does not say of what", value=value, hint=cls._hint)
+        if not re.fullmatch(rf"{_DECIMAL}%", value, re.ASCII):
+            raise SettingsError(f"{show(value)} is not a share of CPU time", value=value, hint=cls._hint)
+        cpus = Decimal(value[:-1]) / 100
+        if cpus < Decimal("0.01"):
+            raise SettingsError(
+                f"{show(value)} is too little to run at all", value=value, hint='the least is "1%"'
+            )
+        return cls(float(cpus))
+
+    def __str__(self) -> str:
+        return f"{_plain(round(_exactly(self) * 100, 6))}%"
+
+    def __repr__(self) -> str:
+        return f"Cpus({str(self)!r})"
+
+
+class Size(Written, int):
+    """A number of bytes: ``"256M"``, in steps of 1024 (K, M, G, T); a plain number is bytes.
+
+    Zero is a size; negative numbers are refused.
+    """
+
+    __slots__ = ()
+    schema: ClassVar[dict[str, Any]] = {
+        "anyOf": [{"type": "string", "pattern": r"^\d{1,19}[KMGT]?$"}, {"type": "integer", "minimum": 0}]
+    }
+    _units: ClassVar[dict[str, int]] = {"T": 1024**4, "G": 1024**3, "M": 1024**2, "K": 1024, "": 1}
+    _largest = 2**63 - 1  # what the kernel's signed 64-bit counters hold
+    _hint = 'write "256M", "64K" or "2G", in steps of 1024'
+
+    def __new__(cls, value: str | SupportsInt) -> Self:
+        return cls.parse(value) if isinstance(value, str) else super().__new__(cls, value)
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            size = cls._from_text(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            size = value
+        else:
+            raise SettingsError(f"{show(value)} is not a size", value=value, hint=cls._hint)
+        if not 0 <= size <= cls._largest:
+            sign = "less than nothing" if size < 0 else "more than the kernel can count"
+            raise SettingsError(f"{show(value)} is {sign}", value=value, hint=cls._hint)
+        return cls(size)
+
+    @classmethod
+    def _from_text(cls, text: str) -> int:
+        if found := re.fullmatch(r"(\d{1,19})([KMGT]?)", text, re.ASCII):
+            return int(found[1]) * cls._units[found[2]]
+        hint = cls._hint
+        almost = re.fullmatch(rf"({_DECIMAL}) ?([KMGT]?)(?:i?B)?", text, re.ASCII | re.IGNORECASE)
+        if almost:
+            size = Decimal(almost[1]) * cls._units[almost[2].upper()]
+            if size == int(size):
+                hint = f'write "{cls(int(size))}": whole numbers of bytes, K, M, G or T, in steps of 1024'
+        raise SettingsError(f"{show(text)} is not a size", value=text, hint=hint)
+
+    def __str__(self) -> str:
+        number = int(self)
+        for letter, unit in self._units.items():
+            if number and number % unit == 0:
+                return f"{number // unit}{letter}"
+        return "0"
+
+    def __repr__(self) -> str:
+        return f"Size({str(self)!r})"
+
+
+class Duration(Written, float):
+    """A length of time, in seconds: ``"20s"``, ``"500ms"``, ``"2m"``, ``"1.5h"``. More than nothing."""
+
+    __slots__ = ()
+    schema: ClassVar[dict[str, Any]] = {"type": "string", "pattern": rf"^{_DECIMAL}(ms|s|m|h)$"}
+    _units: ClassVar[dict[str, Decimal]] = {
+        "h": Decimal(3600),
+        "m": Decimal(60),
+        "s": Decimal(1),
+        "ms": Decimal("0.001"),
+    }
+    _longest = Decimal(24 * 24 * 3600)  # poll(2) counts milliseconds in 31 bits: 24.8 days
+    _hint = 'write "20s", "500ms", "2m" or "1h"'
+
+    def __new__(cls, value: str | SupportsFloat) -> Self:
+        return cls.parse(value) if isinstance(value, str) else super().__new__(cls, value)
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, str):
+            raise SettingsError(f"{show(value)} has no unit of time", value=value, hint=cls._hint)
+        found = re.fullmatch(rf"({_DECIMAL})(ms|s|m|h)", value, re.ASCII)
+        if not found:
+            raise SettingsError(f"{show(value)} is not a length of time", value=value, hint=cls._hint)
+        seconds = Decimal(found[1]) * cls._units[found[2]]
+        if not 0 < seconds <= cls._longest:
+            problem = "no time at all" if seconds == 0 else "longer than can be waited for"
+            raise SettingsError(
+                f"{show(value)} is {problem}", value=value, hint='more than "0s", at most "576h"'
+            )
+        return cls(float(seconds))
+
+    def __str__(self) -> str:
+        seconds = _exactly(self)
+        for letter, unit in self._units.items():
+            if seconds and seconds % unit == 0:
+                return f"{_plain(seconds / unit)}{letter}"
+        return f"{_plain(round(seconds * 1000, 6))}ms"
+
+    def __repr__(self) -> str:
+        return f"Duration({str(self)!r})"
+
+
+class CpuList(Written, str):
+    """The numbers of some CPUs, as the kernel lists them: ``"0-1,3"``. Ordered, each named once."""
+
+    __slots__ = ()
+    schema: ClassVar[dict[str, Any]] = {
+        "type": "string",
+        "pattern": r"^\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*$",
+    }
+    _hint = 'write "0-1,3" for the CPUs 0, 1 and 3'
+
+    def __new__(cls, value: str) -> Self:
+        return super().__new__(cls, _ranges(cls._numbers(value)))
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if not isinstance(value, str):
+            raise SettingsError(f"{show(value)} is not a list of CPUs", value=value, hint=cls._hint)
+        return cls(value)
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """The CPUs, by number."""
+        return frozenset(self._numbers(self))
+
+    @classmethod
+    def _numbers(cls, text: str) -> set[int]:
+        numbers: set[int] = set()
+        for part in text.split(","):
+            found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
+            if not found:
+                raise SettingsError(f"{show(text)} is not a list of CPUs", value=text, hint=cls._hint)
+            first, last = int(found[1]), int(found[2] or found[1])
+            if last < first:
+                raise SettingsError(
+                    f"{show(text)} counts down", value=text, hint=f'write "{last}-{first}" for that range'
+                )
+            numbers.update(range(first, last + 1))
+        return numbers
+
+
+def show(value: object) -> str:
+    """``value`` as an error message shows it: as Python writes it, and not too long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]}..."
+
+
+def _exactly(number: float) -> Decimal:
+    return Decimal(float.__repr__(number))
+
+
+def _plain(number: Decimal) -> str:
+    """Without exponent, and without zeros that say nothing."""
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _ranges(numbers: set[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
