@@ -46,13 +46,17 @@ def need(program: str) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin:/sbin"])
     found = shutil.which(program, path=path)
     if found is None:
-        fail(f"{program} not found. As root: apt-get install {PACKAGES}; and in the venv: pip install virtme-ng")
+        fail(
+            f"{program} not found. As root: apt-get install {PACKAGES}; and in the venv: pip install virtme-ng"
+        )
     return found
 
 
 def newest_kernel() -> Path:
     """The newest installed kernel of Debian's plain flavour; the -cloud- one has no 9p."""
-    kernels = [k for k in Path("/boot").glob("vmlinuz-*-amd64") if not re.search(r"-(cloud|rt)-amd64$", k.name)]
+    kernels = [
+        k for k in Path("/boot").glob("vmlinuz-*-amd64") if not re.search(r"-(cloud|rt)-amd64$", k.name)
+    ]
     if not kernels:
         fail(f"no kernel in /boot. As root: apt-get install {PACKAGES}")
     newest = max(kernels, key=lambda k: [int(n) for n in re.findall(r"\d+", k.name)])
@@ -64,7 +68,9 @@ def newest_kernel() -> Path:
 def make_disk(path: Path) -> None:
     """A disk image with one ext4 partition, so that tests meet a partition and the disk it belongs to."""
     size = DISK_MIB * 1024 * 1024
-    entry = struct.pack("<B3sB3sII", 0, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", FIRST_SECTOR, size // SECTOR - FIRST_SECTOR)
+    entry = struct.pack(
+        "<B3sB3sII", 0, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", FIRST_SECTOR, size // SECTOR - FIRST_SECTOR
+    )
     with path.open("wb") as image:
         image.truncate(size)
         image.seek(446)
@@ -97,7 +103,9 @@ def boot(arguments: list[str], *, timeout: int, memory: str, verbose: bool) -> i
         # setpriv: killed with this process, even by SIGKILL. timeout: leads a process group of its own, passes
         # signals on to all of it, and bounds the run.
         guard = [need("setpriv"), "--pdeathsig", "TERM", need("timeout"), "--kill-after=10", str(timeout)]
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin:/sbin"])
+        path = os.pathsep.join(
+            [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin:/sbin"]
+        )
         # Pipes, not our own stdout: QEMU opens it again by name, and would truncate a file.
         machine = subprocess.Popen(
             guard + command,
@@ -175,8 +183,12 @@ def inside(arguments: list[str]) -> NoReturn:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run kernel tests on pure cgroup v2, in an emulated machine.")
-    parser.add_argument("--timeout", type=int, default=600, help="seconds for all of it (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Run kernel tests on pure cgroup v2, in an emulated machine."
+    )
+    parser.add_argument(
+        "--timeout", type=int, default=600, help="seconds for all of it (default: %(default)s)"
+    )
     parser.add_argument("--memory", default="1G", help="memory of the machine (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show the machine's console")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)

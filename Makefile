@@ -1,0 +1,96 @@
+# The first command is `make demo`, the second `make test`. Each does its own set-up, once; `make` lists them all.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := examples/tenants/demo.py
+SOURCES := rcon_plugins integrations tests examples
+
+# What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them.
+# Package and the file it is known by, so that apt is only asked for what is missing.
+DEBIAN := linux-image-amd64=/boot/vmlinuz-*-amd64 qemu-system-x86=/usr/bin/qemu-system-x86_64 \
+	busybox-static=/bin/busybox kmod=/sbin/modprobe udev=/bin/udevadm e2fsprogs=/sbin/mkfs.ext4
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test lint bench clean debian \
+	test-unit test-contract test-integrations test-kernel test-vm
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.run ## four tenants on one gunicorn, without and with confinement, and a table (root; under a minute)
+	@$(BIN)/python $(DEMO)
+
+serve: $(VENV)/.run ## leave the demo's confined server running, until Ctrl-C
+	@$(BIN)/python $(DEMO) --serve
+
+# Host tiers come last and in one pytest run, so that the last line is pytest's own count.
+test: $(VENV)/.test debian ## lint, then all tests: on this machine, and on pure cgroup v2 in an emulated one (root)
+	@began=$$(date +%s); failed=; \
+	$(MAKE) --no-print-directory lint || exit 1; \
+	echo "== kernel tests on pure cgroup v2, in an emulated machine"; \
+	$(BIN)/python tests/vm.py || failed="the kernel tests on pure cgroup v2"; \
+	echo "== unit, contract, integration and kernel tests on this machine"; \
+	RCON_TEST_BEGAN=$$began $(BIN)/python -m pytest tests || failed="$${failed:+$$failed and }the tests on this machine"; \
+	[ -z "$$failed" ] || { echo "make test: FAILED: $$failed ($$(($$(date +%s) - began)) s in all)" >&2; exit 1; }
+
+lint: $(VENV)/.test ## ruff and mypy
+	@echo "== lint"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy $(wildcard $(SOURCES))
+
+test-unit test-contract test-integrations test-kernel: test-%: $(VENV)/.test
+	@$(BIN)/python -m pytest tests/$* $(ARGS)
+
+test-vm: $(VENV)/.test debian ## the kernel tests on pure cgroup v2; ARGS= are pytest's (so for test-unit and the other tiers)
+	@$(BIN)/python tests/vm.py $(ARGS)
+
+bench: $(VENV)/.bench ## throughput and latency with and without confinement; prints, asserts nothing
+	@$(BIN)/python tests/benchmarks $(ARGS)
+
+clean: ## remove the venv, caches and build results
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info
+	find . -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# --- set-up ---------------------------------------------------------------------------------------------------
+
+# The interpreter comes with venv and pip on most systems; Debian splits them off.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(call apt,python3-venv)
+	@echo "Making $(VENV) ..."
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'   # the first with --group
+
+# One stamp for each set of packages, made again when pyproject.toml changes.
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	@echo "Installing rcon-plugins and gunicorn ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[gunicorn]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	@echo "Installing what the tests need ..."
+	@$(BIN)/python -m pip install --quiet --editable . --group test --group lint --group vm
+	@touch $@ $(VENV)/.run
+
+$(VENV)/.bench: pyproject.toml | $(BIN)/python
+	@echo "Installing what the benchmarks need ..."
+	@$(BIN)/python -m pip install --quiet --editable . --group test --group bench
+	@touch $@
+
+debian:
+	@missing=; for entry in $(DEBIAN); do ls $${entry#*=} >/dev/null 2>&1 || missing="$$missing $${entry%%=*}"; done; \
+	[ -z "$$missing" ] || $(call apt,$$missing)
+
+# Install Debian packages when root; else say what to do.
+define apt
+{ if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	echo "Installing Debian packages:" $(1) "..."; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; \
+else \
+	echo "Debian packages are missing. As root:  apt-get install --no-install-recommends" $(1) >&2; exit 1; \
+fi; }
+endef

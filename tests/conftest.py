@@ -1,0 +1,158 @@
+"""What holds for every test run. Tests are in tiers, one directory each: unit, contract, integrations, kernel.
+
+- The kernel tier needs root and a cgroup hierarchy, and is run again on pure cgroup v2 (tests/vm.py). Its tests are
+  marked `kernel` here. A test that only makes sense on some hierarchies says so: `@pytest.mark.layout("v2")`, or
+  "v1", "hybrid"; on others it is deselected. Between this machine and the emulated one each has to run.
+- In CI (`CI` in the environment) a skip is a failure, and so is an empty tier.
+- After the run no process and no cgroup of the tests may be left (tests/leftovers.py); if one is, the run fails.
+- Irreversible acts are done in child processes: the fixture `in_child`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hypothesis
+import pytest
+
+from tests import children, leftovers
+
+TESTS = Path(__file__).parent
+TIERS = ("unit", "contract", "integrations", "kernel")
+GRACE = 5.0  # seconds in which what was told to end may end
+
+# Timings are never asserted, so neither by hypothesis; machines under test are slow.
+hypothesis.settings.register_profile("rcon", deadline=None)
+hypothesis.settings.load_profile("rcon")
+
+
+class Beginning(NamedTuple):
+    supervisor: int
+    cgroups: set[Path]
+
+
+beginning = pytest.StashKey[Beginning]()
+left = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def in_child() -> Any:
+    """`in_child(function, *arguments, timeout=30)` calls it in a forked child; see tests/children.py."""
+    return children.in_child
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    if config.option.collectonly:
+        return
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        supervisor = leftovers.supervise()  # its messages go to the real stderr
+    config.stash[beginning] = Beginning(supervisor, leftovers.cgroups())
+
+
+def tier(item: pytest.Item) -> str:
+    path = item.path
+    return path.relative_to(TESTS).parts[0] if path.is_relative_to(TESTS) else ""
+
+
+def layout() -> str:
+    """v2, v1 or hybrid, by what is mounted (independent of the code under test)."""
+    mounted = {line.split()[2] for line in Path("/proc/self/mounts").read_text().splitlines()}
+    return "hybrid" if {"cgroup", "cgroup2"} <= mounted else "v2" if "cgroup2" in mounted else "v1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    misplaced = [
+        item.nodeid for item in items if item.get_closest_marker("kernel") and tier(item) != "kernel"
+    ]
+    if misplaced:
+        raise pytest.UsageError(
+            f"marked kernel but not in tests/kernel, where they would be run again: {misplaced}"
+        )
+    for item in items:
+        if tier(item) == "kernel":
+            item.add_marker("kernel")
+    here = layout()
+    elsewhere = [item for item in items if (m := item.get_closest_marker("layout")) and here not in m.args]
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in elsewhere]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """After -k and -m."""
+    present = {tier(item) for item in session.items}
+    if "kernel" in present and os.geteuid() != 0:
+        raise pytest.UsageError(
+            "tests/kernel needs root: sudo make test; without root: make test-unit test-contract"
+        )
+    everything = any(Path(argument).resolve() == TESTS for argument in session.config.args)
+    missing = [name for name in TIERS if name not in present]
+    if "CI" in os.environ and everything and missing:
+        raise pytest.UsageError(f"in CI every tier is run, and no test was found in: {', '.join(missing)}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and "CI" in os.environ and not hasattr(report, "wasxfail"):
+        fail(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.skipped and "CI" in os.environ:
+        fail(report)
+    return report
+
+
+def fail(report: pytest.TestReport | pytest.CollectReport) -> None:
+    report.outcome = "failed"
+    report.longrepr = f"in CI a skip is a failure: {report.longreprtext}"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Nothing may be left. What was told to end gets a moment for it."""
+    start = session.config.stash.get(beginning, None)
+    if start is None:
+        return
+    deadline = time.monotonic() + GRACE
+    while (found := look(start)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    session.config.stash[left] = found
+    terminal = session.config.pluginmanager.getplugin("terminalreporter")
+    if found:
+        text = "left behind by the tests: " + "; ".join(found)
+        report = pytest.TestReport(
+            "leftovers", ("tests/conftest.py", None, "leftovers"), {}, "failed", text, "teardown"
+        )
+        terminal.stats.setdefault("error", []).append(report)  # or the last line would say that all is well
+        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def look(start: Beginning) -> list[str]:
+    processes = leftovers.descendants(start.supervisor)
+    processes.pop(os.getpid(), None)
+    ours = {start.supervisor, os.getpid(), *processes}
+    return [
+        *(f"process {text}" for text in processes.values()),
+        *(f"cgroup {path}" for path in leftovers.cgroups_left(start.cgroups, ours)),
+    ]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash.get(left, None) == []:
+        terminalreporter.line("no process and no cgroup of the tests is left")
+    if "RCON_TEST_BEGAN" in os.environ:
+        seconds = time.time() - float(os.environ["RCON_TEST_BEGAN"])
+        terminalreporter.line(f"make test: {seconds:.0f} s in all")
