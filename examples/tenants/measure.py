@@ -1,0 +1,125 @@
+"""What the tenants used, measured from outside the server: from the kernel's files, while the load runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rcon_plugins.kernel.cgroup import Cgroup, Meter
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_EVERY = 0.025
+
+
+@dataclass
+class Used:
+    """What one tenant, or a whole server, used while the load ran. None is "not seen"."""
+
+    memory: int | None = None
+    processes: int | None = None
+    cpu: list[tuple[float, float]] = field(default_factory=list)
+
+    def see(self, memory: int | None, processes: int | None, cpu_seconds: float | None) -> None:
+        """Take one look into account."""
+        if memory is not None:
+            self.memory = max(self.memory or 0, memory)
+        if processes is not None:
+            self.processes = max(self.processes or 0, processes)
+        if cpu_seconds is not None:
+            self.cpu.append((time.monotonic(), cpu_seconds))
+
+    def cpu_share(self, start: float, end: float) -> float | None:
+        """CPU seconds used per second between two moments of the monotonic clock."""
+        window = [(moment, used) for moment, used in self.cpu if start <= moment <= end]
+        if len(window) < 2 or window[-1][0] == window[0][0]:
+            return None
+        return (window[-1][1] - window[0][1]) / (window[-1][0] - window[0][0])
+
+
+class Eye(Protocol):
+    """Something that looks once."""
+
+    def look(self) -> None: ...
+
+
+class Watch:
+    """Lets an `Eye` look forty times a second, in a thread of its own, while the ``with`` block runs."""
+
+    def __init__(self, eye: Eye) -> None:
+        self._eye = eye
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_EVERY):
+            self._eye.look()
+
+
+class Confined:
+    """Looks at one cgroup per tenant: the one that holds all of the tenant's work, in all workers."""
+
+    def __init__(self, cgroups: dict[str, Cgroup]) -> None:
+        self._cgroups = cgroups
+        self._meters: dict[str, Meter] = {}
+        self.used = {tenant: Used() for tenant in cgroups}
+
+    def look(self) -> None:
+        for tenant, cgroup in self._cgroups.items():
+            used = self.used[tenant]
+            try:
+                meter = self._meters.get(tenant)
+                if meter is None:
+                    meter = self._meters[tenant] = cgroup.meter()
+                reading = meter.read()
+            except OSError:  # not there yet: the first request makes it
+                used.see(None, None, 0.0)
+                continue
+            used.see(reading.memory_peak, reading.pids_current, reading.cpu_seconds)
+
+    def close(self) -> None:
+        """Close the kernel's files."""
+        for meter in self._meters.values():
+            meter.close()
+
+
+class Unconfined:
+    """Looks at all processes whose command line has a mark, and takes what there was at first as nothing.
+
+    Which tenant a thread or a page of a gunicorn worker served cannot be told from outside; so this is
+    about the server as a whole.
+    """
+
+    def __init__(self, mark: str) -> None:
+        self._mark = mark.encode()
+        self._memory, self._processes = self._take()
+        self.used = Used()
+
+    def look(self) -> None:
+        memory, processes = self._take()
+        self.used.see(max(0, memory - self._memory), max(0, processes - self._processes), None)
+
+    def _take(self) -> tuple[int, int]:
+        pages = processes = 0
+        for entry in os.scandir("/proc"):
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                if self._mark in Path(entry.path, "cmdline").read_bytes():
+                    statm = Path(entry.path, "statm").read_text().split()
+                    processes += 1
+                    pages += int(statm[1]) - int(statm[2])
+        return pages * _PAGE, processes

@@ -1,0 +1,80 @@
+"""Start the example under gunicorn on a loopback port, and end it again."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+WORKERS = 2
+THREADS = 8
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Server:
+    """One gunicorn with the example application; confined by ``rcon.toml``, or not at all."""
+
+    def __init__(self, *, confined: bool, port: int = 0) -> None:
+        self.mark = f"tenants-{os.getpid()}-{'confined' if confined else 'unconfined'}"
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
+        listener = socket.create_server(("127.0.0.1", port), backlog=256)
+        self.port: int = listener.getsockname()[1]
+        command = [sys.executable, "-m", "gunicorn", "app:app", "--chdir", str(HERE), "--name", self.mark]
+        command += ["--worker-class", "gthread", "--workers", str(WORKERS), "--threads", str(THREADS)]
+        command += ["--bind", f"fd://{listener.fileno()}", "--no-control-socket", "--graceful-timeout", "5"]
+        environ = dict(os.environ)
+        if confined:
+            command += ["--config", "python:rcon_gunicorn.conf"]
+            environ["RCON_SETTINGS"] = str(HERE / "rcon.toml")
+        self._process = subprocess.Popen(  # noqa: S603 - the command is made here
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        listener.close()
+
+    @property
+    def pid(self) -> int:
+        """The pid of gunicorn's master."""
+        return self._process.pid
+
+    def running(self) -> bool:
+        """Whether the master is there."""
+        return self._process.poll() is None
+
+    def wait(self) -> int:
+        """Wait until the master ends."""
+        return self._process.wait()
+
+    def log(self) -> str:
+        """What the server wrote so far."""
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
+
+    def stop(self) -> None:
+        """End it, gracefully first."""
+        if self.running():
+            self._process.terminate()
+        try:
+            self._process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._log.close()
+
+
+def _end_with_parent() -> None:
+    """Runs in the child: end gracefully when the demonstration itself is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,191 @@
+"""gunicorn's server hooks, as one object: set up in the master, confine in the workers, clean up after.
+
+gunicorn calls ``on_starting``, ``on_reload``, ``child_exit``, ``pre_exec`` and ``on_exit`` in the master, as
+the user that started it, and ``post_worker_init`` and ``worker_exit`` in each worker, after ``--user`` and
+``--group`` took effect.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Callable, MutableMapping
+from typing import Any, Protocol, cast
+
+from rcon_gunicorn.logs import join_error_log
+from rcon_gunicorn.master import Master
+from rcon_gunicorn.workers import refusal, server_traits
+from rcon_plugins.errors import ConfinementError, RconError
+from rcon_plugins.manager import Manager
+from rcon_wsgi import ConfineMiddleware
+
+#: Where the settings file is named, if not in the call.
+SETTINGS_VARIABLE = "RCON_SETTINGS"
+
+
+class Arbiter(Protocol):
+    """What these hooks use of gunicorn's master."""
+
+    cfg: Any
+    log: Any
+    worker_class: type
+
+
+class Worker(Protocol):
+    """What these hooks use of a gunicorn worker."""
+
+    cfg: Any
+    log: Any
+    pid: int
+    wsgi: Any
+
+
+class StartRefused(RconError, RuntimeError):  # noqa: N818 - named for what it says
+    """Raised in the master when it must not start. gunicorn prints the message alone and exits with 1."""
+
+
+class Hooks:
+    """The server hooks that confine each request of this gunicorn.
+
+    ``settings`` is the path of the policy file; None takes it from the environment variable
+    ``RCON_SETTINGS`` when gunicorn starts. One object serves one gunicorn: assign its methods to the settings
+    of the same names, or let `install` do it.
+    """
+
+    NAMES = (
+        "on_starting",
+        "on_reload",
+        "post_worker_init",
+        "worker_exit",
+        "child_exit",
+        "pre_exec",
+        "on_exit",
+    )
+
+    def __init__(self, settings: str | os.PathLike[str] | None = None) -> None:
+        self._path = None if settings is None else os.fspath(settings)
+        self._master: Master | None = None
+        self._manager: Manager | None = None
+
+    def install(self, config: MutableMapping[str, Any]) -> None:
+        """Set all hooks in a configuration file: call it last, with ``globals()``.
+
+        A hook that the file defines itself is kept: it runs first, so that what it wraps around the
+        application is confined too. What must run runs even if the other raises.
+        """
+        for name in self.NAMES:
+            ours = getattr(self, name)
+            theirs = config.get(name)
+            config[name] = ours if theirs is None else chain(theirs, ours)
+
+    # in the master
+
+    def on_starting(self, server: Arbiter) -> None:
+        """Load and judge the settings, and make this server's part of the cgroup tree."""
+        if server_traits(server.worker_class) is None:
+            raise StartRefused(refusal(server.worker_class))
+        join_error_log()
+        try:
+            self._master = Master.start(self._settings_path(), server)
+        except RconError as error:
+            raise StartRefused(str(error)) from None
+        # A reload executes a configuration file anew, which makes new Hooks: they find this one's work there.
+        cast(Any, server).rcon = self._master
+
+    def on_reload(self, server: Arbiter) -> None:
+        """Read the policy file again for the workers to come; a bad one is not taken."""
+        if server_traits(server.worker_class) is None:
+            from gunicorn.errors import HaltServer  # type: ignore[import-untyped]
+
+            raise HaltServer(refusal(server.worker_class))
+        self._master = getattr(server, "rcon", None)
+        try:
+            self._started().reload(self._settings_path(), server)
+        except RconError as error:
+            server.log.error("rcon: the new settings are not taken, the former stay: %s", error)
+
+    def child_exit(self, server: Arbiter, worker: Worker) -> None:
+        """Remove what a worker that was killed could not remove itself."""
+        master: Master | None = getattr(server, "rcon", None)
+        if master is not None:
+            master.sweep(worker.pid, server)
+
+    def pre_exec(self, server: Arbiter) -> None:
+        """Leave this server's part of the cgroup tree to it: the next program makes its own (USR2)."""
+        master: Master | None = getattr(server, "rcon", None)
+        if master is not None:
+            master.leave()
+
+    def on_exit(self, server: Arbiter) -> None:
+        """Remove this server's part of the cgroup tree, and what still runs there."""
+        master: Master | None = getattr(server, "rcon", None)
+        if master is not None:
+            master.close()
+
+    # in the worker
+
+    def post_worker_init(self, worker: Worker) -> None:
+        """Put the boundary around the loaded application, before the worker serves.
+
+        Whatever is raised here ends the worker before it served anything, and gunicorn with it.
+        """
+        traits = server_traits(type(worker))
+        if traits is None:
+            raise ConfinementError(refusal(type(worker)))
+        master = self._started()
+        join_error_log()
+        manager = Manager(master.settings, server=traits, instance=master.instance)
+        self._manager = manager
+        worker.wsgi = ConfineMiddleware(
+            worker.wsgi, manager=manager, client_socket=None if traits.greenlets else client_socket
+        )
+        manager.start(on_lost=functools.partial(_replace, worker))
+
+    def worker_exit(self, server: Arbiter, worker: Worker) -> None:
+        """End the worker's executor processes."""
+        if worker.pid != os.getpid():  # gunicorn calls this in the master for a worker it did not find
+            self.child_exit(server, worker)
+        elif self._manager is not None:
+            self._manager.close()
+
+    def _settings_path(self) -> str:
+        path = self._path or os.environ.get(SETTINGS_VARIABLE)
+        if not path:
+            raise StartRefused(
+                f"no settings: say where the policy file is, as in {SETTINGS_VARIABLE}=/etc/rcon.toml"
+            )
+        return path
+
+    def _started(self) -> Master:
+        if self._master is None:
+            raise ConfinementError(
+                "gunicorn did not call on_starting of these hooks: assign all of them, or use Hooks.install"
+            )
+        return self._master
+
+
+def chain(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
+    """One hook that calls two, the second even if the first raises."""
+
+    @functools.wraps(first)
+    def both(*arguments: Any) -> None:
+        try:
+            first(*arguments)
+        finally:
+            second(*arguments)
+
+    return both
+
+
+def client_socket(environ: dict[str, Any]) -> Any:
+    """The connection a request came on, where it is that request's alone."""
+    if "gunicorn.http2.send_trailers" in environ:
+        return None  # HTTP/2: other requests are read from it
+    return environ.get("gunicorn.socket")
+
+
+def _replace(worker: Worker) -> None:
+    """End this worker gracefully, so that the master makes a new one: its fork server is gone."""
+    worker.log.error("rcon: the fork server is gone; this worker finishes its requests and is replaced")
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,42 @@
+"""Which of gunicorn's worker classes can be confined, and what of them decides how."""
+
+from __future__ import annotations
+
+from rcon_plugins.isolation import Server
+
+_GEVENT = Server(threads=False, greenlets=True)
+
+#: Classes whose workers call a WSGI application, and what their requests share. Subclasses count.
+KNOWN: dict[str, Server] = {
+    "gunicorn.workers.sync.SyncWorker": Server(threads=False),
+    "gunicorn.workers.gthread.ThreadWorker": Server(threads=True),
+    "gunicorn.workers.ggevent.GeventWorker": _GEVENT,
+}
+
+_REASONS = {
+    "gunicorn.workers.gtornado.TornadoWorker": "it serves coroutines on one event loop",
+    "gunicorn.workers.gasgi.ASGIWorker": "it serves ASGI, where requests are coroutines on one event loop",
+}
+
+
+def server_traits(worker_class: type) -> Server | None:
+    """What the requests of such a worker share, or None where they cannot be confined."""
+    for base in worker_class.__mro__:
+        known = KNOWN.get(_name(base))
+        if known is not None:
+            return known
+    return None
+
+
+def refusal(worker_class: type) -> str:
+    """Why the requests of this class cannot be confined, and what to use instead."""
+    reasons = (_REASONS[name] for name in map(_name, worker_class.__mro__) if name in _REASONS)
+    reason = next(reasons, "nothing is known of how it calls the application")
+    return (
+        f"the worker class {_name(worker_class)} cannot be confined: {reason}; "
+        "use sync, gthread or gevent (gunicorn -k gthread)"
+    )
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

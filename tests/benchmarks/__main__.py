@@ -1,0 +1,172 @@
+"""What confinement costs, and what it saves the neighbours: ``python tests/benchmarks``.
+
+Prints figures and asserts nothing; docs/benchmarks.md says how to read them. Everything that is compared runs
+side by side on this machine, alternately and in the same minute, so that the ratios mean something where the
+absolute figures do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from under_test import Gunicorn
+from wire import Connection, Crowd
+
+AIMS = {"inline": 0.85, "process": 0.75}
+AIM_ADDED = 250e-6
+
+PARTS = ("throughput", "latency", "neighbours")
+MODES = ("plain", "inline", "process")
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tenants"
+
+
+def main() -> int:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(prog="tests/benchmarks", description="What confinement costs.")
+    parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be given again")
+    parser.add_argument("--rounds", type=int, default=7, help="how often the servers take turns")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long each turn is")
+    parser.add_argument("--json", action="store_true", help="write JSON")
+    options = parser.parse_args()
+    what = options.only or PARTS
+    found: dict[str, Any] = {}
+    if "throughput" in what or "latency" in what:
+        servers = {}
+        try:
+            for mode in MODES:
+                servers[mode] = Gunicorn(mode)
+            if "throughput" in what:
+                for connections in (1, 8):
+                    say(f"throughput, {connections} connection(s) …")
+                    name = f"throughput_{connections}"
+                    found[name] = throughput(servers, connections, options.rounds, options.seconds)
+            if "latency" in what:
+                say("latency at 10 requests a second …")
+                found["latency"] = latency(servers, 60)
+        finally:
+            for server in servers.values():
+                server.stop()
+    if "neighbours" in what:
+        say("steady's latency alone, and beside three tenants that misbehave …")
+        found["neighbours"] = neighbours()
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        report(found)
+    return 0
+
+
+def throughput(
+    servers: dict[str, Gunicorn], connections: int, rounds: int, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Requests per second of each server, median of the rounds, and its ratio to the plain one's."""
+    crowds = {mode: Crowd(server.port, connections) for mode, server in servers.items()}
+    rates: dict[str, list[float]] = {mode: [] for mode in servers}
+    for crowd in crowds.values():
+        crowd.throughput(0.5)  # warm
+    for number in range(rounds):
+        for mode in _rotated(number):
+            rates[mode].append(crowds[mode].throughput(seconds))
+    # The ratio of each round's own pair: what the machine did meanwhile, it did to both.
+    ratios = {
+        mode: statistics.median(mine / plain for mine, plain in zip(rates[mode], rates["plain"], strict=True))
+        for mode in servers
+    }
+    return {
+        mode: {"requests_per_second": statistics.median(rates[mode]), "ratio": ratios[mode]}
+        for mode in servers
+    }
+
+
+def latency(servers: dict[str, Gunicorn], count: int) -> dict[str, dict[str, float]]:
+    """Seconds from question to answer at ten requests a second to each server."""
+    connections = {mode: Connection(server.port) for mode, server in servers.items()}
+    taken: dict[str, list[float]] = {mode: [] for mode in servers}
+    pause = 0.1 / len(connections)
+    for number in range(count):
+        for mode in _rotated(number):
+            time.sleep(pause)
+            start = time.perf_counter()
+            connections[mode].ask()
+            connections[mode].answer()
+            taken[mode].append(time.perf_counter() - start)
+    for connection in connections.values():
+        connection.close()
+    plain = statistics.median(taken["plain"])
+    return {
+        mode: {"median": statistics.median(all_), "added": statistics.median(all_) - plain}
+        for mode, all_ in taken.items()
+    }
+
+
+def neighbours() -> dict[str, dict[str, float | int | None]]:
+    """The latency of the example's tenant `steady`: by itself, and while the other three misbehave."""
+    sys.path.insert(0, str(EXAMPLE))
+    import demo
+    import load
+    from server import Server
+
+    found: dict[str, dict[str, float | int | None]] = {}
+    steady, *hogs = demo.PLANS
+    for confined in (False, True):
+        server = Server(confined=confined)
+        try:
+            if not load.wait_until_served(server.port, "steady", 20):
+                raise RuntimeError(f"the example did not start:\n{server.log()}")
+            for name, plans in (("alone", [steady]), ("with hogs", [steady, *hogs])):
+                result = load.run(server.port, plans, 10.0)["steady"]
+                found[f"{name}, {'confined' if confined else 'unconfined'}"] = {
+                    "requests": result.requests,
+                    "errors": result.requests - result.answers["200"],
+                    "p50": result.quantile(0.5),
+                    "p99": result.quantile(0.99),
+                }
+        finally:
+            server.stop()
+    return found
+
+
+def report(found: dict[str, Any]) -> None:
+    """The tables."""
+    for connections in (1, 8):
+        rates = found.get(f"throughput_{connections}")
+        if rates:
+            print(
+                f"\nThroughput, hello world, gthread with 8 threads, {connections} connection(s) kept alive"
+            )
+            print(f"  {'':10}{'requests/s':>12}{'ratio':>9}{'aim':>9}")
+            for mode, row in rates.items():
+                aim = f">= {AIMS[mode]:.2f}" if mode in AIMS and connections == 1 else ""
+                print(f"  {mode:10}{row['requests_per_second']:12,.0f}{row['ratio']:9.2f}{aim:>9}")
+    if "latency" in found:
+        print("\nLatency at 10 requests a second, one connection")
+        print(f"  {'':10}{'median':>12}{'added':>12}{'aim':>12}")
+        for mode, row in found["latency"].items():
+            aim = f"<= {AIM_ADDED * 1e6:.0f} us" if mode != "plain" else ""
+            print(f"  {mode:10}{row['median'] * 1e6:9,.0f} us{row['added'] * 1e6:+9,.0f} us{aim:>12}")
+    if "neighbours" in found:
+        print("\nsteady, 40 requests a second, two gthread workers with 8 threads (aim: p99 at most twice)")
+        print(f"  {'':24}{'requests':>9}{'errors':>8}{'p50':>12}{'p99':>12}")
+        for name, row in found["neighbours"].items():
+            p50, p99 = (f"{row[key] * 1000:,.1f} ms" for key in ("p50", "p99"))
+            print(f"  {name:24}{row['requests']:9}{row['errors']:8}{p50:>12}{p99:>12}")
+
+
+def say(text: str) -> None:
+    """Progress, for the person who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _rotated(number: int) -> tuple[str, ...]:
+    turn = number % len(MODES)
+    return MODES[turn:] + MODES[:turn]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

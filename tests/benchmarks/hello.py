@@ -1,0 +1,17 @@
+"""The application of the benchmarks: the least an application can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse
+
+_BODY = b"Hello, world\n"
+
+
+def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:  # noqa: ARG001 - WSGI
+    """Say hello."""
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(_BODY)))])
+    return [_BODY]
