@@ -1,0 +1,94 @@
+"""A request run in the thread that serves it, in its confinement around each call into the application."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rcon_plugins.errors import RconError
+from rcon_plugins.outcome import Outcome
+from rcon_wsgi import problem
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication
+    from rcon_plugins.manager import Admission
+
+
+def run(
+    app: WSGIApplication, environ: dict[str, Any], start_response: StartResponse, admission: Admission
+) -> Iterable[bytes]:
+    """Call the application inside the confinement; its iterable enters it again for each chunk."""
+    entered = False
+    try:
+        with admission.entered():
+            entered = True
+            result = app(environ, start_response)
+    except BaseException as error:
+        if not entered and isinstance(error, RconError):
+            admission.abort(str(error))
+            return problem.respond(
+                environ, start_response, Outcome(ending="refused", policy=admission.policy.name)
+            )
+        outcome = admission.finish("error", _detail(error))
+        if outcome.ran_into_limit and isinstance(error, Exception):
+            return problem.respond(environ, start_response, outcome, replacing=True)
+        raise
+    kind = type(result)
+    if kind is list or kind is tuple:
+        admission.finish("ok")
+        return result
+    if hasattr(result, "__len__"):
+        return _SizedInlineResponse(result, admission)
+    return _InlineResponse(result, admission)
+
+
+class _InlineResponse:
+    """The application's iterable, confined whenever it runs."""
+
+    def __init__(self, result: Iterable[bytes], admission: Admission) -> None:
+        self._result = result
+        self._admission = admission
+        self._iterator: Iterator[bytes] | None = None
+        self._exhausted = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            with self._admission.entered():
+                if self._iterator is None:
+                    self._iterator = iter(self._result)
+                return next(self._iterator)
+        except StopIteration:
+            self._exhausted = True
+            raise
+        except BaseException as error:
+            self._admission.finish("error", _detail(error))
+            raise
+
+    def close(self) -> None:
+        """Close the application's iterable, and settle the work."""
+        close = getattr(self._result, "close", None)
+        if close is not None:
+            try:
+                with self._admission.entered():
+                    close()
+            except BaseException as error:
+                self._admission.finish("error", _detail(error))
+                raise
+        if self._exhausted:
+            self._admission.finish("ok")
+        else:
+            self._admission.abort("the response was closed before its end: the client went away")
+
+
+class _SizedInlineResponse(_InlineResponse):
+    """One whose length is known, which a server may derive Content-Length from."""
+
+    def __len__(self) -> int:
+        return len(self._result)  # type: ignore[arg-type]
+
+
+def _detail(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
