@@ -1,0 +1,69 @@
+"""Confine each request or task of a Python web server or job runner with Linux cgroups and capabilities.
+
+`Manager` and `Policy` are the core; `confine` is for any program; the adapters are the packages ``rcon_wsgi`` and
+``rcon_gunicorn``. Errors are in `rcon_plugins.errors`, the kernel's side, useful by itself, in `rcon_plugins.kernel`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rcon_plugins.admission import Admission
+    from rcon_plugins.confined import Confined, confine
+    from rcon_plugins.hookspecs import hookimpl
+    from rcon_plugins.isolation import Server, Verdict
+    from rcon_plugins.manager import Manager, Plan
+    from rcon_plugins.outcome import Outcome, Usage
+    from rcon_plugins.policy import Each, IoLimits, Limits, Policy
+    from rcon_plugins.settings import Settings, load
+    from rcon_plugins.work import Work
+
+__all__ = [
+    "Admission",
+    "Confined",
+    "Each",
+    "IoLimits",
+    "Limits",
+    "Manager",
+    "Outcome",
+    "Plan",
+    "Policy",
+    "Server",
+    "Settings",
+    "Usage",
+    "Verdict",
+    "Work",
+    "confine",
+    "hookimpl",
+    "load",
+]
+
+# Imported when first asked for, so that a command pays for what it uses, and the kernel layer for nothing above it.
+_HOMES = {
+    "Admission": "admission",
+    "Confined": "confined",
+    "Each": "policy",
+    "IoLimits": "policy",
+    "Limits": "policy",
+    "Manager": "manager",
+    "Outcome": "outcome",
+    "Plan": "manager",
+    "Policy": "policy",
+    "Server": "isolation",
+    "Settings": "settings",
+    "Usage": "outcome",
+    "Verdict": "isolation",
+    "Work": "work",
+    "confine": "confined",
+    "hookimpl": "hookspecs",
+    "load": "settings",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{home}"), name)

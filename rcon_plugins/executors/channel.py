@@ -32,7 +32,7 @@ class Frame(NamedTuple):
     payload: bytes
 
 
-class ChannelClosed(Exception):  # noqa: N818 - a state of the channel, not a fault
+class ChannelClosed(Exception):
     """Raised when the other side is gone, or may no longer be spoken to from this process."""
 
 

@@ -1,0 +1,359 @@
+"""Admission: one work that may run, from its start to its one outcome."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.outcome import Ending, Outcome, Usage
+
+if TYPE_CHECKING:
+    from rcon_plugins.confinement import Confinement, InlineConfinement, ProcessConfinement
+    from rcon_plugins.executors.channel import Channel
+    from rcon_plugins.executors.inline import InlineExecutor
+    from rcon_plugins.executors.pool import ExecutorPool
+    from rcon_plugins.kernel.cgroup import Reading
+    from rcon_plugins.manager import Manager
+    from rcon_plugins.policy import Policy
+    from rcon_plugins.work import Work
+
+_Number = TypeVar("_Number", int, float)
+
+#: How long a work that is aborted has to end by itself before it is killed, seconds.
+ABORT_GRACE = 0.2
+#: How long a death may take to be told after the channel closed, seconds; then it is helped along.
+_DEATH_GRACE = 1.0
+#: An executor process that still holds this much of its own memory limit after a work is replaced.
+_HEAVY = 0.5
+
+
+class Admission:
+    """One work that may run. Exactly one of `finish`, `died` and `abort` ends it; more calls change nothing."""
+
+    isolation: Literal["inline", "process"]
+
+    def __init__(self, manager: Manager, work: Work, confinement: Confinement, slot: int | None) -> None:
+        self.work = work
+        self.confinement = confinement
+        self._manager = manager
+        self._slot = slot
+        self._started = time.monotonic()
+        self._outcome: Outcome | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The policy the work runs under."""
+        return self.confinement.policy
+
+    @property
+    def key(self) -> str | None:
+        """The key of its confinement, where the policy has one for each."""
+        return self.confinement.key
+
+    @property
+    def name(self) -> str:
+        """The name of its confinement, which is that of its cgroup."""
+        return self.confinement.name
+
+    def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
+        """The work ran to its end, or its own code raised."""
+        raise NotImplementedError
+
+    def died(self) -> Outcome:
+        """The channel to the work's executor is closed: find out how it ended."""
+        raise NotImplementedError
+
+    def abort(self, detail: str) -> Outcome:
+        """Stop the work, which nobody waits for any more."""
+        raise NotImplementedError
+
+    def _conclude(
+        self,
+        ending: Ending,
+        usage: Usage,
+        *,
+        limit: str | None = None,
+        signal_number: int | None = None,
+        detail: str = "",
+    ) -> Outcome:
+        outcome = Outcome(
+            ending=ending,
+            usage=usage,
+            policy=self.policy.name,
+            key=self.key,
+            limit=limit,
+            signal=signal_number,
+            detail=detail,
+        )
+        self._outcome = outcome
+        self._manager.concluded(self.work, self.confinement, self._slot, outcome)
+        return outcome
+
+
+class InlineAdmission(Admission):
+    """Work that runs in threads of this process, inside `entered` blocks."""
+
+    isolation = "inline"
+    confinement: InlineConfinement
+
+    def __init__(
+        self, manager: Manager, work: Work, confinement: InlineConfinement, slot: int | None
+    ) -> None:
+        super().__init__(manager, work, confinement, slot)
+        self._cpu_seconds = 0.0
+
+    def entered(self) -> _Stay:
+        """A context manager: inside it the calling thread is confined. May be used again for the same work.
+
+        Raises `KernelError` on entering where the thread cannot be moved; the block does not run then.
+        """
+        return _Stay(self)
+
+    def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
+        return self._outcome or self._conclude(ending, self._usage(), detail=detail)
+
+    def died(self) -> Outcome:
+        raise TypeError("inline work has no executor that could die")
+
+    def abort(self, detail: str) -> Outcome:
+        return self._outcome or self._conclude("aborted", self._usage(), detail=detail)
+
+    def spent(self, cpu_seconds: float) -> None:
+        """Count CPU time of a stay."""
+        self._cpu_seconds += cpu_seconds
+
+    def _usage(self) -> Usage:
+        return Usage(wall_seconds=time.monotonic() - self._started, cpu_seconds=self._cpu_seconds)
+
+
+class _Stay:
+    """A thread's stay in the cgroup of a confinement."""
+
+    __slots__ = ("_admission", "_cpu", "_executor")
+
+    def __init__(self, admission: InlineAdmission) -> None:
+        self._admission = admission
+        self._executor: InlineExecutor | None = None
+        self._cpu = 0.0
+
+    def __enter__(self) -> None:
+        self._executor = self._admission.confinement.enter()
+        self._cpu = time.thread_time()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._admission.spent(time.thread_time() - self._cpu)
+        if self._executor is not None:
+            self._executor.leave()
+
+
+class ProcessAdmission(Admission):
+    """Work that runs in an executor process, at the other end of `channel`."""
+
+    isolation = "process"
+    confinement: ProcessConfinement
+
+    def __init__(
+        self,
+        manager: Manager,
+        work: Work,
+        confinement: ProcessConfinement,
+        slot: int | None,
+        pool: ExecutorPool,
+    ) -> None:
+        super().__init__(manager, work, confinement, slot)
+        self._pool = pool
+        self._executor = executor = pool.take(confinement.name, confinement.policy)
+        self._over = False
+        if executor.works:
+            executor.meter.reset_peak()
+        executor.works += 1
+        self._before = executor.reading
+        timeout = confinement.policy.each.timeout
+        if timeout is not None:
+            pool.processes.at(self._started + timeout, self._time_out)
+
+    @property
+    def channel(self) -> Channel:
+        """The way to the executor process, which waits for the first frame of this work."""
+        return self._executor.channel
+
+    @property
+    def executor_pid(self) -> int:
+        """The pid of the executor process."""
+        return self._executor.pid
+
+    def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
+        if self._outcome is not None:
+            return self._outcome
+        if not self._is_over():
+            return self.died()  # it ran into its deadline just now
+        executor = self._executor
+        try:
+            reading = executor.meter.read()
+        except KernelError:
+            return self.died()  # its cgroup is gone, and so is it
+        executor.reading = reading
+        self._let_go(reading)
+        if ending == "error" and self._hit_pids_limit(reading):
+            return self._conclude(
+                "pids",
+                self._usage(reading),
+                limit=self._limit("pids"),
+                detail=detail or "no more processes or threads may be started",
+            )
+        return self._conclude(ending, self._usage(reading), detail=detail)
+
+    def died(self) -> Outcome:
+        if self._outcome is not None:
+            return self._outcome
+        self._is_over()
+        executor = self._executor
+        if not executor.ended.wait(_DEATH_GRACE):
+            self._pool.processes.kill(executor, "protocol")
+        return self._autopsy()
+
+    def abort(self, detail: str) -> Outcome:
+        if self._outcome is not None:
+            return self._outcome
+        self._is_over()
+        executor = self._executor
+        executor.channel.refuse()
+        if executor.fate is None:
+            executor.fate = "aborted"
+        if not executor.ended.wait(ABORT_GRACE):
+            self._pool.processes.kill(executor, "aborted")
+        return self._autopsy(detail)
+
+    def _is_over(self) -> bool:
+        """Settle that the work is over; False when its deadline was there first."""
+        with self._manager.lock:
+            first = not self._over
+            self._over = True
+            return first
+
+    def _time_out(self) -> None:
+        if self._is_over():
+            self._pool.processes.kill(self._executor, "timeout")
+
+    def _let_go(self, reading: Reading) -> None:
+        """Give the executor process back, or end it where it must not serve again."""
+        executor, pool = self._executor, self._pool
+        if not executor.is_alone(reading):
+            # What the work started ends with it, before anybody is told that it ended.
+            pool.processes.kill(executor, "left processes behind")
+            pool.replace(executor, "left processes behind")
+        elif executor.works >= self.policy.max_works:
+            pool.replace(executor, "served max_works")
+        elif self._is_heavy(reading):
+            pool.replace(executor, "holds much of its memory limit")
+        else:
+            pool.give_back(executor)
+
+    def _is_heavy(self, reading: Reading) -> bool:
+        most = self.policy.each.memory or self.policy.memory
+        return (
+            most is not None and reading.memory_current is not None and reading.memory_current > _HEAVY * most
+        )
+
+    def _autopsy(self, detail: str = "") -> Outcome:
+        executor = self._executor
+        if not self._pool.processes.wait_end(executor):
+            # Uninterruptible sleep, most likely: the supervisor still waits for it, the client need not.
+            return self._conclude(
+                "killed",
+                self._usage(self._before),
+                detail=f"{self.work.name}: its process {executor.pid} was killed and does not end",
+            )
+        self._pool.replace(executor, executor.fate or "died")
+        usage = self._usage(executor.reading)
+        policy = self.policy
+        if executor.fate == "timeout":
+            return self._conclude(
+                "timeout",
+                usage,
+                limit="each.timeout",
+                detail=f"{self.work.name}: wall time limit {policy.each.timeout} reached",
+            )
+        if executor.fate == "aborted":
+            return self._conclude("aborted", usage, detail=detail)
+        if _rose(self._before.oom_kills, executor.reading.oom_kills):
+            limit = self._limit("memory")
+            bound = policy.each.memory if limit == "each.memory" else policy.memory
+            return self._conclude(
+                "memory",
+                usage,
+                limit=limit,
+                detail=f"{self.work.name}: memory limit {bound or 'of the machine'} reached, "
+                f"peak {_mebibytes(usage.memory_peak)}",
+            )
+        if executor.fate == "protocol":
+            return self._conclude(
+                "killed", usage, detail=f"{self.work.name}: its process broke off the conversation"
+            )
+        status = executor.status
+        if status is not None and os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            return self._conclude(
+                "killed",
+                usage,
+                signal_number=number,
+                detail=f"{self.work.name}: its process was ended by a signal: {signal.strsignal(number)}",
+            )
+        code = "" if status is None else f" with exit status {os.waitstatus_to_exitcode(status)}"
+        return self._conclude("killed", usage, detail=f"{self.work.name}: its process ended{code}")
+
+    def _limit(self, name: Literal["memory", "pids"]) -> str:
+        """The limit that was hit: that of the single work, or that of all together."""
+        each = getattr(self.policy.each, name)
+        together = getattr(self.policy, name)
+        if each is None:
+            return name
+        if together is None:
+            return f"each.{name}"
+        reading = self._executor.reading
+        reached = reading.memory_peak if name == "memory" else reading.pids_limit_hits
+        least = each * 0.95 if name == "memory" else (self._before.pids_limit_hits or 0) + 1
+        return f"each.{name}" if reached is not None and reached >= least else name
+
+    def _hit_pids_limit(self, reading: Reading) -> bool:
+        if _rose(self._before.pids_limit_hits, reading.pids_limit_hits):
+            return True
+        if self.policy.pids is None:
+            return False
+        # Since 6.12 a hit is counted where the limit is: in the cgroup of all the work together.
+        hits = self._manager.together(self.confinement).read().pids_limit_hits
+        before, self.confinement.pids_limit_hits = self.confinement.pids_limit_hits, hits or 0
+        return _rose(before, hits)
+
+    def _usage(self, reading: Reading) -> Usage:
+        before = self._before
+        return Usage(
+            wall_seconds=time.monotonic() - self._started,
+            cpu_seconds=_spent(before.cpu_seconds, reading.cpu_seconds),
+            memory_peak=reading.memory_peak,
+            io_read_bytes=_spent(before.io_read_bytes, reading.io_read_bytes),
+            io_write_bytes=_spent(before.io_write_bytes, reading.io_write_bytes),
+        )
+
+
+def _rose(before: int | None, after: int | None) -> bool:
+    return after is not None and after > (before or 0)
+
+
+def _spent(before: _Number | None, after: _Number | None) -> _Number | None:
+    if after is None:
+        return None
+    return after if before is None else after - before
+
+
+def _mebibytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,127 @@
+"""A policy in force: its cgroup, its slots, its executors; one for each key of the policy."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+import threading
+from typing import TYPE_CHECKING
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.executors.inline import InlineExecutor
+from rcon_plugins.isolation import Isolation, Verdict, asked_resources
+from rcon_plugins.slots import first_slot
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from rcon_plugins.instance import Instance
+    from rcon_plugins.kernel.cgroup import Entrance
+    from rcon_plugins.policy import Policy
+
+_PLAIN_KEY = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,99}")
+
+
+def cgroup_name(policy: str, key: str | None) -> str:
+    """The directory name of a confinement: ``policy``, or ``policy~key``.
+
+    A key is what a client sent. One that is not plain (host-like, at most 100 characters) appears as ``policy~~HASH``
+    instead, so that no key, whatever it holds, names anything but one directory; different keys never share one.
+    """
+    if key is None:
+        return policy
+    if _PLAIN_KEY.fullmatch(key):
+        return f"{policy}~{key}"
+    digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=20).hexdigest()
+    return f"{policy}~~{digest}"
+
+
+class Confinement:
+    """One policy, for one key, in force. ``users`` counts the works under way; its manager keeps it."""
+
+    isolation: Isolation
+
+    def __init__(self, policy: Policy, key: str | None, verdict: Verdict) -> None:
+        self.policy = policy
+        self.key = key
+        self.name = cgroup_name(policy.name, key)
+        self.isolation = verdict.isolation
+        self.first_slot = first_slot(self.name)
+        self.users = 0
+
+    def close(self) -> None:
+        """Remove what this process keeps of it in the kernel. No work may be under way."""
+
+
+class ProcessConfinement(Confinement):
+    """Its work runs in executor processes; the cgroups are made with them."""
+
+    def __init__(self, policy: Policy, key: str | None, verdict: Verdict) -> None:
+        super().__init__(policy, key, verdict)
+        #: Forks refused in the confinement's cgroup when somebody last looked.
+        self.pids_limit_hits = 0
+
+
+class InlineConfinement(Confinement):
+    """Its work runs in threads of this process, which enter its threaded cgroup. None where nothing is limited."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        key: str | None,
+        verdict: Verdict,
+        instance: Instance,
+        hook: pluggy.HookRelay,
+    ) -> None:
+        super().__init__(policy, key, verdict)
+        self._instance = instance
+        self._hook = hook
+        self._lock = threading.Lock()
+        self._home: Entrance | None = None
+        self.executor: InlineExecutor | None = None
+        self._controllers = frozenset[str]().union(
+            *(resources.controllers() for resources in asked_resources(hook, policy, policy))
+        )
+        if self._controllers:
+            self.open()
+
+    def open(self) -> None:
+        """Make the cgroup, write its limits, and open what threads enter it by."""
+        with self._lock:
+            home = self._home or self._instance.host.entrance(self._controllers)
+            self._home = home
+            cgroup = self._instance.threaded(self.name)
+            cgroup.create(threaded=True, controllers=self._controllers)
+            self._hook.rcon_configure_cgroup(cgroup=cgroup, limits=self.policy, policy=self.policy)
+            entrance = cgroup.entrance(self._controllers)
+            self.executor, former = InlineExecutor(cgroup, entrance, home), self.executor
+        if former is not None:
+            former.entrance.close()
+
+    def enter(self) -> InlineExecutor | None:
+        """Move the calling thread in; what is returned moves it out again.
+
+        Another worker of the server, for whom this confinement had become the least recently used, may have removed
+        the cgroup: it is made again then. Raises `KernelError`.
+        """
+        executor = self.executor
+        if executor is None:
+            return None
+        try:
+            executor.enter()
+        except KernelError as error:
+            if error.errno not in (errno.ENODEV, errno.ENOENT):
+                raise
+            self.open()
+            executor = self.executor
+            if executor is not None:
+                executor.enter()
+        return executor
+
+    def close(self) -> None:
+        """Close the ways in, and remove the cgroup unless threads of another worker are in it."""
+        if self.executor is not None:
+            self.executor.close()
+        if self._home is not None:
+            self._home.close()

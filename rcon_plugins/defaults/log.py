@@ -1,0 +1,37 @@
+"""One structured log line for each refusal and each limit hit."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import msgspec
+
+from rcon_plugins.hookspecs import hookimpl
+from rcon_plugins.outcome import Outcome
+from rcon_plugins.work import Work
+
+#: The logger of everything this project has to say.
+LOGGER = logging.getLogger("rcon")
+
+_QUIET = frozenset({"ok", "error", "aborted"})
+
+
+@hookimpl
+def rcon_work_finished(work: Work, outcome: Outcome) -> None:
+    """Write one line of JSON at level WARNING unless the work ended by itself."""
+    if outcome.ending in _QUIET:
+        return
+    line = {
+        "event": outcome.ending,
+        "kind": work.kind,
+        "work": work.name,
+        "policy": outcome.policy,
+        "key": outcome.key,
+        "limit": outcome.limit,
+        "signal": outcome.signal,
+        "detail": outcome.detail,
+        "usage": msgspec.to_builtins(outcome.usage),
+    }
+    # json, not msgspec: names come from clients, and may hold what is no valid UTF-8
+    LOGGER.warning("%s", json.dumps(line))

@@ -1,0 +1,25 @@
+"""Controller memory: the most bytes, where the kernel begins to slow allocation down, and swap."""
+
+from __future__ import annotations
+
+from rcon_plugins.hookspecs import hookimpl
+from rcon_plugins.kernel.cgroup import Cgroup, Resources
+from rcon_plugins.policy import Limits, Policy
+
+
+@hookimpl
+def rcon_configure_cgroup(cgroup: Cgroup, limits: Limits, policy: Policy) -> None:
+    """Write the memory limits.
+
+    One executor process and what it started die together (v2 ``memory.oom.group``): half of a work is none.
+    """
+    dies_whole = limits is policy.each and (policy.memory is not None or limits.memory is not None)
+    if dies_whole or any(limit is not None for limit in (limits.memory, limits.memory_high, limits.swap)):
+        cgroup.configure(
+            Resources(
+                memory_max=limits.memory,
+                memory_high=limits.memory_high,
+                swap_max=limits.swap,
+                oom_group=dies_whole,
+            )
+        )

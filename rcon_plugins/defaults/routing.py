@@ -1,0 +1,20 @@
+"""The router of the settings file, as the last to be asked for a policy."""
+
+from __future__ import annotations
+
+from rcon_plugins.hookspecs import hookimpl
+from rcon_plugins.routing import Router
+from rcon_plugins.settings import Settings
+from rcon_plugins.work import Work
+
+
+class Routing:
+    """Selects by the routes of the settings, first match wins."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._router = Router(settings.routes)
+
+    @hookimpl(trylast=True)
+    def rcon_select_policy(self, work: Work) -> str | None:
+        """The policy of the first route that matches."""
+        return self._router.match(work)

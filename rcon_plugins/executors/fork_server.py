@@ -1,0 +1,235 @@
+"""The fork server: the single-threaded process that alone makes executor processes.
+
+It is forked from the host after the application is loaded and before other threads serve, so that forking never
+meets threads. It runs no application code. It reaps the executor processes and tells the host how each ended. When
+the host ends, however that happened, it kills all that the host's executor processes started, and ends too.
+
+Host and fork server speak over a ``SOCK_SEQPACKET`` pair: a `Birth` with one end of the new executor's channel goes
+down, a `Death` comes up. Both are this project's own code, so a birth is pickled; a death is a fixed record.
+"""
+
+from __future__ import annotations
+
+import _socket  # the real thing, whatever a cooperative library made of `socket`
+import array
+import contextlib
+import gc
+import os
+import pickle
+import posix
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
+from rcon_plugins.kernel import process
+from rcon_plugins.kernel.syscalls import poll_readable
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from rcon_plugins.instance import Instance
+    from rcon_plugins.policy import Policy
+
+#: What an executor process does with each work: called with the work's first frame.
+Service = Callable[[Channel, Frame], None]
+
+#: First frame of a new executor process: it is confined and waits for work. Payload: its pid.
+READY = 1
+#: First frame of a new executor process: it could not be confined. Payload: why, as text.
+FAILED = 2
+PID = struct.Struct("!i")
+_DEATH = struct.Struct("!qii")
+_LARGEST_BIRTH = 128 * 1024
+
+_EXIT_NOT_CONFINED = 71
+_EXIT_SERVICE_RAISED = 70
+
+
+class Birth(NamedTuple):
+    """Make an executor process in the cgroup ``work/<name>/<leaf>``, for one policy and the rest of its life."""
+
+    number: int
+    name: str
+    leaf: str
+    policy: Policy
+
+
+class Death(NamedTuple):
+    """An executor process ended with a wait status; or, with pid 0, was never born: ``status`` is an errno."""
+
+    number: int
+    pid: int
+    status: int
+
+
+class ForkServer:
+    """The fork server's own side. `run` never returns."""
+
+    def __init__(
+        self,
+        control: _socket.socket,
+        host: int,
+        instance: Instance,
+        hook: pluggy.HookRelay,
+        service: Service,
+        after_fork: Sequence[Callable[[], object]] = (),
+    ) -> None:
+        self._control = control
+        self._host = host
+        self._instance = instance
+        self._hook = hook
+        self._service = service
+        self._after_fork = after_fork
+        self._pid = 0
+        self._children: dict[int, tuple[int, int]] = {}  # pidfd: number, pid
+
+    def run(self) -> NoReturn:
+        """Serve until the host is gone; then end all there is, and exit."""
+        status = 1
+        self._pid = os.getpid()
+        try:
+            # Not in the terminal's foreground group: an interrupt is the host's to act on, not ours.
+            os.setsid()
+            process.take_default_signals()
+            self._leave_the_servers_things()
+            gc.collect()
+            gc.freeze()  # what is here now stays shared with every executor process
+            self._serve()
+            status = 0
+        except BaseException:  # noqa: BLE001 - the end of this process: say why, whatever it was
+            traceback.print_exc()
+        finally:
+            try:
+                self._instance.sweep(f"{self._host}-")
+            except BaseException:  # noqa: BLE001 - as above; the next start removes what is left
+                traceback.print_exc()
+            os._exit(status)
+
+    def _leave_the_servers_things(self) -> None:
+        for descriptor in process.inherited_from_server():
+            if descriptor != self._control.fileno():
+                process.blank(descriptor)
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(null, 0)
+        os.close(null)
+
+    def _serve(self) -> None:
+        control = self._control.fileno()
+        try:
+            host = os.pidfd_open(self._host)
+        except ProcessLookupError:
+            return
+        if os.getppid() != self._host:
+            return
+        while True:
+            ready = poll_readable((control, host, *self._children), None)
+            for pidfd in ready & self._children.keys():
+                self._bury(pidfd)
+            if host in ready:
+                return
+            if control in ready and not self._take_order():
+                return
+
+    def _take_order(self) -> bool:
+        """Make one executor process; False when the host has closed its side."""
+        data, ancillary, _, _ = self._control.recvmsg(
+            _LARGEST_BIRTH, _socket.CMSG_SPACE(array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
+        )
+        if not data:
+            return False
+        birth = Birth(*pickle.loads(data))  # noqa: S301 - from our own host, never from an executor process
+        channel_end = array.array("i", ancillary[0][2])[0]
+        try:
+            pid = process.fork()
+        except OSError as error:
+            self._tell(Death(birth.number, 0, error.errno or 0))
+        else:
+            if pid == 0:
+                self._become_executor(birth, channel_end)
+            self._children[os.pidfd_open(pid)] = (birth.number, pid)
+        finally:
+            os.close(channel_end)
+        return True
+
+    def _bury(self, pidfd: int) -> None:
+        number, pid = self._children.pop(pidfd)
+        os.close(pidfd)
+        _, status = posix.waitpid(pid, 0)
+        self._tell(Death(number, pid, status))
+
+    def _tell(self, death: Death) -> None:
+        # The host may be gone by now: the loop sees that by itself.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._control.send(_DEATH.pack(*death))
+
+    def _become_executor(self, birth: Birth, channel_end: int) -> NoReturn:
+        try:
+            self._control.close()
+            for pidfd in self._children:
+                os.close(pidfd)
+            os.setsid()
+            process.take_default_signals()
+            for renew in self._after_fork:
+                renew()
+            end = socket.socket(fileno=channel_end)
+            end.setblocking(True)
+            run_executor(Channel(end), birth, self._pid, self._instance, self._hook, self._service)
+        except BaseException:  # noqa: BLE001 - the end of this process: say why, whatever it was
+            traceback.print_exc()
+        finally:
+            os._exit(_EXIT_SERVICE_RAISED)
+
+
+def run_executor(
+    channel: Channel,
+    birth: Birth,
+    server: int,
+    instance: Instance,
+    hook: pluggy.HookRelay,
+    service: Service,
+) -> NoReturn:
+    """The life of an executor process: get confined for good, say so, serve one work after the other, end.
+
+    A fork that confined code made may come back here through the service: it ends at once, in silence.
+    """
+    me = os.getpid()
+    try:
+        instance.leaf(birth.name, birth.leaf).enter_process()
+        hook.rcon_drop(policy=birth.policy, place="process")
+        process.die_with_parent(server)
+    except BaseException as error:  # noqa: BLE001 - whatever it was: the host is told and nothing runs
+        channel.send((FAILED, f"{type(error).__name__}: {error}".encode(errors="replace")[:4096]))
+        os._exit(_EXIT_NOT_CONFINED)
+    status = _EXIT_SERVICE_RAISED
+    try:
+        channel.send((READY, PID.pack(me)))
+        while True:
+            service(channel, channel.receive())
+            if os.getpid() != me:
+                break
+            _flush()
+    except ChannelClosed:
+        status = 0
+    except BaseException:  # noqa: BLE001 - the end of this process: say why, whatever it was
+        if os.getpid() == me:
+            traceback.print_exc()
+    finally:
+        if os.getpid() == me:
+            _flush()
+        os._exit(status)
+
+
+def read_death(data: bytes) -> Death:
+    """A death from its record."""
+    return Death(*_DEATH.unpack(data))
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()

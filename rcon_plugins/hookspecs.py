@@ -1,0 +1,98 @@
+"""The hooks of this project: pluggy, project name ``rcon``.
+
+A plugin is a module or an object with functions of these names, each marked with `rcon_plugins.hookimpl`. It may
+take any subset of a hook's parameters. Installed plugins (entry-point group ``rcon_plugins``) become active
+by being named in the settings: ``plugins = ["name"]``. The built-in behaviour, in `rcon_plugins.defaults`,
+stands on the same hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from rcon_plugins.kernel.cgroup import Cgroup
+    from rcon_plugins.outcome import Outcome
+    from rcon_plugins.policy import Limits, Policy
+    from rcon_plugins.settings import Settings
+    from rcon_plugins.work import Work
+
+PROJECT = "rcon"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def rcon_policies(settings: Settings) -> Iterable[Policy]:  # type: ignore[empty-body]
+    """Contribute policies beside those of the settings file: from a database, say.
+
+    Called once when a manager is made, in the host process.
+
+    :param settings: the settings as loaded.
+    :returns: the policies. A name that exists already is an error.
+    """
+
+
+@hookspec(firstresult=True)
+def rcon_select_policy(work: Work) -> str | None:
+    """Choose the policy for one work. The first result that is not None wins.
+
+    Called for every work, on the hot path, in the thread that serves it. The built-in router comes last, so
+    that a plugin can decide before it. Where nobody answers, the policy named ``default`` is taken; without
+    one the work is refused, unless the settings say ``unmatched = "allow"``.
+
+    :param work: the request, task or command.
+    :returns: the name of a policy, or None to leave the choice to the next.
+    """
+
+
+@hookspec
+def rcon_configure_cgroup(cgroup: Cgroup, limits: Limits, policy: Policy) -> None:
+    """Write the limits of a cgroup before anything runs in it.
+
+    Called off the hot path, in the host process, for each cgroup made: with the policy itself as ``limits``
+    for the cgroup that holds all of its work together, and with ``policy.each`` for a cgroup that holds one
+    executor process. It must be idempotent: several workers of one server share a cgroup, and each writes.
+    It is also called without a kernel, to learn at start what the policy will ask of the machine; the
+    ``cgroup`` then only takes note of what ``configure`` is given. One built-in plugin a controller.
+
+    :param cgroup: the new cgroup; use its ``configure``.
+    :param limits: the limits to write.
+    :param policy: the policy they belong to.
+    :raises Exception: anything raised means that the work does not run.
+    """
+
+
+@hookspec
+def rcon_drop(policy: Policy, place: str) -> None:
+    """Give up what the policy does not grant: identity, capabilities, resource limits, anything irreversible.
+
+    Called in the new process, already in its cgroup, before its first work.
+
+    :param policy: the policy that the process will serve for the rest of its life.
+    :param place: ``"process"``.
+    :raises Exception: anything raised means that the process ends and the work does not run.
+    """
+
+
+@hookspec
+def rcon_work_started(work: Work, policy: Policy) -> None:
+    """Take note that a work is about to run. Called in the host process, in the thread that serves it.
+
+    :param work: the request, task or command.
+    :param policy: the policy it runs under.
+    :raises Exception: anything raised means that the work does not run.
+    """
+
+
+@hookspec
+def rcon_work_finished(work: Work, outcome: Outcome) -> None:
+    """Take note of how a work ended, or that it was refused. Called in the host process.
+
+    :param work: the request, task or command.
+    :param outcome: how it ended, and what it used.
+    """

@@ -1,0 +1,111 @@
+"""Which way in: the choice between ``inline`` and ``process`` for a policy, on this machine and server.
+
+``auto`` takes the cheapest that enforces *all* the policy asks for. See docs/isolation.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.kernel.cgroup import Hierarchy, Refusal, Resources
+from rcon_plugins.policy import Limits, Policy
+
+if TYPE_CHECKING:
+    import pluggy
+
+Isolation = Literal["inline", "process"]
+
+
+class Server(NamedTuple):
+    """What of the host decides how work can be confined.
+
+    ``threads``: other threads of this process serve other work, and share the GIL with it. ``greenlets``: several
+    works share one thread, so that no work can own the thread it runs in.
+    """
+
+    threads: bool = True
+    greenlets: bool = False
+
+
+class Verdict(NamedTuple):
+    """What becomes of one policy here: the isolation chosen, why, and what cannot be enforced."""
+
+    policy: Policy
+    isolation: Isolation
+    why: str
+    refusals: tuple[Refusal, ...]
+
+    def check(self, file: str | None = None) -> None:
+        """Raise `SettingsError` with the limit, the reason and the remedy if anything cannot be enforced."""
+        for refusal in self.refusals:
+            raise SettingsError(
+                f"cannot be enforced on this machine: {refusal.reason}",
+                key=f"policy.{self.policy.name}.{refusal.limit}",
+                hint=refusal.remedy,
+                file=file,
+            )
+
+
+class _Notebook:
+    """Takes the place of a cgroup where only what would be written is wanted."""
+
+    def __init__(self) -> None:
+        self.asked: list[Resources] = []
+
+    def configure(self, resources: Resources) -> None:
+        self.asked.append(resources)
+
+
+def asked_resources(hook: pluggy.HookRelay, limits: Limits, policy: Policy) -> list[Resources]:
+    """What the plugins would write for these limits."""
+    notebook = _Notebook()
+    hook.rcon_configure_cgroup(cgroup=notebook, limits=limits, policy=policy)
+    return notebook.asked
+
+
+def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.HookRelay) -> Verdict:
+    """Choose the isolation of a policy and find what of it this machine cannot enforce."""
+    together = asked_resources(hook, policy, policy)
+    each = asked_resources(hook, policy.each, policy)
+    as_thread = _refusals(hierarchy, together, threaded=True)
+    as_process = _refusals(hierarchy, together, threaded=False) + tuple(
+        Refusal(f"each.{refusal.limit}", refusal.reason, refusal.remedy)
+        for refusal in _refusals(hierarchy, each, threaded=False)
+    )
+    need = _needs_process(policy, server, as_thread)
+    if policy.isolation == "process":
+        return Verdict(policy, "process", 'the policy says isolation = "process"', as_process)
+    if policy.isolation == "inline":
+        refusals = list(as_thread)
+        if server.greenlets:
+            refusals.append(
+                Refusal(
+                    "isolation",
+                    "greenlets share one thread, so that a work cannot own the thread it runs in",
+                    'use isolation = "auto" or "process"',
+                )
+            )
+        return Verdict(policy, "inline", 'the policy says isolation = "inline"', tuple(refusals))
+    if need:
+        return Verdict(policy, "process", need, as_process)
+    return Verdict(policy, "inline", "the cheapest that enforces all this policy asks for", as_thread)
+
+
+def _needs_process(policy: Policy, server: Server, as_thread: tuple[Refusal, ...]) -> str | None:
+    """Why only a process will do; None where a thread can carry the policy."""
+    if policy.each.asks():
+        return "limits of each work need a process for each"
+    if server.greenlets:
+        return "greenlets share one thread, which therefore cannot be confined for one of them"
+    if policy.cpu is not None and server.threads:
+        return "a CPU quota would stop the thread while it holds the GIL, and with it every other thread"
+    if as_thread:
+        return f"{as_thread[0].limit}: {as_thread[0].reason}"
+    return None
+
+
+def _refusals(hierarchy: Hierarchy, asked: list[Resources], *, threaded: bool) -> tuple[Refusal, ...]:
+    return tuple(
+        refusal for resources in asked for refusal in hierarchy.refusals(resources, threaded=threaded)
+    )

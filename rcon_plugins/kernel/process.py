@@ -1,0 +1,118 @@
+"""Making processes, watching them end, and what a new process must undo of its parent.
+
+All of it acts on the calling process. The functions use the interpreter's own system calls: `os.fork` and
+`os.waitpid` may have been replaced by a cooperative library, whose event loop has no place in a fork server.
+"""
+
+from __future__ import annotations
+
+import _signal
+import _socket  # the real thing, whatever a cooperative library made of `socket`
+import errno
+import os
+import posix
+import signal
+import stat
+import time
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.syscalls import PR_SET_PDEATHSIG, prctl
+
+_DESCRIPTORS = "/proc/self/fd"
+_OURS = ("/sys/fs/cgroup/", "/memfd:rcon")
+
+
+def fork() -> int:
+    """fork(2): 0 in the child, the child's pid in the parent. Every signal is blocked in the child.
+
+    Blocked, so that no handler inherited from the parent can run before `take_default_signals`.
+    """
+    before = _signal.pthread_sigmask(_signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = posix.fork()
+    except BaseException:
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
+        raise
+    if pid != 0:
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
+    return pid
+
+
+def take_default_signals() -> None:
+    """Give every signal its default action, unblock all, and forget the parent's wake-up descriptor.
+
+    SIGPIPE stays ignored, as Python has it, so that a closed socket is an exception.
+    """
+    _signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE):
+            continue
+        try:
+            _signal.signal(number, _signal.SIG_DFL)
+        except (OSError, ValueError):
+            continue  # the C library keeps the first real-time signals for itself
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when ``parent``, its parent's pid, ends (PR_SET_PDEATHSIG).
+
+    A change of uid or gid clears it, so call it after the last one. Raises `KernelError`, also where the
+    parent is gone already.
+    """
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise KernelError("the parent process ended", errno=errno.ESRCH, path="getppid")
+
+
+def reap(pid: int, timeout: float = 5.0) -> int | None:
+    """The wait status of the child ``pid``, waiting ``timeout`` seconds for it to end; None if it lives.
+
+    A child that something else has reaped already counts as ended with status 0.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            found, status = posix.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            return 0
+        if found == pid:
+            return int(status)
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.005)
+
+
+def inherited_from_server() -> list[int]:
+    """Open descriptors above 2 that are sockets, cgroup files or the host's locks: no business of confined code."""
+    found: list[int] = []
+    for name in os.listdir(_DESCRIPTORS):
+        descriptor = int(name)
+        if descriptor <= 2:
+            continue
+        try:
+            is_socket = stat.S_ISSOCK(os.fstat(descriptor).st_mode)
+            target = os.readlink(f"{_DESCRIPTORS}/{name}")
+        except FileNotFoundError:
+            continue  # the descriptor of this very listing
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                continue
+            raise
+        if is_socket or target.startswith(_OURS):
+            found.append(descriptor)
+    return found
+
+
+def blank(descriptor: int) -> None:
+    """Put a socket without a peer in the place of ``descriptor``.
+
+    Closing would free the number, and code that still remembers it would write into whatever is opened
+    next; a socket whose peer is gone answers with an end of file and EPIPE instead.
+    """
+    end, peer = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        os.dup2(end.fileno(), descriptor, inheritable=False)
+    finally:
+        peer.close()
+        end.close()

@@ -1,0 +1,327 @@
+"""The manager: which policy a work gets, and the confinement that puts it in force."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission
+from rcon_plugins.confinement import Confinement, InlineConfinement, ProcessConfinement, cgroup_name
+from rcon_plugins.defaults.log import LOGGER
+from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, KernelError, RconError
+from rcon_plugins.executors.pool import ExecutorPool
+from rcon_plugins.instance import Instance
+from rcon_plugins.isolation import Server, Verdict, judge
+from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.outcome import Outcome
+from rcon_plugins.plugins import make_plugin_manager
+from rcon_plugins.settings import Settings
+from rcon_plugins.slots import Slots
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from rcon_plugins.executors.fork_server import Service
+    from rcon_plugins.kernel.cgroup import Cgroup
+    from rcon_plugins.work import Work
+
+
+class Plan(NamedTuple):
+    """What the settings come to on this machine and this server, before anything is made."""
+
+    settings: Settings
+    hierarchy: Hierarchy
+    plugins: pluggy.PluginManager
+    verdicts: Mapping[str, Verdict]
+
+    @classmethod
+    def make(
+        cls,
+        settings: Settings,
+        server: Server | None = None,
+        plugins: Sequence[object] = (),
+        hierarchy: Hierarchy | None = None,
+    ) -> Plan:
+        """Load the plugins and judge each policy. Changes nothing. Raises `SettingsError`, `KernelError`."""
+        hierarchy = hierarchy or Hierarchy.discover()
+        manager = make_plugin_manager(settings, plugins)
+        contributed = [policy for some in manager.hook.rcon_policies(settings=settings) for policy in some]
+        complete = settings.with_policies(contributed)
+        verdicts = {
+            name: judge(policy, server or Server(), hierarchy, manager.hook)
+            for name, policy in complete.policies.items()
+        }
+        return cls(complete, hierarchy, manager, verdicts)
+
+    def check(self) -> None:
+        """Raise `SettingsError` for the first policy that cannot be enforced here: limit, reason, remedy."""
+        for verdict in self.verdicts.values():
+            verdict.check(self.settings.file)
+
+    @property
+    def uses_inline(self) -> bool:
+        """Whether threads of the server will enter cgroups, for which the server must live in the instance."""
+        return any(verdict.isolation == "inline" for verdict in self.verdicts.values())
+
+    @property
+    def uses_processes(self) -> bool:
+        """Whether a fork server is needed."""
+        return any(verdict.isolation == "process" for verdict in self.verdicts.values())
+
+
+class Manager:
+    """Confines the work of one process. Thread-safe once started.
+
+    Make it from settings, `start` it in the process that serves, after the application is loaded and before other
+    threads run; ask `admit` for each work; `close` it at the end. Servers of several processes make one `Instance` in
+    their parent and give it to the manager of each, so that limits hold for all of them together.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        server: Server | None = None,
+        instance: Instance | None = None,
+        plugins: Sequence[object] = (),
+        on_lost: Callable[[], object] | None = None,
+    ) -> None:
+        """Judge the policies. Raises `SettingsError` for one that this machine cannot enforce.
+
+        ``on_lost`` is called, in another thread, if the fork server ends before its time: work that needs a process
+        is refused from then on, so the host had best be replaced.
+        """
+        self.plan = Plan.make(settings, server, plugins)
+        self.plan.check()
+        self.settings = self.plan.settings
+        self.hook = self.plan.plugins.hook
+        #: Settles the few races between a work's own thread and the supervisor. Held for moments.
+        self.lock = threading.Lock()
+        self._making = threading.Lock()
+        self._owns_instance = instance is None
+        self._instance = instance
+        self._on_lost = on_lost
+        self._pid = 0
+        self._slots: Slots | None = None
+        self._pool: ExecutorPool | None = None
+        self._confinements: OrderedDict[str, Confinement] = OrderedDict()
+
+    def start(
+        self, service: Service | None = None, *, after_fork: Sequence[Callable[[], object]] = ()
+    ) -> None:
+        """Make the instance where none was given, and fork the fork server where a policy needs processes.
+
+        ``service`` is what an executor process does with each work; ``after_fork`` is called in each new one. Raises
+        `DelegationError` and other `KernelError`, `ConfinementError` where a policy needs processes and there is no
+        service.
+        """
+        if self._pid:
+            raise ConfinementError("the manager was started already")
+        if self.plan.uses_processes and service is None:
+            needy = next(name for name, v in self.plan.verdicts.items() if v.isolation == "process")
+            raise ConfinementError(
+                f"the policy {needy!r} needs processes ({self.plan.verdicts[needy].why}), "
+                "and nobody said what runs in them"
+            )
+        instance = self._instance
+        if instance is None:
+            instance = Instance.create(self.plan.hierarchy, base=self.settings.cgroup)
+            self._instance = instance
+        try:
+            if self._owns_instance and (self.plan.uses_inline or instance.needs_adoption):
+                instance.adopt()
+            self._slots = Slots(instance.locks)
+            if self.plan.uses_processes and service is not None:
+                self._pool = ExecutorPool(
+                    instance, self.hook, self.settings.processes, self._executor_ended, self._on_lost
+                )
+                self._pool.processes.start(service, after_fork)
+        except BaseException:
+            if self._owns_instance:
+                instance.close()
+            raise
+        self._pid = os.getpid()
+
+    def close(self) -> None:
+        """End all executor processes and remove what this manager made. Work under way is killed.
+
+        Does nothing in a process other than the one that started it.
+        """
+        if self._pid != os.getpid():
+            return
+        self._pid = 0
+        if self._pool is not None:
+            self._pool.close()
+        for confinement in self._confinements.values():
+            confinement.close()
+        self._confinements.clear()
+        if self._owns_instance and self._instance is not None:
+            self._instance.close()
+
+    @property
+    def fork_server_pid(self) -> int | None:
+        """The pid of the fork server; None without one."""
+        return self._pool.processes.server_pid if self._pool is not None else None
+
+    def admit(self, work: Work) -> Admission | None:
+        """Let a work run under its policy; None when no route names it and the settings allow that.
+
+        Raises `ConfinementError` when the work cannot be confined, `ConcurrencyLimitExceeded` when as much of it is
+        under way as may be. Either way it must not run; hooks and log have been told.
+        """
+        if self._pid != os.getpid():
+            self._refuse(work, "", None, ConfinementError(self._why_not_here()))
+        policy_name, key = "", None
+        try:
+            selected = self._select(work)
+            if selected is None:
+                return None
+            policy_name = selected
+            policy = self.settings.policies[policy_name]
+            key = work.attributes.get(policy.per) if policy.per is not None else None
+            confinement = self._hold(policy_name, key)
+        except (RconError, OSError) as error:
+            self._refuse(work, policy_name, key, error)
+        slot: int | None = None
+        try:
+            if policy.concurrency is not None:
+                slot = self._take_slot(confinement, policy.concurrency)
+            self.hook.rcon_work_started(work=work, policy=policy)
+            return self._make_admission(work, confinement, slot)
+        except BaseException as error:
+            self._let_go(confinement, slot)
+            if not isinstance(error, Exception):
+                raise
+            self._refuse(work, policy_name, key, error)
+
+    def together(self, confinement: Confinement) -> Cgroup:
+        """The cgroup that holds all the work of a confinement that runs in processes."""
+        return self._ready_instance().together(confinement.name)
+
+    def concluded(self, work: Work, confinement: Confinement, slot: int | None, outcome: Outcome) -> None:
+        """Take note of a work's outcome: called by its admission, once."""
+        self._let_go(confinement, slot)
+        self._tell(work, outcome)
+
+    def _select(self, work: Work) -> str | None:
+        selected: str | None = self.hook.rcon_select_policy(work=work) or self.settings.fallback
+        if selected is None:
+            if self.settings.unmatched == "allow":
+                return None
+            raise ConfinementError(
+                f"no route names {work.name!r}; add a route or a policy named `default`, "
+                'or set unmatched = "allow" to let such work run without limits'
+            )
+        if selected not in self.settings.policies:
+            raise ConfinementError(f"a plugin selected the policy {selected!r}, which does not exist")
+        return selected
+
+    def _hold(self, policy_name: str, key: str | None) -> Confinement:
+        """The confinement of a policy and key, made where it is not kept, with one more user."""
+        name = cgroup_name(policy_name, key)
+        with self.lock:
+            found = self._confinements.get(name)
+            if found is not None:
+                self._confinements.move_to_end(name)
+                found.users += 1
+                return found
+        with self._making:
+            with self.lock:
+                found = self._confinements.get(name)
+                if found is not None:
+                    found.users += 1
+                    return found
+            made = self._make_confinement(policy_name, key)
+            with self.lock:
+                made.users += 1
+                self._confinements[name] = made
+                superfluous = self._superfluous()
+            for confinement in superfluous:
+                self._drop(confinement)
+        return made
+
+    def _make_confinement(self, policy_name: str, key: str | None) -> Confinement:
+        verdict = self.plan.verdicts[policy_name]
+        policy = self.settings.policies[policy_name]
+        if verdict.isolation == "process":
+            return ProcessConfinement(policy, key, verdict)
+        return InlineConfinement(policy, key, verdict, self._ready_instance(), self.hook)
+
+    def _superfluous(self) -> list[Confinement]:
+        """Take out what is kept beyond the bound and unused, the longest unused first."""
+        excess = len(self._confinements) - self.settings.confinements
+        idle = [name for name, kept in self._confinements.items() if not kept.users]
+        return [self._confinements.pop(name) for name in idle[: max(0, excess)]]
+
+    def _drop(self, confinement: Confinement) -> None:
+        try:
+            confinement.close()
+        except KernelError as error:
+            LOGGER.error("the cgroup of %s could not be removed: %s", confinement.name, error)
+        if isinstance(confinement, ProcessConfinement) and self._pool is not None:
+            self._pool.forget(confinement.name)
+
+    def _executor_ended(self, name: str) -> None:
+        """The last executor process of a confinement ended: its cgroup goes too, if it is not kept."""
+        with self.lock:
+            if name in self._confinements:
+                return
+        self._ready_instance().together(name).delete()
+
+    def _make_admission(self, work: Work, confinement: Confinement, slot: int | None) -> Admission:
+        if isinstance(confinement, InlineConfinement):
+            return InlineAdmission(self, work, confinement, slot)
+        if isinstance(confinement, ProcessConfinement) and self._pool is not None:
+            return ProcessAdmission(self, work, confinement, slot, self._pool)
+        raise ConfinementError(f"{confinement.name} needs a process, and there is no fork server")
+
+    def _take_slot(self, confinement: Confinement, limit: int) -> int:
+        slots = self._slots
+        slot = slots.take(confinement.first_slot, limit) if slots is not None else None
+        if slot is None:
+            raise ConcurrencyLimitExceeded(
+                f"{limit} works are under way, which is the most", limit="concurrency"
+            )
+        return slot
+
+    def _let_go(self, confinement: Confinement, slot: int | None) -> None:
+        if slot is not None and self._slots is not None:
+            self._slots.release(slot)
+        with self.lock:
+            confinement.users -= 1
+
+    def _refuse(self, work: Work, policy: str, key: str | None, error: Exception) -> NoReturn:
+        """Tell hooks and log that the work does not run, and raise that."""
+        if isinstance(error, ConcurrencyLimitExceeded):
+            error.policy, error.key = policy, key
+            self._tell(
+                work,
+                Outcome(ending="concurrency", policy=policy, key=key, limit=error.limit, detail=str(error)),
+            )
+            raise error
+        self._tell(work, Outcome(ending="refused", policy=policy, key=key, detail=str(error)))
+        if isinstance(error, ConfinementError):
+            raise error
+        raise ConfinementError(f"{work.name}: {type(error).__name__}: {error}") from error
+
+    def _tell(self, work: Work, outcome: Outcome) -> None:
+        try:
+            self.hook.rcon_work_finished(work=work, outcome=outcome)
+        except Exception:  # noqa: BLE001 - the work is over; a plugin's fault in hearing so is for the log
+            LOGGER.exception("a plugin failed in rcon_work_finished")
+
+    def _ready_instance(self) -> Instance:
+        if self._instance is None:
+            raise ConfinementError("the manager was not started")
+        return self._instance
+
+    def _why_not_here(self) -> str:
+        if not self._pid:
+            return "the manager is not started, or closed"
+        return (
+            f"the manager was started in process {self._pid}, and this is a fork of it, {os.getpid()}; "
+            "start one in each process that serves (see the adapter for this server)"
+        )

@@ -1,0 +1,72 @@
+"""The plugin manager: the built-in plugins, and those that the settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+
+import pluggy
+
+from rcon_plugins import hookspecs
+from rcon_plugins.defaults import cpu, cpuset, io, log, memory, pids
+from rcon_plugins.defaults.routing import Routing
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.settings import Settings
+
+ENTRY_POINTS = "rcon_plugins"
+
+
+def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> pluggy.PluginManager:
+    """A plugin manager with the built-in plugins, those named in ``settings.plugins``, and ``extra``.
+
+    Installed is not active: only what the settings name is loaded, one entry point by name. Raises
+    `SettingsError` for a name that no installed distribution offers, a plugin that cannot be loaded, or a hook
+    that does not exist.
+    """
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for module in (cpu, cpuset, memory, io, pids, log):
+        manager.register(module, f"rcon.{module.__name__.rpartition('.')[2]}")
+    manager.register(Routing(settings), "rcon.routing")
+    for name in settings.plugins:
+        _register(manager, _load(name, settings.file), name, settings.file)
+    for plugin in extra:
+        _register(manager, plugin, None, settings.file)
+    return manager
+
+
+def _load(name: str, file: str | None) -> object:
+    found = list(entry_points(group=ENTRY_POINTS, name=name))
+    if not found:
+        offered = sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
+        raise SettingsError(
+            f"no installed distribution offers the plugin {name!r}",
+            key="plugins",
+            value=name,
+            hint=f"installed are: {', '.join(offered) or 'none'}; install it, or take the name out",
+            file=file,
+        )
+    try:
+        return found[0].load()
+    except Exception as error:
+        raise SettingsError(
+            f"the plugin {name!r} cannot be loaded: {type(error).__name__}: {error}",
+            key="plugins",
+            value=name,
+            hint=f"it is {found[0].value}",
+            file=file,
+        ) from error
+
+
+def _register(manager: pluggy.PluginManager, plugin: object, name: str | None, file: str | None) -> None:
+    try:
+        manager.register(plugin, name)
+        manager.check_pending()
+    except (pluggy.PluginValidationError, ValueError) as error:
+        raise SettingsError(
+            f"the plugin {name or plugin!r} does not fit: {error}",
+            key="plugins",
+            value=name,
+            hint="see docs/hooks.md for the hooks and their parameters",
+            file=file,
+        ) from error
