@@ -21,6 +21,8 @@ from rcon_plugins.units import Written, show
 
 T = TypeVar("T")
 
+_TOML_WORDS = {"int": "integer", "str": "string", "bool": "boolean", "object": "table"}
+
 
 def convert(value: object, kind: type[T], key: str = "") -> T:
     """``value``, as a settings file holds it, as a ``kind``.
@@ -72,7 +74,7 @@ def explain(value: object, kind: Any, key: str, meta: msgspec.Meta | None = None
     except SettingsError as error:
         own = error
     except msgspec.ValidationError as error:
-        own = SettingsError(_plainly(value, str(error)), value=value, hint=_remedy(value, kind, meta))
+        own = _plainly(value, kind, meta, str(error).partition(" - at `")[0])
     inner, meta = _unwrapped(kind, meta)
     if isinstance(value, Mapping):
         for name, part in value.items():
@@ -88,16 +90,20 @@ def explain(value: object, kind: Any, key: str, meta: msgspec.Meta | None = None
 def _fault_of_part(kind: Any, name: str, part: object, key: str) -> SettingsError | None:
     here = dotted(key, name)
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        hints = typing.get_type_hints(kind, include_extras=True)
-        fields = {field.encode_name: hints[field.name] for field in msgspec.structs.fields(kind)}
+        fields = _fields(kind)
         if name not in fields:
-            elsewhere = getattr(kind, "__elsewhere__", {}).get(name)
+            elsewhere = getattr(kind, "belongs", {}).get(name)
             hint = elsewhere or did_you_mean(name, fields) or one_of(fields)
             return SettingsError("unknown key", key=here, value=part, hint=hint)
         return explain(part, fields[name], here)
     if get_origin(kind) is not None and issubclass(get_origin(kind), Mapping):
         return explain(part, get_args(kind)[1], here)
     return None
+
+
+def _fields(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.encode_name: hints[field.name] for field in msgspec.structs.fields(kind)}
 
 
 def _unwrapped(kind: Any, meta: msgspec.Meta | None) -> tuple[Any, msgspec.Meta | None]:
@@ -112,14 +118,20 @@ def _unwrapped(kind: Any, meta: msgspec.Meta | None) -> tuple[Any, msgspec.Meta 
             return kind, meta
 
 
-def _plainly(value: object, message: str) -> str:
-    """msgspec's message without its path, and with the value."""
-    message = message.partition(" - at `")[0].replace(" | null", "").replace("`", "")
+def _plainly(value: object, kind: Any, meta: msgspec.Meta | None, message: str) -> SettingsError:
+    """What msgspec says of ``value``, in the words of TOML, with the value and a remedy."""
     if message.startswith("Object missing required field "):
-        return f"the key {message.rpartition(' ')[2]!r} is missing"
+        name = message.split("`")[1]
+        example = _remedy(None, _fields(_unwrapped(kind, None)[0])[name], None)
+        return SettingsError(f"the key {name!r} is missing", hint=example)
     if message.startswith("Invalid enum value"):
-        return f"{show(value)} is not a word it knows"
-    return f"{show(value)} is refused: {message[:1].lower()}{message[1:]}"
+        problem = "is not one of the words for it"
+    else:
+        message = re.sub(
+            r"\w+", lambda word: _TOML_WORDS.get(word[0], word[0]), message.replace(" | null", "")
+        )
+        problem = f"is refused: {message[:1].lower()}{message[1:]}".replace("`", "")
+    return SettingsError(f"{show(value)} {problem}", value=value, hint=_remedy(value, kind, meta))
 
 
 def _remedy(value: object, kind: Any, meta: msgspec.Meta | None) -> str | None:
@@ -129,6 +141,8 @@ def _remedy(value: object, kind: Any, meta: msgspec.Meta | None) -> str | None:
         return (did_you_mean(value, words) if isinstance(value, str) else None) or one_of(words)
     if meta is not None and meta.examples:
         return f"for example {_toml(meta.examples[0])}"
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return f"a table of {', '.join(_fields(kind))}"
     return None
 
 

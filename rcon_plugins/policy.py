@@ -38,7 +38,7 @@ class PolicyName(Written, str):
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        if not isinstance(value, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", value):
+        if not isinstance(value, str) or not re.fullmatch(cls.schema["pattern"], value):
             raise SettingsError(
                 f"{show(value)} cannot be the name of a policy",
                 value=value,
@@ -84,7 +84,7 @@ class Per(Written, str):
         if isinstance(value, str):
             if value in cls.names:
                 return cls(value)
-            if re.fullmatch(cls.schema["anyOf"][1]["pattern"].strip("^$"), value, re.ASCII):
+            if re.fullmatch(cls.schema["anyOf"][1]["pattern"], value):
                 return cls(value.lower())
         hint = f"one of: {', '.join(cls.names)}, header:NAME, path:N (its N-th segment, from 1)"
         raise SettingsError(f"{show(value)} is not an attribute of work", value=value, hint=hint)
@@ -151,7 +151,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
 
     #: Where a key that is unknown here belongs; for error messages.
-    __elsewhere__: ClassVar[dict[str, str]] = {}
+    belongs: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         for name in ("memory", "memory_high"):
@@ -194,7 +194,7 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(description="Wall time; work that takes longer is killed.", examples=["20s"]),
     ] = None
 
-    __elsewhere__: ClassVar[dict[str, str]] = dict.fromkeys(
+    belongs: ClassVar[dict[str, str]] = dict.fromkeys(
         ("per", "isolation", "concurrency", "max_works"), "it belongs to the policy, not under each"
     )
 
@@ -215,7 +215,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Isolation, Meta(description="How work gets into its confinement.", examples=["process"])
     ] = "auto"
     concurrency: Annotated[
-        Annotated[int, _COUNT] | None,
+        Annotated[int, Meta(ge=1, le=65536)] | None,
         Meta(description="Works under way at once; more are refused.", examples=[8]),
     ] = None
     each: Annotated[
@@ -230,7 +230,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = 1000
 
-    __elsewhere__: ClassVar[dict[str, str]] = {
+    belongs: ClassVar[dict[str, str]] = {
         "timeout": 'it is a limit of every single work: each = { timeout = "20s" }'
     }
 

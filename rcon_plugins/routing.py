@@ -34,17 +34,17 @@ def normalise_host(host: str) -> str:
     host = host.translate(_SMALL).rstrip(".")
     if host.startswith("["):
         inner, bracket, rest = host[1:].partition("]")
-        if bracket and inner.count(":") >= 2 and (not rest or _is_port(rest)):
+        if bracket and inner.count(":") >= 2 and (not rest or (rest[0] == ":" and _is_port(rest[1:]))):
             host = inner
     elif host.count(":") == 1:
         name, _, port = host.partition(":")
-        if _is_port(":" + port):
+        if _is_port(port):
             host = name
     return host.rstrip(".")
 
 
 def _is_port(text: str) -> bool:
-    return text == ":" or (text[0] == ":" and text.isascii() and text[1:].isdigit())
+    return not text or (text.isascii() and text.isdigit())
 
 
 class Patterns(Written, tuple[str, ...]):
@@ -255,17 +255,18 @@ _Fault = tuple[str | None, str | None]
 
 
 def _check_host(pattern: str) -> _Fault:
-    name = pattern.removeprefix("*.")
     if pattern == "*":
         return None, None
-    if "/" in name or any(char.isspace() or char == "\0" for char in name):
-        return "is not a host name", 'for example "shop.example" or "*.customers.example"'
-    if _GLOB & set(name) and not name.startswith("["):
+    name = pattern.removeprefix("*.")
+    host = normalise_host(name)
+    if name.startswith("."):
+        return "is not a host name", f'write "*{pattern}" for the names below it'
+    if _GLOB & set(host):
         return "has a * where none can be", 'only "*" and "*.customers.example" stand for many hosts'
-    if normalise_host(name) != name.translate(_SMALL).rstrip(".").strip("[]"):
-        return "has a port", f'a port is not looked at: write "{normalise_host(name)}"'
-    if not normalise_host(name):
+    if not host or host.count(":") == 1 or any(c in "/@[]" or c == " " or not c.isprintable() for c in host):
         return "is not a host name", 'for example "shop.example" or "*.customers.example"'
+    if ":" in name.translate(_SMALL).replace(host, "", 1):
+        return "has a port", f'ports are not looked at: write "{pattern[: -len(name)]}{host}"'
     return None, None
 
 

@@ -28,8 +28,8 @@ class _Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Meta(description="What happens to work that no route names.", examples=["refuse"]),
     ] = "refuse"
     cgroup: Annotated[
-        Annotated[str, Meta(min_length=1)] | None,
-        Meta(description="The cgroup to work under, given to this server.", examples=["/rcon"]),
+        Annotated[str, Meta(pattern="^/")] | None,
+        Meta(description="The cgroup to work under, as a path below the mount.", examples=["/rcon"]),
     ] = None
     plugins: Annotated[
         tuple[str, ...],
@@ -45,6 +45,8 @@ class _Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = 64
 
     def __post_init__(self) -> None:
+        if self.cgroup is not None:
+            _check_cgroup(self.cgroup)
         for number, plugin in enumerate(self.plugins, 1):
             if not plugin or plugin in self.plugins[: number - 1]:
                 problem = "is named twice" if plugin else "is not the name of a plugin"
@@ -119,7 +121,9 @@ def load(path: str | os.PathLike[str]) -> Settings:
             f"byte {error.start} is not UTF-8", file=file, hint="save the file as UTF-8"
         ) from error
     except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"is not TOML: {error}", file=file, hint="see https://toml.io") from error
+        raise SettingsError(
+            f"is not TOML: {error}", file=file, hint='text needs quotes, as in memory = "256M"'
+        ) from error
     return from_mapping(mapping, file=file)
 
 
@@ -195,6 +199,17 @@ def _check_policy(route: Route, number: int, policies: Mapping[str, Policy], fil
             hint=did_you_mean(route.policy, policies) or one_of(policies or ["(none)"]),
             file=file,
         )
+
+
+def _check_cgroup(path: str) -> None:
+    name = path.strip("/")
+    if path.startswith("/sys/fs/cgroup"):
+        problem, hint = "begins with the mount", "leave the mount out: as /proc/self/cgroup shows it"
+    elif path != f"/{name}" or {"", ".", ".."} & set(name.split("/")) or not name.isprintable():
+        problem, hint = "is not the path of a cgroup", 'for example "/rcon"'
+    else:
+        return
+    raise SettingsError(f"{show(path)} {problem}", key="cgroup", value=path, hint=hint)
 
 
 def json_schema() -> dict[str, Any]:

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Self, SupportsFloat, SupportsInt
 
 from rcon_plugins.errors import SettingsError
 
-_DECIMAL = r"\d{1,9}(?:\.\d{1,6})?"
+_DECIMAL = r"\d{1,12}(?:\.\d{1,6})?"
+_PERCENT = r"\d{1,7}(?:\.\d{1,6})?%"  # the kernel takes no quota of 10**5 CPUs and more
 
 
 class Written:
@@ -45,7 +46,7 @@ class Cpus(Written, float):
     """
 
     __slots__ = ()
-    schema: ClassVar[dict[str, Any]] = {"type": "string", "pattern": rf"^{_DECIMAL}%$"}
+    schema: ClassVar[dict[str, Any]] = {"type": "string", "pattern": rf"^{_PERCENT}$"}
     _hint = '"30%" is 30 % of one CPU, "150%" is one and a half'
 
     def __new__(cls, value: str | SupportsFloat) -> Self:
@@ -57,7 +58,7 @@ class Cpus(Written, float):
             return value
         if not isinstance(value, str):
             raise SettingsError(f"{show(value)} does not say of what", value=value, hint=cls._hint)
-        if not re.fullmatch(rf"{_DECIMAL}%", value, re.ASCII):
+        if not re.fullmatch(_PERCENT, value, re.ASCII):
             raise SettingsError(f"{show(value)} is not a share of CPU time", value=value, hint=cls._hint)
         cpus = Decimal(value[:-1]) / 100
         if cpus < Decimal("0.01"):
@@ -181,6 +182,7 @@ class CpuList(Written, str):
         "type": "string",
         "pattern": r"^\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*$",
     }
+    _highest = 65535  # far above what a kernel can be built for
     _hint = 'write "0-1,3" for the CPUs 0, 1 and 3'
 
     def __new__(cls, value: str) -> Self:
@@ -208,6 +210,12 @@ class CpuList(Written, str):
             if last < first:
                 raise SettingsError(
                     f"{show(text)} counts down", value=text, hint=f'write "{last}-{first}" for that range'
+                )
+            if last > cls._highest:
+                raise SettingsError(
+                    f"{show(text)} names a CPU that no machine has",
+                    value=text,
+                    hint=f"at most {cls._highest}",
                 )
             numbers.update(range(first, last + 1))
         return numbers

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import pickle
+
+import msgspec
+import pytest
+
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.policy import Each, IoLimits, Limits, Per, Policy, PolicyName
+from rcon_plugins.units import CpuList, Cpus, Duration, Size
+
+TENANT = Policy.make(
+    "tenant",
+    per="host",
+    cpu="30%",
+    cpu_weight=50,
+    cpus="0-1",
+    memory="256M",
+    memory_high="200M",
+    swap=0,
+    io={"/srv": {"read": "10M", "write": "5M", "read_iops": 1000}},
+    pids=64,
+    concurrency=8,
+    each={"memory": "128M", "timeout": "20s"},
+)
+
+
+def test_make_reads_what_a_settings_file_would_hold() -> None:
+    whole = Policy(
+        name="tenant",
+        per=Per("host"),
+        cpu=Cpus(0.3),
+        cpu_weight=50,
+        cpus=CpuList("0-1"),
+        memory=Size("256M"),
+        memory_high=Size("200M"),
+        swap=Size(0),
+        io={"/srv": IoLimits(read=Size("10M"), write=Size("5M"), read_iops=1000)},
+        pids=64,
+        concurrency=8,
+        each=Each(memory=Size("128M"), timeout=Duration("20s")),
+    )
+    assert whole == TENANT
+
+
+def test_what_is_not_set_is_none() -> None:
+    policy = Policy.make("p")
+    unset = [getattr(policy, name) for name in Limits.__struct_fields__ if name != "io"]
+    assert unset == [None] * len(unset)
+    assert (policy.io, policy.per, policy.concurrency, policy.each) == ({}, None, None, Each())
+    assert (policy.isolation, policy.max_works) == ("auto", 1000)
+
+
+def test_make_takes_values_that_are_parsed_already() -> None:
+    each = Each(timeout=Duration("1s"))
+    assert Policy.make("p", memory=Size("1M"), cpu=Cpus("50%"), each=each).each is each
+
+
+def test_a_policy_pickles_with_its_types() -> None:
+    twin = pickle.loads(pickle.dumps(TENANT))
+    assert twin == TENANT
+    assert (type(twin.memory), type(twin.cpu), type(twin.each.timeout)) == (Size, Cpus, Duration)
+
+
+def test_a_policy_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        TENANT.pids = 65  # type: ignore[misc]
+
+
+def test_asks_names_the_limits_as_settings_spell_them() -> None:
+    policy = Policy.make("p", cpu="30%", swap=0, memory="1M", io={"/": {"read": 1}}, each={"timeout": "1s"})
+    assert policy.asks() == ("cpu", "memory", "swap", "io", "each.timeout")
+    assert policy.each.asks() == ("timeout",)
+
+
+def test_a_policy_without_limits_asks_nothing() -> None:
+    assert Policy.make("p", per="host", concurrency=3, max_works=1, isolation="process").asks() == ()
+
+
+@pytest.mark.parametrize("name", ["a", "tenant", "a-b_c9", "a" * 63])
+def test_names_that_can_be_directories(name: str) -> None:
+    assert Policy.make(name).name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "A", "9a", "-a", "a.b", "a/b", "..", "a~b", "a b", "é", "a\n", "a\0", "a" * 64),
+        *("cgroup.procs", "tasks", "notify_on_release", "release_agent"),
+    ],
+)
+def test_names_that_cannot_be_directories(name: str) -> None:
+    with pytest.raises(SettingsError, match="cannot be the name of a policy"):
+        Policy.make(name)
+    with pytest.raises(SettingsError, match="cannot be the name of a policy"):
+        Policy(name=name)
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [(name, name) for name in Per.names]
+    + [("header:X-Tenant", "header:x-tenant"), ("path:1", "path:1"), ("path:12", "path:12")],
+)
+def test_keys_that_work_can_have(written: str, kept: str) -> None:
+    assert Policy.make("p", per=written).per == kept
+
+
+@pytest.mark.parametrize(
+    "per",
+    ["hosts", "", "Host", "header:", "header:a b", "header:a\n", "path:0", "path:-1", "path:x", "user", 1],
+)
+def test_keys_that_work_cannot_have(per: object) -> None:
+    with pytest.raises(SettingsError, match=r"^policy\.p\.per: .*header:NAME"):
+        Policy.make("p", per=per)
+
+
+WRONG = [
+    # The key in the message, a word of the problem or its remedy, and what was asked.
+    ("memry", "did you mean 'memory'", {"memry": "1M"}),
+    ("timeout", "each = {", {"timeout": "1s"}),
+    ("each.concurrency", "belongs to the policy", {"each": {"concurrency": 1}}),
+    ("each.memory", 'write "128M"', {"each": {"memory": "128MB"}}),
+    ("each", "expected table", {"each": 3}),
+    ("memory", "one page", {"memory": 256}),
+    ("each.memory", "one page", {"each": {"memory": 0}}),
+    ("memory_high", "set memory too", {"memory_high": "1M"}),
+    ("memory_high", "never reached", {"memory": "1M", "memory_high": "1M"}),
+    ("each.memory_high", "set memory too", {"memory": "9M", "each": {"memory_high": "1M"}}),
+    ("each.memory", "at most 64M", {"memory": "64M", "each": {"memory": "128M"}}),
+    ("each.cpu", "at most 30%", {"cpu": "30%", "each": {"cpu": "31%"}}),
+    ("each.swap", "at most 0", {"swap": 0, "each": {"swap": 1}}),
+    ("each.pids", "at most 4", {"pids": 4, "each": {"pids": 5}}),
+    ("each.cpus", "not within", {"cpus": "0-1", "each": {"cpus": "1-2"}}),
+    (
+        'each.io."/srv".write',
+        "at most 5M",
+        {"io": {"/srv": {"write": "5M"}}, "each": {"io": {"/srv": {"write": "6M"}}}},
+    ),
+    ('io."/srv"', "sets no limit", {"io": {"/srv": {}}}),
+    ('io."/srv".read', "0 bytes", {"io": {"/srv": {"read": 0}}}),
+    ('io."/srv".red', "did you mean 'read'", {"io": {"/srv": {"red": 1}}}),
+    ('io."/srv".read_iops', "integer >= 1", {"io": {"/srv": {"read_iops": 0}}}),
+    ("io.srv", "absolute path", {"io": {"srv": {"read": 1}}}),
+    ('io."254:x"', "absolute path", {"io": {"254:x": {"read": 1}}}),
+    ("pids", "integer >= 1", {"pids": 0}),
+    ("pids", "for example 64", {"pids": "64"}),
+    ("pids", "True", {"pids": True}),
+    ("cpu_weight", "<= 10000", {"cpu_weight": 10001}),
+    ("cpu_weight", ">= 1", {"cpu_weight": 0}),
+    ("concurrency", ">= 1", {"concurrency": 0}),
+    ("max_works", ">= 1", {"max_works": 0}),
+    ("isolation", "did you mean 'process'", {"isolation": "proces"}),
+    ("isolation", "not available yet", {"isolation": "thread"}),
+    (
+        "isolation",
+        "memory and each.timeout",
+        {"isolation": "inline", "memory": "1M", "each": {"timeout": "1s"}},
+    ),
+    ("isolation", "swap", {"isolation": "inline", "swap": 0}),
+    ("isolation", "each.pids", {"isolation": "inline", "each": {"pids": 1}}),
+    ("name", "name is that of the table", {"name": "q"}),
+]
+
+
+@pytest.mark.parametrize(("key", "said", "asked"), WRONG)
+def test_what_cannot_be_is_refused_with_key_and_remedy(key: str, said: str, asked: dict[str, object]) -> None:
+    with pytest.raises(SettingsError) as refused:
+        Policy.make("p", **asked)
+    assert refused.value.key == f"policy.p.{key}"
+    assert said in str(refused.value)
+    assert refused.value.hint
+
+
+def test_a_single_work_may_have_all_that_the_policy_has() -> None:
+    limits = {"cpu": "30%", "memory": "1M", "swap": 0, "pids": 4, "cpus": "0", "io": {"/": {"read": 1}}}
+    assert Policy.make("p", **limits, each=limits).each.pids == 4
+
+
+def test_inline_carries_what_a_thread_can() -> None:
+    asked = {"cpu": "30%", "cpu_weight": 5, "cpus": "0", "pids": 9, "io": {"8:0": {"read": 1}}}
+    assert Policy.make("p", isolation="inline", **asked).isolation == "inline"
+
+
+def test_a_changed_copy_is_checked_too() -> None:
+    with pytest.raises(SettingsError, match="never reached"):
+        msgspec.structs.replace(TENANT, memory=Size("100M"))
+
+
+def test_a_policy_name_keeps_its_type() -> None:
+    assert type(PolicyName.parse("tenant")) is PolicyName

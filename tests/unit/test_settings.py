@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.policy import Each, IoLimits, Policy
+from rcon_plugins.routing import Route, Router
+from rcon_plugins.settings import Settings, from_mapping, json_schema, load
+from rcon_plugins.work import Work
+
+WHOLE = """
+unmatched = "allow"
+cgroup = "/system.slice/web.service"
+plugins = ["audit"]
+confinements = 10
+processes = 4
+
+[policy.tenant]
+per = "host"
+cpu = "30%"
+cpus = "0-1"
+memory = "256M"
+pids = 64
+io."/srv" = { read = "10M", write = "5M" }
+concurrency = 8
+each = { memory = "128M", timeout = "20s" }
+
+[policy.batch]
+
+[[route]]
+host = "*.customers.example"
+policy = "tenant"
+
+[[route]]
+task = ["reports.*", "mail"]
+policy = "batch"
+"""
+
+
+def written(directory: Path, text: str | bytes) -> Path:
+    file = directory / "rcon.toml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return file
+
+
+def test_a_file_is_read_whole(tmp_path: Path) -> None:
+    file = written(tmp_path, WHOLE)
+    settings = load(file)
+    assert settings == Settings(
+        unmatched="allow",
+        cgroup="/system.slice/web.service",
+        plugins=("audit",),
+        confinements=10,
+        processes=4,
+        policies={
+            "tenant": Policy.make(
+                "tenant",
+                per="host",
+                cpu="30%",
+                cpus="0-1",
+                memory="256M",
+                pids=64,
+                io={"/srv": {"read": "10M", "write": "5M"}},
+                concurrency=8,
+                each={"memory": "128M", "timeout": "20s"},
+            ),
+            "batch": Policy.make("batch"),
+        },
+        routes=(
+            Route.make("tenant", host="*.customers.example"),
+            Route.make("batch", task=["reports.*", "mail"]),
+        ),
+        file=str(file),
+    )
+    assert Router(settings.routes).match(Work("task", "x", {"task": "mail"})) == "batch"
+
+
+def test_what_is_not_written_has_its_default() -> None:
+    settings = from_mapping({"policy": {"default": {}}})
+    assert settings == Settings(
+        unmatched="refuse",
+        cgroup=None,
+        plugins=(),
+        confinements=256,
+        processes=64,
+        policies={"default": Policy.make("default")},
+        routes=(),
+        file=None,
+    )
+
+
+def test_settings_pickle() -> None:
+    settings = from_mapping({"policy": {"p": {"memory": "1M"}}, "route": [{"host": "*.a", "policy": "p"}]})
+    assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+@pytest.mark.parametrize(("name", "fallback"), [("default", "default"), ("other", None)])
+def test_the_policy_named_default_is_the_fallback(name: str, fallback: str | None) -> None:
+    assert from_mapping({"policy": {name: {}}}).fallback == fallback
+
+
+WRONG = [
+    # The text, the key that is named, and what else is said.
+    ("", "policy", "all work would be refused"),
+    ('unmatched = "refuse"', "policy", "[policy.default]"),
+    ('polcy = "x"', "polcy", "did you mean 'policy'"),
+    ("zzz = 1", "zzz", "unmatched, cgroup"),
+    ('unmatched = "alow"', "unmatched", "did you mean 'allow'"),
+    ("unmatched = true", "unmatched", "True"),
+    ('plugins = "audit"', "plugins", 'for example ["audit"]'),
+    ('plugins = ["a", "a"]', "plugins[2]", "named twice"),
+    ("confinements = 0", "confinements", ">= 1"),
+    ("processes = 1.5", "processes", "1.5"),
+    ('cgroup = "rcon"', "cgroup", 'for example "/rcon"'),
+    ('cgroup = "/"', "cgroup", "path of a cgroup"),
+    ('cgroup = "/a/../b"', "cgroup", "path of a cgroup"),
+    ('cgroup = "/a\\u0000"', "cgroup", "path of a cgroup"),
+    ('cgroup = "/sys/fs/cgroup/rcon"', "cgroup", "leave the mount out"),
+    ("policy = 3", "policy", "[policy.NAME]"),
+    ("policy.a = 3", "policy.a", "[policy.a]"),
+    ("[policy.A]", "policy", "'A'"),
+    ("[policy.tasks]", "policy", "kernel has a file of that name"),
+    ('[policy.a]\nname = "b"', "policy.a.name", "the name is that of the table"),
+    ('[policy.a]\neach.memory = "128MB"', "policy.a.each.memory", 'write "128M"'),
+    ('[policy.a]\nisolation = "thread"', "policy.a.isolation", "not available yet"),
+    ("route = 3\npolicy.a = {}", "route", "[[route]]"),
+    ("route = [3]\npolicy.a = {}", "route[1]", "table"),
+    ('[policy.a]\n[[route]]\nhost = "x"', "route[1]", 'for example "tenant"'),
+    ('[policy.apple]\n[[route]]\npolicy = "aple"', "route[1].policy", "did you mean 'apple'"),
+    ('[policy.a]\n[[route]]\npolicy = "zzz"', "route[1].policy", "one of: a"),
+    ('[policy.a]\n[[route]]\npolicy = "a"\nhots = "x"', "route[1].hots", "did you mean 'host'"),
+    ('[policy.a]\n[[route]]\npolicy = "a"\npath = "x"', "route[1].path", 'write "/x"'),
+    (
+        '[policy.a]\n[[route]]\npolicy = "a"\n[[route]]\npolicy = "a"\nhost = "x"',
+        "route[2]",
+        "route[1] has no condition",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "key", "said"), WRONG)
+def test_a_fault_is_told_with_file_key_and_remedy(tmp_path: Path, text: str, key: str, said: str) -> None:
+    file = written(tmp_path, text)
+    with pytest.raises(SettingsError) as refused:
+        load(file)
+    assert (refused.value.file, refused.value.key) == (str(file), key)
+    assert str(refused.value).startswith(f"{file}: {key}: ")
+    assert said in str(refused.value)
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a = ", "TOML"),
+        ("[policy.a]\nmemory = 256M", "line 2"),
+        ("[policy.a]\n[policy.a]", "twice"),
+        (b"a = '\xff'", "byte 5 is not UTF-8"),
+    ],
+)
+def test_a_file_that_is_not_toml(tmp_path: Path, text: str | bytes, said: str) -> None:
+    file = written(tmp_path, text)
+    with pytest.raises(SettingsError, match=said) as refused:
+        load(file)
+    assert str(refused.value).startswith(f"{file}: ")
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize(("name", "said"), [("missing.toml", "No such file"), (".", "Is a directory")])
+def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said) as refused:
+        load(tmp_path / name)
+    assert refused.value.file == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("faults", "first"),
+    [
+        (["confinements = 0", 'unmatched = "x"'], "confinements"),
+        (['unmatched = "x"', "confinements = 0"], "unmatched"),
+        (["policy.b.pids = 0", "policy.a.memry = 1"], "policy.b.pids"),
+        (["policy.a.memry = 1", "policy.b.pids = 0"], "policy.a.memry"),
+        (["policy.a.each.pids = 0", "policy.a.cpu = 30"], "policy.a.each.pids"),
+        (["policy.a.cpu = 30", "policy.a.each.pids = 0"], "policy.a.cpu"),
+        (['route = [{ policy = "a", path = "x" }]', "policy.a.pids = 0"], "route[1].path"),
+    ],
+)
+def test_the_first_fault_of_the_file_is_told(tmp_path: Path, faults: list[str], first: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(written(tmp_path, "\n".join(faults)))
+    assert refused.value.key == first
+
+
+def test_without_policies_all_work_may_be_allowed() -> None:
+    assert from_mapping({"unmatched": "allow"}).policies == {}
+
+
+def test_plugins_may_contribute_the_policies_that_routes_lead_to() -> None:
+    settings = from_mapping({"plugins": ["database"], "route": [{"policy": "later"}]}, file="rcon.toml")
+    assert set(settings.with_policies([Policy.make("later")]).policies) == {"later"}
+    with pytest.raises(SettingsError, match=r"^rcon\.toml: route\[1\]\.policy: there is no policy 'later'"):
+        settings.with_policies([])
+
+
+def test_a_plugin_cannot_replace_a_policy() -> None:
+    with pytest.raises(SettingsError, match=r"^policy\.a: there is a policy of that name"):
+        from_mapping({"policy": {"a": {}}}).with_policies([Policy.make("a")])
+
+
+def objects(schema: object) -> list[Mapping[str, Any]]:
+    """Every object with properties within a JSON schema."""
+    if isinstance(schema, list):
+        return [found for part in schema for found in objects(part)]
+    if not isinstance(schema, Mapping):
+        return []
+    own = [schema] if "properties" in schema else []
+    return own + [found for part in schema.values() for found in objects(part)]
+
+
+def test_the_schema_describes_the_file() -> None:
+    schema = json.loads(json.dumps(json_schema()))
+    assert set(schema["properties"]) == {
+        *("unmatched", "cgroup", "plugins", "confinements", "processes"),
+        *("policy", "route"),
+    }
+    assert "name" not in schema["$defs"]["Policy"]["properties"]
+    assert all(found["additionalProperties"] is False for found in objects(schema))
+    assert len(objects(schema)) == 5
+
+
+def test_every_key_of_the_schema_has_a_description_and_an_example() -> None:
+    for found in objects(json_schema()):
+        for key, schema in found["properties"].items():
+            assert {"description", "examples"} <= set(schema), key
+
+
+@pytest.mark.parametrize("kind", [Policy, Each, IoLimits, Route])
+def test_every_example_of_the_schema_can_be_written(kind: type[msgspec.Struct]) -> None:
+    properties = json_schema()["$defs"][kind.__name__]["properties"]
+    for key, schema in properties.items():
+        table = {key: schema["examples"][0]}
+        if kind is Route:
+            from_mapping({"policy": {"tenant": {}}, "route": [{"policy": "tenant", **table}]})
+        elif kind is IoLimits:
+            Policy.make("p", io={"/": table})
+        else:
+            table |= {"memory": "256M"} if key == "memory_high" else {}
+            Policy.make("p", **(table if kind is Policy else {"each": table}))
