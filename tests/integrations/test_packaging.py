@@ -1,0 +1,163 @@
+"""The sdist, the wheel and an editable install: what is in them, and that what they install imports."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VERSION = PROJECT["version"]
+PACKAGES = ("rcon_plugins", "rcon_wsgi", "rcon_gunicorn")
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))[:200]}:\n{done.stdout}"
+    return done.stdout
+
+
+def tracked() -> list[str]:
+    """The files of the project, as a checkout or an sdist holds them."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        # safe.directory: a checkout of one user is tested by root.
+        listing = ("-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard")
+        return [name for name in run("git", *listing, cwd=ROOT).splitlines() if (ROOT / name).exists()]
+    files = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+    return [
+        str(file) for file in files if not file.parts[0].startswith(".") and "__pycache__" not in file.parts
+    ]
+
+
+def importable() -> list[str]:
+    """Every module that a wheel should hold, but for those that gunicorn itself loads into a running server."""
+    modules = []
+    for home, package in (
+        (ROOT if name == "rcon_plugins" else ROOT / "integrations", name) for name in PACKAGES
+    ):
+        for path in sorted((home / package).rglob("*.py")):
+            parts = path.relative_to(home).with_suffix("").parts
+            modules.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return [name for name in modules if name != "rcon_gunicorn.conf"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel made from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def clean(tmp_path: Path) -> Path:
+    """The interpreter of a new venv, with nothing in it but pip."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    return tmp_path / "venv" / "bin" / "python"
+
+
+def test_the_files_of_the_wheel(built: Path) -> None:
+    info = f"rcon_plugins-{VERSION}.dist-info"
+    with zipfile.ZipFile(built / f"rcon_plugins-{VERSION}-py3-none-any.whl") as wheel:
+        names = set(wheel.namelist())
+    assert {name.partition("/")[0] for name in names} == {*PACKAGES, info}
+    expected = {
+        name.removeprefix("integrations/") for name in tracked() if name.endswith((".py", "py.typed"))
+    }
+    expected = {name for name in expected if name.startswith(tuple(f"{package}/" for package in PACKAGES))}
+    assert {name for name in names if not name.startswith(info)} == expected
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
+    assert {f"{info}/METADATA", f"{info}/RECORD", f"{info}/WHEEL", f"{info}/licenses/LICENSE"} <= names
+
+
+def test_the_files_of_the_sdist(built: Path) -> None:
+    with tarfile.open(built / f"rcon_plugins-{VERSION}.tar.gz") as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    left_out = {name for name in tracked() if name not in names}
+    assert {name for name in left_out if not name.startswith((".ci/", ".git"))} == set()
+    assert not any("__pycache__" in name or name.startswith(".venv") for name in names)
+
+
+def test_an_installed_wheel_imports(built: Path, clean: Path, tmp_path: Path) -> None:
+    wheel = built / f"rcon_plugins-{VERSION}-py3-none-any.whl"
+    run(
+        clean,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        f"{wheel}[gunicorn]",
+        cwd=tmp_path,
+    )
+    check_imports(clean, tmp_path)
+
+
+def test_an_editable_install_imports(clean: Path, tmp_path: Path) -> None:
+    install = (
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--editable",
+        f"{ROOT}[gunicorn]",
+    )
+    run(clean, *install, cwd=tmp_path)
+    check_imports(clean, tmp_path)
+
+
+def check_imports(python: Path, cwd: Path) -> None:
+    """Each module alone and first, in an interpreter that turns warnings into errors."""
+    script = """
+import importlib, os, sys
+for name in sys.argv[1:]:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            print(f"import {name}: {type(error).__name__}: {error}", flush=True)
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+        sys.exit(1)
+"""
+    run(python, "-W", "error", "-c", script, *importable(), cwd=cwd)
+
+
+def test_the_core_needs_no_server(built: Path, clean: Path, tmp_path: Path) -> None:
+    """Without extras: the core and the middleware import, and nothing of gunicorn is installed."""
+    run(
+        clean,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        built / f"rcon_plugins-{VERSION}-py3-none-any.whl",
+        cwd=tmp_path,
+    )
+    listed = run(
+        clean, "-m", "pip", "list", "--format", "freeze", "--disable-pip-version-check", cwd=tmp_path
+    )
+    installed = {line.partition("==")[0].lower() for line in listed.split()}
+    assert installed - {"pip", "setuptools"} == {"rcon-plugins", "pluggy", "msgspec"}
+    run(clean, "-W", "error", "-c", "import rcon_plugins, rcon_wsgi", cwd=tmp_path)

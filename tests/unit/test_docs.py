@@ -1,0 +1,127 @@
+"""The documentation says what the code does: hooks, settings, examples, links and commands.
+
+Code blocks of README.md and docs/*.md: every `python` block compiles, and runs when `<!-- run -->` stands on the line
+before it. Every `toml` block is a settings file that loads, unless `<!-- fragment -->` stands before it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from rcon_plugins import hookspecs, settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    language: str
+    note: str  # of the comment before it
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(*languages: str) -> Iterator[Block]:
+    fence = re.compile(
+        r"(?:^<!-- (?P<note>[\w ]+) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
+    )
+    for page in PAGES:
+        text = page.read_text() if page.exists() else ""
+        for found in fence.finditer(text):
+            if found["language"] in languages:
+                line = text.count("\n", 0, found.start("text")) + 1
+                yield Block(page, line, found["language"], found["note"] or "", found["text"])
+
+
+def hooks() -> dict[str, list[str]]:
+    """Every hook, with its parameters."""
+    functions = inspect.getmembers(hookspecs, inspect.isfunction)
+    return {name: list(inspect.signature(f).parameters) for name, f in functions if hasattr(f, "rcon_spec")}
+
+
+def test_every_hook_is_documented_with_its_parameters() -> None:
+    page = (ROOT / "docs" / "hooks.md").read_text()
+    headings = re.findall(r"^#+ `?(rcon_\w+)\(([^)]*)\)`?$", page, re.M)
+    documented = {name: [part.strip() for part in parameters.split(",")] for name, parameters in headings}
+    assert len(hooks()) >= 6
+    assert documented == hooks()
+
+
+def test_every_hook_is_used_in_a_test() -> None:
+    defined = {
+        node.name
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert sorted(set(hooks()) - defined) == []
+
+
+def test_every_setting_is_documented() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text()
+    schema = settings.json_schema()
+    keys = {key for table in [schema, *schema["$defs"].values()] for key in table.get("properties", {})}
+    assert {"unmatched", "memory_high", "read_iops", "timeout", "host"} <= keys
+    assert sorted(key for key in keys if not re.search(rf"`[^`\n]*\b{re.escape(key)}\b[^`\n]*`", page)) == []
+
+
+@pytest.mark.parametrize("block", blocks("toml"), ids=str)
+def test_settings_in_the_documentation_load(block: Block) -> None:
+    data: dict[str, Any] = tomllib.loads(block.text)
+    if block.note != "fragment":
+        settings.from_mapping(data)
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_python_in_the_documentation_runs(block: Block, tmp_path: Path) -> None:
+    compile(block.text, str(block), "exec")
+    if block.note != "run":
+        return
+    script = tmp_path / "block.py"
+    script.write_text(block.text)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_notes_on_blocks_are_known() -> None:
+    """A misspelt one would be passed over."""
+    known = {"python": ("", "run"), "toml": ("", "fragment")}
+    assert [str(block) for block in blocks(*known) if block.note not in known[block.language]] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", page.read_text())
+    local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+(?: [a-z-]+)*):", (ROOT / "Makefile").read_text(), re.M))
+    targets = {name for names in targets for name in names.split()}
+    named = set(re.findall(r"(?:`|^|\n)(?:sudo )?make ([a-z-]+)", page.read_text()))
+    assert sorted(named - targets) == []
