@@ -1,0 +1,33 @@
+"""Control groups, version 1, version 2 and hybrid, behind one interface. Knows no policy.
+
+::
+
+    hierarchy = Hierarchy.discover()
+    cgroup = hierarchy.cgroup("/rcon/example").create()
+    cgroup.configure(Resources(cpu_quota=0.3, memory_max=64 * 1024**2, pids_max=16))
+"""
+
+from rcon_plugins.kernel.cgroup.cgroup import Cgroup
+from rcon_plugins.kernel.cgroup.delegation import find_base
+from rcon_plugins.kernel.cgroup.device import Device, device_of
+from rcon_plugins.kernel.cgroup.entrance import Entrance
+from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS, Hierarchy
+from rcon_plugins.kernel.cgroup.meter import Meter, Reading
+from rcon_plugins.kernel.cgroup.refusals import Refusal
+from rcon_plugins.kernel.cgroup.resources import MAX, IoMax, Resources
+
+__all__ = [
+    "CONTROLLERS",
+    "MAX",
+    "Cgroup",
+    "Device",
+    "Entrance",
+    "Hierarchy",
+    "IoMax",
+    "Meter",
+    "Reading",
+    "Refusal",
+    "Resources",
+    "device_of",
+    "find_base",
+]

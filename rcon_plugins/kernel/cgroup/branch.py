@@ -1,0 +1,107 @@
+"""A branch: the place of one cgroup in one hierarchy, that is one directory.
+
+On v2 a cgroup has one branch. On v1 it has one in each hierarchy it uses, on hybrid also one on the v2 side.
+"""
+
+from __future__ import annotations
+
+import abc
+import errno
+import os
+from collections.abc import Iterable
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel.cgroup.mounts import Mount
+from rcon_plugins.kernel.cgroup.resources import Resources
+
+
+def levels(path: str) -> list[str]:
+    """``/a/b`` gives ``["/", "/a", "/a/b"]``."""
+    found = ["/"]
+    for name in path.strip("/").split("/"):
+        if name:
+            found.append(f"{found[-1].rstrip('/')}/{name}")
+    return found
+
+
+class Branch(abc.ABC):
+    """One directory of a cgroup, and what one version of the interface does with it."""
+
+    #: Files that are chowned, beside the directory, when a cgroup is delegated.
+    delegated_files: tuple[str, ...] = ()
+
+    def __init__(self, mount: Mount, path: str, controllers: frozenset[str], threaded: bool) -> None:
+        self.mount = mount
+        self.path = path
+        #: Of our names (cpu, cpuset, memory, io, pids) those whose limits are set in this branch.
+        self.controllers = controllers
+        self.threaded = threaded
+        self.directory = mount.directory(path)
+
+    @abc.abstractmethod
+    def create(self) -> None:
+        """Make the directory and those above it. KernelError ENOENT: somebody removed one meanwhile."""
+
+    @abc.abstractmethod
+    def configure(self, resources: Resources) -> None:
+        """Write those of the limits whose controllers are in this branch."""
+
+    @abc.abstractmethod
+    def enter_process(self) -> None:
+        """The calling process moves itself in."""
+
+    @property
+    @abc.abstractmethod
+    def thread_file(self) -> str:
+        """The name of the file to which a thread writes ``0``."""
+
+    def place(self) -> str:
+        """The directory that processes of this cgroup enter."""
+        return self.directory
+
+    def exists(self) -> bool:
+        """Whether the directory is there."""
+        return files.is_directory(self.directory)
+
+    def attach(self, pid: int) -> None:
+        """Move a process with all its threads here. Costs milliseconds: never on a hot path."""
+        files.write(self.place(), "cgroup.procs", str(pid))
+
+    def ids(self, name: str, *, subtree: bool = False) -> set[int]:
+        """The numbers in the file ``name`` of this cgroup, or also of all below it.
+
+        0 stands for a process of a PID namespace that cannot be seen from here.
+        """
+        found: set[int] = set()
+        for directory in files.subtree(self.directory) if subtree else [self.directory]:
+            try:
+                text = files.read_if_there(directory, name)
+            except KernelError as error:
+                # cgroup.procs of a threaded cgroup: its processes are listed by the domain.
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                continue
+            found.update(int(line) for line in (text or "").split())
+        return found
+
+    def remove(self) -> bool:
+        """Remove the directory; False where it is busy."""
+        return files.remove_directory(self.directory)
+
+    def delegate(self, uid: int, gid: int) -> None:
+        """Give the directory, and the files that processes are moved with, to another user."""
+        files.change_owner(self.directory, None, uid, gid)
+        for name in self.delegated_files:
+            files.change_owner(self.directory, name, uid, gid)
+
+
+def create_levels(branch: Branch) -> Iterable[tuple[str, str]]:
+    """The (parent, child) directories on the way down to ``branch``."""
+    directories = [branch.mount.directory(path) for path in levels(branch.path)]
+    return zip(directories, directories[1:], strict=False)
+
+
+def is_single_threaded() -> bool:
+    """Whether the calling process has one thread (a zombie leader counts)."""
+    return len(os.listdir("/proc/self/task")) == 1

@@ -1,0 +1,85 @@
+"""Block devices: from a path to the disk whose traffic the kernel can throttle."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from typing import NamedTuple
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.cgroup import mounts
+
+_NUMBERS = re.compile(r"(\d{1,4}):(\d{1,7})")
+
+
+class Device(NamedTuple):
+    """A block device by its numbers, as in ``/proc/partitions``."""
+
+    major: int
+    minor: int
+
+    def __str__(self) -> str:
+        return f"{self.major}:{self.minor}"
+
+
+def device_of(text: str) -> Device:
+    """The whole disk meant by ``text``: a path on it, its device file, or ``"MAJ:MIN"``.
+
+    A partition gives the disk it is on, because only whole disks can be throttled. A device-mapper or loop
+    device is a disk of its own. Overlay file systems give the disk of their upper directory.
+    Raises KernelError: ENOENT for a path or device that is not there, ENODEV where no block device is
+    behind the path (tmpfs, network and 9p file systems).
+    """
+    numbers = _NUMBERS.fullmatch(text)
+    if numbers:
+        return whole_disk(Device(int(numbers[1]), int(numbers[2])))
+    try:
+        status = os.stat(text)
+    except OSError as error:
+        raise KernelError.from_oserror(
+            error, path=text, hint="name an existing path on the disk, or the disk as MAJ:MIN (see lsblk)"
+        ) from None
+    if stat.S_ISBLK(status.st_mode):
+        return whole_disk(Device(os.major(status.st_rdev), os.minor(status.st_rdev)))
+    device = Device(os.major(status.st_dev), os.minor(status.st_dev))
+    if device.major:
+        return whole_disk(device)
+    return _behind_anonymous(text, device)
+
+
+def whole_disk(device: Device) -> Device:
+    """The disk of a partition; a device that is no partition is its own. Raises KernelError (ENOENT)."""
+    entry = f"/sys/dev/block/{device}"
+    if not os.path.exists(entry):
+        raise KernelError(
+            f"there is no block device {device}",
+            errno=errno.ENODEV,
+            path=entry,
+            hint="lsblk shows the numbers of the disks",
+        )
+    real = os.path.realpath(entry)
+    if not os.path.exists(f"{real}/partition"):
+        return device
+    with open(f"{os.path.dirname(real)}/dev", encoding="ascii") as file:
+        major, _, minor = file.read().strip().partition(":")
+    return Device(int(major), int(minor))
+
+
+def _behind_anonymous(path: str, device: Device) -> Device:
+    """The disk behind a file system with an anonymous device number: btrfs, overlay."""
+    mount = mounts.mount_of(device.major, device.minor)
+    if mount is not None:
+        upper = mount.options.get("upperdir")
+        if mount.filesystem == "overlay" and upper and os.path.isdir(upper):
+            return device_of(upper)
+        if mount.source.startswith("/dev/") and os.path.exists(mount.source):
+            return device_of(mount.source)
+    kind = mount.filesystem if mount is not None else "unknown"
+    raise KernelError(
+        f"no block device is behind {path} (file system: {kind})",
+        errno=errno.ENODEV,
+        path=path,
+        hint="only traffic to a block device can be limited; name a path on a disk, or the disk as MAJ:MIN",
+    )

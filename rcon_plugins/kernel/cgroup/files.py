@@ -1,0 +1,191 @@
+"""The one door to the kernel's files: a directory, a name in it, one unbuffered read or write.
+
+Every open is ``O_CLOEXEC | O_NOFOLLOW`` below a directory that was itself opened without following a link.
+Every failure is a :class:`~rcon_plugins.errors.KernelError` with the path, the value and a hint.
+A buffered Python file is never used: it can swallow the error of a write (``cgroups(7)``).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from rcon_plugins.errors import KernelError
+
+#: Larger than any file read here; a kernel file is read until it ends in any case.
+_CHUNK = 65536
+
+_HINTS = {
+    errno.EROFS: "this cgroup file system is mounted read-only; in a container, mount it writable and with a "
+    "cgroup of its own: docker run --cgroupns=private with -v /sys/fs/cgroup:/sys/fs/cgroup:rw, or run "
+    "the server outside of the container",
+    errno.EACCES: "only the owner of this cgroup may: run as root, or have the cgroup delegated to this user",
+    errno.EPERM: "only the owner of this cgroup may: run as root, or have the cgroup delegated to this user",
+    errno.ENOENT: "the cgroup is gone, or its controller is not enabled here",
+    errno.ENODEV: "the cgroup is gone, or it names no device",
+    errno.ENOSPC: "a limit on the number of cgroups is reached (cgroup.max.descendants, cgroup.max.depth), or a "
+    "v1 cpuset has no cpus or mems yet",
+    errno.EBUSY: "something in this cgroup or below it is in the way",
+    errno.EMFILE: "this process has too many open files: raise its RLIMIT_NOFILE",
+}
+
+
+def failure(error: OSError, path: str, value: str | None = None, hint: str | None = None) -> KernelError:
+    """``error`` with the path, the value written (None for a read) and the remedy."""
+    return KernelError.from_oserror(
+        error, path=path, value=value, hint=hint or _HINTS.get(error.errno or 0) or None
+    )
+
+
+def open_file(directory: str, name: str, flags: int = os.O_RDONLY) -> int:
+    """An open fd of the file ``name`` in ``directory``.
+
+    Raises KernelError (ENOENT, EACCES, EROFS ...).
+    """
+    if not name or "/" in name:
+        raise ValueError(f"not the name of a kernel file: {name!r}")
+    try:
+        at = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=at)
+        finally:
+            os.close(at)
+    except OSError as error:
+        raise failure(error, f"{directory}/{name}") from None
+
+
+def read(directory: str, name: str) -> str:
+    """The whole text of a kernel file, without the last newline. Raises KernelError."""
+    return _read_to_the_end(open_file(directory, name), f"{directory}/{name}")
+
+
+def read_own(name: str, *, thread: bool = False) -> str:
+    """The text of a file of ``/proc/self``, or of ``/proc/thread-self`` (``proc(5)``). Raises KernelError."""
+    # These two are links; everything else is opened without following one.
+    path = f"/proc/{'thread-self' if thread else 'self'}/{name}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise failure(error, path) from None
+    return _read_to_the_end(fd, path)
+
+
+def _read_to_the_end(fd: int, path: str) -> str:
+    try:
+        chunks = []
+        while chunk := os.read(fd, _CHUNK):
+            chunks.append(chunk)
+    except OSError as error:
+        raise failure(error, path) from None
+    finally:
+        os.close(fd)
+    return b"".join(chunks).decode("utf-8", "surrogateescape").removesuffix("\n")
+
+
+def read_if_there(directory: str, name: str) -> str | None:
+    """Like :func:`read`; None where the file or its directory does not exist."""
+    try:
+        return read(directory, name)
+    except KernelError as error:
+        # ENODEV: the cgroup was removed between the open and the read.
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return None
+        raise
+
+
+def write(directory: str, name: str, value: str, hint: str | None = None) -> None:
+    """Write ``value`` to a kernel file in one ``write(2)``. Raises KernelError."""
+    try:
+        fd = open_file(directory, name, os.O_WRONLY)
+    except KernelError as error:
+        raise failure(error, f"{directory}/{name}", value, hint) from None
+    try:
+        os.write(fd, value.encode())
+    except OSError as error:
+        raise failure(error, f"{directory}/{name}", value, hint) from None
+    finally:
+        os.close(fd)
+
+
+def write_patiently(directory: str, name: str, value: str, seconds: float = 1.0) -> None:
+    """Like :func:`write`, again for at most ``seconds`` while the kernel says EBUSY.
+
+    EBUSY lingers for a moment after the last process has left a cgroup.
+    """
+    deadline = time.monotonic() + seconds
+    pause = 0.001
+    while True:
+        try:
+            return write(directory, name, value)
+        except KernelError as error:
+            if error.errno != errno.EBUSY or time.monotonic() >= deadline:
+                raise
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
+
+
+def make_directory(directory: str) -> bool:
+    """Make one directory; whether it was not there before. Raises KernelError (ENOENT: no parent)."""
+    try:
+        os.mkdir(directory, 0o755)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise failure(error, directory) from None
+    return True
+
+
+def remove_directory(directory: str) -> bool:
+    """Remove one cgroup; False where it is busy. One that is gone already counts as removed."""
+    try:
+        os.rmdir(directory)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        # ENOTEMPTY is what some v1 kernels say for child cgroups.
+        if error.errno in (errno.EBUSY, errno.ENOTEMPTY):
+            return False
+        raise failure(error, directory) from None
+    return True
+
+
+def is_directory(directory: str) -> bool:
+    """Whether ``directory`` is there and is a directory, not a link to one."""
+    try:
+        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    os.close(fd)
+    return True
+
+
+def subdirectories(directory: str) -> list[str]:
+    """The names of the child cgroups; none where the directory is gone."""
+    try:
+        with os.scandir(directory) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return []
+        raise failure(error, directory) from None
+
+
+def subtree(directory: str) -> list[str]:
+    """``directory`` and all directories below it, each after those it contains (deepest first)."""
+    found = [directory] if is_directory(directory) else []
+    for here in found:
+        found.extend(f"{here}/{name}" for name in subdirectories(here))
+    return found[::-1]
+
+
+def change_owner(directory: str, name: str | None, uid: int, gid: int) -> bool:
+    """chown ``directory`` itself (``name`` None) or a file in it; False where there is no such file."""
+    path = directory if name is None else f"{directory}/{name}"
+    try:
+        os.chown(path, uid, gid, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise failure(error, path) from None
+    return True

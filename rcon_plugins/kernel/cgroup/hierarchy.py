@@ -1,0 +1,130 @@
+"""The cgroup file systems of this machine: v2, v1 or hybrid, behind one interface."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rcon_plugins.errors import ControllerUnavailable
+from rcon_plugins.kernel.cgroup import files, mounts, v1, v2
+from rcon_plugins.kernel.cgroup.branch import Branch
+from rcon_plugins.kernel.cgroup.cgroup import Cgroup
+from rcon_plugins.kernel.cgroup.mounts import Mount
+from rcon_plugins.kernel.cgroup.names import check_path
+from rcon_plugins.kernel.cgroup.refusals import Refusal, refusals
+from rcon_plugins.kernel.cgroup.resources import Resources
+from rcon_plugins.kernel.cgroup.v1 import V1Branch
+from rcon_plugins.kernel.cgroup.v2 import V2Branch
+
+Layout = Literal["v2", "v1", "hybrid"]
+
+#: The controllers of this project, by their v2 names.
+CONTROLLERS = frozenset({"cpu", "cpuset", "memory", "io", "pids"})
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """What is mounted, and which limits can be set with it. Immutable; survives ``fork``."""
+
+    layout: Layout
+    controllers: frozenset[str]
+    mounts: tuple[Mount, ...]
+
+    @classmethod
+    def discover(cls) -> Hierarchy:
+        """Look at ``/proc/self/mountinfo`` and ``/proc/self/cgroup``.
+
+        ``controllers`` are those at the root of the tree for root, else those of the cgroup the process is
+        in; :class:`~rcon_plugins.instance.Instance` narrows them to what its base has.
+        Raises ControllerUnavailable where no cgroup file system is mounted.
+        """
+        found = mounts.cgroup_mounts(mounts.parse_mountinfo(files.read_own("mountinfo")))
+        own = mounts.parse_membership(files.read_own("cgroup"))
+        complete = []
+        for mount in found:
+            if mount.version == 2:
+                path = "/" if os.geteuid() == 0 else mounts.membership(mount, own) or "/"
+                mount = replace(mount, controllers=v2.offered(mount.directory(path)))
+            complete.append(mount)
+        return cls.of(complete)
+
+    @classmethod
+    def of(cls, found: list[Mount]) -> Hierarchy:
+        """The hierarchy made of these mounts. Raises ControllerUnavailable for none."""
+        ones = {name for mount in found if mount.version == 1 for name in mount.controllers}
+        offered = {name for mount in found if mount.version == 2 for name in mount.controllers}
+        has_two = any(mount.version == 2 for mount in found)
+        if not ones and not has_two:
+            raise ControllerUnavailable(
+                "no cgroup file system is mounted",
+                path="/proc/self/mountinfo",
+                hint="mount -t cgroup2 none /sys/fs/cgroup",
+            )
+        usable = {ours for ours, kernel in v1.KERNEL_NAMES.items() if kernel in ones}
+        layout: Layout = "v2" if not usable else "hybrid" if has_two else "v1"
+        return cls(layout, frozenset(usable | (offered & CONTROLLERS)), tuple(found))
+
+    def narrowed(self, base: str) -> Hierarchy:
+        """The same with the controllers that the existing cgroup ``base`` has.
+
+        The v2 side of a hybrid is left out where ``base`` is not there.
+        """
+        kept = []
+        for mount in self.mounts:
+            directory = mount.directory(base)
+            if not files.is_directory(directory):
+                continue
+            if mount.version == 2:
+                mount = replace(mount, controllers=v2.offered(directory))
+            kept.append(mount)
+        return Hierarchy.of(kept)
+
+    @property
+    def unified(self) -> Mount | None:
+        """The v2 mount, where there is one."""
+        return next((mount for mount in self.mounts if mount.version == 2), None)
+
+    def mount_of(self, controller: str) -> Mount | None:
+        """The mount in which the limits of ``controller`` are set."""
+        if controller not in self.controllers:
+            return None
+        for mount in self.mounts:
+            if mount.version == 1 and v1.KERNEL_NAMES[controller] in mount.controllers:
+                return mount
+        return self.unified
+
+    def cgroup(self, path: str, *, controllers: frozenset[str] | None = None, shared: bool = False) -> Cgroup:
+        """The cgroup at ``path`` (``/a/b``, below the mounts); nothing is made. Raises ValueError."""
+        wanted = self.controllers if controllers is None else controllers & self.controllers
+        return Cgroup(check_path(path), self._branches, wanted, shared=shared)
+
+    def _branches(self, path: str, controllers: frozenset[str], threaded: bool) -> list[Branch]:
+        found: list[Branch] = []
+        for mount in self.mounts:
+            here = frozenset(name for name in controllers if self.mount_of(name) == mount)
+            if mount.version == 2:
+                if threaded:
+                    here &= v2.THREADED
+                    if self.layout != "v2" and not here:
+                        continue  # cgroup.kill and cgroup.freeze are not for threaded cgroups
+                found.append(V2Branch(mount, path, here, threaded))
+                continue
+            if threaded:
+                here &= v1.THREADED
+            helps = ("cpu" in controllers and "cpuacct" in mount.controllers) or (
+                not threaded and "freezer" in mount.controllers and self.unified is None
+            )
+            if here or helps:
+                found.append(V1Branch(mount, path, here, threaded))
+        return found
+
+    def refusals(
+        self, resources: Resources, *, threaded: bool = False, within: Resources | None = None
+    ) -> list[Refusal]:
+        """Which of these limits this machine cannot enforce, why, and what would help.
+
+        ``threaded`` asks for a cgroup of threads; ``within`` are the limits of the cgroup around it.
+        Nothing is written.
+        """
+        return refusals(self, resources, threaded=threaded, within=within)

@@ -1,0 +1,205 @@
+"""Reading usage on the hot path: files kept open, ``pread``, and no more parsing than needed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.cgroup import files
+
+
+class Reading(NamedTuple):
+    """What a cgroup and all below it have used since it was made. ``None`` is "not accounted here".
+
+    ``oom_kills`` are processes of this cgroup or below it that were killed for want of memory (one incident
+    may count twice); on v1 only of this cgroup itself. ``memory_limit_hits`` is how often usage ran into
+    this cgroup's own limit (on v2 also those below it). ``pids_limit_hits`` is how often a fork failed: on
+    v1, and on v2 before 6.11, one by a process of this very cgroup, whichever limit stopped it; since 6.11
+    at the limit of this cgroup or one below it.
+    """
+
+    cpu_seconds: float | None = None
+    memory_current: int | None = None
+    memory_peak: int | None = None
+    io_read_bytes: int | None = None
+    io_write_bytes: int | None = None
+    pids_current: int | None = None
+    oom_kills: int | None = None
+    memory_limit_hits: int | None = None
+    pids_limit_hits: int | None = None
+
+
+def value_of(data: bytes, key: bytes) -> int | None:
+    """The number after ``key`` at the start of a line of a flat keyed file; None where it is not there."""
+    start = 0 if data.startswith(key + b" ") else data.find(b"\n" + key + b" ") + 1
+    if start == 0 and not data.startswith(key + b" "):
+        return None
+    start += len(key) + 1
+    end = data.find(b"\n", start)
+    return int(data[start:] if end < 0 else data[start:end])
+
+
+def io_stat_totals(data: bytes) -> tuple[int, int]:
+    """Bytes read and written of ``io.stat``, all devices together.
+
+    A write through device-mapper counts for both the upper and the lower device.
+    """
+    return _sum_after(data, b" rbytes="), _sum_after(data, b" wbytes=")
+
+
+def blkio_totals(data: bytes) -> tuple[int, int]:
+    """Bytes read and written of a ``blkio.throttle.io_service_bytes*`` file, all devices together."""
+    return _sum_after(data, b" Read "), _sum_after(data, b" Write ")
+
+
+def _sum_after(data: bytes, key: bytes) -> int:
+    total = 0
+    start = data.find(key)
+    while start >= 0:
+        start += len(key)
+        end = start
+        while data[end : end + 1].isdigit():
+            end += 1
+        total += int(data[start:end] or 0)
+        start = data.find(key, end)
+    return total
+
+
+def _cpu_stat(data: bytes, found: dict[str, float | int | None]) -> None:
+    microseconds = value_of(data, b"usage_usec")
+    found["cpu_seconds"] = None if microseconds is None else microseconds / 1e6
+
+
+def _cpuacct_usage(data: bytes, found: dict[str, float | int | None]) -> None:
+    found["cpu_seconds"] = int(data) / 1e9
+
+
+def _io_stat(data: bytes, found: dict[str, float | int | None]) -> None:
+    found["io_read_bytes"], found["io_write_bytes"] = io_stat_totals(data)
+
+
+def _blkio(data: bytes, found: dict[str, float | int | None]) -> None:
+    found["io_read_bytes"], found["io_write_bytes"] = blkio_totals(data)
+
+
+def _memory_events(data: bytes, found: dict[str, float | int | None]) -> None:
+    found["oom_kills"] = value_of(data, b"oom_kill")
+    found["memory_limit_hits"] = value_of(data, b"max")
+
+
+def _oom_control(data: bytes, found: dict[str, float | int | None]) -> None:
+    found["oom_kills"] = value_of(data, b"oom_kill")  # kernel 4.13
+
+
+def _pids_events(data: bytes, found: dict[str, float | int | None]) -> None:
+    found["pids_limit_hits"] = value_of(data, b"max")
+
+
+def _number(name: str) -> Callable[[bytes, dict[str, float | int | None]], None]:
+    def take(data: bytes, found: dict[str, float | int | None]) -> None:
+        found[name] = int(data)
+
+    return take
+
+
+#: By file: what it tells, of which controller, and how it is read.
+V2_FILES = {
+    "cpu.stat": ("cpu", _cpu_stat),
+    "memory.current": ("memory", _number("memory_current")),
+    "memory.peak": ("memory", _number("memory_peak")),  # kernel 5.19
+    "memory.events": ("memory", _memory_events),
+    "io.stat": ("io", _io_stat),
+    "pids.current": ("pids", _number("pids_current")),
+    "pids.events": ("pids", _pids_events),
+}
+V1_FILES = {
+    "cpuacct.usage": ("cpu", _cpuacct_usage),
+    "memory.usage_in_bytes": ("memory", _number("memory_current")),
+    "memory.max_usage_in_bytes": ("memory", _number("memory_peak")),
+    "memory.oom_control": ("memory", _oom_control),
+    "memory.failcnt": ("memory", _number("memory_limit_hits")),
+    "blkio.throttle.io_service_bytes_recursive": ("io", _blkio),  # kernel 4.16
+    "pids.current": ("pids", _number("pids_current")),
+    "pids.events": ("pids", _pids_events),
+}
+#: What is written to start a new peak, by file.
+_PEAKS = {"memory.peak": b"reset\n", "memory.max_usage_in_bytes": b"0"}
+
+
+class Meter:
+    """Open fds of a cgroup's usage files. Cheap enough to be read before and after every request.
+
+    May be used by any thread. The fds are closed by ``exec`` and inherited by ``fork``.
+    """
+
+    def __init__(self, places: list[tuple[str, str, Callable[[bytes, dict[str, float | int | None]], None]]]):
+        """``places`` are (directory, file, parser); files that are not there are left out. KernelError."""
+        self._files: list[tuple[int, str, Callable[[bytes, dict[str, float | int | None]], None]]] = []
+        self._peak: tuple[int, str, bytes] | None = None
+        try:
+            for directory, name, parser in places:
+                self._open(directory, name, parser)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(
+        self, directory: str, name: str, parser: Callable[[bytes, dict[str, float | int | None]], None]
+    ) -> None:
+        path = f"{directory}/{name}"
+        fd: int | None = None
+        if name in _PEAKS:
+            # To be reset, a peak has to be read through the fd that reset it (v2, kernel 6.12).
+            try:
+                fd = files.open_file(directory, name, os.O_RDWR)
+                self._peak = (fd, path, _PEAKS[name])
+            except KernelError:
+                fd = None
+        if fd is None:
+            try:
+                fd = files.open_file(directory, name)
+            except KernelError as error:
+                if error.errno == errno.ENOENT and files.is_directory(directory):
+                    return
+                raise
+        self._files.append((fd, path, parser))
+
+    def read(self) -> Reading:
+        """What has been used until now. Raises KernelError (ENODEV: the cgroup was deleted)."""
+        found: dict[str, float | int | None] = {}
+        for fd, path, parser in self._files:
+            try:
+                parser(os.pread(fd, 4096, 0), found)
+            except OSError as error:
+                raise files.failure(error, path) from None
+        return Reading(**found)  # type: ignore[arg-type]  # the parsers give each field its type
+
+    def reset_peak(self) -> bool:
+        """Start a new ``memory_peak``; False where the kernel cannot (v2 before 6.12, or not ours)."""
+        if self._peak is None:
+            return False
+        fd, _, value = self._peak
+        try:
+            os.write(fd, value)
+        except OSError:
+            self._peak = None
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the fds. Again is harmless."""
+        self._peak = None
+        while self._files:
+            os.close(self._files.pop()[0])
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,153 @@
+"""``/proc/self/mountinfo`` and ``/proc/PID/cgroup``, parsed (``proc(5)``, ``cgroups(7)``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rcon_plugins.kernel.cgroup import files
+
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+#: Names of v1 controllers this project uses, in the order in which directories are made and removed.
+V1_CONTROLLERS = ("cpu", "cpuacct", "cpuset", "pids", "blkio", "memory", "freezer")
+
+
+class MountEntry(NamedTuple):
+    """One line of mountinfo."""
+
+    device: str
+    root: str
+    path: str
+    read_only: bool
+    filesystem: str
+    source: str
+    options: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A mounted cgroup hierarchy.
+
+    ``path`` is where, ``root`` the cgroup that is seen there (``/`` except in some containers),
+    ``controllers`` the kernel's names: of v1 those bound to it (``cpu``, ``cpuacct``, ``blkio`` ...), of v2
+    those that its root offers.
+    """
+
+    version: int
+    path: str
+    root: str = "/"
+    controllers: frozenset[str] = frozenset()
+    read_only: bool = False
+
+    def directory(self, path: str) -> str:
+        """The directory of the cgroup ``path`` (``/`` is the root of the mount)."""
+        return self.path if path == "/" else f"{self.path}{path}"
+
+
+def parse_mountinfo(text: str) -> list[MountEntry]:
+    """All lines of a mountinfo file; octal escapes undone."""
+    entries = []
+    for line in text.splitlines():
+        before, separator, after = line.partition(" - ")
+        fields, rest = before.split(" "), after.split(" ")
+        if not separator or len(fields) < 6 or len(rest) < 3:
+            continue
+        options = {}
+        for option in rest[2].split(","):
+            key, _, value = option.partition("=")
+            options[_unescape(key)] = _unescape(value)
+        entries.append(
+            MountEntry(
+                device=fields[2],
+                root=_unescape(fields[3]),
+                path=_unescape(fields[4]),
+                read_only="ro" in fields[5].split(",") or "ro" in options,
+                filesystem=rest[0],
+                source=_unescape(rest[1]),
+                options=options,
+            )
+        )
+    return entries
+
+
+def _unescape(text: str) -> str:
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
+
+
+def cgroup_mounts(entries: list[MountEntry]) -> list[Mount]:
+    """The cgroup hierarchies among ``entries``, each once, v1 in the order of use, v2 last.
+
+    Of several mounts of one hierarchy the one that shows most of it wins (the shortest root), then a
+    writable one, then the latest, which hides earlier ones at the same place.
+    """
+    best: dict[tuple[int, frozenset[str]], MountEntry] = {}
+    for entry in entries:
+        if entry.filesystem == "cgroup2":
+            key = (2, frozenset[str]())
+        elif entry.filesystem == "cgroup":
+            key = (1, frozenset(V1_CONTROLLERS) & frozenset(entry.options))
+            if not key[1]:
+                continue
+        else:
+            continue
+        known = best.get(key)
+        if known is None or _merit(entry) >= _merit(known):
+            best[key] = entry
+    found = [
+        Mount(version, entry.path, entry.root, names, entry.read_only)
+        for (version, names), entry in best.items()
+    ]
+    return sorted(found, key=_order)
+
+
+def _merit(entry: MountEntry) -> tuple[int, bool]:
+    return (-len(entry.root), not entry.read_only)
+
+
+def _order(mount: Mount) -> tuple[int, int]:
+    places = [V1_CONTROLLERS.index(name) for name in mount.controllers if name in V1_CONTROLLERS]
+    return (mount.version, min(places, default=0))
+
+
+def parse_membership(text: str) -> dict[frozenset[str], str]:
+    """A ``/proc/PID/cgroup`` file: by set of v1 controllers (empty for v2) the path of the cgroup."""
+    found = {}
+    for line in text.splitlines():
+        number, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if number == "0" and not names:
+            found[frozenset[str]()] = path
+        elif names:
+            found[frozenset(names.split(","))] = path
+    return found
+
+
+def membership(mount: Mount, by_controllers: Mapping[frozenset[str], str]) -> str | None:
+    """Where in ``mount`` a process is, as a path below the mount; None where that cannot be seen."""
+    for names, path in by_controllers.items():
+        if mount.version == 2 and not names:
+            return _below(mount.root, path)
+        if mount.version == 1 and names & mount.controllers:
+            return _below(mount.root, path)
+    return None
+
+
+def _below(root: str, path: str) -> str | None:
+    if root == "/":
+        # A process that is outside of our cgroup namespace shows as /../something.
+        return None if path.startswith("/..") else path
+    if path == root:
+        return "/"
+    return path[len(root) :] if path.startswith(f"{root}/") else None
+
+
+def mount_of(major: int, minor: int) -> MountEntry | None:
+    """The mount with this device number, from ``/proc/self/mountinfo``."""
+    wanted = f"{major}:{minor}"
+    for entry in parse_mountinfo(files.read_own("mountinfo")):
+        if entry.device == wanted:
+            return entry
+    return None

@@ -1,0 +1,144 @@
+"""What a machine cannot enforce, found before anything is tried."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from rcon_plugins.kernel.cgroup import files, v1, v2
+from rcon_plugins.kernel.cgroup.device import whole_disk
+from rcon_plugins.kernel.cgroup.resources import MAX, Resources, parse_list
+from rcon_plugins.errors import KernelError
+
+if TYPE_CHECKING:
+    from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
+
+
+class Refusal(NamedTuple):
+    """A limit (the name of a field of Resources), why it cannot be enforced, and the remedy."""
+
+    limit: str
+    reason: str
+    remedy: str
+
+
+#: By field, the controller.
+_NEEDS = {
+    "cpu_quota": "cpu",
+    "cpu_weight": "cpu",
+    "cpus": "cpuset",
+    "memory_max": "memory",
+    "memory_high": "memory",
+    "swap_max": "memory",
+    "io": "io",
+    "pids_max": "pids",
+}
+
+
+def refusals(
+    hierarchy: Hierarchy, resources: Resources, *, threaded: bool, within: Resources | None
+) -> list[Refusal]:
+    """See :meth:`Hierarchy.refusals`."""
+    asked = [name for name in _NEEDS if getattr(resources, name) not in (None, MAX, {})]
+    if resources.swap_max == 0 and not v1.has_swap():
+        # Nothing to swap to: satisfied by the machine.
+        asked.remove("swap_max")
+    found = []
+    for name in asked:
+        refusal = _controller(hierarchy, name, threaded)
+        if refusal is None:
+            refusal = _CHECKS[name](hierarchy, resources, within) if name in _CHECKS else None
+        if refusal is not None:
+            found.append(Refusal(name, *refusal))
+    return found
+
+
+def _controller(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, str] | None:
+    controller = _NEEDS[name]
+    mount = hierarchy.mount_of(controller)
+    if mount is None:
+        if hierarchy.layout == "v2":
+            return (
+                f"the {controller} controller is not available in this part of the cgroup tree",
+                f"under systemd set Delegate={controller} in the unit; else write +{controller} to "
+                "cgroup.subtree_control of the cgroups above",
+            )
+        return (
+            f"the {controller} controller is not mounted",
+            f"mount -t cgroup -o {v1.KERNEL_NAMES[controller]} none "
+            f"/sys/fs/cgroup/{v1.KERNEL_NAMES[controller]}, or boot with cgroup v2",
+        )
+    if mount.read_only:
+        return (f"{mount.path} is mounted read-only", "mount it writable")
+    if threaded and controller not in (v2.THREADED if mount.version == 2 else v1.THREADED):
+        return (f"a thread cannot have {controller} limits of its own", "use isolation by process")
+    return None
+
+
+def _cpus(hierarchy: Hierarchy, resources: Resources, within: Resources | None) -> tuple[str, str] | None:
+    mount = hierarchy.mount_of("cpuset")
+    if mount is None:
+        return None
+    name = "cpuset.cpus.effective" if mount.version == 2 else "cpuset.cpus"
+    text = files.read_if_there(mount.path, name) or files.read("/sys/devices/system/cpu", "online")
+    there = parse_list(text)
+    if within is not None and within.cpus is not None:
+        there &= parse_list(within.cpus)
+    missing = parse_list(resources.cpus or "0") - there
+    if missing:
+        return (f"CPUs {sorted(missing)} are not there or not allowed", f"choose from {text}")
+    return None
+
+
+def _memory_high(
+    hierarchy: Hierarchy, _resources: Resources, _within: Resources | None
+) -> tuple[str, str] | None:
+    mount = hierarchy.mount_of("memory")
+    if mount is not None and mount.version == 1:
+        return ("cgroup v1 has no memory_high", "set memory_max alone, or boot with cgroup v2")
+    return None
+
+
+def _swap(hierarchy: Hierarchy, resources: Resources, _within: Resources | None) -> tuple[str, str] | None:
+    mount = hierarchy.mount_of("memory")
+    if mount is None:
+        return None
+    if mount.version == 1:
+        if resources.memory_max is None:
+            return ("cgroup v1 limits swap only together with memory", "set memory_max as well")
+        if files.read_if_there(mount.path, "memory.memsw.limit_in_bytes") is None:
+            return ("swap is not accounted for", "boot with swapaccount=1, or turn swap off")
+        return None
+    for directory in _with_controller(mount.path, "memory.max"):
+        if files.read_if_there(directory, "memory.swap.max") is None:
+            return ("swap is not accounted for", "boot with swapaccount=1, or turn swap off")
+        break
+    return None
+
+
+def _with_controller(root: str, name: str) -> list[str]:
+    """The first cgroup near the root that has a file; the root itself has no limits."""
+    for first in [root, *(f"{root}/{child}" for child in files.subdirectories(root))]:
+        if os.path.exists(f"{first}/{name}"):
+            return [first]
+    return []
+
+
+def _io(hierarchy: Hierarchy, resources: Resources, within: Resources | None) -> tuple[str, str] | None:
+    mount = hierarchy.mount_of("io")
+    if mount is not None and mount.version == 1 and within is not None and within.io:
+        return (
+            "cgroup v1 holds either IO limits for all work together or for each, not both",
+            "set one of them, or boot with cgroup v2",
+        )
+    for device in resources.io:
+        try:
+            disk = whole_disk(device)
+        except KernelError as error:
+            return (error.problem, error.hint or "")
+        if disk != device:
+            return (f"{device} is a partition", f"only whole disks can be limited: use {disk}")
+    return None
+
+
+_CHECKS = {"cpus": _cpus, "memory_high": _memory_high, "swap_max": _swap, "io": _io}

@@ -1,0 +1,270 @@
+"""Version 1: one directory per cgroup in each hierarchy (Documentation/admin-guide/cgroup-v1/)."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from rcon_plugins.errors import ControllerUnavailable, KernelError
+from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, is_single_threaded
+from rcon_plugins.kernel.cgroup.resources import (
+    CPU_PERIOD_MICROSECONDS,
+    Max,
+    Resources,
+    format_list,
+    parse_list,
+)
+
+#: Controllers that act on a single thread. Memory is charged to the whole process.
+THREADED = frozenset({"cpu", "cpuset", "io", "pids"})
+
+#: The kernel's names of our controllers.
+KERNEL_NAMES = {"cpu": "cpu", "cpuset": "cpuset", "memory": "memory", "io": "blkio", "pids": "pids"}
+
+_UNLIMITED = "-1"
+_IO_FILES = {
+    "rbps": "blkio.throttle.read_bps_device",
+    "wbps": "blkio.throttle.write_bps_device",
+    "riops": "blkio.throttle.read_iops_device",
+    "wiops": "blkio.throttle.write_iops_device",
+}
+
+
+def shares_of(weight: int) -> int:
+    """``cpu.shares`` of a v2 weight: the kernel's own conversion (100 is 1024; kernel/sched/core.c)."""
+    return max(2, min(262_144, round(weight * 1024 / 100)))
+
+
+def pairs(resources: Resources) -> list[tuple[str, str]]:
+    """The limits as (file, value), in the order in which they are written where they are lowered.
+
+    ``memory_high`` and ``oom_group`` do not exist on v1 and are not in the result. ``swap_max`` becomes a
+    limit on the sum with ``memory_max``. Raises ControllerUnavailable for what cannot be said on v1.
+    """
+    found: list[tuple[str, str]] = []
+    if resources.cpu_quota is not None:
+        found.append(("cpu.cfs_period_us", str(CPU_PERIOD_MICROSECONDS)))
+        quota = resources.cpu_quota
+        value = round(quota * CPU_PERIOD_MICROSECONDS) if isinstance(quota, float | int) else -1
+        found.append(("cpu.cfs_quota_us", str(value)))
+    if resources.cpu_weight is not None:
+        found.append(("cpu.shares", str(shares_of(resources.cpu_weight))))
+    if resources.cpus is not None:
+        found.append(("cpuset.cpus", resources.cpus))
+    if resources.memory_high is not None:
+        raise ControllerUnavailable(
+            "cgroup v1 has no memory_high", value=str(resources.memory_high), hint="set memory_max alone"
+        )
+    if resources.memory_max is not None:
+        found.append(("memory.limit_in_bytes", _number(resources.memory_max)))
+    if resources.swap_max is not None:
+        found.append(("memory.memsw.limit_in_bytes", _memory_and_swap(resources)))
+    for device, limits in sorted(resources.io.items()):
+        for key, value in limits._asdict().items():
+            if value is not None:
+                # 0 removes the rule.
+                found.append((_IO_FILES[key], f"{device} {value if isinstance(value, int) else 0}"))
+    if resources.pids_max is not None:
+        found.append(("pids.max", str(resources.pids_max)))
+    return found
+
+
+def _number(value: int | Max) -> str:
+    return str(value) if isinstance(value, int) else _UNLIMITED
+
+
+def _memory_and_swap(resources: Resources) -> str:
+    memory, swap = resources.memory_max, resources.swap_max
+    if not isinstance(swap, int):
+        return _UNLIMITED
+    if memory is None:
+        raise ControllerUnavailable(
+            "cgroup v1 limits swap only together with memory",
+            value=str(swap),
+            hint="set memory_max as well",
+        )
+    # Without a limit on memory there is none on the sum.
+    return str(memory + swap) if isinstance(memory, int) else _UNLIMITED
+
+
+def has_swap() -> bool:
+    """Whether this machine has any swap in use (``/proc/swaps`` has more than its heading)."""
+    return len(files.read("/proc", "swaps").splitlines()) > 1
+
+
+class V1Branch(Branch):
+    """The directory of a cgroup in one v1 hierarchy, which may carry several controllers (cpu,cpuacct)."""
+
+    delegated_files = ("tasks", "cgroup.procs")
+
+    def has(self, kernel_name: str) -> bool:
+        """Whether this hierarchy carries a controller, by the kernel's name."""
+        return kernel_name in self.mount.controllers
+
+    def create(self) -> None:
+        """Make the directory and those above it, ready to be entered."""
+        for parent, child in create_levels(self):
+            if child == self.directory and self._parent_limits_io():
+                # If it was made before the parent got its limits, nobody has entered it since.
+                files.remove_directory(child)
+                return
+            if files.make_directory(child) and self.has("memory"):
+                _account_hierarchically(child)
+            if self.has("cpuset"):
+                _inherit_cpuset(parent, child)
+
+    def _parent_limits_io(self) -> bool:
+        """Whether processes have to stay in the parent to be held by its IO limits.
+
+        On v1 a throttled cgroup does not count what its child cgroups do: blk-throttle is flat there
+        (cgroup-v1/blkio-controller.rst, "Hierarchical Cgroups").
+        """
+        parent = os.path.dirname(self.directory)
+        return self.mount.controllers == {"blkio"} and parent != self.mount.path and io_is_limited(parent)
+
+    def place(self) -> str:
+        """The directory that processes enter: the one above, where that one's IO limits are to hold."""
+        if not super().exists() and self._parent_limits_io():
+            return os.path.dirname(self.directory)
+        return self.directory
+
+    def exists(self) -> bool:
+        """Whether the directory is there, or need not be."""
+        return super().exists() or self._parent_limits_io()
+
+    @property
+    def thread_file(self) -> str:
+        """``tasks``."""
+        return "tasks"
+
+    def enter_process(self) -> None:
+        """Write ``0``: to ``tasks``, which is cheap, or with several threads to ``cgroup.procs``."""
+        files.write(self.place(), "tasks" if is_single_threaded() else "cgroup.procs", "0")
+
+    def freeze(self, frozen: bool) -> bool:
+        """Stop or continue the subtree (cgroup-v1/freezer-subsystem.rst)."""
+        files.write(self.directory, "freezer.state", "FROZEN" if frozen else "THAWED")
+        return True
+
+    def is_frozen(self) -> bool:
+        """Whether the whole subtree has come to a stop."""
+        return files.read(self.directory, "freezer.state") == "FROZEN"
+
+    def configure(self, resources: Resources) -> None:
+        """Write the limits in an order the kernel takes."""
+        wanted = [(name, value) for name, value in pairs(resources) if self._carries(name)]
+        names = [name for name, _ in wanted]
+        if "memory.memsw.limit_in_bytes" in names and not self._order_memory(wanted):
+            wanted = [pair for pair in wanted if pair[0] != "memory.memsw.limit_in_bytes"]
+        for name, value in wanted:
+            if name == "cpuset.cpus":
+                _set_cpus(self.directory, value)
+            elif name == "cpu.cfs_quota_us":
+                _set_quota(self.directory, int(value))
+            else:
+                if name.startswith("blkio."):
+                    self._check_io()
+                files.write(self.directory, name, value)
+
+    def _carries(self, name: str) -> bool:
+        controller = name.partition(".")[0]
+        return self.has(controller) and any(KERNEL_NAMES[ours] == controller for ours in self.controllers)
+
+    def _order_memory(self, wanted: list[tuple[str, str]]) -> bool:
+        """Put the limit on the sum first where it is raised; False where it need not be written."""
+        current = files.read_if_there(self.directory, "memory.memsw.limit_in_bytes")
+        if current is None:
+            if not has_swap():
+                # No swap accounting, but nothing to account for either.
+                return False
+            raise ControllerUnavailable(
+                "swap is not accounted for",
+                path=f"{self.directory}/memory.memsw.limit_in_bytes",
+                hint="boot with swapaccount=1, or turn swap off",
+            )
+        index = next(i for i, (name, _) in enumerate(wanted) if name == "memory.memsw.limit_in_bytes")
+        target = int(wanted[index][1])
+        if target < 0 or target >= int(current):
+            wanted.insert(0, wanted.pop(index))
+        return True
+
+    def _check_io(self) -> None:
+        if not super().exists():
+            raise ControllerUnavailable(
+                f"the IO of {self.path} is limited by the cgroup above",
+                path=self.directory,
+                hint="cgroup v1 holds either limits for all work together or limits for each; set one of them",
+            )
+
+
+def io_is_limited(directory: str) -> bool:
+    """Whether a blkio cgroup has a throttling rule."""
+    return any(files.read_if_there(directory, name) for name in _IO_FILES.values())
+
+
+def _account_hierarchically(directory: str) -> None:
+    # Without it (the default before 5.11) a cgroup's limit does not hold for those below it.
+    if files.read_if_there(directory, "memory.use_hierarchy") == "0":
+        files.write(directory, "memory.use_hierarchy", "1")
+
+
+def _inherit_cpuset(parent: str, child: str) -> None:
+    # A new v1 cpuset is empty, and nothing can enter an empty one (cgroup-v1/cpusets.rst).
+    for name in ("cpuset.cpus", "cpuset.mems"):
+        if not files.read(child, name):
+            files.write(child, name, files.read(parent, name))
+
+
+def _set_quota(directory: str, quota: int) -> None:
+    """Write a CPU quota; on v1 none may be above that of a cgroup around it (EINVAL)."""
+    try:
+        return files.write(directory, "cpu.cfs_quota_us", str(quota))
+    except KernelError as error:
+        if error.errno != errno.EINVAL or quota < 0:
+            raise
+    # Above what holds for the parent: the parent's own limit is then the tighter one in any case.
+    above = _quota_of(os.path.dirname(directory))
+    if 0 <= above < quota:
+        return files.write(directory, "cpu.cfs_quota_us", str(above))
+    # Below what a child has: lower the children first.
+    for name in files.subdirectories(directory):
+        child = f"{directory}/{name}"
+        if _quota_of(child) > quota:
+            _set_quota(child, quota)
+    return files.write(directory, "cpu.cfs_quota_us", str(quota))
+
+
+def _quota_of(directory: str) -> int:
+    return int(files.read_if_there(directory, "cpu.cfs_quota_us") or _UNLIMITED)
+
+
+def _set_cpus(directory: str, cpus: str) -> None:
+    """Write a cpuset; children keep to it, and follow it where they had the same as their parent."""
+    old = parse_cpus(files.read(directory, "cpuset.cpus"))
+    new = parse_list(cpus)
+    if old == new:
+        return
+    children = [f"{directory}/{name}" for name in files.subdirectories(directory)]
+    had = {child: parse_cpus(files.read_if_there(child, "cpuset.cpus") or "") for child in children}
+    # The kernel wants each set inside its parent's: first widen, then move the children, then narrow.
+    _write_cpus(directory, old | new)
+    for child, before in had.items():
+        after = new if before == old else before & new
+        if after and after != before:
+            _set_cpus(child, format_list(after))
+    _write_cpus(directory, new)
+
+
+def _write_cpus(directory: str, cpus: frozenset[int]) -> None:
+    files.write(
+        directory,
+        "cpuset.cpus",
+        format_list(cpus),
+        hint="these CPUs are not all there, or not all allowed in the cgroup above",
+    )
+
+
+def parse_cpus(text: str) -> frozenset[int]:
+    """The CPUs of a cpuset file, which may be empty."""
+    return parse_list(text) if text.strip() else frozenset()

@@ -1,0 +1,179 @@
+"""Version 2: one directory per cgroup (Documentation/admin-guide/cgroup-v2.rst)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+
+from rcon_plugins.errors import ControllerUnavailable, KernelError
+from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel.cgroup.branch import Branch, create_levels
+from rcon_plugins.kernel.cgroup.resources import CPU_PERIOD_MICROSECONDS, MAX, Resources, parse_list
+
+#: Controllers that work in threaded cgroups (cgroup-v2.rst, "Threads").
+THREADED = frozenset({"cpu", "cpuset", "pids"})
+
+#: What a refused write usually means.
+_HINTS = {
+    ("io.max", errno.ENODEV): "only whole disks that are present can be limited: see lsblk",
+    ("cpu.max", errno.EINVAL): "the smallest quota is 1 ms in 100 ms",
+}
+
+
+def pairs(resources: Resources) -> list[tuple[str, str]]:
+    """The limits as (file, value), in the order in which they are written."""
+    found: list[tuple[str, str]] = []
+    if resources.cpu_quota is not None:
+        found.append(("cpu.max", f"{_quota(resources.cpu_quota)} {CPU_PERIOD_MICROSECONDS}"))
+    if resources.cpu_weight is not None:
+        found.append(("cpu.weight", str(resources.cpu_weight)))
+    if resources.cpus is not None:
+        found.append(("cpuset.cpus", resources.cpus))
+    # high before max: max alone kills what high would have slowed down.
+    if resources.memory_high is not None:
+        found.append(("memory.high", str(resources.memory_high)))
+    if resources.memory_max is not None:
+        found.append(("memory.max", str(resources.memory_max)))
+    if resources.swap_max is not None:
+        found.append(("memory.swap.max", str(resources.swap_max)))
+    if resources.oom_group:
+        found.append(("memory.oom.group", "1"))  # kernel 4.19
+    for device, limits in sorted(resources.io.items()):
+        keys = " ".join(f"{key}={value}" for key, value in limits._asdict().items() if value is not None)
+        if keys:
+            found.append(("io.max", f"{device} {keys}"))
+    if resources.pids_max is not None:
+        found.append(("pids.max", str(resources.pids_max)))
+    return found
+
+
+def _quota(cpus: object) -> str:
+    return str(MAX) if not isinstance(cpus, float | int) else str(round(cpus * CPU_PERIOD_MICROSECONDS))
+
+
+class V2Branch(Branch):
+    """The directory of a cgroup in the v2 hierarchy; on hybrid hosts usually one without controllers."""
+
+    delegated_files = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
+
+    def create(self) -> None:
+        """Make the directory and those above it, and enable the controllers on the way down.
+
+        Raises ControllerUnavailable where one of them does not arrive.
+        """
+        refusal: KernelError | None = None
+        for parent, child in create_levels(self):
+            try:
+                enable(parent, self.controllers)
+            except KernelError as error:
+                if error.errno in (errno.ENOENT, errno.ENODEV) and not files.is_directory(parent):
+                    raise
+                # Not ours to change, or busy; whether it matters shows in what arrives below.
+                refusal = error
+            files.make_directory(child)
+        if self.threaded and files.read(self.directory, "cgroup.type") != "threaded":
+            files.write(self.directory, "cgroup.type", "threaded")
+        missing = self.controllers - offered(self.directory)
+        if missing:
+            raise ControllerUnavailable(
+                f"{self.directory} has no {', '.join(sorted(missing))} controller"
+                + (f" ({refusal.problem})" if refusal else ""),
+                errno=errno.ENOENT if refusal is None else refusal.errno,
+                path=f"{self.directory}/cgroup.controllers",
+                hint="a cgroup above does not pass it on in cgroup.subtree_control; under systemd: "
+                f"Delegate={' '.join(sorted(missing))}",
+            )
+
+    def configure(self, resources: Resources) -> None:
+        """Write the limits; afterwards check that a cpuset is really in force."""
+        for name, value in pairs(resources):
+            if name.partition(".")[0] not in self.controllers:
+                continue
+            try:
+                files.write(self.directory, name, value)
+            except KernelError as error:
+                hint = _HINTS.get((name, error.errno)) or error.hint
+                raise type(error)(
+                    error.problem, errno=error.errno, path=error.path, value=value, hint=hint
+                ) from None
+            if name == "cpuset.cpus":
+                self._check_cpus(value)
+
+    def _check_cpus(self, cpus: str) -> None:
+        # The kernel takes any list; where none of it can be had, the parent's CPUs stay in force.
+        effective = files.read(self.directory, "cpuset.cpus.effective")
+        if not parse_list(effective) <= parse_list(cpus):
+            raise ControllerUnavailable(
+                f"none of the CPUs {cpus} may be used in {self.directory}",
+                path=f"{self.directory}/cpuset.cpus",
+                value=cpus,
+                hint=f"choose from {effective}",
+            )
+
+    @property
+    def thread_file(self) -> str:
+        """``cgroup.threads`` (kernel 4.14)."""
+        return "cgroup.threads"
+
+    def enter_process(self) -> None:
+        """Write ``0`` to ``cgroup.procs``: takes all threads of the caller along."""
+        files.write_patiently(self.directory, "cgroup.procs", "0")
+
+    def kill(self) -> bool:
+        """SIGKILL to the whole subtree in one write; False before kernel 5.14."""
+        try:
+            files.write(self.directory, "cgroup.kill", "1")
+        except KernelError as error:
+            if error.errno == errno.ENODEV:
+                return True
+            if error.errno != errno.ENOENT:
+                raise
+            return not self.exists()
+        return True
+
+    def freeze(self, frozen: bool) -> bool:
+        """Stop or continue the subtree; False before kernel 5.2."""
+        try:
+            files.write(self.directory, "cgroup.freeze", "1" if frozen else "0")
+        except KernelError as error:
+            if error.errno == errno.ENOENT and self.exists():
+                return False
+            raise
+        return True
+
+    def is_frozen(self) -> bool:
+        """Whether the whole subtree has come to a stop."""
+        return "frozen 1" in files.read(self.directory, "cgroup.events").splitlines()
+
+
+def offered(directory: str) -> frozenset[str]:
+    """The controllers a cgroup has."""
+    return frozenset(files.read(directory, "cgroup.controllers").split())
+
+
+def enable(directory: str, controllers: frozenset[str]) -> None:
+    """Pass those of ``controllers`` that ``directory`` has on to its children. Raises KernelError."""
+    passed = frozenset(files.read(directory, "cgroup.subtree_control").split())
+    missing = sorted((controllers & offered(directory)) - passed)
+    if not missing:
+        return
+    try:
+        files.write_patiently(directory, "cgroup.subtree_control", " ".join(f"+{name}" for name in missing))
+    except KernelError as error:
+        if len(missing) == 1 or error.errno != errno.EINVAL:
+            raise
+        # One that cannot be passed on (cpu, with realtime processes about) must not keep the others.
+        for name in missing:
+            with contextlib.suppress(KernelError):
+                files.write_patiently(directory, "cgroup.subtree_control", f"+{name}")
+        raise
+
+
+def disable_all(directory: str) -> None:
+    """Pass no controllers on any more, so that processes may be here again. Raises KernelError."""
+    passed = files.read(directory, "cgroup.subtree_control").split()
+    if passed:
+        with contextlib.suppress(FileNotFoundError):
+            files.write_patiently(
+                directory, "cgroup.subtree_control", " ".join(f"-{name}" for name in passed)
+            )
