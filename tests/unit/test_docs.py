@@ -35,7 +35,11 @@ class Block(NamedTuple):
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
-def blocks(*languages: str) -> Iterator[Block]:
+def blocks(*languages: str) -> list[Block]:
+    return list(find_blocks(languages))
+
+
+def find_blocks(languages: tuple[str, ...]) -> Iterator[Block]:
     fence = re.compile(
         r"(?:^<!-- (?P<note>[\w ]+) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
     )
