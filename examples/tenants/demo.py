@@ -17,8 +17,8 @@ from typing import NoReturn
 import load
 from app import BURN, MEBIBYTE
 from load import Plan, Result
-from measure import Confined, Unconfined, Used, Watch
-from server import THREADS, WORKERS, Server
+from measure import Confined, Unconfined, Used, Watch, tenant_cgroups
+from server import THREADS, WORKERS, Server, why_not
 from table import Row, say, write
 
 #: How long each phase lasts, seconds.
@@ -56,7 +56,9 @@ def main() -> int:
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupted)
-    if not _can_run():
+    obstacle = why_not()
+    if obstacle is not None:
+        say(f"Nothing can be confined here: {obstacle}")
         return 2
     try:
         return (
@@ -108,7 +110,7 @@ def confined(port: int, seconds: float) -> Phase:
     server = Server(confined=True, port=port)
     try:
         _ready(server)
-        eye = Confined(_tenant_cgroups(server.pid))
+        eye = Confined(tenant_cgroups(server.pid))
         start = time.monotonic()
         with Watch(eye):
             results = load.run(server.port, PLANS, seconds)

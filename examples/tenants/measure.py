@@ -8,10 +8,10 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from rcon_plugins.kernel.cgroup import Cgroup, Meter
+from rcon_plugins.confinement import cgroup_name
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Meter, find_base
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _EVERY = 0.025
@@ -40,6 +40,23 @@ class Used:
         if len(window) < 2 or window[-1][0] == window[0][0]:
             return None
         return (window[-1][1] - window[0][1]) / (window[-1][0] - window[0][0])
+
+
+def tenant_cgroups(server: int) -> dict[str, Cgroup]:
+    """By tenant of the example: the cgroup of all its work in the server whose master has this pid."""
+    hierarchy = Hierarchy.discover()
+    base = find_base(hierarchy)
+    hierarchy = hierarchy.narrowed(base)
+    instance = next(name for name in hierarchy.cgroup(base).children() if name.startswith(f"rcon-{server}-"))
+    return {
+        tenant: hierarchy.cgroup(f"{base.rstrip('/')}/{instance}/work/{cgroup_name(policy, key)}")
+        for tenant, policy, key in (
+            ("steady", "tenant", "steady.example"),
+            ("cpu-hog", "cpu-hog", None),
+            ("memory-hog", "memory-hog", None),
+            ("fork-bomb", "fork-bomb", None),
+        )
+    }
 
 
 class Eye(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import signal
 import socket
@@ -11,11 +12,31 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rcon_plugins.errors import RconError
+from rcon_plugins.isolation import Server as Traits
+from rcon_plugins.kernel.cgroup import Hierarchy, find_base
+from rcon_plugins.manager import Plan
+from rcon_plugins.settings import load as load_settings
+
 HERE = Path(__file__).resolve().parent
+SETTINGS = HERE / "rcon.toml"
 WORKERS = 2
 THREADS = 8
 
 _PR_SET_PDEATHSIG = 1
+
+
+def why_not() -> str | None:
+    """Why the example cannot be confined here, and what to do about it; None if it can."""
+    if importlib.util.find_spec("gunicorn") is None:
+        return "gunicorn is not installed; `make demo` installs it, and so does: pip install 'rcon-plugins[gunicorn]'"
+    try:
+        hierarchy = Hierarchy.discover()
+        Plan.make(load_settings(str(SETTINGS)), Traits(threads=True), hierarchy=hierarchy).check()
+        find_base(hierarchy)
+    except RconError as error:
+        return str(error) if os.geteuid() == 0 else f"run it as root (sudo make demo). Without root: {error}"
+    return None
 
 
 class Server:
@@ -32,8 +53,8 @@ class Server:
         environ = dict(os.environ)
         if confined:
             command += ["--config", "python:rcon_gunicorn.conf"]
-            environ["RCON_SETTINGS"] = str(HERE / "rcon.toml")
-        self._process = subprocess.Popen(  # noqa: S603 - the command is made here
+            environ["RCON_SETTINGS"] = str(SETTINGS)
+        self._process = subprocess.Popen(
             command,
             env=environ,
             stdin=subprocess.DEVNULL,

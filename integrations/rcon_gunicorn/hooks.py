@@ -18,7 +18,7 @@ from rcon_gunicorn.master import Master
 from rcon_gunicorn.workers import refusal, server_traits
 from rcon_plugins.errors import ConfinementError, RconError
 from rcon_plugins.manager import Manager
-from rcon_wsgi import ConfineMiddleware
+from rcon_wsgi import ConfineMiddleware, WsgiService
 
 #: Where the settings file is named, if not in the call.
 SETTINGS_VARIABLE = "RCON_SETTINGS"
@@ -41,7 +41,7 @@ class Worker(Protocol):
     wsgi: Any
 
 
-class StartRefused(RconError, RuntimeError):  # noqa: N818 - named for what it says
+class StartRefused(RconError, RuntimeError):
     """Raised in the master when it must not start. gunicorn prints the message alone and exits with 1."""
 
 
@@ -135,12 +135,17 @@ class Hooks:
             raise ConfinementError(refusal(type(worker)))
         master = self._started()
         join_error_log()
-        manager = Manager(master.settings, server=traits, instance=master.instance)
+        manager = Manager(
+            master.settings,
+            server=traits,
+            instance=master.instance,
+            on_lost=functools.partial(_replace, worker),
+        )
+        manager.start(WsgiService(worker.wsgi))
         self._manager = manager
         worker.wsgi = ConfineMiddleware(
             worker.wsgi, manager=manager, client_socket=None if traits.greenlets else client_socket
         )
-        manager.start(on_lost=functools.partial(_replace, worker))
 
     def worker_exit(self, server: Arbiter, worker: Worker) -> None:
         """End the worker's executor processes."""

@@ -8,10 +8,10 @@ import os
 from typing import Any, Protocol
 
 from rcon_gunicorn.workers import server_traits
-from rcon_plugins.errors import ConfinementError, RconError
+from rcon_plugins.errors import RconError
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Hierarchy
-from rcon_plugins.manager import Manager
+from rcon_plugins.manager import Plan
 from rcon_plugins.settings import Settings, load
 
 
@@ -29,6 +29,7 @@ class Master:
         self.instance = instance
         self._hierarchy = hierarchy
         self._pid = os.getpid()
+        self._adopted = False
 
     @classmethod
     def start(cls, path: str, server: _Arbiter) -> Master:
@@ -37,13 +38,11 @@ class Master:
         Raises `RconError` with what is wrong and what to do.
         """
         settings = load(path)
-        hierarchy = Hierarchy.discover()
-        _check(settings, hierarchy, server)
-        instance = Instance.create(hierarchy, base=settings.cgroup, owner=_owner(server.cfg))
-        master = cls(settings, hierarchy, instance)
+        plan = _plan(settings, server, Hierarchy.discover())
+        instance = Instance.create(plan.hierarchy, base=settings.cgroup, owner=_owner(server.cfg))
+        master = cls(settings, plan.hierarchy, instance)
         atexit.register(master.close)  # gunicorn calls no hook when it ends before it serves
-        if instance.needs_adoption:
-            instance.adopt()
+        master._adopt(plan)
         server.log.info("rcon: %s confines requests, cgroups are in %s", path, instance.path)
         _warn_of_what_stays_outside(server)
         return master
@@ -54,37 +53,45 @@ class Master:
         Raises `RconError`, and changes nothing, if they are wrong or cannot be enforced here.
         """
         settings = load(path)
-        _check(settings, self._hierarchy, server)
+        plan = _plan(settings, server, self._hierarchy)
+        self._adopt(plan)
         if settings.cgroup != self.settings.cgroup:
             server.log.warning("rcon: a new cgroup base is taken at the next start, not at a reload")
         self.settings = settings
         _warn_of_what_stays_outside(server)
 
+    def _adopt(self, plan: Plan) -> None:
+        """Move the master, and so the workers to come, into the instance, where that is needed."""
+        if (plan.uses_inline or self.instance.needs_adoption) and not self._adopted:
+            self.instance.adopt()
+            self._adopted = True
+
     def sweep(self, worker: int, server: _Arbiter) -> None:
         """End and remove whatever a worker that is gone left behind."""
         try:
             self.instance.sweep(f"{worker}-")
-        except RconError as error:
+        except (RconError, OSError, ValueError) as error:  # gunicorn would end, and all its workers with it
             server.log.warning("rcon: left for the next start: %s", error)
 
     def leave(self) -> None:
         """In a fork of the master that is about to execute another: go back to where gunicorn was started."""
-        self.instance.release()
+        if not self.instance.needs_adoption:  # else there is nowhere to go back to
+            with contextlib.suppress(RconError, OSError):  # gunicorn would end the workers of both
+                self.instance.release()
 
     def close(self) -> None:
         """End all work and remove the cgroups. Does nothing in a process that is not the master."""
         if os.getpid() != self._pid:
             return
         atexit.unregister(self.close)
-        with contextlib.suppress(RconError):  # a later start removes it
+        with contextlib.suppress(RconError, OSError, ValueError):  # a later start removes it
             self.instance.close()
 
 
-def _check(settings: Settings, hierarchy: Hierarchy, server: _Arbiter) -> None:
-    traits = server_traits(server.worker_class)
-    if traits is None:
-        raise ConfinementError("this worker class cannot be confined")
-    Manager.check(settings, server=traits, hierarchy=hierarchy)
+def _plan(settings: Settings, server: _Arbiter, hierarchy: Hierarchy) -> Plan:
+    plan = Plan.make(settings, server_traits(server.worker_class), hierarchy=hierarchy)
+    plan.check()
+    return plan
 
 
 def _owner(cfg: Any) -> tuple[int, int] | None:

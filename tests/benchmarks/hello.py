@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _BODY = b"Hello, world\n"
 
 
-def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:  # noqa: ARG001 - WSGI
+def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
     """Say hello."""
     start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(_BODY)))])
     return [_BODY]

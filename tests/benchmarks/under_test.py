@@ -43,7 +43,7 @@ class Gunicorn:
             environ["RCON_SETTINGS"] = str(settings)
         self._log = Path(self._files.name, "log")
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603 - the command is made here
+            self._process = subprocess.Popen(
                 command,
                 env=environ,
                 stdout=log,

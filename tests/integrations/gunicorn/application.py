@@ -1,0 +1,89 @@
+"""What the tests ask a confined gunicorn to run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse
+
+CONFINED = re.compile(r"/rcon-\d+-\d+/(work|host)/\w")
+
+
+def who(_: dict[str, list[str]]) -> dict[str, Any]:
+    """Which process this is, and where the kernel has put it."""
+    return {
+        "pid": os.getpid(),
+        "uid": os.getuid(),
+        "gid": os.getgid(),
+        "confined": bool(CONFINED.search(Path("/proc/thread-self/cgroup").read_text())),
+        "version": os.environ.get("TEST_VERSION"),
+    }
+
+
+def allocate(query: dict[str, list[str]]) -> dict[str, Any]:
+    """Touch so many MiB."""
+    pieces = [os.urandom(4096) * 256 for _ in range(int(query["mib"][0]))]
+    return {"mib": len(pieces)}
+
+
+def sleep(query: dict[str, list[str]]) -> dict[str, Any]:
+    """Sleep for so many seconds."""
+    time.sleep(float(query["seconds"][0]))
+    return who({})
+
+
+def bomb(_: dict[str, list[str]]) -> dict[str, Any]:
+    """Fork up to 64 sleepers, in sessions of their own, every other one forked twice; they end by themselves."""
+    for number in range(64):
+        if os.fork() == 0:
+            try:
+                os.setsid()
+                if number % 2 and os.fork() != 0:
+                    os._exit(0)
+                os.closerange(0, 1024)
+                time.sleep(20)
+            finally:
+                os._exit(0)
+    return {"forks": 64}
+
+
+def fail(_: dict[str, list[str]]) -> dict[str, Any]:
+    """Raise."""
+    raise RuntimeError("the application's own error")
+
+
+WORKS: dict[str, Callable[[dict[str, list[str]]], dict[str, Any]]] = {
+    "who": who,
+    "allocate": allocate,
+    "sleep": sleep,
+    "bomb": bomb,
+    "fail": fail,
+}
+
+
+def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    """``/<policy>/<work>?…`` runs a work; what policy that is under is for the settings to say."""
+    name = environ["PATH_INFO"].rpartition("/")[2]
+    query = parse_qs(environ["QUERY_STRING"])
+    if name == "stream":
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return stream()
+    body = json.dumps(WORKS[name](query)).encode()
+    start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def stream() -> Iterator[bytes]:
+    """A piece, and then more memory than there is."""
+    yield b"begun"
+    time.sleep(0.1)
+    allocate({"mib": ["200"]})
+    yield b"ended"

@@ -1,0 +1,233 @@
+"""A real gunicorn on loopback, as the tests see it from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+CGROUPS = Path("/sys/fs/cgroup")
+
+#: No answer within so many seconds is a hang.
+PATIENCE = 20.0
+
+
+class Answer(NamedTuple):
+    """What a request brought."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Gunicorn:
+    """One gunicorn with `application`; ended by `stop`, and by leaving a ``with`` block."""
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: str | None,
+        *arguments: str,
+        config: str = "python:rcon_gunicorn.conf",
+        environ: dict[str, str] | None = None,
+        app: str = "application:app",
+    ) -> None:
+        self.directory = directory
+        self.arguments = arguments
+        self.settings = directory / "rcon.toml"
+        self.log_file = directory / "log"
+        if settings is not None:
+            self.settings.write_text(settings)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port: int = listener.getsockname()[1]
+        command = [sys.executable, "-m", "gunicorn", "--chdir", str(HERE), "--no-control-socket"]
+        command += ["--bind", f"fd://{listener.fileno()}", "--config", config, "--graceful-timeout", "10"]
+        command += ["--worker-tmp-dir", "/dev/shm", *arguments, app]
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, "RCON_SETTINGS": str(self.settings), **(environ or {})},
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[listener.fileno()],
+            )
+        listener.close()
+
+    def __enter__(self) -> Gunicorn:
+        return self.wait_until_served()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_until_served(self) -> Gunicorn:
+        try:
+            until(lambda: self.process.poll() is not None or self.status("/free/who") == 200)
+            assert self.process.poll() is None
+        except AssertionError:
+            self.stop()
+            raise AssertionError(f"the server did not start:\n{self.log()}") from None
+        return self
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The structured lines of the log."""
+        found = []
+        for line in self.log().splitlines():
+            start = line.find('{"event"')
+            if start >= 0:
+                found.append(json.loads(line[start:]))
+        return found
+
+    def get(self, path: str, **headers: str) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request("GET", path, headers={"Connection": "close", **headers})
+            response = connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+
+    def status(self, path: str) -> int | str:
+        """The status of a request, "cut" where the connection broke, "none" where no answer came in time."""
+        try:
+            return self.get(path).status
+        except TimeoutError:
+            return "none"
+        except (OSError, http.client.HTTPException):
+            return "cut"
+
+    def workers(self) -> list[int]:
+        return children(self.pid)
+
+    def cgroups(self) -> list[Path]:
+        """The directories of this server's instance, one in each hierarchy."""
+        return instance_directories(self.pid)
+
+    def executors(self, policy: str = "free") -> list[int]:
+        """The pids of the executor processes of a policy, and of what they started."""
+        found: set[int] = set()
+        for instance in self.cgroups():
+            for leaf in instance.glob(f"work/{policy}*/*/cgroup.procs"):
+                with contextlib.suppress(OSError):
+                    found.update(map(int, leaf.read_text().split()))
+        return sorted(found)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def stop(self) -> int:
+        """End it, gracefully first, and return its exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            for pid in (*self.workers(), self.pid):
+                os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+            raise AssertionError(f"the server did not end:\n{self.log()}") from None
+
+
+class Load:
+    """Clients that ask for one path again and again while the ``with`` block runs."""
+
+    def __init__(self, server: Gunicorn, path: str = "/free/who", clients: int = 4) -> None:
+        self.answers: Counter[int | str] = Counter()
+        #: How often code ran that was not confined.
+        self.unconfined = 0
+        self._server = server
+        self._path = path
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for_answers(self, more: int) -> None:
+        """Wait until so many more requests were served."""
+        aim = self.answers[200] + more
+        until(lambda: self.answers[200] >= aim)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            status: int | str
+            try:
+                answer = self._server.get(self._path)
+                status = answer.status
+                if status == 200 and not answer.json()["confined"]:
+                    self.unconfined += 1
+            except TimeoutError:
+                status = "none"
+            except (OSError, http.client.HTTPException):
+                status = "cut"
+            self.answers[status] += 1
+            if status != 200:
+                time.sleep(0.02)
+
+
+def until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Wait until it is true. Raises AssertionError when it does not come true."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"it did not come true within {seconds:g} s")
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    """The living children of a process, whichever of its threads made them."""
+    found: list[int] = []
+    for task in _directories(Path(f"/proc/{pid}/task")):
+        with contextlib.suppress(OSError):
+            found += map(int, (task / "children").read_text().split())
+    return sorted(child for child in found if alive(child))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def instance_directories(pid: int) -> list[Path]:
+    """Where the cgroups of the instance that this process made are, in each hierarchy."""
+    return [
+        Path(directory, name)
+        for directory, names, _ in os.walk(CGROUPS)
+        for name in names
+        if name.startswith(f"rcon-{pid}-")
+    ]
+
+
+def _directories(path: Path) -> Iterator[Path]:
+    with contextlib.suppress(OSError):
+        yield from path.iterdir()

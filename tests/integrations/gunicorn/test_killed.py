@@ -1,0 +1,134 @@
+"""kill -9 of each kind of process while requests are under way: none hangs, none runs unconfined, nothing stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integrations.gunicorn.server import Gunicorn, Load, alive, children, until
+
+SETTINGS = """
+[policy.free]
+memory = "256M"
+pids = 64
+each = { timeout = "10s" }
+
+[[route]]
+path = "/free/**"
+policy = "free"
+"""
+
+CLASSES = pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--worker-class", "sync", "--workers", "2"),
+        ("--worker-class", "gthread", "--workers", "2", "--threads", "4"),
+        ("--worker-class", "gevent", "--workers", "2"),
+    ],
+    ids=["sync", "gthread", "gevent"],
+)
+
+#: Requests end so, or are served; "none" would be a hang, 500 an error nobody foresaw.
+MAY_BE = {200, 503, "cut"}
+
+
+def assert_survived(load: Load, server: Gunicorn) -> None:
+    assert set(load.answers) <= MAY_BE, (load.answers, server.log())
+    assert not load.unconfined
+    assert "Traceback" not in server.log()
+
+
+@CLASSES
+def test_executor(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    with Gunicorn(tmp_path, SETTINGS, *arguments) as server:
+        with Load(server) as load:
+            for _ in range(5):
+                load.wait_for_answers(5)
+                for pid in server.executors():
+                    kill(pid)
+            load.wait_for_answers(20)
+        assert_survived(load, server)
+    assert not server.cgroups()
+
+
+@CLASSES
+def test_executor_at_work(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """The request of a killed process is answered at once, and the log says by what it ended."""
+    with Gunicorn(tmp_path, SETTINGS, *arguments) as server:
+        answers: list[int | str] = []
+        thread = threading.Thread(target=lambda: answers.append(server.status("/free/sleep?seconds=9")))
+        thread.start()
+        time.sleep(1)  # it is asleep by now; were it not, the test would only be weaker
+        for pid in server.executors():
+            kill(pid)
+        thread.join(5)
+        assert answers == [503]
+        line = server.lines()[-1]
+        assert (line["event"], line["signal"], line["policy"]) == ("killed", 9, "free")
+
+
+@CLASSES
+def test_fork_server(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """The worker is replaced; what needs a process is refused until then."""
+    with Gunicorn(tmp_path, SETTINGS, *arguments) as server:
+        workers = server.workers()
+        with Load(server) as load:
+            load.wait_for_answers(10)
+            for worker in workers:
+                for fork_server in children(worker):
+                    kill(fork_server)
+            until(lambda: not set(workers) & set(server.workers()))
+            load.wait_for_answers(20)
+        assert_survived(load, server)
+        assert "the fork server is gone" in server.log()
+    assert not server.cgroups()
+
+
+@CLASSES
+def test_worker(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    with Gunicorn(tmp_path, SETTINGS, *arguments) as server:
+        with Load(server) as load:
+            for _ in range(2):
+                load.wait_for_answers(10)
+                victim = server.workers()[0]
+                below = [*children(victim), *server.executors()]
+                kill(victim)
+                until(lambda victim=victim: victim not in server.workers())
+                load.wait_for_answers(10)
+            until(lambda below=below: not any(alive(pid) for pid in below if pid not in server.executors()))
+        assert_survived(load, server)
+        leaves = {path.name for directory in server.cgroups() for path in directory.glob("work/*/*-*")}
+        assert {leaf.partition("-")[0] for leaf in leaves} <= set(map(str, server.workers()))
+    assert not server.cgroups()
+
+
+@CLASSES
+def test_master(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Its workers notice; the next start removes what was left."""
+    first = Gunicorn(tmp_path, SETTINGS, *arguments).wait_until_served()
+    with Load(first) as load:
+        load.wait_for_answers(10)
+        workers = first.workers()
+        below = [*workers, *(pid for worker in workers for pid in children(worker)), *first.executors()]
+        kill(first.pid)
+        first.process.wait()
+        until(lambda: load.answers["cut"] > 3)
+    assert set(load.answers) <= MAY_BE
+    assert not load.unconfined
+    with Gunicorn(tmp_path, SETTINGS, *arguments) as second:
+        assert second.get("/free/who").json()["confined"]
+        assert not first.cgroups()
+        until(lambda: not any(alive(pid) for pid in below))
+    assert not second.cgroups()
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

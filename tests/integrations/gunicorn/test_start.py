@@ -1,0 +1,161 @@
+"""What is refused at start, in one line, and how hooks are put together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcon_gunicorn import Hooks, chain
+from rcon_gunicorn.workers import refusal, server_traits
+from rcon_plugins.isolation import Server
+from tests.integrations.gunicorn.server import HERE, Gunicorn, instance_directories
+
+PLAIN = '[policy.default]\nmemory = "64M"\n'
+
+
+def start(directory: Path, settings: str | None, *arguments: str) -> tuple[int, str, int]:
+    """Exit status, output and pid of a gunicorn that does not start."""
+    file = directory / "rcon.toml"
+    if settings is not None:
+        file.write_text(settings)
+    command = [sys.executable, "-m", "gunicorn", "--chdir", str(HERE), "--no-control-socket"]
+    command += [
+        "--bind",
+        "127.0.0.1:0",
+        "--config",
+        "python:rcon_gunicorn.conf",
+        *arguments,
+        "application:app",
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**environment(), "RCON_SETTINGS": str(file) if settings is not None else ""},
+    )
+    output, _ = process.communicate(timeout=30)
+    return process.returncode, output, process.pid
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return dict(os.environ)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        pytest.param('[policy.default]\nmemory = "64MB"\n', "policy.default.memory", id="unit"),
+        pytest.param('[policy.default]\nmemry = "64M"\n', "memry", id="key"),
+        pytest.param("[policy.default\n", "rcon.toml", id="syntax"),
+        pytest.param('[policy.default]\ncpus = "4000"\n', "policy.default.cpus", id="not-enforceable"),
+        pytest.param(PLAIN + 'plugins = ["absent"]\n', "absent", id="plugin"),
+        pytest.param(None, "RCON_SETTINGS", id="no-file-named"),
+    ],
+)
+def test_bad_settings_are_one_line_and_no_start(tmp_path: Path, settings: str | None, says: str) -> None:
+    if settings is not None and "plugins" in settings:
+        settings = 'plugins = ["absent"]\n' + PLAIN
+    status, output, pid = start(tmp_path, settings)
+    assert status == 1
+    lines = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, output
+    assert says in lines[0]
+    assert "Traceback" not in output
+    assert not instance_directories(pid)
+
+
+def test_asgi_is_refused_with_the_reason(tmp_path: Path) -> None:
+    status, output, pid = start(tmp_path, PLAIN, "--worker-class", "asgi")
+    assert status == 1
+    assert "ASGIWorker cannot be confined: it serves ASGI" in output
+    assert "Traceback" not in output
+    assert not instance_directories(pid)
+
+
+def test_a_port_that_is_taken_leaves_nothing(tmp_path: Path) -> None:
+    with Gunicorn(tmp_path, '[policy.default]\nmemory = "256M"\n') as first:
+        status, _, pid = start(tmp_path, PLAIN, "--bind", f"127.0.0.1:{first.port}")
+        assert status == 1
+        assert not instance_directories(pid)
+
+
+def class_named(name: str, *bases: type) -> type:
+    module, _, short = name.rpartition(".")
+    return type(short, bases, {"__module__": module})
+
+
+def test_worker_classes() -> None:
+    sync = class_named("gunicorn.workers.sync.SyncWorker")
+    assert server_traits(sync) == Server(threads=False)
+    assert server_traits(class_named("mine.Worker", sync)) == Server(threads=False)
+    threads = class_named("gunicorn.workers.gthread.ThreadWorker")
+    assert server_traits(threads) == Server(threads=True)
+    gevent = class_named("gunicorn.workers.ggevent.GeventWorker")
+    assert server_traits(class_named("gunicorn.workers.ggevent.GeventPyWSGIWorker", gevent)) == Server(
+        threads=False, greenlets=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gunicorn.workers.gtornado.TornadoWorker", "coroutines"),
+        ("gunicorn.workers.gasgi.ASGIWorker", "ASGI"),
+        ("uvicorn_worker.UvicornWorker", "nothing is known"),
+    ],
+)
+def test_worker_classes_refused(name: str, reason: str) -> None:
+    cls = class_named(name)
+    assert server_traits(cls) is None
+    assert name in refusal(cls)
+    assert reason in refusal(cls)
+    assert "gthread" in refusal(cls)
+
+
+def test_chain_runs_both_even_if_the_first_raises() -> None:
+    calls: list[str] = []
+
+    def first(server: Any) -> None:
+        calls.append(f"first {server}")
+        raise ValueError("theirs")
+
+    def second(server: Any) -> None:
+        calls.append(f"second {server}")
+
+    both = chain(first, second)
+    with pytest.raises(ValueError, match="theirs"):
+        both("x")
+    assert calls == ["first x", "second x"]
+
+
+def test_install_keeps_a_files_own_hooks() -> None:
+    calls: list[str] = []
+
+    def on_exit(server: Any) -> None:
+        calls.append("theirs")
+
+    config: dict[str, Any] = {"on_exit": on_exit, "workers": 3}
+    hooks = Hooks("rcon.toml")
+    hooks.install(config)
+    assert config["workers"] == 3
+    assert set(Hooks.NAMES) <= set(config)
+    assert config["post_worker_init"] == hooks.post_worker_init
+    config["on_exit"](object())
+    assert calls == ["theirs"]
+
+
+def test_gunicorn_takes_the_hooks() -> None:
+    from gunicorn.config import Config
+
+    config = Config()
+    mine: dict[str, Any] = {"on_exit": lambda server: None}
+    Hooks("rcon.toml").install(mine)
+    for name in Hooks.NAMES:
+        config.set(name, mine[name])  # checks the number of parameters
