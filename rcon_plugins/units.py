@@ -166,7 +166,7 @@ class Duration(Written, float):
     def __str__(self) -> str:
         seconds = _exactly(self)
         for letter, unit in self._units.items():
-            if seconds and seconds % unit == 0:
+            if seconds % unit == 0:
                 return f"{_plain(seconds / unit)}{letter}"
         return f"{_plain(round(seconds * 1000, 6))}ms"
 

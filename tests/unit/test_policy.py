@@ -181,6 +181,10 @@ def test_inline_carries_what_a_thread_can() -> None:
     assert Policy.make("p", isolation="inline", **asked).isolation == "inline"
 
 
+def test_the_least_memory_is_one_page() -> None:
+    assert Policy.make("p", memory=4096).memory == 4096
+
+
 def test_a_changed_copy_is_checked_too() -> None:
     with pytest.raises(SettingsError, match="never reached"):
         msgspec.structs.replace(TENANT, memory=Size("100M"))

@@ -303,6 +303,7 @@ def test_ten_thousand_hosts_leave_as_few_candidates_as_ten(pattern: str) -> None
         ("host", ".a.example", 'write "*.a.example"'),
         ("host", "http://a.example", "for example"),
         ("host", "a example", "for example"),
+        ("host", "a.example:http", "for example"),
         ("host", "*.", "for example"),
         ("host", "a\0", "for example"),
         ("path", "api", 'write "/api"'),
