@@ -13,37 +13,38 @@ import time
 from collections.abc import Callable, Iterable
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, find_base
-from rcon_plugins.kernel.cgroup import files, mounts, v2
-from rcon_plugins.kernel.cgroup.delegation import own_cgroup
+from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, files, find_base, mounts, owner, v2
+from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE, own_cgroup
 
-_NAME = re.compile(r"rcon-([1-9][0-9]{0,9})-([0-9]{1,20})")
-_DEAD = frozenset("ZXx")
-#: How long processes in the host/ of a dead owner, which are ending in most cases, are waited for.
+#: A second instance of one process has a number of its own at the end.
+_NAME = re.compile(r"rcon-([1-9][0-9]{0,9})-([0-9]{1,20})(?:-[0-9]{1,4})?")
+#: How long processes in a host/, which are ending in most cases, are waited for.
 _HOST_SECONDS = 1.0
-_LEAF_ATTEMPTS = 100
+#: How often to begin again because another server's end took the base away.
+_ATTEMPTS = 20
 
 
 class Instance:
-    """The cgroup tree of one server. It holds nothing open: a child inherits it by ``fork``.
+    """The cgroup tree of one server. A child inherits it by ``fork``, whatever user it becomes.
 
-    Made by :meth:`create` in the process that will :meth:`close` it.
+    Made by :meth:`create` in the process that will :meth:`close` it. ``hierarchy`` is narrowed to the
+    controllers that ``base`` has. ``locks`` is the fd of an empty file in memory that all processes of the
+    server share, for ``fcntl(2)`` record locks.
     """
 
-    def __init__(
-        self, hierarchy: Hierarchy, base: str, name: str, owner: tuple[int, int] | None, adoption: bool
-    ) -> None:
+    def __init__(self, hierarchy: Hierarchy, base: str, name: str, user: tuple[int, int] | None) -> None:
         self.hierarchy = hierarchy
         self.base = base
-        self.owner = owner
-        #: Whether :meth:`adopt` has to be called before anything is made: our own cgroup is the base.
-        self.needs_adoption = adoption
+        self.user = user
         self._creator = os.getpid()
         self._root = hierarchy.cgroup(f"{base.rstrip('/')}/{name}")
         self._work = self._root.child("work", shared=True)
         self._host = self._root.child("host", shared=True)
-        #: Where each branch of host/ took this process from: (directory, path).
+        #: Our own cgroup is the base: it has to be left before it can pass controllers on.
+        self._in_base = hierarchy.layout == "v2" and own_cgroup(hierarchy) == base
+        #: The directories that adopt() took this process from, one for each of host/.
         self._origins: list[str] | None = None
+        self.locks = os.memfd_create("rcon-locks", os.MFD_CLOEXEC)
 
     @classmethod
     def create(
@@ -54,12 +55,26 @@ class Instance:
         ``base`` is the setting, ``owner`` the (uid, gid) that workers will have; the tree is delegated to
         it. Raises DelegationError with the exact remedy, KernelError.
         """
-        found = find_base(hierarchy, base)
-        narrowed = hierarchy.narrowed(found)
-        collect(narrowed, found)
-        pid = os.getpid()
-        adoption = narrowed.layout == "v2" and own_cgroup(narrowed) == found
-        instance = cls(narrowed, found, f"rcon-{pid}-{start_time(pid)}", owner, adoption)
+        for _ in range(_ATTEMPTS):
+            found = find_base(hierarchy, base)
+            try:
+                return cls._create_in(hierarchy.narrowed(found), found, owner)
+            except KernelError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                last = error
+        raise last
+
+    @classmethod
+    def _create_in(cls, hierarchy: Hierarchy, base: str, user: tuple[int, int] | None) -> Instance:
+        collect(hierarchy, base)
+        taken = hierarchy.cgroup(base).children()
+        first = name = f"rcon-{os.getpid()}-{owner.start_time(os.getpid())}"
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{first}-{number}"
+        instance = cls(hierarchy, base, name, user)
         try:
             instance._make()
         except BaseException:
@@ -69,18 +84,23 @@ class Instance:
         return instance
 
     def _make(self) -> None:
-        if self.needs_adoption and self._origins is None:
+        if self._in_base and self._origins is None:
             # No controllers before the base is empty: adopt() goes on from here.
             self.hierarchy.cgroup(self._host.path, controllers=frozenset()).create()
             return
         for cgroup in (self._root, self._host, self._work):
             cgroup.create()
-        # Children of these get all controllers, whoever makes them.
-        if self.hierarchy.layout == "v2":
-            v2.enable(self._work.directories[-1], self._work.controllers)
-        if self.owner is not None:
-            for cgroup in (self._root, self._host, self._work):
-                cgroup.delegate(*self.owner)
+            if self.user is not None:
+                cgroup.delegate(*self.user)
+
+    @property
+    def needs_adoption(self) -> bool:
+        """Whether :meth:`adopt` has to be called before anything can enter a cgroup of this tree.
+
+        Our own cgroup is the base; or the workers are another user, who on v2 (and the v2 side of a hybrid)
+        may only move processes inside of what was delegated.
+        """
+        return self._in_base or (self.user is not None and self.hierarchy.unified is not None)
 
     @property
     def path(self) -> str:
@@ -110,39 +130,9 @@ class Instance:
 
         ValueError for what is no name.
         """
-        cgroup = self._host.child(name)
+        cgroup = self._host.child(name, shared=True)
         cgroup.become_threaded()
         return cgroup
-
-    def make_leaf(
-        self,
-        name: str,
-        leaf: str,
-        together: Callable[[Cgroup], None],
-        each: Callable[[Cgroup], None],
-    ) -> Cgroup:
-        """Make ``work/<name>/<leaf>`` with its limits in force: both callables write them.
-
-        Safe beside other processes that make and remove leaves of the same name: another may remove
-        ``work/<name>`` at any moment before there is a leaf in it, and the limits with it, so they are
-        written again when the leaf holds it in place. Raises what the callables raise, KernelError.
-        """
-        group, cgroup = self.together(name), self.leaf(name, leaf)
-        for attempt in range(_LEAF_ATTEMPTS):
-            try:
-                group.create()
-                together(group)
-                cgroup.create()
-                together(group)
-                # Again: what is made depends on the limits above (v1 IO).
-                cgroup.create()
-                each(cgroup)
-            except KernelError as error:
-                if error.errno not in (errno.ENOENT, errno.ENODEV) or attempt + 1 == _LEAF_ATTEMPTS:
-                    raise
-            else:
-                return cgroup
-        raise AssertionError  # pragma: no cover  # the last attempt raises or returns
 
     # -- the server's own processes -----------------------------------------------------------
 
@@ -155,7 +145,7 @@ class Instance:
             return
         self._origins = self._whereabouts()
         self._host.attach(os.getpid())
-        if self.needs_adoption:
+        if self._in_base:
             self._make()
 
     def release(self) -> None:
@@ -163,7 +153,7 @@ class Instance:
         origins, self._origins = self._origins, None
         if origins is None:
             return
-        if self.needs_adoption:
+        if self._in_base:
             self._pass_nothing_on()
         for directory in origins:
             files.write_patiently(directory, "cgroup.procs", str(os.getpid()))
@@ -243,25 +233,17 @@ class Instance:
         self._work.kill(timeout)
         self._work.delete(recursive=True)
         self.release()
+        if self.locks >= 0:
+            os.close(self.locks)
+            self.locks = -1
         if _processes_leave(self._host):
             return False
         self._host.delete(recursive=True)
-        return self._root.delete(recursive=True)
-
-
-def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot (``proc(5)``, stat, field 22); None: it is dead."""
-    try:
-        text = files.read_if_there(f"/proc/{pid}", "stat")
-    except KernelError as error:
-        if error.errno == errno.ESRCH:
-            return None
-        raise
-    if text is None:
-        return None
-    # The name, field 2, may hold spaces and brackets.
-    fields = text[text.rindex(")") + 2 :].split()
-    return None if fields[0] in _DEAD else int(fields[19])
+        gone = self._root.delete(recursive=True)
+        if gone and self.base == ROOT_BASE:
+            # We may have made it; it stays while others have something in it.
+            self.hierarchy.cgroup(self.base, shared=True).delete()
+        return gone
 
 
 def collect(hierarchy: Hierarchy, base: str) -> list[str]:
@@ -274,7 +256,7 @@ def collect(hierarchy: Hierarchy, base: str) -> list[str]:
     report = []
     for name in hierarchy.cgroup(base).children():
         match = _NAME.fullmatch(name)
-        if match and not _is_alive(int(match[1]), int(match[2])):
+        if match and not owner.lives(int(match[1]), int(match[2])):
             try:
                 done = _collect_one(hierarchy, f"{base.rstrip('/')}/{name}")
                 report.append(f"{name}: {done}")
@@ -306,18 +288,3 @@ def _processes_leave(host: Cgroup) -> list[int]:
             break
         time.sleep(0.01)
     return staying
-
-
-def _is_alive(pid: int, started: int) -> bool:
-    """Whether the owner named so lives, also in a PID namespace below ours, where it has other numbers."""
-    if start_time(pid) == started:
-        return True
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        with contextlib.suppress(KernelError):
-            status = files.read_if_there(f"/proc/{entry}", "status") or ""
-            inner = next((line for line in status.splitlines() if line.startswith("NSpid:")), "")
-            if str(pid) in inner.split()[2:] and start_time(int(entry)) == started:
-                return True
-    return False

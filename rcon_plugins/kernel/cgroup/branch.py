@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import errno
+import itertools
 import os
 from collections.abc import Iterable
 
@@ -99,7 +100,7 @@ class Branch(abc.ABC):
 def create_levels(branch: Branch) -> Iterable[tuple[str, str]]:
     """The (parent, child) directories on the way down to ``branch``."""
     directories = [branch.mount.directory(path) for path in levels(branch.path)]
-    return zip(directories, directories[1:], strict=False)
+    return itertools.pairwise(directories)
 
 
 def is_single_threaded() -> bool:

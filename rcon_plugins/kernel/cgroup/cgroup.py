@@ -98,8 +98,9 @@ class Cgroup:
         """Make the cgroup, and those above it that are missing; one that is there already is fine.
 
         ``threaded`` makes one that single threads can enter; the cgroup above becomes its domain.
-        ``controllers`` restricts it to some of the hierarchy's. Others may remove a cgroup above
-        meanwhile: it is made again, without its limits (see :meth:`Instance.make_leaf`).
+        ``controllers`` restricts it to some of the hierarchy's. If another process removes a cgroup above
+        meanwhile, that is made again, without limits: where others may do so, configure the one above
+        after this returned, when it can no longer be removed, and before anybody enters.
         Raises KernelError, ControllerUnavailable. Returns itself.
         """
         if threaded is not None or controllers is not None:
@@ -324,9 +325,8 @@ class Cgroup:
         for branch in self._branches:
             if isinstance(branch, V2Branch) and branch.kill():
                 # Whoever is on the v1 side only is left for the walk.
-                if not (rest := self._ids("cgroup.procs", True) - branch.ids("cgroup.procs", subtree=True)):
-                    return
-                return self._signal(rest)
+                self._signal(self._ids("cgroup.procs", True) - branch.ids("cgroup.procs", subtree=True))
+                return
         with contextlib.suppress(KernelError):
             # No more forks from now on, also where nothing can be frozen.
             self.configure(Resources(pids_max=0))
@@ -357,8 +357,8 @@ class Cgroup:
         """Remove the cgroup and all below it, deepest first; whether it is gone now.
 
         Nothing may run in it: :meth:`kill` first. EBUSY, which lingers after the last process, is waited
-        out for ``timeout`` seconds. With ``recursive`` False (the default for a shared cgroup) children are
-        left alone and the answer is a quiet False. Raises KernelError.
+        out for ``timeout`` seconds. Of a shared cgroup children are left alone unless ``recursive`` is True,
+        and the answer is a quiet False while somebody uses it. Raises KernelError.
         """
         if self._path == "/":
             raise KernelError("not deleting the root of a hierarchy", path="/")
@@ -366,7 +366,7 @@ class Cgroup:
         deadline = time.monotonic() + timeout
         pause = 0.0005
         while not self._remove_once(deep):
-            if not deep and self.children():
+            if not deep and (self.children() or self.threads()):
                 return False
             if time.monotonic() >= deadline:
                 raise KernelError(

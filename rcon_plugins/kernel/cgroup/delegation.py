@@ -120,7 +120,7 @@ def _prepare(hierarchy: Hierarchy, path: str) -> str:
     except DelegationError:
         raise
     except KernelError as error:
-        raise _refused(hierarchy, path, error.errno, error.problem) from error
+        raise _refused(hierarchy, path, error.errno or errno.EIO, error.problem) from error
     return path
 
 

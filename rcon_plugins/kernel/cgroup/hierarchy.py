@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rcon_plugins.errors import ControllerUnavailable
+from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel.cgroup import files, mounts, v1, v2
 from rcon_plugins.kernel.cgroup.branch import Branch
 from rcon_plugins.kernel.cgroup.cgroup import Cgroup
@@ -68,12 +69,16 @@ class Hierarchy:
     def narrowed(self, base: str) -> Hierarchy:
         """The same with the controllers that the existing cgroup ``base`` has.
 
-        The v2 side of a hybrid is left out where ``base`` is not there.
+        A hierarchy without limits (the v2 side of a hybrid) is left out where ``base`` is not there.
+        Raises KernelError (ENOENT) where it is not in one with limits.
         """
+        limiting = {self.mount_of(name) for name in self.controllers}
         kept = []
         for mount in self.mounts:
             directory = mount.directory(base)
             if not files.is_directory(directory):
+                if mount in limiting:
+                    raise KernelError(f"there is no {directory}", errno=errno.ENOENT, path=directory)
                 continue
             if mount.version == 2:
                 mount = replace(mount, controllers=v2.offered(directory))

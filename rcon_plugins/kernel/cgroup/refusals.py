@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
+from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import files, v1, v2
 from rcon_plugins.kernel.cgroup.device import whole_disk
 from rcon_plugins.kernel.cgroup.resources import MAX, Resources, parse_list
-from rcon_plugins.errors import KernelError
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
@@ -58,16 +58,14 @@ def _controller(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, s
     mount = hierarchy.mount_of(controller)
     if mount is None:
         if hierarchy.layout == "v2":
-            return (
-                f"the {controller} controller is not available in this part of the cgroup tree",
+            remedy = (
                 f"under systemd set Delegate={controller} in the unit; else write +{controller} to "
-                "cgroup.subtree_control of the cgroups above",
+                "cgroup.subtree_control of the cgroups above"
             )
-        return (
-            f"the {controller} controller is not mounted",
-            f"mount -t cgroup -o {v1.KERNEL_NAMES[controller]} none "
-            f"/sys/fs/cgroup/{v1.KERNEL_NAMES[controller]}, or boot with cgroup v2",
-        )
+            return (f"the {controller} controller is not available in this part of the cgroup tree", remedy)
+        kernel_name = v1.KERNEL_NAMES[controller]
+        remedy = f"mount -t cgroup -o {kernel_name} none /sys/fs/cgroup/{kernel_name}, or boot with cgroup v2"
+        return (f"the {controller} controller is not mounted", remedy)
     if mount.read_only:
         return (f"{mount.path} is mounted read-only", "mount it writable")
     if threaded and controller not in (v2.THREADED if mount.version == 2 else v1.THREADED):

@@ -157,15 +157,17 @@ class V1Branch(Branch):
         names = [name for name, _ in wanted]
         if "memory.memsw.limit_in_bytes" in names and not self._order_memory(wanted):
             wanted = [pair for pair in wanted if pair[0] != "memory.memsw.limit_in_bytes"]
+        if any(name.startswith("blkio.") for name in names):
+            self._check_io()
         for name, value in wanted:
             if name == "cpuset.cpus":
                 _set_cpus(self.directory, value)
             elif name == "cpu.cfs_quota_us":
                 _set_quota(self.directory, int(value))
             else:
-                if name.startswith("blkio."):
-                    self._check_io()
                 files.write(self.directory, name, value)
+        if self.mount.controllers == {"blkio"} and io_is_limited(self.directory):
+            self._take_children_in()
 
     def _carries(self, name: str) -> bool:
         controller = name.partition(".")[0]
@@ -196,6 +198,21 @@ class V1Branch(Branch):
                 path=self.directory,
                 hint="cgroup v1 holds either limits for all work together or limits for each; set one of them",
             )
+
+    def _take_children_in(self) -> None:
+        """Remove the branches of children: what they do would not count here (see _parent_limits_io).
+
+        One is there if it was made before this cgroup got its limits.
+        """
+        for name in files.subdirectories(self.directory):
+            child = f"{self.directory}/{name}"
+            if not files.remove_directory(child):
+                raise KernelError(
+                    f"the IO limits of {self.path} would not hold for the processes in {child}",
+                    errno=errno.EBUSY,
+                    path=child,
+                    hint="cgroup v1 does not add up the IO of child cgroups: set the limits before they run",
+                )
 
 
 def io_is_limited(directory: str) -> bool:

@@ -78,7 +78,7 @@ class V2Branch(Branch):
             raise ControllerUnavailable(
                 f"{self.directory} has no {', '.join(sorted(missing))} controller"
                 + (f" ({refusal.problem})" if refusal else ""),
-                errno=errno.ENOENT if refusal is None else refusal.errno,
+                errno=(refusal.errno if refusal else None) or errno.ENOENT,
                 path=f"{self.directory}/cgroup.controllers",
                 hint="a cgroup above does not pass it on in cgroup.subtree_control; under systemd: "
                 f"Delegate={' '.join(sorted(missing))}",
@@ -92,10 +92,8 @@ class V2Branch(Branch):
             try:
                 files.write(self.directory, name, value)
             except KernelError as error:
-                hint = _HINTS.get((name, error.errno)) or error.hint
-                raise type(error)(
-                    error.problem, errno=error.errno, path=error.path, value=value, hint=hint
-                ) from None
+                error.hint = _HINTS.get((name, error.errno or 0), error.hint)
+                raise
             if name == "cpuset.cpus":
                 self._check_cpus(value)
 

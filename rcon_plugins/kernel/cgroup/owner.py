@@ -1,0 +1,51 @@
+"""Who made a tree: a process, told from a later one with the same number by when it started."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.cgroup import files
+
+_DEAD = frozenset("ZXx")
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot (``proc(5)``, stat, field 22); None: it is dead.
+
+    A zombie counts as dead.
+    """
+    text = _of_process(pid, "stat")
+    if text is None:
+        return None
+    # The name, field 2, may hold spaces and brackets.
+    fields = text[text.rindex(")") + 2 :].split()
+    return None if fields[0] in _DEAD else int(fields[19])
+
+
+def lives(pid: int, started: int) -> bool:
+    """Whether the process ``pid`` that started then lives.
+
+    One in a PID namespace below ours is found too; there it calls itself by another number.
+    """
+    if start_time(pid) == started:
+        return True
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        status = _of_process(int(entry), "status") or ""
+        numbers = next((line for line in status.splitlines() if line.startswith("NSpid:")), "").split()
+        if str(pid) in numbers[2:] and start_time(int(entry)) == started:
+            return True
+    return False
+
+
+def _of_process(pid: int, name: str) -> str | None:
+    try:
+        return files.read_if_there(f"/proc/{pid}", name)
+    except KernelError as error:
+        # It ended between the open and the read.
+        if error.errno == errno.ESRCH:
+            return None
+        raise
