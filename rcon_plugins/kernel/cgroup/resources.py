@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 from rcon_plugins.kernel.cgroup.device import Device
@@ -33,8 +32,6 @@ Max = Literal[_Max.MAX]
 CPU_PERIOD_MICROSECONDS = 100_000
 #: The kernel accepts no quota below 1 ms (``min_cfs_quota_period`` in kernel/sched/core.c).
 SMALLEST_CPU_QUOTA = 1_000 / CPU_PERIOD_MICROSECONDS
-
-_NO_IO: Mapping[Device, IoMax] = MappingProxyType({})
 
 
 class IoMax(NamedTuple):
@@ -64,7 +61,7 @@ class Resources:
     memory_high: int | Max | None = None
     swap_max: int | Max | None = None
     oom_group: bool = False
-    io: Mapping[Device, IoMax] = field(default_factory=lambda: _NO_IO)
+    io: Mapping[Device, IoMax] = field(default_factory=dict)
     pids_max: int | Max | None = None
 
     def __post_init__(self) -> None:
