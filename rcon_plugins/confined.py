@@ -148,7 +148,8 @@ class _ThisProcess:
             if instance is None:
                 instance = Instance.create(Hierarchy.discover())
                 try:
-                    instance.adopt()
+                    if instance.needs_adoption or instance.hierarchy.layout == "v2":
+                        instance.adopt()
                 except BaseException:
                     instance.close()
                     raise

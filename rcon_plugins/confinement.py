@@ -89,7 +89,7 @@ class InlineConfinement(Confinement):
     def open(self) -> None:
         """Make the cgroup, write its limits, and open what threads enter it by."""
         with self._lock:
-            home = self._home or self._instance.host.entrance(self._controllers)
+            home = self._home or self._instance.exit(self._controllers)
             self._home = home
             cgroup = self._instance.threaded(self.name)
             cgroup.create(threaded=True, controllers=self._controllers)

@@ -66,6 +66,13 @@ class Plan(NamedTuple):
         """Whether threads of the server will enter cgroups, for which the server must live in the instance."""
         return any(verdict.isolation == "inline" for verdict in self.verdicts.values())
 
+    def wants_adoption(self, instance: Instance) -> bool:
+        """Whether the server's own processes must live in the instance (`Instance.adopt`) for this plan to work."""
+        # v2 moves threads within one domain only; v1 does not care, but another user may not go back to where root had
+        # put the server.
+        elsewhere = instance.hierarchy.layout == "v2" or instance.user is not None
+        return instance.needs_adoption or (self.uses_inline and elsewhere)
+
     @property
     def uses_processes(self) -> bool:
         """Whether a fork server is needed."""
@@ -77,7 +84,8 @@ class Manager:
 
     Make it from settings, `start` it in the process that serves, after the application is loaded and before other
     threads run; ask `admit` for each work; `close` it at the end. Servers of several processes make one `Instance` in
-    their parent and give it to the manager of each, so that limits hold for all of them together.
+    their parent, and one `Slots`, and give them to the manager of each, so that limits and concurrency hold for all of
+    them together.
     """
 
     def __init__(
@@ -86,6 +94,7 @@ class Manager:
         *,
         server: Server | None = None,
         instance: Instance | None = None,
+        slots: Slots | None = None,
         plugins: Sequence[object] = (),
         on_lost: Callable[[], object] | None = None,
     ) -> None:
@@ -105,7 +114,7 @@ class Manager:
         self._instance = instance
         self._on_lost = on_lost
         self._pid = 0
-        self._slots: Slots | None = None
+        self._slots = slots
         self._pool: ExecutorPool | None = None
         self._confinements: OrderedDict[str, Confinement] = OrderedDict()
 
@@ -131,9 +140,9 @@ class Manager:
             instance = Instance.create(self.plan.hierarchy, base=self.settings.cgroup)
             self._instance = instance
         try:
-            if self._owns_instance and (self.plan.uses_inline or instance.needs_adoption):
+            if self._owns_instance and self.plan.wants_adoption(instance):
                 instance.adopt()
-            self._slots = Slots(instance.locks)
+            self._slots = self._slots or Slots()
             if self.plan.uses_processes and service is not None:
                 self._pool = ExecutorPool(
                     instance, self.hook, self.settings.processes, self._executor_ended, self._on_lost

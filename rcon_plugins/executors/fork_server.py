@@ -136,9 +136,12 @@ class ForkServer:
 
     def _take_order(self) -> bool:
         """Make one executor process; False when the host has closed its side."""
-        data, ancillary, _, _ = self._control.recvmsg(
-            _LARGEST_BIRTH, _socket.CMSG_SPACE(array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
-        )
+        try:
+            data, ancillary, _, _ = self._control.recvmsg(
+                _LARGEST_BIRTH, _socket.CMSG_SPACE(array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionResetError:  # closed while something we told was still unread
+            return False
         if not data:
             return False
         birth = Birth(*pickle.loads(data))  # noqa: S301 - from our own host, never from an executor process

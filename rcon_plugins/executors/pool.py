@@ -53,7 +53,11 @@ class ExecutorPool:
             self._make_room(name)
             executor = self._birth(name, policy)
         if executor.pid == 0:
-            self.processes.wait_ready(executor)
+            try:
+                self.processes.wait_ready(executor)
+            except BaseException:
+                executor.channel.close()
+                raise
         return executor
 
     def give_back(self, executor: Executor) -> None:
@@ -67,6 +71,7 @@ class ExecutorPool:
 
     def replace(self, executor: Executor, fate: str) -> None:
         """End an executor that must not be used again, and make its successor ahead of need. Does not wait."""
+        executor.channel.close()
         self.processes.submit(partial(self._replace, executor, fate))
 
     def forget(self, name: str) -> None:
@@ -112,9 +117,9 @@ class ExecutorPool:
 
     def _replace(self, executor: Executor, fate: str) -> None:
         self.processes.kill(executor, fate)
-        executor.channel.close()
         with self._lock:
-            if self._living.total() > self._most or self._waiting.get(executor.name):
+            superfluous = self._living.total() > self._most or self._waiting.get(executor.name)
+            if superfluous or not self.processes.usable:
                 return
             self._living[executor.name] += 1
         try:

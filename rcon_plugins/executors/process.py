@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _socket  # the real thing, whatever a cooperative library made of `socket`
 import array
+import errno
 import itertools
 import logging
 import os
@@ -13,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConfinementError, KernelError
@@ -41,6 +43,8 @@ LOGGER = logging.getLogger("rcon")
 
 #: How long the host waits for what the kernel does in milliseconds, before it calls it an error. Seconds.
 PATIENCE = 30.0
+#: How often a leaf is tried to be made while other workers remove what holds it.
+_ATTEMPTS = 20
 
 
 class Executor:
@@ -108,6 +112,11 @@ class ProcessExecutors:
         """The pid of the fork server."""
         return self._server
 
+    @property
+    def usable(self) -> bool:
+        """Whether executor processes can be made."""
+        return self._control is not None and not self._lost and not self._closing
+
     def start(self, service: Service, after_fork: Sequence[Callable[[], object]] = ()) -> None:
         """Fork the fork server from the calling process, which had best have no other threads, and watch over it.
 
@@ -130,20 +139,13 @@ class ProcessExecutors:
         Raises `KernelError` where the leaf cannot be made or limited, `ConfinementError` without a fork server.
         """
         control = self._control
-        if control is None or self._lost or self._closing:
+        if control is None or not self.usable:
             raise ConfinementError("the fork server has ended; restart the server process")
         number = next(self._numbers)
         birth = Birth(number, name, f"{self._host}-{number}", policy)
-        leaf = self._instance.leaf(name, birth.leaf)
-        together = self._instance.together(name)
+        leaf = self._make_leaf(name, birth.leaf, policy)
         meter: Meter | None = None
         try:
-            # Twice: before the leaf, which may take over from it (v1 cpusets do), and after. Until there is a leaf in
-            # it another worker of the server, which has no use for it any more, may remove it, limits and all.
-            for cgroup in (together, leaf):
-                cgroup.create()
-                self._hook.rcon_configure_cgroup(cgroup=together, limits=policy, policy=policy)
-            self._hook.rcon_configure_cgroup(cgroup=leaf, limits=policy.each, policy=policy)
             meter = leaf.meter()
             ours, theirs = socket.socketpair()
         except BaseException:
@@ -219,14 +221,36 @@ class ProcessExecutors:
         control, self._control = self._control, None
         if self._supervisor is not None:
             self._supervisor.close()
-        control.close()  # tells the fork server to end all and itself
+        for executor in list(self._living.values()):
+            self._finish(executor, None)
+            executor.channel.close()
+        control.close()  # tells the fork server to end itself, and whatever there should still be
         if not self._lost and process.reap(self._server, PATIENCE) is None:
             LOGGER.error("the fork server %d does not end; killing it", self._server)
             os.kill(self._server, signal.SIGKILL)
             process.reap(self._server)
-        for executor in list(self._living.values()):
-            self._finish(executor, None)
         self._instance.sweep(f"{self._host}-")
+
+    def _make_leaf(self, name: str, leaf_name: str, policy: Policy) -> Cgroup:
+        """Make ``work/<name>/<leaf>`` with all limits in force.
+
+        Until there is a leaf in it, another worker of the server, which has no use for it any more, may remove
+        ``work/<name>``, and the limits with it: so they are written again once the leaf holds it in place.
+        """
+        together, leaf = self._instance.together(name), self._instance.leaf(name, leaf_name)
+        configure = partial(self._hook.rcon_configure_cgroup, policy=policy)
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            try:
+                for cgroup in (together, leaf):
+                    cgroup.create()
+                    configure(cgroup=together, limits=policy)
+                configure(cgroup=leaf, limits=policy.each)
+                break
+            except KernelError as error:
+                if error.errno not in (errno.ENOENT, errno.ENODEV) or not attempts_left:
+                    leaf.delete()
+                    raise
+        return leaf
 
     def _give_up(self, executor: Executor) -> None:
         if executor.pid == 0 and not executor.ended.is_set():

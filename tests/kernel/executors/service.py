@@ -1,0 +1,179 @@
+"""A service for executor processes that does what the tests ask of it, and the host's side of asking."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rcon_plugins import Manager, Outcome, Work
+from rcon_plugins.admission import ProcessAdmission
+from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
+from rcon_plugins.settings import from_mapping
+
+ASK, ANSWER, RAISED = range(FIRST_SERVICE_KIND, FIRST_SERVICE_KIND + 3)
+
+
+def serve(channel: Channel, frame: Frame) -> None:
+    """Call one of the acts below by name, and answer with what it returns."""
+    name, *arguments = json.loads(frame.payload)
+    try:
+        result = getattr(Acts, name)(*arguments)
+    except Exception as error:
+        channel.send((RAISED, repr(error).encode()))
+    else:
+        channel.send((ANSWER, json.dumps(result).encode()))
+
+
+class Acts:
+    """What a work may be asked to do."""
+
+    @staticmethod
+    def pid() -> int:
+        return os.getpid()
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+
+    @staticmethod
+    def burn(seconds: float, processes: int = 1) -> None:
+        children = [pid for _ in range(processes - 1) if (pid := _forked(lambda: _spin(seconds)))]
+        _spin(seconds)
+        for child in children:
+            os.waitpid(child, 0)
+
+    @staticmethod
+    def allocate(mebibytes: int) -> int:
+        held = [bytearray(os.urandom(4096) * 256) for _ in range(mebibytes)]
+        return len(held)
+
+    @staticmethod
+    def leave_sleepers(count: int) -> list[int]:
+        """Sleepers in sessions of their own, whose parent has ended."""
+        return [_orphan(lambda: time.sleep(300)) for _ in range(count)]
+
+    @staticmethod
+    def fork_bomb(seconds: float) -> int:
+        """Fork, fork in forks, leave the session, for a while; then fail for want of processes."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                if os.fork() == 0:
+                    if os.getpid() % 2:
+                        with contextlib.suppress(OSError):
+                            os.setsid()
+                    while time.monotonic() < end + 300:
+                        with contextlib.suppress(OSError):
+                            os.fork()
+                        time.sleep(0.01)
+                    os._exit(0)
+        return os.fork()
+
+    @staticmethod
+    def return_twice() -> str:
+        """A fork that goes back where its parent came from."""
+        os.fork()
+        return "answered"
+
+    @staticmethod
+    def end(status: int) -> None:
+        os._exit(status)
+
+    @staticmethod
+    def descriptors() -> dict[str, str]:
+        found = {}
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = os.readlink(f"/proc/self/fd/{name}")
+        return found
+
+    @staticmethod
+    def raises() -> None:
+        raise ValueError("as asked")
+
+
+def _spin(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def _forked(act: Any) -> int:
+    pid = os.fork()
+    if pid == 0:
+        act()
+        os._exit(0)
+    return pid
+
+
+def _orphan(act: Any) -> int:
+    reading, writing = os.pipe()
+    between = os.fork()
+    if between == 0:
+        os.setsid()
+        os.write(writing, str(_forked(act)).encode())
+        os._exit(0)
+    os.waitpid(between, 0)
+    pid = int(os.read(reading, 20))
+    os.close(reading)
+    os.close(writing)
+    return pid
+
+
+@contextlib.contextmanager
+def managing(policy: dict[str, Any], *, settings: Any = None, **parameters: Any) -> Iterator[Manager]:
+    """A started manager with one policy, `p`, that all work gets."""
+    keys = {"policy": {"p": policy}, "route": [{"policy": "p"}], **(settings or {})}
+    manager = Manager(from_mapping(keys), **parameters)
+    manager.start(serve)
+    try:
+        yield manager
+    finally:
+        manager.close()
+
+
+def begin(manager: Manager, act: str, *arguments: Any, **attributes: str) -> ProcessAdmission:
+    """Start an act without waiting for it."""
+    admission = manager.admit(Work("call", act, attributes))
+    assert isinstance(admission, ProcessAdmission)
+    admission.channel.send((ASK, json.dumps([act, *arguments]).encode()))
+    return admission
+
+
+def end(admission: ProcessAdmission) -> tuple[Any, Outcome]:
+    """What an act answered, and how it ended."""
+    try:
+        frame = admission.channel.receive()
+    except ChannelClosed:
+        return None, admission.died()
+    if frame.kind == RAISED:
+        return frame.payload.decode(), admission.finish("error")
+    return json.loads(frame.payload), admission.finish()
+
+
+def ask(manager: Manager, act: str, *arguments: Any, **attributes: str) -> tuple[Any, Outcome]:
+    """Do an act: what it answered, and how it ended."""
+    return end(begin(manager, act, *arguments, **attributes))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def soon(condition: Any, seconds: float = 10.0) -> bool:
+    """Whether a condition comes true in time."""
+    end_of_patience = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end_of_patience:
+            return False
+        time.sleep(0.01)
+    return True

@@ -1,0 +1,189 @@
+"""What `inline` enforces: threads of this process, in and out of cgroups. Each test has a process of its own."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rcon_plugins import Manager, Policy, Server, Work, confine
+from rcon_plugins.admission import InlineAdmission
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.settings import from_mapping
+from tests.children import in_child
+
+ALONE = Server(threads=False)
+
+
+def where() -> str:
+    """The cgroups of the calling thread."""
+    return Path("/proc/thread-self/cgroup").read_text()
+
+
+def burn(seconds: float) -> float:
+    """The share of a CPU that the calling thread gets, in percent."""
+    wall, cpu = time.monotonic(), time.thread_time()
+    while time.monotonic() < wall + seconds:
+        pass
+    return 100 * (time.thread_time() - cpu) / (time.monotonic() - wall)
+
+
+def test_a_thread_is_inside_the_block_and_nowhere_else() -> None:
+    def program() -> list[str]:
+        seen = [where()]
+        with confine(pids=50):
+            inside = where()
+            other: list[str] = []
+            thread = threading.Thread(target=lambda: other.append(where()))
+            thread.start()  # a thread that a confined one starts is confined
+            thread.join()
+            seen += [inside, *other]
+        return [*seen, where()]
+
+    before, inside, started_inside, after = in_child(program)
+    assert "/confine~" in inside
+    assert inside == started_inside
+    assert before == after
+    assert "rcon" not in after
+
+
+def test_blocks_nest() -> None:
+    def program() -> list[bool]:
+        outer, inner = confine(pids=50), confine(pids=40)
+        seen = []
+        with outer:
+            first = where()
+            with inner:
+                seen.append(where() != first)
+            seen.append(where() == first)
+            try:
+                with inner:
+                    raise KeyError("left by an error")
+            except KeyError:
+                seen.append(where() == first)
+        return [*seen, "rcon" not in where()]
+
+    assert in_child(program) == [True, True, True, True]
+
+
+def test_a_kept_confinement_is_entered_by_many_threads_at_once() -> None:
+    def program() -> set[bool]:
+        limited = confine(pids=50).open()
+        seen: list[bool] = []
+
+        def work() -> None:
+            for _ in range(200):
+                with limited:
+                    seen.append("/confine~" in where())
+                seen.append("/confine~" not in where())
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        limited.close()
+        return {len(seen) == 1600, *seen}
+
+    assert in_child(program) == {True}
+
+
+@pytest.mark.parametrize("percent", [10, 20, 50])
+def test_cpu_quota_is_held_within_a_point(percent: int) -> None:
+    def program() -> float:
+        with confine(cpu=f"{percent}%"):
+            return burn(10)
+
+    for _ in range(3):  # a busy machine may give it less than its quota, and never more
+        used = in_child(program)
+        assert used <= percent + 1
+        if used >= percent - 1:
+            return
+    pytest.fail(f"only {used:.1f} % in the last of three attempts")
+
+
+def test_cpu_quota_above_one_cpu() -> None:
+    """Two processes, since the GIL lets no two threads of one use 150 %."""
+
+    def program() -> float:
+        with confine(cpu="150%"):
+            reading, writing = os.pipe()
+            for _ in range(2):
+                if os.fork() == 0:
+                    os.write(writing, f"{burn(10):7.2f}".encode())
+                    os._exit(0)
+            for _ in range(2):
+                os.wait()
+            return float(os.read(reading, 7)) + float(os.read(reading, 7))
+
+    for _ in range(3):
+        used = in_child(program)
+        assert used <= 157.5
+        if used >= 142.5:
+            return
+    pytest.fail(f"only {used:.1f} % in the last of three attempts")
+
+
+def test_what_a_thread_cannot_carry_is_refused() -> None:
+    with pytest.raises(SettingsError, match="process"):
+        confine(memory="64M")
+    with pytest.raises(SettingsError, match="per"):
+        confine(Policy.make("p", per="host", cpu="10%"))
+    with pytest.raises(SettingsError, match="one of them"):
+        confine(Policy.make("p", cpu="10%"), cpu="10%")
+
+
+def test_a_manager_confines_inline_work_per_key() -> None:
+    def program() -> tuple[list[bool], str, bool]:
+        settings = from_mapping(
+            {"policy": {"p": {"per": "host", "pids": 50}}, "route": [{"policy": "p"}], "confinements": 2}
+        )
+        manager = Manager(settings, server=ALONE)
+        manager.start()
+        seen = []
+        usage = 0.0
+        for host in ("a", "b", "c", "d", "a"):
+            admission = manager.admit(Work("request", "GET /", {"host": host}))
+            assert isinstance(admission, InlineAdmission)
+            with admission.entered():
+                seen.append(f"/p~{host}\n" in where())
+                burn(0.02)
+            with admission.entered():
+                seen.append(f"/p~{host}\n" in where())
+            outcome = admission.finish()
+            usage += outcome.usage.cpu_seconds or 0
+        ending = outcome.ending
+        manager.close()
+        return seen, ending, 0.01 < usage < 0.5
+
+    seen, ending, used = in_child(program)
+    assert seen == [True] * 10
+    assert ending == "ok"
+    assert used
+
+
+def test_a_cgroup_that_another_worker_removed_is_made_again() -> None:
+    def program() -> bool:
+        settings = from_mapping({"policy": {"p": {"pids": 50}}, "route": [{"policy": "p"}]})
+        manager = Manager(settings, server=ALONE)
+        manager.start()
+        first = manager.admit(Work("call", "first"))
+        assert isinstance(first, InlineAdmission)
+        with first.entered():
+            pass
+        first.finish()
+        executor = first.confinement.executor
+        assert executor is not None
+        executor.cgroup.delete()
+        second = manager.admit(Work("call", "second"))
+        assert isinstance(second, InlineAdmission)
+        with second.entered():
+            inside = "/host/p\n" in where()
+        second.finish()
+        manager.close()
+        return inside
+
+    assert in_child(program)

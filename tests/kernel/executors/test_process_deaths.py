@@ -1,0 +1,192 @@
+"""kill -9 of each process there is, and what cannot be confined: nothing hangs, runs unconfined or is left over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from rcon_plugins import hookimpl
+from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, Killed
+from rcon_plugins.instance import Instance
+from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.slots import Slots
+from tests.children import in_child
+from tests.kernel.executors.service import alive, ask, begin, end, managing, soon
+
+
+def test_kill_9_of_an_executor_at_work() -> None:
+    with managing({"each": {"timeout": "60s"}}) as manager:
+        admission = begin(manager, "sleep", 300)
+        os.kill(admission.executor_pid, signal.SIGKILL)
+        outcome = end(admission)[1]
+        assert (outcome.ending, outcome.signal) == ("killed", signal.SIGKILL)
+        error = outcome.error()
+        assert isinstance(error, Killed)
+        assert error.signal == signal.SIGKILL
+        assert ask(manager, "pid")[1].ending == "ok"
+
+
+def test_kill_9_of_a_waiting_executor() -> None:
+    with managing({"each": {"timeout": "60s"}}) as manager:
+        pid = ask(manager, "pid")[0]
+        os.kill(pid, signal.SIGKILL)
+        assert soon(lambda: not alive(pid))
+        time.sleep(0.2)
+        assert ask(manager, "pid")[1].ending == "ok"
+
+
+def test_an_executor_that_exits_in_mid_work() -> None:
+    with managing({"each": {"timeout": "60s"}}) as manager:
+        outcome = ask(manager, "end", 3)[1]
+        assert (outcome.ending, outcome.signal) == ("killed", None)
+        assert "exit status 3" in outcome.detail
+
+
+def test_kill_9_of_the_fork_server() -> None:
+    lost = threading.Event()
+    with managing({"each": {"timeout": "60s"}}, on_lost=lost.set) as manager:
+        admission = begin(manager, "sleep", 300)
+        assert manager.fork_server_pid is not None
+        os.kill(manager.fork_server_pid, signal.SIGKILL)
+        assert end(admission)[1].ending == "killed"
+        assert soon(lambda: not alive(admission.executor_pid))
+        assert lost.wait(10)
+        with pytest.raises(ConfinementError, match="fork server"):
+            ask(manager, "pid")
+
+
+def test_kill_9_of_the_host_leaves_no_process_and_the_next_start_no_cgroup() -> None:
+    reading, writing = os.pipe()
+
+    def host() -> None:
+        with managing({"each": {"timeout": "60s"}}) as manager:
+            sleepers_in = begin(manager, "sleep", 300)
+            os.write(writing, f"{sleepers_in.executor_pid} {manager.fork_server_pid}".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(Exception, match="killed by signal 9"):
+        in_child(host)
+    pids = [int(pid) for pid in os.read(reading, 100).split()]
+    os.close(reading)
+    os.close(writing)
+    assert len(pids) == 2
+    assert soon(lambda: not any(alive(pid) for pid in pids))
+    in_child(_start_and_stop)  # removes what is left; the check after the run would find it
+
+
+def _start_and_stop() -> None:
+    Instance.create(Hierarchy.discover()).close()
+
+
+def test_concurrency_holds_in_all_workers_of_a_server_together() -> None:
+    def server() -> tuple[str, str, str]:
+        instance = Instance.create(Hierarchy.discover())
+        shared = {"instance": instance, "slots": Slots()}
+        try:
+            hold_reading, hold_writing = os.pipe()
+            ready_reading, ready_writing = os.pipe()
+            worker = os.fork()
+            if worker == 0:
+                with managing({"concurrency": 2, "isolation": "process"}, **shared) as manager:
+                    held = begin(manager, "sleep", 300)
+                    os.write(ready_writing, b"x")
+                    os.read(hold_reading, 1)
+                    held.abort("let go")
+                os._exit(0)
+            os.read(ready_reading, 1)
+            with managing({"concurrency": 2, "isolation": "process"}, **shared) as manager:
+                mine = begin(manager, "sleep", 300)
+                try:
+                    begin(manager, "pid")
+                    third = "admitted"
+                except ConcurrencyLimitExceeded as error:
+                    third = f"{error.limit} {error.retry_after}"
+                mine.abort("over")
+                fourth = ask(manager, "pid")[1].ending
+                os.kill(worker, signal.SIGKILL)  # its slot comes back however it ends
+                os.waitpid(worker, 0)
+                held = [begin(manager, "sleep", 300) for _ in range(2)]
+                fifth = f"{len(held)} held"
+                for admission in held:
+                    admission.abort("over")
+            instance.sweep(f"{worker}-")
+            return third, fourth, fifth
+        finally:
+            instance.close()
+
+    assert in_child(server) == ("concurrency 1", "ok", "2 held")
+
+
+def test_every_executor_process_at_work() -> None:
+    with managing({"per": "host", "each": {"timeout": "60s"}}, settings={"processes": 2}) as manager:
+        held = [begin(manager, "sleep", 300, host=host) for host in ("a", "b")]
+        with pytest.raises(ConcurrencyLimitExceeded, match="processes"):
+            begin(manager, "pid", host="c")
+        held[0].abort("over")
+        assert soon(lambda: not alive(held[0].executor_pid))
+        assert soon(lambda: _served(manager, "c"))
+        held[1].abort("over")
+
+
+def _served(manager: object, host: str) -> bool:
+    try:
+        return ask(manager, "pid", host=host)[1].ending == "ok"  # type: ignore[arg-type]
+    except ConcurrencyLimitExceeded:
+        return False
+
+
+def test_confinements_are_kept_up_to_their_bound() -> None:
+    with managing({"per": "host", "each": {"timeout": "60s"}}, settings={"confinements": 2}) as manager:
+        admission = begin(manager, "pid", host="first")
+        work = manager.together(admission.confinement)
+        end(admission)
+        for number in range(6):
+            assert ask(manager, "pid", host=f"host-{number}")[1].ending == "ok"
+        assert soon(lambda: not work.exists())
+        assert ask(manager, "pid", host="first")[1].ending == "ok"
+        assert work.exists()
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["../../x", "..", ".", "", "a\0b", "x" * 300, "ünï.example", "a\nb", "/", "tasks", "~", "\udcff", "a/b"],
+)
+def test_no_key_names_a_cgroup_outside(key: str) -> None:
+    with managing({"per": "host", "each": {"timeout": "60s"}}) as manager:
+        admission = begin(manager, "pid", host=key)
+        cgroup = manager.together(admission.confinement)
+        assert cgroup.name.startswith("p~")
+        assert "/" not in cgroup.name
+        assert len(cgroup.name) < 200
+        assert cgroup.path.count("/work/p~") == 1
+        assert end(admission)[1].ending == "ok"
+        assert admission.key == key
+
+
+def test_what_cannot_be_dropped_does_not_run() -> None:
+    class Stubborn:
+        @hookimpl
+        def rcon_drop(self, place: str) -> None:
+            raise PermissionError(f"not in this {place}")
+
+    with managing({"each": {"timeout": "60s"}}, plugins=[Stubborn()]) as manager:
+        for _ in range(2):
+            with pytest.raises(ConfinementError, match="PermissionError: not in this process"):
+                ask(manager, "pid")
+
+
+def test_a_manager_is_of_no_use_in_a_fork() -> None:
+    with managing({"each": {"timeout": "60s"}}) as manager:
+
+        def fork() -> str:
+            with pytest.raises(ConfinementError, match="fork of it"):
+                ask(manager, "pid")
+            manager.close()  # does nothing
+            return "refused"
+
+        assert in_child(fork) == "refused"
+        assert ask(manager, "pid")[1].ending == "ok"

@@ -1,0 +1,156 @@
+"""What a process executor enforces, on the real kernel."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from rcon_plugins.errors import MemoryLimitExceeded, TimeLimitExceeded
+from tests.kernel.executors.service import alive, ask, begin, end, managing, soon
+
+MIB = 1024 * 1024
+
+
+def test_a_work_that_ends_tells_its_usage() -> None:
+    with managing({"memory": "256M", "each": {"memory": "128M"}}) as manager:
+        answer, outcome = ask(manager, "burn", 0.2)
+        assert (answer, outcome.ending) == (None, "ok")
+        assert outcome.error() is None
+        assert outcome.usage.wall_seconds >= 0.2
+        assert outcome.usage.cpu_seconds is not None
+        assert 0.05 < outcome.usage.cpu_seconds < outcome.usage.wall_seconds + 0.1
+        assert outcome.usage.memory_peak is not None
+        assert 0 < outcome.usage.memory_peak < 128 * MIB
+
+
+def test_the_same_process_serves_again_up_to_max_works() -> None:
+    with managing({"max_works": 2, "each": {"timeout": "20s"}}) as manager:
+        pids = [ask(manager, "pid")[0] for _ in range(4)]
+        assert pids[0] == pids[1] != pids[2] == pids[3]
+        assert soon(lambda: not alive(pids[0]))
+
+
+def test_usage_is_that_of_one_work() -> None:
+    with managing({"each": {"timeout": "20s"}}) as manager:
+        first = ask(manager, "burn", 0.4)[1].usage.cpu_seconds
+        second = ask(manager, "pid")[1].usage.cpu_seconds
+        assert first is not None
+        assert second is not None
+        assert second < first / 2
+
+
+def test_a_work_above_its_memory_is_killed_by_name_and_the_next_one_served() -> None:
+    with managing({"each": {"memory": "64M"}}) as manager:
+        began = time.monotonic()
+        answer, outcome = ask(manager, "allocate", 200)
+        assert (
+            time.monotonic() - began < 10
+        )  # it ends, and soon; the issue's 2 s are told in docs/benchmarks.md
+        assert answer is None
+        assert (outcome.ending, outcome.limit, outcome.policy) == ("memory", "each.memory", "p")
+        assert outcome.usage.memory_peak is not None
+        assert 32 * MIB < outcome.usage.memory_peak <= 64 * MIB
+        assert "64M" in outcome.detail
+        assert isinstance(outcome.error(), MemoryLimitExceeded)
+        assert ask(manager, "allocate", 4)[0] == 4
+
+
+def test_memory_of_all_the_work_together_is_one_limit() -> None:
+    with managing({"memory": "96M"}) as manager:
+        held = [begin(manager, "allocate", 30) for _ in range(2)]
+        assert [end(admission)[1].ending for admission in held] == ["ok", "ok"]
+        outcome = ask(manager, "allocate", 200)[1]
+        assert (outcome.ending, outcome.limit) == ("memory", "memory")
+
+
+def test_a_work_beyond_its_wall_time_is_killed_with_all_it_started() -> None:
+    with managing({"each": {"timeout": "1s"}}) as manager:
+        sleepers = ask(manager, "leave_sleepers", 1)[0]
+        assert soon(lambda: not alive(sleepers[0]))
+        admission = begin(manager, "sleep", 300)
+        pid = admission.executor_pid
+        answer, outcome = end(admission)
+        assert answer is None
+        assert (outcome.ending, outcome.limit) == ("timeout", "each.timeout")
+        assert outcome.usage.wall_seconds >= 1
+        assert isinstance(outcome.error(), TimeLimitExceeded)
+        assert not alive(pid)
+        assert ask(manager, "pid")[1].ending == "ok"
+
+
+def test_what_a_work_leaves_behind_is_gone_when_it_has_ended() -> None:
+    with managing({"pids": 32, "each": {"timeout": "20s"}}) as manager:
+        sleepers, outcome = ask(manager, "leave_sleepers", 5)
+        assert outcome.ending == "ok"
+        assert len(sleepers) == 5
+        assert [pid for pid in sleepers if alive(pid)] == []
+
+
+@pytest.mark.parametrize("level", ["pids", "each"])
+def test_a_fork_bomb_never_passes_its_pids_and_is_gone_after(level: str) -> None:
+    policy = {"pids": 16} if level == "pids" else {"each": {"pids": 16}}
+    with managing({"isolation": "process", **policy}) as manager:
+        admission = begin(manager, "fork_bomb", 1.0)
+        cgroup = manager.together(admission.confinement)
+        seen: list[int] = []
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.002):
+                seen.append(
+                    len(cgroup.processes()) + sum(len(cgroup.child(c).processes()) for c in cgroup.children())
+                )
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        answer, outcome = end(admission)
+        over.set()
+        watcher.join()
+        assert 10 < max(seen) <= 16
+        assert outcome.ending == "pids", (answer, outcome)
+        assert outcome.limit == ("pids" if level == "pids" else "each.pids")
+        assert soon(
+            lambda: all(cgroup.child(c).processes() != [admission.executor_pid] for c in cgroup.children())
+        )
+        assert ask(manager, "pid")[1].ending == "ok"
+
+
+def test_a_fork_of_the_work_cannot_answer_for_it() -> None:
+    with managing({"each": {"timeout": "20s"}}) as manager:
+        for _ in range(3):
+            assert ask(manager, "return_twice")[0] == "answered"
+            assert isinstance(ask(manager, "pid")[0], int)
+
+
+def test_an_error_of_the_work_is_its_own() -> None:
+    with managing({"each": {"timeout": "20s"}}) as manager:
+        answer, outcome = ask(manager, "raises")
+        assert answer == "ValueError('as asked')"
+        assert outcome.ending == "error"
+        assert outcome.error() is None
+
+
+def test_a_work_may_hold_nothing_of_the_server() -> None:
+    with managing({"each": {"timeout": "20s"}}) as manager:
+        held = ask(manager, "descriptors")[0]
+        assert not [target for target in held.values() if "cgroup" in target or "rcon" in target]
+        sockets = {number for number, target in held.items() if target.startswith("socket:")}
+        assert len(sockets) >= 1  # its own channel
+
+
+@pytest.mark.parametrize("percent", [10, 20, 50, 150])
+def test_cpu_quota_is_held_within_a_point(percent: int) -> None:
+    processes = 2 if percent > 100 else 1
+    allowed = 1 if percent <= 50 else percent * 0.05
+    with managing({"cpu": f"{percent}%", "isolation": "process"}) as manager:
+        ask(manager, "pid")
+        for _ in range(3):  # a busy machine may give it less than its quota, and never more
+            usage = ask(manager, "burn", 10.0, processes)[1].usage
+            assert usage.cpu_seconds is not None
+            used = 100 * usage.cpu_seconds / usage.wall_seconds
+            assert used <= percent + allowed
+            if used >= percent - allowed:
+                return
+    pytest.fail(f"only {used:.1f} % in the last of three attempts")
