@@ -17,7 +17,8 @@ from rcon_wsgi import problem, wire
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
-    from rcon_plugins.manager import Admission
+
+    from rcon_plugins.admission import ProcessAdmission
 
 _CLIENT_GONE: Final = "the client went away"
 #: A response of status 500 is held back up to this size, to learn whether a limit was the cause.
@@ -64,7 +65,9 @@ class Exchange:
         "_status",
     )
 
-    def __init__(self, environ: dict[str, Any], admission: Admission, client: socket.socket | None) -> None:
+    def __init__(
+        self, environ: dict[str, Any], admission: ProcessAdmission, client: socket.socket | None
+    ) -> None:
         self._environ = environ
         self._admission = admission
         self._channel = admission.channel
@@ -109,12 +112,7 @@ class Exchange:
             return _SizedExchange(self) if only else self
         kind, payload = self._next()
         if kind == wire.ONLY:
-            if self._channel.buffered and self._take_done():
-                start_response(start.status, start.headers)
-                return [payload]
-            self._pending.append(payload)
-            start_response(start.status, start.headers)
-            return _SizedExchange(self)
+            return self._only(start_response, start, payload)
         self._take(kind, payload)
         start_response(start.status, start.headers)
         return self
@@ -197,10 +195,20 @@ class Exchange:
         else:
             raise ProtocolViolation(f"a frame of kind {kind} out of order")
 
-    def _take_done(self) -> bool:
-        kind, payload = self._next()
-        self._take(kind, payload)
-        return kind == wire.DONE
+    def _only(self, start_response: StartResponse, start: wire.Start, chunk: bytes) -> Iterable[bytes]:
+        """A response of one chunk; in most, the end of the work came along with it."""
+        if self._channel.buffered:
+            kind, payload = self._next()
+            if kind == wire.DONE:
+                outcome = self._done()
+                if problem.is_problem(outcome):  # a deadline that came just before the end
+                    return problem.respond(self._environ, start_response, outcome)
+                start_response(start.status, start.headers)
+                return [chunk]
+            self._take(kind, payload)
+        self._pending.append(chunk)
+        start_response(start.status, start.headers)
+        return _SizedExchange(self)
 
     def _next(self) -> tuple[int, bytes]:
         """The next frame of the response; what the application reads and logs meanwhile is done here."""

@@ -11,11 +11,12 @@ from rcon_wsgi import problem
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication
-    from rcon_plugins.manager import Admission
+
+    from rcon_plugins.admission import InlineAdmission
 
 
 def run(
-    app: WSGIApplication, environ: dict[str, Any], start_response: StartResponse, admission: Admission
+    app: WSGIApplication, environ: dict[str, Any], start_response: StartResponse, admission: InlineAdmission
 ) -> Iterable[bytes]:
     """Call the application inside the confinement; its iterable enters it again for each chunk."""
     entered = False
@@ -45,7 +46,7 @@ def run(
 class _InlineResponse:
     """The application's iterable, confined whenever it runs."""
 
-    def __init__(self, result: Iterable[bytes], admission: Admission) -> None:
+    def __init__(self, result: Iterable[bytes], admission: InlineAdmission) -> None:
         self._result = result
         self._admission = admission
         self._iterator: Iterator[bytes] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
 from rcon_plugins.outcome import Outcome
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     import socket
 
     from _typeshed.wsgi import StartResponse, WSGIApplication
-    from rcon_plugins.manager import Manager
 
+    from rcon_plugins.admission import InlineAdmission, ProcessAdmission
     from rcon_plugins.isolation import Server
+    from rcon_plugins.manager import Manager
     from rcon_plugins.settings import Settings
 
 _log = logging.getLogger("rcon_wsgi")
@@ -85,8 +86,8 @@ class ConfineMiddleware:
         if admission is None:
             return self._app(environ, start_response)
         if admission.isolation == "inline":
-            return inline.run(self._app, environ, start_response, admission)
-        return Exchange(environ, admission, client).begin(start_response)
+            return inline.run(self._app, environ, start_response, cast("InlineAdmission", admission))
+        return Exchange(environ, cast("ProcessAdmission", admission), client).begin(start_response)
 
     def close(self) -> None:
         """End the manager, if the middleware made it. Nothing is served afterwards."""
@@ -97,8 +98,8 @@ class ConfineMiddleware:
 def _own_manager(
     app: WSGIApplication, settings: Settings | str | os.PathLike[str] | None, server: Server | None
 ) -> Manager:
-    from rcon_plugins.manager import Manager, Server
-
+    from rcon_plugins.isolation import Server
+    from rcon_plugins.manager import Manager
     from rcon_plugins.settings import Settings, load
 
     if settings is None:

@@ -1,0 +1,136 @@
+"""An HTTP client that shows the bytes, and the servers it speaks to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.contract.wsgi.apps import Case
+
+ROOT = Path(__file__).resolve().parents[3]
+TIMEOUT = 20.0
+
+
+class Served(NamedTuple):
+    """A server under test."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: Path
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT)
+
+    def log_has(self, text: str, timeout: float = 5.0) -> bool:
+        """Whether the text comes up in the server's log within the time."""
+        end = time.monotonic() + timeout
+        while text not in self.log.read_text(errors="replace"):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        return True
+
+
+@contextlib.contextmanager
+def serving(log: Path, *arguments: str) -> Iterator[Served]:
+    """Run ``python -m`` with these arguments; it prints its port."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}", "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("PYTHONWARNINGS", "error")
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+    assert process.stdout is not None
+    try:
+        port = process.stdout.readline()
+        if not port:
+            raise RuntimeError(f"{arguments} did not start:\n{log.read_text()}")
+        yield Served(process, int(port), log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def request_of(name: str, case: Case) -> bytes:
+    """The request of a case, as bytes."""
+    lines = [f"{case.method} /{name}{case.path} HTTP/1.1"]
+    given = {line.partition(":")[0].lower() for line in case.headers}
+    lines += [] if "host" in given else ["Host: a.example"]
+    lines += [] if "connection" in given else ["Connection: close"]
+    lines += case.headers
+    body = case.body
+    if case.chunked:
+        lines.append("Transfer-Encoding: chunked")
+        body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in split(body, 30_000)) + b"0\r\n\r\n"
+    elif case.method == "POST":
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def split(data: bytes, size: int) -> list[bytes]:
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+def ask(served: Served, request: bytes) -> bytes:
+    """All that the server sends in answer, up to the end of the connection, or of a kept one's response."""
+    with served.connect() as connection:
+        connection.sendall(request)
+        answer = b""
+        while not (b"keep-alive" in request and is_whole(answer)):
+            try:
+                data = connection.recv(1 << 16)
+            except ConnectionResetError:
+                return answer + b"<reset>"
+            if not data:
+                break
+            answer += data
+        return answer
+
+
+def is_whole(answer: bytes) -> bool:
+    head, end, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\nContent-Length: (\d+)", head)
+    return bool(end) and length is not None and len(body) >= int(length[1])
+
+
+def comparable(answer: bytes, *, framing: bool) -> bytes:
+    """The answer without its date; without the sizes of its chunks, too, where they may differ."""
+    head, end, body = answer.partition(b"\r\n\r\n")
+    head = re.sub(rb"\r\nDate: [^\r]*", b"", head)
+    if head.startswith(b"HTTP/1.1 100"):
+        return head + end + comparable(body, framing=framing)
+    if not framing and b"Transfer-Encoding: chunked" in head:
+        body = dechunked(body)
+    return head + end + body
+
+
+def dechunked(body: bytes) -> bytes:
+    """The body, and a mark where its end is missing."""
+    whole = b""
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        length = int(size, 16)
+        if not length:
+            return whole
+        whole += body[:length]
+        body = body[length + 2 :]
+    return whole + b"<cut>"

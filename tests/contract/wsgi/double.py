@@ -1,0 +1,172 @@
+"""A stand-in for the manager that needs no cgroups: real processes, real channels, no limits.
+
+What it keeps of the real one is what a host sees: an executor that waits for the first frame of a work, goes back to
+the pool when the work is finished, and whose end is told by `died` and `abort`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
+from rcon_plugins.outcome import Ending, Outcome
+from rcon_plugins.work import Work
+
+GRACE = 0.5
+
+
+class Executor:
+    """A forked process that serves one work after the other."""
+
+    def __init__(self, service: Callable[[Channel, Frame], None], foreign: list[Executor]) -> None:
+        ours, theirs = socket.socketpair()
+        self.channel = Channel(ours)
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                ours.close()
+                for other in foreign:
+                    other.channel.close()
+                self._serve(service, Channel(theirs))
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def _serve(self, service: Callable[[Channel, Frame], None], channel: Channel) -> None:
+        try:
+            while True:
+                service(channel, channel.receive())
+        except ChannelClosed:
+            return
+        except BaseException:
+            traceback.print_exc(file=sys.stderr)
+
+    def stop(self, grace: float = 0.0) -> int:
+        """Wait for its end, and bring it about after the grace; returns the wait status."""
+        watch = os.pidfd_open(self.pid)
+        poll = select.poll()
+        poll.register(watch, select.POLLIN)
+        if not poll.poll(grace * 1000):
+            os.kill(self.pid, signal.SIGKILL)
+        os.close(watch)
+        self.channel.close()
+        return os.waitpid(self.pid, 0)[1]
+
+
+class Admission:
+    """One request's leave to run."""
+
+    policy = SimpleNamespace(name="double")
+    key = None
+    name = "double"
+
+    def __init__(self, manager: Manager, executor: Executor | None) -> None:
+        self.isolation = "inline" if executor is None else "process"
+        self._manager = manager
+        self._executor = executor
+        self.outcome: Outcome | None = None
+        self.depth = 0
+
+    @property
+    def channel(self) -> Channel:
+        assert self._executor is not None
+        return self._executor.channel
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        self._manager.inside += 1
+        try:
+            yield
+        finally:
+            self._manager.inside -= 1
+
+    def finish(self, ending: Ending = "ok", detail: str = "") -> Outcome:
+        if self.outcome is None:
+            self._settle(self._manager.verdict(Outcome(ending=ending, policy="double", detail=detail)))
+            if self._executor is not None:
+                self._manager.give_back(self._executor)
+        assert self.outcome is not None
+        return self.outcome
+
+    def died(self) -> Outcome:
+        if self.outcome is None:
+            assert self._executor is not None
+            status = self._executor.stop()
+            number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+            dead = Outcome(ending="killed", policy="double", signal=number, detail=f"wait status {status}")
+            self._settle(self._manager.verdict(dead))
+        assert self.outcome is not None
+        return self.outcome
+
+    def abort(self, detail: str) -> Outcome:
+        if self.outcome is None:
+            if self._executor is not None:
+                self._executor.channel.refuse()
+                self._executor.stop(GRACE)
+            self._settle(Outcome(ending="aborted", policy="double", detail=detail))
+        assert self.outcome is not None
+        return self.outcome
+
+    def _settle(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self._manager.outcomes.append(outcome)
+
+
+class Manager:
+    """Admits everything, up to one work at a time."""
+
+    def __init__(self, isolation: str = "process") -> None:
+        self.isolation = isolation
+        self.inside = 0
+        self.outcomes: list[Outcome] = []
+        self.verdict: Callable[[Outcome], Outcome] = lambda outcome: outcome
+        self.refuse: Exception | None = None
+        self.works: list[Work] = []
+        self._service: Any = None
+        self._idle: list[Executor] = []
+        self._lock = threading.Lock()
+
+    def start(self, service: Callable[[Channel, Frame], None]) -> None:
+        self._service = service
+        if self.isolation == "process":
+            self._idle.append(Executor(service, []))
+
+    def admit(self, work: Work) -> Admission:
+        self.works.append(work)
+        if self.refuse is not None:
+            raise self.refuse
+        if self.isolation == "inline":
+            return Admission(self, None)
+        with self._lock:
+            executor = self._idle.pop() if self._idle else Executor(self._service, self._idle)
+        return Admission(self, executor)
+
+    def give_back(self, executor: Executor) -> None:
+        with self._lock:
+            self._idle.append(executor)
+
+    def close(self) -> None:
+        while self._idle:
+            executor = self._idle.pop()
+            executor.channel.close()
+            executor.stop(1.0)
+
+    def wait_for_outcome(self, timeout: float = 5.0) -> Outcome:
+        """The next outcome, or TimeoutError."""
+        end = time.monotonic() + timeout
+        while not self.outcomes:
+            if time.monotonic() > end:
+                raise TimeoutError("no work was settled")
+            time.sleep(0.005)
+        return self.outcomes.pop(0)

@@ -1,0 +1,72 @@
+"""Serve the applications of `apps` on a free port of 127.0.0.1, and print that port.
+
+``python -m tests.contract.wsgi.serve SERVER MODE``: SERVER is wsgiref or gunicorn, MODE is direct, inline or
+process; with ``-validated`` behind it, wsgiref.validate stands on both sides.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.validate import validator
+
+import gunicorn.app.base  # type: ignore[import-untyped]
+
+from rcon_wsgi import ConfineMiddleware, WsgiService
+from tests.contract.wsgi import apps, double
+
+
+def application(mode: str) -> Any:
+    """The application as the mode says; forks its executor, so it belongs into the process that serves."""
+    mode, _, validated = mode.partition("-")
+    app: Any = validator(apps.by_path) if validated else apps.by_path
+    if mode != "direct":
+        manager = double.Manager(mode)
+        manager.start(WsgiService(app))
+        app = ConfineMiddleware(app, manager=manager)  # type: ignore[arg-type]
+        app = validator(app) if validated else app
+    return app
+
+
+class Handler(WSGIRequestHandler):
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+def serve_wsgiref(mode: str) -> None:
+    app = application(mode)
+    server = WSGIServer(("127.0.0.1", 0), Handler)
+    server.set_app(app)
+    print(server.server_port, flush=True)
+    server.serve_forever()
+
+
+class Gunicorn(gunicorn.app.base.BaseApplication):  # type: ignore[misc]
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
+        super().__init__()
+
+    def load_config(self) -> None:
+        for name, value in {
+            "bind": "127.0.0.1:0",
+            "worker_class": "gthread",
+            "threads": 2,
+            "accesslog": None,
+            "control_socket_disable": True,
+            "when_ready": lambda arbiter: print(arbiter.LISTENERS[0].getsockname()[1], flush=True),
+        }.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Any:
+        return application(self._mode)
+
+
+if __name__ == "__main__":
+    os.environb[b"RCON_TEST_SURROGATE"] = b"\xff and \xe9"
+    server, mode = sys.argv[1:]
+    if server == "wsgiref":
+        serve_wsgiref(mode)
+    else:
+        Gunicorn(mode).run()
