@@ -114,7 +114,7 @@ class Admission:
             if self._executor is not None:
                 self._executor.channel.refuse()
                 self._executor.stop(GRACE)
-            self._settle(Outcome(ending="aborted", policy="double", detail=detail))
+            self._settle(self._manager.verdict(Outcome(ending="aborted", policy="double", detail=detail)))
         assert self.outcome is not None
         return self.outcome
 

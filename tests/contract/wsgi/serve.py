@@ -1,7 +1,7 @@
-"""Serve the applications of `apps` on a free port of 127.0.0.1, and print that port.
+"""Serve the applications of `apps`, or those of `long_apps`, on a free port of 127.0.0.1, and print that port.
 
 ``python -m tests.contract.wsgi.serve SERVER MODE``: SERVER is wsgiref or gunicorn, MODE is direct, inline or
-process; with ``-validated`` behind it, wsgiref.validate stands on both sides.
+process; with ``-validated`` behind it, wsgiref.validate stands on both sides, with ``-long`` it is `long_apps`. How each work ended is logged.
 """
 
 from __future__ import annotations
@@ -14,20 +14,30 @@ from wsgiref.validate import validator
 
 import gunicorn.app.base  # type: ignore[import-untyped]
 
+from rcon_plugins.outcome import Outcome
 from rcon_wsgi import ConfineMiddleware, WsgiService
-from tests.contract.wsgi import apps, double
+from tests.contract.wsgi import apps, double, long_apps
 
 
 def application(mode: str) -> Any:
     """The application as the mode says; forks its executor, so it belongs into the process that serves."""
-    mode, _, validated = mode.partition("-")
-    app: Any = validator(apps.by_path) if validated else apps.by_path
+    mode, _, variant = mode.partition("-")
+    app: Any = long_apps.by_path if variant == "long" else apps.by_path
+    validated = variant == "validated"
+    app = validator(app) if validated else app
     if mode != "direct":
-        manager = double.Manager(mode)
+        manager: Any = double.Manager(mode)
+        manager.verdict = say_outcome
         manager.start(WsgiService(app))
-        app = ConfineMiddleware(app, manager=manager)  # type: ignore[arg-type]
+        client_socket = None if validated else lambda environ: environ.get("gunicorn.socket")
+        app = ConfineMiddleware(app, manager=manager, client_socket=client_socket)
         app = validator(app) if validated else app
     return app
+
+
+def say_outcome(outcome: Outcome) -> Outcome:
+    print(f"<outcome {outcome.ending}: {outcome.detail}>", file=sys.stderr, flush=True)
+    return outcome
 
 
 class Handler(WSGIRequestHandler):
