@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission
 from rcon_plugins.confinement import Confinement, InlineConfinement, ProcessConfinement, cgroup_name
 from rcon_plugins.defaults.log import LOGGER
-from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, KernelError, RconError
+from rcon_plugins.errors import (
+    ConcurrencyLimitExceeded,
+    ConfinementError,
+    KernelError,
+    LimitExceeded,
+    PidsLimitExceeded,
+    RconError,
+)
 from rcon_plugins.executors.pool import ExecutorPool
 from rcon_plugins.instance import Instance
 from rcon_plugins.isolation import Server, Verdict, judge
 from rcon_plugins.kernel.cgroup import Hierarchy
-from rcon_plugins.outcome import Outcome
+from rcon_plugins.outcome import Ending, Outcome
 from rcon_plugins.plugins import make_plugin_manager
 from rcon_plugins.settings import Settings
 from rcon_plugins.slots import Slots
@@ -84,8 +91,7 @@ class Manager:
 
     Make it from settings, `start` it in the process that serves, after the application is loaded and before other
     threads run; ask `admit` for each work; `close` it at the end. Servers of several processes make one `Instance` in
-    their parent, and one `Slots`, and give them to the manager of each, so that limits and concurrency hold for all of
-    them together.
+    their parent and give it to the manager of each, so that limits and concurrency hold for all of them together.
     """
 
     def __init__(
@@ -94,7 +100,6 @@ class Manager:
         *,
         server: Server | None = None,
         instance: Instance | None = None,
-        slots: Slots | None = None,
         plugins: Sequence[object] = (),
         on_lost: Callable[[], object] | None = None,
     ) -> None:
@@ -114,7 +119,7 @@ class Manager:
         self._instance = instance
         self._on_lost = on_lost
         self._pid = 0
-        self._slots = slots
+        self._slots: Slots | None = None
         self._pool: ExecutorPool | None = None
         self._confinements: OrderedDict[str, Confinement] = OrderedDict()
 
@@ -142,7 +147,7 @@ class Manager:
         try:
             if self._owns_instance and self.plan.wants_adoption(instance):
                 instance.adopt()
-            self._slots = self._slots or Slots()
+            self._slots = Slots(instance.locks)
             if self.plan.uses_processes and service is not None:
                 self._pool = ExecutorPool(
                     instance, self.hook, self.settings.processes, self._executor_ended, self._on_lost
@@ -179,7 +184,8 @@ class Manager:
         """Let a work run under its policy; None when no route names it and the settings allow that.
 
         Raises `ConfinementError` when the work cannot be confined, `ConcurrencyLimitExceeded` when as much of it is
-        under way as may be. Either way it must not run; hooks and log have been told.
+        under way as may be, `PidsLimitExceeded` when its confinement is full of processes. In each case it must not
+        run; hooks and log have been told.
         """
         if self._pid != os.getpid():
             self._refuse(work, "", None, ConfinementError(self._why_not_here()))
@@ -304,11 +310,11 @@ class Manager:
 
     def _refuse(self, work: Work, policy: str, key: str | None, error: Exception) -> NoReturn:
         """Tell hooks and log that the work does not run, and raise that."""
-        if isinstance(error, ConcurrencyLimitExceeded):
+        if isinstance(error, LimitExceeded):
             error.policy, error.key = policy, key
+            ending: Ending = "pids" if isinstance(error, PidsLimitExceeded) else "concurrency"
             self._tell(
-                work,
-                Outcome(ending="concurrency", policy=policy, key=key, limit=error.limit, detail=str(error)),
+                work, Outcome(ending=ending, policy=policy, key=key, limit=error.limit, detail=str(error))
             )
             raise error
         self._tell(work, Outcome(ending="refused", policy=policy, key=key, detail=str(error)))

@@ -17,15 +17,14 @@ MOST = 1 << 16
 
 
 class Slots:
-    """The slots of every confinement, seen from one process; made before its workers are forked. Thread-safe.
+    """The slots of every confinement, seen from one process; ``file`` is `Instance.locks`. Thread-safe.
 
     POSIX locks belong to the process: threads of one process are told apart here, processes by the kernel. No
     other descriptor of the same file may be closed in this process, for that would release its locks.
     """
 
-    def __init__(self) -> None:
-        """Make the file, which forks of this process share."""
-        self._file = os.memfd_create("rcon-slots", os.MFD_CLOEXEC)
+    def __init__(self, file: int) -> None:
+        self._file = file
         self._held: set[int] = set()
         self._lock = threading.Lock()
 

@@ -11,4 +11,5 @@ from rcon_plugins.policy import Limits
 def rcon_configure_cgroup(cgroup: Cgroup, limits: Limits) -> None:
     """Write the CPU quota and the weight among siblings."""
     if limits.cpu is not None or limits.cpu_weight is not None:
-        cgroup.configure(Resources(cpu_quota=limits.cpu, cpu_weight=limits.cpu_weight))
+        quota = None if limits.cpu is None else float(limits.cpu)
+        cgroup.configure(Resources(cpu_quota=quota, cpu_weight=limits.cpu_weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rcon_plugins.defaults import in_bytes
 from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.kernel.cgroup import Cgroup, IoMax, Resources, device_of
 from rcon_plugins.policy import Limits
@@ -15,7 +16,10 @@ def rcon_configure_cgroup(cgroup: Cgroup, limits: Limits) -> None:
             Resources(
                 io={
                     device_of(where): IoMax(
-                        rbps=most.read, wbps=most.write, riops=most.read_iops, wiops=most.write_iops
+                        rbps=in_bytes(most.read),
+                        wbps=in_bytes(most.write),
+                        riops=most.read_iops,
+                        wiops=most.write_iops,
                     )
                     for where, most in limits.io.items()
                 }

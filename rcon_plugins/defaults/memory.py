@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rcon_plugins.defaults import in_bytes
 from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.kernel.cgroup import Cgroup, Resources
 from rcon_plugins.policy import Limits, Policy
@@ -17,9 +18,9 @@ def rcon_configure_cgroup(cgroup: Cgroup, limits: Limits, policy: Policy) -> Non
     if dies_whole or any(limit is not None for limit in (limits.memory, limits.memory_high, limits.swap)):
         cgroup.configure(
             Resources(
-                memory_max=limits.memory,
-                memory_high=limits.memory_high,
-                swap_max=limits.swap,
+                memory_max=in_bytes(limits.memory),
+                memory_high=in_bytes(limits.memory_high),
+                swap_max=in_bytes(limits.swap),
                 oom_group=dies_whole,
             )
         )

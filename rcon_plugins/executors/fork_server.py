@@ -41,6 +41,8 @@ Service = Callable[[Channel, Frame], None]
 READY = 1
 #: First frame of a new executor process: it could not be confined. Payload: why, as text.
 FAILED = 2
+#: First frame of a new executor process: its confinement has as many processes as it may. Payload: in words.
+FULL = 3
 PID = struct.Struct("!i")
 _DEATH = struct.Struct("!qii")
 _LARGEST_BIRTH = 128 * 1024
@@ -201,6 +203,11 @@ def run_executor(
     """
     me = os.getpid()
     try:
+        # The kernel counts who moves in, and does not refuse it (cgroup-v2.rst, pids).
+        pids = birth.policy.pids
+        if pids is not None and (instance.together(birth.name).read().pids_current or 0) >= pids:
+            channel.send((FULL, f"{pids} processes and threads are running, which is the most".encode()))
+            os._exit(_EXIT_NOT_CONFINED)
         instance.leaf(birth.name, birth.leaf).enter_process()
         hook.rcon_drop(policy=birth.policy, place="process")
         process.die_with_parent(server)

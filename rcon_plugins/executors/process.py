@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from rcon_plugins.errors import ConfinementError, KernelError
+from rcon_plugins.errors import ConfinementError, KernelError, PidsLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed
 from rcon_plugins.executors.fork_server import (
     FAILED,
+    FULL,
     PID,
     READY,
     Birth,
@@ -172,7 +173,8 @@ class ProcessExecutors:
     def wait_ready(self, executor: Executor) -> None:
         """Wait until the new executor process is confined.
 
-        Raises `ConfinementError` with its own words if it could not be; it is gone then.
+        Raises `ConfinementError` with its own words if it could not be, `PidsLimitExceeded` if its confinement is full;
+        it is gone then.
         """
         try:
             frame = executor.channel.receive()
@@ -184,6 +186,9 @@ class ProcessExecutors:
                 else "it ended before its first work"
             )
             raise ConfinementError(f"no executor process could be made: {reason}") from error
+        if frame.kind == FULL:
+            self.wait_end(executor)
+            raise PidsLimitExceeded(frame.payload.decode(errors="replace"), limit="pids")
         if frame.kind == FAILED:
             self.wait_end(executor)
             raise ConfinementError(frame.payload.decode(errors="replace"))

@@ -13,7 +13,6 @@ from rcon_plugins import hookimpl
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, Killed
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Hierarchy
-from rcon_plugins.slots import Slots
 from tests.children import in_child
 from tests.kernel.executors.service import alive, ask, begin, end, managing, soon
 
@@ -85,7 +84,7 @@ def _start_and_stop() -> None:
 def test_concurrency_holds_in_all_workers_of_a_server_together() -> None:
     def server() -> tuple[str, str, str]:
         instance = Instance.create(Hierarchy.discover())
-        shared = {"instance": instance, "slots": Slots()}
+        shared = {"instance": instance}
         try:
             hold_reading, hold_writing = os.pipe()
             ready_reading, ready_writing = os.pipe()

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rcon_plugins.errors import MemoryLimitExceeded, TimeLimitExceeded
+from rcon_plugins.errors import MemoryLimitExceeded, PidsLimitExceeded, TimeLimitExceeded
 from tests.kernel.executors.service import alive, ask, begin, end, managing, soon
 
 MIB = 1024 * 1024
@@ -114,6 +114,18 @@ def test_a_fork_bomb_never_passes_its_pids_and_is_gone_after(level: str) -> None
         assert soon(
             lambda: all(cgroup.child(c).processes() != [admission.executor_pid] for c in cgroup.children())
         )
+        assert ask(manager, "pid")[1].ending == "ok"
+
+
+def test_work_is_refused_while_its_confinement_is_full_of_processes() -> None:
+    with managing({"isolation": "process", "pids": 6, "each": {"timeout": "30s"}}) as manager:
+        bomb = begin(manager, "fork_bomb", 2.0)
+        cgroup = manager.together(bomb.confinement)
+        assert soon(lambda: cgroup.read().pids_current == 6)
+        with pytest.raises(PidsLimitExceeded, match="6 processes"):
+            begin(manager, "pid")
+        assert cgroup.read().pids_current == 6
+        bomb.abort("seen enough")
         assert ask(manager, "pid")[1].ending == "ok"
 
 
