@@ -117,26 +117,31 @@ class Unconfined:
     """Looks at all processes whose command line has a mark, and takes what there was at first as nothing.
 
     Which tenant a thread or a page of a gunicorn worker served cannot be told from outside; so this is
-    about the server as a whole.
+    about the server as a whole. Memory is that of the processes there were at first: what they fork later
+    shares it with them.
     """
 
     def __init__(self, mark: str) -> None:
         self._mark = mark.encode()
-        self._memory, self._processes = self._take()
+        self._first: set[str] = set()
+        self._memory, self._processes = self._take(first=True)
         self.used = Used()
 
     def look(self) -> None:
         memory, processes = self._take()
         self.used.see(max(0, memory - self._memory), max(0, processes - self._processes), None)
 
-    def _take(self) -> tuple[int, int]:
+    def _take(self, *, first: bool = False) -> tuple[int, int]:
         pages = processes = 0
         for entry in os.scandir("/proc"):
             if not entry.name.isdigit():
                 continue
             with contextlib.suppress(OSError):  # it ended meanwhile
                 if self._mark in Path(entry.path, "cmdline").read_bytes():
-                    statm = Path(entry.path, "statm").read_text().split()
                     processes += 1
-                    pages += int(statm[1]) - int(statm[2])
+                    if first:
+                        self._first.add(entry.name)
+                    if entry.name in self._first:
+                        statm = Path(entry.path, "statm").read_text().split()
+                        pages += int(statm[1]) - int(statm[2])
         return pages * _PAGE, processes

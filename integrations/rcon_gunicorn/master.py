@@ -29,7 +29,6 @@ class Master:
         self.instance = instance
         self._hierarchy = hierarchy
         self._pid = os.getpid()
-        self._adopted = False
 
     @classmethod
     def start(cls, path: str, server: _Arbiter) -> Master:
@@ -62,9 +61,8 @@ class Master:
 
     def _adopt(self, plan: Plan) -> None:
         """Move the master, and so the workers to come, into the instance, where that is needed."""
-        if (plan.uses_inline or self.instance.needs_adoption) and not self._adopted:
+        if plan.wants_adoption(self.instance):
             self.instance.adopt()
-            self._adopted = True
 
     def sweep(self, worker: int, server: _Arbiter) -> None:
         """End and remove whatever a worker that is gone left behind."""

@@ -85,7 +85,7 @@ class Gunicorn:
             assert self.process.poll() is None
         except AssertionError:
             self.stop()
-            raise AssertionError(f"the server did not start:\n{self.log()}") from None
+            raise AssertionError(f"the server did not start:\n{self.log()[-3000:]}") from None
         return self
 
     def log(self) -> str:
