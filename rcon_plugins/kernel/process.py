@@ -6,7 +6,6 @@ All of it acts on the calling process. The functions use the interpreter's own s
 
 from __future__ import annotations
 
-import _signal
 import _socket  # the real thing, whatever a cooperative library made of `socket`
 import errno
 import os
@@ -27,14 +26,14 @@ def fork() -> int:
 
     Blocked, so that no handler inherited from the parent can run before `take_default_signals`.
     """
-    before = _signal.pthread_sigmask(_signal.SIG_BLOCK, signal.valid_signals())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = posix.fork()
     except BaseException:
-        _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         raise
     if pid != 0:
-        _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pid
 
 
@@ -43,15 +42,15 @@ def take_default_signals() -> None:
 
     SIGPIPE stays ignored, as Python has it, so that a closed socket is an exception.
     """
-    _signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         if number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE):
             continue
         try:
-            _signal.signal(number, _signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)
         except (OSError, ValueError):
             continue  # the C library keeps the first real-time signals for itself
-    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def die_with_parent(parent: int) -> None:

@@ -46,7 +46,7 @@ def poll_readable(descriptors: Iterable[int], timeout: float | None) -> set[int]
     `select.poll`. An interrupted call is an empty answer. Raises `KernelError`.
     """
     wanted = list(descriptors)
-    array = (_PollFd * len(wanted))(*((descriptor, _POLLIN, 0) for descriptor in wanted))
+    array = (_PollFd * len(wanted))(*(_PollFd(descriptor, _POLLIN, 0) for descriptor in wanted))
     milliseconds = -1 if timeout is None else max(0, int(timeout * 1000))
     count = _libc().poll(array, ctypes.c_ulong(len(wanted)), milliseconds)
     if count < 0:

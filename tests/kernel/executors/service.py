@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rcon_plugins import Manager, Outcome, Work
@@ -80,15 +81,19 @@ class Acts:
         return "answered"
 
     @staticmethod
+    def environment(name: str) -> str | None:
+        return os.environ.get(name)
+
+    @staticmethod
     def end(status: int) -> None:
         os._exit(status)
 
     @staticmethod
     def descriptors() -> dict[str, str]:
         found = {}
-        for name in os.listdir("/proc/self/fd"):
+        for entry in Path("/proc/self/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
-                found[name] = os.readlink(f"/proc/self/fd/{name}")
+                found[entry.name] = str(entry.readlink())
         return found
 
     @staticmethod
@@ -163,8 +168,7 @@ def ask(manager: Manager, act: str, *arguments: Any, **attributes: str) -> tuple
 def alive(pid: int) -> bool:
     """Whether a process runs; a zombie does not."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
 

@@ -86,14 +86,14 @@ def test_concurrency_holds_in_all_workers_of_a_server_together() -> None:
         instance = Instance.create(Hierarchy.discover())
         shared = {"instance": instance}
         try:
-            hold_reading, hold_writing = os.pipe()
+            until_killed, _ = os.pipe()
             ready_reading, ready_writing = os.pipe()
             worker = os.fork()
             if worker == 0:
                 with managing({"concurrency": 2, "isolation": "process"}, **shared) as manager:
                     held = begin(manager, "sleep", 300)
                     os.write(ready_writing, b"x")
-                    os.read(hold_reading, 1)
+                    os.read(until_killed, 1)
                     held.abort("let go")
                 os._exit(0)
             os.read(ready_reading, 1)

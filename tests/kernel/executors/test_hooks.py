@@ -1,0 +1,177 @@
+"""Every hook, used by a plugin as a third party would write it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+import rcon_plugins
+from rcon_plugins import Limits, Manager, Outcome, Policy, Settings, Work, hookimpl
+from rcon_plugins.errors import ConfinementError, SettingsError
+from rcon_plugins.kernel.cgroup import Cgroup, Resources
+from rcon_plugins.plugins import make_plugin_manager
+from rcon_plugins.settings import from_mapping
+from tests.children import in_child
+from tests.kernel.executors.service import ask, begin, end, managing, serve
+
+ROOT = Path(rcon_plugins.__file__).parent.parent
+LEDGER = ROOT / "examples" / "ledger-plugin"
+
+
+def test_rcon_policies_contributes_and_rcon_select_policy_chooses_before_the_router() -> None:
+    class FromTheDatabase:
+        @hookimpl
+        def rcon_policies(self, settings: Settings) -> Iterable[Policy]:
+            assert "p" in settings.policies
+            return [Policy.make("gold", each={"timeout": "60s"}), Policy.make("silver", pids=9)]
+
+        @hookimpl
+        def rcon_select_policy(self, work: Work) -> str | None:
+            return "gold" if work.attributes.get("host") == "rich.example" else None
+
+    with managing({"each": {"timeout": "30s"}}, plugins=[FromTheDatabase()]) as manager:
+        assert ask(manager, "pid", host="rich.example")[1].policy == "gold"
+        assert ask(manager, "pid", host="poor.example")[1].policy == "p"
+
+
+def test_a_policy_that_a_plugin_selects_has_to_exist() -> None:
+    class Dreamer:
+        @hookimpl
+        def rcon_select_policy(self) -> str:
+            return "platinum"
+
+    with (
+        managing({"each": {"timeout": "30s"}}, plugins=[Dreamer()]) as manager,
+        pytest.raises(ConfinementError, match="platinum"),
+    ):
+        ask(manager, "pid")
+
+
+def test_rcon_configure_cgroup_writes_limits_of_its_own() -> None:
+    class Weighty:
+        @hookimpl
+        def rcon_configure_cgroup(self, cgroup: Cgroup, limits: Limits, policy: Policy) -> None:
+            if limits is policy.each:
+                cgroup.configure(Resources(pids_max=3))
+
+    with managing({"each": {"timeout": "30s"}}, plugins=[Weighty()]) as manager:
+        assert ask(manager, "fork_bomb", 0.1)[1].ending == "pids"
+
+
+def test_rcon_drop_acts_in_the_new_process() -> None:
+    class Quiet:
+        @hookimpl
+        def rcon_drop(self, policy: Policy, place: str) -> None:
+            os.environ["DROPPED"] = f"{policy.name} {place} {os.getpid()}"
+
+    class Teller:
+        @hookimpl
+        def rcon_work_started(self, work: Work, policy: Policy) -> None:
+            seen.append(f"{work.name} {policy.name}")
+
+        @hookimpl
+        def rcon_work_finished(self, work: Work, outcome: Outcome) -> None:
+            seen.append(f"{work.name} {outcome.ending}")
+
+    seen: list[str] = []
+    with managing({"each": {"timeout": "30s"}}, plugins=[Quiet(), Teller()]) as manager:
+        assert ask(manager, "environment", "DROPPED")[0] == f"p process {ask(manager, 'pid')[0]}"
+    assert "DROPPED" not in os.environ
+    assert seen == ["environment p", "environment ok", "pid p", "pid ok"]
+
+
+def test_an_error_in_rcon_work_started_means_that_the_work_does_not_run() -> None:
+    class Closed:
+        @hookimpl
+        def rcon_work_started(self) -> None:
+            raise LookupError("closed today")
+
+    with managing({"concurrency": 1, "each": {"timeout": "30s"}}, plugins=[Closed()]) as manager:
+        for _ in range(3):  # and gives its slot back
+            with pytest.raises(ConfinementError, match="closed today"):
+                ask(manager, "pid")
+
+
+def test_an_error_in_rcon_work_finished_is_logged_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    class Clumsy:
+        @hookimpl
+        def rcon_work_finished(self) -> None:
+            raise LookupError("lost the book")
+
+    with managing({"concurrency": 1, "each": {"timeout": "30s"}}, plugins=[Clumsy()]) as manager:
+        assert [ask(manager, "pid")[1].ending for _ in range(3)] == ["ok"] * 3
+    assert "lost the book" in caplog.text
+
+
+def test_every_refusal_and_limit_hit_is_one_line_of_json(caplog: pytest.LogCaptureFixture) -> None:
+    keys = {"per": "host", "concurrency": 1, "each": {"timeout": "500ms"}}
+    with managing(keys) as manager:
+        held = begin(manager, "sleep", 300, host="a\nb")
+        with pytest.raises(rcon_plugins.errors.ConcurrencyLimitExceeded):
+            begin(manager, "pid", host="a\nb")
+        end(held)
+        ask(manager, "pid", host="c")
+    records = [record for record in caplog.records if record.name == "rcon"]
+    assert all("\n" not in record.getMessage() for record in records)
+    lines = [json.loads(record.getMessage()) for record in records]
+    assert [(line["event"], line["policy"], line["key"], line["limit"]) for line in lines] == [
+        ("concurrency", "p", "a\nb", "concurrency"),
+        ("timeout", "p", "a\nb", "each.timeout"),
+    ]
+    assert lines[1]["usage"]["wall_seconds"] >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (type("Typo", (), {"rcon_wrok_started": hookimpl(lambda self: None)})(), "rcon_wrok_started"),
+        (type("Greedy", (), {"rcon_drop": hookimpl(lambda self, tip: None)})(), "tip"),
+    ],
+)
+def test_a_plugin_that_does_not_fit_is_refused(plugin: object, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        make_plugin_manager(Settings(), [plugin])
+
+
+def test_a_plugin_that_is_not_installed_is_refused() -> None:
+    with pytest.raises(SettingsError, match="no installed distribution offers the plugin 'nobody'"):
+        make_plugin_manager(from_mapping({"plugins": ["nobody"], "unmatched": "allow"}))
+
+
+def test_the_example_plugin_installed_and_named_in_the_settings(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    project = shutil.copytree(LEDGER, tmp_path / "ledger-plugin")  # the original may be on a read-only disk
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", site, project], check=True)
+    ledger = tmp_path / "ledger.jsonl"
+
+    def program() -> None:
+        sys.path.insert(0, str(site))
+        os.environ["RCON_LEDGER"] = str(ledger)
+        settings = from_mapping(
+            {
+                "plugins": ["ledger"],
+                "policy": {"p": {"per": "host", "each": {"timeout": "30s"}}},
+                "route": [{"policy": "p"}],
+            }
+        )
+        manager = Manager(settings)
+        manager.start(serve)
+        ask(manager, "burn", 0.1, host="a.example")
+        ask(manager, "raises", host="b.example")
+        manager.close()
+
+    in_child(program)
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert [(line["key"], line["work"], line["ending"]) for line in lines] == [
+        ("a.example", "burn", "ok"),
+        ("b.example", "raises", "error"),
+    ]
+    assert lines[0]["cpu_seconds"] > 0.03
