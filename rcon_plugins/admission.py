@@ -335,11 +335,14 @@ class ProcessAdmission(Admission):
         return _rose(before, hits)
 
     def _usage(self, reading: Reading) -> Usage:
-        before = self._before
+        before, peak, most = self._before, reading.memory_peak, self.policy.memory
+        if peak is not None and most is not None:
+            # The limit is on the cgroup above: the kernel counts a batch of pages here before that refuses them.
+            peak = min(peak, most)
         return Usage(
             wall_seconds=time.monotonic() - self._started,
             cpu_seconds=_spent(before.cpu_seconds, reading.cpu_seconds),
-            memory_peak=reading.memory_peak,
+            memory_peak=peak,
             io_read_bytes=_spent(before.io_read_bytes, reading.io_read_bytes),
             io_write_bytes=_spent(before.io_write_bytes, reading.io_write_bytes),
         )
