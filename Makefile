@@ -7,7 +7,7 @@ DEMO := examples/tenants/demo.py
 SOURCES := rcon_plugins integrations tests examples
 
 # What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them.
-DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs
+DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

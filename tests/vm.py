@@ -28,7 +28,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
-PACKAGES = "linux-image-amd64 qemu-system-x86 busybox-static kmod e2fsprogs util-linux"
+PACKAGES = "linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file util-linux"
 TIER = "tests/kernel"
 DISK_MIB = 256
 SECTOR = 512
