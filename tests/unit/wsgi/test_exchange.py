@@ -1,0 +1,312 @@
+"""The host's side: whatever an executor says, the client gets a whole response, a problem, or a cut one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import struct
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rcon_plugins.errors import ApplicationError
+from rcon_plugins.executors.channel import MAX_PAYLOAD, Frame
+from rcon_plugins.outcome import Outcome
+from rcon_wsgi import ResponseCut, wire
+from tests.unit.wsgi.peer import DONE, END, FAILED, START, START_500, data, meeting, only
+
+GARBAGE = b"\xc1 is never msgpack"
+
+
+def test_a_response_of_one_chunk_settles_before_it_is_sent() -> None:
+    with meeting() as met:
+        met.says(START, only(b"hello"), DONE)
+        result = met.server.begin()
+        assert result == [b"hello"]
+        assert met.admission.settled == [("ok", "")]
+
+
+def test_a_response_of_one_chunk_with_a_slow_close_keeps_its_length() -> None:
+    with meeting() as met:
+        met.says(START, only(b"hello"), END, end=False)
+        result = met.server.begin()
+        assert len(result) == 1
+        assert list(result) == [b"hello"]
+        assert met.admission.settled == []
+        met.says(DONE)
+        result.close()
+        assert met.admission.settled == [("ok", "")]
+
+
+def test_a_streamed_response_has_no_length() -> None:
+    with meeting() as met:
+        met.says(START, data(b"one"), data(b"two"), END, DONE)
+        result = met.server.begin()
+        assert not hasattr(result, "__len__")
+        assert list(result) == [b"one", b"two"]
+        result.close()
+        assert met.admission.settled == [("ok", "")]
+
+
+def test_the_application_failed() -> None:
+    with meeting() as met:
+        met.says(FAILED)
+        with pytest.raises(ApplicationError, match="ValueError: a mistake"):
+            met.server.run()
+        assert met.server.started == []
+        assert met.admission.settled == [("error", "ValueError: a mistake")]
+
+
+def test_the_application_failed_in_the_stream() -> None:
+    with meeting() as met:
+        met.says(START, data(b"one"), FAILED)
+        result = met.server.begin()
+        assert next(result) == b"one"
+        with pytest.raises(ApplicationError, match="a mistake"):
+            next(result)
+        result.close()
+        assert met.admission.settled == [("error", "ValueError: a mistake")]
+
+
+def test_the_application_failed_in_close() -> None:
+    with meeting() as met:
+        met.says(START, data(b"one"), END, FAILED)
+        result = met.server.begin()
+        assert list(result) == [b"one"]
+        with pytest.raises(ApplicationError, match="a mistake"):
+            result.close()
+        assert met.admission.settled == [("error", "ValueError: a mistake")]
+
+
+PIDS = Outcome(ending="pids", policy="tenant", limit="each.pids")
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [(FAILED,), (START_500, only(b"oh no"), DONE), (START_500, data(b"oh "), data(b"no"), END, DONE)],
+)
+def test_work_that_failed_at_a_limit_is_a_problem(frames: tuple[tuple[int, bytes], ...]) -> None:
+    """Also where a framework made a page of it."""
+    with meeting() as met:
+        met.admission.turns["error"] = PIDS
+        met.says(*frames)
+        told = json.loads(met.server.run())
+        assert met.server.status == "503 Service Unavailable"
+        assert (told["limit"], told["policy"]) == ("each.pids", "tenant")
+        assert len(met.admission.settled) == 1
+
+
+def test_work_that_failed_at_a_limit_in_the_stream_is_cut() -> None:
+    with meeting() as met:
+        met.admission.turns["error"] = PIDS
+        met.says(START, data(b"one"), FAILED)
+        result = met.server.begin()
+        assert next(result) == b"one"
+        with pytest.raises(ResponseCut) as caught:
+            next(result)
+        assert caught.value.outcome is PIDS
+        assert caught.value.errno == errno.ECONNRESET  # servers are quiet about these
+
+
+def test_an_error_page_of_the_applications_own_is_left_alone() -> None:
+    with meeting() as met:
+        met.says(START_500, data(b"oh "), data(b"no"), END, DONE)
+        assert met.server.run() == b"oh no"
+        assert met.server.status == "500 Oh No"
+        assert met.admission.settled == [("error", "500 Oh No")]
+
+
+def test_an_error_page_that_dies_is_a_problem() -> None:
+    """It had been held back, so it had not begun."""
+    with meeting() as met:
+        met.says(START_500, data(b"oh "))
+        assert json.loads(met.server.run())["status"] == 503
+
+
+def test_a_long_error_page_is_streamed() -> None:
+    with meeting() as met:
+        met.says(START_500, data(b"x" * 60_000), data(b"y" * 60_000), end=False)
+        result = met.server.begin()
+        assert met.server.status == "500 Oh No"
+        met.says(data(b"z"), DONE)
+        assert [len(chunk) for chunk in result] == [60_000, 60_000, 1]
+        assert met.admission.settled == [("error", "500 Oh No")]
+
+
+def test_a_deadline_just_before_the_end_is_told_while_it_can_be() -> None:
+    with meeting() as met:
+        met.admission.turns["ok"] = Outcome(ending="timeout", policy="tenant", limit="each.timeout")
+        met.says(START, only(b"late"), DONE)
+        assert json.loads(met.server.run())["limit"] == "each.timeout"
+        assert met.server.status == "504 Gateway Timeout"
+
+
+def test_the_server_stops_reading() -> None:
+    with meeting() as met:
+        met.says(START, data(b"one"), data(b"two"), DONE)
+        result = met.server.begin()
+        next(result)
+        result.close()
+        assert [ending for ending, _ in met.admission.settled] == ["aborted"]
+
+
+def test_the_server_does_not_take_the_headers() -> None:
+    with meeting() as met:
+        met.says(START, data(b"one"), DONE)
+
+        def refuse(*arguments: Any) -> Any:
+            raise ValueError("an invalid header")
+
+        with pytest.raises(ValueError, match="an invalid header"):
+            met.server._exchange.begin(refuse)
+        assert len(met.admission.settled) == 1
+
+
+def test_the_body_is_read_as_it_is_asked_for() -> None:
+    with meeting() as met:
+        met.says((wire.READ, wire.encode_size(3)), (wire.READLINE, wire.encode_size(100)), START, DONE)
+        met.server.run()
+        assert met.executor.receive().kind == wire.REQUEST
+        assert met.executor.receive() == Frame(wire.INPUT, b"the")
+        assert met.executor.receive() == Frame(wire.INPUT, b" body")
+
+
+class Broken:
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def read(self, size: int) -> bytes:
+        raise self._error
+
+
+def test_an_error_of_the_servers_input_goes_over_and_comes_back_as_itself() -> None:
+    error = ConnectionResetError(errno.ECONNRESET, "the client")
+    with meeting(**{"wsgi.input": Broken(error)}) as met:
+        back = wire.encode_failure(OSError("as it was raised there"), input_failed=True)
+        met.says((wire.READ, wire.encode_size(3)), (wire.ERROR, back))
+        with pytest.raises(ConnectionResetError) as caught:
+            met.server.run()
+        assert caught.value is error
+        met.executor.receive()
+        kind, payload = met.executor.receive()
+        assert kind == wire.INPUT_FAILED
+        assert isinstance(wire.decode_input_failure(payload), ConnectionResetError)
+
+
+def test_an_executor_cannot_claim_an_input_error_there_was_not() -> None:
+    with meeting() as met:
+        met.says((wire.ERROR, wire.encode_failure(OSError("never"), input_failed=True)))
+        with pytest.raises(ApplicationError, match="OSError"):
+            met.server.run()
+
+
+def test_what_ends_the_servers_thread_stops_the_work() -> None:
+    with meeting(**{"wsgi.input": Broken(SystemExit())}) as met:
+        met.says((wire.READ, wire.encode_size(3)), end=False)
+        with pytest.raises(SystemExit):
+            met.server.run()
+        assert [ending for ending, _ in met.admission.settled] == ["aborted"]
+
+
+def test_logged_text_need_not_be_text() -> None:
+    with meeting() as met:
+        met.says((wire.ERRORS, b"caf\xe9\n"), START, DONE)
+        met.server.run()
+        assert met.errors.getvalue() == "caf\ufffd\n"
+
+
+def start(*fields: object) -> tuple[int, bytes]:
+    return wire.START, msgspec.msgpack.encode(fields)
+
+
+BEFORE_THE_RESPONSE = {
+    "nothing": (),
+    "a chunk first": (data(b"one"),),
+    "an end first": (END,),
+    "a done first": (DONE,),
+    "an unknown kind": ((200, b""),),
+    "a kind of the host's": ((wire.REQUEST, b""),),
+    "a kind of the executor's own": ((1, b""),),
+    "garbage for headers": ((wire.START, GARBAGE),),
+    "headers with more fields": (start("200 OK", [], 1),),
+    "headers of numbers": (start("200 OK", [("Content-Length", 3)]),),
+    "headers of three": (start("200 OK", [("a", "b", "c")]),),
+    "a status of bytes": (start(b"200 OK", []),),
+    "a header with a line break": (start("200 OK", [("X-A", "b\r\nX-C: d")]), DONE),
+    "a name with a line break": (start("200 OK", [("X-A\n", "b")]), DONE),
+    "a status with a line break": (start("200 OK\r\nX-C: d", []), DONE),
+    "a header with NUL": (start("200 OK", [("X-A", "\0")]), DONE),
+    "a header that is not latin-1": (start("200 OK", [("X-A", "\u0100")]), DONE),
+    "garbage for an error": ((wire.ERROR, GARBAGE),),
+    "a read of nothing": ((wire.READ, wire.encode_size(0)),),
+    "a read of too much": ((wire.READ, wire.encode_size(2**32 - 1)),),
+    "a read without a size": ((wire.READ, b""),),
+    "headers twice": (START, START),
+    "a frame after the last": (START, only(b"one"), DONE, DONE),
+    "only headers": (START,),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_THE_RESPONSE)
+def test_an_executor_that_breaks_the_protocol_is_a_503(name: str) -> None:
+    with meeting() as met:
+        met.says(*BEFORE_THE_RESPONSE[name])
+        told = json.loads(met.server.run())
+        assert met.server.status == "503 Service Unavailable"
+        assert told["status"] == 503
+        assert [ending for ending, _ in met.admission.settled] == ["died"]
+
+
+def test_a_frame_above_the_bound_is_a_503() -> None:
+    with meeting() as met:
+        met.peer.sendall(struct.pack("!BI", wire.START, MAX_PAYLOAD + 1))
+        met.says()
+        assert json.loads(met.server.run())["status"] == 503
+
+
+IN_THE_RESPONSE = {
+    "nothing": (),
+    "headers again": (START,),
+    "an unknown kind": ((200, b""),),
+    "a chunk after the end": (END, data(b"more")),
+    "an end after the end": (END, END),
+    "a frame after the last": (DONE, data(b"for the next request")),
+    "garbage for an error": ((wire.ERROR, GARBAGE),),
+    "a read of nothing": ((wire.READ, wire.encode_size(0)),),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_RESPONSE)
+def test_an_executor_that_breaks_the_protocol_in_the_response_is_cut_off(name: str) -> None:
+    with meeting() as met:
+        met.says(START, data(b"one"), *IN_THE_RESPONSE[name])
+        result = met.server.begin()
+        assert next(result) == b"one"
+        if IN_THE_RESPONSE[name][:1] == (END,):  # the body was whole; what follows concerns nobody but us
+            assert list(result) == []
+        else:
+            with pytest.raises(ResponseCut):
+                next(result)
+        result.close()
+        assert [ending for ending, _ in met.admission.settled] == ["died"]
+
+
+KINDS = st.sampled_from([*range(wire.REQUEST, wire.INPUT_FAILED + 1), *range(wire.START, wire.READLINE + 2)])
+PAYLOADS = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from([START[1], START_500[1], FAILED[1], wire.encode_size(5), b""]),
+)
+
+
+@given(st.lists(st.tuples(KINDS, PAYLOADS), max_size=8))
+def test_whatever_an_executor_says_the_work_is_settled_once(frames: list[tuple[int, bytes]]) -> None:
+    with meeting() as met:
+        met.says(*frames)
+        with contextlib.suppress(ApplicationError, ResponseCut):
+            met.server.run()
+        assert len(met.admission.settled) == 1
+        assert len(met.server.started) <= 1

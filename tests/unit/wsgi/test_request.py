@@ -1,0 +1,77 @@
+"""What of a request is matched, and what people see of it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rcon_wsgi import work_of
+
+
+@pytest.mark.parametrize(
+    ("header", "host"),
+    [
+        ("a.example", "a.example"),
+        ("A.Example:8080", "a.example"),
+        ("a.example.", "a.example"),
+        ("a.example.:80", "a.example"),
+        ("a.example:", "a.example"),
+        ("127.0.0.1:80", "127.0.0.1"),
+        ("[::1]", "[::1]"),
+        ("[::1]:8080", "[::1]"),
+        ("[2001:DB8::1]:8080", "[2001:db8::1]"),
+        ("a.example:evil", "a.example:evil"),
+        ("a.example:\u0661", "a.example:\u0661"),  # a digit, but of no port
+        ("../../x", "../../x"),  # whoever makes a name of it sees to that
+        ("", "server.example"),
+    ],
+)
+def test_host(header: str, host: str) -> None:
+    work = work_of({"HTTP_HOST": header, "SERVER_NAME": "Server.Example"})
+    assert work.attributes["host"] == host
+
+
+def test_without_a_host_there_is_none() -> None:
+    attributes = work_of({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}).attributes
+    assert attributes.get("host") is None
+    assert "host" not in attributes
+    with pytest.raises(KeyError):
+        attributes["host"]
+    assert dict(attributes) == {"path": "/", "method": "GET"}
+    assert len(attributes) == 2
+
+
+def test_an_unknown_attribute_is_a_missing_key() -> None:
+    assert work_of({}).attributes.get("task") is None
+
+
+@pytest.mark.parametrize(
+    ("script", "path", "whole"),
+    [
+        ("", "/a/b", "/a/b"),
+        ("/app", "/a", "/app/a"),
+        ("", "/\xe3\x81\x82", "/\u3042"),
+        ("", "/\xff", "/\ufffd"),
+        ("", "/\u3042", "/\u3042"),
+        ("", "/a/../b//c", "/a/../b//c"),
+    ],
+)
+def test_path(script: str, path: str, whole: str) -> None:
+    assert work_of({"SCRIPT_NAME": script, "PATH_INFO": path}).attributes["path"] == whole
+
+
+def test_the_name_is_the_request_line() -> None:
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/a/\xe3\x81\x82", "QUERY_STRING": "secret=1"}
+    work = work_of(environ)
+    assert (work.kind, work.name) == ("request", "GET /a/\u3042")
+
+
+@given(st.text(st.characters(max_codepoint=255)), st.text(st.characters(max_codepoint=255)))
+def test_a_name_is_one_line_of_the_log(method: str, path: str) -> None:
+    assert work_of({"REQUEST_METHOD": method, "PATH_INFO": path}).name.isprintable()
+
+
+@given(st.text())
+def test_any_host_has_attributes(host: str) -> None:
+    dict(work_of({"HTTP_HOST": host}).attributes)
