@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ class KernelError(RconError, OSError):
         return f"{self.problem} ({self.hint})" if self.hint else self.problem
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), (self.problem,), dict(self.__dict__))
+        return _rebuild, (partial(type(self), errno=self.errno or 0), (self.problem,), dict(self.__dict__))
 
 
 class ControllerUnavailable(KernelError):
@@ -198,7 +200,7 @@ class ConcurrencyLimitExceeded(LimitExceeded):
     retry_after: int = 1
 
 
-def _rebuild(cls: type[RconError], args: tuple[Any, ...], state: dict[str, Any]) -> RconError:
-    error = cls(*args)
+def _rebuild(make: Callable[..., RconError], args: tuple[Any, ...], state: dict[str, Any]) -> RconError:
+    error = make(*args)
     error.__dict__.update(state)
     return error

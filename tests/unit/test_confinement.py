@@ -1,0 +1,81 @@
+"""The names of confinements, and their slots."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rcon_plugins.confinement import cgroup_name
+from rcon_plugins.kernel.cgroup.names import check_name
+from rcon_plugins.slots import Slots, first_slot
+from tests.children import in_child
+
+
+def test_names_of_plain_keys_are_readable() -> None:
+    assert cgroup_name("tenant", None) == "tenant"
+    assert cgroup_name("tenant", "a.customers.example") == "tenant~a.customers.example"
+
+
+@given(st.text(st.characters(), max_size=300) | st.from_regex(r"[a-z0-9.~/_-]{1,110}", fullmatch=True))
+def test_no_key_makes_a_name_that_is_a_path_or_too_long(key: str) -> None:
+    name = cgroup_name("tenant", key)
+    assert name.startswith("tenant~")
+    assert check_name(name) == name
+    assert not set(name) & set("/\0\n")
+    assert len(name.encode()) < 200
+    assert ".." not in name
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_different_keys_never_share_a_name(one: str, other: str) -> None:
+    assert (cgroup_name("p", one) == cgroup_name("p", other)) == (one == other)
+
+
+def test_a_hashed_name_cannot_be_had_by_a_plain_key() -> None:
+    hashed = cgroup_name("p", "Ü")
+    assert cgroup_name("p", hashed.removeprefix("p~")) != hashed
+
+
+def _slots() -> Slots:
+    return Slots(os.memfd_create("test", os.MFD_CLOEXEC))
+
+
+def test_slots_run_out_and_come_back() -> None:
+    slots, first = _slots(), first_slot("p~a")
+    held = [slots.take(first, 2) for _ in range(2)]
+    assert None not in held
+    assert slots.take(first, 2) is None
+    assert slots.take(first_slot("p~b"), 2) is not None  # another confinement has its own
+    slots.release(held[0] or 0)
+    assert slots.take(first, 2) == held[0]
+
+
+def test_slots_are_shared_with_forks_and_come_back_when_they_end() -> None:
+    slots, first = _slots(), first_slot("p")
+    mine = slots.take(first, 2)
+
+    def other() -> tuple[bool, bool]:
+        own = Slots(slots._file)  # as another worker has: it knows nothing of what its parent holds
+        return own.take(first, 2) is not None, own.take(first, 2) is None
+
+    assert in_child(other) == (True, True)
+    assert slots.take(first, 2) is not None
+    assert mine is not None
+
+
+def test_threads_never_get_the_same_slot() -> None:
+    slots, first = _slots(), first_slot("p")
+    taken: list[int | None] = []
+    threads = [
+        threading.Thread(target=lambda: taken.extend(slots.take(first, 100) for _ in range(10)))
+        for _ in range(10)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(taken)) == 100
+    assert slots.take(first, 100) is None

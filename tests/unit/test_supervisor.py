@@ -1,0 +1,81 @@
+"""The thread that watches: deadlines, jobs, a descriptor."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from rcon_plugins.executors.supervisor import Supervisor
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def test_deadlines_come_in_their_order_and_not_before_their_time(pipe: tuple[int, int]) -> None:
+    supervisor = Supervisor(pipe[0], lambda: True)
+    supervisor.start()
+    began = time.monotonic()
+    seen: list[tuple[str, float]] = []
+    over = threading.Event()
+    supervisor.at(began + 0.2, lambda: seen.append(("late", time.monotonic())))
+    supervisor.at(began + 0.05, lambda: seen.append(("early", time.monotonic())))
+    supervisor.at(began + 0.2, over.set)
+    assert over.wait(10)
+    supervisor.close()
+    assert [name for name, _ in seen] == ["early", "late"]
+    assert seen[0][1] >= began + 0.05
+    assert seen[1][1] >= began + 0.2
+
+
+def test_one_failing_job_does_not_end_the_watch(
+    pipe: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor = Supervisor(pipe[0], lambda: True)
+    supervisor.start()
+    done = threading.Event()
+    supervisor.submit(lambda: 1 // 0)
+    supervisor.submit(done.set)
+    assert done.wait(10)
+    supervisor.close()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_jobs_submitted_before_the_end_are_done(pipe: tuple[int, int]) -> None:
+    supervisor = Supervisor(pipe[0], lambda: True)
+    supervisor.start()
+    done: list[int] = []
+    for number in range(100):
+        supervisor.submit(partial(done.append, number))
+    supervisor.close()
+    assert done == list(range(100))
+
+
+def test_it_hears_until_there_is_nothing_more_to_hear(pipe: tuple[int, int]) -> None:
+    heard: list[bytes] = []
+    enough = threading.Event()
+
+    def hear() -> bool:
+        heard.append(os.read(pipe[0], 1))
+        if len(heard) == 2:
+            enough.set()
+        return len(heard) < 2
+
+    supervisor = Supervisor(pipe[0], hear)
+    supervisor.start()
+    os.write(pipe[1], b"abc")
+    assert enough.wait(10)
+    done = threading.Event()
+    supervisor.submit(done.set)  # it goes on watching over deadlines and jobs
+    assert done.wait(10)
+    supervisor.close()
+    assert heard == [b"a", b"b"]
