@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rcon_plugins.manager import Manager
     from rcon_plugins.settings import Settings
 
-_log = logging.getLogger("rcon_wsgi")
+_log = logging.getLogger("rcon.wsgi")
 
 
 class ConfineMiddleware:
@@ -63,6 +64,7 @@ class ConfineMiddleware:
         self._owns_manager = manager is None
         if manager is None:
             manager = _own_manager(app, settings, server)
+            atexit.register(self.close)
         self._manager = manager
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
@@ -90,7 +92,7 @@ class ConfineMiddleware:
         return Exchange(environ, cast("ProcessAdmission", admission), client).begin(start_response)
 
     def close(self) -> None:
-        """End the manager, if the middleware made it. Nothing is served afterwards."""
+        """End the manager, if the middleware made it; also done when the process exits. Nothing is served then."""
         if self._owns_manager and os.getpid() == self._owner:
             self._manager.close()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
+from rcon_plugins.routing import normalise_host
 from rcon_plugins.work import Work
 
 Environ = dict[str, Any]
@@ -22,7 +23,7 @@ def work_of(environ: Environ) -> Work:
 class RequestAttributes(Mapping[str, str]):
     """``host``, ``path`` and ``method`` of a request.
 
-    ``host`` is the Host header (else the server's name) in lower case, without port and without a final dot.
+    ``host`` is the Host header, else the server's name: in small letters, without port and without final dots.
     ``path`` is the whole path, SCRIPT_NAME included, decoded as UTF-8. It is not normalised: what an application
     makes of ``//`` and ``..`` is its own business, so a policy that must hold whatever the path is belongs on
     the host.
@@ -50,15 +51,9 @@ class RequestAttributes(Mapping[str, str]):
 
 
 def _host(environ: Environ) -> str | None:
-    host: str = environ.get("HTTP_HOST") or environ.get("SERVER_NAME") or ""
-    if host.startswith("["):  # an IPv6 address
-        head, bracket, _ = host.partition("]")
-        host = head + bracket
-    elif ":" in host:
-        name, _, port = host.rpartition(":")
-        if not port or (port.isascii() and port.isdigit()):
-            host = name
-    return host.lower().removesuffix(".") or None
+    host = environ.get("HTTP_HOST") or environ.get("SERVER_NAME") or ""
+    # As routes know it: spelled otherwise, a host must not be another key, with limits of its own.
+    return normalise_host(host) or None
 
 
 def _path(environ: Environ) -> str:

@@ -43,7 +43,7 @@ PLAIN = st.recursive(
 )
 
 
-@given(st.dictionaries(TEXT, PLAIN, max_size=6))
+@given(st.dictionaries(TEXT.filter(lambda name: not name.startswith("wsgi.")), PLAIN, max_size=6))
 def test_plain_values_cross_with_their_types(original: dict[str, Any]) -> None:
     arrived = crossed(original)
     assert arrived == original
