@@ -11,13 +11,17 @@ from typing import NamedTuple
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import files
 
+#: Takes what one file says down under the names of Reading's fields.
+Parser = Callable[[bytes, dict[str, float | int | None]], None]
+
 
 class Reading(NamedTuple):
     """What a cgroup and all below it have used since it was made. ``None`` is "not accounted here".
 
     ``oom_kills`` are processes of this cgroup or below it that were killed for want of memory (one incident
     may count twice); on v1 only of this cgroup itself. ``memory_limit_hits`` is how often usage ran into
-    this cgroup's own limit (on v2 also those below it). ``pids_limit_hits`` is how often a fork failed: on
+    this cgroup's own limit (on v2 also those below it; v1 of Linux 6.18 counts none where ``swap_max`` is 0).
+    ``pids_limit_hits`` is how often a fork failed: on
     v1, and on v2 before 6.11, one by a process of this very cgroup, whichever limit stopped it; since 6.11
     at the limit of this cgroup or one below it.
     """
@@ -95,11 +99,15 @@ def _oom_control(data: bytes, found: dict[str, float | int | None]) -> None:
     found["oom_kills"] = value_of(data, b"oom_kill")  # kernel 4.13
 
 
+def _failcnt(data: bytes, found: dict[str, float | int | None]) -> None:
+    found["memory_limit_hits"] = (found.get("memory_limit_hits") or 0) + int(data)
+
+
 def _pids_events(data: bytes, found: dict[str, float | int | None]) -> None:
     found["pids_limit_hits"] = value_of(data, b"max")
 
 
-def _number(name: str) -> Callable[[bytes, dict[str, float | int | None]], None]:
+def _number(name: str) -> Parser:
     def take(data: bytes, found: dict[str, float | int | None]) -> None:
         found[name] = int(data)
 
@@ -121,7 +129,9 @@ V1_FILES = {
     "memory.usage_in_bytes": ("memory", _number("memory_current")),
     "memory.max_usage_in_bytes": ("memory", _number("memory_peak")),
     "memory.oom_control": ("memory", _oom_control),
-    "memory.failcnt": ("memory", _number("memory_limit_hits")),
+    "memory.failcnt": ("memory", _failcnt),
+    # Counts instead of the other where the limit on memory and swap together is as low.
+    "memory.memsw.failcnt": ("memory", _failcnt),
     "blkio.throttle.io_service_bytes_recursive": ("io", _blkio),  # kernel 4.16
     "pids.current": ("pids", _number("pids_current")),
     "pids.events": ("pids", _pids_events),
@@ -136,9 +146,9 @@ class Meter:
     May be used by any thread. The fds are closed by ``exec`` and inherited by ``fork``.
     """
 
-    def __init__(self, places: list[tuple[str, str, Callable[[bytes, dict[str, float | int | None]], None]]]):
+    def __init__(self, places: list[tuple[str, str, Parser]]):
         """``places`` are (directory, file, parser); files that are not there are left out. KernelError."""
-        self._files: list[tuple[int, str, Callable[[bytes, dict[str, float | int | None]], None]]] = []
+        self._files: list[tuple[int, str, Parser]] = []
         self._peak: tuple[int, str, bytes] | None = None
         try:
             for directory, name, parser in places:
@@ -147,9 +157,7 @@ class Meter:
             self.close()
             raise
 
-    def _open(
-        self, directory: str, name: str, parser: Callable[[bytes, dict[str, float | int | None]], None]
-    ) -> None:
+    def _open(self, directory: str, name: str, parser: Parser) -> None:
         path = f"{directory}/{name}"
         fd: int | None = None
         if name in _PEAKS:

@@ -257,19 +257,22 @@ def _quota_of(directory: str) -> int:
 
 
 def _set_cpus(directory: str, cpus: str) -> None:
-    """Write a cpuset; children keep to it, and follow it where they had the same as their parent."""
+    """Write a cpuset, after taking away from the children what they would have beyond it.
+
+    A child is never widened: whether what it has was meant for it cannot be told.
+    """
     old = parse_cpus(files.read(directory, "cpuset.cpus"))
     new = parse_list(cpus)
     if old == new:
         return
     children = [f"{directory}/{name}" for name in files.subdirectories(directory)]
     had = {child: parse_cpus(files.read_if_there(child, "cpuset.cpus") or "") for child in children}
-    # The kernel wants each set inside its parent's: first widen, then move the children, then narrow.
-    _write_cpus(directory, old | new)
+    # The kernel wants each set inside its parent's. A child that would be left with nothing gets all of it.
+    if not all(before <= new for before in had.values()):
+        _write_cpus(directory, old | new)
     for child, before in had.items():
-        after = new if before == old else before & new
-        if after and after != before:
-            _set_cpus(child, format_list(after))
+        if not before <= new:
+            _set_cpus(child, format_list(before & new or new))
     _write_cpus(directory, new)
 
 

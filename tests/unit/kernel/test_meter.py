@@ -33,7 +33,8 @@ V1 = {
     "memory.usage_in_bytes": b"10928128\n",
     "memory.max_usage_in_bytes": b"10940416\n",
     "memory.oom_control": b"oom_kill_disable 0\nunder_oom 0\noom_kill 1\n",
-    "memory.failcnt": b"17\n",
+    "memory.failcnt": b"5\n",
+    "memory.memsw.failcnt": b"12\n",
     "blkio.throttle.io_service_bytes_recursive": b"254:0 Read 4608\n254:0 Write 20971520\n254:0 Sync 20971520\n"
     b"254:0 Async 4608\n254:0 Discard 0\n254:0 Total 20976128\nTotal 20976128\n",
     "pids.current": b"3\n",

@@ -1,0 +1,132 @@
+"""CPU quotas over ten seconds: within one percentage point, above 50 % within five per cent of the limit."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from rcon_plugins.instance import Instance
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
+from tests.kernel.cgroup.helpers import running
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(300)]
+
+SECONDS = 10.0
+QUOTAS = (0.1, 0.2, 0.5)
+#: Hashing lets go of the GIL; so long that threads do not spend their time on taking it back.
+BLOCK = bytes(1 << 20)
+
+
+def burn(seconds: float, cpu_time: Callable[[], float]) -> float:
+    """Hash for that long; CPUs used, by the clock of the caller's own making."""
+    begin, used = time.monotonic(), cpu_time()
+    while (now := time.monotonic()) < begin + seconds:
+        hashlib.sha256(BLOCK).digest()
+    return (cpu_time() - used) / (now - begin)
+
+
+def tolerance(quota: float) -> float:
+    return 0.01 if quota <= 0.5 else quota * 0.05
+
+
+def judge(measure: Callable[[], dict[float, float]]) -> None:
+    """Use above the limit fails at once. Below may be the machine's doing, and is measured again."""
+    for _ in range(3):
+        found = measure()
+        print({quota: round(used, 4) for quota, used in found.items()})
+        for quota, used in found.items():
+            assert used <= quota + tolerance(quota), f"{used:.4f} CPUs under a quota of {quota}"
+        if all(used >= quota - tolerance(quota) for quota, used in found.items()):
+            return
+    pytest.fail(f"too little, three times: {found}")
+
+
+def in_processes(group: Cgroup, quotas: tuple[float, ...], processes: int) -> dict[float, float]:
+    cgroups = {quota: group.child(f"{quota:g}").create() for quota in quotas}
+    for quota, cgroup in cgroups.items():
+        cgroup.configure(Resources(cpu_quota=quota))
+    with contextlib.ExitStack() as stack:
+        started = {
+            quota: [
+                stack.enter_context(running(cgroup, burn, SECONDS, time.process_time))
+                for _ in range(processes)
+            ]
+            for quota, cgroup in cgroups.items()
+        }
+        found = {quota: sum(child.result() for child in some) for quota, some in started.items()}
+    for quota, cgroup in cgroups.items():
+        # The kernel's own account agrees with what the processes saw.
+        assert cgroup.read().cpu_seconds == pytest.approx(found[quota] * SECONDS, rel=0.1)
+        cgroup.delete()
+    return found
+
+
+def in_threads(base: str, quota: float, threads: int) -> float:
+    """As ``inline`` does it: threads of this process enter, work and leave. The CPUs they used."""
+    instance = Instance.create(Hierarchy.discover(), base=base)
+    try:
+        instance.adopt()
+        cgroup = instance.threaded("quota").create()
+        cgroup.configure(Resources(cpu_quota=quota))
+        used: list[float] = []
+
+        def run() -> None:
+            entrance.enter()
+            try:
+                used.append(burn(SECONDS, time.thread_time))
+            finally:
+                home.enter()
+
+        with cgroup.entrance() as entrance, instance.exit() as home:
+            workers = [threading.Thread(target=run) for _ in range(threads)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        assert cgroup.threads() == []
+        assert cgroup.read().cpu_seconds == pytest.approx(sum(used) * SECONDS, rel=0.1)
+        assert cgroup.delete()
+        return sum(used)
+    finally:
+        assert instance.close()
+
+
+def in_threads_of_processes(group: Cgroup, quotas: tuple[float, ...], threads: int) -> dict[float, float]:
+    """Each quota in a process of its own: threads of one would stop each other while they hold the GIL."""
+    with contextlib.ExitStack() as stack:
+        started = {
+            quota: stack.enter_context(running(None, in_threads, group.path, quota, threads))
+            for quota in quotas
+        }
+        return {quota: child.result() for quota, child in started.items()}
+
+
+@pytest.fixture
+def group(group: Cgroup) -> Cgroup:
+    """First in the queue for a CPU, whatever else this machine does: what is measured is the limit."""
+    group.configure(Resources(cpu_weight=10_000))
+    return group
+
+
+def test_processes(group: Cgroup) -> None:
+    judge(lambda: in_processes(group, QUOTAS, 1))
+
+
+def test_threads(group: Cgroup) -> None:
+    judge(lambda: in_threads_of_processes(group, QUOTAS, 1))
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one and a half CPUs need two")
+def test_processes_on_more_than_one_cpu(group: Cgroup) -> None:
+    judge(lambda: in_processes(group, (1.5,), 2))
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one and a half CPUs need two")
+def test_threads_on_more_than_one_cpu(group: Cgroup) -> None:
+    judge(lambda: in_threads_of_processes(group, (1.5,), 2))
