@@ -1,0 +1,259 @@
+"""Stopping, ending and removing: everything inside, nothing outside, in bounded time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from tests import children
+from tests.kernel.cgroup.helpers import eventually, running, sleep_forever
+
+pytestmark = pytest.mark.kernel
+
+
+def count(path: str) -> None:
+    """Write ever more to a file."""
+    with Path(path).open("ab", buffering=0) as file:
+        while True:
+            file.write(b".")
+            time.sleep(0.002)
+
+
+def test_freeze_and_thaw(group: Cgroup, tmp_path: Path) -> None:
+    path = tmp_path / "count"
+    leaf = group.child("a").create().child("b").create()
+    with running(leaf, count, str(path)):
+        eventually(lambda: path.exists() and path.stat().st_size > 5)
+        group.freeze()
+        size = path.stat().st_size
+        time.sleep(0.1)
+        assert path.stat().st_size == size
+        group.thaw()
+        eventually(lambda: path.stat().st_size > size)
+        group.freeze()
+        group.kill()
+        assert group.processes(subtree=True) == []
+    group.thaw()
+
+
+def test_kill_takes_the_subtree_and_nothing_else(group: Cgroup) -> None:
+    victim, bystander = group.child("victim").create(), group.child("bystander").create()
+    deep = victim.child("deep").create()
+    with (
+        running(victim, sleep_forever) as one,
+        running(deep, sleep_forever) as two,
+        running(bystander, sleep_forever) as three,
+    ):
+        assert victim.processes() == [one.pid]
+        assert victim.processes(subtree=True) == sorted([one.pid, two.pid])
+        victim.kill()
+        assert victim.processes(subtree=True) == []
+        assert one.wait() == two.wait() == -signal.SIGKILL
+        assert bystander.processes() == [three.pid]
+        assert victim.delete()
+        assert not deep.exists()
+        bystander.kill()
+        assert three.wait() == -signal.SIGKILL
+
+
+def escape(pipe: int) -> None:
+    """A daemon: new session, double fork, all signals ignored, the first two generations gone."""
+    for _ in range(2):
+        if os.fork() > 0:
+            os._exit(0)
+        os.setsid()
+    for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_IGN)
+    os.write(pipe, b"x")
+    sleep_forever()
+
+
+def test_a_daemon_does_not_get_away(group: Cgroup) -> None:
+    reading, writing = os.pipe()
+    with running(group, escape, writing) as child:
+        assert os.read(reading, 1) == b"x"
+        child.wait()
+        (daemon,) = group.processes()
+        assert daemon != child.pid
+        group.kill()
+    os.close(reading)
+    os.close(writing)
+    assert group.processes() == []
+
+
+def fork_quickly() -> None:
+    """Always a new process, never the same: a walk that looks once misses it."""
+    while True:
+        if os.fork() > 0:
+            os._exit(0)
+
+
+def test_a_process_that_is_always_another(group: Cgroup) -> None:
+    with running(group, fork_quickly) as child:
+        child.wait()
+        time.sleep(0.05)
+        group.kill()
+    assert group.processes() == []
+    time.sleep(0.1)
+    assert group.processes() == []
+
+
+def test_without_cgroup_kill(group: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels before 5.14 get: freeze, signal each, again until empty."""
+    monkeypatch.setattr("rcon_plugins.kernel.cgroup.v2.V2Branch.kill", lambda self: False)
+    with running(group, fork_quickly) as child, running(group.child("deep").create(), sleep_forever):
+        child.wait()
+        group.kill()
+    assert group.processes(subtree=True) == []
+
+
+def test_without_anything_to_freeze_with(group: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What v1 without a freezer gets: no more forks, signal each, again until empty."""
+    monkeypatch.setattr("rcon_plugins.kernel.cgroup.v2.V2Branch.kill", lambda self: False)
+    monkeypatch.setattr("rcon_plugins.kernel.cgroup.v2.V2Branch.freeze", lambda self, frozen: False)
+    with running(group, fork_quickly) as child:
+        child.wait()
+        group.kill()
+    assert group.processes(subtree=True) == []
+
+
+@pytest.mark.layout("v1", "hybrid")
+def test_v1_without_a_v2_side(hierarchy: Hierarchy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The v1 freezer does what the v2 side does elsewhere."""
+    alone = Hierarchy.of([mount for mount in hierarchy.mounts if mount.version == 1])
+    assert alone.layout == "v1"
+    group = alone.cgroup(f"/rcon-tests-v1-{os.getpid()}").create()
+    try:
+        assert any("/freezer/" in directory for directory in group.directories)
+        with running(group, fork_quickly) as child, running(group.child("deep").create(), sleep_forever):
+            child.wait()
+            group.freeze()
+            group.kill()
+        assert group.processes(subtree=True) == []
+    finally:
+        group.kill()
+        assert group.delete()
+
+
+@pytest.mark.layout("hybrid")
+def test_kill_gives_up_in_time(group: Cgroup) -> None:
+    """A process in the v1 freezer, which is none of ours, dies only when it is let go."""
+    freezer = Path(f"/sys/fs/cgroup/freezer/rcon-tests-{os.getpid()}")
+    freezer.mkdir()
+    try:
+        with running(group, sleep_forever) as child:
+            (freezer / "cgroup.procs").write_text(str(child.pid))
+            (freezer / "freezer.state").write_text("FROZEN")
+            begin = time.monotonic()
+            with pytest.raises(KernelError) as caught:
+                group.kill(timeout=0.5)
+            assert 0.4 < time.monotonic() - begin < 3
+            assert caught.value.errno == errno.ETIMEDOUT
+            assert str(child.pid) in str(caught.value)
+            begin = time.monotonic()
+            with pytest.raises(KernelError) as caught:
+                group.delete(timeout=0.3)
+            assert time.monotonic() - begin < 3
+            assert caught.value.errno == errno.EBUSY
+            (freezer / "freezer.state").write_text("THAWED")
+            group.kill()
+            child.wait()
+    finally:
+        (freezer / "freezer.state").write_text("THAWED")
+        freezer.rmdir()
+
+
+def killed_from_inside(group: Cgroup) -> int | None:
+    group.enter_process()
+    try:
+        group.kill()
+    except KernelError as error:
+        return error.errno
+    return None
+
+
+def test_nobody_kills_the_cgroup_it_is_in(group: Cgroup) -> None:
+    assert children.in_child(killed_from_inside, group) == errno.EDEADLK
+
+
+def test_the_root_is_not_ours(hierarchy: Hierarchy) -> None:
+    root = hierarchy.cgroup("/")
+    for act in (root.kill, root.delete):
+        with pytest.raises(KernelError, match="not"):
+            act()
+
+
+def test_killing_nobody(group: Cgroup) -> None:
+    group.kill()
+    group.child("never-made").kill()
+    assert group.child("never-made").delete()
+
+
+def test_a_shared_cgroup_in_use_is_a_quiet_no(group: Cgroup) -> None:
+    shared = group.child("shared", shared=True).create()
+    leaf = shared.child("leaf").create()
+    begin = time.monotonic()
+    assert shared.delete() is False
+    assert leaf.exists()
+    leaf.delete()
+    with running(shared, sleep_forever):
+        assert shared.delete() is False
+        shared.kill()
+    assert time.monotonic() - begin < 1
+    assert shared.delete() is True
+
+
+def churn(shared: Cgroup, number: int, rounds: int) -> int:
+    """Make a leaf, use it, remove it, and the cgroup above with it when nobody else is there."""
+    removed = 0
+    for turn in range(rounds):
+        leaf = shared.child(f"{number}-{turn}").create()
+        assert leaf.exists()
+        leaf.meter().close()
+        if turn % 5 == 0:
+            with running(leaf, os.getpid) as child:
+                child.result()
+        assert leaf.delete()
+        removed += shared.delete()
+    return removed
+
+
+def test_several_processes_make_and_remove_siblings(group: Cgroup) -> None:
+    shared = group.child("shared", shared=True)
+    workers = [running(None, churn, shared, number, 60) for number in range(4)]
+    started = [worker.__enter__() for worker in workers]
+    try:
+        removed = [worker.result() for worker in started]
+    finally:
+        for worker in workers:
+            worker.__exit__(None, None, None)
+    assert sum(removed) > 0
+    assert shared.delete()
+    assert not shared.exists()
+
+
+def test_a_process_with_several_threads_enters_whole(group: Cgroup) -> None:
+    def enter() -> list[int]:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        group.enter_process()
+        return group.threads()
+
+    assert len(children.in_child(enter)) == 2
+
+
+def test_attach(group: Cgroup) -> None:
+    with running(None, sleep_forever) as child:
+        group.attach(child.pid)
+        assert group.processes() == [child.pid]
+        group.kill()
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="not a process"):
+            group.attach(wrong)

@@ -1,0 +1,361 @@
+"""The tree of a server: made, entered, shared with workers, left behind and removed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.instance import Instance, collect
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
+from tests.kernel.cgroup.helpers import eventually, layout, running, settings_of, sleep_forever
+
+pytestmark = pytest.mark.kernel
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def instance(hierarchy: Hierarchy, group: Cgroup) -> Iterator[Instance]:
+    made = Instance.create(hierarchy, base=group.path)
+    try:
+        yield made
+    finally:
+        assert made.close()
+
+
+def where_am_i() -> str:
+    return Path("/proc/self/cgroup").read_text()
+
+
+def test_the_name_tells_who_owns_it(instance: Instance, group: Cgroup) -> None:
+    (name,) = group.children()
+    assert instance.path == f"{group.path}/{name}"
+    started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    assert name == f"rcon-{os.getpid()}-{started}"
+    assert instance.together("a").path == f"{instance.path}/work/a"
+    assert instance.leaf("a", "1").path == f"{instance.path}/work/a/1"
+    assert instance.threaded("a").path == f"{instance.path}/host/a"
+    for wrong in ("../x", "a/b", "", "tasks", "x" * 256, "a\0", "a\n"):
+        for place in (instance.together, instance.threaded, lambda name: instance.leaf("a", name)):
+            with pytest.raises(ValueError, match=r".+"):
+                place(wrong)
+
+
+def test_two_in_one_process(hierarchy: Hierarchy, instance: Instance) -> None:
+    second = Instance.create(hierarchy, base=instance.base)
+    assert second.path == f"{instance.path}-2"
+    assert second.close()
+    assert instance.work.exists()
+
+
+def test_leaves_are_accounted_and_limits_add_up(instance: Instance) -> None:
+    together, leaf = instance.together("a"), instance.leaf("a", "1-1")
+    leaf.create()
+    together.configure(Resources(pids_max=3))
+    with running(leaf, sleep_forever), running(instance.leaf("a", "1-2").create(), sleep_forever):
+        assert leaf.read().pids_current == 1
+        assert together.read().pids_current == 2
+        instance.sweep("1-")
+    assert not together.exists()
+
+
+def test_sweep_takes_its_own_only(instance: Instance) -> None:
+    for name, leaf in (("a", "12-1"), ("a", "123-1"), ("b", "12-7")):
+        instance.leaf(name, leaf).create()
+    with (
+        running(instance.leaf("a", "12-1"), sleep_forever),
+        running(instance.leaf("a", "123-1"), sleep_forever),
+    ):
+        instance.sweep("12-")
+        assert instance.work.children() == ["a"]
+        assert instance.together("a").children() == ["123-1"]
+        assert len(instance.leaf("a", "123-1").processes()) == 1
+        instance.sweep("123-")
+    with pytest.raises(ValueError, match="empty prefix"):
+        instance.sweep("")
+
+
+def adopt_and_release(base: str) -> tuple[str, str, str]:
+    instance = Instance.create(Hierarchy.discover(), base=base)
+    before = where_am_i()
+    instance.adopt()
+    instance.adopt()
+    inside = where_am_i()
+    child = os.fork()
+    if child == 0:
+        # Not the one that made it: nothing happens.
+        os._exit(0 if instance.close() is False and where_am_i() == inside else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    instance.release()
+    instance.release()
+    after = where_am_i()
+    assert instance.close()
+    return before, inside, after
+
+
+def test_adopted_and_put_back(group: Cgroup) -> None:
+    with running(None, adopt_and_release, group.path) as child:
+        before, inside, after = child.result()
+    assert before == after
+    used = {"cpu", "cpuacct", "cpuset", "pids", "blkio", "memory", ""}
+    for line in inside.splitlines():
+        _, names, path = line.split(":", 2)
+        if names in used:
+            assert path.endswith("/host"), line
+    assert group.children() == []
+
+
+def enter_and_leave(base: str, adopt: bool) -> list[str]:
+    """In a thread beside the main one: where it is before, in, and after."""
+    instance = Instance.create(Hierarchy.discover(), base=base)
+    if adopt:
+        instance.adopt()
+    cgroup = instance.threaded("t").create()
+    cgroup.configure(Resources(cpu_quota=0.5, pids_max=10))
+    seen: list[str] = []
+
+    def run() -> None:
+        with cgroup.entrance() as entrance, instance.exit() as home:
+            seen.append(Path("/proc/thread-self/cgroup").read_text())
+            entrance.enter()
+            seen.append(Path("/proc/thread-self/cgroup").read_text())
+            assert cgroup.threads() == [threading.get_native_id()]
+            assert cgroup.read().pids_current == 1
+            home.enter()
+            seen.append(Path("/proc/thread-self/cgroup").read_text())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(seen) == 3
+    seen.append(Path("/proc/thread-self/cgroup").read_text())
+    assert cgroup.delete()
+    assert instance.close()
+    return seen
+
+
+@pytest.mark.parametrize("adopt", [True, pytest.param(False, marks=pytest.mark.layout("v1", "hybrid"))])
+def test_a_thread_enters_and_leaves(group: Cgroup, adopt: bool) -> None:
+    with running(None, enter_and_leave, group.path, adopt) as child:
+        before, inside, after, main = child.result()
+    assert before == after == main
+    names = {line.split(":")[1] for line in inside.splitlines() if line.endswith("/host/t")}
+    assert names == ({""} if layout() == "v2" else {"cpu", "cpuacct", "cpuset", "pids", "blkio"})
+
+
+@pytest.mark.layout("v1", "hybrid")
+def test_a_thread_enters_only_what_is_needed(instance: Instance) -> None:
+    cgroup = instance.threaded("t").create()
+    with cgroup.entrance({"cpu"}) as entrance:
+        assert entrance._files[0][1].endswith("/host/t/tasks")
+        assert len(entrance._files) == 1
+    with cgroup.entrance({"cpu", "cpuacct", "pids"}) as entrance:
+        assert len(entrance._files) == 3
+    cgroup.delete()
+
+
+def test_a_thread_cannot_have_memory_limits(hierarchy: Hierarchy, instance: Instance) -> None:
+    cgroup = instance.threaded("t")
+    cgroup.create()
+    assert [r.limit for r in hierarchy.refusals(Resources(memory_max=1, pids_max=1), threaded=True)] == [
+        "memory_max"
+    ]
+    for act in (lambda: cgroup.configure(Resources(memory_max=1)), lambda: cgroup.entrance({"memory"})):
+        with pytest.raises(KernelError, match="memory"):
+            act()
+    with pytest.raises(KernelError, match="not killing"):
+        cgroup.kill()
+    cgroup.delete()
+
+
+@pytest.mark.layout("v2")
+def test_v2_takes_no_thread_from_outside_of_its_domain(instance: Instance) -> None:
+    cgroup = instance.threaded("t").create()
+    with cgroup.entrance() as entrance, pytest.raises(KernelError) as caught:
+        entrance.enter()
+    assert "adopt" in str(caught.value)
+    cgroup.delete()
+
+
+def unprivileged(base: str) -> list[str]:
+    """A master makes the tree for workers of another user; the worker does all that workers do."""
+    instance = Instance.create(Hierarchy.discover(), base=base, owner=(NOBODY, NOBODY))
+    assert instance.needs_adoption or layout() == "v1"
+    instance.adopt()
+    worker = os.fork()
+    if worker == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            _work_unprivileged(instance)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(worker, 0)[1] == 0
+    left = instance.work.children()
+    # What decides over the whole stays with the master.
+    for path in (instance.work, instance.host):
+        for directory in path.directories:
+            for name in (
+                "memory.max",
+                "cpu.max",
+                "cgroup.kill",
+                "cgroup.freeze",
+                "pids.max",
+                "cpu.cfs_quota_us",
+            ):
+                with contextlib.suppress(FileNotFoundError):
+                    assert Path(directory, name).stat().st_uid == 0
+    instance.close()
+    return left
+
+
+def _work_unprivileged(instance: Instance) -> None:
+    together, leaf = instance.together("p"), instance.leaf("p", "1-1")
+    leaf.create()
+    together.configure(Resources(memory_max=64 << 20, swap_max=0, pids_max=8, cpu_quota=0.5, cpus="0"))
+    leaf.configure(Resources(memory_max=32 << 20, pids_max=4))
+    with leaf.meter() as meter, running(leaf, sleep_forever):
+        assert meter.read().pids_current == 1
+        leaf.freeze()
+        leaf.kill()
+    assert leaf.delete()
+    assert together.delete()
+    threaded = instance.threaded("t").create()
+    threaded.configure(Resources(cpu_quota=0.5))
+    with threaded.entrance() as entrance, instance.exit() as home:
+        entrance.enter()
+        home.enter()
+    assert threaded.delete()
+    for cgroup in (instance.work, instance.host):
+        for limit in (Resources(pids_max=5), Resources(memory_max=5)):
+            with pytest.raises(KernelError, match="delegated") as caught:
+                cgroup.configure(limit)
+            assert caught.value.errno == errno.EACCES
+
+
+def test_a_worker_of_another_user(group: Cgroup) -> None:
+    with running(None, unprivileged, group.path) as child:
+        assert child.result() == []
+
+
+def own_and_hang(base: str, pipe: int, leave_host_process: bool) -> None:
+    """A server that will be killed: with work, a daemon in it, and maybe another process of its own."""
+    instance = Instance.create(Hierarchy.discover(), base=base)
+    instance.adopt()
+    leaf = instance.leaf("p", "1-1").create()
+    instance.together("p").configure(Resources(pids_max=10))
+    if os.fork() == 0:
+        leaf.enter_process()
+        os.setsid()
+        if os.fork() == 0:
+            os.write(pipe, b"%d\n" % os.getpid())
+            sleep_forever()
+        sleep_forever()
+    if leave_host_process and os.fork() == 0:
+        os.setsid()
+        sleep_forever()
+    sleep_forever()
+
+
+def killed_owner(base: str, leave_host_process: bool) -> None:
+    reading, writing = os.pipe()
+    with running(None, own_and_hang, base, writing, leave_host_process) as owner:
+        assert os.read(reading, 32)
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.wait()
+    os.close(reading)
+    os.close(writing)
+
+
+def test_what_a_dead_owner_left_is_removed(hierarchy: Hierarchy, instance: Instance, group: Cgroup) -> None:
+    killed_owner(group.path, False)
+    foreign = [group.child("rcon-x-1"), group.child("rcon-1"), group.child("somebody")]
+    for cgroup in foreign:
+        cgroup.create()
+    (dead,) = set(group.children()) - {instance.path.rpartition("/")[2], *(c.name for c in foreign)}
+    assert len(hierarchy.cgroup(f"{group.path}/{dead}").processes(subtree=True)) == 2
+    (report,) = collect(hierarchy, group.path)
+    assert re.fullmatch(rf"{dead}: removed", report)
+    # The living and everything else stay as they are.
+    assert instance.work.exists()
+    assert set(group.children()) == {instance.path.rpartition("/")[2], *(c.name for c in foreign)}
+    assert collect(hierarchy, group.path) == []
+
+
+def test_a_dead_owners_own_processes_are_never_killed(hierarchy: Hierarchy, group: Cgroup) -> None:
+    killed_owner(group.path, True)
+    (name,) = group.children()
+    host = hierarchy.cgroup(f"{group.path}/{name}/host")
+    begin = time.monotonic()
+    (report,) = collect(hierarchy, group.path)
+    assert 0.9 < time.monotonic() - begin < 4
+    (survivor,) = host.processes()
+    assert str(survivor) in report
+    assert "left for the next time" in report
+    assert hierarchy.cgroup(f"{group.path}/{name}").children() == ["host"]
+    os.kill(survivor, signal.SIGKILL)
+    eventually(lambda: not host.processes())
+    assert collect(hierarchy, group.path) == [f"{name}: removed"]
+    assert group.children() == []
+
+
+def test_the_next_start_removes_it(hierarchy: Hierarchy, group: Cgroup) -> None:
+    killed_owner(group.path, False)
+    (dead,) = group.children()
+    instance = Instance.create(hierarchy, base=group.path)
+    assert dead not in group.children()
+    assert instance.close()
+
+
+def test_a_number_taken_over_by_another_process(hierarchy: Hierarchy, group: Cgroup) -> None:
+    """The pid is there, but it started at another time: the owner is dead."""
+    taken_over = group.child(f"rcon-{os.getpid()}-1").create()
+    assert collect(hierarchy, group.path) == [f"{taken_over.name}: removed"]
+
+
+def test_close_waits_for_nobody_else(hierarchy: Hierarchy, group: Cgroup) -> None:
+    instance = Instance.create(hierarchy, base=group.path)
+    with running(instance.host, sleep_forever) as worker:
+        begin = time.monotonic()
+        assert instance.close() is False
+        assert time.monotonic() - begin < 4
+        assert instance.host.processes() == [worker.pid]
+    instance = Instance.create(hierarchy, base=group.path)
+    assert instance.close()
+    hierarchy.cgroup(f"{group.path}").child(instance.path.rpartition("/")[2].removesuffix("-2")).delete()
+
+
+def test_limits_of_a_confinement_that_others_remove_meanwhile(instance: Instance) -> None:
+    """The order of creating first and configuring after leaves no moment without limits for those who enter."""
+    name = "pids.max"
+
+    def take_away() -> None:
+        while not stop.is_set():
+            instance.together("a").delete()
+
+    stop = threading.Event()
+    thread = threading.Thread(target=take_away)
+    thread.start()
+    try:
+        for number in range(200):
+            leaf, together = instance.leaf("a", f"1-{number}"), instance.together("a")
+            leaf.create()
+            together.configure(Resources(pids_max=7))
+            assert settings_of(together, name) == "7"
+            leaf.delete()
+    finally:
+        stop.set()
+        thread.join()
