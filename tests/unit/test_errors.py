@@ -45,6 +45,7 @@ def test_pickles_whole(error: errors.RconError) -> None:
     assert copy.args == error.args
     assert copy.__dict__ == error.__dict__
     if isinstance(error, errors.KernelError):
+        assert isinstance(copy, errors.KernelError)
         assert copy.errno == error.errno
 
 
