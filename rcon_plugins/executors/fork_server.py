@@ -117,7 +117,7 @@ class ForkServer:
                 process.blank(descriptor)
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         os.dup2(null, 0)
-        os.close(null)
+        posix.close(null)
 
     def _serve(self) -> None:
         control = self._control.fileno()
@@ -157,12 +157,12 @@ class ForkServer:
                 self._become_executor(birth, channel_end)
             self._children[os.pidfd_open(pid)] = (birth.number, pid)
         finally:
-            os.close(channel_end)
+            posix.close(channel_end)  # gevent's os.close() waits for an event loop, which runs nowhere here
         return True
 
     def _bury(self, pidfd: int) -> None:
         number, pid = self._children.pop(pidfd)
-        os.close(pidfd)
+        posix.close(pidfd)
         _, status = posix.waitpid(pid, 0)
         self._tell(Death(number, pid, status))
 
@@ -175,7 +175,7 @@ class ForkServer:
         try:
             self._control.close()
             for pidfd in self._children:
-                os.close(pidfd)
+                posix.close(pidfd)
             os.setsid()
             process.take_default_signals()
             for renew in self._after_fork:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import posix
 import time
 
 from rcon_plugins.errors import KernelError
@@ -50,7 +51,7 @@ def open_file(directory: str, name: str, flags: int = os.O_RDONLY) -> int:
         try:
             return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=at)
         finally:
-            os.close(at)
+            posix.close(at)  # gevent's os.close() of what is no regular file waits for an event loop
     except OSError as error:
         raise failure(error, f"{directory}/{name}") from None
 
