@@ -46,13 +46,15 @@ def test_freeze_and_thaw(group: Cgroup, tmp_path: Path) -> None:
 
 def test_kill_takes_the_subtree_and_nothing_else(group: Cgroup) -> None:
     victim, bystander = group.child("victim").create(), group.child("bystander").create()
-    deep = victim.child("deep").create()
+    # v2 has processes in leaves only.
+    near, deep = victim.child("near").create(), victim.child("not").child("so").child("near").create()
     with (
-        running(victim, sleep_forever) as one,
+        running(near, sleep_forever) as one,
         running(deep, sleep_forever) as two,
         running(bystander, sleep_forever) as three,
     ):
-        assert victim.processes() == [one.pid]
+        assert near.processes() == [one.pid]
+        assert victim.processes() == []
         assert victim.processes(subtree=True) == sorted([one.pid, two.pid])
         victim.kill()
         assert victim.processes(subtree=True) == []
@@ -109,7 +111,8 @@ def test_a_process_that_is_always_another(group: Cgroup) -> None:
 def test_without_cgroup_kill(group: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
     """What kernels before 5.14 get: freeze, signal each, again until empty."""
     monkeypatch.setattr("rcon_plugins.kernel.cgroup.v2.V2Branch.kill", lambda self: False)
-    with running(group, fork_quickly) as child, running(group.child("deep").create(), sleep_forever):
+    near, deep = group.child("near").create(), group.child("not").child("so").child("near").create()
+    with running(near, fork_quickly) as child, running(deep, sleep_forever):
         child.wait()
         group.kill()
     assert group.processes(subtree=True) == []
@@ -199,14 +202,14 @@ def test_killing_nobody(group: Cgroup) -> None:
 
 def test_a_shared_cgroup_in_use_is_a_quiet_no(group: Cgroup) -> None:
     shared = group.child("shared", shared=True).create()
-    leaf = shared.child("leaf").create()
     begin = time.monotonic()
-    assert shared.delete() is False
-    assert leaf.exists()
-    leaf.delete()
     with running(shared, sleep_forever):
         assert shared.delete() is False
         shared.kill()
+    leaf = shared.child("leaf").create()
+    assert shared.delete() is False
+    assert leaf.exists()
+    leaf.delete()
     assert time.monotonic() - begin < 1
     assert shared.delete() is True
 
