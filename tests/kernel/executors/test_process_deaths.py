@@ -108,9 +108,9 @@ def test_concurrency_holds_in_all_workers_of_a_server_together() -> None:
                 fourth = ask(manager, "pid")[1].ending
                 os.kill(worker, signal.SIGKILL)  # its slot comes back however it ends
                 os.waitpid(worker, 0)
-                held = [begin(manager, "sleep", 300) for _ in range(2)]
-                fifth = f"{len(held)} held"
-                for admission in held:
+                both = [begin(manager, "sleep", 300) for _ in range(2)]
+                fifth = f"{len(both)} held"
+                for admission in both:
                     admission.abort("over")
             instance.sweep(f"{worker}-")
             return third, fourth, fifth
