@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -13,15 +13,18 @@ Environ = dict[str, Any]
 
 
 def work_of(environ: Environ) -> Work:
-    """The request of this environ. Its attributes are worked out when they are asked for."""
-    name = f"{environ.get('REQUEST_METHOD', '')} {_path(environ)}"
+    """The request of this environ. What its attributes tell does not change when the application changes that."""
+    method = environ.get("REQUEST_METHOD", "")
+    path = _whole_path(environ)
+    name = f"{method} {path}"
     if not name.isprintable():
         name = quote(name, safe="/ ")
-    return Work("request", name, RequestAttributes(environ))
+    host = environ.get("HTTP_HOST") or environ.get("SERVER_NAME") or ""
+    return Work("request", name, RequestAttributes(host, path, method))
 
 
 class RequestAttributes(Mapping[str, str]):
-    """``host``, ``path`` and ``method`` of a request.
+    """``host``, ``path`` and ``method`` of a request; what is empty is missing.
 
     ``host`` is the Host header, else the server's name: in small letters, without port and without final dots.
     ``path`` is the whole path, SCRIPT_NAME included, decoded as UTF-8. It is not normalised: what an application
@@ -29,19 +32,30 @@ class RequestAttributes(Mapping[str, str]):
     the host.
     """
 
-    __slots__ = ("_environ",)
+    __slots__ = ("_host", "_method", "_path", "_written_host")
 
-    def __init__(self, environ: Environ) -> None:
-        self._environ = environ
+    def __init__(self, written_host: str, path: str, method: str) -> None:
+        self._written_host = written_host
+        self._host: str | None = None
+        self._path = path
+        self._method = method
 
     def __getitem__(self, name: str) -> str:
-        value = _READERS[name](self._environ)
-        if value is None:
-            raise KeyError(name)
-        return value
+        if name == "host":
+            if self._host is None:
+                # As routes know it: spelled otherwise, a host must not be another key, with limits of its own.
+                self._host = normalise_host(self._written_host)
+            value = self._host
+        elif name == "path":
+            value = self._path
+        else:
+            value = self._method if name == "method" else ""
+        if value:
+            return value
+        raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, read in _READERS.items() if read(self._environ) is not None)
+        return (name for name in _NAMES if name in self)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -50,13 +64,10 @@ class RequestAttributes(Mapping[str, str]):
         return f"RequestAttributes({dict(self)!r})"
 
 
-def _host(environ: Environ) -> str | None:
-    host = environ.get("HTTP_HOST") or environ.get("SERVER_NAME") or ""
-    # As routes know it: spelled otherwise, a host must not be another key, with limits of its own.
-    return normalise_host(host) or None
+_NAMES: Final = ("host", "path", "method")
 
 
-def _path(environ: Environ) -> str:
+def _whole_path(environ: Environ) -> str:
     path: str = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
     if path.isascii():
         return path
@@ -64,14 +75,3 @@ def _path(environ: Environ) -> str:
         return path.encode("latin-1").decode("utf-8", "replace")
     except UnicodeEncodeError:  # a server that does not keep to PEP 3333, and has decoded it already
         return path
-
-
-def _method(environ: Environ) -> str | None:
-    return environ.get("REQUEST_METHOD") or None
-
-
-_READERS: Final[Mapping[str, Callable[[Environ], str | None]]] = {
-    "host": _host,
-    "path": _path,
-    "method": _method,
-}

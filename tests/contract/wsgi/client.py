@@ -41,25 +41,34 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(log: Path, *arguments: str) -> Iterator[Served]:
-    """Run ``python -m`` with these arguments; it prints its port."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}", "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("PYTHONWARNINGS", "error")
+def serving(
+    log: Path,
+    *arguments: str,
+    port: int | None = None,
+    environment: dict[str, str] | None = None,
+    pass_fds: tuple[int, ...] = (),
+) -> Iterator[Served]:
+    """Run ``python -m`` with these arguments; it prints its port, unless that is known."""
+    whole = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}", "PYTHONUNBUFFERED": "1"}
+    whole |= {"PYTHONWARNINGS": "error", **(environment or {})}
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=environment,
+            env=whole,
             cwd=ROOT,
+            pass_fds=pass_fds,
         )
     assert process.stdout is not None
     try:
-        port = process.stdout.readline()
-        if not port:
-            raise RuntimeError(f"{arguments} did not start:\n{log.read_text()}")
-        yield Served(process, int(port), log)
+        if port is None:
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"{arguments} did not start:\n{log.read_text()}")
+            port = int(line)
+        yield Served(process, port, log)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -68,6 +77,15 @@ def serving(log: Path, *arguments: str) -> Iterator[Served]:
             process.kill()
             process.wait()
         process.stdout.close()
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += descendants(int(child))
+    return found
 
 
 def request_of(name: str, case: Case) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.wsgi.client import TIMEOUT, Served, ask, serving
+from tests.contract.wsgi.client import TIMEOUT, Served, ask, descendants, serving
 from tests.contract.wsgi.long_apps import PIECE, PIECES
 
 BOUND = 24 << 20  # bytes that a process may grow by while 200 MiB pass through it
@@ -35,14 +35,6 @@ def gunicorn(tmp_path: Path) -> Iterator[Served]:
 
 def get(path: str, *, version: str = "1.1", method: str = "GET") -> bytes:
     return f"{method} /{path} HTTP/{version}\r\nHost: a.example\r\nConnection: close\r\n\r\n".encode()
-
-
-def descendants(pid: int) -> list[int]:
-    found = [pid]
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += descendants(int(child))
-    return found
 
 
 def resident(pid: int) -> int:

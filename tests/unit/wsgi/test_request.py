@@ -77,3 +77,10 @@ def test_a_name_is_one_line_of_the_log(method: str, path: str) -> None:
 @given(st.text())
 def test_any_host_has_attributes(host: str) -> None:
     dict(work_of({"HTTP_HOST": host}).attributes)
+
+
+def test_what_the_application_does_to_its_environ_changes_nothing() -> None:
+    environ = {"HTTP_HOST": "a.example", "PATH_INFO": "/a", "REQUEST_METHOD": "GET"}
+    work = work_of(environ)
+    environ.update(HTTP_HOST="b.example", PATH_INFO="/b", REQUEST_METHOD="POST")
+    assert dict(work.attributes) == {"host": "a.example", "path": "/a", "method": "GET"}
