@@ -338,7 +338,7 @@ class ProcessAdmission(Admission):
         before, peak, most = self._before, reading.memory_peak, self.policy.memory
         if peak is not None and most is not None:
             # The limit is on the cgroup above: the kernel counts a batch of pages here before that refuses them.
-            peak = min(peak, most)
+            peak = min(peak, int(most))
         return Usage(
             wall_seconds=time.monotonic() - self._started,
             cpu_seconds=_spent(before.cpu_seconds, reading.cpu_seconds),
