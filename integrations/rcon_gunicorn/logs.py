@@ -6,8 +6,8 @@ import logging
 
 #: gunicorn's own logger of errors and events.
 _ERROR_LOG = "gunicorn.error"
-#: Ours: the structured lines and the core, and the middleware's own.
-_LOGGERS = ("rcon", "rcon_wsgi")
+#: The parent of all loggers of this project.
+_OURS = "rcon"
 
 
 class _ToErrorLog(logging.Handler):
@@ -23,12 +23,11 @@ class _ToErrorLog(logging.Handler):
 
 
 def join_error_log() -> None:
-    """Let our loggers write to gunicorn's error log, except those that were given handlers of their own."""
-    for name in _LOGGERS:
-        logger = logging.getLogger(name)
-        if logger.handlers:
-            continue
-        logger.addHandler(_ToErrorLog())
-        logger.propagate = False
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.INFO)
+    """Let our logger write to gunicorn's error log, unless it was given handlers of its own."""
+    logger = logging.getLogger(_OURS)
+    if logger.handlers:
+        return
+    logger.addHandler(_ToErrorLog())
+    logger.propagate = False
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
