@@ -33,7 +33,7 @@ TIER = "tests/kernel"
 DISK_MIB = 256
 SECTOR = 512
 FIRST_SECTOR = 2048
-SCRATCH = Path("/run/rcon-tests")  # in the machine, on its own tmpfs
+SCRATCH = Path("/run/scratch")  # in the machine, on its own tmpfs
 
 
 def fail(message: str) -> NoReturn:
@@ -187,7 +187,7 @@ def main() -> int:
         description="Run kernel tests on pure cgroup v2, in an emulated machine."
     )
     parser.add_argument(
-        "--timeout", type=int, default=600, help="seconds for all of it (default: %(default)s)"
+        "--timeout", type=int, default=780, help="seconds for all of it (default: %(default)s)"
     )
     parser.add_argument("--memory", default="1G", help="memory of the machine (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show the machine's console")
