@@ -212,7 +212,8 @@ def run_executor(
         hook.rcon_drop(policy=birth.policy, place="process")
         process.die_with_parent(server)
     except BaseException as error:  # noqa: BLE001 - whatever it was: the host is told and nothing runs
-        channel.send((FAILED, f"{type(error).__name__}: {error}".encode(errors="replace")[:4096]))
+        with contextlib.suppress(ChannelClosed):  # the host ends, and took the cgroup away just now
+            channel.send((FAILED, f"{type(error).__name__}: {error}".encode(errors="replace")[:4096]))
         os._exit(_EXIT_NOT_CONFINED)
     status = _EXIT_SERVICE_RAISED
     try:
