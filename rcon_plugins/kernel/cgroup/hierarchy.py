@@ -45,8 +45,10 @@ class Hierarchy:
         complete = []
         for mount in found:
             if mount.version == 2:
-                path = "/" if os.geteuid() == 0 else mounts.membership(mount, own) or "/"
-                mount = replace(mount, controllers=v2.offered(mount.directory(path)))
+                directory = mount.directory(mounts.membership(mount, own) or "/")
+                if os.geteuid() == 0 or not files.is_directory(directory):
+                    directory = mount.path
+                mount = replace(mount, controllers=v2.offered(directory))
             complete.append(mount)
         return cls.of(complete)
 

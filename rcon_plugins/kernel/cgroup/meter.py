@@ -11,8 +11,9 @@ from typing import NamedTuple
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import files
 
-#: Takes what one file says down under the names of Reading's fields.
-Parser = Callable[[bytes, dict[str, float | int | None]], None]
+Fields = list[float | int | None]
+#: Takes down what one file says, in the order of Reading's fields.
+Parser = Callable[[bytes, Fields], None]
 
 
 class Reading(NamedTuple):
@@ -73,67 +74,76 @@ def _sum_after(data: bytes, key: bytes) -> int:
     return total
 
 
-def _cpu_stat(data: bytes, found: dict[str, float | int | None]) -> None:
+# Where each field of Reading is; the parsers write into a list of them.
+(_CPU, _MEMORY, _PEAK, _IO_READ, _IO_WRITE, _PIDS, _OOM, _MEMORY_HITS, _PIDS_HITS) = range(9)
+
+
+def _cpu_stat(data: bytes, found: Fields) -> None:
     microseconds = value_of(data, b"usage_usec")
-    found["cpu_seconds"] = None if microseconds is None else microseconds / 1e6
+    found[_CPU] = None if microseconds is None else microseconds / 1e6
 
 
-def _cpuacct_usage(data: bytes, found: dict[str, float | int | None]) -> None:
-    found["cpu_seconds"] = int(data) / 1e9
+def _cpuacct_usage(data: bytes, found: Fields) -> None:
+    found[_CPU] = int(data) / 1e9
 
 
-def _io_stat(data: bytes, found: dict[str, float | int | None]) -> None:
-    found["io_read_bytes"], found["io_write_bytes"] = io_stat_totals(data)
+def _io_stat(data: bytes, found: Fields) -> None:
+    found[_IO_READ], found[_IO_WRITE] = io_stat_totals(data)
 
 
-def _blkio(data: bytes, found: dict[str, float | int | None]) -> None:
-    found["io_read_bytes"], found["io_write_bytes"] = blkio_totals(data)
+def _blkio(data: bytes, found: Fields) -> None:
+    found[_IO_READ], found[_IO_WRITE] = blkio_totals(data)
 
 
-def _memory_events(data: bytes, found: dict[str, float | int | None]) -> None:
-    found["oom_kills"] = value_of(data, b"oom_kill")
-    found["memory_limit_hits"] = value_of(data, b"max")
+def _memory_events(data: bytes, found: Fields) -> None:
+    found[_OOM] = value_of(data, b"oom_kill")
+    found[_MEMORY_HITS] = value_of(data, b"max")
 
 
-def _oom_control(data: bytes, found: dict[str, float | int | None]) -> None:
-    found["oom_kills"] = value_of(data, b"oom_kill")  # kernel 4.13
+def _oom_control(data: bytes, found: Fields) -> None:
+    found[_OOM] = value_of(data, b"oom_kill")  # kernel 4.13
 
 
-def _failcnt(data: bytes, found: dict[str, float | int | None]) -> None:
-    found["memory_limit_hits"] = (found.get("memory_limit_hits") or 0) + int(data)
+def _failcnt(data: bytes, found: Fields) -> None:
+    found[_MEMORY_HITS] = (found[_MEMORY_HITS] or 0) + int(data)
 
 
-def _pids_events(data: bytes, found: dict[str, float | int | None]) -> None:
-    found["pids_limit_hits"] = value_of(data, b"max")
+def _pids_events(data: bytes, found: Fields) -> None:
+    found[_PIDS_HITS] = value_of(data, b"max")
 
 
-def _number(name: str) -> Parser:
-    def take(data: bytes, found: dict[str, float | int | None]) -> None:
-        found[name] = int(data)
+def _memory_usage(data: bytes, found: Fields) -> None:
+    found[_MEMORY] = int(data)
 
-    return take
+
+def _memory_peak(data: bytes, found: Fields) -> None:
+    found[_PEAK] = int(data)
+
+
+def _pids_current(data: bytes, found: Fields) -> None:
+    found[_PIDS] = int(data)
 
 
 #: By file: what it tells, of which controller, and how it is read.
-V2_FILES = {
+V2_FILES: dict[str, tuple[str, Parser]] = {
     "cpu.stat": ("cpu", _cpu_stat),
-    "memory.current": ("memory", _number("memory_current")),
-    "memory.peak": ("memory", _number("memory_peak")),  # kernel 5.19
+    "memory.current": ("memory", _memory_usage),
+    "memory.peak": ("memory", _memory_peak),  # kernel 5.19
     "memory.events": ("memory", _memory_events),
     "io.stat": ("io", _io_stat),
-    "pids.current": ("pids", _number("pids_current")),
+    "pids.current": ("pids", _pids_current),
     "pids.events": ("pids", _pids_events),
 }
-V1_FILES = {
+V1_FILES: dict[str, tuple[str, Parser]] = {
     "cpuacct.usage": ("cpu", _cpuacct_usage),
-    "memory.usage_in_bytes": ("memory", _number("memory_current")),
-    "memory.max_usage_in_bytes": ("memory", _number("memory_peak")),
+    "memory.usage_in_bytes": ("memory", _memory_usage),
+    "memory.max_usage_in_bytes": ("memory", _memory_peak),
     "memory.oom_control": ("memory", _oom_control),
     "memory.failcnt": ("memory", _failcnt),
     # Counts instead of the other where the limit on memory and swap together is as low.
     "memory.memsw.failcnt": ("memory", _failcnt),
     "blkio.throttle.io_service_bytes_recursive": ("io", _blkio),  # kernel 4.16
-    "pids.current": ("pids", _number("pids_current")),
+    "pids.current": ("pids", _pids_current),
     "pids.events": ("pids", _pids_events),
 }
 #: What is written to start a new peak, by file.
@@ -178,13 +188,13 @@ class Meter:
 
     def read(self) -> Reading:
         """What has been used until now. Raises KernelError (ENODEV: the cgroup was deleted)."""
-        found: dict[str, float | int | None] = {}
+        found: Fields = [None] * len(Reading._fields)
         for fd, path, parser in self._files:
             try:
                 parser(os.pread(fd, 4096, 0), found)
             except OSError as error:
                 raise files.failure(error, path) from None
-        return Reading(**found)  # type: ignore[arg-type]  # the parsers give each field its type
+        return Reading._make(found)
 
     def reset_peak(self) -> bool:
         """Start a new ``memory_peak``; False where the kernel cannot (v2 before 6.12, or not ours)."""

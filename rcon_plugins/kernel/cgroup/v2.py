@@ -16,7 +16,7 @@ THREADED = frozenset({"cpu", "cpuset", "pids"})
 #: What a refused write usually means.
 _HINTS = {
     ("io.max", errno.ENODEV): "only whole disks that are present can be limited: see lsblk",
-    ("cpu.max", errno.EINVAL): "the smallest quota is 1 ms in 100 ms",
+    ("cpuset.cpus", errno.ERANGE): "this machine has no such CPU: see lscpu",
 }
 
 

@@ -231,3 +231,20 @@ def test_usage_is_accounted_without_any_limit(group: Cgroup) -> None:
     assert reading.pids_current == 0
     assert None not in (reading.memory_current, reading.io_read_bytes, reading.io_write_bytes)
     assert (reading.oom_kills, reading.memory_limit_hits, reading.pids_limit_hits) == (0, 0, 0)
+
+
+@pytest.mark.layout("v2")
+def test_cpus_that_the_group_around_does_not_have(group: Cgroup) -> None:
+    """v2 takes the list and leaves the others in force: that is no limit, so it is an error."""
+    group.configure(Resources(cpus="0"))
+    leaf = group.child("leaf").create()
+    with pytest.raises(ControllerUnavailable, match="none of the CPUs"):
+        leaf.configure(Resources(cpus="1"))
+
+
+def test_limits_of_nobody_in_a_group_without_that_controller(hierarchy: Hierarchy, group: Cgroup) -> None:
+    some = hierarchy.cgroup(f"{group.path}/some", controllers=frozenset({"pids"})).create()
+    some.configure(Resources(pids_max=3))
+    with pytest.raises(ControllerUnavailable, match="no cpu controller"):
+        some.configure(Resources(cpu_quota=0.5))
+    assert some.delete()
