@@ -8,16 +8,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import time
 from collections.abc import Callable, Iterable
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, files, find_base, mounts, owner, v2
 from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE, own_cgroup
+from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
 
-#: A second instance of one process has a number of its own at the end.
-_NAME = re.compile(r"rcon-([1-9][0-9]{0,9})-([0-9]{1,20})(?:-[0-9]{1,4})?")
 #: How long processes in a host/, which are ending in most cases, are waited for.
 _HOST_SECONDS = 1.0
 #: How often to begin again because another server's end took the base away.
@@ -150,11 +148,18 @@ class Instance:
 
     def release(self) -> None:
         """Put the calling process back to where :meth:`adopt` took it from. Raises KernelError."""
-        origins, self._origins = self._origins, None
-        if origins is None:
+        if self._origins is None:
             return
         if self._in_base:
+            if os.getpid() != self._creator:
+                raise KernelError(
+                    f"{self.base} passes controllers on, so that no process can go back to it",
+                    errno=errno.EBUSY,
+                    path=self.base,
+                    hint="its server can, when it ends",
+                )
             self._pass_nothing_on()
+        origins, self._origins = self._origins, None
         for directory in origins:
             files.write_patiently(directory, "cgroup.procs", str(os.getpid()))
 
@@ -230,12 +235,12 @@ class Instance:
         """
         if os.getpid() != self._creator:
             return False
-        self._work.kill(timeout)
-        self._work.delete(recursive=True)
-        self.release()
         if self.locks >= 0:
             os.close(self.locks)
             self.locks = -1
+        self._work.kill(timeout)
+        self._work.delete(recursive=True)
+        self.release()
         if _processes_leave(self._host):
             return False
         self._host.delete(recursive=True)
@@ -255,7 +260,7 @@ def collect(hierarchy: Hierarchy, base: str) -> list[str]:
     """
     report = []
     for name in hierarchy.cgroup(base).children():
-        match = _NAME.fullmatch(name)
+        match = INSTANCE_NAME.fullmatch(name)
         if match and not owner.lives(int(match[1]), int(match[2])):
             try:
                 done = _collect_one(hierarchy, f"{base.rstrip('/')}/{name}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rcon_plugins.errors import DelegationError, KernelError
 from rcon_plugins.kernel.cgroup import files, mounts
 from rcon_plugins.kernel.cgroup.mounts import Mount
-from rcon_plugins.kernel.cgroup.names import check_path
+from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_path
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
@@ -23,14 +23,19 @@ ROOT_BASE = "/rcon"
 def find_base(hierarchy: Hierarchy, setting: str | None = None) -> str:
     """The path of a cgroup that is ours to make others in; it exists when this returns.
 
-    In this order: ``setting``; the cgroup this process is in, if it is alone there and may write it; for
-    root ``/rcon``. Raises DelegationError with the exact remedy, ValueError for a setting that is no path.
+    In this order: ``setting``; the cgroup this process is in, if it is alone there and may write it (or,
+    where it is in the tree of a server, the base of that, if it may write it); for root ``/rcon``.
+    Raises DelegationError with the exact remedy, ValueError for a setting that is no path.
     """
     if setting is not None:
         return _prepare(hierarchy, check_path(setting))
     own = own_cgroup(hierarchy)
-    if own is not None and _is_ours(hierarchy, own):
-        return own
+    if own is not None:
+        around = _around_instance(own)
+        if around is not None and _is_writable(hierarchy, around):
+            return around
+        if around is None and _is_ours(hierarchy, own):
+            return own
     if os.geteuid() == 0:
         return _prepare(hierarchy, ROOT_BASE)
     raise DelegationError(
@@ -54,16 +59,34 @@ def limit_mounts(hierarchy: Hierarchy) -> list[Mount]:
     return [mount for mount in hierarchy.mounts if mount in found]
 
 
-def _is_ours(hierarchy: Hierarchy, path: str) -> bool:
-    """Whether this process is alone in ``path`` and may write it."""
+def _around_instance(path: str) -> str | None:
+    """The base of the instance that ``path`` is in; None outside of any."""
+    parts = path.split("/")
+    for index, part in enumerate(parts):
+        if INSTANCE_NAME.fullmatch(part):
+            return "/".join(parts[:index]) or "/"
+    return None
+
+
+def _is_writable(hierarchy: Hierarchy, path: str) -> bool:
+    """Whether this process may make cgroups in ``path`` and move processes below it."""
     for mount in limit_mounts(hierarchy):
         directory = mount.directory(path)
-        if mount.read_only or _is_machine_root(mount, directory):
-            return False
         needed = [directory, f"{directory}/cgroup.procs"]
         if mount.version == 2:
             needed.append(f"{directory}/cgroup.subtree_control")
-        if not all(os.access(name, os.W_OK) for name in needed):
+        if mount.read_only or not all(os.access(name, os.W_OK) for name in needed):
+            return False
+    return True
+
+
+def _is_ours(hierarchy: Hierarchy, path: str) -> bool:
+    """Whether this process is alone in ``path`` and may write it."""
+    if not _is_writable(hierarchy, path):
+        return False
+    for mount in limit_mounts(hierarchy):
+        directory = mount.directory(path)
+        if _is_machine_root(mount, directory):
             return False
         try:
             inside = files.read(directory, "cgroup.procs").split()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+#: A server's own tree: the pid and the start time of its owner. A second one of the same process has a number.
+INSTANCE_NAME = re.compile(r"rcon-([1-9][0-9]{0,9})-([0-9]{1,20})(?:-[0-9]{1,4})?")
+
 #: Of a file name, in bytes (NAME_MAX).
 LONGEST_NAME = 255
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.kernel
 
 NOBODY = 65534
 CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
 
 
 def delegation_error(act: Callable[[], object]) -> tuple[int | None, str]:
@@ -133,6 +134,53 @@ def test_a_cgroup_with_processes_passes_nothing_on(group: Cgroup) -> None:
     number, message = children.in_child(inside)
     assert number == errno.EBUSY
     assert "only process of the container" in message
+
+
+def _second_of_an_adopted(group: Cgroup) -> tuple[str, str]:
+    group.enter_process()
+    first = Instance.create(Hierarchy.discover())
+    first.adopt()
+    second = Instance.create(Hierarchy.discover())
+    second.adopt()
+    leaf = second.leaf("p", "1-1").create()
+    with running(leaf, os.getpid) as child:
+        child.result()
+    second.sweep("1-")
+    assert second.close()
+    assert first.close()
+    return first.base, second.base
+
+
+def test_a_server_in_the_tree_of_another_is_beside_it(group: Cgroup) -> None:
+    own = group.child("unit").create()
+    assert children.in_child(_second_of_an_adopted, own) == (own.path, own.path)
+    assert own.children() == []
+
+
+def _as_in_a_container(group: Cgroup) -> tuple[str, bool, str]:
+    group.enter_process()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(CLONE_NEWNS | CLONE_NEWCGROUP) == 0
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"], check=True)
+    hierarchy = Hierarchy.discover()
+    instance = Instance.create(hierarchy)
+    adoption = instance.needs_adoption
+    instance.adopt()
+    leaf = instance.leaf("p", "1-1").create()
+    leaf.configure(Resources(memory_max=1 << 26, pids_max=5))
+    with running(leaf, os.getpid) as child:
+        child.result()
+    instance.sweep("1-")
+    assert instance.close()
+    return instance.base, adoption, Path("/proc/self/cgroup").read_text()
+
+
+@pytest.mark.layout("v2")
+def test_the_root_of_a_containers_tree(group: Cgroup) -> None:
+    own = group.child("container").create()
+    assert children.in_child(_as_in_a_container, own) == ("/", True, "0::/\n")
+    assert own.children() == []
 
 
 @pytest.mark.layout("hybrid")

@@ -261,11 +261,12 @@ def own_and_hang(base: str, pipe: int, leave_host_process: bool) -> None:
         leaf.enter_process()
         os.setsid()
         if os.fork() == 0:
-            os.write(pipe, b"%d\n" % os.getpid())
+            os.write(pipe, b".")
             sleep_forever()
         sleep_forever()
     if leave_host_process and os.fork() == 0:
         os.setsid()
+        os.write(pipe, b".")
         sleep_forever()
     sleep_forever()
 
@@ -273,7 +274,8 @@ def own_and_hang(base: str, pipe: int, leave_host_process: bool) -> None:
 def killed_owner(base: str, leave_host_process: bool) -> None:
     reading, writing = os.pipe()
     with running(None, own_and_hang, base, writing, leave_host_process) as owner:
-        assert os.read(reading, 32)
+        for _ in range(1 + leave_host_process):
+            assert os.read(reading, 1) == b"."
         os.kill(owner.pid, signal.SIGKILL)
         owner.wait()
     os.close(reading)
