@@ -35,9 +35,11 @@ test: root $(VENV)/.test debian ## lint, then all tests: on this machine, and on
 
 lint: $(VENV)/.test ## ruff and mypy
 	@echo "== lint"
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy $(wildcard $(SOURCES))
+	@status=0; \
+	$(BIN)/ruff check . || status=1; \
+	$(BIN)/ruff format --check . || status=1; \
+	$(BIN)/mypy $(wildcard $(SOURCES)) || status=1; \
+	exit $$status
 
 test-unit test-contract test-integrations test-kernel: test-%: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/$* $(ARGS)
