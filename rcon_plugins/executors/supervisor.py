@@ -63,10 +63,14 @@ class Supervisor:
         self._wake_up()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
-        os.close(self._wake)
+        with self._lock:
+            wake, self._wake = self._wake, -1
+        os.close(wake)
 
     def _wake_up(self) -> None:
-        os.eventfd_write(self._wake, 1)
+        with self._lock:
+            if self._wake >= 0:  # else it was closed under a work that is just being ended
+                os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
         poll = select.poll()
