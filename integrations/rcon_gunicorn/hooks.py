@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import os
 import signal
-from collections.abc import Callable, MutableMapping
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rcon_gunicorn.logs import join_error_log
 from rcon_gunicorn.master import Master
@@ -19,6 +19,9 @@ from rcon_gunicorn.workers import refusal, server_traits
 from rcon_plugins.errors import ConfinementError, RconError
 from rcon_plugins.manager import Manager
 from rcon_wsgi import ConfineMiddleware, WsgiService
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication
 
 #: Where the settings file is named, if not in the call.
 SETTINGS_VARIABLE = "RCON_SETTINGS"
@@ -143,8 +146,10 @@ class Hooks:
         )
         manager.start(WsgiService(worker.wsgi))
         self._manager = manager
-        worker.wsgi = ConfineMiddleware(
-            worker.wsgi, manager=manager, client_socket=None if traits.greenlets else client_socket
+        worker.wsgi = _while_master_lives(
+            ConfineMiddleware(
+                worker.wsgi, manager=manager, client_socket=None if traits.greenlets else client_socket
+            ),
         )
 
     def worker_exit(self, server: Arbiter, worker: Worker) -> None:
@@ -188,6 +193,22 @@ def client_socket(environ: dict[str, Any]) -> Any:
     if "gunicorn.http2.send_trailers" in environ:
         return None  # HTTP/2: other requests are read from it
     return environ.get("gunicorn.socket")
+
+
+def _while_master_lives(app: WSGIApplication) -> WSGIApplication:
+    """Serve, and end gracefully after the first request that finds the master gone.
+
+    A worker finds out by itself only when it is idle. Until then it would go on, beside the next gunicorn,
+    in cgroups which that has removed.
+    """
+    master = os.getppid()
+
+    def serve(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        if os.getppid() != master:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return app(environ, start_response)
+
+    return serve
 
 
 def _replace(worker: Worker) -> None:

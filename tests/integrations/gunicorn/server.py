@@ -46,7 +46,9 @@ class Gunicorn:
         config: str = "python:rcon_gunicorn.conf",
         environ: dict[str, str] | None = None,
         app: str = "application:app",
+        inherit: bool = True,
     ) -> None:
+        """``inherit`` hands the socket over, so that no port is ever taken; else gunicorn binds it itself."""
         self.directory = directory
         self.arguments = arguments
         self.settings = directory / "rcon.toml"
@@ -56,8 +58,11 @@ class Gunicorn:
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port: int = listener.getsockname()[1]
         command = [sys.executable, "-m", "gunicorn", "--chdir", str(HERE), "--no-control-socket"]
-        command += ["--bind", f"fd://{listener.fileno()}", "--config", config, "--graceful-timeout", "10"]
+        command += ["--bind", f"fd://{listener.fileno()}" if inherit else f"127.0.0.1:{self.port}"]
+        command += ["--config", config, "--graceful-timeout", "10"]
         command += ["--worker-tmp-dir", "/dev/shm", *arguments, app]
+        if not inherit:
+            listener.close()
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
@@ -65,7 +70,7 @@ class Gunicorn:
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                pass_fds=[listener.fileno()],
+                pass_fds=[listener.fileno()] if inherit else [],
             )
         listener.close()
 

@@ -118,6 +118,7 @@ def test_master(tmp_path: Path, arguments: tuple[str, ...]) -> None:
         kill(first.pid)
         first.process.wait()
         until(lambda: load.answers["cut"] > 3)
+        until(lambda: not any(alive(pid) for pid in workers))
     assert set(load.answers) <= MAY_BE
     assert not load.unconfined
     with Gunicorn(tmp_path, SETTINGS, *arguments) as second:

@@ -163,7 +163,8 @@ def test_another_user_and_group(tmp_path: Path, arguments: tuple[str, ...]) -> N
 def test_another_program_takes_over(tmp_path: Path) -> None:
     """USR2: a second master beside the first, with cgroups of its own; the first then ends."""
     pidfile = tmp_path / "pid"
-    with Gunicorn(tmp_path, SETTINGS, *SYNC, "--pid", str(pidfile)) as server:
+    # gunicorn itself cannot do it with an inherited socket
+    with Gunicorn(tmp_path, SETTINGS, *SYNC, "--pid", str(pidfile), inherit=False) as server:
         with Load(server) as load:
             load.wait_for_answers(5)
             server.signal(signal.SIGUSR2)
