@@ -1,0 +1,93 @@
+"""Which way in: what `auto` chooses, what is refused at start, and what is said about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rcon_plugins import Manager, Plan, Server
+from rcon_plugins.errors import ConfinementError, SettingsError
+from rcon_plugins.isolation import Verdict
+from rcon_plugins.settings import from_mapping
+
+ALONE, THREADS, GREENLETS = Server(threads=False), Server(), Server(greenlets=True)
+
+
+def settings(**keys: Any) -> Any:
+    return from_mapping({"policy": {"p": keys}, "route": [{"policy": "p"}]})
+
+
+def verdict(server: Server, **keys: Any) -> Verdict:
+    return Plan.make(settings(**keys), server).verdicts["p"]
+
+
+@pytest.mark.parametrize(
+    ("server", "keys", "isolation", "why"),
+    [
+        (ALONE, {"cpu": "30%"}, "inline", "cheapest"),
+        (ALONE, {"cpus": "0", "cpu_weight": 50, "pids": 100}, "inline", "cheapest"),
+        (ALONE, {"concurrency": 3}, "inline", "cheapest"),
+        (THREADS, {"pids": 100}, "inline", "cheapest"),
+        (THREADS, {"cpu": "30%"}, "process", "GIL"),
+        (THREADS, {"cpu": "30%", "isolation": "inline"}, "inline", "the policy says"),
+        (ALONE, {"cpu": "30%", "isolation": "process"}, "process", "the policy says"),
+        (ALONE, {"each": {"timeout": "1s"}}, "process", "each work"),
+        (ALONE, {"memory": "64M"}, "process", "memory"),
+        (ALONE, {"each": {"pids": 3}}, "process", "each work"),
+        (GREENLETS, {"pids": 100}, "process", "greenlets"),
+    ],
+)
+def test_auto_takes_the_cheapest_that_enforces_all(
+    server: Server, keys: dict[str, Any], isolation: str, why: str
+) -> None:
+    found = verdict(server, **keys)
+    assert found.isolation == isolation
+    assert why in found.why
+    assert found.refusals == ()
+
+
+@pytest.mark.layout("v2")
+def test_io_needs_a_process_on_v2() -> None:
+    found = verdict(ALONE, io={"/": {"write": "5M"}}, isolation="auto")
+    assert found.isolation == "process"
+
+
+@pytest.mark.layout("hybrid", "v1")
+def test_io_of_a_thread_can_be_limited_on_v1() -> None:
+    assert verdict(ALONE, io={"/": {"write": "5M"}}).isolation == "inline"
+
+
+@pytest.mark.layout("hybrid", "v1")
+def test_a_policy_that_the_machine_cannot_enforce_is_refused_at_start() -> None:
+    with pytest.raises(SettingsError, match=r"policy\.p\.memory_high: cannot be enforced.*v2") as refused:
+        Manager(settings(memory="64M", memory_high="32M"))
+    assert refused.value.hint
+
+
+def test_cpus_that_are_not_there_are_refused_at_start() -> None:
+    with pytest.raises(SettingsError, match=r"policy\.p\.cpus"):
+        Manager(settings(cpus="0-4000"))
+    with pytest.raises(SettingsError, match=r"policy\.p\.each\.cpus"):
+        Manager(settings(each={"cpus": "4000"}))
+
+
+def test_greenlets_cannot_be_confined_inline() -> None:
+    with pytest.raises(SettingsError, match="greenlets"):
+        Manager(settings(pids=100, isolation="inline"), server=GREENLETS)
+
+
+def test_who_needs_processes_has_to_say_what_runs_in_them() -> None:
+    manager = Manager(settings(each={"timeout": "1s"}))
+    with pytest.raises(ConfinementError, match="'p' needs processes"):
+        manager.start()
+
+
+def test_two_starts_are_one_too_many() -> None:
+    manager = Manager(settings(concurrency=1), server=ALONE)
+    manager.start()
+    try:
+        with pytest.raises(ConfinementError, match="already"):
+            manager.start()
+    finally:
+        manager.close()
