@@ -162,6 +162,7 @@ def _as_in_a_container(group: Cgroup) -> tuple[str, bool, str]:
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.unshare(CLONE_NEWNS | CLONE_NEWCGROUP) == 0
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["umount", "--lazy", "/sys/fs/cgroup"], check=True)
     subprocess.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"], check=True)
     hierarchy = Hierarchy.discover()
     instance = Instance.create(hierarchy)

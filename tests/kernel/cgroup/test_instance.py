@@ -352,7 +352,7 @@ def test_limits_of_a_confinement_that_others_remove_meanwhile(instance: Instance
     thread = threading.Thread(target=take_away)
     thread.start()
     try:
-        for number in range(200):
+        for number in range(60):
             leaf, together = instance.leaf("a", f"1-{number}"), instance.together("a")
             leaf.create()
             together.configure(Resources(pids_max=7))
