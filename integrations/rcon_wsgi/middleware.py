@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
+from rcon_plugins.isolation import Server
+from rcon_plugins.manager import Manager
 from rcon_plugins.outcome import Outcome
+from rcon_plugins.settings import Settings, load
 from rcon_wsgi import inline, problem
 from rcon_wsgi.exchange import Exchange
 from rcon_wsgi.request import work_of
@@ -21,9 +24,6 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication
 
     from rcon_plugins.admission import InlineAdmission, ProcessAdmission
-    from rcon_plugins.isolation import Server
-    from rcon_plugins.manager import Manager
-    from rcon_plugins.settings import Settings
 
 _log = logging.getLogger("rcon.wsgi")
 
@@ -100,10 +100,6 @@ class ConfineMiddleware:
 def _own_manager(
     app: WSGIApplication, settings: Settings | str | os.PathLike[str] | None, server: Server | None
 ) -> Manager:
-    from rcon_plugins.isolation import Server
-    from rcon_plugins.manager import Manager
-    from rcon_plugins.settings import Settings, load
-
     if settings is None:
         raise TypeError("ConfineMiddleware needs settings, or a manager")
     if not isinstance(settings, Settings):
