@@ -87,6 +87,8 @@ class Gunicorn:
     def wait_until_served(self) -> Gunicorn:
         try:
             until(lambda: self.process.poll() is not None or self.status("/free/who") == 200)
+            # and until each worker has its fork server: gunicorn does not make them all at once
+            until(lambda: self.process.poll() is not None or all(map(children, self.workers())))
             assert self.process.poll() is None
         except AssertionError:
             self.stop()

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,11 +97,11 @@ def test_worker(tmp_path: Path, arguments: tuple[str, ...]) -> None:
             for _ in range(2):
                 load.wait_for_answers(10)
                 victim = server.workers()[0]
-                below = [*children(victim), *server.executors()]
+                below = children(victim)
                 kill(victim)
-                until(lambda victim=victim: victim not in server.workers())
+                until(partial(is_replaced, server, victim))
+                until(partial(are_gone, below))
                 load.wait_for_answers(10)
-            until(lambda below=below: not any(alive(pid) for pid in below if pid not in server.executors()))
         assert_survived(load, server)
         leaves = {path.name for directory in server.cgroups() for path in directory.glob("work/*/*-*")}
         assert {leaf.partition("-")[0] for leaf in leaves} <= set(map(str, server.workers()))
@@ -118,14 +119,23 @@ def test_master(tmp_path: Path, arguments: tuple[str, ...]) -> None:
         kill(first.pid)
         first.process.wait()
         until(lambda: load.answers["cut"] > 3)
-        until(lambda: not any(alive(pid) for pid in workers))
+        until(partial(are_gone, workers))
     assert set(load.answers) <= MAY_BE
     assert not load.unconfined
     with Gunicorn(tmp_path, SETTINGS, *arguments) as second:
         assert second.get("/free/who").json()["confined"]
         assert not first.cgroups()
-        until(lambda: not any(alive(pid) for pid in below))
+        until(partial(are_gone, below))
     assert not second.cgroups()
+
+
+def is_replaced(server: Gunicorn, victim: int) -> bool:
+    workers = server.workers()
+    return victim not in workers and len(workers) == 2
+
+
+def are_gone(pids: list[int]) -> bool:
+    return not any(map(alive, pids))
 
 
 def kill(pid: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,16 +37,10 @@ def start(directory: Path, settings: str | None, *arguments: str) -> tuple[int, 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**environment(), "RCON_SETTINGS": str(file) if settings is not None else ""},
+        env={**os.environ, "RCON_SETTINGS": str(file) if settings is not None else ""},
     )
     output, _ = process.communicate(timeout=30)
     return process.returncode, output, process.pid
-
-
-def environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +147,7 @@ def test_install_keeps_a_files_own_hooks() -> None:
 
 
 def test_gunicorn_takes_the_hooks() -> None:
-    from gunicorn.config import Config
+    from gunicorn.config import Config  # type: ignore[import-untyped]
 
     config = Config()
     mine: dict[str, Any] = {"on_exit": lambda server: None}
