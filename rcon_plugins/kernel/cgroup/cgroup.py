@@ -42,7 +42,6 @@ class Cgroup:
     ) -> None:
         self._path = path
         self._make_branches = branches
-        self.threaded = threaded
         #: Several processes make and remove children here; delete() then leaves children alone.
         self.shared = shared
         self._use(controllers, threaded)
@@ -104,10 +103,8 @@ class Cgroup:
         Raises KernelError, ControllerUnavailable. Returns itself.
         """
         if threaded is not None or controllers is not None:
-            self._use(
-                self.controllers if controllers is None else controllers,
-                self.threaded if threaded is None else threaded,
-            )
+            wanted = self.controllers if controllers is None else controllers
+            self._use(wanted, self.threaded if threaded is None else threaded)
         deadline = time.monotonic() + _CREATE_SECONDS
         while True:
             try:
@@ -118,6 +115,7 @@ class Cgroup:
                 gone = error.errno in (errno.ENOENT, errno.ENODEV)
                 if isinstance(error, ControllerUnavailable) or not gone or time.monotonic() >= deadline:
                     raise
+            time.sleep(0.0005)
 
     def configure(self, resources: Resources) -> None:
         """Write limits; what is ``None`` stays as it is. May be done again, also while in use.

@@ -61,8 +61,13 @@ class V2Branch(Branch):
 
         Raises ControllerUnavailable where one of them does not arrive.
         """
+        # All directories first: one that has a child cannot be removed by others.
+        for _, child in create_levels(self):
+            files.make_directory(child)
+        if self.threaded and files.read(self.directory, "cgroup.type") != "threaded":
+            files.write(self.directory, "cgroup.type", "threaded")
         refusal: KernelError | None = None
-        for parent, child in create_levels(self):
+        for parent, _ in create_levels(self):
             try:
                 enable(parent, self.controllers)
             except KernelError as error:
@@ -70,9 +75,6 @@ class V2Branch(Branch):
                     raise
                 # Not ours to change, or busy; whether it matters shows in what arrives below.
                 refusal = error
-            files.make_directory(child)
-        if self.threaded and files.read(self.directory, "cgroup.type") != "threaded":
-            files.write(self.directory, "cgroup.type", "threaded")
         missing = self.controllers - offered(self.directory)
         if missing:
             raise ControllerUnavailable(
