@@ -52,30 +52,33 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="how long each of the two phases lasts"
     )
+    parser.add_argument(
+        "--cgroup", help="a part of the cgroup tree that is ours (default: what can be found)"
+    )
     parser.add_argument("--json", action="store_true", help="write the result as JSON instead of a table")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupted)
-    obstacle = why_not()
+    obstacle = why_not(options.cgroup)
     if obstacle is not None:
         say(f"Nothing can be confined here: {obstacle}")
         return 2
     try:
-        return (
-            serve(options.port) if options.serve else demonstrate(options.port, options.seconds, options.json)
-        )
+        if options.serve:
+            return serve(options.port, options.cgroup)
+        return demonstrate(options.port, options.seconds, options.cgroup, as_json=options.json)
     except KeyboardInterrupt:
         say("\ninterrupted")
         return 130
 
 
-def demonstrate(port: int, seconds: float, as_json: bool) -> int:
+def demonstrate(port: int, seconds: float, cgroup: str | None, *, as_json: bool) -> int:
     """Both phases, and the table."""
     say(f"gunicorn, {WORKERS} workers with {THREADS} threads each; four tenants, twice {seconds:.0f} s")
     say("  1/2  without confinement (the hogs stop by themselves before they hurt this machine) …")
     without = unconfined(port, seconds)
     say("  2/2  with confinement …")
-    within = confined(port, seconds)
+    within = confined(port, seconds, cgroup)
     rows = list(compare(without, within))
     good = all(row.held is not False for row in rows)
     if as_json:
@@ -105,12 +108,12 @@ def unconfined(port: int, seconds: float) -> Phase:
         server.stop()
 
 
-def confined(port: int, seconds: float) -> Phase:
+def confined(port: int, seconds: float, cgroup: str | None) -> Phase:
     """The same load against the confined server, each tenant measured in its own cgroup."""
-    server = Server(confined=True, port=port)
+    server = Server(confined=True, port=port, cgroup=cgroup)
     try:
         _ready(server)
-        eye = Confined(tenant_cgroups(server.pid))
+        eye = Confined(tenant_cgroups(server.pid, cgroup))
         start = time.monotonic()
         with Watch(eye):
             results = load.run(server.port, PLANS, seconds)
@@ -143,9 +146,9 @@ def compare(without: Phase, within: Phase) -> Iterable[Row]:
     yield _row("fork-bomb", "16 processes", within, True, _processes(within.processes), held)
 
 
-def serve(port: int) -> int:
+def serve(port: int, cgroup: str | None) -> int:
     """Start the confined server, say how to visit it, and stay until it ends."""
-    server = Server(confined=True, port=port)
+    server = Server(confined=True, port=port, cgroup=cgroup)
     try:
         _ready(server)
         say(f"gunicorn (pid {server.pid}) serves four tenants, each confined by examples/tenants/rcon.toml:")

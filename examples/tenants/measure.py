@@ -42,10 +42,10 @@ class Used:
         return (window[-1][1] - window[0][1]) / (window[-1][0] - window[0][0])
 
 
-def tenant_cgroups(server: int) -> dict[str, Cgroup]:
+def tenant_cgroups(server: int, base: str | None) -> dict[str, Cgroup]:
     """By tenant of the example: the cgroup of all its work in the server whose master has this pid."""
     hierarchy = Hierarchy.discover()
-    base = find_base(hierarchy)
+    base = find_base(hierarchy, base)
     hierarchy = hierarchy.narrowed(base)
     instance = next(name for name in hierarchy.cgroup(base).children() if name.startswith(f"rcon-{server}-"))
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -26,23 +27,30 @@ THREADS = 8
 _PR_SET_PDEATHSIG = 1
 
 
-def why_not() -> str | None:
+def why_not(cgroup: str | None) -> str | None:
     """Why the example cannot be confined here, and what to do about it; None if it can."""
     if importlib.util.find_spec("gunicorn") is None:
         return "gunicorn is not installed; `make demo` installs it, and so does: pip install 'rcon-plugins[gunicorn]'"
     try:
         hierarchy = Hierarchy.discover()
         Plan.make(load_settings(str(SETTINGS)), Traits(threads=True), hierarchy=hierarchy).check()
-        find_base(hierarchy)
+        find_base(hierarchy, cgroup)
     except RconError as error:
-        return str(error) if os.geteuid() == 0 else f"run it as root (sudo make demo). Without root: {error}"
+        if os.geteuid() == 0 or cgroup is not None:
+            return str(error)
+        steps = str(error).replace("; ", ";\n    ")
+        return (
+            "run it as root: sudo make demo\n"
+            "or, without root, make a part of the cgroup tree yours and name it with --cgroup:\n"
+            f"    {steps}"
+        )
     return None
 
 
 class Server:
     """One gunicorn with the example application; confined by ``rcon.toml``, or not at all."""
 
-    def __init__(self, *, confined: bool, port: int = 0) -> None:
+    def __init__(self, *, confined: bool, port: int = 0, cgroup: str | None = None) -> None:
         self.mark = f"tenants-{os.getpid()}-{'confined' if confined else 'unconfined'}"
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
         listener = socket.create_server(("127.0.0.1", port), backlog=256)
@@ -54,6 +62,11 @@ class Server:
         if confined:
             command += ["--config", "python:rcon_gunicorn.conf"]
             environ["RCON_SETTINGS"] = str(SETTINGS)
+            if cgroup is not None:
+                self._settings = tempfile.NamedTemporaryFile("w", suffix=".toml")  # noqa: SIM115 - as above
+                self._settings.write(f"cgroup = {json.dumps(cgroup)}\n{SETTINGS.read_text()}")
+                self._settings.flush()
+                environ["RCON_SETTINGS"] = self._settings.name
         self._process = subprocess.Popen(
             command,
             env=environ,

@@ -87,13 +87,16 @@ class Gunicorn:
     def wait_until_served(self) -> Gunicorn:
         try:
             until(lambda: self.process.poll() is not None or self.status("/free/who") == 200)
-            # and until each worker has its fork server: gunicorn does not make them all at once
-            until(lambda: self.process.poll() is not None or all(map(children, self.workers())))
+            until(self.is_booted)  # gunicorn does not make all workers at once
             assert self.process.poll() is None
         except AssertionError:
             self.stop()
             raise AssertionError(f"the server did not start:\n{self.log()[-3000:]}") from None
         return self
+
+    def is_booted(self) -> bool:
+        """Whether each worker has come as far as to its fork server; or the master is gone."""
+        return self.process.poll() is not None or all(map(children, self.workers()))
 
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
@@ -144,6 +147,8 @@ class Gunicorn:
 
     def stop(self) -> int:
         """End it, gracefully first, and return its exit status."""
+        with contextlib.suppress(AssertionError):
+            until(self.is_booted, 5)  # gunicorn loses a SIGTERM sent to a worker that just began
         if self.process.poll() is None:
             self.process.terminate()
         try:
