@@ -80,9 +80,7 @@ class InlineConfinement(Confinement):
         self._lock = threading.Lock()
         self._home: Entrance | None = None
         self.executor: InlineExecutor | None = None
-        self._controllers = frozenset[str]().union(
-            *(resources.controllers() for resources in asked_resources(hook, policy, policy))
-        )
+        self._controllers = asked_resources(hook, policy, policy).controllers()
         if self._controllers:
             self.open()
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rcon_plugins.errors import SettingsError
@@ -51,13 +52,19 @@ class _Notebook:
     """Takes the place of a cgroup where only what would be written is wanted."""
 
     def __init__(self) -> None:
-        self.asked: list[Resources] = []
+        self.asked = Resources()
 
     def configure(self, resources: Resources) -> None:
-        self.asked.append(resources)
+        """Add what is asked for; what is written later counts."""
+        news = {
+            field.name: value
+            for field in fields(resources)
+            if (value := getattr(resources, field.name)) != field.default and field.name != "io"
+        }
+        self.asked = replace(self.asked, io={**self.asked.io, **resources.io}, **news)
 
 
-def asked_resources(hook: pluggy.HookRelay, limits: Limits, policy: Policy) -> list[Resources]:
+def asked_resources(hook: pluggy.HookRelay, limits: Limits, policy: Policy) -> Resources:
     """What the plugins would write for these limits."""
     notebook = _Notebook()
     hook.rcon_configure_cgroup(cgroup=notebook, limits=limits, policy=policy)
@@ -68,14 +75,17 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     """Choose the isolation of a policy and find what of it this machine cannot enforce."""
     together = asked_resources(hook, policy, policy)
     each = asked_resources(hook, policy.each, policy)
-    as_thread = _refusals(hierarchy, together, threaded=True)
-    as_process = _refusals(hierarchy, together, threaded=False) + tuple(
-        Refusal(f"each.{refusal.limit}", refusal.reason, refusal.remedy)
-        for refusal in _refusals(hierarchy, each, threaded=False)
-    )
+    as_thread = hierarchy.refusals(together, threaded=True)
+    as_process = [
+        *hierarchy.refusals(together),
+        *(
+            refusal._replace(limit=f"each.{refusal.limit}")
+            for refusal in hierarchy.refusals(each, within=together)
+        ),
+    ]
     need = _needs_process(policy, server, as_thread)
     if policy.isolation == "process":
-        return Verdict(policy, "process", 'the policy says isolation = "process"', as_process)
+        return Verdict(policy, "process", 'the policy says isolation = "process"', tuple(as_process))
     if policy.isolation == "inline":
         refusals = list(as_thread)
         if server.greenlets:
@@ -88,11 +98,11 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
             )
         return Verdict(policy, "inline", 'the policy says isolation = "inline"', tuple(refusals))
     if need:
-        return Verdict(policy, "process", need, as_process)
-    return Verdict(policy, "inline", "the cheapest that enforces all this policy asks for", as_thread)
+        return Verdict(policy, "process", need, tuple(as_process))
+    return Verdict(policy, "inline", "the cheapest that enforces all this policy asks for", ())
 
 
-def _needs_process(policy: Policy, server: Server, as_thread: tuple[Refusal, ...]) -> str | None:
+def _needs_process(policy: Policy, server: Server, as_thread: list[Refusal]) -> str | None:
     """Why only a process will do; None where a thread can carry the policy."""
     if policy.each.asks():
         return "limits of each work need a process for each"
@@ -103,9 +113,3 @@ def _needs_process(policy: Policy, server: Server, as_thread: tuple[Refusal, ...
     if as_thread:
         return f"{as_thread[0].limit}: {as_thread[0].reason}"
     return None
-
-
-def _refusals(hierarchy: Hierarchy, asked: list[Resources], *, threaded: bool) -> tuple[Refusal, ...]:
-    return tuple(
-        refusal for resources in asked for refusal in hierarchy.refusals(resources, threaded=threaded)
-    )

@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     """What the settings come to on this machine and this server, before anything is made."""
 
     settings: Settings
+    server: Server
     hierarchy: Hierarchy
     plugins: pluggy.PluginManager
     verdicts: Mapping[str, Verdict]
@@ -56,12 +57,17 @@ class Plan(NamedTuple):
         hierarchy = hierarchy or Hierarchy.discover()
         manager = make_plugin_manager(settings, plugins)
         contributed = [policy for some in manager.hook.rcon_policies(settings=settings) for policy in some]
-        complete = settings.with_policies(contributed)
+        return cls(settings.with_policies(contributed), server or Server(), hierarchy, manager, {}).within(
+            hierarchy
+        )
+
+    def within(self, hierarchy: Hierarchy) -> Plan:
+        """The same judged again, for a part of the cgroup tree that may have fewer controllers."""
         verdicts = {
-            name: judge(policy, server or Server(), hierarchy, manager.hook)
-            for name, policy in complete.policies.items()
+            name: judge(policy, self.server, hierarchy, self.plugins.hook)
+            for name, policy in self.settings.policies.items()
         }
-        return cls(complete, hierarchy, manager, verdicts)
+        return self._replace(hierarchy=hierarchy, verdicts=verdicts)
 
     def check(self) -> None:
         """Raise `SettingsError` for the first policy that cannot be enforced here: limit, reason, remedy."""
@@ -145,6 +151,8 @@ class Manager:
             instance = Instance.create(self.plan.hierarchy, base=self.settings.cgroup)
             self._instance = instance
         try:
+            self.plan = self.plan.within(instance.hierarchy)
+            self.plan.check()
             if self._owns_instance and self.plan.wants_adoption(instance):
                 instance.adopt()
             self._slots = Slots(instance.locks)
