@@ -185,7 +185,7 @@ def _processes(count: int | None) -> str:
 
 
 def _ready(server: Server) -> None:
-    if not (load.wait_until_served(server.port, "steady", 20) and server.running()):
+    if not load.wait_until_served(server.port, "steady", 20, server.running):
         raise SystemExit(f"the server did not start:\n{server.log()}")
 
 

@@ -7,6 +7,7 @@ import http.client
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 #: No answer within this many seconds is counted as "none".
@@ -98,10 +99,10 @@ def ask(connection: http.client.HTTPConnection, tenant: str) -> str:
     return str(response.status)
 
 
-def wait_until_served(port: int, tenant: str, seconds: float) -> bool:
-    """Whether the server answers this tenant with 200 within so many seconds."""
+def wait_until_served(port: int, tenant: str, seconds: float, running: Callable[[], bool]) -> bool:
+    """Whether the server answers this tenant with 200 within so many seconds, while it runs at all."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while running() and time.monotonic() < deadline:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
             if ask(connection, tenant) == "200":
                 return True

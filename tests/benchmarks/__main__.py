@@ -118,7 +118,7 @@ def neighbours() -> dict[str, dict[str, float | int | None]]:
     for confined in (False, True):
         server = Server(confined=confined)
         try:
-            if not load.wait_until_served(server.port, "steady", 20):
+            if not load.wait_until_served(server.port, "steady", 20, server.running):
                 raise RuntimeError(f"the example did not start:\n{server.log()}")
             for name, plans in (("alone", [steady]), ("with hogs", [steady, *hogs])):
                 result = load.run(server.port, plans, 10.0)["steady"]
