@@ -114,8 +114,8 @@ def cgroups() -> set[Path]:
 def cgroups_left(before: set[Path], ours: set[int]) -> list[str]:
     """Cgroups that are there and were not before, except those of somebody else's server running beside the tests.
 
-    Such a one is told by the pid in its name, or in that of a cgroup in it (`rcon-<pid>-<starttime>`): alive, and none
-    of ours.
+    Such a one is told by a process in it that is alive and none of ours, or by the pid in its name, or in that of a
+    cgroup in it (`rcon-<pid>-<starttime>`), being one.
     """
     new = cgroups() - before
     return sorted(str(path) for path in new if path.parent not in new and not of_somebody_else(path, ours))
@@ -127,4 +127,7 @@ def of_somebody_else(path: Path, ours: set[int]) -> bool:
         match = re.fullmatch(r"rcon-(\d+)-\d+", cgroup.name)
         if match and int(match[1]) not in ours and Path("/proc", match[1]).exists():
             return True
+        with contextlib.suppress(OSError):  # a threaded one lists no processes; others have gone meanwhile
+            if {int(pid) for pid in (cgroup / "cgroup.procs").read_text().split()} - ours:
+                return True
     return False
