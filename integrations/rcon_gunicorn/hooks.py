@@ -86,12 +86,14 @@ class Hooks:
 
     def on_starting(self, server: Arbiter) -> None:
         """Load and judge the settings, and make this server's part of the cgroup tree."""
-        if server_traits(server.worker_class) is None:
-            raise StartRefused(refusal(server.worker_class))
         join_error_log()
         try:
+            if server_traits(server.worker_class) is None:
+                raise ConfinementError(refusal(server.worker_class))
             self._master = Master.start(self._settings_path(), server)
         except RconError as error:
+            if server.cfg.errorlog != "-":  # a daemon's standard error goes nowhere
+                server.log.error("rcon: %s", error)
             raise StartRefused(str(error)) from None
         # A reload executes a configuration file anew, which makes new Hooks: they find this one's work there.
         cast(Any, server).rcon = self._master

@@ -12,6 +12,7 @@ import pytest
 
 from rcon_gunicorn import Hooks, chain
 from rcon_gunicorn.workers import refusal, server_traits
+from rcon_plugins.errors import ConfinementError
 from rcon_plugins.isolation import Server
 from tests.integrations.gunicorn.server import HERE, Gunicorn, instance_directories
 
@@ -144,6 +145,53 @@ def test_install_keeps_a_files_own_hooks() -> None:
     assert config["post_worker_init"] == hooks.post_worker_init
     config["on_exit"](object())
     assert calls == ["theirs"]
+
+
+class FakeMaster:
+    """Stands for gunicorn's master where a test needs no more."""
+
+    cfg: Any = None
+    log: Any = None
+
+    def __init__(self, worker_class: type) -> None:
+        self.worker_class = worker_class
+        self.swept: list[int] = []
+        self.rcon = self
+
+    def sweep(self, worker: int, server: object) -> None:
+        assert server is self
+        self.swept.append(worker)
+
+
+def test_a_worker_class_that_cannot_be_confined_ends_gunicorn_at_a_reload() -> None:
+    from gunicorn.errors import HaltServer  # type: ignore[import-untyped]
+
+    with pytest.raises(HaltServer) as raised:
+        Hooks("rcon.toml").on_reload(FakeMaster(class_named("uvicorn_worker.UvicornWorker")))
+    assert raised.value.exit_status == 1
+    assert "uvicorn_worker.UvicornWorker cannot be confined" in raised.value.reason
+
+
+def test_worker_exit_called_in_the_master_sweeps() -> None:
+    """gunicorn does so for a worker that it wanted to signal and did not find."""
+    server = FakeMaster(class_named("gunicorn.workers.sync.SyncWorker"))
+    worker = type("Worker", (), {"pid": 1})()
+    Hooks("rcon.toml").worker_exit(server, worker)
+    assert server.swept == [1]
+
+
+def test_a_worker_without_on_starting_does_not_serve() -> None:
+    sync = class_named("gunicorn.workers.sync.SyncWorker")
+    with pytest.raises(ConfinementError, match=r"assign all of them, or use Hooks\.install"):
+        Hooks("rcon.toml").post_worker_init(sync())
+
+
+def test_refusals_reach_the_error_log_of_a_daemon(tmp_path: Path) -> None:
+    log = tmp_path / "error.log"
+    status, output, _ = start(tmp_path, "[policy.default\n", "--error-logfile", str(log))
+    assert status == 1
+    assert "rcon.toml" in output
+    assert "rcon.toml" in log.read_text()
 
 
 def test_gunicorn_takes_the_hooks() -> None:
