@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from rcon_plugins.hookspecs import hookimpl
     from rcon_plugins.isolation import Server, Verdict
     from rcon_plugins.manager import Manager, Plan
-    from rcon_plugins.outcome import Outcome, Usage
+    from rcon_plugins.outcome import Outcome
     from rcon_plugins.policy import Each, IoLimits, Limits, Policy
     from rcon_plugins.settings import Settings, load
+    from rcon_plugins.usage import Usage
     from rcon_plugins.work import Work
 
 __all__ = [
@@ -53,7 +54,7 @@ _HOMES = {
     "Policy": "policy",
     "Server": "isolation",
     "Settings": "settings",
-    "Usage": "outcome",
+    "Usage": "usage",
     "Verdict": "isolation",
     "Work": "work",
     "confine": "confined",

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.outcome import Ending, Outcome, Usage
+from rcon_plugins.outcome import Ending, Outcome
+from rcon_plugins.usage import Usage
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement import Confinement, InlineConfinement, ProcessConfinement
     from rcon_plugins.executors.channel import Channel
     from rcon_plugins.executors.inline import InlineExecutor
     from rcon_plugins.executors.pool import ExecutorPool
-    from rcon_plugins.kernel.cgroup import Reading
-    from rcon_plugins.manager import Manager
+    from rcon_plugins.kernel.cgroup import Cgroup, Reading
     from rcon_plugins.policy import Policy
     from rcon_plugins.work import Work
 
@@ -31,15 +32,28 @@ _DEATH_GRACE = 1.0
 _HEAVY = 0.5
 
 
+class Host(Protocol):
+    """What an admission needs of the manager that made it."""
+
+    #: Settles the few races between a work's own thread and the supervisor. Held for moments.
+    lock: threading.Lock
+
+    def together(self, confinement: Confinement) -> Cgroup:
+        """The cgroup that holds all the work of a confinement that runs in processes."""
+
+    def concluded(self, work: Work, confinement: Confinement, slot: int | None, outcome: Outcome) -> None:
+        """Take note of a work's outcome, once."""
+
+
 class Admission:
     """One work that may run. Exactly one of `finish`, `died` and `abort` ends it; more calls change nothing."""
 
     isolation: Literal["inline", "process"]
 
-    def __init__(self, manager: Manager, work: Work, confinement: Confinement, slot: int | None) -> None:
+    def __init__(self, host: Host, work: Work, confinement: Confinement, slot: int | None) -> None:
         self.work = work
         self.confinement = confinement
-        self._manager = manager
+        self._host = host
         self._slot = slot
         self._started = time.monotonic()
         self._outcome: Outcome | None = None
@@ -90,7 +104,7 @@ class Admission:
             detail=detail,
         )
         self._outcome = outcome
-        self._manager.concluded(self.work, self.confinement, self._slot, outcome)
+        self._host.concluded(self.work, self.confinement, self._slot, outcome)
         return outcome
 
 
@@ -100,10 +114,8 @@ class InlineAdmission(Admission):
     isolation = "inline"
     confinement: InlineConfinement
 
-    def __init__(
-        self, manager: Manager, work: Work, confinement: InlineConfinement, slot: int | None
-    ) -> None:
-        super().__init__(manager, work, confinement, slot)
+    def __init__(self, host: Host, work: Work, confinement: InlineConfinement, slot: int | None) -> None:
+        super().__init__(host, work, confinement, slot)
         self._cpu_seconds = 0.0
 
     def entered(self) -> _Stay:
@@ -163,13 +175,13 @@ class ProcessAdmission(Admission):
 
     def __init__(
         self,
-        manager: Manager,
+        host: Host,
         work: Work,
         confinement: ProcessConfinement,
         slot: int | None,
         pool: ExecutorPool,
     ) -> None:
-        super().__init__(manager, work, confinement, slot)
+        super().__init__(host, work, confinement, slot)
         self._pool = pool
         self._executor = executor = pool.take(confinement.name, confinement.policy)
         self._over = False
@@ -235,7 +247,7 @@ class ProcessAdmission(Admission):
 
     def _is_over(self) -> bool:
         """Settle that the work is over; False when its deadline was there first."""
-        with self._manager.lock:
+        with self._host.lock:
             first = not self._over
             self._over = True
             return first
@@ -251,6 +263,8 @@ class ProcessAdmission(Admission):
             # What the work started ends with it, before anybody is told that it ended.
             pool.processes.kill(executor, "left processes behind")
             pool.replace(executor, "left processes behind")
+        elif not executor.channel.quiet:
+            pool.replace(executor, "said more than its work was")
         elif executor.works >= self.policy.max_works:
             pool.replace(executor, "served max_works")
         elif self._is_heavy(reading):
@@ -330,7 +344,7 @@ class ProcessAdmission(Admission):
         if self.policy.pids is None:
             return False
         # Since 6.12 a hit is counted where the limit is: in the cgroup of all the work together.
-        hits = self._manager.together(self.confinement).read().pids_limit_hits
+        hits = self._host.together(self.confinement).read().pids_limit_hits
         before, self.confinement.pids_limit_hits = self.confinement.pids_limit_hits, hits or 0
         return _rose(before, hits)
 

@@ -27,7 +27,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rcon_plugins.outcome import Usage
+    from rcon_plugins.usage import Usage
 
 
 class RconError(Exception):

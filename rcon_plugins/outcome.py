@@ -1,4 +1,4 @@
-"""How work ended, and what it used."""
+"""How work ended."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from rcon_plugins import errors
+from rcon_plugins.usage import Usage
 
 Ending = Literal[
     "ok",  # the work ran to its end
@@ -19,22 +20,6 @@ Ending = Literal[
     "aborted",  # stopped by the host: its client went away, or the server stops
     "refused",  # never started: it could not be confined
 ]
-
-
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """What one work used. ``None`` is "not measured here", never zero.
-
-    ``inline`` work measures CPU and wall time of its thread only.
-    """
-
-    wall_seconds: float = 0.0
-    #: CPU time, user and system, of the work and of all it started.
-    cpu_seconds: float | None = None
-    #: Bytes. The highest since the executor process was made where the kernel cannot reset a peak
-    #: (cgroup v2 before 6.12), else of this work alone.
-    memory_peak: int | None = None
-    io_read_bytes: int | None = None
-    io_write_bytes: int | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

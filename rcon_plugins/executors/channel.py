@@ -62,6 +62,11 @@ class Channel:
         """Whether a whole frame is here already, so that `receive` will not block."""
         return self._whole_frame_end() is not None
 
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is here that was not received as a whole frame."""
+        return not self._buffer
+
     def send(self, *frames: tuple[int, bytes]) -> None:
         """Send frames, in one system call where they fit; blocks while the other side does not read.
 
