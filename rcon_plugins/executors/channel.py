@@ -10,6 +10,7 @@ blocks until the other side reads, which is the back-pressure that streamed bodi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -34,6 +35,10 @@ class Frame(NamedTuple):
 
 class ChannelClosed(Exception):
     """Raised when the other side is gone, or may no longer be spoken to from this process."""
+
+
+class ChannelTimeout(ChannelClosed):
+    """Raised when the other side said nothing in time."""
 
 
 class ProtocolViolation(ChannelClosed):
@@ -106,12 +111,33 @@ class Channel:
             self._buffer, self._position = b"", 0
         return frame
 
+    def receive_within(self, seconds: float) -> Frame:
+        """The next frame, if it comes in time. Raises as `receive`, and `ChannelTimeout`."""
+        self._socket.settimeout(seconds)
+        try:
+            return self.receive()
+        except ChannelClosed as error:
+            if isinstance(error.__cause__, TimeoutError):
+                raise ChannelTimeout(f"no word within {seconds:g} s") from error
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # closed by now
+                self._socket.settimeout(None)
+
     def refuse(self) -> None:
         """Stop reading: whatever the other side sends from now on fails there as a closed channel."""
         try:
             self._socket.shutdown(socket.SHUT_RD)
         except OSError:
             return  # the other side is gone already, which is as closed as it can be
+
+    def hang_up(self) -> None:
+        """End the conversation without giving the descriptor back: who waits in `receive` reads an end of file.
+
+        May be called by any thread, while another one uses the channel; `close` may not.
+        """
+        with contextlib.suppress(OSError):  # the other side is gone already
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close this end."""
