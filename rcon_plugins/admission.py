@@ -6,10 +6,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from rcon_plugins.errors import KernelError
+from rcon_plugins.executors.process import DEATH_SECONDS, LOGGER
 from rcon_plugins.outcome import Ending, Outcome
 from rcon_plugins.usage import Usage
 
@@ -26,10 +28,9 @@ _Number = TypeVar("_Number", int, float)
 
 #: How long a work that is aborted has to end by itself before it is killed, seconds.
 ABORT_GRACE = 0.2
-#: How long a death may take to be told after the channel closed, seconds; then it is helped along.
-_DEATH_GRACE = 1.0
 #: An executor process that still holds this much of its own memory limit after a work is replaced.
 _HEAVY = 0.5
+_LEFT_BEHIND = "left processes behind"
 
 
 class Host(Protocol):
@@ -168,7 +169,11 @@ class _Stay:
 
 
 class ProcessAdmission(Admission):
-    """Work that runs in an executor process, at the other end of `channel`."""
+    """Work that runs in an executor process, at the other end of `channel`.
+
+    On its deadline the supervisor ends and concludes the work by itself, whatever the thread that serves it is waiting
+    for. ``on_deadline``, where set, is called then, in the supervisor's thread, to wake that thread up.
+    """
 
     isolation = "process"
     confinement: ProcessConfinement
@@ -182,16 +187,17 @@ class ProcessAdmission(Admission):
         pool: ExecutorPool,
     ) -> None:
         super().__init__(host, work, confinement, slot)
+        self.on_deadline: Callable[[], object] | None = None
         self._pool = pool
+        self._settled = False
+        self._concluding = threading.Lock()
         self._executor = executor = pool.take(confinement.name, confinement.policy)
-        self._over = False
-        if executor.works:
-            executor.meter.reset_peak()
-        executor.works += 1
-        self._before = executor.reading
+        if not executor.works and confinement.policy.pids is not None:
+            confinement.pids_limit_hits = self._pids_limit_hits()
+        self._before = executor.begin_work()
         timeout = confinement.policy.each.timeout
         if timeout is not None:
-            pool.processes.at(self._started + timeout, self._time_out)
+            pool.processes.arm(executor, self._started + timeout, self._time_out)
 
     @property
     def channel(self) -> Channel:
@@ -206,124 +212,136 @@ class ProcessAdmission(Admission):
     def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
         if self._outcome is not None:
             return self._outcome
-        if not self._is_over():
+        if not self._settle():
             return self.died()  # it ran into its deadline just now
-        executor = self._executor
         try:
-            reading = executor.meter.read()
+            reading = self._executor.read()
+            fate = self._why_unfit(reading)
         except KernelError:
-            return self.died()  # its cgroup is gone, and so is it
-        executor.reading = reading
-        self._let_go(reading)
+            return self.died()  # its cgroup is gone, or cannot be read: the executor is of no use any more
+        self._executor.reading = reading
+        self._let_go(fate)
         if ending == "error" and self._hit_pids_limit(reading):
             return self._conclude(
                 "pids",
                 self._usage(reading),
                 limit=self._limit("pids"),
-                detail=detail or "no more processes or threads may be started",
+                detail=detail or f"{self.work.name}: no more processes or threads may be started",
             )
         return self._conclude(ending, self._usage(reading), detail=detail)
 
     def died(self) -> Outcome:
-        if self._outcome is not None:
-            return self._outcome
-        self._is_over()
+        self._settle()
         executor = self._executor
-        if not executor.ended.wait(_DEATH_GRACE):
+        if not executor.ended.wait(DEATH_SECONDS) and executor.fate is None:
             self._pool.processes.kill(executor, "protocol")
-        return self._autopsy()
+            executor.ended.wait(DEATH_SECONDS)
+        outcome = self._autopsy()
+        executor.channel.close()
+        return outcome
 
     def abort(self, detail: str) -> Outcome:
-        if self._outcome is not None:
-            return self._outcome
-        self._is_over()
-        executor = self._executor
-        executor.channel.refuse()
-        if executor.fate is None:
-            executor.fate = "aborted"
-        if not executor.ended.wait(ABORT_GRACE):
-            self._pool.processes.kill(executor, "aborted")
-        return self._autopsy(detail)
+        if self._settle():
+            executor = self._executor
+            executor.fate = executor.fate or "aborted"
+            executor.channel.refuse()
+            if not executor.ended.wait(ABORT_GRACE):
+                self._pool.processes.kill(executor, "aborted")
+        self._executor.ended.wait(DEATH_SECONDS)
+        outcome = self._autopsy(detail)
+        self._executor.channel.close()
+        return outcome
 
-    def _is_over(self) -> bool:
-        """Settle that the work is over; False when its deadline was there first."""
+    def _settle(self) -> bool:
+        """Settle that the work is over; False when that was settled before."""
         with self._host.lock:
-            first = not self._over
-            self._over = True
-            return first
+            first = not self._settled
+            self._settled = True
+        if first:
+            self._pool.processes.disarm(self._executor)
+        return first
 
     def _time_out(self) -> None:
-        if self._is_over():
-            self._pool.processes.kill(self._executor, "timeout")
+        """In the supervisor: the deadline has come."""
+        if not self._settle():
+            return
+        self._pool.processes.kill(self._executor, "timeout")
+        self._executor.when_ended(self._autopsy)
+        if self.on_deadline is not None:
+            self.on_deadline()
 
-    def _let_go(self, reading: Reading) -> None:
+    def _let_go(self, fate: str | None) -> None:
         """Give the executor process back, or end it where it must not serve again."""
         executor, pool = self._executor, self._pool
-        if not executor.is_alone(reading):
-            # What the work started ends with it, before anybody is told that it ended.
-            pool.processes.kill(executor, "left processes behind")
-            pool.replace(executor, "left processes behind")
-        elif not executor.channel.quiet:
-            pool.replace(executor, "said more than its work was")
-        elif executor.works >= self.policy.max_works:
-            pool.replace(executor, "served max_works")
-        elif self._is_heavy(reading):
-            pool.replace(executor, "holds much of its memory limit")
-        else:
+        if fate is None:
             pool.give_back(executor)
+            return
+        pool.replace(executor, fate)
+        if fate == _LEFT_BEHIND:
+            # What the work started ends with it, before anybody is told that it ended: if that is soon.
+            executor.ended.wait(DEATH_SECONDS)
+        executor.channel.close()
 
-    def _is_heavy(self, reading: Reading) -> bool:
+    def _why_unfit(self, reading: Reading) -> str | None:
+        """Why the executor process must not serve again; None if it may. Raises `KernelError`."""
+        executor = self._executor
+        if not executor.is_alone(reading):
+            return _LEFT_BEHIND
+        if executor.works >= self.policy.max_works:
+            return "served max_works"
         most = self.policy.each.memory or self.policy.memory
-        return (
-            most is not None and reading.memory_current is not None and reading.memory_current > _HEAVY * most
-        )
+        held = reading.memory_current
+        if most is not None and held is not None and held > _HEAVY * most:
+            return "holds much of its memory limit"
+        return None
 
     def _autopsy(self, detail: str = "") -> Outcome:
-        executor = self._executor
-        if not self._pool.processes.wait_end(executor):
-            # Uninterruptible sleep, most likely: the supervisor still waits for it, the client need not.
-            return self._conclude(
-                "killed",
-                self._usage(self._before),
-                detail=f"{self.work.name}: its process {executor.pid} was killed and does not end",
-            )
-        self._pool.replace(executor, executor.fate or "died")
-        usage = self._usage(executor.reading)
-        policy = self.policy
-        if executor.fate == "timeout":
-            return self._conclude(
-                "timeout",
-                usage,
-                limit="each.timeout",
-                detail=f"{self.work.name}: wall time limit {policy.each.timeout} reached",
-            )
-        if executor.fate == "aborted":
-            return self._conclude("aborted", usage, detail=detail)
-        if _rose(self._before.oom_kills, executor.reading.oom_kills):
-            limit = self._limit("memory")
-            bound = policy.each.memory if limit == "each.memory" else policy.memory
-            return self._conclude(
-                "memory",
-                usage,
-                limit=limit,
-                detail=f"{self.work.name}: memory limit {bound or 'of the machine'} reached, "
-                f"peak {_mebibytes(usage.memory_peak)}",
-            )
-        if executor.fate == "protocol":
-            return self._conclude(
-                "killed", usage, detail=f"{self.work.name}: its process broke off the conversation"
-            )
+        """Find out how the work ended, and conclude it, unless that was done before."""
+        with self._concluding:
+            if self._outcome is not None:
+                return self._outcome
+            executor, work = self._executor, self.work.name
+            self._pool.replace(executor, executor.fate or "died")
+            usage = self._usage(self._last_reading())
+            if executor.fate == "timeout":
+                limit = f"wall time limit {self.policy.each.timeout} reached"
+                return self._conclude("timeout", usage, limit="each.timeout", detail=f"{work}: {limit}")
+            if executor.fate == "aborted":
+                return self._conclude("aborted", usage, detail=detail)
+            if _rose(self._before.oom_kills, executor.reading.oom_kills):
+                return self._out_of_memory(usage)
+            return self._killed(usage)
+
+    def _last_reading(self) -> Reading:
+        try:
+            self._executor.reading = self._executor.read()
+        except KernelError:
+            # Its cgroup is gone: what was read last is all there is to be known.
+            LOGGER.debug("%s cannot be read any more", self._executor.leaf.path)
+        return self._executor.reading
+
+    def _out_of_memory(self, usage: Usage) -> Outcome:
+        limit = self._limit("memory")
+        bound = self.policy.each.memory if limit == "each.memory" else self.policy.memory
+        detail = f"memory limit {bound or 'of the machine'} reached, peak {_mebibytes(usage.memory_peak)}"
+        return self._conclude("memory", usage, limit=limit, detail=f"{self.work.name}: {detail}")
+
+    def _killed(self, usage: Usage) -> Outcome:
+        executor, number = self._executor, None
         status = executor.status
-        if status is not None and os.WIFSIGNALED(status):
+        if executor.fate == "protocol":
+            how = "broke off the conversation"
+        elif not executor.ended.is_set():
+            how = f"({executor.pid}) was killed and does not end"
+        elif status is None:
+            how = "ended"
+        elif os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
-            return self._conclude(
-                "killed",
-                usage,
-                signal_number=number,
-                detail=f"{self.work.name}: its process was ended by a signal: {signal.strsignal(number)}",
-            )
-        code = "" if status is None else f" with exit status {os.waitstatus_to_exitcode(status)}"
-        return self._conclude("killed", usage, detail=f"{self.work.name}: its process ended{code}")
+            how = f"was ended by a signal: {signal.strsignal(number)}"
+        else:
+            how = f"ended with exit status {os.waitstatus_to_exitcode(status)}"
+        detail = f"{self.work.name}: its process {how}"
+        return self._conclude("killed", usage, signal_number=number, detail=detail)
 
     def _limit(self, name: Literal["memory", "pids"]) -> str:
         """The limit that was hit: that of the single work, or that of all together."""
@@ -343,10 +361,17 @@ class ProcessAdmission(Admission):
             return True
         if self.policy.pids is None:
             return False
-        # Since 6.12 a hit is counted where the limit is: in the cgroup of all the work together.
-        hits = self._host.together(self.confinement).read().pids_limit_hits
-        before, self.confinement.pids_limit_hits = self.confinement.pids_limit_hits, hits or 0
-        return _rose(before, hits)
+        # Since 6.11 a hit is counted where the limit is: in the cgroup of all the work together.
+        before, hits = self.confinement.pids_limit_hits, self._pids_limit_hits()
+        self.confinement.pids_limit_hits = hits
+        return before is not None and _rose(before, hits)
+
+    def _pids_limit_hits(self) -> int | None:
+        """Forks refused by the limit of all the work together; None if it cannot be told."""
+        try:
+            return self._host.together(self.confinement).read().pids_limit_hits
+        except KernelError:
+            return None  # its last leaf is gone, and so is it
 
     def _usage(self, reading: Reading) -> Usage:
         before, peak, most = self._before, reading.memory_peak, self.policy.memory

@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 _PLAIN_KEY = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,99}")
 
 
-def cgroup_name(policy: str, key: str | None) -> str:
+def cgroup_name(policy: str, key: str | None, generation: int = 0) -> str:
     """The directory name of a confinement: ``policy``, or ``policy~key``.
+
+    ``policy.2`` where the policy was changed twice: a changed policy has a cgroup of its own, so that workers that
+    still finish their work under the former do not write its limits back.
 
     A key is what a client sent. One that is not plain (host-like, at most 100 characters) appears as ``policy~~HASH``
     instead, so that no key, whatever it holds, names anything but one directory; different keys never share one.
     """
+    if generation:
+        policy = f"{policy}.{generation}"
     if key is None:
         return policy
     if _PLAIN_KEY.fullmatch(key):
@@ -42,12 +47,12 @@ class Confinement:
 
     isolation: Isolation
 
-    def __init__(self, policy: Policy, key: str | None, verdict: Verdict) -> None:
+    def __init__(self, policy: Policy, key: str | None, verdict: Verdict, generation: int = 0) -> None:
         self.policy = policy
         self.key = key
-        self.name = cgroup_name(policy.name, key)
+        self.name = cgroup_name(policy.name, key, generation)
         self.isolation = verdict.isolation
-        self.first_slot = first_slot(self.name)
+        self.first_slot = first_slot(cgroup_name(policy.name, key))
         self.users = 0
 
     def close(self) -> None:
@@ -57,10 +62,10 @@ class Confinement:
 class ProcessConfinement(Confinement):
     """Its work runs in executor processes; the cgroups are made with them."""
 
-    def __init__(self, policy: Policy, key: str | None, verdict: Verdict) -> None:
-        super().__init__(policy, key, verdict)
+    def __init__(self, policy: Policy, key: str | None, verdict: Verdict, generation: int = 0) -> None:
+        super().__init__(policy, key, verdict, generation)
         #: Forks refused in the confinement's cgroup when somebody last looked.
-        self.pids_limit_hits = 0
+        self.pids_limit_hits: int | None = None
 
 
 class InlineConfinement(Confinement):
@@ -73,16 +78,24 @@ class InlineConfinement(Confinement):
         verdict: Verdict,
         instance: Instance,
         hook: pluggy.HookRelay,
+        generation: int = 0,
     ) -> None:
-        super().__init__(policy, key, verdict)
+        super().__init__(policy, key, verdict, generation)
         self._instance = instance
         self._hook = hook
         self._lock = threading.Lock()
         self._home: Entrance | None = None
         self.executor: InlineExecutor | None = None
+        #: Ways into cgroups that are gone. Threads may still be about to use one, and find that it leads nowhere;
+        #: closed, its number could be that of another file by then.
+        self._former: list[InlineExecutor] = []
         self._controllers = asked_resources(hook, policy, policy).controllers()
         if self._controllers:
-            self.open()
+            try:
+                self.open()
+            except BaseException:
+                self.close()
+                raise
 
     def open(self) -> None:
         """Make the cgroup, write its limits, and open what threads enter it by."""
@@ -94,8 +107,8 @@ class InlineConfinement(Confinement):
             self._hook.rcon_configure_cgroup(cgroup=cgroup, limits=self.policy, policy=self.policy)
             entrance = cgroup.entrance(self._controllers)
             self.executor, former = InlineExecutor(cgroup, entrance, home), self.executor
-        if former is not None:
-            former.entrance.close()
+            if former is not None:
+                self._former.append(former)
 
     def enter(self) -> InlineExecutor | None:
         """Move the calling thread in; what is returned moves it out again.
@@ -119,6 +132,8 @@ class InlineConfinement(Confinement):
 
     def close(self) -> None:
         """Close the ways in, and remove the cgroup unless threads of another worker are in it."""
+        for former in self._former:
+            former.entrance.close()
         if self.executor is not None:
             self.executor.close()
         if self._home is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -17,12 +18,12 @@ from rcon_plugins.errors import (
     KernelError,
     LimitExceeded,
     PidsLimitExceeded,
-    RconError,
 )
 from rcon_plugins.executors.pool import ExecutorPool
 from rcon_plugins.instance import Instance
 from rcon_plugins.isolation import Server, Verdict, judge
 from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.kernel.process import make_room_for_descriptors
 from rcon_plugins.outcome import Ending, Outcome
 from rcon_plugins.plugins import make_plugin_manager
 from rcon_plugins.settings import Settings
@@ -108,11 +109,13 @@ class Manager:
         instance: Instance | None = None,
         plugins: Sequence[object] = (),
         on_lost: Callable[[], object] | None = None,
+        generations: Mapping[str, int] | None = None,
     ) -> None:
         """Judge the policies. Raises `SettingsError` for one that this machine cannot enforce.
 
         ``on_lost`` is called, in another thread, if the fork server ends before its time: work that needs a process
-        is refused from then on, so the host had best be replaced.
+        is refused from then on, so the host had best be replaced. ``generations`` says how often a policy of that name
+        was changed during the life of the instance (see `cgroup_name`).
         """
         self.plan = Plan.make(settings, server, plugins)
         self.plan.check()
@@ -124,17 +127,23 @@ class Manager:
         self._owns_instance = instance is None
         self._instance = instance
         self._on_lost = on_lost
+        self._generations = generations or {}
         self._pid = 0
         self._slots: Slots | None = None
         self._pool: ExecutorPool | None = None
         self._confinements: OrderedDict[str, Confinement] = OrderedDict()
 
     def start(
-        self, service: Service | None = None, *, after_fork: Sequence[Callable[[], object]] = ()
+        self,
+        service: Service | None = None,
+        *,
+        after_fork: Sequence[Callable[[], object]] = (),
+        server_files: Sequence[int] = (),
     ) -> None:
         """Make the instance where none was given, and fork the fork server where a policy needs processes.
 
-        ``service`` is what an executor process does with each work; ``after_fork`` is called in each new one. Raises
+        ``service`` is what an executor process does with each work; ``after_fork`` is called in each new one;
+        ``server_files`` are descriptors of regular files that it must not have (sockets and pipes it never has). Raises
         `DelegationError` and other `KernelError`, `ConfinementError` where a policy needs processes and there is no
         service.
         """
@@ -157,10 +166,16 @@ class Manager:
                 instance.adopt()
             self._slots = Slots(instance.locks)
             if self.plan.uses_processes and service is not None:
+                make_room_for_descriptors(self.settings.processes)
                 self._pool = ExecutorPool(
-                    instance, self.hook, self.settings.processes, self._executor_ended, self._on_lost
+                    instance,
+                    self.hook,
+                    self.settings.processes,
+                    is_kept=self._confinements.__contains__,
+                    on_end=self._executor_ended,
+                    on_lost=self._on_lost,
                 )
-                self._pool.processes.start(service, after_fork)
+                self._pool.processes.start(service, after_fork, server_files)
         except BaseException:
             if self._owns_instance:
                 instance.close()
@@ -175,13 +190,15 @@ class Manager:
         if self._pid != os.getpid():
             return
         self._pid = 0
-        if self._pool is not None:
-            self._pool.close()
-        for confinement in self._confinements.values():
-            confinement.close()
+        with contextlib.ExitStack() as last:  # each step, also when one before it fails
+            if self._owns_instance and self._instance is not None:
+                last.callback(self._instance.close)
+            for confinement in self._confinements.values():
+                if not confinement.users:  # else a thread is in it, or on its way
+                    last.callback(self._drop, confinement)
+            if self._pool is not None:
+                last.callback(self._pool.close)
         self._confinements.clear()
-        if self._owns_instance and self._instance is not None:
-            self._instance.close()
 
     @property
     def fork_server_pid(self) -> int | None:
@@ -206,7 +223,7 @@ class Manager:
             policy = self.settings.policies[policy_name]
             key = work.attributes.get(policy.per) if policy.per is not None else None
             confinement = self._hold(policy_name, key)
-        except (RconError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the work does not run
             self._refuse(work, policy_name, key, error)
         slot: int | None = None
         try:
@@ -244,7 +261,7 @@ class Manager:
 
     def _hold(self, policy_name: str, key: str | None) -> Confinement:
         """The confinement of a policy and key, made where it is not kept, with one more user."""
-        name = cgroup_name(policy_name, key)
+        name = cgroup_name(policy_name, key, self._generations.get(policy_name, 0))
         with self.lock:
             found = self._confinements.get(name)
             if found is not None:
@@ -269,9 +286,10 @@ class Manager:
     def _make_confinement(self, policy_name: str, key: str | None) -> Confinement:
         verdict = self.plan.verdicts[policy_name]
         policy = self.settings.policies[policy_name]
+        generation = self._generations.get(policy_name, 0)
         if verdict.isolation == "process":
-            return ProcessConfinement(policy, key, verdict)
-        return InlineConfinement(policy, key, verdict, self._ready_instance(), self.hook)
+            return ProcessConfinement(policy, key, verdict, generation)
+        return InlineConfinement(policy, key, verdict, self._ready_instance(), self.hook, generation)
 
     def _superfluous(self) -> list[Confinement]:
         """Take out what is kept beyond the bound and unused, the longest unused first."""
@@ -288,11 +306,13 @@ class Manager:
             self._pool.forget(confinement.name)
 
     def _executor_ended(self, name: str) -> None:
-        """The last executor process of a confinement ended: its cgroup goes too, if it is not kept."""
-        with self.lock:
-            if name in self._confinements:
-                return
-        self._ready_instance().together(name).delete()
+        """An executor process of a confinement is gone: the cgroup goes too, if it is empty and not kept."""
+        if name in self._confinements:
+            return
+        try:
+            self._ready_instance().together(name).delete()
+        except KernelError as error:
+            LOGGER.error("the cgroup of %s could not be removed: %s", name, error)
 
     def _make_admission(self, work: Work, confinement: Confinement, slot: int | None) -> Admission:
         if isinstance(confinement, InlineConfinement):
@@ -311,10 +331,10 @@ class Manager:
         return slot
 
     def _let_go(self, confinement: Confinement, slot: int | None) -> None:
-        if slot is not None and self._slots is not None:
-            self._slots.release(slot)
         with self.lock:
             confinement.users -= 1
+        if slot is not None and self._slots is not None:
+            self._slots.release(slot)
 
     def _refuse(self, work: Work, policy: str, key: str | None, error: Exception) -> NoReturn:
         """Tell hooks and log that the work does not run, and raise that."""

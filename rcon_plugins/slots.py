@@ -7,10 +7,12 @@ way. The kernel releases the locks of a process that ends, however it ends, so n
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import threading
+from collections.abc import Iterator
 
 #: The most slots of one confinement.
 MOST = 1 << 16
@@ -47,6 +49,17 @@ class Slots:
         with self._lock:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, slot, os.SEEK_SET)
             self._held.discard(slot)
+
+
+@contextlib.contextmanager
+def entering(file: int, name: str) -> Iterator[None]:
+    """Be the only process of the server that enters the confinement ``name``; waits for its turn."""
+    turn = first_slot(name) + MOST
+    fcntl.lockf(file, fcntl.LOCK_EX, 1, turn, os.SEEK_SET)
+    try:
+        yield
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN, 1, turn, os.SEEK_SET)
 
 
 def first_slot(name: str) -> int:

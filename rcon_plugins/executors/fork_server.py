@@ -5,7 +5,8 @@ meets threads. It runs no application code. It reaps the executor processes and 
 the host ends, however that happened, it kills all that the host's executor processes started, and ends too.
 
 Host and fork server speak over a ``SOCK_SEQPACKET`` pair: a `Birth` with one end of the new executor's channel goes
-down, a `Death` comes up. Both are this project's own code, so a birth is pickled; a death is a fixed record.
+down, or a `Kill`; a `Death` comes up. Both ends are this project's own code, so orders are pickled; a death is a fixed
+record.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import _socket  # the real thing, whatever a cooperative library made of `socket`
 import array
 import contextlib
+import errno
 import gc
 import os
 import pickle
 import posix
+import signal
 import socket
 import struct
 import sys
@@ -27,6 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.syscalls import poll_readable
+from rcon_plugins.slots import entering
 
 if TYPE_CHECKING:
     import pluggy
@@ -60,6 +64,12 @@ class Birth(NamedTuple):
     policy: Policy
 
 
+class Kill(NamedTuple):
+    """End an executor process, by its pid: it may have left its cgroup."""
+
+    number: int
+
+
 class Death(NamedTuple):
     """An executor process ended with a wait status; or, with pid 0, was never born: ``status`` is an errno."""
 
@@ -79,6 +89,7 @@ class ForkServer:
         hook: pluggy.HookRelay,
         service: Service,
         after_fork: Sequence[Callable[[], object]] = (),
+        server_files: Sequence[int] = (),
     ) -> None:
         self._control = control
         self._host = host
@@ -86,6 +97,8 @@ class ForkServer:
         self._hook = hook
         self._service = service
         self._after_fork = after_fork
+        self._server_files = server_files
+        self._host_pidfd = -1
         self._pid = 0
         self._children: dict[int, tuple[int, int]] = {}  # pidfd: number, pid
 
@@ -97,6 +110,7 @@ class ForkServer:
             # Not in the terminal's foreground group: an interrupt is the host's to act on, not ours.
             os.setsid()
             process.take_default_signals()
+            self._host_pidfd = os.pidfd_open(self._host)
             self._leave_the_servers_things()
             gc.collect()
             gc.freeze()  # what is here now stays shared with every executor process
@@ -112,19 +126,18 @@ class ForkServer:
             os._exit(status)
 
     def _leave_the_servers_things(self) -> None:
+        needed = {self._control.fileno(), self._host_pidfd, self._instance.locks}
         for descriptor in process.inherited_from_server():
-            if descriptor != self._control.fileno():
+            if descriptor not in needed:
                 process.blank(descriptor)
+        for descriptor in self._server_files:
+            process.blank(descriptor)
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         os.dup2(null, 0)
         posix.close(null)
 
     def _serve(self) -> None:
-        control = self._control.fileno()
-        try:
-            host = os.pidfd_open(self._host)
-        except ProcessLookupError:
-            return
+        control, host = self._control.fileno(), self._host_pidfd
         if os.getppid() != self._host:
             return
         while True:
@@ -137,7 +150,7 @@ class ForkServer:
                 return
 
     def _take_order(self) -> bool:
-        """Make one executor process; False when the host has closed its side."""
+        """Make or end one executor process; False when the host has closed its side."""
         try:
             data, ancillary, _, _ = self._control.recvmsg(
                 _LARGEST_BIRTH, _socket.CMSG_SPACE(array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
@@ -146,19 +159,36 @@ class ForkServer:
             return False
         if not data:
             return False
-        birth = Birth(*pickle.loads(data))  # noqa: S301 - from our own host, never from an executor process
-        channel_end = array.array("i", ancillary[0][2])[0]
+        order = pickle.loads(data)  # noqa: S301 - from our own host, never from an executor process
+        if isinstance(order, Kill):
+            self._kill(order)
+        elif not ancillary:
+            self._tell(Death(order.number, 0, errno.EMFILE))  # there was no room for the descriptor
+        else:
+            self._give_birth(order, array.array("i", ancillary[0][2])[0])
+        return True
+
+    def _give_birth(self, birth: Birth, channel_end: int) -> None:
+        # gevent's os.close() waits for an event loop, which runs nowhere here; posix.close() is the real one.
         try:
             pid = process.fork()
-        except OSError as error:
-            self._tell(Death(birth.number, 0, error.errno or 0))
-        else:
             if pid == 0:
                 self._become_executor(birth, channel_end)
-            self._children[os.pidfd_open(pid)] = (birth.number, pid)
+            try:
+                self._children[os.pidfd_open(pid)] = (birth.number, pid)
+            except OSError:
+                os.kill(pid, signal.SIGKILL)  # our own child, not yet reaped: the number is still its own
+                posix.waitpid(pid, 0)
+                raise
+        except OSError as error:
+            self._tell(Death(birth.number, 0, error.errno or errno.EIO))
         finally:
-            posix.close(channel_end)  # gevent's os.close() waits for an event loop, which runs nowhere here
-        return True
+            posix.close(channel_end)
+
+    def _kill(self, order: Kill) -> None:
+        for pidfd, (number, _) in self._children.items():
+            if number == order.number:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
     def _bury(self, pidfd: int) -> None:
         number, pid = self._children.pop(pidfd)
@@ -174,7 +204,7 @@ class ForkServer:
     def _become_executor(self, birth: Birth, channel_end: int) -> NoReturn:
         try:
             self._control.close()
-            for pidfd in self._children:
+            for pidfd in (self._host_pidfd, *self._children):
                 posix.close(pidfd)
             os.setsid()
             process.take_default_signals()
@@ -203,12 +233,12 @@ def run_executor(
     """
     me = os.getpid()
     try:
-        # The kernel counts who moves in, and does not refuse it (cgroup-v2.rst, pids).
-        pids = birth.policy.pids
-        if pids is not None and (instance.together(birth.name).read().pids_current or 0) >= pids:
-            channel.send((FULL, f"{pids} processes and threads are running, which is the most".encode()))
+        if not _enter(birth, instance):
+            channel.send(
+                (FULL, f"{birth.policy.pids} processes and threads are running, which is the most".encode())
+            )
             os._exit(_EXIT_NOT_CONFINED)
-        instance.leaf(birth.name, birth.leaf).enter_process()
+        process.blank(instance.locks)
         hook.rcon_drop(policy=birth.policy, place="process")
         process.die_with_parent(server)
     except BaseException as error:  # noqa: BLE001 - whatever it was: the host is told and nothing runs
@@ -232,6 +262,26 @@ def run_executor(
         if os.getpid() == me:
             _flush()
         os._exit(status)
+
+
+def _enter(birth: Birth, instance: Instance) -> bool:
+    """Enter the leaf; False where the confinement is full. The kernel counts who moves in, and does not refuse it.
+
+    One at a time, in all workers of the server, so that no two take the last place. Source: cgroup-v2.rst, pids.
+    """
+    leaf, together, pids = (
+        instance.leaf(birth.name, birth.leaf),
+        instance.together(birth.name),
+        birth.policy.pids,
+    )
+    if pids is None:
+        leaf.enter_process()
+        return True
+    with entering(instance.locks, birth.name):
+        if (together.read().pids_current or 0) >= pids:
+            return False
+        leaf.enter_process()
+        return (together.read().pids_current or 0) <= pids
 
 
 def read_death(data: bytes) -> Death:

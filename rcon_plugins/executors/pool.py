@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
-from rcon_plugins.executors.process import LOGGER, Executor, ProcessExecutors
+from rcon_plugins.executors.executor import Executor
+from rcon_plugins.executors.process import LOGGER, ProcessExecutors
 
 if TYPE_CHECKING:
     import pluggy
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class ExecutorPool:
-    """At most ``most`` executor processes of all confinements together. Thread-safe.
+    """At most ``most`` executor processes of all confinements together, not counting those that are dying. Thread-safe.
 
     An executor serves one confinement for life, so a waiting one can only be taken for its own. Where the bound is
-    reached, a waiting process of the confinement that was used longest ago makes room.
+    reached, a waiting process of the confinement that was used longest ago makes room. ``is_kept`` says whether a
+    confinement, by name, may still be used; ``on_end`` is called with its name when an executor is gone.
     """
 
     def __init__(
@@ -30,14 +32,16 @@ class ExecutorPool:
         instance: Instance,
         hook: pluggy.HookRelay,
         most: int,
-        on_empty: Callable[[str], object],
+        *,
+        is_kept: Callable[[str], bool],
+        on_end: Callable[[str], object],
         on_lost: Callable[[], object] | None = None,
     ) -> None:
         self.processes = ProcessExecutors(instance, hook, on_end=self._ended, on_lost=on_lost)
         self._most = most
-        #: Called with the name of a confinement, in the supervisor's thread, when none of its executors is left.
-        self._on_empty = on_empty
-        self._living: Counter[str] = Counter()
+        self._is_kept = is_kept
+        self._on_end = on_end
+        self._count = 0
         self._lock = threading.Lock()
         #: Waiting executors by confinement, the confinement used longest ago first.
         self._waiting: OrderedDict[str, list[Executor]] = OrderedDict()
@@ -45,17 +49,18 @@ class ExecutorPool:
     def take(self, name: str, policy: Policy) -> Executor:
         """A confined, waiting executor process of this confinement; makes one where none waits.
 
-        Raises `ConcurrencyLimitExceeded` when every executor process is at work, `ConfinementError` or `KernelError`
-        when none can be made.
+        Raises `ConcurrencyLimitExceeded` when every executor process is at work; `PidsLimitExceeded`,
+        `ConfinementError` or `KernelError` when none can be made.
         """
         executor = self._take_waiting(name)
         if executor is None:
-            self._make_room(name)
+            self._make_room()
             executor = self._birth(name, policy)
         if executor.pid == 0:
             try:
                 self.processes.wait_ready(executor)
             except BaseException:
+                self.discard(executor, "not ready")
                 executor.channel.close()
                 raise
         return executor
@@ -63,92 +68,107 @@ class ExecutorPool:
     def give_back(self, executor: Executor) -> None:
         """Put an executor that finished its work back to wait for the next."""
         with self._lock:
-            if not executor.ended.is_set():
+            if executor.counted:
                 self._waiting.setdefault(executor.name, []).append(executor)
                 self._waiting.move_to_end(executor.name)
                 return
-        executor.channel.close()
+        executor.channel.close()  # it died just now
+
+    def discard(self, executor: Executor, fate: str) -> None:
+        """End an executor that must not be used again. Does not wait; the caller closes its channel."""
+        self._uncount(executor)
+        self.processes.kill(executor, fate)
 
     def replace(self, executor: Executor, fate: str) -> None:
         """End an executor that must not be used again, and make its successor ahead of need. Does not wait."""
-        executor.channel.close()
-        self.processes.submit(partial(self._replace, executor, fate))
+        self.discard(executor, fate)
+        self.processes.submit(partial(self._succeed, executor))
 
     def forget(self, name: str) -> None:
         """End the waiting executors of a confinement that is no longer kept. Does not wait."""
         with self._lock:
-            for executor in self._waiting.pop(name, ()):
-                self.processes.submit(partial(self._end, executor))
+            waiting = self._waiting.pop(name, [])
+        for executor in waiting:
+            self._end_waiting(executor)
 
     def close(self) -> None:
         """End everything. Nothing is left when it returns."""
-        self.processes.close()
+        with self._lock:
+            waiting = [executor for some in self._waiting.values() for executor in some]
+            self._waiting.clear()
+        try:
+            self.processes.close()
+        finally:
+            for executor in waiting:
+                executor.channel.close()
 
     def _take_waiting(self, name: str) -> Executor | None:
-        with self._lock:
-            waiting = self._waiting.get(name)
-            if not waiting:
-                return None
-            self._waiting.move_to_end(name)
-            return waiting.pop()
+        while True:
+            with self._lock:
+                waiting = self._waiting.get(name)
+                if not waiting:
+                    return None
+                self._waiting.move_to_end(name)
+                executor = waiting.pop()
+            if executor.pid == 0 or executor.channel.quiet:
+                return executor
+            # It died, or what an earlier work left in it still speaks: not to the next client.
+            self._end_waiting(executor)
 
-    def _make_room(self, name: str) -> None:
+    def _make_room(self) -> None:
         """Count one more executor process, at the expense of a waiting one if it must be."""
+        spare: Executor | None = None
         with self._lock:
-            if self._living.total() >= self._most:
-                for waiting in self._waiting.values():
-                    if waiting:
-                        self.processes.submit(partial(self._end, waiting.pop(0)))
-                        break
-                else:
+            if self._count >= self._most:
+                spare = next((some.pop(0) for some in self._waiting.values() if some), None)
+                if spare is None:
                     raise ConcurrencyLimitExceeded(
                         f"all {self._most} executor processes of this server process are at work; "
                         "the setting `processes` says how many there may be",
                         limit="processes",
                     )
-            self._living[name] += 1
+            self._count += 1
+        if spare is not None:
+            self._end_waiting(spare)
 
     def _birth(self, name: str, policy: Policy) -> Executor:
         try:
             return self.processes.birth(name, policy)
         except BaseException:
-            self._one_less(name)
+            with self._lock:
+                self._count -= 1
             raise
 
-    def _replace(self, executor: Executor, fate: str) -> None:
-        self.processes.kill(executor, fate)
+    def _succeed(self, executor: Executor) -> None:
+        """Make the successor of an executor, if there is room and nobody waits there already."""
         with self._lock:
-            superfluous = self._living.total() > self._most or self._waiting.get(executor.name)
-            if superfluous or not self.processes.usable:
+            superfluous = self._count >= self._most or self._waiting.get(executor.name)
+            if superfluous or not self.processes.usable or not self._is_kept(executor.name):
                 return
-            self._living[executor.name] += 1
+            self._count += 1
         try:
             self.give_back(self._birth(executor.name, executor.policy))
-        except RconError as error:
+        except (RconError, OSError) as error:
             LOGGER.error("no executor process could be made ahead of need for %s: %s", executor.name, error)
 
-    def _end(self, executor: Executor) -> None:
-        self.processes.kill(executor, "no longer needed")
+    def _end_waiting(self, executor: Executor) -> None:
+        self.discard(executor, "no longer needed")
         executor.channel.close()
 
+    def _uncount(self, executor: Executor) -> None:
+        with self._lock:
+            if executor.counted:
+                executor.counted = False
+                self._count -= 1
+
     def _ended(self, executor: Executor) -> None:
-        """Called for each executor that ended, however it did."""
+        """Called for each executor that is gone, however it went."""
+        self._uncount(executor)
         with self._lock:
             waiting = self._waiting.get(executor.name, [])
             was_waiting = executor in waiting
             if was_waiting:
                 waiting.remove(executor)
-            if not waiting:
-                self._waiting.pop(executor.name, None)
         if was_waiting:
             executor.channel.close()
-        self._one_less(executor.name)
-
-    def _one_less(self, name: str) -> None:
-        with self._lock:
-            self._living[name] -= 1
-            empty = self._living[name] == 0
-            if empty:
-                del self._living[name]
-        if empty:
-            self._on_empty(name)
+        self._on_end(executor.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _socket  # the real thing, whatever a cooperative library made of `socket`
 import array
+import contextlib
 import errno
 import itertools
 import logging
@@ -13,20 +14,21 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConfinementError, KernelError, PidsLimitExceeded
-from rcon_plugins.executors.channel import Channel, ChannelClosed
+from rcon_plugins.executors.channel import Channel, ChannelClosed, ChannelTimeout
+from rcon_plugins.executors.executor import Executor
 from rcon_plugins.executors.fork_server import (
-    FAILED,
     FULL,
     PID,
     READY,
     Birth,
-    Death,
     ForkServer,
+    Kill,
     Service,
     read_death,
 )
@@ -37,46 +39,21 @@ if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.instance import Instance
-    from rcon_plugins.kernel.cgroup import Cgroup, Meter, Reading
+    from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.policy import Policy
 
 LOGGER = logging.getLogger("rcon")
 
-#: How long the host waits for what the kernel does in milliseconds, before it calls it an error. Seconds.
-PATIENCE = 30.0
+#: How long a new executor process may take to be ready, seconds.
+READY_SECONDS = 10.0
+#: How long somebody who waits for the end of an executor waits for it, seconds. It may take longer.
+DEATH_SECONDS = 1.0
+#: How long the end of all may take when the host closes, seconds.
+CLOSE_SECONDS = 10.0
+#: After how long those that still live are killed again, seconds.
+KILL_AGAIN_SECONDS = 0.2
 #: How often a leaf is tried to be made while other workers remove what holds it.
 _ATTEMPTS = 20
-
-
-class Executor:
-    """The host's side of one executor process, which serves one policy (and key) all its life.
-
-    ``reading`` is the last that was read of its leaf cgroup, ``status`` its wait status once it ended (None if nobody
-    could tell), ``fate`` why the host killed it.
-    """
-
-    def __init__(
-        self, number: int, name: str, policy: Policy, leaf: Cgroup, meter: Meter, channel: Channel
-    ) -> None:
-        self.number = number
-        self.name = name
-        self.policy = policy
-        self.leaf = leaf
-        self.meter = meter
-        self.channel = channel
-        self.pid = 0
-        self.works = 0
-        self.reading: Reading = meter.read()
-        self.status: int | None = None
-        self.fate: str | None = None
-        self.ended = threading.Event()
-
-    def is_alone(self, reading: Reading) -> bool:
-        """Whether the executor process is the only one left in its leaf: the work left nothing running."""
-        if reading.pids_current == 1:
-            return True
-        # More than one task: its own threads are its own affair, other processes are not.
-        return self.leaf.processes() == [self.pid]
 
 
 class ProcessExecutors:
@@ -102,6 +79,9 @@ class ProcessExecutors:
         self._host = os.getpid()
         self._numbers = itertools.count()
         self._living: dict[int, Executor] = {}
+        #: Those that were killed or ended by themselves, until they are gone. The supervisor's own.
+        self._dying: dict[int, Executor] = {}
+        self._alarms = threading.Lock()
         self._lost = False
         self._closing = False
         self._server = 0
@@ -118,20 +98,28 @@ class ProcessExecutors:
         """Whether executor processes can be made."""
         return self._control is not None and not self._lost and not self._closing
 
-    def start(self, service: Service, after_fork: Sequence[Callable[[], object]] = ()) -> None:
+    def start(
+        self,
+        service: Service,
+        after_fork: Sequence[Callable[[], object]] = (),
+        server_files: Sequence[int] = (),
+    ) -> None:
         """Fork the fork server from the calling process, which had best have no other threads, and watch over it.
 
-        ``after_fork`` is called in each new executor process, for what a library must renew after a fork.
+        ``after_fork`` is called in each new executor process, for what a library must renew after a fork;
+        ``server_files`` are descriptors of the server's own files, which confined code must not have.
         """
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         pid = process.fork()
         if pid == 0:
             ours.close()
-            ForkServer(theirs, self._host, self._instance, self._hook, service, after_fork).run()
+            ForkServer(
+                theirs, self._host, self._instance, self._hook, service, after_fork, server_files
+            ).run()
         theirs.close()
         self._server = pid
         self._control = ours
-        self._supervisor = Supervisor(ours.fileno(), self._hear)
+        self._supervisor = Supervisor(ours.fileno(), self._hear, self._bury_the_dead)
         self._supervisor.start()
 
     def birth(self, name: str, policy: Policy) -> Executor:
@@ -139,35 +127,30 @@ class ProcessExecutors:
 
         Raises `KernelError` where the leaf cannot be made or limited, `ConfinementError` without a fork server.
         """
-        control = self._control
-        if control is None or not self.usable:
+        if not self.usable:
             raise ConfinementError("the fork server has ended; restart the server process")
         number = next(self._numbers)
         birth = Birth(number, name, f"{self._host}-{number}", policy)
         leaf = self._make_leaf(name, birth.leaf, policy)
-        meter: Meter | None = None
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(leaf.delete)
             meter = leaf.meter()
+            undo.callback(meter.close)
             ours, theirs = socket.socketpair()
-        except BaseException:
-            if meter is not None:
-                meter.close()
-            leaf.delete()
-            raise
-        executor = Executor(number, name, policy, leaf, meter, Channel(ours))
+            undo.callback(theirs.close)
+            undo.callback(ours.close)
+            executor = Executor(number, name, policy, leaf, meter, Channel(ours))
+            undo.pop_all()
         self._living[number] = executor
         try:
-            descriptors = array.array("i", [theirs.fileno()])
-            control.sendmsg(
-                [pickle.dumps(tuple(birth))],
-                [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptors)],
-            )
+            self._order(birth, theirs.fileno())
         except OSError as error:
-            self._finish(executor, None)
+            executor.told = True
+            self.kill(executor, "never born")
+            executor.channel.close()
             raise ConfinementError(f"the fork server cannot be reached: {error}") from error
         finally:
             theirs.close()
-        self.at(time.monotonic() + PATIENCE, lambda: self._give_up(executor))
         return executor
 
     def wait_ready(self, executor: Executor) -> None:
@@ -177,30 +160,39 @@ class ProcessExecutors:
         it is gone then.
         """
         try:
-            frame = executor.channel.receive()
+            frame = executor.channel.receive_within(READY_SECONDS)
         except ChannelClosed as error:
-            self.wait_end(executor)
+            if isinstance(error, ChannelTimeout):
+                self.kill(executor, f"it was not ready within {READY_SECONDS:g} s")
+            executor.ended.wait(DEATH_SECONDS)
             reason = executor.fate or (
                 f"it was ended by signal {os.WTERMSIG(executor.status)} before its first work"
                 if executor.status is not None and os.WIFSIGNALED(executor.status)
                 else "it ended before its first work"
             )
             raise ConfinementError(f"no executor process could be made: {reason}") from error
-        if frame.kind == FULL:
-            self.wait_end(executor)
-            raise PidsLimitExceeded(frame.payload.decode(errors="replace"), limit="pids")
-        if frame.kind == FAILED:
-            self.wait_end(executor)
-            raise ConfinementError(frame.payload.decode(errors="replace"))
-        if frame.kind != READY:
-            self.kill(executor, "protocol")
-            raise ConfinementError(f"the executor process began with a frame of kind {frame.kind}")
-        (executor.pid,) = PID.unpack(frame.payload)
+        if frame.kind == READY:
+            (executor.pid,) = PID.unpack(frame.payload)
+            return
+        self.kill(executor, "could not be confined")
+        executor.ended.wait(DEATH_SECONDS)
+        reason = frame.payload.decode(errors="replace")
+        raise PidsLimitExceeded(reason, limit="pids") if frame.kind == FULL else ConfinementError(reason)
 
-    def at(self, when: float, action: Callable[[], object]) -> None:
-        """Have ``action`` called by the supervisor at ``when`` (`time.monotonic`)."""
-        if self._supervisor is not None:
-            self._supervisor.at(when, action)
+    def arm(self, executor: Executor, when: float, action: Callable[[], object]) -> None:
+        """Have ``action`` called by the supervisor at ``when`` (`time.monotonic`), unless disarmed before.
+
+        An executor has one alarm, which is set again when it rings too early: so a work that ends in time costs no
+        wake-up, and what is kept does not grow with the number of works.
+        """
+        with self._alarms:
+            executor.deadline = (when, action)
+            if executor.alarm is None or executor.alarm > when:
+                self._set_alarm(executor, when)
+
+    def disarm(self, executor: Executor) -> None:
+        """The work is over: its deadline is none any more."""
+        executor.deadline = None
 
     def submit(self, job: Callable[[], object]) -> None:
         """Have ``job`` called by the supervisor soon: what must not keep a request waiting."""
@@ -208,29 +200,38 @@ class ProcessExecutors:
             self._supervisor.submit(job)
 
     def kill(self, executor: Executor, fate: str) -> None:
-        """Kill the executor process and all it started. Its death is told as any other."""
+        """Kill the executor process and all it started. Does not wait: ``executor.ended`` tells when it is gone.
+
+        Whoever waits for the executor at its channel reads an end of file at once, whatever becomes of it.
+        """
         if executor.fate is None:
             executor.fate = fate
-        if not executor.ended.is_set():
-            executor.leaf.kill()
-
-    def wait_end(self, executor: Executor, timeout: float = PATIENCE) -> bool:
-        """Wait until the executor process has ended, its cgroup is gone and ``status`` is known."""
-        return executor.ended.wait(timeout)
+        if executor.ended.is_set():
+            return
+        try:
+            self._kill_once(executor)
+        except KernelError as error:
+            LOGGER.error("%s could not be killed, and will be tried again: %s", executor.leaf.path, error)
+        executor.channel.hang_up()
+        self.submit(partial(self._watch, executor))
 
     def close(self) -> None:
         """End all executor processes and the fork server. Nothing of them is left when it returns."""
         if self._control is None or os.getpid() != self._host:
             return
         self._closing = True
-        control, self._control = self._control, None
         if self._supervisor is not None:
             self._supervisor.close()
         for executor in list(self._living.values()):
-            self._finish(executor, None)
-            executor.channel.close()
+            executor.told = True  # nobody listens any more
+            self.kill(executor, "the server ends")
+            self._watch(executor)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while self._bury_the_dead() is not None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        control, self._control = self._control, None
         control.close()  # tells the fork server to end itself, and whatever there should still be
-        if not self._lost and process.reap(self._server, PATIENCE) is None:
+        if not self._lost and process.reap(self._server, CLOSE_SECONDS) is None:
             LOGGER.error("the fork server %d does not end; killing it", self._server)
             os.kill(self._server, signal.SIGKILL)
             process.reap(self._server)
@@ -251,15 +252,47 @@ class ProcessExecutors:
                     configure(cgroup=together, limits=policy)
                 configure(cgroup=leaf, limits=policy.each)
                 break
-            except KernelError as error:
-                if error.errno not in (errno.ENOENT, errno.ENODEV) or not attempts_left:
+            except BaseException as error:
+                gone = isinstance(error, KernelError) and error.errno in (errno.ENOENT, errno.ENODEV)
+                if not gone or not attempts_left:
                     leaf.delete()
                     raise
         return leaf
 
-    def _give_up(self, executor: Executor) -> None:
-        if executor.pid == 0 and not executor.ended.is_set():
-            self.kill(executor, f"it was not ready within {PATIENCE:g} s")
+    def _order(self, order: Birth | Kill, *descriptors: int) -> None:
+        """Tell the fork server what to do. Raises OSError; never waits for a fork server that does not listen."""
+        control = self._control
+        if control is None:
+            raise BrokenPipeError(errno.EPIPE, "closed")
+        rights = array.array("i", descriptors)
+        ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)] if descriptors else []
+        control.sendmsg([pickle.dumps(order)], ancillary, _socket.MSG_DONTWAIT)
+
+    def _kill_once(self, executor: Executor) -> None:
+        executor.killed_at = time.monotonic()
+        # By its cgroup, with all it started; and by its number too: it might have left the cgroup.
+        with contextlib.suppress(OSError):
+            self._order(Kill(executor.number))
+        executor.leaf.kill_once()
+
+    def _set_alarm(self, executor: Executor, when: float) -> None:
+        executor.alarm = when
+        if self._supervisor is not None:
+            self._supervisor.at(when, partial(self._ring, weakref.ref(executor)))
+
+    def _ring(self, reference: weakref.ref[Executor]) -> None:
+        executor = reference()
+        if executor is None:
+            return
+        with self._alarms:
+            executor.alarm = None
+            if executor.deadline is None:
+                return
+            when, action = executor.deadline
+            if when > time.monotonic():
+                self._set_alarm(executor, when)
+                return
+        action()
 
     def _hear(self) -> bool:
         """Take one message of the fork server; False when there will be no more."""
@@ -274,44 +307,72 @@ class ProcessExecutors:
             data = b""
         if not data:
             if not self._closing:
-                self._bury_server()
+                self._lose_server()
             return False
-        self._bury(read_death(data))
+        death = read_death(data)
+        executor = self._living.get(death.number)
+        if executor is not None:
+            executor.told = True
+            if death.pid == 0:
+                executor.fate = f"fork: {os.strerror(death.status)}"
+            else:
+                executor.status = death.status
+            self._watch(executor)
         return True
 
-    def _bury(self, death: Death) -> None:
-        executor = self._living.get(death.number)
-        if executor is None:
-            return
-        if death.pid == 0:
-            executor.fate = f"fork: {os.strerror(death.status)}"
-            self._finish(executor, None)
-        else:
-            self._finish(executor, death.status)
-
-    def _bury_server(self) -> None:
+    def _lose_server(self) -> None:
         self._lost = True
         LOGGER.error(
             "the fork server %d ended; work that needs a process is refused from now on", self._server
         )
         process.reap(self._server)
         for executor in list(self._living.values()):
-            self._finish(executor, None)
+            executor.told = True
+            self.kill(executor, executor.fate or "the fork server ended")
+            self._watch(executor)
         if self._on_lost is not None:
             self._on_lost()
 
-    def _finish(self, executor: Executor, status: int | None) -> None:
-        """The executor process ended: end what it started, read the last of its cgroup, remove that."""
-        if self._living.pop(executor.number, None) is None:
-            return
-        executor.status = status
+    def _watch(self, executor: Executor) -> None:
+        """See an executor that is dying to its end."""
+        if executor.number in self._living:
+            self._dying[executor.number] = executor
+
+    def _bury_the_dead(self) -> float | None:
+        """See how far those that are dying are; when to look again, in seconds."""
+        for executor in list(self._dying.values()):
+            if self._is_gone(executor):
+                self._dying.pop(executor.number)
+                self._living.pop(executor.number)
+                self._on_end(executor)
+                for action in executor.end():
+                    action()
+        if not self._dying:
+            return None
+        return 0.005 if min(executor.dies() for executor in self._dying.values()) < 1 else 0.1
+
+    def _is_gone(self, executor: Executor) -> bool:
+        """Whether the executor process has ended, with all it started; its cgroup is removed then."""
         try:
-            executor.leaf.kill()
-            executor.reading = executor.meter.read()
-            executor.meter.close()
-            executor.leaf.delete()
+            lingering = bool(executor.leaf.processes(subtree=True))
+            if lingering or not executor.told:
+                if time.monotonic() > executor.killed_at + KILL_AGAIN_SECONDS:
+                    self._kill_once(executor)
+                self._complain(executor)
+                return False
+            executor.shut()
+            executor.leaf.delete(timeout=0)
         except KernelError as error:
-            LOGGER.error("the cgroup of an executor process could not be removed: %s", error)
-        finally:
-            executor.ended.set()
-            self._on_end(executor)
+            if error.errno == errno.EBUSY and executor.dies() < CLOSE_SECONDS:
+                return False
+            if executor.leaf.exists():
+                LOGGER.error("the cgroup of an executor process could not be removed: %s", error)
+        return True
+
+    def _complain(self, executor: Executor) -> None:
+        if executor.dies() > CLOSE_SECONDS and not executor.complained:
+            executor.complained = True
+            LOGGER.error(
+                "%s was killed and does not end: a process in it waits inside the kernel, or left the cgroup",
+                executor.leaf.path,
+            )

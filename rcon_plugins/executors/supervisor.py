@@ -1,39 +1,49 @@
 """The thread of the host that watches over its executor processes: their deaths, and their deadlines.
 
-Threads that serve work only ever wait on their own channel. The supervisor makes sure that this wait ends: it kills
-the whole cgroup of an executor process that died or overran its deadline, after which nobody holds the other end of
-the channel and the waiting thread reads an end of file.
+Threads that serve work only ever wait on their own channel. The supervisor makes sure that this wait ends. It never
+waits for anything itself, so that one executor that is slow to die delays nobody else's deadline.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import os
 import select
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 
+LOGGER = logging.getLogger("rcon")
+
 
 class Supervisor:
-    """One thread, waiting for a descriptor, a deadline or a job. Thread-safe.
+    """One thread, waiting for a descriptor, a deadline, a job or the next round of chores. Thread-safe.
 
-    ``on_readable`` is called in the thread when ``descriptor`` can be read; it returns False to end the thread.
-    Names of modules are looked up when used, so that under gevent the thread is a greenlet and yields.
+    ``on_readable`` is called in the thread when ``descriptor`` can be read; it returns False when there is no more to
+    hear. ``chores`` is called in each turn, and returns after how many seconds it wants to be called again at the
+    latest; None if it need not. Names of modules are looked up when used, so that under gevent the thread is a
+    greenlet and yields.
     """
 
-    def __init__(self, descriptor: int, on_readable: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        on_readable: Callable[[], bool],
+        chores: Callable[[], float | None] = lambda: None,
+    ) -> None:
         self._descriptor = descriptor
         self._on_readable = on_readable
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._chores = chores
         self._lock = threading.Lock()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._jobs: deque[Callable[[], object]] = deque()
         self._deadlines: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         self._ending = False
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="rcon-supervisor", daemon=True)
 
     def start(self) -> None:
@@ -41,16 +51,12 @@ class Supervisor:
         self._thread.start()
 
     def submit(self, job: Callable[[], object]) -> None:
-        """Have ``job`` called in the thread, soon."""
+        """Have ``job`` called in the thread, soon; never after `close`."""
         self._jobs.append(job)
         self._wake_up()
 
     def at(self, when: float, action: Callable[[], object]) -> None:
-        """Have ``action`` called in the thread at ``when`` (`time.monotonic`) or shortly after.
-
-        There is no taking back: an action finds out for itself whether it is still wanted. So the usual case, a
-        work that ends in time, costs one push on a heap, and no wake-up as long as an earlier deadline stands.
-        """
+        """Have ``action`` called in the thread at ``when`` (`time.monotonic`) or shortly after."""
         with self._lock:
             earliest = not self._deadlines or when < self._deadlines[0][0]
             heapq.heappush(self._deadlines, (when, next(self._order), action))
@@ -64,36 +70,43 @@ class Supervisor:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
         with self._lock:
-            wake, self._wake = self._wake, -1
-        os.close(wake)
+            if not self._closed:
+                self._closed = True
+                os.close(self._wake)
 
     def _wake_up(self) -> None:
         with self._lock:
-            if self._wake >= 0:  # else it was closed under a work that is just being ended
+            if not self._closed:  # else its number may be somebody else's by now
                 os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
         poll = select.poll()
         poll.register(self._descriptor, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
+        again: float | None = None
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll(self._patience())}
+            ready = {descriptor for descriptor, _ in poll.poll(self._patience(again))}
             if self._wake in ready:
                 os.eventfd_read(self._wake)
-            if self._descriptor in ready and not self._on_readable():
+            if self._descriptor in ready and self._do(self._on_readable) is False:
                 poll.unregister(self._descriptor)
             self._act_on_deadlines()
-            while self._jobs:
+            # One job in a turn: deaths and deadlines come first.
+            if self._jobs:
                 self._do(self._jobs.popleft())
-            if self._ending:
+            elif self._ending:
                 return
+            wish = self._do(self._chores)
+            again = wish if isinstance(wish, float) else None
 
-    def _patience(self) -> float | None:
-        """Milliseconds to the next deadline; None for ever."""
+    def _patience(self, again: float | None) -> float | None:
+        """Milliseconds until something is to be done; None for ever."""
+        if self._jobs or self._ending:
+            return 0
         with self._lock:
-            if not self._deadlines:
-                return None
-            return max(0.0, (self._deadlines[0][0] - time.monotonic()) * 1000 + 1)
+            first = self._deadlines[0][0] - time.monotonic() if self._deadlines else None
+        waits = [wait for wait in (first, again) if wait is not None]
+        return max(0.0, min(waits) * 1000 + 1) if waits else None
 
     def _act_on_deadlines(self) -> None:
         while True:
@@ -104,8 +117,10 @@ class Supervisor:
             self._do(action)
 
     @staticmethod
-    def _do(action: Callable[[], object]) -> None:
+    def _do(action: Callable[[], object]) -> object:
         try:
-            action()
-        except Exception:  # noqa: BLE001 - one failed action must not end the watch over all the others
-            traceback.print_exc()
+            return action()
+        except Exception:
+            # One failed action must not end the watch over all the others.
+            LOGGER.exception("the supervisor of executor processes failed in %r", action)
+            return None

@@ -10,6 +10,7 @@ import _socket  # the real thing, whatever a cooperative library made of `socket
 import errno
 import os
 import posix
+import resource
 import signal
 import stat
 import time
@@ -18,6 +19,8 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.syscalls import PR_SET_PDEATHSIG, prctl
 
 _DESCRIPTORS = "/proc/self/fd"
+_FILES_OF_A_SERVER = 1024
+_FILES_OF_AN_EXECUTOR = 12
 _OURS = ("/sys/fs/cgroup/", "/memfd:rcon")
 
 
@@ -82,15 +85,32 @@ def reap(pid: int, timeout: float = 5.0) -> int | None:
         time.sleep(0.005)
 
 
+def make_room_for_descriptors(processes: int) -> None:
+    """Raise the soft limit of open files (getrlimit(2)), as far as it may be, to hold so many executor processes.
+
+    Never lowers it. Each takes a socket and the files its usage is read from.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_OF_A_SERVER + processes * _FILES_OF_AN_EXECUTOR
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def inherited_from_server() -> list[int]:
-    """Open descriptors above 2 that are sockets, cgroup files or the host's locks: no business of confined code."""
+    """Open descriptors above 2 that confined code has no business with.
+
+    All but regular files outside of the cgroup tree, directories and devices, which the application may have opened
+    when it was loaded: sockets, pipes, epolls and other means of waking somebody up are shared with the server and
+    with every other executor process, and so is what is ours.
+    """
     found: list[int] = []
     for name in os.listdir(_DESCRIPTORS):
         descriptor = int(name)
         if descriptor <= 2:
             continue
         try:
-            is_socket = stat.S_ISSOCK(os.fstat(descriptor).st_mode)
+            mode = os.fstat(descriptor).st_mode
             target = os.readlink(f"{_DESCRIPTORS}/{name}")
         except FileNotFoundError:
             continue  # the descriptor of this very listing
@@ -98,7 +118,8 @@ def inherited_from_server() -> list[int]:
             if error.errno == errno.EBADF:
                 continue
             raise
-        if is_socket or target.startswith(_OURS):
+        harmless = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+        if not harmless or target.startswith(_OURS):
             found.append(descriptor)
     return found
 

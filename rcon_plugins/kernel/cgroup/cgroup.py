@@ -315,11 +315,12 @@ class Cgroup:
                     path=self._path,
                     hint="each of them waits inside the kernel, or belongs to another PID namespace",
                 )
-            self._kill_once()
+            self.kill_once()
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
 
-    def _kill_once(self) -> None:
+    def kill_once(self) -> None:
+        """Send SIGKILL to every process here and below, and return: `kill` without the wait. KernelError."""
         for branch in self._branches:
             if isinstance(branch, V2Branch) and branch.kill():
                 # Whoever is on the v1 side only is left for the walk.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from types import TracebackType
 
+from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import files
 
 
@@ -20,6 +22,7 @@ class Entrance:
     def __init__(self, paths: Iterable[tuple[str, str]]) -> None:
         """``paths`` are (directory, file) pairs. Raises KernelError."""
         self._files: list[tuple[int, str]] = []
+        self._fds: tuple[int, ...] | None = None
         try:
             for directory, name in paths:
                 self._files.append((files.open_file(directory, name, os.O_WRONLY), f"{directory}/{name}"))
@@ -34,11 +37,15 @@ class Entrance:
         Raises KernelError; the thread may then be in some hierarchies and not in others, and must not run
         what was to be confined.
         """
+        fds = self._fds
+        if fds is None:
+            # Nothing written would be nothing confined.
+            raise KernelError("this way into a cgroup is closed", errno=errno.EBADF, path="cgroup.threads")
         try:
-            for fd in self._fds:
+            for fd in fds:
                 os.write(fd, b"0")
         except OSError as error:
-            path = next(path for known, path in self._files if known == fd)
+            path = next((path for known, path in self._files if known == fd), "cgroup.threads")
             hint = (
                 "the process has to be inside of the threaded domain first: adopt() it"
                 if path.endswith("/cgroup.threads")
@@ -48,7 +55,7 @@ class Entrance:
 
     def close(self) -> None:
         """Close the fds. Again is harmless."""
-        self._fds = ()
+        self._fds = None
         while self._files:
             os.close(self._files.pop()[0])
 
