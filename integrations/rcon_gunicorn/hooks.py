@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rcon_gunicorn.logs import join_error_log
 from rcon_gunicorn.master import Master
-from rcon_gunicorn.workers import refusal, server_traits
+from rcon_gunicorn.workers import after_fork, refusal, server_traits
 from rcon_plugins.errors import ConfinementError, RconError
 from rcon_plugins.manager import Manager
 from rcon_wsgi import ConfineMiddleware, WsgiService
@@ -41,6 +41,7 @@ class Worker(Protocol):
     cfg: Any
     log: Any
     pid: int
+    tmp: Any
     wsgi: Any
 
 
@@ -145,8 +146,13 @@ class Hooks:
             server=traits,
             instance=master.instance,
             on_lost=functools.partial(_replace, worker),
+            generations=master.generations,
         )
-        manager.start(WsgiService(worker.wsgi))
+        manager.start(
+            WsgiService(worker.wsgi),
+            after_fork=after_fork(traits),
+            server_files=[worker.tmp.fileno()],  # the heartbeat: who has it keeps a worker that hangs alive
+        )
         self._manager = manager
         worker.wsgi = _while_master_lives(
             ConfineMiddleware(

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from rcon_gunicorn.workers import server_traits
 from rcon_plugins.errors import RconError
 from rcon_plugins.instance import Instance
-from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.manager import Plan
 from rcon_plugins.settings import Settings, load
 
@@ -24,10 +23,13 @@ class _Arbiter(Protocol):
 class Master:
     """The state of one gunicorn master. Made there, and inherited by the workers it forks."""
 
-    def __init__(self, settings: Settings, hierarchy: Hierarchy, instance: Instance) -> None:
+    def __init__(self, plan: Plan, settings: Settings, instance: Instance) -> None:
         self.settings = settings
         self.instance = instance
-        self._hierarchy = hierarchy
+        #: How often each policy was changed by a reload. A changed one gets cgroups of its own: workers that still
+        #: finish their requests under the former would write its limits back.
+        self.generations: dict[str, int] = {}
+        self._policies = dict(plan.settings.policies)
         self._pid = os.getpid()
 
     @classmethod
@@ -37,10 +39,12 @@ class Master:
         Raises `RconError` with what is wrong and what to do.
         """
         settings = load(path)
-        plan = _plan(settings, server, Hierarchy.discover())
+        plan = Plan.make(settings, server_traits(server.worker_class))
+        plan.check()
         instance = Instance.create(plan.hierarchy, base=settings.cgroup, owner=_owner(server.cfg))
-        master = cls(settings, plan.hierarchy, instance)
+        master = cls(plan, settings, instance)
         atexit.register(master.close)  # gunicorn calls no hook when it ends before it serves
+        plan.within(instance.hierarchy).check()
         master._adopt(plan)
         server.log.info("rcon: %s confines requests, cgroups are in %s", path, instance.path)
         _warn_of_what_stays_outside(server)
@@ -52,11 +56,16 @@ class Master:
         Raises `RconError`, and changes nothing, if they are wrong or cannot be enforced here.
         """
         settings = load(path)
-        plan = _plan(settings, server, self._hierarchy)
+        plan = Plan.make(settings, server_traits(server.worker_class), hierarchy=self.instance.hierarchy)
+        plan.check()
         self._adopt(plan)
         if settings.cgroup != self.settings.cgroup:
             server.log.warning("rcon: a new cgroup base is taken at the next start, not at a reload")
         self.settings = settings
+        for name, policy in plan.settings.policies.items():
+            if self._policies.get(name, policy) != policy:
+                self.generations[name] = self.generations.get(name, 0) + 1
+            self._policies[name] = policy
         _warn_of_what_stays_outside(server)
 
     def _adopt(self, plan: Plan) -> None:
@@ -73,9 +82,9 @@ class Master:
 
     def leave(self) -> None:
         """In a fork of the master that is about to execute another: go back to where gunicorn was started."""
-        if not self.instance.needs_adoption:  # else there is nowhere to go back to
-            with contextlib.suppress(RconError, OSError):  # gunicorn would end the workers of both
-                self.instance.release()
+        # Where our own cgroup is the base there is nowhere to go back to; and gunicorn would end the workers of both.
+        with contextlib.suppress(RconError, OSError):
+            self.instance.release()
 
     def close(self) -> None:
         """End all work and remove the cgroups. Does nothing in a process that is not the master."""
@@ -84,12 +93,6 @@ class Master:
         atexit.unregister(self.close)
         with contextlib.suppress(RconError, OSError, ValueError):  # a later start removes it
             self.instance.close()
-
-
-def _plan(settings: Settings, server: _Arbiter, hierarchy: Hierarchy) -> Plan:
-    plan = Plan.make(settings, server_traits(server.worker_class), hierarchy=hierarchy)
-    plan.check()
-    return plan
 
 
 def _owner(cfg: Any) -> tuple[int, int] | None:

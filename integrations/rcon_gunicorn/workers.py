@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rcon_plugins.isolation import Server
 
 _GEVENT = Server(threads=False, greenlets=True)
@@ -26,6 +28,15 @@ def server_traits(worker_class: type) -> Server | None:
         if known is not None:
             return known
     return None
+
+
+def after_fork(traits: Server) -> list[Callable[[], object]]:
+    """What has to be renewed in an executor process forked from a worker with these traits."""
+    if not traits.greenlets:
+        return []
+    import gevent  # type: ignore[import-untyped]
+
+    return [gevent.reinit]  # else its event loop and threads are those of the worker
 
 
 def refusal(worker_class: type) -> str:

@@ -38,7 +38,7 @@ def test_deadlines_come_in_their_order_and_not_before_their_time(pipe: tuple[int
 
 
 def test_one_failing_job_does_not_end_the_watch(
-    pipe: tuple[int, int], capsys: pytest.CaptureFixture[str]
+    pipe: tuple[int, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     supervisor = Supervisor(pipe[0], lambda: True)
     supervisor.start()
@@ -47,7 +47,7 @@ def test_one_failing_job_does_not_end_the_watch(
     supervisor.submit(done.set)
     assert done.wait(10)
     supervisor.close()
-    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_jobs_submitted_before_the_end_are_done(pipe: tuple[int, int]) -> None:
@@ -79,3 +79,46 @@ def test_it_hears_until_there_is_nothing_more_to_hear(pipe: tuple[int, int]) -> 
     assert done.wait(10)
     supervisor.close()
     assert heard == [b"a", b"b"]
+
+
+def test_what_fails_while_it_hears_does_not_end_the_watch(
+    pipe: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    def hear() -> bool:
+        os.read(pipe[0], 1)
+        raise OSError("no more descriptors")
+
+    supervisor = Supervisor(pipe[0], hear)
+    supervisor.start()
+    os.write(pipe[1], b"a")
+    done = threading.Event()
+    supervisor.at(time.monotonic() + 0.05, done.set)
+    assert done.wait(10)
+    supervisor.close()
+    assert "no more descriptors" in caplog.text
+
+
+def test_deadlines_come_between_jobs(pipe: tuple[int, int]) -> None:
+    supervisor = Supervisor(pipe[0], lambda: True)
+    seen: list[str] = []
+    for number in range(50):
+        supervisor.submit(partial(lambda number: (seen.append(str(number)), time.sleep(0.01)), number))
+    supervisor.at(time.monotonic(), lambda: seen.append("deadline"))
+    supervisor.start()
+    supervisor.close()
+    assert seen[0] == "deadline"
+
+
+def test_after_its_end_nothing_is_written_anywhere(pipe: tuple[int, int]) -> None:
+    supervisor = Supervisor(pipe[0], lambda: True)
+    supervisor.start()
+    supervisor.close()
+    others = [
+        os.eventfd(0, os.EFD_NONBLOCK) for _ in range(8)
+    ]  # one of them has the number of its descriptor now
+    supervisor.submit(lambda: None)
+    supervisor.at(0.0, lambda: None)
+    for other in others:
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(other)
+        os.close(other)

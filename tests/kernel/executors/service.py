@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +22,16 @@ ASK, ANSWER, RAISED = range(FIRST_SERVICE_KIND, FIRST_SERVICE_KIND + 3)
 def serve(channel: Channel, frame: Frame) -> None:
     """Call one of the acts below by name, and answer with what it returns."""
     name, *arguments = json.loads(frame.payload)
+    _channel[:] = [channel]
     try:
         result = getattr(Acts, name)(*arguments)
     except Exception as error:
         channel.send((RAISED, repr(error).encode()))
     else:
         channel.send((ANSWER, json.dumps(result).encode()))
+
+
+_channel: list[Channel] = []
 
 
 class Acts:
@@ -83,6 +88,34 @@ class Acts:
     @staticmethod
     def environment(name: str) -> str | None:
         return os.environ.get(name)
+
+    @staticmethod
+    def escape(seconds: float) -> None:
+        """Leave every cgroup for the root of its hierarchy, as root may, and stay."""
+        for mount in Path("/proc/self/mounts").read_text().splitlines():
+            directory, kind = mount.split()[1:3]
+            if kind.startswith("cgroup"):
+                (Path(directory) / "cgroup.procs").write_text("0")
+        time.sleep(seconds)
+
+    @staticmethod
+    def many(count: int) -> int:
+        """Children that burn CPU for ever."""
+        for _ in range(count):
+            _forked(lambda: _spin(300))
+        time.sleep(300)
+        return count
+
+    @staticmethod
+    def speak_later(seconds: float) -> None:
+        """A thread that answers for somebody else, later."""
+        channel = _channel[0]
+
+        def speak() -> None:
+            time.sleep(seconds)
+            channel.send((ANSWER, b'"forged"'))
+
+        threading.Thread(target=speak).start()
 
     @staticmethod
     def end(status: int) -> None:

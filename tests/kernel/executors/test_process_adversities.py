@@ -1,0 +1,213 @@
+"""What hostile work, slow deaths and failing plugins must not bring about: hangs, leaks, limits undone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcon_plugins import hookimpl
+from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, LimitExceeded
+from rcon_plugins.executors import process
+from rcon_plugins.kernel.cgroup import Hierarchy
+from tests.kernel.executors.service import alive, ask, begin, end, managing, soon
+
+
+def test_a_closed_way_into_a_cgroup_is_an_error_and_no_way_past_it() -> None:
+    cgroup = Hierarchy.discover().cgroup(f"/rcon-closed-{os.getpid()}").create()
+    try:
+        entrance = cgroup.entrance()
+        entrance.close()
+        with pytest.raises(OSError, match="closed"):
+            entrance.enter()
+    finally:
+        cgroup.delete()
+
+
+def test_work_that_leaves_its_cgroup_still_has_its_deadline() -> None:
+    with managing({"each": {"timeout": "1s"}}) as manager:
+        admission = begin(manager, "escape", 300)
+        assert end(admission)[1].ending == "timeout"
+        assert soon(lambda: not alive(admission.executor_pid))
+        assert ask(manager, "pid")[1].ending == "ok"
+
+
+def test_a_fork_server_that_does_not_answer_hangs_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "READY_SECONDS", 0.5)
+    with managing({"concurrency": 1, "each": {"timeout": "30s"}}) as manager:
+        assert manager.fork_server_pid is not None
+        os.kill(manager.fork_server_pid, signal.SIGSTOP)
+        try:
+            for _ in range(2):
+                with pytest.raises(ConfinementError, match=r"not ready within 0\.5 s"):
+                    begin(manager, "pid")
+        finally:
+            os.kill(manager.fork_server_pid, signal.SIGCONT)
+        assert ask(manager, "pid")[1].ending == "ok"
+
+
+def test_one_slow_death_delays_nobody_elses_deadline() -> None:
+    slow = {"cpu": "1%", "pids": 400, "each": {"timeout": "1s"}}
+    settings = {
+        "policy": {"slow": slow, "p": {"each": {"timeout": "1500ms"}}},
+        "route": [{"host": "slow", "policy": "slow"}, {"policy": "p"}],
+    }
+    with managing({}, settings=settings) as manager:
+        first = begin(manager, "many", 150, host="slow")
+        second = begin(manager, "sleep", 300)
+        assert end(second)[1].ending == "timeout"
+        assert second.executor_pid
+        assert end(first)[1].ending == "timeout"
+
+
+def test_a_deadline_concludes_the_work_whatever_its_thread_waits_for() -> None:
+    with managing({"concurrency": 1, "each": {"timeout": "500ms"}}) as manager:
+        admission = begin(manager, "sleep", 300)
+        woken = threading.Event()
+        admission.on_deadline = woken.set
+        assert woken.wait(10)  # nobody has asked the admission anything
+        assert soon(lambda: _admitted(manager))  # and its slot is free
+        assert admission.died().ending == "timeout"
+        assert admission.finish().ending == "timeout"
+
+
+def _admitted(manager: Any) -> bool:
+    try:
+        return ask(manager, "pid")[1].ending == "ok"
+    except ConcurrencyLimitExceeded:
+        return False
+
+
+def test_a_fresh_process_for_each_work_serves_many_threads() -> None:
+    seen: Counter[str] = Counter()
+    with managing({"max_works": 1, "each": {"timeout": "30s"}}, settings={"processes": 16}) as manager:
+
+        def client() -> None:
+            for _ in range(10):
+                try:
+                    seen[ask(manager, "pid")[1].ending] += 1
+                except LimitExceeded as error:
+                    seen[error.limit] += 1
+
+        threads = [threading.Thread(target=client) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen == {"ok": 80}
+
+
+def test_no_two_works_take_the_last_place() -> None:
+    inside: list[int] = []
+    refused: set[str] = set()
+    with managing({"isolation": "process", "pids": 4, "each": {"timeout": "30s"}}) as manager:
+        admission = begin(manager, "pid")
+        cgroup = manager.together(admission.confinement)
+        end(admission)
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.001):
+                inside.append(cgroup.read().pids_current or 0)
+
+        def client() -> None:
+            for _ in range(3):
+                try:
+                    ask(manager, "sleep", 0.05)
+                except LimitExceeded as error:
+                    refused.add(error.limit)
+
+        threads = [threading.Thread(target=watch), *(threading.Thread(target=client) for _ in range(16))]
+        for thread in threads:
+            thread.start()
+        for thread in threads[1:]:
+            thread.join()
+        over.set()
+        threads[0].join()
+    assert 2 <= max(inside) <= 4
+    assert refused == {"pids"}
+
+
+def test_what_an_earlier_work_says_is_not_the_answer_to_a_later_one() -> None:
+    with managing({"each": {"timeout": "30s"}}) as manager:
+        assert ask(manager, "speak_later", 0.1)[1].ending == "ok"
+        time.sleep(0.5)
+        assert isinstance(ask(manager, "pid")[0], int)
+
+
+def test_deadlines_of_works_that_are_over_are_not_kept() -> None:
+    with managing({"each": {"timeout": "1h"}}) as manager:
+        for _ in range(200):
+            ask(manager, "pid")
+        assert manager._pool is not None
+        supervisor = manager._pool.processes._supervisor
+        assert supervisor is not None
+        assert len(supervisor._deadlines) < 10
+
+
+@pytest.mark.parametrize("hook", ["rcon_select_policy", "rcon_configure_cgroup", "rcon_work_started"])
+@pytest.mark.parametrize("policy", [{"pids": 50}, {"each": {"timeout": "30s"}}], ids=["inline", "process"])
+def test_a_failing_plugin_refuses_the_work_and_leaks_nothing(hook: str, policy: dict[str, Any]) -> None:
+    broken = False
+
+    def fail(self: object) -> None:
+        if broken:
+            raise ValueError("out of order")
+
+    plugin = type("Broken", (), {hook: hookimpl(fail)})()
+    with managing({"concurrency": 1, "per": "host", **policy}, plugins=[plugin]) as manager:
+        instance = manager._instance
+        assert instance is not None
+        broken = True
+        files = set(Path("/proc/self/fd").iterdir())
+        for number in range(3):
+            with pytest.raises(ConfinementError, match="out of order"):
+                begin(manager, "pid", host=f"h{number}")
+        if hook != "rcon_work_started":  # there a confinement was made, and is kept
+            assert set(Path("/proc/self/fd").iterdir()) == files
+        leaves = [leaf for name in instance.work.children() for leaf in instance.work.child(name).children()]
+        assert hook == "rcon_work_started" or leaves == []
+        broken = False
+
+
+def test_executors_hold_no_means_of_waking_the_server() -> None:
+    import select
+
+    epoll, pipe = select.epoll(), os.pipe()
+    file = os.open(Path(__file__), os.O_RDONLY)
+    try:
+        with managing({"each": {"timeout": "30s"}}) as manager:
+            held = ask(manager, "descriptors")[0]
+            mine = {number: target for number, target in held.items() if int(number) > 2}
+            assert not [
+                target for target in mine.values() if target.startswith(("anon_inode", "pipe:", "/memfd:"))
+            ]
+            assert (
+                str(Path(__file__)) in mine.values()
+            )  # what the application opened when it was loaded stays
+    finally:
+        epoll.close()
+        for descriptor in (*pipe, file):
+            os.close(descriptor)
+
+
+def test_a_changed_policy_has_a_cgroup_of_its_own_and_the_same_slots() -> None:
+    with managing({"concurrency": 1, "memory": "64M"}) as before:
+        first = begin(before, "sleep", 300)
+        changed = {"concurrency": 1, "memory": "32M"}
+        with managing(changed, instance=before._instance, generations={"p": 1}) as after:
+            second = begin(after, "pid")
+            assert (first.name, second.name) == ("p", "p.1")
+            assert first.confinement.first_slot == second.confinement.first_slot
+            limits = [
+                manager.together(work.confinement) for manager, work in ((before, first), (after, second))
+            ]
+            assert len({cgroup.path for cgroup in limits}) == 2
+            end(second)
+        first.abort("over")
