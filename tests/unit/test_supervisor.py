@@ -101,8 +101,13 @@ def test_what_fails_while_it_hears_does_not_end_the_watch(
 def test_deadlines_come_between_jobs(pipe: tuple[int, int]) -> None:
     supervisor = Supervisor(pipe[0], lambda: True)
     seen: list[str] = []
-    for number in range(50):
-        supervisor.submit(partial(lambda number: (seen.append(str(number)), time.sleep(0.01)), number))
+
+    def job() -> None:
+        seen.append("job")
+        time.sleep(0.01)
+
+    for _ in range(50):
+        supervisor.submit(job)
     supervisor.at(time.monotonic(), lambda: seen.append("deadline"))
     supervisor.start()
     supervisor.close()

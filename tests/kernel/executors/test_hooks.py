@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 
 import rcon_plugins
-from rcon_plugins import Limits, Manager, Outcome, Policy, Settings, Work, hookimpl
+from rcon_plugins import Limits, Outcome, Policy, Settings, Work, hookimpl
 from rcon_plugins.errors import ConfinementError, SettingsError
 from rcon_plugins.kernel.cgroup import Cgroup, Resources
 from rcon_plugins.plugins import make_plugin_manager
 from rcon_plugins.settings import from_mapping
-from tests.children import in_child
-from tests.kernel.executors.service import ask, begin, end, managing, serve
-
-ROOT = Path(rcon_plugins.__file__).parent.parent
-LEDGER = ROOT / "examples" / "ledger-plugin"
+from tests.kernel.executors.service import ask, begin, end, managing
 
 
 def test_rcon_policies_contributes_and_rcon_select_policy_chooses_before_the_router() -> None:
@@ -143,35 +135,3 @@ def test_a_plugin_that_does_not_fit_is_refused(plugin: object, message: str) -> 
 def test_a_plugin_that_is_not_installed_is_refused() -> None:
     with pytest.raises(SettingsError, match="no installed distribution offers the plugin 'nobody'"):
         make_plugin_manager(from_mapping({"plugins": ["nobody"], "unmatched": "allow"}))
-
-
-def test_the_example_plugin_installed_and_named_in_the_settings(tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    project = shutil.copytree(LEDGER, tmp_path / "ledger-plugin")  # the original may be on a read-only disk
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", site, project], check=True)
-    ledger = tmp_path / "ledger.jsonl"
-
-    def program() -> None:
-        sys.path.insert(0, str(site))
-        os.environ["RCON_LEDGER"] = str(ledger)
-        settings = from_mapping(
-            {
-                "plugins": ["ledger"],
-                "policy": {"p": {"per": "host", "each": {"timeout": "30s"}}},
-                "route": [{"policy": "p"}],
-            }
-        )
-        manager = Manager(settings)
-        manager.start(serve)
-        ask(manager, "burn", 0.1, host="a.example")
-        ask(manager, "raises", host="b.example")
-        manager.close()
-
-    in_child(program)
-    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
-    assert [(line["key"], line["work"], line["ending"]) for line in lines] == [
-        ("a.example", "burn", "ok"),
-        ("b.example", "raises", "error"),
-    ]
-    assert lines[0]["cpu_seconds"] > 0.03

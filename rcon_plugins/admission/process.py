@@ -1,4 +1,4 @@
-"""Admission: one work that may run, from its start to its one outcome."""
+"""Work that runs in an executor process."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
+from rcon_plugins.admission.base import Admission, Host
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.process import DEATH_SECONDS, LOGGER
-from rcon_plugins.outcome import Ending, Outcome
+from rcon_plugins.outcome import Outcome
 from rcon_plugins.usage import Usage
 
 if TYPE_CHECKING:
-    from rcon_plugins.confinement import Confinement, InlineConfinement, ProcessConfinement
+    from rcon_plugins.confinement import ProcessConfinement
     from rcon_plugins.executors.channel import Channel
-    from rcon_plugins.executors.inline import InlineExecutor
     from rcon_plugins.executors.pool import ExecutorPool
-    from rcon_plugins.kernel.cgroup import Cgroup, Reading
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.kernel.cgroup import Reading
     from rcon_plugins.work import Work
 
 _Number = TypeVar("_Number", int, float)
@@ -31,141 +29,6 @@ ABORT_GRACE = 0.2
 #: An executor process that still holds this much of its own memory limit after a work is replaced.
 _HEAVY = 0.5
 _LEFT_BEHIND = "left processes behind"
-
-
-class Host(Protocol):
-    """What an admission needs of the manager that made it."""
-
-    #: Settles the few races between a work's own thread and the supervisor. Held for moments.
-    lock: threading.Lock
-
-    def together(self, confinement: Confinement) -> Cgroup:
-        """The cgroup that holds all the work of a confinement that runs in processes."""
-
-    def concluded(self, work: Work, confinement: Confinement, slot: int | None, outcome: Outcome) -> None:
-        """Take note of a work's outcome, once."""
-
-
-class Admission:
-    """One work that may run. Exactly one of `finish`, `died` and `abort` ends it; more calls change nothing."""
-
-    isolation: Literal["inline", "process"]
-
-    def __init__(self, host: Host, work: Work, confinement: Confinement, slot: int | None) -> None:
-        self.work = work
-        self.confinement = confinement
-        self._host = host
-        self._slot = slot
-        self._started = time.monotonic()
-        self._outcome: Outcome | None = None
-
-    @property
-    def policy(self) -> Policy:
-        """The policy the work runs under."""
-        return self.confinement.policy
-
-    @property
-    def key(self) -> str | None:
-        """The key of its confinement, where the policy has one for each."""
-        return self.confinement.key
-
-    @property
-    def name(self) -> str:
-        """The name of its confinement, which is that of its cgroup."""
-        return self.confinement.name
-
-    def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
-        """The work ran to its end, or its own code raised."""
-        raise NotImplementedError
-
-    def died(self) -> Outcome:
-        """The channel to the work's executor is closed: find out how it ended."""
-        raise NotImplementedError
-
-    def abort(self, detail: str) -> Outcome:
-        """Stop the work, which nobody waits for any more."""
-        raise NotImplementedError
-
-    def _conclude(
-        self,
-        ending: Ending,
-        usage: Usage,
-        *,
-        limit: str | None = None,
-        signal_number: int | None = None,
-        detail: str = "",
-    ) -> Outcome:
-        outcome = Outcome(
-            ending=ending,
-            usage=usage,
-            policy=self.policy.name,
-            key=self.key,
-            limit=limit,
-            signal=signal_number,
-            detail=detail,
-        )
-        self._outcome = outcome
-        self._host.concluded(self.work, self.confinement, self._slot, outcome)
-        return outcome
-
-
-class InlineAdmission(Admission):
-    """Work that runs in threads of this process, inside `entered` blocks."""
-
-    isolation = "inline"
-    confinement: InlineConfinement
-
-    def __init__(self, host: Host, work: Work, confinement: InlineConfinement, slot: int | None) -> None:
-        super().__init__(host, work, confinement, slot)
-        self._cpu_seconds = 0.0
-
-    def entered(self) -> _Stay:
-        """A context manager: inside it the calling thread is confined. May be used again for the same work.
-
-        Raises `KernelError` on entering where the thread cannot be moved; the block does not run then.
-        """
-        return _Stay(self)
-
-    def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
-        return self._outcome or self._conclude(ending, self._usage(), detail=detail)
-
-    def died(self) -> Outcome:
-        raise TypeError("inline work has no executor that could die")
-
-    def abort(self, detail: str) -> Outcome:
-        return self._outcome or self._conclude("aborted", self._usage(), detail=detail)
-
-    def spent(self, cpu_seconds: float) -> None:
-        """Count CPU time of a stay."""
-        self._cpu_seconds += cpu_seconds
-
-    def _usage(self) -> Usage:
-        return Usage(wall_seconds=time.monotonic() - self._started, cpu_seconds=self._cpu_seconds)
-
-
-class _Stay:
-    """A thread's stay in the cgroup of a confinement."""
-
-    __slots__ = ("_admission", "_cpu", "_executor")
-
-    def __init__(self, admission: InlineAdmission) -> None:
-        self._admission = admission
-        self._executor: InlineExecutor | None = None
-        self._cpu = 0.0
-
-    def __enter__(self) -> None:
-        self._executor = self._admission.confinement.enter()
-        self._cpu = time.thread_time()
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._admission.spent(time.thread_time() - self._cpu)
-        if self._executor is not None:
-            self._executor.leave()
 
 
 class ProcessAdmission(Admission):
