@@ -14,6 +14,7 @@ import contextlib
 import os
 import socket
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 _HEADER = struct.Struct("!BI")
@@ -54,7 +55,8 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._buffer = b""
+        #: A bytearray while a frame is incomplete, so that one that comes byte by byte is not copied for each.
+        self._buffer: bytes | bytearray = b""
         self._position = 0
         self._owner = os.getpid()
 
@@ -68,12 +70,35 @@ class Channel:
         return self._whole_frame_end() is not None
 
     @property
-    def quiet(self) -> bool:
-        """Whether nothing is here that was not received as a whole frame."""
+    def buffered_kind(self) -> int | None:
+        """The kind of the frame that `receive` returns without blocking; None if it would block."""
+        return self._buffer[self._position] if self.buffered else None
+
+    @property
+    def drained(self) -> bool:
+        """Whether all that was read from the socket has been received. Does not look at the socket."""
         return not self._buffer
 
-    def send(self, *frames: tuple[int, bytes]) -> None:
+    @property
+    def quiet(self) -> bool:
+        """Whether the other side lives and nothing it sent waits to be received, here or in the socket."""
+        if self._buffer:
+            return False
+        # gevent's sockets wait, whatever the flags; the one inside of them does not.
+        inner = getattr(self._socket, "_sock", self._socket)
+        try:
+            inner.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def send(self, *frames: tuple[int, bytes], wait: Callable[[], object] | None = None) -> None:
         """Send frames, in one system call where they fit; blocks while the other side does not read.
+
+        With ``wait`` it does not block by itself: ``wait`` is called each time the other side has to read before more
+        can be sent, and returns when it may have. What it raises comes out; the channel is of no use then.
 
         Raises `ChannelClosed` when the other side is gone.
         """
@@ -85,27 +110,33 @@ class Channel:
             parts.append(_HEADER.pack(kind, len(payload)))
             parts.append(payload)
         try:
-            self._socket.sendall(b"".join(parts))
+            if wait is None:
+                self._socket.sendall(b"".join(parts))
+            else:
+                self._send_watching(b"".join(parts), wait)
         except OSError as error:
             raise ChannelClosed(str(error)) from error
 
-    def receive(self) -> Frame:
+    def receive(self, wait: Callable[[], object] | None = None) -> Frame:
         """The next frame; blocks until it is whole.
+
+        ``wait``, where given, is called before each read of the socket: it can wait for other things besides. What it
+        raises comes out.
 
         Raises `ChannelClosed` at the end of the stream, `ProtocolViolation` for a frame above the bound.
         """
         self._check_owner()
         while (end := self._whole_frame_end()) is None:
-            try:
-                data = self._socket.recv(CHUNK + _HEADER.size)
-            except OSError as error:
-                raise ChannelClosed(str(error)) from error
-            if not data:
-                raise ChannelClosed("the other side closed the channel")
-            self._buffer = self._buffer[self._position :] + data if self._buffer else data
-            self._position = 0
+            if wait is not None:
+                wait()
+            self._fill()
         start = self._position + _HEADER.size
-        frame = Frame(self._buffer[self._position], self._buffer[start:end])
+        kind = self._buffer[self._position]
+        if isinstance(self._buffer, bytes):
+            frame = Frame(kind, self._buffer[start:end])
+        else:
+            with memoryview(self._buffer) as view:
+                frame = Frame(kind, bytes(view[start:end]))
         self._position = end
         if end == len(self._buffer):
             self._buffer, self._position = b"", 0
@@ -142,6 +173,32 @@ class Channel:
     def close(self) -> None:
         """Close this end."""
         self._socket.close()
+
+    def _send_watching(self, data: bytes, wait: Callable[[], object]) -> None:
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self._socket.send(left, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                wait()
+
+    def _fill(self) -> None:
+        """Read from the socket once, behind what is here already."""
+        try:
+            data = self._socket.recv(CHUNK + _HEADER.size)
+        except OSError as error:
+            raise ChannelClosed(str(error)) from error
+        if not data:
+            raise ChannelClosed("the other side closed the channel")
+        if not self._buffer:
+            self._buffer = data
+            return
+        if isinstance(self._buffer, bytes):
+            self._buffer = bytearray(memoryview(self._buffer)[self._position :])
+        else:
+            del self._buffer[: self._position]
+        self._position = 0
+        self._buffer += data
 
     def _whole_frame_end(self) -> int | None:
         if len(self._buffer) - self._position < _HEADER.size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -106,3 +107,108 @@ def test_a_fork_may_not_speak(ends: tuple[Channel, Channel]) -> None:
     assert all("fork" in said for said in in_child(fork))
     one.send((20, b"its owner may"))
     assert other.receive().payload == b"its owner may"
+
+
+def test_quiet_means_that_nothing_waits_here_or_in_the_socket(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    assert other.quiet
+    one.send((20, b"left over"))
+    assert not other.quiet
+    other.receive()
+    assert other.quiet
+    one.send((20, b"a"), (20, b"b"))
+    other.receive()
+    assert not other.quiet
+    assert not other.drained
+    other.receive()
+    one.close()
+    assert not other.quiet  # nobody is there
+
+
+def test_quiet_sees_half_a_frame() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"\x14")
+        assert not Channel(ours).quiet
+
+
+def test_the_kind_of_the_next_frame_is_known_once_it_is_whole(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    assert other.buffered_kind is None
+    one.send((20, b"a"), (21, b"b"))
+    other.receive()
+    assert other.buffered_kind == 21
+
+
+def test_a_frame_sent_byte_by_byte_costs_its_receiver_no_more_than_its_size() -> None:
+    """Each byte read by itself must not copy all that came before it: that would be 46 GB here."""
+    count = 50_000
+    pieces = iter([struct.pack("!BI", 20, 900_000 + count), *[b"y" * 60_000] * 15, *[b"x"] * count])
+
+    class Trickle:
+        def recv(self, size: int) -> bytes:
+            return next(pieces)
+
+    channel = Channel(Trickle())  # type: ignore[arg-type]
+    before = time.process_time()
+    payload = channel.receive().payload
+    assert time.process_time() - before < 1.0
+    assert (len(payload), type(payload)) == (900_000 + count, bytes)
+
+
+def test_frames_behind_an_incomplete_one_are_whole_too() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(ours)
+        whole = b"".join(struct.pack("!BI", kind, 3) + b"abc" for kind in (20, 21, 22))
+        theirs.sendall(whole[:12])
+        assert channel.receive() == (20, b"abc")
+        left = [whole[12:13], whole[13:18], whole[18:]]
+        frames = [channel.receive(lambda: theirs.sendall(left.pop(0))) for _ in range(2)]
+        assert frames == [(21, b"abc"), (22, b"abc")]
+        assert channel.drained
+
+
+class Enough(Exception):
+    pass
+
+
+def test_a_sender_may_watch_something_else_meanwhile(ends: tuple[Channel, Channel]) -> None:
+    one, _ = ends
+    waits = 0
+
+    def wait() -> None:
+        nonlocal waits
+        waits += 1
+        if waits == 3:
+            raise Enough
+
+    with pytest.raises(Enough):
+        one.send((20, b"x" * MAX_PAYLOAD), wait=wait)
+
+
+def test_a_sender_that_watches_sends_all(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    received: list[Frame] = []
+    thread = threading.Thread(target=lambda: received.extend(other.receive() for _ in range(2)))
+    thread.start()
+    payload = bytes(range(256)) * 4096
+    one.send((20, payload), (21, b"end"), wait=lambda: time.sleep(0.001))
+    thread.join()
+    assert received == [(20, payload), (21, b"end")]
+
+
+def test_a_receiver_may_watch_something_else_also_in_the_middle_of_a_frame() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(struct.pack("!BI", 20, 100) + b"only this")
+        waits = 0
+
+        def wait() -> None:
+            nonlocal waits
+            waits += 1
+            if waits == 2:
+                raise Enough
+
+        with pytest.raises(Enough):
+            Channel(ours).receive(wait)
