@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
-from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
+from rcon_plugins.errors import LimitExceeded, RconError
 from rcon_plugins.isolation import Server
 from rcon_plugins.manager import Manager
 from rcon_plugins.outcome import Outcome
@@ -80,9 +80,8 @@ class ConfineMiddleware:
         client = self._client_socket(environ) if self._client_socket is not None else None
         try:
             admission = self._manager.admit(work_of(environ))
-        except ConcurrencyLimitExceeded as error:
-            outcome = Outcome(ending="concurrency", policy=error.policy, limit=error.limit)
-            return problem.respond(environ, start_response, outcome, retry_after=error.retry_after)
+        except LimitExceeded as error:
+            return problem.respond(environ, start_response, *problem.of(error))
         except RconError:  # told to hooks and log by the manager
             return problem.respond(environ, start_response, Outcome(ending="refused"))
         if admission is None:

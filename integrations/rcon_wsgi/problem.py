@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
+from rcon_plugins.errors import (
+    ConcurrencyLimitExceeded,
+    LimitExceeded,
+    MemoryLimitExceeded,
+    PidsLimitExceeded,
+    TimeLimitExceeded,
+)
 from rcon_plugins.outcome import Ending, Outcome
 
 if TYPE_CHECKING:
@@ -52,6 +59,20 @@ _KILLED: Final = _Kind(
     _UNAVAILABLE, "Request ended", "The process that served the request ended before it was done."
 )
 
+_ENDINGS: Final[dict[type[LimitExceeded], Ending]] = {
+    ConcurrencyLimitExceeded: "concurrency",
+    MemoryLimitExceeded: "memory",
+    PidsLimitExceeded: "pids",
+    TimeLimitExceeded: "timeout",
+}
+
+
+def of(error: LimitExceeded) -> tuple[Outcome, int | None]:
+    """What `respond` tells of work that was not admitted because of a limit."""
+    ending: Ending = next((told for kind, told in _ENDINGS.items() if isinstance(error, kind)), "refused")
+    retry_after = error.retry_after if isinstance(error, ConcurrencyLimitExceeded) else None
+    return Outcome(ending=ending, policy=error.policy, limit=error.limit), retry_after
+
 
 def is_problem(outcome: Outcome) -> bool:
     """Whether the outcome is to be told to the client in place of what the application said."""
@@ -62,8 +83,8 @@ def respond(
     environ: dict[str, Any],
     start_response: StartResponse,
     outcome: Outcome,
-    *,
     retry_after: int | None = None,
+    *,
     replacing: bool = False,
 ) -> list[bytes]:
     """Answer a request with its problem.

@@ -18,13 +18,16 @@ def work_of(environ: Environ) -> Work:
     path = _whole_path(environ)
     name = f"{method} {path}"
     if not name.isprintable():
-        name = quote(name, safe="/ ")
+        name = quote(name, safe="/ ", errors="backslashreplace")  # there may be lone surrogates
     host = environ.get("HTTP_HOST") or environ.get("SERVER_NAME") or ""
-    return Work("request", name, RequestAttributes(host, path, method))
+    return Work("request", name, RequestAttributes(host, path, method, environ))
 
 
 class RequestAttributes(Mapping[str, str]):
-    """``host``, ``path`` and ``method`` of a request; what is empty is missing.
+    """What routes and keys may ask of a request; what is empty is missing.
+
+    ``host``, ``path``, ``method``, ``remote_addr`` and ``remote_user``; and, not when iterating, ``header:NAME`` for a
+    header (in any case) and ``path:N`` for the N-th segment of the path, from 1.
 
     ``host`` is the Host header, else the server's name: in small letters, without port and without final dots.
     ``path`` is the whole path, SCRIPT_NAME included, decoded as UTF-8. It is not normalised: what an application
@@ -32,13 +35,14 @@ class RequestAttributes(Mapping[str, str]):
     the host.
     """
 
-    __slots__ = ("_host", "_method", "_path", "_written_host")
+    __slots__ = ("_environ", "_host", "_method", "_path", "_written_host")
 
-    def __init__(self, written_host: str, path: str, method: str) -> None:
+    def __init__(self, written_host: str, path: str, method: str, environ: Environ) -> None:
         self._written_host = written_host
         self._host: str | None = None
         self._path = path
         self._method = method
+        self._environ = environ.copy()  # the application may change its own
 
     def __getitem__(self, name: str) -> str:
         if name == "host":
@@ -48,11 +52,25 @@ class RequestAttributes(Mapping[str, str]):
             value = self._host
         elif name == "path":
             value = self._path
+        elif name == "method":
+            value = self._method
         else:
-            value = self._method if name == "method" else ""
+            value = self._rarer(name)
         if value:
             return value
         raise KeyError(name)
+
+    def _rarer(self, name: str) -> str:
+        kind, _, which = name.partition(":")
+        if kind == "header" and which:
+            variable = which.upper().replace("-", "_")
+            value = self._environ.get(variable if variable in _BARE else f"HTTP_{variable}")
+        elif kind == "path" and which.isdecimal() and which != "0":
+            segments = self._path.split("/", int(which) + 1)  # the first is what is before the first slash
+            value = segments[int(which)] if int(which) < len(segments) else ""
+        else:
+            value = self._environ.get(_VARIABLES.get(name, ""))
+        return value if isinstance(value, str) else ""
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in _NAMES if name in self)
@@ -64,7 +82,10 @@ class RequestAttributes(Mapping[str, str]):
         return f"RequestAttributes({dict(self)!r})"
 
 
-_NAMES: Final = ("host", "path", "method")
+_VARIABLES: Final = {"remote_addr": "REMOTE_ADDR", "remote_user": "REMOTE_USER"}
+_NAMES: Final = ("host", "path", "method", *_VARIABLES)
+#: The headers that WSGI, like CGI, names without HTTP_.
+_BARE: Final = ("CONTENT_TYPE", "CONTENT_LENGTH")
 
 
 def _whole_path(environ: Environ) -> str:

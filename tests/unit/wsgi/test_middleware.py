@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, KernelError, RconError
+from rcon_plugins.errors import (
+    ConcurrencyLimitExceeded,
+    ConfinementError,
+    KernelError,
+    LimitExceeded,
+    PidsLimitExceeded,
+    RconError,
+)
 from rcon_plugins.outcome import Outcome
 from rcon_wsgi import ConfineMiddleware
 from tests.contract.wsgi.double import Manager
@@ -59,6 +66,14 @@ def busy() -> RconError:
         (ConfinementError("/sys/fs/cgroup/secret could not be written"), {"type": "refused"}),
         (KernelError("no", path="/sys/fs/cgroup/secret"), {"type": "refused"}),
         (busy(), {"type": "concurrency", "policy": "tenant", "limit": "concurrency"}),
+        (
+            PidsLimitExceeded("16 are running", policy="tenant", key="a.example", limit="pids"),
+            {"type": "pids", "policy": "tenant", "limit": "pids"},
+        ),
+        (
+            LimitExceeded("a plugin's own", policy="tenant", limit="quota"),
+            {"type": "refused", "policy": "tenant", "limit": "quota"},
+        ),
     ],
 )
 def test_what_the_manager_refuses_does_not_run(error: RconError, told: dict[str, str]) -> None:

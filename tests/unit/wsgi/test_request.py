@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rcon_plugins.policy import Per
 from rcon_wsgi import work_of
 
 
@@ -69,18 +70,83 @@ def test_the_name_is_the_request_line() -> None:
     assert (work.kind, work.name) == ("request", "GET /a/\u3042")
 
 
-@given(st.text(st.characters(max_codepoint=255)), st.text(st.characters(max_codepoint=255)))
+ANY_TEXT = st.text(st.characters(codec=None, exclude_categories=()))  # lone surrogates, too
+
+
+@given(ANY_TEXT, ANY_TEXT)
 def test_a_name_is_one_line_of_the_log(method: str, path: str) -> None:
     assert work_of({"REQUEST_METHOD": method, "PATH_INFO": path}).name.isprintable()
 
 
-@given(st.text())
+@given(ANY_TEXT)
 def test_any_host_has_attributes(host: str) -> None:
     dict(work_of({"HTTP_HOST": host}).attributes)
+
+
+REQUEST = {
+    "REQUEST_METHOD": "POST",
+    "SCRIPT_NAME": "/shop",
+    "PATH_INFO": "/anna//photos",
+    "REMOTE_ADDR": "192.0.2.7",
+    "REMOTE_USER": "anna",
+    "CONTENT_TYPE": "text/plain",
+    "CONTENT_LENGTH": "12",
+    "HTTP_X_TENANT": "north",
+    "HTTP_X_EMPTY": "",
+    "wsgi.errors": object(),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("remote_addr", "192.0.2.7"),
+        ("remote_user", "anna"),
+        ("header:x-tenant", "north"),
+        ("header:X-Tenant", "north"),
+        ("header:x_tenant", "north"),
+        ("header:x-empty", None),
+        ("header:content-type", "text/plain"),
+        ("header:content-length", "12"),
+        ("header:accept", None),
+        ("header:", None),
+        ("path:1", "shop"),
+        ("path:2", "anna"),
+        ("path:3", None),
+        ("path:4", "photos"),
+        ("path:5", None),
+        ("path:99", None),
+        ("path:0", None),
+        ("path:-1", None),
+        ("path:x", None),
+        ("path:", None),
+        ("REMOTE_ADDR", None),
+        ("wsgi.errors", None),
+        ("", None),
+    ],
+)
+def test_what_a_key_may_be_made_of(name: str, value: str | None) -> None:
+    attributes = work_of(REQUEST).attributes
+    assert attributes.get(name) == value
+    if value is None:
+        with pytest.raises(KeyError):
+            attributes[name]
+
+
+def test_who_asks_is_missing_where_the_server_does_not_know() -> None:
+    attributes = work_of({"REMOTE_ADDR": "", "PATH_INFO": "*"}).attributes
+    assert [name for name in ("remote_addr", "remote_user", "path:1") if name in attributes] == []
+
+
+def test_every_name_that_settings_take_for_a_request_is_known_here() -> None:
+    whole = {**REQUEST, "HTTP_HOST": "a.example"}
+    for name in Per.names:
+        if name not in ("task", "queue", "command"):
+            assert name in work_of(whole).attributes
 
 
 def test_what_the_application_does_to_its_environ_changes_nothing() -> None:
     environ = {"HTTP_HOST": "a.example", "PATH_INFO": "/a", "REQUEST_METHOD": "GET"}
     work = work_of(environ)
-    environ.update(HTTP_HOST="b.example", PATH_INFO="/b", REQUEST_METHOD="POST")
+    environ.update(HTTP_HOST="b.example", PATH_INFO="/b", REQUEST_METHOD="POST", REMOTE_USER="anna")
     assert dict(work.attributes) == {"host": "a.example", "path": "/a", "method": "GET"}
