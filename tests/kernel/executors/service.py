@@ -15,6 +15,7 @@ from rcon_plugins import Manager, Outcome, Work
 from rcon_plugins.admission import ProcessAdmission
 from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
 from rcon_plugins.settings import from_mapping
+from tests.kernel.cgroup.helpers import write_directly
 
 ASK, ANSWER, RAISED = range(FIRST_SERVICE_KIND, FIRST_SERVICE_KIND + 3)
 
@@ -56,6 +57,12 @@ class Acts:
     def allocate(mebibytes: int) -> int:
         held = [bytearray(os.urandom(4096) * 256) for _ in range(mebibytes)]
         return len(held)
+
+    @staticmethod
+    def write_directly(path: str, mebibytes: int) -> float:
+        """Bytes per second, past the page cache."""
+        size = mebibytes * 1024 * 1024
+        return size / write_directly(path, size)
 
     @staticmethod
     def leave_sleepers(count: int) -> list[int]:

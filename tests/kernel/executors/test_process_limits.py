@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from rcon_plugins.errors import MemoryLimitExceeded, PidsLimitExceeded, TimeLimitExceeded
+from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.executors.service import alive, ask, begin, end, managing, soon
 
 MIB = 1024 * 1024
@@ -166,3 +170,18 @@ def test_cpu_quota_is_held_within_a_point(percent: int) -> None:
             if used >= percent - allowed:
                 return
     pytest.fail(f"only {used:.1f} % in the last of three attempts")
+
+
+def test_io_of_all_the_work_together_is_one_limit() -> None:
+    folder = Path(tempfile.mkdtemp(dir=DISK, prefix="rcon-test-"))
+    try:
+        limit = {"write": "5M"}
+        with managing({"isolation": "process", "io": {str(folder): limit}}) as manager:
+            rate, outcome = ask(manager, "write_directly", str(folder / "data"), 15)
+            assert 4.5 * MIB <= rate <= 5.5 * MIB
+            written = outcome.usage.io_write_bytes
+            assert (
+                written is None or written >= 15 * MIB
+            )  # None on v1, where IO is throttled and told for all together
+    finally:
+        shutil.rmtree(folder)
