@@ -15,7 +15,7 @@ import marshal
 from typing import Any, Final
 
 from rcon_plugins.executors.channel import MAX_PAYLOAD, Channel, Frame, ProtocolViolation
-from rcon_wsgi.wire import REQUEST, REQUEST_PART
+from rcon_wsgi.wire import NUMBER_SIZE, REQUEST, REQUEST_PART
 
 _NOT_CROSSING: Final = frozenset(
     {
@@ -50,15 +50,15 @@ def encode(environ: dict[str, Any]) -> bytes:
 
 
 def frames(data: bytes) -> list[tuple[int, bytes]]:
-    """The encoded environ as frames; one, unless the server allows very large headers."""
+    """The number of a request and its encoded environ as frames; one, unless the server allows very large headers."""
     if len(data) <= MAX_PAYLOAD:
         return [(REQUEST, data)]
     pieces = [data[start : start + MAX_PAYLOAD] for start in range(0, len(data), MAX_PAYLOAD)]
     return [(REQUEST_PART, piece) for piece in pieces[:-1]] + [(REQUEST, pieces[-1])]
 
 
-def receive(channel: Channel, frame: Frame) -> dict[str, Any]:
-    """The environ that starts a request; ``frame`` is its first frame. Runs in the executor."""
+def receive(channel: Channel, frame: Frame) -> tuple[bytes, dict[str, Any]]:
+    """The number and the environ that start a request; ``frame`` is its first frame. Runs in the executor."""
     kind, data = frame
     if kind == REQUEST_PART:
         parts = [data]
@@ -68,8 +68,9 @@ def receive(channel: Channel, frame: Frame) -> dict[str, Any]:
         data = b"".join(parts)
     if kind != REQUEST:
         raise ProtocolViolation(f"a request starts with an environ, not with a frame of kind {kind}")
-    environ: dict[str, Any] = marshal.loads(data)  # noqa: S302 - from our own host, which we were forked from
-    return environ
+    # From our own host, which we were forked from.
+    environ: dict[str, Any] = marshal.loads(memoryview(data)[NUMBER_SIZE:])  # noqa: S302
+    return data[:NUMBER_SIZE], environ
 
 
 def _plain(value: object, depth: int) -> object:

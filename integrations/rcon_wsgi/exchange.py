@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import errno
-import select
+import os
 import socket
-import struct
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from rcon_plugins.errors import ApplicationError
-from rcon_plugins.executors.channel import CHUNK, ChannelClosed, ProtocolViolation
+from rcon_plugins.executors.channel import CHUNK, ChannelClosed, Frame, ProtocolViolation
 from rcon_plugins.outcome import Outcome
 from rcon_wsgi import environ as crossing
 from rcon_wsgi import problem, wire
+from rcon_wsgi.client import Client, ClientGone, Stage
+from rcon_wsgi.measure import LINE, LOG_CHARACTERS, LOT, SMALL, ErrorLog, Pace, owned, owner, visible
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 _CLIENT_GONE: Final = "the client went away"
 #: A response of status 500 is held back up to this size, to learn whether a limit was the cause.
 _HELD: Final = CHUNK
-_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
 class ResponseCut(ConnectionResetError):
@@ -36,10 +36,6 @@ class ResponseCut(ConnectionResetError):
     def __init__(self, reason: str, outcome: Outcome | None = None) -> None:
         super().__init__(errno.ECONNRESET, f"the response was cut: {reason}")
         self.outcome = outcome
-
-
-class _ClientGone(Exception):
-    pass
 
 
 class _Failed(Exception):
@@ -58,11 +54,14 @@ class Exchange:
         "_client",
         "_ending",
         "_environ",
+        "_has_data",
         "_input_error",
+        "_log",
+        "_pace",
         "_pending",
-        "_poll",
         "_state",
         "_status",
+        "number",
     )
 
     def __init__(
@@ -71,9 +70,13 @@ class Exchange:
         self._environ = environ
         self._admission = admission
         self._channel = admission.channel
-        self._client = client
-        self._poll: select.poll | None = None
+        self._client = Client(client, self._channel.fileno())
+        self._log: ErrorLog | None = None
+        self._pace = Pace()
+        #: What the frames of this request's answer begin with: one to an earlier request is none to this.
+        self.number = os.urandom(wire.NUMBER_SIZE)
         self._pending: list[bytes] = []  # received and not yet given to the server, last first
+        self._has_data = False
         self._input_error: Exception | None = None
         self._state: Literal["running", "ended", "settled"] = "running"
         self._ending: Literal["ok", "error"] = "ok"
@@ -81,11 +84,14 @@ class Exchange:
 
     def begin(self, start_response: StartResponse) -> Iterable[bytes]:
         """Send the request over and wait for the first of its response."""
+        if self._client.known:
+            self._admission.on_deadline = self._client.deadline
         try:
-            self._channel.send(*crossing.frames(crossing.encode(self._environ)))
+            request = crossing.frames(self.number + crossing.encode(self._environ))
+            self._channel.send(*request, wait=self._client.wait_to_send)
             kind, payload = self._next()
             if kind == wire.START:
-                return self._start(start_response, wire.decode_start(payload))
+                return self._start(start_response, wire.decode_start(self._answer(payload)))
             if kind == wire.ERROR:
                 raise self._failed(payload)
             raise ProtocolViolation(f"a response cannot begin with a frame of kind {kind}")
@@ -95,7 +101,7 @@ class Exchange:
             raise failed.error from None
         except ChannelClosed:
             return problem.respond(self._environ, start_response, self._died())
-        except _ClientGone:
+        except ClientGone:
             raise self._abandoned() from None
         except BaseException as error:
             self._abort(f"{type(error).__name__}: {error}")
@@ -108,12 +114,14 @@ class Exchange:
             outcome, only = self._hold_back()
             if outcome is not None and problem.is_problem(outcome):
                 return problem.respond(self._environ, start_response, outcome)
+            self._hand_over()
             start_response(start.status, start.headers)
             return _SizedExchange(self) if only else self
         kind, payload = self._next()
         if kind == wire.ONLY:
             return self._only(start_response, start, payload)
         self._take(kind, payload)
+        self._hand_over()
         start_response(start.status, start.headers)
         return self
 
@@ -121,24 +129,24 @@ class Exchange:
         return self
 
     def __next__(self) -> bytes:
-        if self._pending:
-            return self._pending.pop()
-        if self._state == "running":
-            try:
+        try:
+            if not self._pending and self._state == "running":
+                self._client.enter(Stage.EXECUTOR)
                 self._take(*self._next())
-            except _Failed as failed:
-                if problem.is_problem(failed.outcome):
-                    raise self._cut(failed.outcome) from None
-                raise failed.error from None
-            except ChannelClosed:
-                raise self._cut(self._died()) from None
-            except _ClientGone:
-                raise self._abandoned() from None
-            except BaseException as error:
-                self._abort(f"{type(error).__name__}: {error}")
-                raise
             if self._pending:
+                self._hand_over()
                 return self._pending.pop()
+        except _Failed as failed:
+            if problem.is_problem(failed.outcome):
+                raise self._cut(failed.outcome) from None
+            raise failed.error from None
+        except ChannelClosed:
+            raise self._cut(self._died()) from None
+        except ClientGone:
+            raise self._abandoned() from None
+        except BaseException as error:
+            self._abort(f"{type(error).__name__}: {error}")
+            raise
         raise StopIteration
 
     def close(self) -> None:
@@ -166,16 +174,16 @@ class Exchange:
         size = 0
         outcome = None
         only = False
-        while size <= _HELD:
+        while size <= _HELD and len(held) < LOT and not self._pace.hurried:
             kind, payload = self._next()
             if kind in (wire.DATA, wire.ONLY) and self._state == "running":
-                held.append(payload)
+                held.append(self._chunk(kind, payload))
                 size += len(payload)
                 only = kind == wire.ONLY
             elif kind == wire.END:
                 self._ended()
             elif kind == wire.DONE:
-                outcome = self._done()
+                outcome = self._done(payload)
                 break
             else:
                 self._take(kind, payload)
@@ -185,11 +193,11 @@ class Exchange:
     def _take(self, kind: int, payload: bytes) -> None:
         """Take one frame of a response whose headers are known."""
         if kind in (wire.DATA, wire.ONLY) and self._state == "running":
-            self._pending.append(payload)
+            self._pending.append(self._chunk(kind, payload))
         elif kind == wire.END and self._state == "running":
             self._ended()
         elif kind == wire.DONE:
-            self._done()
+            self._done(payload)
         elif kind == wire.ERROR:
             raise self._failed(payload)
         else:
@@ -197,86 +205,141 @@ class Exchange:
 
     def _only(self, start_response: StartResponse, start: wire.Start, chunk: bytes) -> Iterable[bytes]:
         """A response of one chunk; in most, the end of the work came along with it."""
+        self._has_data = True
         if self._channel.buffered:
             kind, payload = self._next()
             if kind == wire.DONE:
-                outcome = self._done()
+                outcome = self._done(payload)
                 if problem.is_problem(outcome):  # a deadline that came just before the end
                     return problem.respond(self._environ, start_response, outcome)
                 start_response(start.status, start.headers)
                 return [chunk]
             self._take(kind, payload)
         self._pending.append(chunk)
+        self._hand_over()
         start_response(start.status, start.headers)
         return _SizedExchange(self)
+
+    def _chunk(self, kind: int, payload: bytes) -> bytes:
+        """A chunk of the response; with those behind it that are here already, if they come in a hurry."""
+        if self._has_data and (kind == wire.ONLY or not payload):
+            # An empty chunk sends the headers off; behind another it would be work for nothing.
+            raise ProtocolViolation("an empty chunk, or one that was to be the only one")
+        self._has_data = True
+        if not self._pace.hurried or len(payload) >= SMALL:
+            return payload
+        pieces = [payload]
+        size = len(payload)
+        while size < CHUNK and self._channel.buffered_kind in (wire.DATA, wire.ERRORS):
+            kind, payload = self._receive()
+            if kind == wire.ERRORS:
+                self._write_log(payload)
+            elif payload:
+                pieces.append(payload)
+                size += len(payload)
+            else:
+                raise ProtocolViolation("an empty chunk")
+        return b"".join(pieces)
+
+    def _hand_over(self) -> None:
+        """From here on the server writes to the client; not if the deadline has come."""
+        if not self._client.enter(Stage.RESPONSE):
+            raise ChannelClosed("the deadline has come")
 
     def _next(self) -> tuple[int, bytes]:
         """The next frame of the response; what the application reads and logs meanwhile is done here."""
         while True:
-            if self._client is not None and not self._channel.buffered:
-                self._wait(self._client)
-            kind, payload = self._channel.receive()
+            kind, payload = self._receive()
             if kind in (wire.READ, wire.READLINE):
                 self._read(kind, wire.decode_size(payload))
             elif kind == wire.ERRORS:
-                errors = self._environ["wsgi.errors"]
-                errors.write(payload.decode("utf-8", "replace"))
-                errors.flush()
+                self._write_log(payload)
             else:
                 return kind, payload
 
-    def _wait(self, client: socket.socket) -> None:
-        """Wait until the executor says something, or raise `_ClientGone`."""
-        if self._poll is None:
-            if client.fileno() < 0:
-                raise _ClientGone
-            self._poll = select.poll()
-            self._poll.register(self._channel.fileno(), select.POLLIN)
-            self._poll.register(client.fileno(), select.POLLRDHUP)
-        own = self._channel.fileno()
-        events = self._poll.poll()
-        if all(descriptor != own for descriptor, _ in events):
-            raise _ClientGone
+    def _receive(self) -> Frame:
+        frame = self._channel.receive(self._client.wait_to_receive)
+        if len(frame.payload) < SMALL and frame.kind not in (wire.READ, wire.READLINE):
+            self._count()
+        return frame
+
+    def _count(self) -> None:
+        pause = self._pace.count()
+        if pause:
+            self._client.pause(pause)
+
+    def _write_log(self, payload: bytes) -> None:
+        if self._log is None:
+            admission = self._admission
+            self._log = ErrorLog(self._environ["wsgi.errors"], admission.policy.name, admission.key)
+        self._log.write(payload)
 
     def _read(self, kind: int, size: int) -> None:
+        if not self._channel.drained:
+            # Who asks waits for the answer. Answers that nobody waits for would be the host's work alone.
+            raise ProtocolViolation("a frame behind a read that was not answered")
+        if not self._client.enter(Stage.BODY):
+            raise ChannelClosed("the deadline has come")
         stream = self._environ["wsgi.input"]
         try:
             data = stream.read(size) if kind == wire.READ else stream.readline(size)
         except Exception as error:  # noqa: BLE001 - the server's own; the application has to hear of it
             self._input_error = error
-            self._channel.send((wire.INPUT_FAILED, wire.encode_input_failure(error)))
+            answer = (wire.INPUT_FAILED, wire.encode_input_failure(error))
         else:
-            self._channel.send((wire.INPUT, data))
+            answer = (wire.INPUT, data)
+        self._client.enter(Stage.EXECUTOR)
+        if not answer[1] or answer[0] == wire.INPUT_FAILED:
+            self._count()
+        self._channel.send(answer, wait=self._client.wait_to_send)
 
     # How the work is settled: each sets the state first, so that it happens once.
 
     def _ended(self) -> None:
         self._state = "ended"
-        self._client = None  # it has, or will have, all there is; the rest is the application's close()
+        self._client.release()  # it has, or will have, all there is; the rest is the application's close()
 
-    def _done(self) -> Outcome:
-        if self._channel.buffered:
+    def _done(self, payload: bytes) -> Outcome:
+        if self._answer(payload):
+            raise ProtocolViolation("an end with more to it")
+        if not self._channel.drained:
             raise ProtocolViolation("a frame after the last")
-        self._state = "settled"
+        self._settled()
         return self._admission.finish(self._ending, self._status if self._ending == "error" else "")
 
     def _failed(self, payload: bytes) -> _Failed:
-        failure = wire.decode_failure(payload)
-        self._state = "settled"
-        outcome = self._admission.finish("error", f"{failure.type_name}: {failure.message}")
+        failure = wire.decode_failure(self._answer(payload))
+        if not self._channel.drained:
+            raise ProtocolViolation("a frame after the last")
+        self._settled()
+        # The server will log it, line by line, and no more of it than is sensible.
+        prefix = owner(self._admission.policy.name, self._admission.key)
+        name, message = visible(failure.type_name[:LINE]), visible(failure.message[:LINE])
+        text = owned(failure.traceback_text[:LOG_CHARACTERS], prefix)
+        outcome = self._admission.finish("error", f"{name}: {message}")
         if failure.input_failed and self._input_error is not None:
             return _Failed(self._input_error, outcome)
-        error = ApplicationError(failure.type_name, failure.message, failure.traceback_text)
+        error = ApplicationError(name, message, text)
         return _Failed(error, outcome)
 
     def _died(self) -> Outcome:
-        self._state = "settled"
+        self._settled()
         return self._admission.died()
 
     def _abort(self, detail: str) -> None:
         if self._state != "settled":
-            self._state = "settled"
+            self._settled()
             self._admission.abort(detail)
+
+    def _settled(self) -> None:
+        self._state = "settled"
+        self._client.release()
+
+    def _answer(self, payload: bytes) -> bytes:
+        """What a frame of this request's answer says. Raises `ProtocolViolation` for that of another request."""
+        if payload[: wire.NUMBER_SIZE] != self.number:
+            raise ProtocolViolation("an answer to another request")
+        return payload[wire.NUMBER_SIZE :]
 
     def _abandoned(self) -> ResponseCut:
         self._abort(_CLIENT_GONE)
@@ -287,12 +350,7 @@ class Exchange:
 
         Without that, a client of HTTP/1.0 would take the end of the connection for the end of the response.
         """
-        if self._client is not None:
-            try:
-                self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-                self._client.close()
-            except OSError:
-                pass  # it is gone already
+        self._client.reset()
         return ResponseCut(outcome.detail or outcome.ending, outcome)
 
 

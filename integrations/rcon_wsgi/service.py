@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 #: How much of a list's chunks is sent in one go, bytes.
 _BATCH: Final = 256 * 1024
 _VERSION: Final = (1, 0)
-_DONE: Final = (wire.DONE, b"")
 _END: Final = (wire.END, b"")
 #: These end the executor process: its host is gone, or the application asked the process to end.
 _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
@@ -36,7 +35,7 @@ class WsgiService:
         What the application raises is told to the host. `ChannelClosed`, SystemExit and KeyboardInterrupt come
         out: the process has to end.
         """
-        environ = crossing.receive(channel, frame)
+        number, environ = crossing.receive(channel, frame)
         conversation = Conversation(channel)
         errors = Errors(conversation)
         environ["wsgi.version"] = _VERSION
@@ -45,14 +44,14 @@ class WsgiService:
         environ["wsgi.file_wrapper"] = FileWrapper
         environ["wsgi.multithread"] = False
         environ["wsgi.multiprocess"] = True
-        answer = _Answer(conversation)
+        answer = _Answer(conversation, number)
         try:
             last = self._run(environ, answer, conversation)
         except _ENDS_THE_PROCESS:
             raise
         except BaseException as error:  # noqa: BLE001 - whatever the application raised belongs to its host
             told = wire.encode_failure(error, input_failed=error is conversation.input_error)
-            last = [(wire.ERROR, told)]
+            last = [(wire.ERROR, number + told)]
         if conversation.mine:
             errors.flush()
         conversation.say_last(*last)
@@ -69,20 +68,22 @@ class WsgiService:
             answer.stream(result)
             tail = answer.tail()
             if kind is types.GeneratorType or not hasattr(result, "close"):
-                return [*tail, _DONE]  # closing an exhausted generator does nothing
+                return [*tail, answer.done]  # closing an exhausted generator does nothing
             conversation.say(*tail, _END)
         finally:
             close = getattr(result, "close", None)
             if close is not None and conversation.mine:
                 close()
-        return [_DONE]
+        return [answer.done]
 
 
 class _Answer:
     """One response: keeps PEP 3333's rules, and sends the headers with the first chunk."""
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: Conversation, number: bytes) -> None:
+        self.done = (wire.DONE, number)
         self._conversation = conversation
+        self._number = number
         self._start: bytes | None = None
         self._started = False
 
@@ -116,18 +117,22 @@ class _Answer:
     def batch(self, result: list[bytes] | tuple[bytes, ...]) -> list[tuple[int, bytes]]:
         """Send chunks that are all there already, many in one go; returns the last of the frames, unsent."""
         if len(result) == 1 and not self._started and len(result[0]) <= MAX_PAYLOAD:
-            return [*self.tail(), (wire.ONLY, _checked(result[0])), _DONE]
+            return [*self.tail(), (wire.ONLY, _checked(result[0])), self.done]
+        first = not self._started
         frames = self.tail()
         size = 0
         for data in result:
-            for piece in _pieces(_checked(data)):
+            if not _checked(data) and not first:
+                continue
+            first = False
+            for piece in _pieces(data):
                 frames.append((wire.DATA, piece))
                 size += len(piece)
                 if size >= _BATCH:
                     self._conversation.say(*frames)
                     frames = []
                     size = 0
-        frames.append(_DONE)
+        frames.append(self.done)
         return frames
 
     def tail(self) -> list[tuple[int, bytes]]:
@@ -137,10 +142,12 @@ class _Answer:
         if self._start is None:
             raise AssertionError("the application made a body, or ended, without start_response()")
         self._started = True
-        return [(wire.START, self._start)]
+        return [(wire.START, self._number + self._start)]
 
     def _send(self, data: bytes, *, only: bool = False) -> None:
-        if len(_checked(data)) <= MAX_PAYLOAD:
+        if not _checked(data) and self._started:
+            return  # an empty chunk sends the headers off, and nothing else
+        if len(data) <= MAX_PAYLOAD:
             self._conversation.say(*self.tail(), (wire.ONLY if only else wire.DATA, data))
             return
         for piece in _pieces(data):

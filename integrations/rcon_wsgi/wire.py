@@ -12,9 +12,13 @@
                                 <-     END                      (the body is over; close() still runs)
                                 <-     DONE | ERROR             (the work is over)
 
-``DONE`` without ``END`` means both. The request's body is pulled: the host reads the server's ``wsgi.input`` when,
-and only as far as, the application asks. All the executor says is hostile: it is decoded into the types below,
-and anything that is not what this protocol has is a `ProtocolViolation`.
+``DONE`` without ``END`` means both. A request begins with a number that nobody can know before, and so do the payloads
+of its ``START``, ``DONE`` and ``ERROR``: what an earlier work left behind cannot pass for an answer. The request's body
+is pulled: the host reads the server's ``wsgi.input`` when, and only as far as, the application asks, and no frame
+follows a ``READ`` until it is answered. Only the first chunk may be empty.
+
+All the executor says is hostile: it is decoded into the types below, and anything that is not what this protocol has is
+a `ProtocolViolation`.
 """
 
 from __future__ import annotations
@@ -45,6 +49,9 @@ ERROR: Final = START + 5
 ERRORS: Final = START + 6
 READ: Final = START + 7
 READLINE: Final = START + 8
+
+#: How many bytes the number of a request has.
+NUMBER_SIZE: Final = 8
 
 _SIZE = struct.Struct("!I")
 _FORBIDDEN = re.compile(r"[\r\n\0]|[^\x00-\xff]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +15,22 @@ from rcon_wsgi import wire
 from rcon_wsgi.exchange import Exchange
 
 Environ = dict[str, Any]
+#: The number of each request here.
+NUMBER = b"12345678"
 
 
 class Admission:
     """An admission that only keeps what it is told; `turns` is what the manager makes of an ending."""
 
     policy = SimpleNamespace(name="tenant")
+    key: str | None = None
     isolation = "process"
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.settled: list[tuple[str, str]] = []
         self.turns: dict[Ending, Outcome] = {}
+        self.on_deadline: Callable[[], object] | None = None
 
     def finish(self, ending: Ending = "ok", detail: str = "") -> Outcome:
         self.settled.append((ending, detail))
@@ -72,13 +76,17 @@ class Server:
 class Meeting:
     """A host and its executor for one request."""
 
-    def __init__(self, sock: socket.socket, peer: socket.socket, environ: Environ) -> None:
+    def __init__(
+        self, sock: socket.socket, peer: socket.socket, environ: Environ, client: socket.socket | None
+    ) -> None:
         self.peer = peer
         self.executor = Channel(peer)
         self.admission = Admission(Channel(sock))
         self.errors: io.StringIO = environ["wsgi.errors"]
         admission: Any = self.admission
-        self.server = Server(Exchange(environ, admission, None))
+        exchange = Exchange(environ, admission, client)
+        exchange.number = NUMBER
+        self.server = Server(exchange)
 
     def says(self, *frames: tuple[int, bytes], end: bool = True) -> None:
         """What the executor sends; then it is gone, unless told otherwise."""
@@ -100,16 +108,16 @@ def environ_of(**more: Any) -> Environ:
 
 
 @contextmanager
-def meeting(**environ: Any) -> Iterator[Meeting]:
+def meeting(client: socket.socket | None = None, **environ: Any) -> Iterator[Meeting]:
     sock, peer = socket.socketpair()
     with sock, peer:
-        yield Meeting(sock, peer, environ_of(**environ))
+        yield Meeting(sock, peer, environ_of(**environ), client)
 
 
-START = (wire.START, wire.encode_start("200 OK", [("Content-Type", "text/plain")]))
-START_500 = (wire.START, wire.encode_start("500 Oh No", [("Content-Type", "text/plain")]))
-FAILED = (wire.ERROR, wire.encode_failure(ValueError("a mistake"), input_failed=False))
-DONE = (wire.DONE, b"")
+START = (wire.START, NUMBER + wire.encode_start("200 OK", [("Content-Type", "text/plain")]))
+START_500 = (wire.START, NUMBER + wire.encode_start("500 Oh No", [("Content-Type", "text/plain")]))
+FAILED = (wire.ERROR, NUMBER + wire.encode_failure(ValueError("a mistake"), input_failed=False))
+DONE = (wire.DONE, NUMBER)
 END = (wire.END, b"")
 
 

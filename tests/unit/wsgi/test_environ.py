@@ -13,18 +13,21 @@ from hypothesis import strategies as st
 
 from rcon_plugins.executors.channel import MAX_PAYLOAD, Channel, ProtocolViolation
 from rcon_wsgi import environ, wire
+from tests.unit.wsgi.peer import NUMBER
 
 
 def crossed(original: dict[str, Any]) -> dict[str, Any]:
     """What the executor has of it."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        frames = environ.frames(environ.encode(original))
+        frames = environ.frames(NUMBER + environ.encode(original))
         sending = threading.Thread(target=Channel(ours).send, args=frames)
         sending.start()
         try:
             channel = Channel(theirs)
-            return environ.receive(channel, channel.receive())
+            number, arrived = environ.receive(channel, channel.receive())
+            assert number == NUMBER
+            return arrived
         finally:
             sending.join()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,7 +19,7 @@ from rcon_plugins.errors import ApplicationError
 from rcon_plugins.executors.channel import MAX_PAYLOAD, Frame
 from rcon_plugins.outcome import Outcome
 from rcon_wsgi import ResponseCut, wire
-from tests.unit.wsgi.peer import DONE, END, FAILED, START, START_500, data, meeting, only
+from tests.unit.wsgi.peer import DONE, END, FAILED, NUMBER, START, START_500, data, meeting, only
 
 GARBAGE = b"\xc1 is never msgpack"
 
@@ -59,6 +61,22 @@ def test_the_application_failed() -> None:
             met.server.run()
         assert met.server.started == []
         assert met.admission.settled == [("error", "ValueError: a mistake")]
+
+
+def test_a_failure_cannot_forge_lines_of_the_log() -> None:
+    class Forging(Exception):
+        pass
+
+    Forging.__qualname__ = "Forging\n{}"
+    forged = Forging('\x1b[2J\n{"event": "memory"}')
+    with meeting() as met:
+        met.admission.key = "a.example"
+        met.says((wire.ERROR, NUMBER + wire.encode_failure(forged, input_failed=False)))
+        with pytest.raises(ApplicationError) as caught:
+            met.server.run()
+    first, *others = str(caught.value).splitlines()
+    assert first.endswith('Forging\\n{}: \\x1b[2J\\n{"event": "memory"}')
+    assert all(line.startswith("[tenant a.example] ") for line in others if line)
 
 
 def test_the_application_failed_in_the_stream() -> None:
@@ -166,9 +184,28 @@ def test_the_server_does_not_take_the_headers() -> None:
         assert len(met.admission.settled) == 1
 
 
+class Body(io.BytesIO):
+    """A request's body; what the executor does next is said when it has been read from."""
+
+    then: list[Callable[[], object]]
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.then.pop(0)()
+        return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        self.then.pop(0)()
+        return super().readline(size)
+
+
 def test_the_body_is_read_as_it_is_asked_for() -> None:
-    with meeting() as met:
-        met.says((wire.READ, wire.encode_size(3)), (wire.READLINE, wire.encode_size(100)), START, DONE)
+    body = Body(b"the body")
+    with meeting(**{"wsgi.input": body}) as met:
+        body.then = [
+            lambda: met.says((wire.READLINE, wire.encode_size(100)), end=False),
+            lambda: met.says(START, DONE),
+        ]
+        met.says((wire.READ, wire.encode_size(3)), end=False)
         met.server.run()
         assert met.executor.receive().kind == wire.REQUEST
         assert met.executor.receive() == Frame(wire.INPUT, b"the")
@@ -178,16 +215,20 @@ def test_the_body_is_read_as_it_is_asked_for() -> None:
 class Broken:
     def __init__(self, error: BaseException) -> None:
         self._error = error
+        self.then: Callable[[], object] = lambda: None
 
     def read(self, size: int) -> bytes:
+        self.then()
         raise self._error
 
 
 def test_an_error_of_the_servers_input_goes_over_and_comes_back_as_itself() -> None:
     error = ConnectionResetError(errno.ECONNRESET, "the client")
-    with meeting(**{"wsgi.input": Broken(error)}) as met:
+    broken = Broken(error)
+    with meeting(**{"wsgi.input": broken}) as met:
         back = wire.encode_failure(OSError("as it was raised there"), input_failed=True)
-        met.says((wire.READ, wire.encode_size(3)), (wire.ERROR, back))
+        broken.then = lambda: met.says((wire.ERROR, NUMBER + back))
+        met.says((wire.READ, wire.encode_size(3)), end=False)
         with pytest.raises(ConnectionResetError) as caught:
             met.server.run()
         assert caught.value is error
@@ -199,7 +240,7 @@ def test_an_error_of_the_servers_input_goes_over_and_comes_back_as_itself() -> N
 
 def test_an_executor_cannot_claim_an_input_error_there_was_not() -> None:
     with meeting() as met:
-        met.says((wire.ERROR, wire.encode_failure(OSError("never"), input_failed=True)))
+        met.says((wire.ERROR, NUMBER + wire.encode_failure(OSError("never"), input_failed=True)))
         with pytest.raises(ApplicationError, match="OSError"):
             met.server.run()
 
@@ -216,11 +257,11 @@ def test_logged_text_need_not_be_text() -> None:
     with meeting() as met:
         met.says((wire.ERRORS, b"caf\xe9\n"), START, DONE)
         met.server.run()
-        assert met.errors.getvalue() == "caf\ufffd\n"
+        assert met.errors.getvalue() == "[tenant] caf\ufffd\n"
 
 
 def start(*fields: object) -> tuple[int, bytes]:
-    return wire.START, msgspec.msgpack.encode(fields)
+    return wire.START, NUMBER + msgspec.msgpack.encode(fields)
 
 
 BEFORE_THE_RESPONSE = {
@@ -231,7 +272,7 @@ BEFORE_THE_RESPONSE = {
     "an unknown kind": ((200, b""),),
     "a kind of the host's": ((wire.REQUEST, b""),),
     "a kind of the executor's own": ((1, b""),),
-    "garbage for headers": ((wire.START, GARBAGE),),
+    "garbage for headers": ((wire.START, NUMBER + GARBAGE),),
     "headers with more fields": (start("200 OK", [], 1),),
     "headers of numbers": (start("200 OK", [("Content-Length", 3)]),),
     "headers of three": (start("200 OK", [("a", "b", "c")]),),
@@ -241,13 +282,24 @@ BEFORE_THE_RESPONSE = {
     "a status with a line break": (start("200 OK\r\nX-C: d", []), DONE),
     "a header with NUL": (start("200 OK", [("X-A", "\0")]), DONE),
     "a header that is not latin-1": (start("200 OK", [("X-A", "\u0100")]), DONE),
-    "garbage for an error": ((wire.ERROR, GARBAGE),),
+    "garbage for an error": ((wire.ERROR, NUMBER + GARBAGE),),
     "a read of nothing": ((wire.READ, wire.encode_size(0)),),
     "a read of too much": ((wire.READ, wire.encode_size(2**32 - 1)),),
     "a read without a size": ((wire.READ, b""),),
     "headers twice": (START, START),
     "a frame after the last": (START, only(b"one"), DONE, DONE),
     "only headers": (START,),
+    "headers of another request": ((wire.START, b"another." + START[1][8:]), DONE),
+    "headers without a number": ((wire.START, START[1][8:]), DONE),
+    "an error of another request": ((wire.ERROR, b"another." + FAILED[1][8:]),),
+    "an end of another request": (START, only(b"one"), (wire.DONE, b"another.")),
+    "an end without a number": (START, only(b"one"), (wire.DONE, b"")),
+    "an end with more to it": (START, only(b"one"), (wire.DONE, NUMBER + b"x")),
+    "an error, and then something": (FAILED, DONE),
+    "a text without text": ((wire.ERRORS, b""), START, DONE),
+    "an empty chunk of a failure": (START_500, data(b""), data(b""), DONE),
+    "a read, and then something": ((wire.READ, wire.encode_size(3)), START, DONE),
+    "two reads": ((wire.READ, wire.encode_size(3)),) * 2,
 }
 
 
@@ -275,8 +327,12 @@ IN_THE_RESPONSE = {
     "a chunk after the end": (END, data(b"more")),
     "an end after the end": (END, END),
     "a frame after the last": (DONE, data(b"for the next request")),
-    "garbage for an error": ((wire.ERROR, GARBAGE),),
+    "garbage for an error": ((wire.ERROR, NUMBER + GARBAGE),),
     "a read of nothing": ((wire.READ, wire.encode_size(0)),),
+    "an empty chunk": (data(b""), DONE),
+    "a text without text": ((wire.ERRORS, b""), DONE),
+    "an only one that is not": (only(b"two"), DONE),
+    "an end of another request": ((wire.DONE, b"another."),),
 }
 
 
@@ -310,3 +366,23 @@ def test_whatever_an_executor_says_the_work_is_settled_once(frames: list[tuple[i
             met.server.run()
         assert len(met.admission.settled) == 1
         assert len(met.server.started) <= 1
+
+
+def test_the_first_chunk_may_be_empty_and_sends_the_headers_off() -> None:
+    with meeting() as met:
+        met.says(START, data(b""), end=False)
+        result = met.server.begin()
+        assert met.server.status == "200 OK"
+        assert next(result) == b""
+        met.says(data(b"one"), DONE)
+        assert list(result) == [b"one"]
+        assert met.admission.settled == [("ok", "")]
+
+
+def test_a_failure_of_many_small_chunks_is_not_held_back_for_ever() -> None:
+    with meeting() as met:
+        met.says(START_500, *[data(b"x")] * 2000, end=False)
+        result = met.server.begin()
+        assert met.server.status == "500 Oh No"
+        met.says(DONE)
+        assert b"".join(result) == b"x" * 2000

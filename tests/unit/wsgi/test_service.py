@@ -12,7 +12,7 @@ import pytest
 
 from rcon_plugins.executors.channel import MAX_PAYLOAD, Channel, ChannelClosed, Frame
 from rcon_wsgi import WsgiService, environ, wire
-from tests.unit.wsgi.peer import environ_of
+from tests.unit.wsgi.peer import NUMBER, environ_of
 
 
 class Host:
@@ -26,7 +26,7 @@ class Host:
         self._thread = threading.Thread(target=self._run, args=(WsgiService(app),))
 
     def __enter__(self) -> Host:
-        self.channel.send(*environ.frames(environ.encode(environ_of(CONTENT_LENGTH="8"))))
+        self.channel.send(*environ.frames(NUMBER + environ.encode(environ_of(CONTENT_LENGTH="8"))))
         self._thread.start()
         return self
 
@@ -55,6 +55,12 @@ class Host:
 
     def kinds(self) -> list[int]:
         return [kind for kind, _ in self.hears()]
+
+
+def failure_of(frame: Frame) -> wire.Failure:
+    assert frame.kind == wire.ERROR
+    assert frame.payload.startswith(NUMBER)
+    return wire.decode_failure(frame.payload[len(NUMBER) :])
 
 
 def text(start_response: Any, status: str = "200 OK") -> Any:
@@ -115,7 +121,7 @@ def test_a_large_chunk_goes_over_in_pieces() -> None:
     with Host(app) as host:
         frames = host.hears()
         assert {kind for kind, _ in frames[1:-1]} == {wire.DATA}
-        assert sum(len(payload) for _, payload in frames[1:]) == MAX_PAYLOAD + 1
+        assert sum(len(payload) for _, payload in frames[1:-1]) == MAX_PAYLOAD + 1
 
 
 @pytest.mark.parametrize(
@@ -141,7 +147,7 @@ def test_headers_that_no_response_may_have_are_the_applications_error(
 
     with Host(app) as host:
         (frame,) = host.hears()
-        assert wire.decode_failure(frame.payload).type_name == error
+        assert failure_of(frame).type_name == error
         host.join()
         assert host.raised is None
 
@@ -155,7 +161,7 @@ def test_an_error_carries_its_traceback() -> None:
         raise Strange
 
     with Host(app) as host:
-        failure = wire.decode_failure(host.hears()[0].payload)
+        failure = failure_of(host.hears()[0])
         assert failure.type_name.endswith("Strange")
         assert failure.message == "<its message cannot be shown: RuntimeError>"
         assert "test_service.py" in failure.traceback_text
@@ -167,7 +173,7 @@ def test_an_error_is_bounded_and_may_hold_any_text() -> None:
         raise ValueError("\udcff" + "x" * 10_000_000)
 
     with Host(app) as host:
-        failure = wire.decode_failure(host.hears()[0].payload)
+        failure = failure_of(host.hears()[0])
         assert failure.message.startswith("\\udcffxxx")
         assert len(failure.message) + len(failure.traceback_text) < 100_000
 
@@ -182,7 +188,7 @@ def test_the_body_is_not_read_before_the_application_reads() -> None:
         assert [host.channel.receive().kind for _ in range(2)] == [wire.START, wire.DATA]
         assert host.channel.receive() == Frame(wire.READ, wire.encode_size(8))
         host.channel.send((wire.INPUT, b"the body"))
-        assert host.hears() == [Frame(wire.DATA, b"the body"), Frame(wire.DONE, b"")]
+        assert host.hears() == [Frame(wire.DATA, b"the body"), Frame(wire.DONE, NUMBER)]
 
 
 def test_a_failed_read_is_an_oserror_and_known_again() -> None:
@@ -193,7 +199,7 @@ def test_a_failed_read_is_an_oserror_and_known_again() -> None:
     with Host(app) as host:
         host.channel.receive()
         host.channel.send((wire.INPUT_FAILED, wire.encode_input_failure(ValueError("a bad chunk"))))
-        failure = wire.decode_failure(host.hears()[0].payload)
+        failure = failure_of(host.hears()[0])
         assert failure.type_name == "OSError"
         assert "a bad chunk" in failure.message
         assert failure.input_failed
@@ -249,3 +255,26 @@ def test_a_thread_that_outlives_the_request_is_not_heard(capsys: pytest.CaptureF
         print("late", file=kept["wsgi.errors"])
         assert capsys.readouterr().err == "late\n"
         assert sys.stderr is not kept["wsgi.errors"]
+
+
+@pytest.mark.parametrize("kind", [list, iter], ids=["list", "generator"])
+def test_only_the_first_chunk_is_sent_empty(kind: Any) -> None:
+    """It sends the headers off; more of them the host would not take."""
+
+    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        write = text(start_response)
+        write(b"")
+        write(b"")
+        return kind([b"", b"one", b"", b"two", b""])  # type: ignore[no-any-return]
+
+    with Host(app) as host:
+        assert host.hears()[1:-1] == [Frame(wire.DATA, payload) for payload in (b"", b"one", b"two")]
+
+
+def test_a_list_that_begins_with_an_empty_chunk() -> None:
+    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        text(start_response)
+        return [b"", b"", b"one", b""]
+
+    with Host(app) as host:
+        assert host.hears()[1:-1] == [Frame(wire.DATA, b""), Frame(wire.DATA, b"one")]
