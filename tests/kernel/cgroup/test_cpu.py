@@ -14,6 +14,7 @@ import pytest
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from tests.kernel.cgroup.helpers import running
+from tests.kernel.quota import judge
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(300)]
 
@@ -29,22 +30,6 @@ def burn(seconds: float, cpu_time: Callable[[], float]) -> float:
     while (now := time.monotonic()) < begin + seconds:
         hashlib.sha256(BLOCK).digest()
     return (cpu_time() - used) / (now - begin)
-
-
-def tolerance(quota: float) -> float:
-    return 0.01 if quota <= 0.5 else quota * 0.05
-
-
-def judge(measure: Callable[[], dict[float, float]]) -> None:
-    """Use above the limit fails at once. Below may be the machine's doing, and is measured again."""
-    for _ in range(3):
-        found = measure()
-        print({quota: round(used, 4) for quota, used in found.items()})
-        for quota, used in found.items():
-            assert used <= quota + tolerance(quota), f"{used:.4f} CPUs under a quota of {quota}"
-        if all(used >= quota - tolerance(quota) for quota, used in found.items()):
-            return
-    pytest.fail(f"too little, three times: {found}")
 
 
 def in_processes(group: Cgroup, quotas: tuple[float, ...], processes: int) -> dict[float, float]:

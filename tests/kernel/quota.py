@@ -1,0 +1,41 @@
+"""Judging a measured CPU quota on a machine that may have something else to do."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def tolerance(quota: float) -> float:
+    """One percentage point; above 50 %, five per cent of the quota."""
+    return 0.01 if quota <= 0.5 else quota * 0.05
+
+
+def judge(measure: Callable[[], dict[float, float]]) -> None:
+    """`measure` gives by quota the CPUs used. Use above it fails at once; below it is measured again.
+
+    After three times too little is only forgiven where less than what was missing was idle: then it was not the quota
+    that held it back.
+    """
+    for _ in range(3):
+        began, idle = time.monotonic(), _idle_seconds()
+        found = measure()
+        left = (_idle_seconds() - idle) / (time.monotonic() - began)
+        print({quota: round(used, 4) for quota, used in found.items()}, f"{left:.2f} CPUs idle")
+        for quota, used in found.items():
+            assert used <= quota + tolerance(quota), f"{used:.4f} CPUs under a quota of {quota}"
+        missing = sum(max(0.0, quota - tolerance(quota) - used) for quota, used in found.items())
+        if not missing:
+            return
+    if left >= missing:
+        pytest.fail(f"too little, three times: {found}, and {left:.2f} CPUs were idle")
+
+
+def _idle_seconds() -> float:
+    """CPU seconds that nobody used, since boot (proc(5), stat)."""
+    idle, waiting = Path("/proc/stat").read_text().split("\n", 1)[0].split()[4:6]
+    return (int(idle) + int(waiting)) / os.sysconf("SC_CLK_TCK")
