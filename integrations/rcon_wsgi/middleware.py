@@ -43,7 +43,8 @@ class ConfineMiddleware:
         default is the cautious one: other threads serve, too.
     :param client_socket: names the client's socket for an environ, or None. With it a request whose client has
         closed the connection (or its half of it, as with nginx) is stopped also while it writes nothing, and
-        a response that must be cut resets the connection: the socket is closed. Not for connections that
+        a response that must be cut resets the connection: the socket is closed. At the deadline it is shut
+        down where the server waits for the client. Not for connections that
         carry several requests at once, and not where ``select.poll`` is gevent's.
     :raises SettingsError: the settings are wrong, or this machine cannot enforce them.
     :raises KernelError: no part of the cgroup tree can be used.

@@ -85,7 +85,7 @@ def problem(answer: bytes) -> dict[str, Any]:
 def test_a_tenant_has_the_server_work_for_it_hardly_more_than_it_may_itself(
     served: Served, path: str
 ) -> None:
-    """It may use 5 % of a CPU; each of these had the worker burn most of one."""
+    """It may use 5 % of a CPU. Texts and chunks of one byte once had the worker burn most of one."""
     pid = worker(served)
     with served.connect() as connection:
         connection.sendall(request(path, "flood.example"))
