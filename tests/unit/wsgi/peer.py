@@ -108,10 +108,10 @@ def environ_of(**more: Any) -> Environ:
 
 
 @contextmanager
-def meeting(client: socket.socket | None = None, **environ: Any) -> Iterator[Meeting]:
+def meeting(client: socket.socket | None = None, environ: dict[str, Any] | None = None) -> Iterator[Meeting]:
     sock, peer = socket.socketpair()
     with sock, peer:
-        yield Meeting(sock, peer, environ_of(**environ), client)
+        yield Meeting(sock, peer, environ_of(**(environ or {})), client)
 
 
 START = (wire.START, NUMBER + wire.encode_start("200 OK", [("Content-Type", "text/plain")]))

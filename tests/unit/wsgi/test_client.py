@@ -99,14 +99,14 @@ def test_a_client_that_left_is_noticed_in_the_middle_of_a_frame() -> None:
 
 
 def test_a_client_that_left_is_noticed_while_the_executor_does_not_read() -> None:
-    with connected() as (sock, client), meeting(sock, HTTP_X="x" * 3_000_000) as met:
+    with connected() as (sock, client), meeting(sock, {"HTTP_X": "x" * 3_000_000}) as met:
         client.close()
         assert isinstance(ends(met.server.run), ResponseCut)
         assert [ending for ending, _ in met.admission.settled] == ["aborted"]
 
 
 def test_the_end_of_the_work_is_noticed_while_the_executor_does_not_read() -> None:
-    with connected() as (sock, _), meeting(sock, HTTP_X="x" * 3_000_000) as met:
+    with connected() as (sock, _), meeting(sock, {"HTTP_X": "x" * 3_000_000}) as met:
         threading.Timer(0.2, met.admission.channel.hang_up).start()
         assert json.loads(ends(met.server.run))["status"] == 503
         assert [ending for ending, _ in met.admission.settled] == ["died"]
@@ -144,7 +144,7 @@ class FromClient:
 def test_a_body_that_does_not_come_is_not_waited_for_past_the_deadline(begun: bool) -> None:
     with connected() as (sock, client):
         body = FromClient(sock)
-        with meeting(sock, **{"wsgi.input": body}) as met:
+        with meeting(sock, {"wsgi.input": body}) as met:
             read = (wire.READ, wire.encode_size(5))
             met.says(*([START, data(b"one"), read] if begun else [read]), end=False)
 
@@ -236,7 +236,7 @@ def test_the_end_of_a_response_that_is_whole_is_not_cut() -> None:
 def test_a_deadline_finds_no_thread_that_it_could_miss() -> None:
     """Whenever it comes, either the thread does not begin to wait, or it is woken."""
     for delay in range(20):
-        with connected() as (sock, _), meeting(sock, **{"wsgi.input": FromClient(sock)}) as met:
+        with connected() as (sock, _), meeting(sock, {"wsgi.input": FromClient(sock)}) as met:
             met.says((wire.READ, wire.encode_size(5)), end=False)
             deadline = threading.Timer(delay / 10_000, time_out, (met,))
             met.admission.turns["killed"] = TIMEOUT

@@ -200,7 +200,7 @@ class Body(io.BytesIO):
 
 def test_the_body_is_read_as_it_is_asked_for() -> None:
     body = Body(b"the body")
-    with meeting(**{"wsgi.input": body}) as met:
+    with meeting(environ={"wsgi.input": body}) as met:
         body.then = [
             lambda: met.says((wire.READLINE, wire.encode_size(100)), end=False),
             lambda: met.says(START, DONE),
@@ -225,7 +225,7 @@ class Broken:
 def test_an_error_of_the_servers_input_goes_over_and_comes_back_as_itself() -> None:
     error = ConnectionResetError(errno.ECONNRESET, "the client")
     broken = Broken(error)
-    with meeting(**{"wsgi.input": broken}) as met:
+    with meeting(environ={"wsgi.input": broken}) as met:
         back = wire.encode_failure(OSError("as it was raised there"), input_failed=True)
         broken.then = lambda: met.says((wire.ERROR, NUMBER + back))
         met.says((wire.READ, wire.encode_size(3)), end=False)
@@ -246,7 +246,7 @@ def test_an_executor_cannot_claim_an_input_error_there_was_not() -> None:
 
 
 def test_what_ends_the_servers_thread_stops_the_work() -> None:
-    with meeting(**{"wsgi.input": Broken(SystemExit())}) as met:
+    with meeting(environ={"wsgi.input": Broken(SystemExit())}) as met:
         met.says((wire.READ, wire.encode_size(3)), end=False)
         with pytest.raises(SystemExit):
             met.server.run()

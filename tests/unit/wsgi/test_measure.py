@@ -156,7 +156,7 @@ class Full(io.StringIO):
 
 
 def test_a_log_that_cannot_be_written_fails_no_request() -> None:
-    with meeting(**{"wsgi.errors": Full()}) as met:
+    with meeting(environ={"wsgi.errors": Full()}) as met:
         met.says((wire.ERRORS, b"text\n"), START, data(b"one"), DONE)
         assert met.server.run() == b"one"
         assert met.admission.settled == [("ok", "")]
