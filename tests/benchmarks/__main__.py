@@ -54,7 +54,7 @@ def main() -> int:
                 server.stop()
     if "neighbours" in what:
         say("steady's latency alone, and beside three tenants that misbehave …")
-        found["neighbours"] = neighbours()
+        found["neighbours"] = neighbours(options.rounds // 3 or 1, 6.0)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -106,27 +106,34 @@ def latency(servers: dict[str, Gunicorn], count: int) -> dict[str, dict[str, flo
     }
 
 
-def neighbours() -> dict[str, dict[str, float | int | None]]:
-    """The latency of the example's tenant `steady`: by itself, and while the other three misbehave."""
+def neighbours(rounds: int, seconds: float) -> dict[str, dict[str, float | int]]:
+    """The latency of the example's tenant `steady`: by itself, and while the other three misbehave, in turns."""
     sys.path.insert(0, str(EXAMPLE))
     import demo
     import load
     from server import Server
 
-    found: dict[str, dict[str, float | int | None]] = {}
+    found: dict[str, dict[str, float | int]] = {}
     steady, *hogs = demo.PLANS
     for confined in (False, True):
         server = Server(confined=confined)
         try:
             if not load.wait_until_served(server.port, "steady", 20, server.running):
                 raise RuntimeError(f"the example did not start:\n{server.log()}")
-            for name, plans in (("alone", [steady]), ("with hogs", [steady, *hogs])):
-                result = load.run(server.port, plans, 10.0)["steady"]
+            load.run(server.port, demo.PLANS, 2.0)  # warm
+            sums = {"alone": load.Result("steady"), "with hogs": load.Result("steady")}
+            for _ in range(rounds):
+                for name, plans in (("alone", [steady]), ("with hogs", [steady, *hogs])):
+                    result = load.run(server.port, plans, seconds)["steady"]
+                    sums[name].answers += result.answers
+                    sums[name].seconds += result.seconds
+            for name, result in sums.items():
                 found[f"{name}, {'confined' if confined else 'unconfined'}"] = {
                     "requests": result.requests,
                     "errors": result.requests - result.answers["200"],
-                    "p50": result.quantile(0.5),
-                    "p99": result.quantile(0.99),
+                    "p50": result.quantile(0.5) or 0.0,
+                    "p99": result.quantile(0.99) or 0.0,
+                    "p99_ratio": (result.quantile(0.99) or 0.0) / (sums["alone"].quantile(0.99) or 1.0),
                 }
         finally:
             server.stop()
@@ -154,10 +161,10 @@ def report(found: dict[str, Any]) -> None:
             print(f"  {mode:10}{row['median'] * 1e6:9,.0f} us{row['added'] * 1e6:+9,.0f} us{aim:>12}")
     if "neighbours" in found:
         print("\nsteady, 40 requests a second, two gthread workers with 8 threads (aim: p99 at most twice)")
-        print(f"  {'':24}{'requests':>9}{'errors':>8}{'p50':>12}{'p99':>12}")
+        print(f"  {'':24}{'requests':>9}{'errors':>8}{'p50':>12}{'p99':>12}{'of alone':>10}")
         for name, row in found["neighbours"].items():
             p50, p99 = (f"{row[key] * 1000:,.1f} ms" for key in ("p50", "p99"))
-            print(f"  {name:24}{row['requests']:9}{row['errors']:8}{p50:>12}{p99:>12}")
+            print(f"  {name:24}{row['requests']:9}{row['errors']:8}{p50:>12}{p99:>12}{row['p99_ratio']:10.2f}")
 
 
 def say(text: str) -> None:
