@@ -16,7 +16,7 @@ import stat
 import time
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.syscalls import PR_SET_PDEATHSIG, prctl
+from rcon_plugins.kernel.syscalls import CLONE_FS, PR_SET_PDEATHSIG, prctl, unshare
 
 _DESCRIPTORS = "/proc/self/fd"
 _FILES_OF_A_SERVER = 1024
@@ -65,6 +65,14 @@ def die_with_parent(parent: int) -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise KernelError("the parent process ended", errno=errno.ESRCH, path="getppid")
+
+
+def own_directory_and_umask() -> None:
+    """Let the calling thread have a working directory and a umask of its own, copies of the process's (unshare(2)).
+
+    Raises `KernelError`.
+    """
+    unshare(CLONE_FS)
 
 
 def reap(pid: int, timeout: float = 5.0) -> int | None:

@@ -15,6 +15,9 @@ from rcon_plugins.errors import KernelError
 #: prctl(2): the signal this process gets when the thread that forked it ends.
 PR_SET_PDEATHSIG = 1
 
+#: unshare(2): a working directory, root directory and umask of its own.
+CLONE_FS = 0x00000200
+
 _POLLIN = 0x001
 _POLLHUP = 0x010
 _POLLERR = 0x008
@@ -39,6 +42,13 @@ def prctl(option: int, argument: int) -> None:
         raise KernelError(
             f"prctl({option}, {argument}): {os.strerror(number)}", errno=number, path=f"prctl({option})"
         )
+
+
+def unshare(flags: int) -> None:
+    """unshare(2): let the calling thread no longer share what ``flags`` say. Raises `KernelError`."""
+    if _libc().unshare(ctypes.c_int(flags)) != 0:
+        number = ctypes.get_errno()
+        raise KernelError(f"unshare({flags:#x}): {os.strerror(number)}", errno=number, path="unshare")
 
 
 def poll_readable(descriptors: Iterable[int], timeout: float | None) -> set[int]:
