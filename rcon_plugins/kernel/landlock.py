@@ -1,0 +1,259 @@
+"""Landlock: what the calling thread, and all it starts from then on, may do with files (landlock(7)).
+
+Needs no privilege but no_new_privs, and can only be narrowed: each call adds a layer, and what one layer forbids no
+later one allows. It holds for the calling thread and for the threads and processes that it makes later, through
+execve(2) too; threads that exist already go on as before. Files that are open already stay as they are.
+
+Any layer also keeps ptrace(2), and with it ``/proc/PID/mem``, ``process_vm_writev`` and ``pidfd_getfd``, from
+processes outside of it, whatever their uid and whatever capabilities the caller has; and it forbids mount(2) and
+pivot_root(2).
+
+The system calls have the same numbers on x86_64 and aarch64. Kernels: ABI 1 is Linux 5.13, 2 5.19, 3 6.2, 5 6.10,
+6 6.12. Of the list of rights in ``linux/landlock.h`` a kernel knows those of its ABI, and refuses others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+from rcon_plugins.errors import CapabilityError, KernelError
+
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_CREATE_RULESET_VERSION = 1
+_RULE_PATH_BENEATH = 1
+
+_EXECUTE = 1 << 0
+_WRITE_FILE = 1 << 1
+_READ_FILE = 1 << 2
+_READ_DIR = 1 << 3
+_REMOVE_DIR = 1 << 4
+_REMOVE_FILE = 1 << 5
+_MAKE_CHAR = 1 << 6
+_MAKE_DIR = 1 << 7
+_MAKE_REG = 1 << 8
+_MAKE_SOCK = 1 << 9
+_MAKE_FIFO = 1 << 10
+_MAKE_BLOCK = 1 << 11
+_MAKE_SYM = 1 << 12
+_REFER = 1 << 13  # ABI 2
+_TRUNCATE = 1 << 14  # ABI 3
+_IOCTL_DEV = 1 << 15  # ABI 5
+_SCOPE_SIGNAL = 1 << 1  # ABI 6, in a field of its own
+
+_MAKE = _MAKE_CHAR | _MAKE_DIR | _MAKE_REG | _MAKE_SOCK | _MAKE_FIFO | _MAKE_BLOCK | _MAKE_SYM
+_READ = _EXECUTE | _READ_FILE | _READ_DIR
+_WRITE = _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE | _REFER | _TRUNCATE
+# What a rule on something else than a directory may name; the kernel refuses the rest with EINVAL.
+_OF_A_FILE = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
+_NEWER = ((2, _REFER), (3, _TRUNCATE), (5, _IOCTL_DEV))
+
+_NONE_HERE = "Linux 5.13 or newer with CONFIG_SECURITY_LANDLOCK, and landlock in the boot parameter lsm="
+_UNPRIVILEGED = "set no_new_privs first, or hold CAP_SYS_ADMIN"
+
+
+class _RulesetAttr(ctypes.Structure):
+    _fields_ = (
+        ("handled_access_fs", ctypes.c_uint64),
+        ("handled_access_net", ctypes.c_uint64),  # ABI 4
+        ("scoped", ctypes.c_uint64),  # ABI 6
+    )
+
+
+class _PathBeneathAttr(ctypes.Structure):
+    _pack_ = 1
+    _layout_ = "ms"  # what _pack_ has always meant; Python 3.14 wants it said
+    _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
+
+
+def abi() -> int:
+    """The version of Landlock in the running kernel; 0 where there is none, it is switched off or out of reach."""
+    try:
+        return _call("landlock_create_ruleset", _CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
+    except KernelError:
+        return 0  # ENOSYS, EOPNOTSUPP, or what a filter of a container answers
+
+
+def forbid_writing_below(paths: Iterable[str], *, signals: bool = False) -> None:
+    """Let the calling thread, for good, change nothing below ``paths``; all else stays as allowed as it was.
+
+    Forbidden are: opening a file to write, truncating (from ABI 3), making, removing, renaming and linking. A path
+    may be a directory or a file; links in it are followed now. It must be named by each place at which it is mounted.
+
+    Everything else is allowed by rules for what lies beside the paths, up to the root directory. So in the directories
+    that lead to a path, ``/`` among them, no new name can be made nor one removed, and what other processes
+    make there later cannot be written. On ABI 1 nothing can be moved or linked from one directory to another.
+
+    ``signals``: also let it signal only processes that it starts later, and itself; from ABI 6, before without effect.
+
+    Raises `CapabilityError` where the kernel has no Landlock, without no_new_privs and CAP_SYS_ADMIN, and in the
+    seventeenth layer; `KernelError` where a path cannot be read. Then nothing has changed.
+    """
+    version = _need()
+    handled = _known(_WRITE, version)
+    scoped = _SCOPE_SIGNAL if signals and version >= 6 else 0
+    ruleset = _create(handled, scoped, version)
+    try:
+        forbidden = [_parts(path) for path in paths]
+        for path in _beside("/", forbidden):
+            _allow_if_there(ruleset, path, handled)
+        _restrict_self(ruleset)
+    finally:
+        os.close(ruleset)
+
+
+def restrict(read: Iterable[str], write: Iterable[str]) -> None:
+    """Let the calling thread, for good, read and execute below ``read``, do everything below ``write``, nothing else.
+
+    "Do" is what its identity and capabilities allow it anyhow. Paths may be directories or files; links in them are
+    followed now. Connecting to a socket, changing modes, owners and times, and asking whether a file exists are not
+    for Landlock to forbid. Devices take ioctl(2) only below ``write`` (from ABI 5). On ABI 1 nothing can be moved or
+    linked from one directory to another.
+
+    Raises as `forbid_writing_below`.
+    """
+    version = _need()
+    handled = _known(_READ | _WRITE | _IOCTL_DEV, version)
+    ruleset = _create(handled, 0, version)
+    try:
+        for paths, access in ((read, _READ), (write, handled)):
+            for path in paths:
+                _allow(ruleset, path, access)
+        _restrict_self(ruleset)
+    finally:
+        os.close(ruleset)
+
+
+def _need() -> int:
+    version = abi()
+    if version == 0:
+        raise CapabilityError(
+            "this kernel has no Landlock",
+            errno=errno.EOPNOTSUPP,
+            path="landlock_create_ruleset",
+            hint=_NONE_HERE,
+        )
+    return version
+
+
+def _known(access: int, version: int) -> int:
+    for since, right in _NEWER:
+        if version < since:
+            access &= ~right
+    return access
+
+
+def _create(handled: int, scoped: int, version: int) -> int:
+    attributes = _RulesetAttr(handled, 0, scoped)
+    # An older kernel takes a longer structure only as long as the rest of it is zero; this one never is too long.
+    size = ctypes.sizeof(attributes) if version >= 6 else 8
+    return _call("landlock_create_ruleset", _CREATE_RULESET, ctypes.byref(attributes), size, 0)
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    try:
+        real = os.path.realpath(path, strict=True)
+    except OSError as error:
+        raise KernelError.from_oserror(error, path=path) from None
+    return tuple(part for part in real.split("/") if part)
+
+
+def _beside(directory: str, forbidden: list[tuple[str, ...]]) -> Iterator[str]:
+    """What in ``directory`` is not among ``forbidden``, paths relative to it, nor leads to them."""
+    if () in forbidden:
+        return
+    inside: dict[str, list[tuple[str, ...]]] = {}
+    for first, *rest in forbidden:
+        inside.setdefault(first, []).append(tuple(rest))
+    if not inside:
+        yield directory
+        return
+    try:
+        names = os.listdir(directory)
+    except OSError as error:
+        raise KernelError.from_oserror(
+            error, path=directory, hint="each directory that leads to a forbidden path must be readable"
+        ) from None
+    for name in names:
+        path = os.path.join(directory, name)
+        if name in inside:
+            yield from _beside(path, inside[name])
+        else:
+            yield path
+
+
+def _allow_if_there(ruleset: int, path: str, access: int) -> None:
+    """Links are left out: what they lead to has a rule of its own, or none."""
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return  # it is gone, or out of reach: then less is allowed, not more
+    try:
+        if not stat.S_ISLNK(os.fstat(descriptor).st_mode):
+            _add(ruleset, descriptor, path, access)
+    except KernelError as error:
+        if (
+            error.errno != errno.EBADFD
+        ):  # a mounted namespace, say: Landlock neither takes a rule for it nor needs one
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _allow(ruleset: int, path: str, access: int) -> None:
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError.from_oserror(error, path=path) from None
+    try:
+        _add(ruleset, descriptor, path, access)
+    finally:
+        os.close(descriptor)
+
+
+def _add(ruleset: int, descriptor: int, path: str, access: int) -> None:
+    if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        access &= _OF_A_FILE
+    rule = _PathBeneathAttr(access, descriptor)
+    _call("landlock_add_rule", _ADD_RULE, ruleset, _RULE_PATH_BENEATH, ctypes.byref(rule), 0, path=path)
+
+
+def _restrict_self(ruleset: int) -> None:
+    try:
+        _call("landlock_restrict_self", _RESTRICT_SELF, ruleset, 0)
+    except KernelError as error:
+        if error.errno == errno.EPERM:
+            raise CapabilityError(
+                "the kernel takes no Landlock rules from this thread",
+                errno=errno.EPERM,
+                path="landlock_restrict_self",
+                hint=_UNPRIVILEGED,
+            ) from None
+        if error.errno == errno.E2BIG:
+            raise CapabilityError(
+                "this thread has as many layers of Landlock rules as the kernel takes: sixteen",
+                errno=errno.E2BIG,
+                path="landlock_restrict_self",
+                hint="nest less deeply",
+            ) from None
+        raise
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, number: int, *arguments: object, path: str | None = None) -> int:
+    """A system call with these arguments: integers as long, the rest as it is. Raises `KernelError`."""
+    passed = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    result = _libc().syscall(ctypes.c_long(number), *passed)
+    if result < 0:
+        failed = ctypes.get_errno()
+        where = f"{name}: {path}" if path else name
+        raise KernelError(f"{where}: {os.strerror(failed)}", errno=failed, path=path or name)
+    return int(result)
