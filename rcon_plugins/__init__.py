@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from rcon_plugins.confined import Confined, confine
     from rcon_plugins.hookspecs import hookimpl
     from rcon_plugins.isolation import Server, Verdict
+    from rcon_plugins.limits import Each, IoLimits, Limits
     from rcon_plugins.manager import Manager, Plan
     from rcon_plugins.outcome import Outcome
-    from rcon_plugins.policy import Each, IoLimits, Limits, Policy
+    from rcon_plugins.policy import Policy
     from rcon_plugins.settings import Settings, load
     from rcon_plugins.usage import Usage
     from rcon_plugins.work import Work
@@ -45,9 +46,9 @@ __all__ = [
 _HOMES = {
     "Admission": "admission",
     "Confined": "confined",
-    "Each": "policy",
-    "IoLimits": "policy",
-    "Limits": "policy",
+    "Each": "limits",
+    "IoLimits": "limits",
+    "Limits": "limits",
     "Manager": "manager",
     "Outcome": "outcome",
     "Plan": "manager",

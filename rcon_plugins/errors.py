@@ -9,6 +9,7 @@
     │   ├── DelegationError
     │   └── CapabilityError
     ├── ConfinementError           the work did not run
+    │   └── IdentityRefused        the identity it would get is not allowed
     ├── ApplicationError           the confined code raised
     ├── Killed                     the work's process was ended before the work was done
     └── LimitExceeded              the work ran into a limit
@@ -118,6 +119,13 @@ class CapabilityError(KernelError):
 
 class ConfinementError(RconError):
     """Raised when work could not be confined. The work did not run."""
+
+
+class IdentityRefused(ConfinementError):
+    """Raised when the identity that work would get is not allowed. The work did not run.
+
+    The message is for the log: it names paths and accounts, which are no business of a client.
+    """
 
 
 class ApplicationError(RconError):

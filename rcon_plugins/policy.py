@@ -1,4 +1,4 @@
-"""Policies: what one kind of work may use. Immutable data that names nothing of the kernel's.
+"""Policies: what one kind of work may use, who it is, and what it may do. Immutable data.
 
 A policy's own limits hold for all the work under it together, per key where it has one. Its ``each``
 limits hold for every single work::
@@ -9,21 +9,22 @@ limits hold for every single work::
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import msgspec
 from msgspec import Meta
 
+from rcon_plugins.accounts import Account, PathTemplate
 from rcon_plugins.conversion import convert, dotted
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.units import CpuList, Cpus, Duration, Size, Written, show
+from rcon_plugins.limits import Each, Limits
+from rcon_plugins.rights import CapabilityName, Rlimits, Umask
+from rcon_plugins.units import Written, show
 
 #: How work gets into a confinement. ``"auto"`` is the cheapest that enforces all the policy asks for.
 Isolation = Literal["auto", "inline", "thread", "process"]
 
-_PAGE = 4096
 _COUNT = Meta(ge=1, le=2**63 - 1)
+_ID = Meta(ge=1, le=2**32 - 2)
 
 
 class PolicyName(Written, str):
@@ -90,120 +91,12 @@ class Per(Written, str):
         raise SettingsError(f"{show(value)} is not an attribute of work", value=value, hint=hint)
 
 
-class IoLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much may be read from and written to one device. ``None`` is "not set"."""
-
-    read: Annotated[Size | None, Meta(description="Bytes read per second.", examples=["10M"])] = None
-    write: Annotated[Size | None, Meta(description="Bytes written per second.", examples=["5M"])] = None
-    read_iops: Annotated[
-        Annotated[int, _COUNT] | None, Meta(description="Reads per second.", examples=[1000])
-    ] = None
-    write_iops: Annotated[
-        Annotated[int, _COUNT] | None, Meta(description="Writes per second.", examples=[500])
-    ] = None
-
-    def __post_init__(self) -> None:
-        for name in ("read", "write"):
-            if getattr(self, name) == 0:
-                raise SettingsError("0 bytes per second never end", key=name, value=0, hint='at least "1"')
-        if all(getattr(self, name) is None for name in self.__struct_fields__):
-            raise SettingsError("sets no limit", hint=f"one of: {', '.join(self.__struct_fields__)}")
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits that hold for all the processes and threads under them together. ``None`` is "not set"."""
-
-    cpu: Annotated[
-        Cpus | None,
-        Meta(description="CPU time per time: of one CPU, so that 150% is one and a half.", examples=["30%"]),
-    ] = None
-    cpu_weight: Annotated[
-        Annotated[int, Meta(ge=1, le=10000)] | None,
-        Meta(description="Share of the CPUs when they are scarce; what sets none has 100.", examples=[50]),
-    ] = None
-    cpus: Annotated[
-        CpuList | None, Meta(description="The CPUs that may be run on, by number.", examples=["0-1"])
-    ] = None
-    memory: Annotated[
-        Size | None,
-        Meta(
-            description="Bytes of memory; work that needs more is killed.",
-            examples=["256M"],
-        ),
-    ] = None
-    memory_high: Annotated[
-        Size | None,
-        Meta(description="Bytes of memory above which work is slowed down.", examples=["200M"]),
-    ] = None
-    swap: Annotated[
-        Size | None, Meta(description="Bytes of swap, besides the memory; 0 is none.", examples=[0])
-    ] = None
-    io: Annotated[
-        Mapping[str, IoLimits],
-        Meta(
-            description="Limits per device: by a path on it, or MAJOR:MINOR.",
-            examples=[{"/srv": {"read": "10M", "write": "5M"}}],
-        ),
-    ] = {}
-    pids: Annotated[
-        Annotated[int, Meta(ge=1, le=4194304)] | None,
-        Meta(description="Processes and threads at once.", examples=[64]),
-    ] = None
-
-    #: Where a key that is unknown here belongs; for error messages.
-    belongs: ClassVar[dict[str, str]] = {}
-
-    def __post_init__(self) -> None:
-        for name in ("memory", "memory_high"):
-            size = getattr(self, name)
-            if size is not None and size < _PAGE:
-                raise SettingsError(
-                    f"{size} bytes are less than one page", key=name, value=size, hint=f'write "{size}M"?'
-                )
-        if self.memory_high is not None:
-            self._check_memory_high(self.memory_high)
-        for device in self.io:
-            _check_device(device)
-
-    def _check_memory_high(self, high: Size) -> None:
-        if self.memory is None:
-            raise SettingsError(
-                "without memory, work above memory_high can be slowed down for ever",
-                key="memory_high",
-                value=high,
-                hint=f'set memory too, above "{high}"',
-            )
-        if high >= self.memory:
-            raise SettingsError(
-                f"{high} is never reached under memory = {self.memory}",
-                key="memory_high",
-                value=high,
-                hint="set it below memory, or leave it out",
-            )
-
-    def asks(self) -> tuple[str, ...]:
-        """The limits that are set, as settings spell them: ``("cpu", "memory")``."""
-        return tuple(name for name in self.__struct_fields__ if name in _LIMITS and _is_set(self, name))
-
-
-class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits of every single work."""
-
-    timeout: Annotated[
-        Duration | None,
-        Meta(description="Wall time; work that takes longer is killed.", examples=["20s"]),
-    ] = None
-
-    belongs: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("per", "isolation", "concurrency", "max_works"), "it belongs to the policy, not under each"
-    )
-
-
 class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one kind of work may use. See `make` for a constructor that reads ``"256M"``.
+    """What one kind of work may use, who it is, and what it may do. See `make` for a constructor that reads ``"256M"``.
 
     The limits here hold for all the work under the policy together: per value of the attribute ``per``
-    where that is set. ``each`` holds for every single work.
+    where that is set. ``each`` holds for every single work, and so does all that is said of its identity:
+    `rcon_plugins.identity` finds the accounts. ``None`` is "not written".
     """
 
     name: str
@@ -230,8 +123,60 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = 1000
 
+    user: Annotated[
+        Account | None,
+        Meta(
+            description='User that work becomes: a name, a number, or "owner:PATH".',
+            examples=["owner:/srv/{host}"],
+        ),
+    ] = None
+    group: Annotated[
+        Account | None,
+        Meta(description="Group that work becomes; else the primary group of its user.", examples=["web"]),
+    ] = None
+    groups: Annotated[
+        tuple[Account, ...] | None,
+        Meta(description="Supplementary groups; else those the user is a member of.", examples=[["web"]]),
+    ] = None
+    capabilities: Annotated[
+        tuple[CapabilityName, ...] | None,
+        Meta(description='Capabilities that work keeps, or ["all"].', examples=[["net_bind_service"]]),
+    ] = None
+    no_new_privs: Annotated[
+        bool, Meta(description="No program that work runs gives it privileges.", examples=[True])
+    ] = True
+    min_uid: Annotated[
+        Annotated[int, _ID], Meta(description="The lowest uid that work may have.", examples=[1000])
+    ] = 100
+    min_gid: Annotated[
+        Annotated[int, _ID], Meta(description="The lowest gid that work may have.", examples=[1000])
+    ] = 100
+    allow_root: Annotated[
+        bool, Meta(description="Work may become root, uid 0 or gid 0.", examples=[False])
+    ] = False
+    owner_must_be: Annotated[
+        PathTemplate | None,
+        Meta(
+            description="Path that must belong to the user, or the work is refused.",
+            examples=["/srv/{host}/app.py"],
+        ),
+    ] = None
+    umask: Annotated[
+        Umask | None, Meta(description="Permissions that new files do not get, in octal.", examples=["027"])
+    ] = None
+    rlimits: Annotated[
+        Rlimits,
+        Meta(
+            description="Limits of each process, setrlimit(2).",
+            examples=[{"nofile": 256, "cpu": "10s", "core": 0}],
+        ),
+    ] = Rlimits()
+
     belongs: ClassVar[dict[str, str]] = {
-        "timeout": 'it is a limit of every single work: each = { timeout = "20s" }'
+        "timeout": 'it is a limit of every single work: each = { timeout = "20s" }',
+        "uid": "write user",
+        "gid": "write group",
+        **{name: f"it belongs under rlimits: rlimits.{name}" for name in Rlimits.__struct_encode_fields__},
     }
 
     @classmethod
@@ -253,71 +198,66 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         PolicyName.parse(self.name)
+        self._check_identity()
         self._check_isolation()
-        _check_each(self.each, self, "each")
-        for device, limits in self.each.io.items():
-            if device in self.io:
-                _check_each(limits, self.io[device], dotted("each.io", device))
-        if self.each.cpus and self.cpus and not self.each.cpus.numbers <= self.cpus.numbers:
+        self.each.check_within(self)
+
+    def _check_identity(self) -> None:
+        for name in ("group", "groups", "owner_must_be"):
+            if self.user is None and getattr(self, name) is not None:
+                raise SettingsError(
+                    f"{name} without a user says nothing",
+                    key=name,
+                    value=getattr(self, name),
+                    hint='write the user too: a name, a number, or "owner:/srv/{host}"',
+                )
+        if self.capabilities and "all" in self.capabilities and len(self.capabilities) > 1:
             raise SettingsError(
-                f"{self.each.cpus} is not within cpus = {self.cpus} of the whole policy",
-                key="each.cpus",
-                value=self.each.cpus,
-                hint="name only CPUs that the policy has",
+                '"all" leaves none to name beside it',
+                key="capabilities",
+                value=self.capabilities,
+                hint='write ["all"], or leave "all" out',
             )
 
     def _check_isolation(self) -> None:
-        if self.isolation == "thread":
-            raise SettingsError(
-                'isolation = "thread" is not available yet',
-                key="isolation",
-                value=self.isolation,
-                hint='"process" keeps all the limits, "inline" those on CPU time and pids',
-            )
+        if self.isolation not in ("inline", "thread"):
+            return
         beyond = [limit for limit in self.asks() if limit.startswith("each.") or limit in _OF_A_PROCESS]
-        if self.isolation == "inline" and beyond:
+        if beyond:
             raise SettingsError(
                 f"a thread cannot be held to {' and '.join(beyond)}: that takes a process",
                 key="isolation",
                 value=self.isolation,
                 hint='write "process", or "auto", or leave those limits out',
             )
+        if self.isolation == "thread" and "rlimits" in self.wants_identity:
+            raise SettingsError(
+                "rlimits hold for a whole process, and a thread shares the server's",
+                key="isolation",
+                value=self.isolation,
+                hint='write "process", or "auto", or leave rlimits out',
+            )
+        if self.isolation == "inline" and self.wants_identity:
+            raise SettingsError(
+                f"{' and '.join(self.wants_identity)}: the server's own thread would have to come back from that, and "
+                "so could the work",
+                key="isolation",
+                value=self.isolation,
+                hint='write "process", or "auto", or "thread" against mistakes alone',
+            )
 
     def asks(self) -> tuple[str, ...]:
         """The limits that are set, as settings spell them: ``("cpu", "each.memory")``."""
         return (*super().asks(), *(f"each.{name}" for name in self.each.asks()))
 
+    @property
+    def wants_identity(self) -> tuple[str, ...]:
+        """What is written of who work is and what it may do: ``("user", "umask")``. Empty where nothing is."""
+        written = [name for name in _OF_IDENTITY if getattr(self, name) is not None]
+        return (*written, "rlimits") if self.rlimits.written() else tuple(written)
 
-_LIMITS = frozenset(Each.__struct_fields__)
+
 #: Limits that belong to a process, so that a thread of the server cannot be held to them.
 _OF_A_PROCESS = frozenset({"memory", "memory_high", "swap"})
-#: Limits where a single work's above the whole policy's would never be reached.
-_COMPARED = ("cpu", "memory", "swap", "pids", "read", "write", "read_iops", "write_iops")
-
-
-def _is_set(limits: Limits, name: str) -> bool:
-    return bool(limits.io) if name == "io" else getattr(limits, name) is not None
-
-
-def _check_device(device: str) -> None:
-    path = device.startswith("/") and "\0" not in device
-    if not path and not re.fullmatch(r"\d{1,10}:\d{1,10}", device, re.ASCII):
-        raise SettingsError(
-            f"{show(device)} is not a device",
-            key=dotted("io", device),
-            value=device,
-            hint='an absolute path on it, such as "/srv", or "254:0"',
-        )
-
-
-def _check_each(each: msgspec.Struct, whole: msgspec.Struct, key: str) -> None:
-    """Refuses a limit of a single work above that of all work together: it would never be reached."""
-    for name in _COMPARED:
-        own, bound = getattr(each, name, None), getattr(whole, name, None)
-        if own is not None and bound is not None and own > bound:
-            raise SettingsError(
-                f"{own} is never reached: all work of the policy together has {bound}",
-                key=f"{key}.{name}",
-                value=own,
-                hint=f"at most {bound}, or leave it out",
-            )
+#: What has to be taken for good before the first work. Also rlimits, which are never None.
+_OF_IDENTITY = ("user", "group", "groups", "capabilities", "owner_must_be", "umask")

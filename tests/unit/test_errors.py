@@ -19,6 +19,7 @@ ALL = [
     errors.DelegationError("no", hint="Delegate=yes"),
     errors.CapabilityError("no"),
     errors.ConfinementError("did not run"),
+    errors.IdentityRefused("uid 0"),
     errors.ApplicationError("ValueError", "text", "Traceback"),
     errors.Killed("ended", 9, USAGE),
     errors.LimitExceeded("much", policy="p", key="k", limit="memory", usage=USAGE),

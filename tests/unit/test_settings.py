@@ -10,7 +10,9 @@ import msgspec
 import pytest
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.policy import Each, IoLimits, Policy
+from rcon_plugins.limits import Each, IoLimits
+from rcon_plugins.policy import Policy
+from rcon_plugins.rights import Rlimits
 from rcon_plugins.routing import Route, Router
 from rcon_plugins.settings import Settings, from_mapping, json_schema, load
 from rcon_plugins.work import Work
@@ -129,7 +131,8 @@ WRONG = [
     ("[policy.tasks]", "policy", "kernel has a file of that name"),
     ('[policy.a]\nname = "b"', "policy.a.name", "the name is that of the table"),
     ('[policy.a]\neach.memory = "128MB"', "policy.a.each.memory", 'write "128M"'),
-    ('[policy.a]\nisolation = "thread"', "policy.a.isolation", "not available yet"),
+    ('[policy.a]\nisolation = "thread"\nmemory = "1M"', "policy.a.isolation", "takes a process"),
+    ("[policy.a]\numask = 0o027", "policy.a.umask", 'write "027"'),
     ("route = 3\npolicy.a = {}", "route", "[[route]]"),
     ("route = [3]\npolicy.a = {}", "route[1]", "table"),
     ('[policy.a]\n[[route]]\nhost = "x"', "route[1]", 'for example "tenant"'),
@@ -227,12 +230,12 @@ def objects(schema: object) -> list[Mapping[str, Any]]:
 def test_the_schema_describes_the_file() -> None:
     schema = json.loads(json.dumps(json_schema()))
     assert set(schema["properties"]) == {
-        *("unmatched", "cgroup", "plugins", "confinements", "processes"),
+        *("unmatched", "cgroup", "plugins", "confinements", "processes", "threads"),
         *("policy", "route"),
     }
     assert "name" not in schema["$defs"]["Policy"]["properties"]
     assert all(found["additionalProperties"] is False for found in objects(schema))
-    assert len(objects(schema)) == 5
+    assert len(objects(schema)) == 6
 
 
 def test_every_key_of_the_schema_has_a_description_and_an_example() -> None:
@@ -241,7 +244,7 @@ def test_every_key_of_the_schema_has_a_description_and_an_example() -> None:
             assert {"description", "examples"} <= set(schema), key
 
 
-@pytest.mark.parametrize("kind", [Policy, Each, IoLimits, Route])
+@pytest.mark.parametrize("kind", [Policy, Each, IoLimits, Rlimits, Route])
 def test_every_example_of_the_schema_can_be_written(kind: type[msgspec.Struct]) -> None:
     properties = json_schema()["$defs"][kind.__name__]["properties"]
     for key, schema in properties.items():
@@ -250,6 +253,9 @@ def test_every_example_of_the_schema_can_be_written(kind: type[msgspec.Struct]) 
             from_mapping({"policy": {"tenant": {}}, "route": [{"policy": "tenant", **table}]})
         elif kind is IoLimits:
             Policy.make("p", io={"/": table})
+        elif kind is Rlimits:
+            Policy.make("p", rlimits=table)
         else:
             table |= {"memory": "256M"} if key == "memory_high" else {}
+            table |= {"user": "web"} if key in ("group", "groups", "owner_must_be") else {}
             Policy.make("p", **(table if kind is Policy else {"each": table}))

@@ -1,0 +1,354 @@
+"""Who work becomes: the accounts that a policy names, as this machine knows them now.
+
+`check` is for the start: what can be known without a work is known and refused there. `resolve` is for each work. It
+opens and reads nothing that a tenant could have put in its way: of a path only the owner is looked at.
+
+What the user and group databases say is remembered for `userdb.LIFE` seconds: a change of somebody's groups takes
+that long to be seen, while the owner of a path is looked up anew for every work.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, NoReturn
+
+from rcon_plugins import userdb
+from rcon_plugins.conversion import did_you_mean
+from rcon_plugins.errors import ConfinementError, IdentityRefused, KernelError, SettingsError
+from rcon_plugins.kernel import paths
+from rcon_plugins.kernel.capability import Capabilities, Identity, read_state
+from rcon_plugins.units import show
+
+if TYPE_CHECKING:
+    from rcon_plugins.accounts import Account, PathTemplate
+    from rcon_plugins.policy import Policy
+
+#: What the kernel says of a path for which the work is to blame; anything else is for the machine to mend.
+_OF_THE_PATH = frozenset(
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENAMETOOLONG, errno.EACCES),
+        *(errno.EINVAL, errno.EILSEQ, errno.ESTALE),
+    }
+)
+_Find = Callable[[str, "PathTemplate"], paths.Found]
+
+
+class _Fault(Exception):
+    """What is wrong with an identity, before it is known who has to hear of it."""
+
+    def __init__(
+        self, key: str, problem: str, hint: str, value: object = None, *, of_work: bool = False
+    ) -> None:
+        super().__init__(problem)
+        self.key = key
+        self.problem = problem
+        self.hint = hint
+        self.value = value
+        self.of_work = of_work
+
+
+class _OnlyWithWork(Exception):
+    """What is asked is known with the work, and not before."""
+
+
+def check(policy: Policy, file: str | None = None) -> None:
+    """Find out at the start what of the policy's identity cannot be on this machine.
+
+    Static users and groups, and paths without placeholders, must exist and be allowed; the part of a path before its
+    first placeholder must be a directory; the capabilities must be known to this kernel. Raises `SettingsError`.
+    """
+    try:
+        _check_capabilities(policy)
+        for key, template in _templates(policy):
+            if template.placeholders:
+                os.close(_open_trusted(key, template))
+        for key, account in _groups_named(policy):
+            if account.path is None or not account.path.placeholders:
+                _gid(key, account, policy, _find_at_start)
+        if policy.user is not None:
+            _resolve(policy, _find_at_start)
+    except _OnlyWithWork:
+        return
+    except _Fault as fault:
+        raise SettingsError(
+            fault.problem,
+            key=f"policy.{policy.name}.{fault.key}",
+            value=fault.value,
+            hint=fault.hint,
+            file=file,
+        ) from None
+
+
+def resolve(policy: Policy, attributes: Mapping[str, str]) -> Identity | None:
+    """The identity that a work with these attributes gets; None where the policy names no user.
+
+    Raises `IdentityRefused` when it is not one that the policy allows, or when the work's own attributes lead to
+    none; `ConfinementError` when the machine cannot tell, as when a user was removed since the start.
+    """
+    if policy.user is None:
+        return None
+    seen: dict[PathTemplate, paths.Found] = {}
+
+    def find(key: str, template: PathTemplate) -> paths.Found:
+        found = seen.get(template)
+        if found is None:
+            found = seen[template] = _find(key, template, attributes)
+        return found
+
+    try:
+        return _resolve(policy, find)
+    except _Fault as fault:
+        kind = IdentityRefused if fault.of_work else ConfinementError
+        raise kind(f"{fault.key} of policy {policy.name}: {fault.problem} ({fault.hint})") from None
+
+
+def kept_capabilities(policy: Policy) -> Capabilities:
+    """The capabilities that work of the policy keeps. ``all`` is all that the calling thread is permitted."""
+    if policy.capabilities == ("all",):
+        return read_state().permitted
+    return Capabilities.of(*(int(name) if name.isdigit() else name for name in policy.capabilities or ()))
+
+
+def _resolve(policy: Policy, find: _Find) -> Identity:
+    user = policy.user
+    if user is None:
+        raise _OnlyWithWork
+    uid, entry, found = _user(user, find)
+    of_work = user.path is not None
+    _check_uid(uid, user, policy, of_work=of_work)
+    gid = _primary(policy, entry, found, find)
+    groups = _supplementary(policy, entry, gid, find)
+    if policy.owner_must_be is not None:
+        holder = find("owner_must_be", policy.owner_must_be)
+        if holder.uid != uid:
+            raise _Fault(
+                "owner_must_be",
+                f"{show(str(policy.owner_must_be))} of this work belongs to uid {holder.uid}, and the user is {uid}",
+                "give the path to the user, or leave owner_must_be out",
+                policy.owner_must_be,
+                of_work=True,
+            )
+    return Identity(uid, gid, groups)
+
+
+def _user(user: Account, find: _Find) -> tuple[int, userdb.Entry | None, paths.Found | None]:
+    """The uid, the entry of the user database where there is one, and what was found at the path if it is one."""
+    if user.path is not None:
+        found = find("user", user.path)
+        return found.uid, userdb.entry(found.uid), found
+    if user.number is not None:
+        return user.number, userdb.entry(user.number), None
+    entry = userdb.named(user)
+    if entry is None:
+        raise _Fault(
+            "user",
+            f"there is no user {show(str(user))}",
+            did_you_mean(user, userdb.user_names()) or "make one: useradd --system",
+            user,
+        )
+    return entry.uid, entry, None
+
+
+def _primary(policy: Policy, entry: userdb.Entry | None, found: paths.Found | None, find: _Find) -> int:
+    """The group of the policy, else the user's primary group, else that of the path."""
+    if policy.group is not None:
+        return _gid("group", policy.group, policy, find)
+    if entry is not None:
+        gid, whose = entry.gid, f"the primary group of {entry.name}"
+    elif found is not None:
+        gid, whose = found.gid, "the group of the path"
+    else:
+        raise _Fault(
+            "user",
+            f"uid {policy.user} has no entry in the user database, so that its group is not known",
+            "write the group too: group = …",
+            policy.user,
+        )
+    _check_gid("group", gid, whose, policy, of_work=found is not None)
+    return gid
+
+
+def _supplementary(policy: Policy, entry: userdb.Entry | None, gid: int, find: _Find) -> tuple[int, ...]:
+    """The groups of the policy, else those of the group database, as initgroups(3) has them."""
+    if policy.groups is not None:
+        return tuple(
+            sorted(
+                {
+                    _gid(f"groups[{number}]", group, policy, find)
+                    for number, group in enumerate(policy.groups, 1)
+                }
+            )
+        )
+    if entry is None:
+        return ()
+    groups = userdb.groups(entry.name, gid)
+    of_work = policy.user is not None and policy.user.path is not None
+    for group in groups:
+        if group != gid:
+            whose = f"a group that {entry.name} is a member of"
+            _check_gid("groups", group, whose, policy, of_work=of_work)
+    return groups
+
+
+def _gid(key: str, group: Account, policy: Policy, find: _Find) -> int:
+    if group.path is not None:
+        gid, whose = find(key, group.path).gid, "the group of the path"
+    elif group.number is not None:
+        gid, whose = group.number, "the group"
+    else:
+        known = userdb.group_named(group)
+        if known is None:
+            near = did_you_mean(group, userdb.group_names())
+            raise _Fault(
+                key, f"there is no group {show(str(group))}", near or "make one: groupadd --system", group
+            )
+        gid, whose = known, f"the group {group}"
+    _check_gid(key, gid, whose, policy, of_work=group.path is not None)
+    return gid
+
+
+def _check_uid(uid: int, user: Account, policy: Policy, *, of_work: bool) -> None:
+    what = f"the owner of {show(str(user.path))} is" if user.path is not None else f"{show(str(user))} is"
+    if uid == 0:
+        if not policy.allow_root:
+            remedy = "give the path to another user" if user.path is not None else "name another user"
+            hint = f"{remedy}, or write allow_root = true"
+            raise _Fault("user", f"{what} root, which work must not be", hint, user, of_work=of_work)
+    elif uid < policy.min_uid:
+        problem = f"{what} uid {uid}, and below min_uid = {policy.min_uid}"
+        raise _Fault("user", problem, f"name another user, or write min_uid = {uid}", user, of_work=of_work)
+
+
+def _check_gid(key: str, gid: int, whose: str, policy: Policy, *, of_work: bool) -> None:
+    other = "groups = []" if key == "groups" else "name another group"
+    if gid == 0:
+        if not policy.allow_root:
+            problem = f"{whose} is gid 0, root's, which work must not have"
+            hint = f"{other}, or write allow_root = true"
+            raise _Fault(key, problem, hint, gid, of_work=of_work)
+    elif gid < policy.min_gid:
+        problem = f"{whose} is gid {gid}, and below min_gid = {policy.min_gid}"
+        raise _Fault(key, problem, f"{other}, or write min_gid = {gid}", gid, of_work=of_work)
+
+
+def _check_capabilities(policy: Policy) -> None:
+    known = Capabilities.known()
+    names = {name.removeprefix("cap_") for name in known.names()}
+    for number, name in enumerate(policy.capabilities or (), 1):
+        if name == "all" or name in names or (name.isdigit() and int(name) in known):
+            continue
+        raise _Fault(
+            f"capabilities[{number}]",
+            f"this kernel knows no capability {show(str(name))}",
+            did_you_mean(name, names) or "capabilities(7) names them",
+            name,
+        )
+
+
+def _templates(policy: Policy) -> Iterator[tuple[str, PathTemplate]]:
+    accounts = [("user", policy.user), *_groups_named(policy)]
+    yield from ((key, account.path) for key, account in accounts if account is not None and account.path)
+    if policy.owner_must_be is not None:
+        yield "owner_must_be", policy.owner_must_be
+
+
+def _groups_named(policy: Policy) -> Iterator[tuple[str, Account]]:
+    if policy.group is not None:
+        yield "group", policy.group
+    yield from ((f"groups[{number}]", group) for number, group in enumerate(policy.groups or (), 1))
+
+
+# Paths
+
+
+def _find_at_start(key: str, template: PathTemplate) -> paths.Found:
+    if template.placeholders:
+        raise _OnlyWithWork
+    return _find(key, template, {})
+
+
+def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> paths.Found:
+    """Whose the path is that the work's attributes make of the template."""
+    if not template.placeholders:
+        try:
+            return paths.owner(template)
+        except KernelError as error:
+            _blame(key, template, str(template), error)
+    path = _fill(key, template, attributes)
+    directory = _open_trusted(key, template)
+    try:
+        found = paths.owner_beneath(directory, path)
+    except KernelError as error:
+        _blame(key, template, f"{template.trusted.rstrip('/')}/{path}", error)
+    finally:
+        os.close(directory)
+    foreign = found.links - {found.uid}
+    if foreign:
+        # Else a tenant could put a link to a neighbour's file, and be the neighbour from then on.
+        raise _Fault(
+            key,
+            f"a link on the way to {show(path)} belongs to uid {min(foreign)}, and what it leads to to {found.uid}",
+            f"a link must belong to root, to the owner of {template.trusted}, or to the owner of what it leads to",
+            template,
+            of_work=True,
+        )
+    return found
+
+
+def _blame(key: str, template: PathTemplate, path: str, error: KernelError) -> NoReturn:
+    if error.errno == errno.EXDEV:
+        problem = f"{show(path)} leads out of {template.trusted}"
+    elif error.errno == errno.ENOENT:
+        problem = f"there is no {show(path)}"
+    else:
+        problem = f"{show(path)}: {os.strerror(error.errno or errno.EIO)}"
+    hint = "its owner would be the user" if key == "user" else "its owner has to be known"
+    raise _Fault(key, problem, hint, template, of_work=error.errno in _OF_THE_PATH) from None
+
+
+def _open_trusted(key: str, template: PathTemplate) -> int:
+    try:
+        return paths.open_directory(template.trusted)
+    except KernelError as error:
+        raise _Fault(
+            key,
+            f"{show(template.trusted)}, below which paths are looked up: {os.strerror(error.errno or errno.EIO)}",
+            "make that directory, or name another",
+            template,
+        ) from None
+
+
+def _fill(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> str:
+    """The path below the trusted part. Raises `_Fault` for a value that is no name, or would go elsewhere."""
+    parts = []
+    for text, name in _pieces(template):
+        parts.append(text)
+        if name is not None:
+            value = attributes.get(name)
+            problem = _wrong_with(name, value)
+            if problem or value is None:
+                hint = f"no path can be made of {show(str(template))}"
+                raise _Fault(key, problem or "", hint, template, of_work=True)
+            parts.append(value.lstrip("/") if name == "path" else value)
+    path = "".join(parts)
+    if ".." in path.split("/"):
+        raise _Fault(key, f"{show(path)} goes back up", "it is not tidied", template, of_work=True)
+    return path or "."  # the root of all paths is the trusted directory itself
+
+
+def _wrong_with(name: str, value: object) -> str | None:
+    if value is None:
+        return f"the work has no {name}"
+    if not isinstance(value, str):
+        return f"the {name} of the work is not text"
+    if value in ("", ".", "..") or "\0" in value or ("/" in value and name != "path"):
+        return f"{show(value)}, the {name} of the work, is not the name of a file"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _pieces(template: PathTemplate) -> tuple[tuple[str, str | None], ...]:
+    return template.pieces

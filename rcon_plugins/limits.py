@@ -1,0 +1,175 @@
+"""Limits: how much of the machine work may use. Immutable data that names nothing of the kernel's.
+
+`Limits` hold for all the work under a policy together, `Each` for every single work.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+import msgspec
+from msgspec import Meta
+
+from rcon_plugins.conversion import dotted
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.units import CpuList, Cpus, Duration, Size, show
+
+_PAGE = 4096
+_COUNT = Meta(ge=1, le=2**63 - 1)
+
+
+class IoLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much may be read from and written to one device. ``None`` is "not set"."""
+
+    read: Annotated[Size | None, Meta(description="Bytes read per second.", examples=["10M"])] = None
+    write: Annotated[Size | None, Meta(description="Bytes written per second.", examples=["5M"])] = None
+    read_iops: Annotated[
+        Annotated[int, _COUNT] | None, Meta(description="Reads per second.", examples=[1000])
+    ] = None
+    write_iops: Annotated[
+        Annotated[int, _COUNT] | None, Meta(description="Writes per second.", examples=[500])
+    ] = None
+
+    def __post_init__(self) -> None:
+        for name in ("read", "write"):
+            if getattr(self, name) == 0:
+                raise SettingsError("0 bytes per second never end", key=name, value=0, hint='at least "1"')
+        if all(getattr(self, name) is None for name in self.__struct_fields__):
+            raise SettingsError("sets no limit", hint=f"one of: {', '.join(self.__struct_fields__)}")
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits that hold for all the processes and threads under them together. ``None`` is "not set"."""
+
+    cpu: Annotated[
+        Cpus | None,
+        Meta(description="CPU time per time: of one CPU, so that 150% is one and a half.", examples=["30%"]),
+    ] = None
+    cpu_weight: Annotated[
+        Annotated[int, Meta(ge=1, le=10000)] | None,
+        Meta(description="Share of the CPUs when they are scarce; what sets none has 100.", examples=[50]),
+    ] = None
+    cpus: Annotated[
+        CpuList | None, Meta(description="The CPUs that may be run on, by number.", examples=["0-1"])
+    ] = None
+    memory: Annotated[
+        Size | None,
+        Meta(
+            description="Bytes of memory; work that needs more is killed.",
+            examples=["256M"],
+        ),
+    ] = None
+    memory_high: Annotated[
+        Size | None,
+        Meta(description="Bytes of memory above which work is slowed down.", examples=["200M"]),
+    ] = None
+    swap: Annotated[
+        Size | None, Meta(description="Bytes of swap, besides the memory; 0 is none.", examples=[0])
+    ] = None
+    io: Annotated[
+        Mapping[str, IoLimits],
+        Meta(
+            description="Limits per device: by a path on it, or MAJOR:MINOR.",
+            examples=[{"/srv": {"read": "10M", "write": "5M"}}],
+        ),
+    ] = {}
+    pids: Annotated[
+        Annotated[int, Meta(ge=1, le=4194304)] | None,
+        Meta(description="Processes and threads at once.", examples=[64]),
+    ] = None
+
+    #: Where a key that is unknown here belongs; for error messages.
+    belongs: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "memory_high"):
+            size = getattr(self, name)
+            if size is not None and size < _PAGE:
+                raise SettingsError(
+                    f"{size} bytes are less than one page", key=name, value=size, hint=f'write "{size}M"?'
+                )
+        if self.memory_high is not None:
+            self._check_memory_high(self.memory_high)
+        for device in self.io:
+            _check_device(device)
+
+    def _check_memory_high(self, high: Size) -> None:
+        if self.memory is None:
+            raise SettingsError(
+                "without memory, work above memory_high can be slowed down for ever",
+                key="memory_high",
+                value=high,
+                hint=f'set memory too, above "{high}"',
+            )
+        if high >= self.memory:
+            raise SettingsError(
+                f"{high} is never reached under memory = {self.memory}",
+                key="memory_high",
+                value=high,
+                hint="set it below memory, or leave it out",
+            )
+
+    def asks(self) -> tuple[str, ...]:
+        """The limits that are set, as settings spell them: ``("cpu", "memory")``."""
+        return tuple(name for name in self.__struct_fields__ if name in _LIMITS and _is_set(self, name))
+
+
+class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits of every single work."""
+
+    timeout: Annotated[
+        Duration | None,
+        Meta(description="Wall time; work that takes longer is killed.", examples=["20s"]),
+    ] = None
+
+    belongs: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("per", "isolation", "concurrency", "max_works"), "it belongs to the policy, not under each"
+    )
+
+    def check_within(self, whole: Limits) -> None:
+        """Raise `SettingsError` for a limit of a single work above that of all work together: it is never reached."""
+        _check_each(self, whole, "each")
+        for device, limits in self.io.items():
+            if device in whole.io:
+                _check_each(limits, whole.io[device], dotted("each.io", device))
+        if self.cpus and whole.cpus and not self.cpus.numbers <= whole.cpus.numbers:
+            raise SettingsError(
+                f"{self.cpus} is not within cpus = {whole.cpus} of the whole policy",
+                key="each.cpus",
+                value=self.cpus,
+                hint="name only CPUs that the policy has",
+            )
+
+
+_LIMITS = frozenset(Each.__struct_fields__)
+#: Limits where a single work's above the whole policy's would never be reached.
+_COMPARED = ("cpu", "memory", "swap", "pids", "read", "write", "read_iops", "write_iops")
+
+
+def _is_set(limits: Limits, name: str) -> bool:
+    return bool(limits.io) if name == "io" else getattr(limits, name) is not None
+
+
+def _check_device(device: str) -> None:
+    path = device.startswith("/") and "\0" not in device
+    if not path and not re.fullmatch(r"\d{1,10}:\d{1,10}", device, re.ASCII):
+        raise SettingsError(
+            f"{show(device)} is not a device",
+            key=dotted("io", device),
+            value=device,
+            hint='an absolute path on it, such as "/srv", or "254:0"',
+        )
+
+
+def _check_each(each: msgspec.Struct, whole: msgspec.Struct, key: str) -> None:
+    for name in _COMPARED:
+        own, bound = getattr(each, name, None), getattr(whole, name, None)
+        if own is not None and bound is not None and own > bound:
+            raise SettingsError(
+                f"{own} is never reached: all work of the policy together has {bound}",
+                key=f"{key}.{name}",
+                value=own,
+                hint=f"at most {bound}, or leave it out",
+            )

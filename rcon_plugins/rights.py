@@ -1,0 +1,125 @@
+"""How settings write what work may do beside its limits: capabilities, umask, rlimits."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Self
+
+import msgspec
+from msgspec import Meta
+
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.units import Duration, Size, Written, show
+
+_PAGE = 4096
+_MANY = Meta(ge=0, le=2**31 - 1)
+
+
+class CapabilityName(Written, str):
+    """A capability, as capabilities(7) names it, or by number: ``"net_bind_service"``. ``"all"`` is all there are.
+
+    With or without ``cap_``, in any case; kept in small letters and without it.
+    """
+
+    __slots__ = ()
+    schema: ClassVar[dict[str, Any]] = {"type": "string", "pattern": r"^([A-Za-z_]+|[0-9]{1,2})$"}
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        name = value.lower().removeprefix("cap_") if isinstance(value, str) else ""
+        if not re.fullmatch(r"[a-z_]+|[0-9]{1,2}", name):
+            raise SettingsError(
+                f"{show(value)} is not a capability",
+                value=value,
+                hint='for example "net_bind_service", as capabilities(7) names them',
+            )
+        return cls(name)
+
+
+class Umask(Written, int):
+    """A umask, written as text in octal: ``"027"``. See umask(2)."""
+
+    __slots__ = ()
+    schema: ClassVar[dict[str, Any]] = {"type": "string", "pattern": "^0?[0-7]{3}$"}
+
+    def __new__(cls, value: str | int) -> Self:
+        return cls.parse(value) if isinstance(value, str) else super().__new__(cls, value)
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str) and re.fullmatch(r"0?[0-7]{3}", value):
+            return cls(int(value, 8))
+        hint = 'write "027": three octal digits, in quotes'
+        if isinstance(value, int) and not isinstance(value, bool):
+            # 27 and 0o33 are the same number by the time it arrives here.
+            raise SettingsError(f"{show(value)} could be octal or decimal", value=value, hint=hint)
+        raise SettingsError(f"{show(value)} is not a umask", value=value, hint=hint)
+
+    def __str__(self) -> str:
+        return f"{int(self):03o}"
+
+    def __repr__(self) -> str:
+        return f"Umask({str(self)!r})"
+
+
+class Rlimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits that each process of the work has for itself; setrlimit(2). ``None`` is "not set".
+
+    They are meant as soft and as hard limit alike.
+    """
+
+    nofile: Annotated[
+        Annotated[int, Meta(ge=16, le=2**31 - 1)] | None,
+        Meta(description="Open files of a process; an executor needs a few itself.", examples=[256]),
+    ] = None
+    nproc: Annotated[
+        Annotated[int, _MANY] | None,
+        Meta(description="Processes and threads of the user on the whole machine.", examples=[100]),
+    ] = None
+    core: Annotated[Size | None, Meta(description="Bytes of a core dump; 0 is none.", examples=[0])] = None
+    fsize: Annotated[
+        Size | None, Meta(description="Bytes to which a file can be written.", examples=["10M"])
+    ] = None
+    as_: Annotated[Size | None, Meta(description="Bytes of address space of a process.", examples=["1G"])] = (
+        msgspec.field(default=None, name="as")
+    )
+    cpu: Annotated[
+        Duration | None, Meta(description="CPU time of a process, in whole seconds.", examples=["10s"])
+    ] = None
+    stack: Annotated[Size | None, Meta(description="Bytes of stack of a process.", examples=["8M"])] = None
+    data: Annotated[Size | None, Meta(description="Bytes of data of a process.", examples=["512M"])] = None
+    memlock: Annotated[
+        Size | None, Meta(description="Bytes that a process may lock into memory.", examples=["64K"])
+    ] = None
+    msgqueue: Annotated[
+        Size | None, Meta(description="Bytes in POSIX message queues of the user.", examples=["800K"])
+    ] = None
+    sigpending: Annotated[
+        Annotated[int, _MANY] | None, Meta(description="Signals queued for the user.", examples=[1000])
+    ] = None
+
+    def __post_init__(self) -> None:
+        for name in ("as", "stack", "data"):
+            size = self.written().get(name)
+            if size is not None and size < _PAGE:
+                raise SettingsError(
+                    f"{size} bytes are less than one page", key=name, value=size, hint=f'write "{size}M"?'
+                )
+        if self.cpu is not None and self.cpu % 1:
+            raise SettingsError(
+                f"{self.cpu} is not a whole number of seconds",
+                key="cpu",
+                value=self.cpu,
+                hint='at least "1s"; wall time can be shorter: each = { timeout = "500ms" }',
+            )
+
+    def written(self) -> dict[str, int]:
+        """The limits that are set, by the names of setrlimit(2) in small letters: ``{"nofile": 256}``.
+
+        In bytes, whole seconds, or a count.
+        """
+        fields = zip(self.__struct_encode_fields__, self.__struct_fields__, strict=True)
+        values = ((name, getattr(self, attribute)) for name, attribute in fields)
+        return {name: int(value) for name, value in values if value is not None}
