@@ -6,17 +6,50 @@ A call is judged by its return value, never by errno alone (errno may be left ov
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import platform
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 from rcon_plugins.errors import KernelError
 
 #: prctl(2): the signal this process gets when the thread that forked it ends.
 PR_SET_PDEATHSIG = 1
+PR_SET_KEEPCAPS = 8
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
+PR_GET_SECUREBITS = 27
+PR_SET_SECUREBITS = 28
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_IS_SET = 1
+PR_CAP_AMBIENT_RAISE = 2
+PR_CAP_AMBIENT_LOWER = 3
 
 #: unshare(2): a working directory, root directory and umask of its own.
 CLONE_FS = 0x00000200
+
+# By machine, since glibc's functions of these names change every thread of the process, or do not exist.
+_NUMBERS = {
+    "x86_64": {
+        "setgroups": 116,
+        "setresuid": 117,
+        "setresgid": 119,
+        "capget": 125,
+        "capset": 126,
+        "prctl": 157,
+    },
+    "aarch64": {
+        "capget": 90,
+        "capset": 91,
+        "setresuid": 147,
+        "setresgid": 149,
+        "setgroups": 159,
+        "prctl": 167,
+    },
+}
 
 _POLLIN = 0x001
 _POLLHUP = 0x010
@@ -30,6 +63,41 @@ class _PollFd(ctypes.Structure):
 @cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
+
+
+@cache
+def _number(name: str) -> int:
+    machine = platform.machine()
+    if machine not in _NUMBERS or ctypes.sizeof(ctypes.c_long) != 8:
+        raise KernelError(
+            f"the number of the system call {name} is not known here for {machine or 'this machine'}",
+            errno=errno.ENOSYS,
+            path=name,
+            hint="run a 64-bit Python on x86_64 or aarch64",
+        )
+    return _NUMBERS[machine][name]
+
+
+def syscall(name: str, *arguments: Any) -> int:
+    """The system call ``name`` itself, without the C library's wrapper, for the calling thread alone; its result.
+
+    Integers are passed as long, with zeros up to five; everything else as ctypes has it. Raises `KernelError` with the
+    call as its path.
+    """
+    passed = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    passed += [ctypes.c_long(0)] * (5 - len(passed))
+    result = int(_syscall()(ctypes.c_long(_number(name)), *passed))
+    if result == -1:
+        number = ctypes.get_errno()
+        raise KernelError(f"{name}: {os.strerror(number)}", errno=number, path=name)
+    return result
+
+
+@cache
+def _syscall() -> Any:
+    function = _libc()["syscall"]  # an object of its own: no one else sees its type of result
+    function.restype = ctypes.c_long
+    return function
 
 
 def prctl(option: int, argument: int) -> None:

@@ -1,0 +1,67 @@
+"""Capabilities and identity of threads, by system calls that act on the calling thread alone. Useful by itself.
+
+Knows no policy. Every failure is a `CapabilityError` or another `KernelError`.
+"""
+
+from __future__ import annotations
+
+from rcon_plugins.kernel.capability.drop import Identity, drop
+from rcon_plugins.kernel.capability.names import CAP_SETGID, CAP_SETPCAP, CAP_SETUID, CAP_SYS_ADMIN
+from rcon_plugins.kernel.capability.sets import Capabilities
+from rcon_plugins.kernel.capability.state import (
+    SECBIT_KEEP_CAPS,
+    SECBIT_KEEP_CAPS_LOCKED,
+    SECBIT_NO_CAP_AMBIENT_RAISE,
+    SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED,
+    SECBIT_NO_SETUID_FIXUP,
+    SECBIT_NO_SETUID_FIXUP_LOCKED,
+    SECBIT_NOROOT,
+    SECBIT_NOROOT_LOCKED,
+    Ids,
+    State,
+    read_state,
+)
+from rcon_plugins.kernel.capability.text import Sets, parse_text
+from rcon_plugins.kernel.capability.thread import (
+    drop_bounding,
+    set_ambient,
+    set_capabilities,
+    set_gids,
+    set_groups,
+    set_keep_capabilities,
+    set_no_new_privs,
+    set_securebits,
+    set_uids,
+)
+
+__all__ = [
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_ADMIN",
+    "SECBIT_KEEP_CAPS",
+    "SECBIT_KEEP_CAPS_LOCKED",
+    "SECBIT_NOROOT",
+    "SECBIT_NOROOT_LOCKED",
+    "SECBIT_NO_CAP_AMBIENT_RAISE",
+    "SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED",
+    "SECBIT_NO_SETUID_FIXUP",
+    "SECBIT_NO_SETUID_FIXUP_LOCKED",
+    "Capabilities",
+    "Identity",
+    "Ids",
+    "Sets",
+    "State",
+    "drop",
+    "drop_bounding",
+    "parse_text",
+    "read_state",
+    "set_ambient",
+    "set_capabilities",
+    "set_gids",
+    "set_groups",
+    "set_keep_capabilities",
+    "set_no_new_privs",
+    "set_securebits",
+    "set_uids",
+]

@@ -1,0 +1,193 @@
+"""Becoming somebody else, with fewer capabilities, for good."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rcon_plugins.errors import CapabilityError
+from rcon_plugins.kernel.capability.names import CAP_SETGID, CAP_SETPCAP, CAP_SETUID
+from rcon_plugins.kernel.capability.sets import Capabilities
+from rcon_plugins.kernel.capability.state import (
+    SECBIT_KEEP_CAPS,
+    SECBIT_KEEP_CAPS_LOCKED,
+    SECBIT_NO_CAP_AMBIENT_RAISE,
+    SECBIT_NO_SETUID_FIXUP,
+    Ids,
+    State,
+    read_state,
+)
+from rcon_plugins.kernel.capability.thread import (
+    drop_bounding,
+    set_ambient,
+    set_capabilities,
+    set_gids,
+    set_groups,
+    set_keep_capabilities,
+    set_no_new_privs,
+    set_uids,
+)
+
+_NEEDED = Capabilities.of(CAP_SETUID, CAP_SETGID, CAP_SETPCAP)
+
+
+class Identity(NamedTuple):
+    """Who work is: the uid and gid that become real, effective, saved and fs id, and the supplementary groups."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
+def drop(
+    identity: Identity | None,
+    keep: Capabilities = Capabilities.none(),  # noqa: B008 - a constant: it is immutable
+    *,
+    no_new_privs: bool = True,
+    ambient: bool = False,
+) -> None:
+    """Let the calling thread, alone and for good, be ``identity`` and hold no capability but ``keep``.
+
+    Afterwards all four uids and gids and the groups are those of ``identity`` (None: they stay as they are, a saved uid
+    of 0 too); permitted and effective are ``keep``; inheritable and ambient are empty, or ``keep`` with ``ambient``, so
+    that it outlasts execve(2); the bounding set has nothing but ``keep`` where CAP_SETPCAP is permitted, and is as it
+    was elsewhere; PR_SET_KEEPCAPS is off; no_new_privs is set if asked. All that is read back and compared.
+
+    Takes CAP_SETUID and CAP_SETGID in the permitted set (effective they need not be), each only where an id has to
+    change. ``keep`` must be permitted. What was never asked for is not changed: open files, directories, rlimits.
+
+    Raises `CapabilityError`. What is missing is found before anything has changed; but after any other error the thread
+    may be half way, and must not go on. A thread boundary does not hold hostile native code: it shares the memory of
+    threads that have not dropped.
+    """
+    before = read_state()
+    _check(before, identity, keep, ambient)
+    helping = before.permitted & _NEEDED
+    if not helping <= before.effective:
+        set_capabilities(before.permitted, before.effective | helping, before.inheritable)
+    if identity is not None:
+        if set(before.groups) != set(identity.groups):
+            set_groups(identity.groups)
+        if before.gids != Ids.all(identity.gid):
+            set_gids(identity.gid, identity.gid, identity.gid)
+    if CAP_SETPCAP in before.permitted:
+        drop_bounding(keep)
+    if identity is not None and before.uids != Ids.all(identity.uid):
+        if _would_lose(before, identity, keep):
+            set_keep_capabilities(True)
+        set_uids(identity.uid, identity.uid, identity.uid)
+    set_capabilities(keep, keep, keep if ambient else Capabilities.none())
+    _forget_keeping()
+    if ambient:
+        set_ambient(keep)
+    if no_new_privs:
+        set_no_new_privs()
+    after = read_state()
+    wrong = list(_differences(before, after, identity, keep, no_new_privs, ambient))
+    if wrong:
+        raise CapabilityError(
+            f"the thread did not become what was asked: {'; '.join(wrong)}",
+            errno=errno.EPERM,
+            path="drop",
+            hint="the thread must not go on: a security module or the kernel interfered",
+        )
+
+
+def _check(now: State, identity: Identity | None, keep: Capabilities, ambient: bool) -> None:
+    """Find what is missing while nothing has changed."""
+    if missing := keep - now.permitted:
+        raise CapabilityError(
+            f"cannot keep {missing}: this thread does not hold it",
+            errno=errno.EPERM,
+            path="drop",
+            hint="start as root, or with it in the permitted set",
+        )
+    if identity is not None:
+        _check_identity(now, identity, keep)
+    if not (ambient and keep):
+        return
+    if missing := keep - now.inheritable - now.bounding:
+        raise CapabilityError(
+            f"{missing} cannot become ambient: it is neither inheritable nor in the bounding set of this thread",
+            errno=errno.EPERM,
+            path="drop",
+            hint="start from a process that has it there",
+        )
+    if (now.securebits or 0) & SECBIT_NO_CAP_AMBIENT_RAISE and not keep <= now.ambient:
+        raise CapabilityError(
+            f"{keep - now.ambient} cannot become ambient: SECBIT_NO_CAP_AMBIENT_RAISE is set",
+            errno=errno.EPERM,
+            path="drop",
+            hint="clear that securebit, where it is not locked",
+        )
+
+
+def _check_identity(now: State, identity: Identity, keep: Capabilities) -> None:
+    uids, gids = now.uids, now.gids
+    missing = []
+    if CAP_SETUID not in now.permitted and identity.uid not in uids[:3]:
+        missing.append(f"cap_setuid, to change the uid from {uids.effective} to {identity.uid}")
+    if CAP_SETGID not in now.permitted:
+        if identity.gid not in gids[:3]:
+            missing.append(f"cap_setgid, to change the gid from {gids.effective} to {identity.gid}")
+        if set(now.groups) != set(identity.groups):
+            missing.append(
+                f"cap_setgid, to change the groups from {list(now.groups)} to {sorted(identity.groups)}"
+            )
+    if missing:
+        raise CapabilityError(
+            f"this thread lacks {' and '.join(missing)}",
+            errno=errno.EPERM,
+            path="drop",
+            hint="start as root, or with cap_setuid and cap_setgid in the permitted set",
+        )
+    if _would_lose(now, identity, keep) and (now.securebits or 0) & SECBIT_KEEP_CAPS_LOCKED:
+        raise CapabilityError(
+            f"cannot keep {keep} when the uid leaves 0: SECBIT_KEEP_CAPS is off and locked",
+            errno=errno.EPERM,
+            path="drop",
+            hint="start from a process that has not locked it",
+        )
+
+
+def _would_lose(now: State, identity: Identity, keep: Capabilities) -> bool:
+    """Whether the change of uid would clear the permitted set, and that matters."""
+    kept = (now.securebits or 0) & (SECBIT_KEEP_CAPS | SECBIT_NO_SETUID_FIXUP)
+    return bool(keep) and not kept and 0 in now.uids[:3] and identity.uid != 0
+
+
+def _forget_keeping() -> None:
+    """But where it is locked: then it matters to nobody, for there is no uid 0 to leave."""
+    securebits = read_state().securebits or 0
+    if securebits & SECBIT_KEEP_CAPS and not securebits & SECBIT_KEEP_CAPS_LOCKED:
+        set_keep_capabilities(False)
+
+
+def _differences(
+    before: State,
+    after: State,
+    identity: Identity | None,
+    keep: Capabilities,
+    no_new_privs: bool,
+    ambient: bool,
+) -> Iterator[str]:
+    handed_down = keep if ambient else Capabilities.none()
+    bounding = before.bounding & keep if CAP_SETPCAP in before.permitted else before.bounding
+    expected: list[tuple[str, object, object]] = [
+        ("permitted", after.permitted, keep),
+        ("effective", after.effective, keep),
+        ("inheritable", after.inheritable, handed_down),
+        ("ambient", after.ambient, handed_down),
+        ("bounding", after.bounding, bounding),
+        ("no_new_privs", after.no_new_privs, no_new_privs or before.no_new_privs),
+    ]
+    if identity is None:
+        expected += [("uids", after.uids, before.uids), ("gids", after.gids, before.gids)]
+        expected += [("groups", after.groups, before.groups)]
+    else:
+        expected += [("uids", after.uids, Ids.all(identity.uid)), ("gids", after.gids, Ids.all(identity.gid))]
+        expected += [("groups", tuple(sorted(set(after.groups))), tuple(sorted(set(identity.groups))))]
+    for name, found, wanted in expected:
+        if found != wanted:
+            yield f"{name} is {found}, not {wanted}"

@@ -1,0 +1,110 @@
+"""What a thread is and may do: its ids and capability sets (proc_pid_status(5), capabilities(7), credentials(7))."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from typing import NamedTuple
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.capability.sets import Capabilities
+from rcon_plugins.kernel.syscalls import PR_GET_SECUREBITS, syscall
+
+SECBIT_NOROOT = 1 << 0
+SECBIT_NOROOT_LOCKED = 1 << 1
+SECBIT_NO_SETUID_FIXUP = 1 << 2
+SECBIT_NO_SETUID_FIXUP_LOCKED = 1 << 3
+SECBIT_KEEP_CAPS = 1 << 4
+SECBIT_KEEP_CAPS_LOCKED = 1 << 5
+SECBIT_NO_CAP_AMBIENT_RAISE = 1 << 6  # Linux 4.3
+SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED = 1 << 7
+
+
+class Ids(NamedTuple):
+    """The four user ids of a thread, or its four group ids."""
+
+    real: int
+    effective: int
+    saved: int
+    fs: int
+
+    @classmethod
+    def all(cls, number: int) -> Ids:
+        """The same id four times."""
+        return cls(number, number, number, number)
+
+
+class State(NamedTuple):
+    """The identity and the capability sets of one thread.
+
+    ``securebits`` is None for another thread than the calling one: the kernel shows nobody else's. ``groups`` are the
+    supplementary groups, in ascending order. Ids are as the caller's user namespace sees them.
+    """
+
+    permitted: Capabilities
+    effective: Capabilities
+    inheritable: Capabilities
+    ambient: Capabilities
+    bounding: Capabilities
+    securebits: int | None
+    no_new_privs: bool
+    uids: Ids
+    gids: Ids
+    groups: tuple[int, ...]
+
+
+def read_state(tid: int | None = None) -> State:
+    """The state of the calling thread, or of the thread or process ``tid``; of a process, its main thread's.
+
+    Raises `KernelError`: ESRCH where there is no such thread, or it has ended. Needs no privilege, but where ``/proc``
+    is mounted with ``hidepid`` other users' processes cannot be seen.
+    """
+    own = tid is None or tid == threading.get_native_id()
+    path = "/proc/thread-self/status" if own else f"/proc/{tid}/status"
+    fields = _read(path, tid)
+    return State(
+        permitted=_capabilities(fields["CapPrm"]),
+        effective=_capabilities(fields["CapEff"]),
+        inheritable=_capabilities(fields["CapInh"]),
+        ambient=_capabilities(fields["CapAmb"]),
+        bounding=_capabilities(fields["CapBnd"]),
+        securebits=syscall("prctl", PR_GET_SECUREBITS) if own else None,
+        no_new_privs=fields["NoNewPrivs"].strip() == b"1",
+        uids=_ids(fields["Uid"]),
+        gids=_ids(fields["Gid"]),
+        groups=tuple(sorted(int(group) for group in fields["Groups"].split())),
+    )
+
+
+def _read(path: str, tid: int | None) -> dict[str, bytes]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            parts = []
+            while part := os.read(descriptor, 65536):
+                parts.append(part)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESRCH) and tid is not None:
+            raise KernelError(
+                f"no process or thread has the id {tid}", errno=errno.ESRCH, path=path
+            ) from None
+        raise KernelError.from_oserror(error, path=path, hint="mount proc at /proc") from None
+    return parse_status(b"".join(parts))
+
+
+def parse_status(text: bytes) -> dict[str, bytes]:
+    """The lines of a ``/proc/PID/status``. (``Name:`` comes first, and has its newlines escaped by the kernel.)"""
+    lines = (line.partition(b":") for line in text.split(b"\n"))
+    return {name.decode("ascii", "replace"): value for name, colon, value in lines if colon}
+
+
+def _capabilities(text: bytes) -> Capabilities:
+    return Capabilities(int(text, 16))
+
+
+def _ids(text: bytes) -> Ids:
+    real, effective, saved, fs = (int(number) for number in text.split())
+    return Ids(real, effective, saved, fs)

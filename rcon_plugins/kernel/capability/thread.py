@@ -1,0 +1,290 @@
+"""Setting the identity and the capabilities of the calling thread.
+
+Of the calling thread **alone**: these are the system calls themselves, where the C library's functions of the same
+names, and with them `os.setresuid` and its like, change every thread of the process. Every error is a `CapabilityError`
+with what the kernel wanted (capabilities(7), capset(2), credentials(7), prctl(2)). A call that fails changes nothing,
+but for `set_ambient` and `drop_bounding`, which are several calls to the kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections.abc import Iterable
+from typing import NoReturn
+
+from rcon_plugins.errors import CapabilityError, KernelError
+from rcon_plugins.kernel.capability.names import CAP_SETGID, CAP_SETPCAP, CAP_SETUID
+from rcon_plugins.kernel.capability.sets import Capabilities
+from rcon_plugins.kernel.capability.state import (
+    SECBIT_KEEP_CAPS_LOCKED,
+    SECBIT_NO_CAP_AMBIENT_RAISE,
+    read_state,
+)
+from rcon_plugins.kernel.syscalls import (
+    PR_CAP_AMBIENT,
+    PR_CAP_AMBIENT_IS_SET,
+    PR_CAP_AMBIENT_LOWER,
+    PR_CAP_AMBIENT_RAISE,
+    PR_CAPBSET_DROP,
+    PR_CAPBSET_READ,
+    PR_GET_SECUREBITS,
+    PR_SET_KEEPCAPS,
+    PR_SET_NO_NEW_PRIVS,
+    PR_SET_SECUREBITS,
+    syscall,
+)
+
+_VERSION_3 = 0x20080522
+_NO_ID = 0xFFFFFFFF  # what the kernel reads as "leave it"
+_MOST_GROUPS = 65536
+_LOCKS = 0xAA  # every second bit of securebits locks the one below it
+_BITS = 0xFF
+
+
+class _Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Data(ctypes.Structure):
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
+
+
+def set_capabilities(permitted: Capabilities, effective: Capabilities, inheritable: Capabilities) -> None:
+    """capset(2): the three sets of the calling thread.
+
+    The kernel allows: a permitted set within the one now; an effective one within the new permitted one; an inheritable
+    one within inheritable and permitted of now (within inheritable and bounding, with CAP_SETPCAP effective). What is
+    no longer both permitted and inheritable leaves the ambient set too. Raises `CapabilityError`.
+    """
+    header = _Header(_VERSION_3, 0)
+    low, high = 0xFFFFFFFF, 32
+    data = (_Data * 2)(
+        _Data(effective.mask & low, permitted.mask & low, inheritable.mask & low),
+        _Data(effective.mask >> high, permitted.mask >> high, inheritable.mask >> high),
+    )
+    try:
+        syscall("capset", ctypes.byref(header), ctypes.byref(data))
+    except KernelError as error:
+        _refuse_sets(error, permitted, effective, inheritable)
+
+
+def set_ambient(capabilities: Capabilities) -> None:
+    """The ambient set of the calling thread: what execve(2) of an ordinary file leaves it (Linux 4.3).
+
+    Each must be permitted and inheritable. What is in the set and not in ``capabilities`` is taken out first. Raises
+    `CapabilityError`.
+    """
+    for number in Capabilities.known() | capabilities:
+        is_set = _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, number) == 1
+        if is_set and number not in capabilities:
+            _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_LOWER, number)
+    for number in capabilities:
+        try:
+            syscall("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number)
+        except KernelError as error:
+            _refuse_ambient(error, number)
+
+
+def drop_bounding(keep: Capabilities) -> None:
+    """Take all but ``keep`` out of the bounding set of the calling thread, for good.
+
+    Needs CAP_SETPCAP in the effective set where there is anything to take out. Raises `CapabilityError`.
+    """
+    for number in Capabilities.known() - keep:
+        if _prctl(PR_CAPBSET_READ, number) != 1:
+            continue
+        try:
+            syscall("prctl", PR_CAPBSET_DROP, number)
+        except KernelError as error:
+            _refuse(
+                error,
+                f"cannot take {Capabilities.of(number)} out of the bounding set: that needs cap_setpcap, effective",
+                "leave the bounding set as it is, or let a process with cap_setpcap do it before",
+            )
+
+
+def set_securebits(bits: int) -> None:
+    """prctl(PR_SET_SECUREBITS): the securebits flags of the calling thread, as ``SECBIT_*``.
+
+    Needs CAP_SETPCAP effective, and no flag that changes may be locked. Raises `CapabilityError`.
+    """
+    try:
+        syscall("prctl", PR_SET_SECUREBITS, bits)
+    except KernelError as error:
+        now = _prctl(PR_GET_SECUREBITS)
+        locked = ((now & _LOCKS) >> 1 & (now ^ bits)) | (now & _LOCKS & ~bits)
+        if locked:
+            reason, hint = f"securebits are {now:#x}, and what would change is locked", "locks are for good"
+        elif bits & ~_BITS:
+            reason, hint = f"{bits:#x} has securebits that there are not", "capabilities(7) lists them"
+        elif CAP_SETPCAP not in read_state().effective:
+            reason, hint = (
+                "setting securebits needs cap_setpcap, effective",
+                "raise it, or let a parent set them",
+            )
+        else:  # SECBIT_EXEC_* (Linux 6.14) follow rules of their own
+            reason, hint = f"the kernel does not take the securebits {bits:#x}", "capabilities(7)"
+        _refuse(error, reason, hint)
+
+
+def set_keep_capabilities(on: bool) -> None:
+    """PR_SET_KEEPCAPS: whether the calling thread keeps its permitted set when the last of its uids leaves 0.
+
+    The effective set is cleared then anyhow. execve(2) switches it off. Raises `CapabilityError` where it is locked.
+    """
+    try:
+        syscall("prctl", PR_SET_KEEPCAPS, int(on))
+    except KernelError as error:
+        locked = _prctl(PR_GET_SECUREBITS) & SECBIT_KEEP_CAPS_LOCKED
+        _refuse(
+            error,
+            f"cannot switch PR_SET_KEEPCAPS {'on' if on else 'off'}"
+            + (": SECBIT_KEEP_CAPS_LOCKED is set" if locked else ""),
+            "a lock is for good: start from a process that has not set it",
+        )
+
+
+def set_no_new_privs() -> None:
+    """PR_SET_NO_NEW_PRIVS: for good, no execve(2) of the calling thread and what it starts gains anything.
+
+    Raises `CapabilityError`, before Linux 3.5.
+    """
+    try:
+        syscall("prctl", PR_SET_NO_NEW_PRIVS, 1)
+    except KernelError as error:
+        _refuse(error, "cannot set no_new_privs", "Linux 3.5 or newer")
+
+
+def set_uids(real: int, effective: int, saved: int) -> None:
+    """setresuid(2) of the calling thread; -1 leaves one as it is. The fs id becomes the effective one.
+
+    Without CAP_SETUID effective, each must be one of the three of now. Leaving 0 with the last of them clears all
+    capabilities, leaving it with the effective one clears the effective set (but `set_keep_capabilities`,
+    SECBIT_NO_SETUID_FIXUP). Raises `CapabilityError`.
+    """
+    _set_ids("setresuid", "uids", "cap_setuid", CAP_SETUID, (real, effective, saved))
+
+
+def set_gids(real: int, effective: int, saved: int) -> None:
+    """setresgid(2) of the calling thread; -1 leaves one as it is. The fs id becomes the effective one.
+
+    Without CAP_SETGID effective, each must be one of the three of now. Raises `CapabilityError`.
+    """
+    _set_ids("setresgid", "gids", "cap_setgid", CAP_SETGID, (real, effective, saved))
+
+
+def set_groups(groups: Iterable[int]) -> None:
+    """setgroups(2): the supplementary groups of the calling thread. Needs CAP_SETGID effective.
+
+    Raises `CapabilityError`.
+    """
+    wanted = tuple(groups)
+    for group in wanted:
+        _check_id(group, "setgroups", "group")
+    if len(wanted) > _MOST_GROUPS:
+        raise CapabilityError(
+            f"{len(wanted)} supplementary groups are too many",
+            errno=errno.EINVAL,
+            path="setgroups",
+            hint=f"the kernel takes {_MOST_GROUPS}",
+        )
+    array = (ctypes.c_uint32 * len(wanted))(*wanted)
+    try:
+        syscall("setgroups", len(wanted), array)
+    except KernelError as error:
+        if error.errno == errno.EPERM and CAP_SETGID in read_state().effective:
+            _refuse(
+                error,
+                "this user namespace forbids setgroups",
+                "/proc/PID/setgroups says deny: user_namespaces(7)",
+            )
+        _refuse_ids(error, "supplementary groups", "cap_setgid", str(list(wanted)))
+
+
+def _set_ids(call: str, what: str, name: str, capability: int, ids: tuple[int, int, int]) -> None:
+    for number in ids:
+        if number != -1:
+            _check_id(number, call, what.removesuffix("s"))
+    try:
+        syscall(call, *ids)
+    except KernelError as error:
+        if error.errno == errno.EPERM and capability in read_state().effective:
+            _refuse(error, f"the kernel does not allow the {what} {ids}", "a security module forbids it")
+        _refuse_ids(error, what, name, "(" + ", ".join("unchanged" if n == -1 else str(n) for n in ids) + ")")
+
+
+def _check_id(number: int, call: str, what: str) -> None:
+    if not 0 <= number < _NO_ID:
+        raise CapabilityError(
+            f"{number} is not a {what}", errno=errno.EINVAL, path=call, hint=f"from 0 to {_NO_ID - 1}"
+        )
+
+
+def _prctl(option: int, *arguments: int) -> int:
+    """One that asks, or that anybody may."""
+    try:
+        return syscall("prctl", option, *arguments)
+    except KernelError as error:
+        _refuse(
+            error, f"prctl({option}): {error.problem}", "capabilities(7) says since which Linux it is there"
+        )
+
+
+def _refuse(error: KernelError, reason: str, hint: str) -> NoReturn:
+    raise CapabilityError(reason, errno=error.errno or 0, path=error.path, hint=hint) from None
+
+
+def _refuse_ids(error: KernelError, what: str, name: str, value: str) -> NoReturn:
+    if error.errno == errno.EPERM:
+        _refuse(
+            error,
+            f"cannot change the {what} to {value}: that needs {name} in the effective set of this thread",
+            f"start as root, or with {name}",
+        )
+    if error.errno == errno.EINVAL:
+        _refuse(
+            error,
+            f"cannot change the {what} to {value}: this user namespace has no such id",
+            "/proc/self/uid_map and gid_map list those that it has",
+        )
+    _refuse(error, f"cannot change the {what} to {value}: {error.problem}", "try again")
+
+
+def _refuse_sets(
+    error: KernelError, permitted: Capabilities, effective: Capabilities, inheritable: Capabilities
+) -> NoReturn:
+    now = read_state()
+    if above := permitted - now.permitted:
+        reason = f"{above} cannot become permitted: this thread does not hold it"
+        hint = "what has left the permitted set comes back by execve of a file that gives it only"
+    elif above := effective - permitted:
+        reason = f"{above} cannot be effective without being permitted"
+        hint = "name it in both sets"
+    elif above := inheritable - now.inheritable - now.bounding:
+        reason = f"{above} cannot become inheritable: it is not in the bounding set of this thread"
+        hint = "start from a process that has it there"
+    elif above := inheritable - now.inheritable - now.permitted:
+        reason = f"{above} cannot become inheritable: it is not permitted, and cap_setpcap is not effective"
+        hint = "hold it, or raise cap_setpcap"
+    else:
+        reason, hint = f"capset: {error.problem}", "a security module forbids it"
+    _refuse(error, reason, hint)
+
+
+def _refuse_ambient(error: KernelError, number: int) -> NoReturn:
+    now = read_state()
+    name = Capabilities.of(number)
+    if number not in now.permitted & now.inheritable:
+        missing = "permitted" if number not in now.permitted else "inheritable"
+        reason, hint = f"{name} cannot become ambient: it is not {missing}", "it must be both first"
+    elif (now.securebits or 0) & SECBIT_NO_CAP_AMBIENT_RAISE:
+        reason = f"{name} cannot become ambient: SECBIT_NO_CAP_AMBIENT_RAISE is set"
+        hint = "clear that securebit, where it is not locked"
+    else:
+        reason, hint = f"{name} cannot become ambient: {error.problem}", "Linux 4.3 or newer"
+    _refuse(error, reason, hint)
