@@ -8,8 +8,8 @@ Any layer also keeps ptrace(2), and with it ``/proc/PID/mem``, ``process_vm_writ
 processes outside of it, whatever their uid and whatever capabilities the caller has; and it forbids mount(2) and
 pivot_root(2).
 
-The system calls have the same numbers on x86_64 and aarch64. Kernels: ABI 1 is Linux 5.13, 2 5.19, 3 6.2, 5 6.10,
-6 6.12. Of the list of rights in ``linux/landlock.h`` a kernel knows those of its ABI, and refuses others.
+ABI 1 is Linux 5.13, 2 is 5.19, 3 is 6.2, 5 is 6.10, 6 is 6.12. Of the rights in ``linux/landlock.h`` a kernel knows
+those of its ABI, and refuses others.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from functools import cache
 
 from rcon_plugins.errors import CapabilityError, KernelError
+from rcon_plugins.kernel.syscalls import syscall
 
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _CREATE_RULESET_VERSION = 1
 _RULE_PATH_BENEATH = 1
 
@@ -73,7 +72,7 @@ class _PathBeneathAttr(ctypes.Structure):
 def abi() -> int:
     """The version of Landlock in the running kernel; 0 where there is none, it is switched off or out of reach."""
     try:
-        return _call("landlock_create_ruleset", _CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
+        return syscall("landlock_create_ruleset", None, 0, _CREATE_RULESET_VERSION)
     except KernelError:
         return 0  # ENOSYS, EOPNOTSUPP, or what a filter of a container answers
 
@@ -151,7 +150,7 @@ def _create(handled: int, scoped: int, version: int) -> int:
     attributes = _RulesetAttr(handled, 0, scoped)
     # An older kernel takes a longer structure only as long as the rest of it is zero; this one never is too long.
     size = ctypes.sizeof(attributes) if version >= 6 else 8
-    return _call("landlock_create_ruleset", _CREATE_RULESET, ctypes.byref(attributes), size, 0)
+    return syscall("landlock_create_ruleset", ctypes.byref(attributes), size, 0)
 
 
 def _parts(path: str) -> tuple[str, ...]:
@@ -219,12 +218,15 @@ def _add(ruleset: int, descriptor: int, path: str, access: int) -> None:
     if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
         access &= _OF_A_FILE
     rule = _PathBeneathAttr(access, descriptor)
-    _call("landlock_add_rule", _ADD_RULE, ruleset, _RULE_PATH_BENEATH, ctypes.byref(rule), 0, path=path)
+    try:
+        syscall("landlock_add_rule", ruleset, _RULE_PATH_BENEATH, ctypes.byref(rule), 0)
+    except KernelError as error:
+        raise KernelError.from_oserror(error, path=f"{path}: landlock_add_rule") from None
 
 
 def _restrict_self(ruleset: int) -> None:
     try:
-        _call("landlock_restrict_self", _RESTRICT_SELF, ruleset, 0)
+        syscall("landlock_restrict_self", ruleset, 0)
     except KernelError as error:
         if error.errno == errno.EPERM:
             raise CapabilityError(
@@ -241,19 +243,3 @@ def _restrict_self(ruleset: int) -> None:
                 hint="nest less deeply",
             ) from None
         raise
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _call(name: str, number: int, *arguments: object, path: str | None = None) -> int:
-    """A system call with these arguments: integers as long, the rest as it is. Raises `KernelError`."""
-    passed = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-    result = _libc().syscall(ctypes.c_long(number), *passed)
-    if result < 0:
-        failed = ctypes.get_errno()
-        where = f"{name}: {path}" if path else name
-        raise KernelError(f"{where}: {os.strerror(failed)}", errno=failed, path=path or name)
-    return int(result)

@@ -51,6 +51,9 @@ _NUMBERS = {
     },
 }
 
+# Since Linux 5.0 a new system call has the same number on both.
+_SINCE_5 = {"landlock_create_ruleset": 444, "landlock_add_rule": 445, "landlock_restrict_self": 446}
+
 _POLLIN = 0x001
 _POLLHUP = 0x010
 _POLLERR = 0x008
@@ -75,7 +78,7 @@ def _number(name: str) -> int:
             path=name,
             hint="run a 64-bit Python on x86_64 or aarch64",
         )
-    return _NUMBERS[machine][name]
+    return _SINCE_5[name] if name in _SINCE_5 else _NUMBERS[machine][name]
 
 
 def syscall(name: str, *arguments: Any) -> int:
