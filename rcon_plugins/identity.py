@@ -211,27 +211,30 @@ def _gid(key: str, group: Account, policy: Policy, find: _Find) -> int:
 
 
 def _check_uid(uid: int, user: Account, policy: Policy, *, of_work: bool) -> None:
-    what = f"the owner of {show(str(user.path))} is" if user.path is not None else f"{show(str(user))} is"
+    if policy.allow_root if uid == 0 else uid >= policy.min_uid:
+        return
+    path = user.path
+    what = f"the owner of {show(str(path))} is" if path is not None else f"{show(str(user))} is"
+    remedy = "give the path to another user" if path is not None else "name another user"
     if uid == 0:
-        if not policy.allow_root:
-            remedy = "give the path to another user" if user.path is not None else "name another user"
-            hint = f"{remedy}, or write allow_root = true"
-            raise _Fault("user", f"{what} root, which work must not be", hint, user, of_work=of_work)
-    elif uid < policy.min_uid:
+        problem, hint = f"{what} root, which work must not be", f"{remedy}, or write allow_root = true"
+    else:
         problem = f"{what} uid {uid}, and below min_uid = {policy.min_uid}"
-        raise _Fault("user", problem, f"name another user, or write min_uid = {uid}", user, of_work=of_work)
+        hint = f"{remedy}, or write min_uid = {uid}"
+    raise _Fault("user", problem, hint, user, of_work=of_work)
 
 
 def _check_gid(key: str, gid: int, whose: str, policy: Policy, *, of_work: bool) -> None:
-    other = "groups = []" if key == "groups" else "name another group"
+    if policy.allow_root if gid == 0 else gid >= policy.min_gid:
+        return
+    remedy = "groups = []" if key == "groups" else "name another group"
     if gid == 0:
-        if not policy.allow_root:
-            problem = f"{whose} is gid 0, root's, which work must not have"
-            hint = f"{other}, or write allow_root = true"
-            raise _Fault(key, problem, hint, gid, of_work=of_work)
-    elif gid < policy.min_gid:
+        problem = f"{whose} is gid 0, root's, which work must not have"
+        hint = f"{remedy}, or write allow_root = true"
+    else:
         problem = f"{whose} is gid {gid}, and below min_gid = {policy.min_gid}"
-        raise _Fault(key, problem, f"{other}, or write min_gid = {gid}", gid, of_work=of_work)
+        hint = f"{remedy}, or write min_gid = {gid}"
+    raise _Fault(key, problem, hint, gid, of_work=of_work)
 
 
 def _check_capabilities(policy: Policy) -> None:
@@ -272,7 +275,7 @@ def _find_at_start(key: str, template: PathTemplate) -> paths.Found:
 
 def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> paths.Found:
     """Whose the path is that the work's attributes make of the template."""
-    if not template.placeholders:
+    if not _pieces(template):
         try:
             return paths.owner(template)
         except KernelError as error:

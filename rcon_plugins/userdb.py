@@ -88,11 +88,13 @@ def forget() -> None:
     _kept.clear()
 
 
+@_for_a_while
 def user_names() -> list[str]:
-    """The users that the database lists; not every database lists all of its own. Not remembered."""
+    """The users that the database lists; not every database lists all of its own."""
     return [known.pw_name for known in pwd.getpwall()]
 
 
+@_for_a_while
 def group_names() -> list[str]:
-    """The groups that the database lists; not every database lists all of its own. Not remembered."""
+    """The groups that the database lists; not every database lists all of its own."""
     return [known.gr_name for known in grp.getgrall()]

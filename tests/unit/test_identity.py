@@ -115,7 +115,7 @@ def test_a_path_without_placeholders_is_resolved_as_it_is(sites: Path) -> None:
 
 
 def test_the_owner_must_be_the_user(sites: Path) -> None:
-    right = policy(ME.uid, owner_must_be=f"{sites}/{{host}}/app")
+    right = policy(ME.uid, group=ME.gid, owner_must_be=f"{sites}/{{host}}/app")
     assert resolve(right, {"host": "anna"}) == ME
     wrong = Policy.make("p", user=OTHER, group=OTHER, owner_must_be=f"{sites}/{{host}}/app")
     check(wrong)

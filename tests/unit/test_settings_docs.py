@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rcon_plugins.accounts import PathTemplate
 from rcon_plugins.policy import Per
 from rcon_plugins.settings import json_schema, load
 
@@ -54,7 +55,14 @@ def keys_under(heading: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("heading", "kind"), [("A policy", "Policy"), ("Each", "Each"), ("IO", "IoLimits"), ("A route", "Route")]
+    ("heading", "kind"),
+    [
+        ("A policy", "Policy"),
+        ("Each", "Each"),
+        ("IO", "IoLimits"),
+        ("Rlimits", "Rlimits"),
+        ("A route", "Route"),
+    ],
 )
 def test_the_reference_has_every_key(heading: str, kind: str) -> None:
     assert keys_under(heading) == set(json_schema()["$defs"][kind]["properties"])
@@ -62,6 +70,11 @@ def test_the_reference_has_every_key(heading: str, kind: str) -> None:
 
 def test_the_reference_has_every_key_of_the_file() -> None:
     assert keys_under("The file") == set(json_schema()["properties"])
+
+
+def test_the_reference_has_every_placeholder() -> None:
+    names = {*PathTemplate.names, "header:NAME", "path:N"}
+    assert {key for key in keys_under("Placeholders") if key.startswith("{")} == {f"{{{n}}}" for n in names}
 
 
 def test_the_reference_has_every_attribute_that_can_be_a_key() -> None:
