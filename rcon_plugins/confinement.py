@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.instance import Instance
+    from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Entrance
     from rcon_plugins.policy import Policy
 
@@ -68,8 +69,11 @@ class ProcessConfinement(Confinement):
         self.pids_limit_hits: int | None = None
 
 
-class InlineConfinement(Confinement):
-    """Its work runs in threads of this process, which enter its threaded cgroup. None where nothing is limited."""
+class ThreadedConfinement(Confinement):
+    """Its work runs in threads of this process, inside of its threaded cgroup; it has none where nothing is limited.
+
+    ``inline``: the threads that serve enter it and leave it (`enter`). ``thread``: threads of its own settle in it.
+    """
 
     def __init__(
         self,
@@ -129,6 +133,11 @@ class InlineConfinement(Confinement):
             if executor is not None:
                 executor.enter()
         return executor
+
+    def settle(self, identity: Identity | None) -> None:
+        """Confine the calling thread for good: its cgroup, then all that it must give up. Raises `KernelError`."""
+        self.enter()
+        self._hook.rcon_drop(policy=self.policy, place="thread", identity=identity)
 
     def close(self) -> None:
         """Close the ways in, and remove the cgroup unless threads of another worker are in it."""

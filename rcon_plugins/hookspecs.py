@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup
+    from rcon_plugins.limits import Limits
     from rcon_plugins.outcome import Outcome
-    from rcon_plugins.policy import Limits, Policy
+    from rcon_plugins.policy import Policy
     from rcon_plugins.settings import Settings
     from rcon_plugins.work import Work
 
@@ -68,14 +70,17 @@ def rcon_configure_cgroup(cgroup: Cgroup, limits: Limits, policy: Policy) -> Non
 
 
 @hookspec
-def rcon_drop(policy: Policy, place: str) -> None:
+def rcon_drop(policy: Policy, place: str, identity: Identity | None) -> None:
     """Give up what the policy does not grant: identity, capabilities, resource limits, anything irreversible.
 
-    Called in the new process, already in its cgroup, before its first work.
+    Called in the new process or thread, already in its cgroup, before its first work. The built-in plugins take the
+    identity and drop the capabilities last, so that other plugins run with all the server has. In a thread, only what
+    acts on the calling thread alone may be done: the others belong to the server.
 
-    :param policy: the policy that the process will serve for the rest of its life.
-    :param place: ``"process"``.
-    :raises Exception: anything raised means that the process ends and the work does not run.
+    :param policy: the policy that the process or thread will serve for the rest of its life.
+    :param place: ``"process"`` or ``"thread"``.
+    :param identity: the user and groups it will have, found for the work it is made for; None keeps the server's.
+    :raises Exception: anything raised means that the process or thread ends and the work does not run.
     """
 
 

@@ -1,6 +1,7 @@
-"""Which way in: the choice between ``inline`` and ``process`` for a policy, on this machine and server.
+"""Which way in: the choice of the isolation of a policy, on this machine and server.
 
-``auto`` takes the cheapest that enforces *all* the policy asks for. See docs/isolation.md.
+``auto`` takes the cheapest of ``inline`` and ``process`` that enforces *all* the policy asks for; ``thread`` is only
+ever taken where the policy names it. See docs/isolation.md.
 """
 
 from __future__ import annotations
@@ -8,14 +9,18 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from rcon_plugins import privileges
 from rcon_plugins.errors import SettingsError
+from rcon_plugins.kernel import landlock
+from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, read_state
 from rcon_plugins.kernel.cgroup import Hierarchy, Refusal, Resources
-from rcon_plugins.policy import Limits, Policy
+from rcon_plugins.limits import Limits
+from rcon_plugins.policy import Policy
 
 if TYPE_CHECKING:
     import pluggy
 
-Isolation = Literal["inline", "process"]
+Isolation = Literal["inline", "thread", "process"]
 
 
 class Server(NamedTuple):
@@ -30,12 +35,16 @@ class Server(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What becomes of one policy here: the isolation chosen, why, and what cannot be enforced."""
+    """What becomes of one policy here: the isolation chosen, why, and what cannot be enforced.
+
+    ``caveat``: in one sentence, why this policy bounds accidents and not code that means harm; None where it does.
+    """
 
     policy: Policy
     isolation: Isolation
     why: str
     refusals: tuple[Refusal, ...]
+    caveat: str | None = None
 
     def check(self, file: str | None = None) -> None:
         """Raise `SettingsError` with the limit, the reason and the remedy if anything cannot be enforced."""
@@ -83,29 +92,59 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
             for refusal in hierarchy.refusals(each, within=together)
         ),
     ]
-    need = _needs_process(policy, server, as_thread)
-    if policy.isolation == "process":
-        return Verdict(policy, "process", 'the policy says isolation = "process"', tuple(as_process))
-    if policy.isolation == "inline":
-        refusals = list(as_thread)
-        if server.greenlets:
-            refusals.append(
-                Refusal(
-                    "isolation",
-                    "greenlets share one thread, so that a work cannot own the thread it runs in",
-                    'use isolation = "auto" or "process"',
-                )
+    as_process += privileges.refusals(policy) + _without_walls(policy)
+    if policy.isolation == "thread":
+        as_thread += privileges.refusals(policy)
+    if policy.isolation in ("inline", "thread") and server.greenlets:
+        as_thread.append(
+            Refusal(
+                "isolation",
+                "greenlets share one thread, so that a work cannot own the thread it runs in",
+                'use isolation = "auto" or "process"',
             )
-        return Verdict(policy, "inline", 'the policy says isolation = "inline"', tuple(refusals))
-    if need:
-        return Verdict(policy, "process", need, tuple(as_process))
-    return Verdict(policy, "inline", "the cheapest that enforces all this policy asks for", ())
+        )
+    need = _needs_process(policy, server, as_thread)
+    if policy.isolation == "auto":
+        if need:
+            return Verdict(policy, "process", need, tuple(as_process), _no_walls())
+        return Verdict(policy, "inline", "the cheapest that enforces all this policy asks for", (), _SHARED)
+    why = f'the policy says isolation = "{policy.isolation}"'
+    if policy.isolation == "process":
+        return Verdict(policy, "process", why, tuple(as_process), _no_walls())
+    return Verdict(policy, policy.isolation, why, tuple(as_thread), _SHARED)
+
+
+def _without_walls(policy: Policy) -> list[Refusal]:
+    """What keeps an executor process from being walled in."""
+    if policy.no_new_privs or not landlock.abi() or CAP_SYS_ADMIN in read_state().permitted:
+        return []
+    return [
+        Refusal(
+            "no_new_privs",
+            "without it, only a server with CAP_SYS_ADMIN may keep work away from the cgroup files (landlock(7))",
+            "leave no_new_privs out, or run the server as root",
+        )
+    ]
+
+
+_SHARED = "its work shares memory with the server: this bounds accidents, and is no boundary"
+
+
+def _no_walls() -> str | None:
+    if landlock.abi():
+        return None
+    return (
+        "this kernel has no Landlock (5.13), so that work with the server's own user could write the cgroup files "
+        "that bind it: for such work this bounds accidents, and is no boundary"
+    )
 
 
 def _needs_process(policy: Policy, server: Server, as_thread: list[Refusal]) -> str | None:
     """Why only a process will do; None where a thread can carry the policy."""
     if policy.each.asks():
         return "limits of each work need a process for each"
+    if policy.wants_identity:
+        return f"{' and '.join(policy.wants_identity)}: only a process can take an identity for good, and be a boundary"
     if server.greenlets:
         return "greenlets share one thread, which therefore cannot be confined for one of them"
     if policy.cpu is not None and server.threads:

@@ -9,17 +9,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission
-from rcon_plugins.confinement import Confinement, InlineConfinement, ProcessConfinement, cgroup_name
+from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission, ThreadAdmission
+from rcon_plugins.confinement import Confinement, ProcessConfinement, ThreadedConfinement, cgroup_name
 from rcon_plugins.defaults.log import LOGGER
 from rcon_plugins.errors import (
     ConcurrencyLimitExceeded,
     ConfinementError,
+    IdentityRefused,
     KernelError,
     LimitExceeded,
     PidsLimitExceeded,
 )
 from rcon_plugins.executors.pool import ExecutorPool
+from rcon_plugins.executors.thread import ThreadExecutors
+from rcon_plugins.identity import check as check_identity
+from rcon_plugins.identity import resolve
 from rcon_plugins.instance import Instance
 from rcon_plugins.isolation import Server, Verdict, judge
 from rcon_plugins.kernel.cgroup import Hierarchy
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.executors.fork_server import Service
+    from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.work import Work
 
@@ -74,18 +79,19 @@ class Plan(NamedTuple):
         """Raise `SettingsError` for the first policy that cannot be enforced here: limit, reason, remedy."""
         for verdict in self.verdicts.values():
             verdict.check(self.settings.file)
+            check_identity(verdict.policy, self.settings.file)
 
     @property
-    def uses_inline(self) -> bool:
+    def uses_threads(self) -> bool:
         """Whether threads of the server will enter cgroups, for which the server must live in the instance."""
-        return any(verdict.isolation == "inline" for verdict in self.verdicts.values())
+        return any(verdict.isolation in ("inline", "thread") for verdict in self.verdicts.values())
 
     def wants_adoption(self, instance: Instance) -> bool:
         """Whether the server's own processes must live in the instance (`Instance.adopt`) for this plan to work."""
         # v2 moves threads within one domain only; v1 does not care, but another user may not go back to where root had
         # put the server.
         elsewhere = instance.hierarchy.layout == "v2" or instance.user is not None
-        return instance.needs_adoption or (self.uses_inline and elsewhere)
+        return instance.needs_adoption or (self.uses_threads and elsewhere)
 
     @property
     def uses_processes(self) -> bool:
@@ -131,6 +137,7 @@ class Manager:
         self._pid = 0
         self._slots: Slots | None = None
         self._pool: ExecutorPool | None = None
+        self._threads = ThreadExecutors(settings.threads)
         self._confinements: OrderedDict[str, Confinement] = OrderedDict()
 
     def start(
@@ -196,6 +203,7 @@ class Manager:
             for confinement in self._confinements.values():
                 if not confinement.users:  # else a thread is in it, or on its way
                     last.callback(self._drop, confinement)
+            last.callback(self._threads.close)
             if self._pool is not None:
                 last.callback(self._pool.close)
         self._confinements.clear()
@@ -208,7 +216,8 @@ class Manager:
     def admit(self, work: Work) -> Admission | None:
         """Let a work run under its policy; None when no route names it and the settings allow that.
 
-        Raises `ConfinementError` when the work cannot be confined, `ConcurrencyLimitExceeded` when as much of it is
+        Raises `ConfinementError` when the work cannot be confined (`IdentityRefused` when the identity that its policy
+        gives it is not allowed), `ConcurrencyLimitExceeded` when as much of it is
         under way as may be, `PidsLimitExceeded` when its confinement is full of processes. In each case it must not
         run; hooks and log have been told.
         """
@@ -222,6 +231,7 @@ class Manager:
             policy_name = selected
             policy = self.settings.policies[policy_name]
             key = work.attributes.get(policy.per) if policy.per is not None else None
+            identity = resolve(policy, work.attributes) if policy.wants_identity else None
             confinement = self._hold(policy_name, key)
         except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the work does not run
             self._refuse(work, policy_name, key, error)
@@ -230,7 +240,7 @@ class Manager:
             if policy.concurrency is not None:
                 slot = self._take_slot(confinement, policy.concurrency)
             self.hook.rcon_work_started(work=work, policy=policy)
-            return self._make_admission(work, confinement, slot)
+            return self._make_admission(work, confinement, slot, identity)
         except BaseException as error:
             self._let_go(confinement, slot)
             if not isinstance(error, Exception):
@@ -289,7 +299,7 @@ class Manager:
         generation = self._generations.get(policy_name, 0)
         if verdict.isolation == "process":
             return ProcessConfinement(policy, key, verdict, generation)
-        return InlineConfinement(policy, key, verdict, self._ready_instance(), self.hook, generation)
+        return ThreadedConfinement(policy, key, verdict, self._ready_instance(), self.hook, generation)
 
     def _superfluous(self) -> list[Confinement]:
         """Take out what is kept beyond the bound and unused, the longest unused first."""
@@ -298,6 +308,7 @@ class Manager:
         return [self._confinements.pop(name) for name in idle[: max(0, excess)]]
 
     def _drop(self, confinement: Confinement) -> None:
+        self._threads.forget(confinement.name)
         try:
             confinement.close()
         except KernelError as error:
@@ -314,11 +325,15 @@ class Manager:
         except KernelError as error:
             LOGGER.error("the cgroup of %s could not be removed: %s", name, error)
 
-    def _make_admission(self, work: Work, confinement: Confinement, slot: int | None) -> Admission:
-        if isinstance(confinement, InlineConfinement):
+    def _make_admission(
+        self, work: Work, confinement: Confinement, slot: int | None, identity: Identity | None
+    ) -> Admission:
+        if isinstance(confinement, ThreadedConfinement):
+            if confinement.isolation == "thread":
+                return ThreadAdmission(self, work, confinement, slot, identity, self._threads)
             return InlineAdmission(self, work, confinement, slot)
         if isinstance(confinement, ProcessConfinement) and self._pool is not None:
-            return ProcessAdmission(self, work, confinement, slot, self._pool)
+            return ProcessAdmission(self, work, confinement, slot, identity, self._pool)
         raise ConfinementError(f"{confinement.name} needs a process, and there is no fork server")
 
     def _take_slot(self, confinement: Confinement, limit: int) -> int:
@@ -338,14 +353,16 @@ class Manager:
 
     def _refuse(self, work: Work, policy: str, key: str | None, error: Exception) -> NoReturn:
         """Tell hooks and log that the work does not run, and raise that."""
+        ending: Ending
         if isinstance(error, LimitExceeded):
             error.policy, error.key = policy, key
-            ending: Ending = "pids" if isinstance(error, PidsLimitExceeded) else "concurrency"
+            ending = "pids" if isinstance(error, PidsLimitExceeded) else "concurrency"
             self._tell(
                 work, Outcome(ending=ending, policy=policy, key=key, limit=error.limit, detail=str(error))
             )
             raise error
-        self._tell(work, Outcome(ending="refused", policy=policy, key=key, detail=str(error)))
+        ending = "forbidden" if isinstance(error, IdentityRefused) else "refused"
+        self._tell(work, Outcome(ending=ending, policy=policy, key=key, detail=str(error)))
         if isinstance(error, ConfinementError):
             raise error
         raise ConfinementError(f"{work.name}: {type(error).__name__}: {error}") from error

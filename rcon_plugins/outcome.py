@@ -19,6 +19,7 @@ Ending = Literal[
     "killed",  # its process ended by a signal or by itself before the work was done
     "aborted",  # stopped by the host: its client went away, or the server stops
     "refused",  # never started: it could not be confined
+    "forbidden",  # never started: the identity it would get is not allowed
 ]
 
 
@@ -51,6 +52,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.ending == "killed":
             return errors.Killed(self.detail, self.signal, self.usage)
+        if self.ending == "forbidden":
+            return errors.IdentityRefused(self.detail)
         if self.ending == "refused":
             return errors.ConfinementError(self.detail)
         return None

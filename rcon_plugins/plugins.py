@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 import pluggy
 
 from rcon_plugins import hookspecs
-from rcon_plugins.defaults import cpu, cpuset, io, log, memory, pids
+from rcon_plugins.defaults import cpu, cpuset, identity, io, landlock, log, memory, pids, rlimits, umask
 from rcon_plugins.defaults.routing import Routing
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings import Settings
@@ -25,7 +25,8 @@ def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> plu
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    for module in (cpu, cpuset, memory, io, pids, log):
+    # Those that drop ask to be called last, in this order: the identity, which could not do the rest, at the end.
+    for module in (cpu, cpuset, memory, io, pids, log, rlimits, umask, landlock, identity):
         manager.register(module, f"rcon.{module.__name__.rpartition('.')[2]}")
     manager.register(Routing(settings), "rcon.routing")
     for name in settings.plugins:

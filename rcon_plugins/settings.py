@@ -43,6 +43,10 @@ class _Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Annotated[int, _COUNT],
         Meta(description="Executor processes that one worker has at most.", examples=[64]),
     ] = 64
+    threads: Annotated[
+        Annotated[int, _COUNT],
+        Meta(description="Executor threads that one worker has at most.", examples=[64]),
+    ] = 64
 
     def __post_init__(self) -> None:
         if self.cgroup is not None:

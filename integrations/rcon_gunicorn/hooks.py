@@ -1,8 +1,8 @@
 """gunicorn's server hooks, as one object: set up in the master, confine in the workers, clean up after.
 
 gunicorn calls ``on_starting``, ``on_reload``, ``child_exit``, ``pre_exec`` and ``on_exit`` in the master, as
-the user that started it, and ``post_worker_init`` and ``worker_exit`` in each worker, after ``--user`` and
-``--group`` took effect.
+the user that started it; ``post_fork`` in each worker, as that user still; and ``post_worker_init`` and
+``worker_exit`` in each worker, after ``--user`` and ``--group`` took effect.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Hooks:
     NAMES = (
         "on_starting",
         "on_reload",
+        "post_fork",
         "post_worker_init",
         "worker_exit",
         "child_exit",
@@ -131,6 +132,10 @@ class Hooks:
 
     # in the worker
 
+    def post_fork(self, server: Arbiter, worker: Worker) -> None:  # noqa: ARG002 - gunicorn counts the parameters
+        """Keep the capabilities that policies with an identity need, over the change to ``--user``."""
+        self._started().keep_privileges(server)
+
     def post_worker_init(self, worker: Worker) -> None:
         """Put the boundary around the loaded application, before the worker serves.
 
@@ -140,6 +145,7 @@ class Hooks:
         if traits is None:
             raise ConfinementError(refusal(type(worker)))
         master = self._started()
+        master.settle_privileges()
         join_error_log()
         manager = Manager(
             master.settings,

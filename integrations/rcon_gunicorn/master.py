@@ -11,6 +11,7 @@ from rcon_gunicorn.workers import server_traits
 from rcon_plugins.errors import RconError
 from rcon_plugins.instance import Instance
 from rcon_plugins.manager import Plan
+from rcon_plugins.privileges import keep, needed, settle
 from rcon_plugins.settings import Settings, load
 
 
@@ -30,6 +31,9 @@ class Master:
         #: finish their requests under the former would write its limits back.
         self.generations: dict[str, int] = {}
         self._policies = dict(plan.settings.policies)
+        #: The capabilities that workers need to give work its identity, and those that this one kept.
+        self._needed = needed(self._policies.values())
+        self._kept = needed(())
         self._pid = os.getpid()
 
     @classmethod
@@ -62,6 +66,7 @@ class Master:
         if settings.cgroup != self.settings.cgroup:
             server.log.warning("rcon: a new cgroup base is taken at the next start, not at a reload")
         self.settings = settings
+        self._needed = needed(plan.settings.policies.values())
         for name, policy in plan.settings.policies.items():
             if self._policies.get(name, policy) != policy:
                 self.generations[name] = self.generations.get(name, 0) + 1
@@ -72,6 +77,16 @@ class Master:
         """Move the master, and so the workers to come, into the instance, where that is needed."""
         if plan.wants_adoption(self.instance):
             self.instance.adopt()
+
+    def keep_privileges(self, server: _Arbiter) -> None:
+        """In a new worker that becomes another user: keep what its policies need to become others. `RconError`."""
+        if _owner(server.cfg) is not None:
+            self._kept = self._needed
+            keep(self._kept)
+
+    def settle_privileges(self) -> None:
+        """In a worker that became another user: hold that and no more. Raises `RconError`."""
+        settle(self._kept)
 
     def sweep(self, worker: int, server: _Arbiter) -> None:
         """End and remove whatever a worker that is gone left behind."""

@@ -8,12 +8,12 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
-from rcon_plugins.errors import LimitExceeded, RconError
+from rcon_plugins.errors import IdentityRefused, LimitExceeded, RconError
 from rcon_plugins.isolation import Server
 from rcon_plugins.manager import Manager
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings import Settings, load
-from rcon_wsgi import inline, problem
+from rcon_wsgi import inprocess, problem
 from rcon_wsgi.exchange import Exchange
 from rcon_wsgi.request import work_of
 from rcon_wsgi.service import WsgiService
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIApplication
 
-    from rcon_plugins.admission import InlineAdmission, ProcessAdmission
+    from rcon_plugins.admission import InlineAdmission, ProcessAdmission, ThreadAdmission
 
 _log = logging.getLogger("rcon.wsgi")
 
@@ -83,13 +83,16 @@ class ConfineMiddleware:
             admission = self._manager.admit(work_of(environ))
         except LimitExceeded as error:
             return problem.respond(environ, start_response, *problem.of(error))
+        except IdentityRefused:
+            return problem.respond(environ, start_response, Outcome(ending="forbidden"))
         except RconError:  # told to hooks and log by the manager
             return problem.respond(environ, start_response, Outcome(ending="refused"))
         if admission is None:
             return self._app(environ, start_response)
-        if admission.isolation == "inline":
-            return inline.run(self._app, environ, start_response, cast("InlineAdmission", admission))
-        return Exchange(environ, cast("ProcessAdmission", admission), client).begin(start_response)
+        if admission.isolation == "process":
+            return Exchange(environ, cast("ProcessAdmission", admission), client).begin(start_response)
+        here = cast("InlineAdmission | ThreadAdmission", admission)
+        return inprocess.run(self._app, environ, start_response, here)
 
     def close(self) -> None:
         """End the manager, if the middleware made it; also done when the process exits. Nothing is served then."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
 
 _UNAVAILABLE: Final = "503 Service Unavailable"
+_FORBIDDEN: Final = "403 Forbidden"
 _GATEWAY_TIMEOUT: Final = "504 Gateway Timeout"
 
 
@@ -52,6 +53,9 @@ _KINDS: Final[dict[Ending, _Kind]] = {
     ),
     "refused": _Kind(
         _UNAVAILABLE, "Request not confined", "The request was not run, because it could not be confined."
+    ),
+    "forbidden": _Kind(
+        _FORBIDDEN, "Identity not allowed", "The user that the request would run as is not allowed."
     ),
     "aborted": _Kind(_UNAVAILABLE, "Request stopped", "The server stopped the request before it was done."),
 }

@@ -3,5 +3,6 @@
 from rcon_plugins.admission.base import Admission
 from rcon_plugins.admission.inline import InlineAdmission
 from rcon_plugins.admission.process import ProcessAdmission
+from rcon_plugins.admission.thread import ThreadAdmission
 
-__all__ = ["Admission", "InlineAdmission", "ProcessAdmission"]
+__all__ = ["Admission", "InlineAdmission", "ProcessAdmission", "ThreadAdmission"]

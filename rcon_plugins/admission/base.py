@@ -11,6 +11,7 @@ from rcon_plugins.usage import Usage
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement import Confinement
+    from rcon_plugins.isolation import Isolation
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.policy import Policy
     from rcon_plugins.work import Work
@@ -32,7 +33,7 @@ class Host(Protocol):
 class Admission:
     """One work that may run. Exactly one of `finish`, `died` and `abort` ends it; more calls change nothing."""
 
-    isolation: Literal["inline", "process"]
+    isolation: Isolation
 
     def __init__(self, host: Host, work: Work, confinement: Confinement, slot: int | None) -> None:
         self.work = work

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rcon_plugins.admission.base import Admission, Host
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.usage import Usage
 
 if TYPE_CHECKING:
-    from rcon_plugins.confinement import InlineConfinement
+    from rcon_plugins.confinement import ThreadedConfinement
     from rcon_plugins.executors.inline import InlineExecutor
     from rcon_plugins.work import Work
+
+
+_Result = TypeVar("_Result")
 
 
 class InlineAdmission(Admission):
     """Work that runs in threads of this process, inside `entered` blocks."""
 
     isolation = "inline"
-    confinement: InlineConfinement
+    confinement: ThreadedConfinement
 
-    def __init__(self, host: Host, work: Work, confinement: InlineConfinement, slot: int | None) -> None:
+    def __init__(self, host: Host, work: Work, confinement: ThreadedConfinement, slot: int | None) -> None:
         super().__init__(host, work, confinement, slot)
         self._cpu_seconds = 0.0
+        #: Whether any of the work ran.
+        self.ran = False
 
     def entered(self) -> _Stay:
         """A context manager: inside it the calling thread is confined. May be used again for the same work.
@@ -32,6 +38,12 @@ class InlineAdmission(Admission):
         Raises `KernelError` on entering where the thread cannot be moved; the block does not run then.
         """
         return _Stay(self)
+
+    def call(self, function: Callable[..., _Result], *arguments: object) -> _Result:
+        """Call ``function`` confined, in the calling thread. Raises what it raises; ``ran`` tells if it was called."""
+        with self.entered():
+            self.ran = True
+            return function(*arguments)
 
     def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
         return self._outcome or self._conclude(ending, self._usage(), detail=detail)

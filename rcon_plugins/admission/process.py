@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rcon_plugins.confinement import ProcessConfinement
     from rcon_plugins.executors.channel import Channel
     from rcon_plugins.executors.pool import ExecutorPool
+    from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Reading
     from rcon_plugins.work import Work
 
@@ -47,6 +48,7 @@ class ProcessAdmission(Admission):
         work: Work,
         confinement: ProcessConfinement,
         slot: int | None,
+        identity: Identity | None,
         pool: ExecutorPool,
     ) -> None:
         super().__init__(host, work, confinement, slot)
@@ -54,7 +56,7 @@ class ProcessAdmission(Admission):
         self._pool = pool
         self._settled = False
         self._concluding = threading.Lock()
-        self._executor = executor = pool.take(confinement.name, confinement.policy)
+        self._executor = executor = pool.take(confinement.name, confinement.policy, identity)
         if not executor.works and confinement.policy.pids is not None:
             confinement.pids_limit_hits = self._pids_limit_hits()
         self._before = executor.begin_work()

@@ -10,23 +10,32 @@ from typing import TYPE_CHECKING
 from rcon_plugins.executors.channel import Channel
 
 if TYPE_CHECKING:
+    from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup, Meter, Reading
     from rcon_plugins.policy import Policy
 
 
 class Executor:
-    """The host's side of one executor process, which serves one policy (and key) all its life.
+    """The host's side of one executor process, which serves one policy (and key) as one identity all its life.
 
     ``fate`` is why the host killed it, if it did. ``told`` is set when the fork server told its end, ``status`` is its
     wait status then (None if nobody could tell); ``ended`` when it is gone, with all it started and its cgroup.
     """
 
     def __init__(
-        self, number: int, name: str, policy: Policy, leaf: Cgroup, meter: Meter, channel: Channel
+        self,
+        number: int,
+        name: str,
+        policy: Policy,
+        identity: Identity | None,
+        leaf: Cgroup,
+        meter: Meter,
+        channel: Channel,
     ) -> None:
         self.number = number
         self.name = name
         self.policy = policy
+        self.identity = identity
         self.leaf = leaf
         self.channel = channel
         self.pid = 0

@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.syscalls import poll_readable
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.instance import Instance
+    from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.policy import Policy
 
 #: What an executor process does with each work: called with the work's first frame.
@@ -56,12 +58,16 @@ _EXIT_SERVICE_RAISED = 70
 
 
 class Birth(NamedTuple):
-    """Make an executor process in the cgroup ``work/<name>/<leaf>``, for one policy and the rest of its life."""
+    """Make an executor process in the cgroup ``work/<name>/<leaf>``, for one policy and the rest of its life.
+
+    ``identity``: who it will be; None keeps the server's user and groups.
+    """
 
     number: int
     name: str
     leaf: str
     policy: Policy
+    identity: Identity | None = None
 
 
 class Kill(NamedTuple):
@@ -186,9 +192,10 @@ class ForkServer:
             posix.close(channel_end)
 
     def _kill(self, order: Kill) -> None:
-        for pidfd, (number, _) in self._children.items():
+        for pidfd, (number, pid) in self._children.items():
             if number == order.number:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                with contextlib.suppress(KernelError):  # the host kills its cgroup besides
+                    process.kill(pidfd, pid)
 
     def _bury(self, pidfd: int) -> None:
         number, pid = self._children.pop(pidfd)
@@ -239,7 +246,7 @@ def run_executor(
             )
             os._exit(_EXIT_NOT_CONFINED)
         process.blank(instance.locks)
-        hook.rcon_drop(policy=birth.policy, place="process")
+        hook.rcon_drop(policy=birth.policy, place="process", identity=birth.identity)
         process.die_with_parent(server)
     except BaseException as error:  # noqa: BLE001 - whatever it was: the host is told and nothing runs
         with contextlib.suppress(ChannelClosed):  # the host ends, and took the cgroup away just now

@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.instance import Instance
+    from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.policy import Policy
+
+#: A confinement by name, and who its work is: what a waiting executor can serve.
+Key = tuple[str, "Identity | None"]
 
 
 class ExecutorPool:
     """At most ``most`` executor processes of all confinements together, not counting those that are dying. Thread-safe.
 
-    An executor serves one confinement for life, so a waiting one can only be taken for its own. Where the bound is
-    reached, a waiting process of the confinement that was used longest ago makes room. ``is_kept`` says whether a
+    An executor serves one confinement, as one identity, for life, so a waiting one can only be taken for its own.
+    Where the bound is reached, a waiting process of those that were used longest ago makes room. ``is_kept`` says if a
     confinement, by name, may still be used; ``on_end`` is called with its name when an executor is gone.
     """
 
@@ -43,19 +47,19 @@ class ExecutorPool:
         self._on_end = on_end
         self._count = 0
         self._lock = threading.Lock()
-        #: Waiting executors by confinement, the confinement used longest ago first.
-        self._waiting: OrderedDict[str, list[Executor]] = OrderedDict()
+        #: Waiting executors, those of the confinement and identity used longest ago first.
+        self._waiting: OrderedDict[Key, list[Executor]] = OrderedDict()
 
-    def take(self, name: str, policy: Policy) -> Executor:
-        """A confined, waiting executor process of this confinement; makes one where none waits.
+    def take(self, name: str, policy: Policy, identity: Identity | None = None) -> Executor:
+        """A confined, waiting executor process of this confinement and identity; makes one where none waits.
 
         Raises `ConcurrencyLimitExceeded` when every executor process is at work; `PidsLimitExceeded`,
         `ConfinementError` or `KernelError` when none can be made.
         """
-        executor = self._take_waiting(name)
+        executor = self._take_waiting((name, identity))
         if executor is None:
             self._make_room()
-            executor = self._birth(name, policy)
+            executor = self._birth(name, policy, identity)
         if executor.pid == 0:
             try:
                 self.processes.wait_ready(executor)
@@ -69,8 +73,9 @@ class ExecutorPool:
         """Put an executor that finished its work back to wait for the next."""
         with self._lock:
             if executor.counted:
-                self._waiting.setdefault(executor.name, []).append(executor)
-                self._waiting.move_to_end(executor.name)
+                key = (executor.name, executor.identity)
+                self._waiting.setdefault(key, []).append(executor)
+                self._waiting.move_to_end(key)
                 return
         executor.channel.close()  # it died just now
 
@@ -87,7 +92,8 @@ class ExecutorPool:
     def forget(self, name: str) -> None:
         """End the waiting executors of a confinement that is no longer kept. Does not wait."""
         with self._lock:
-            waiting = self._waiting.pop(name, [])
+            keys = [key for key in self._waiting if key[0] == name]
+            waiting = [executor for key in keys for executor in self._waiting.pop(key)]
         for executor in waiting:
             self._end_waiting(executor)
 
@@ -102,25 +108,32 @@ class ExecutorPool:
             for executor in waiting:
                 executor.channel.close()
 
-    def _take_waiting(self, name: str) -> Executor | None:
+    def _take_waiting(self, key: Key) -> Executor | None:
         while True:
             with self._lock:
-                waiting = self._waiting.get(name)
+                waiting = self._waiting.get(key)
                 if not waiting:
                     return None
-                self._waiting.move_to_end(name)
-                executor = waiting.pop()
+                executor = self._remove(waiting[-1])
             if executor.pid == 0 or executor.channel.quiet:
                 return executor
             # It died, or what an earlier work left in it still speaks: not to the next client.
             self._end_waiting(executor)
+
+    def _remove(self, executor: Executor) -> Executor:
+        """Take one of those that wait out. With the lock held."""
+        key = (executor.name, executor.identity)
+        self._waiting[key].remove(executor)
+        if not self._waiting[key]:
+            del self._waiting[key]  # there may be any number of identities over time
+        return executor
 
     def _make_room(self) -> None:
         """Count one more executor process, at the expense of a waiting one if it must be."""
         spare: Executor | None = None
         with self._lock:
             if self._count >= self._most:
-                spare = next((some.pop(0) for some in self._waiting.values() if some), None)
+                spare = next((self._remove(some[0]) for some in self._waiting.values()), None)
                 if spare is None:
                     raise ConcurrencyLimitExceeded(
                         f"all {self._most} executor processes of this server process are at work; "
@@ -131,9 +144,9 @@ class ExecutorPool:
         if spare is not None:
             self._end_waiting(spare)
 
-    def _birth(self, name: str, policy: Policy) -> Executor:
+    def _birth(self, name: str, policy: Policy, identity: Identity | None) -> Executor:
         try:
-            return self.processes.birth(name, policy)
+            return self.processes.birth(name, policy, identity)
         except BaseException:
             with self._lock:
                 self._count -= 1
@@ -142,12 +155,12 @@ class ExecutorPool:
     def _succeed(self, executor: Executor) -> None:
         """Make the successor of an executor, if there is room and nobody waits there already."""
         with self._lock:
-            superfluous = self._count >= self._most or self._waiting.get(executor.name)
+            superfluous = self._count >= self._most or self._waiting.get((executor.name, executor.identity))
             if superfluous or not self.processes.usable or not self._is_kept(executor.name):
                 return
             self._count += 1
         try:
-            self.give_back(self._birth(executor.name, executor.policy))
+            self.give_back(self._birth(executor.name, executor.policy, executor.identity))
         except (RconError, OSError) as error:
             LOGGER.error("no executor process could be made ahead of need for %s: %s", executor.name, error)
 
@@ -165,10 +178,9 @@ class ExecutorPool:
         """Called for each executor that is gone, however it went."""
         self._uncount(executor)
         with self._lock:
-            waiting = self._waiting.get(executor.name, [])
-            was_waiting = executor in waiting
+            was_waiting = executor in self._waiting.get((executor.name, executor.identity), ())
             if was_waiting:
-                waiting.remove(executor)
+                self._remove(executor)
         if was_waiting:
             executor.channel.close()
         self._on_end(executor.name)

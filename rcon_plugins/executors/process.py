@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.instance import Instance
+    from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.policy import Policy
 
@@ -122,7 +123,7 @@ class ProcessExecutors:
         self._supervisor = Supervisor(ours.fileno(), self._hear, self._bury_the_dead)
         self._supervisor.start()
 
-    def birth(self, name: str, policy: Policy) -> Executor:
+    def birth(self, name: str, policy: Policy, identity: Identity | None) -> Executor:
         """Have an executor process made in a new leaf of ``work/<name>``; it may not be ready yet.
 
         Raises `KernelError` where the leaf cannot be made or limited, `ConfinementError` without a fork server.
@@ -130,7 +131,7 @@ class ProcessExecutors:
         if not self.usable:
             raise ConfinementError("the fork server has ended; restart the server process")
         number = next(self._numbers)
-        birth = Birth(number, name, f"{self._host}-{number}", policy)
+        birth = Birth(number, name, f"{self._host}-{number}", policy, identity)
         leaf = self._make_leaf(name, birth.leaf, policy)
         with contextlib.ExitStack() as undo:
             undo.callback(leaf.delete)
@@ -139,7 +140,7 @@ class ProcessExecutors:
             ours, theirs = socket.socketpair()
             undo.callback(theirs.close)
             undo.callback(ours.close)
-            executor = Executor(number, name, policy, leaf, meter, Channel(ours))
+            executor = Executor(number, name, policy, identity, leaf, meter, Channel(ours))
             undo.pop_all()
         self._living[number] = executor
         try:

@@ -7,6 +7,7 @@ All of it acts on the calling process. The functions use the interpreter's own s
 from __future__ import annotations
 
 import _socket  # the real thing, whatever a cooperative library made of `socket`
+import contextlib
 import errno
 import os
 import posix
@@ -16,6 +17,7 @@ import stat
 import time
 
 from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel import capability
 from rcon_plugins.kernel.syscalls import CLONE_FS, PR_SET_PDEATHSIG, prctl, unshare
 
 _DESCRIPTORS = "/proc/self/fd"
@@ -73,6 +75,39 @@ def own_directory_and_umask() -> None:
     Raises `KernelError`.
     """
     unshare(CLONE_FS)
+
+
+def kill(pidfd: int, pid: int) -> None:
+    """SIGKILL to a process, also to one of another user where the calling thread may become that user.
+
+    Who may become any user may signal any process: the thread takes the other's uid as its effective one for the
+    moment of the call, by CAP_SETUID, which it has to hold permitted. Its real uid stays, so that the other cannot
+    signal it meanwhile. A process that ended is as good as killed. Raises `KernelError`. Source: kill(2).
+    """
+    with contextlib.suppress(ProcessLookupError):
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        except PermissionError as error:
+            state = capability.read_state()
+            if capability.CAP_SETUID not in state.permitted:
+                raise KernelError.from_oserror(
+                    error, path=f"kill({pid})", hint="it is another user's: CAP_KILL or CAP_SETUID is needed"
+                ) from None
+            _kill_as_its_user(pidfd, pid, state)
+
+
+def _kill_as_its_user(pidfd: int, pid: int, state: capability.State) -> None:
+    other = capability.read_state(pid).uids.real
+    raised = state.effective | capability.Capabilities.of(capability.CAP_SETUID)
+    capability.set_capabilities(state.permitted, raised, state.inheritable)
+    try:
+        capability.set_uids(-1, other, -1)
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            capability.set_uids(-1, state.uids.effective, -1)
+    finally:
+        capability.set_capabilities(state.permitted, state.effective, state.inheritable)
 
 
 def reap(pid: int, timeout: float = 5.0) -> int | None:

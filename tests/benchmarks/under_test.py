@@ -15,12 +15,14 @@ from wire import Connection
 
 HERE = Path(__file__).resolve().parent
 
-#: What each server asks for; None is plain gunicorn.
-POLICIES: dict[str, str | None] = {
-    "plain": None,
+#: What each server asks for; those without are plain gunicorn.
+POLICIES = {
     "inline": 'isolation = "inline"\npids = 256',
+    "thread": 'isolation = "thread"\npids = 256\nuser = 65534\ngroup = 65534',
     "process": 'isolation = "process"\nmemory = "256M"\npids = 64\ncpu = "200%"',
 }
+#: What each server serves, if not the hello-world application as it is.
+APPLICATIONS = {"new thread": "each_anew:new_thread", "new process": "each_anew:new_process"}
 
 
 class Gunicorn:
@@ -31,11 +33,12 @@ class Gunicorn:
         self._files = tempfile.TemporaryDirectory(prefix="rcon-bench-")
         listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port: int = listener.getsockname()[1]
-        command = [sys.executable, "-m", "gunicorn", "hello:app", "--chdir", str(HERE), "--no-control-socket"]
+        command = [sys.executable, "-m", "gunicorn", APPLICATIONS.get(mode, "hello:app")]
+        command += ["--chdir", str(HERE), "--no-control-socket"]
         command += ["--worker-class", "gthread", "--threads", "8", "--keep-alive", "60"]
         command += ["--bind", f"fd://{listener.fileno()}"]
         environ = dict(os.environ)
-        policy = POLICIES[mode]
+        policy = POLICIES.get(mode)
         if policy is not None:
             settings = Path(self._files.name, "rcon.toml")
             settings.write_text(f"[policy.default]\n{policy}\n")

@@ -13,6 +13,7 @@ from rcon_plugins.kernel.cgroup.device import Device, device_of
 from rcon_plugins.kernel.cgroup.entrance import Entrance
 from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS, Hierarchy
 from rcon_plugins.kernel.cgroup.meter import Meter, Reading
+from rcon_plugins.kernel.cgroup.mounts import mount_points
 from rcon_plugins.kernel.cgroup.refusals import Refusal
 from rcon_plugins.kernel.cgroup.resources import MAX, IoMax, Resources
 
@@ -30,4 +31,5 @@ __all__ = [
     "Resources",
     "device_of",
     "find_base",
+    "mount_points",
 ]

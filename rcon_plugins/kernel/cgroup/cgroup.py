@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
+from rcon_plugins.kernel import process
 from rcon_plugins.kernel.cgroup import files, meter, v1, v2
 from rcon_plugins.kernel.cgroup.branch import Branch
 from rcon_plugins.kernel.cgroup.entrance import Entrance
@@ -346,9 +346,7 @@ class Cgroup:
                 continue
             try:
                 if pid in self._ids("cgroup.procs", True):
-                    signal.pidfd_send_signal(fd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+                    process.kill(fd, pid)
             finally:
                 os.close(fd)
 

@@ -144,6 +144,12 @@ def _below(root: str, path: str) -> str | None:
     return path[len(root) :] if path.startswith(f"{root}/") else None
 
 
+def mount_points() -> list[str]:
+    """Where cgroup file systems of any version are mounted, as this process sees it: named hierarchies too."""
+    entries = parse_mountinfo(files.read_own("mountinfo"))
+    return sorted({entry.path for entry in entries if entry.filesystem in ("cgroup", "cgroup2")})
+
+
 def mount_of(major: int, minor: int) -> MountEntry | None:
     """The mount with this device number, from ``/proc/self/mountinfo``."""
     wanted = f"{major}:{minor}"

@@ -77,6 +77,7 @@ class Admission:
         self._executor = executor
         self.outcome: Outcome | None = None
         self.depth = 0
+        self.ran = False
 
     @property
     def channel(self) -> Channel:
@@ -90,6 +91,11 @@ class Admission:
             yield
         finally:
             self._manager.inside -= 1
+
+    def call(self, function: Callable[..., Any], *arguments: object) -> Any:
+        with self.entered():
+            self.ran = True
+            return function(*arguments)
 
     def finish(self, ending: Ending = "ok", detail: str = "") -> Outcome:
         if self.outcome is None:

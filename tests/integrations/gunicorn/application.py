@@ -28,6 +28,18 @@ def who(_: dict[str, list[str]]) -> dict[str, Any]:
     }
 
 
+def state(_: dict[str, list[str]]) -> dict[str, Any]:
+    """Who runs this, and what it may do, in the kernel's own words."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/thread-self/status").read_text().splitlines())
+    return {
+        "uids": [int(uid) for uid in lines["Uid"].split()],
+        "gids": [int(gid) for gid in lines["Gid"].split()],
+        "groups": [int(group) for group in lines["Groups"].split()],
+        "no_new_privs": lines["NoNewPrivs"].strip() == "1",
+        **{name: int(lines[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")},
+    }
+
+
 def allocate(query: dict[str, list[str]]) -> dict[str, Any]:
     """Touch so many MiB."""
     pieces = [os.urandom(4096) * 256 for _ in range(int(query["mib"][0]))]
@@ -67,6 +79,7 @@ def fail(_: dict[str, list[str]]) -> dict[str, Any]:
 
 WORKS: dict[str, Callable[[dict[str, list[str]]], dict[str, Any]]] = {
     "who": who,
+    "state": state,
     "allocate": allocate,
     "sleep": sleep,
     "bomb": bomb,

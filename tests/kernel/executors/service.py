@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from rcon_plugins.admission import ProcessAdmission
 from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
 from rcon_plugins.settings import from_mapping
 from tests.kernel.cgroup.helpers import write_directly
+from tests.kernel.executors import ways_back
 
 ASK, ANSWER, RAISED = range(FIRST_SERVICE_KIND, FIRST_SERVICE_KIND + 3)
 
@@ -97,15 +99,6 @@ class Acts:
         return os.environ.get(name)
 
     @staticmethod
-    def escape(seconds: float) -> None:
-        """Leave every cgroup for the root of its hierarchy, as root may, and stay."""
-        for mount in Path("/proc/self/mounts").read_text().splitlines():
-            directory, kind = mount.split()[1:3]
-            if kind.startswith("cgroup"):
-                (Path(directory) / "cgroup.procs").write_text("0")
-        time.sleep(seconds)
-
-    @staticmethod
     def many(count: int) -> int:
         """Children that burn CPU for ever."""
         for _ in range(count):
@@ -135,6 +128,57 @@ class Acts:
             with contextlib.suppress(FileNotFoundError):
                 found[entry.name] = str(entry.readlink())
         return found
+
+    @staticmethod
+    def state() -> dict[str, Any]:
+        """Who this process is and what it may do, in the kernel's own words."""
+        return status(Path("/proc/self/status"))
+
+    @staticmethod
+    def ways_back(others: int, setuid_root: str, pids: dict[str, int]) -> dict[str, str]:
+        """Every way back that there is."""
+        found = {**ways_back.by_identity(others=others), **ways_back.by_program(setuid_root)}
+        for name, pid in pids.items():
+            found.update(ways_back.by_process(pid, name))
+            found.update(ways_back.by_signal(pid, name))
+        return {**found, **ways_back.by_cgroup()}
+
+    @staticmethod
+    def ways_back_of_root(pids: dict[str, int]) -> dict[str, str]:
+        """The ways back of one that has the server's own user."""
+        found = ways_back.by_capability()
+        for name, pid in pids.items():
+            found.update(ways_back.by_process(pid, name))
+        return {**found, **ways_back.by_cgroup()}
+
+    @staticmethod
+    def signals(pids: dict[str, int]) -> dict[str, str]:
+        """Signals to other processes."""
+        return {
+            key: value for name, pid in pids.items() for key, value in ways_back.by_signal(pid, name).items()
+        }
+
+    @staticmethod
+    def open_descriptors() -> dict[str, str]:
+        return ways_back.descriptors()
+
+    @staticmethod
+    def session() -> tuple[int, int]:
+        return os.getpid(), os.getsid(0)
+
+    @staticmethod
+    def create(path: str) -> str:
+        """A new file: its owner, group and permissions, or the errno."""
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except OSError as error:
+            return os.strerror(error.errno or 0)
+        found = Path(path).stat()
+        return f"{found.st_uid}:{found.st_gid} {found.st_mode & 0o777:03o}"
+
+    @staticmethod
+    def rlimits(*names: str) -> list[tuple[int, int]]:
+        return [resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}")) for name in names]
 
     @staticmethod
     def raises() -> None:
@@ -167,6 +211,14 @@ def _orphan(act: Any) -> int:
     os.close(reading)
     os.close(writing)
     return pid
+
+
+def take_out_of_its_cgroups(pid: int) -> None:
+    """Move a process to the root of each hierarchy, where it could move itself to if nothing forbade it."""
+    for mount in Path("/proc/self/mounts").read_text().splitlines():
+        directory, kind = mount.split()[1:3]
+        if kind.startswith("cgroup"):
+            (Path(directory) / "cgroup.procs").write_text(str(pid))
 
 
 @contextlib.contextmanager
@@ -203,6 +255,18 @@ def end(admission: ProcessAdmission) -> tuple[Any, Outcome]:
 def ask(manager: Manager, act: str, *arguments: Any, **attributes: str) -> tuple[Any, Outcome]:
     """Do an act: what it answered, and how it ended."""
     return end(begin(manager, act, *arguments, **attributes))
+
+
+def status(path: Path) -> dict[str, Any]:
+    """Identity and capabilities from a status file of /proc."""
+    lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
+    return {
+        "uids": [int(uid) for uid in lines["Uid"].split()],
+        "gids": [int(gid) for gid in lines["Gid"].split()],
+        "groups": [int(group) for group in lines["Groups"].split()],
+        "no_new_privs": lines["NoNewPrivs"].strip() == "1",
+        **{name: int(lines[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")},
+    }
 
 
 def alive(pid: int) -> bool:

@@ -16,7 +16,7 @@ from rcon_plugins import hookimpl
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, LimitExceeded
 from rcon_plugins.executors import process
 from rcon_plugins.kernel.cgroup import Hierarchy
-from tests.kernel.executors.service import alive, ask, begin, end, managing, soon
+from tests.kernel.executors.service import alive, ask, begin, end, managing, soon, take_out_of_its_cgroups
 
 
 def test_a_closed_way_into_a_cgroup_is_an_error_and_no_way_past_it() -> None:
@@ -32,7 +32,8 @@ def test_a_closed_way_into_a_cgroup_is_an_error_and_no_way_past_it() -> None:
 
 def test_work_that_leaves_its_cgroup_still_has_its_deadline() -> None:
     with managing({"each": {"timeout": "1s"}}) as manager:
-        admission = begin(manager, "escape", 300)
+        admission = begin(manager, "sleep", 300)
+        take_out_of_its_cgroups(admission.executor_pid)
         assert end(admission)[1].ending == "timeout"
         assert soon(lambda: not alive(admission.executor_pid))
         assert ask(manager, "pid")[1].ending == "ok"

@@ -1,4 +1,7 @@
-"""A request run in the thread that serves it, in its confinement around each call into the application."""
+"""A request run in this process: in the thread that serves it, or in one that is confined for good.
+
+Each call into the application - itself, its iterable, its ``close`` - is made inside of the confinement.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,20 @@ from rcon_wsgi import problem
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication
 
-    from rcon_plugins.admission import InlineAdmission
+    from rcon_plugins.admission import InlineAdmission, ThreadAdmission
 
 
 def run(
-    app: WSGIApplication, environ: dict[str, Any], start_response: StartResponse, admission: InlineAdmission
+    app: WSGIApplication,
+    environ: dict[str, Any],
+    start_response: StartResponse,
+    admission: InlineAdmission | ThreadAdmission,
 ) -> Iterable[bytes]:
     """Call the application inside the confinement; its iterable enters it again for each chunk."""
-    entered = False
     try:
-        with admission.entered():
-            entered = True
-            result = app(environ, start_response)
+        result = admission.call(app, environ, start_response)
     except BaseException as error:
-        if not entered and isinstance(error, RconError):
+        if not admission.ran and isinstance(error, RconError):
             admission.abort(str(error))
             return problem.respond(
                 environ, start_response, Outcome(ending="refused", policy=admission.policy.name)
@@ -39,14 +42,14 @@ def run(
         admission.finish("ok")
         return result
     if hasattr(result, "__len__"):
-        return _SizedInlineResponse(result, admission)
-    return _InlineResponse(result, admission)
+        return _SizedResponse(result, admission)
+    return _Response(result, admission)
 
 
-class _InlineResponse:
+class _Response:
     """The application's iterable, confined whenever it runs."""
 
-    def __init__(self, result: Iterable[bytes], admission: InlineAdmission) -> None:
+    def __init__(self, result: Iterable[bytes], admission: InlineAdmission | ThreadAdmission) -> None:
         self._result = result
         self._admission = admission
         self._iterator: Iterator[bytes] | None = None
@@ -57,10 +60,7 @@ class _InlineResponse:
 
     def __next__(self) -> bytes:
         try:
-            with self._admission.entered():
-                if self._iterator is None:
-                    self._iterator = iter(self._result)
-                return next(self._iterator)
+            return self._admission.call(self._next)
         except StopIteration:
             self._exhausted = True
             raise
@@ -73,8 +73,7 @@ class _InlineResponse:
         close = getattr(self._result, "close", None)
         if close is not None:
             try:
-                with self._admission.entered():
-                    close()
+                self._admission.call(close)
             except BaseException as error:
                 self._admission.finish("error", _detail(error))
                 raise
@@ -83,8 +82,13 @@ class _InlineResponse:
         else:
             self._admission.abort("the response was closed before its end: the client went away")
 
+    def _next(self) -> bytes:
+        if self._iterator is None:
+            self._iterator = iter(self._result)
+        return next(self._iterator)
 
-class _SizedInlineResponse(_InlineResponse):
+
+class _SizedResponse(_Response):
     """One whose length is known, which a server may derive Content-Length from."""
 
     def __len__(self) -> int:

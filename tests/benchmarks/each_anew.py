@@ -1,0 +1,68 @@
+"""How others separate requests, for comparison: a thread, or a process, made for each request and thrown away.
+
+Both take another identity for each request, as the ``thread`` policy of the benchmark does. ``new_thread`` is what
+mod_process_security does in Apache, ``new_process`` what a fork for each request costs at the very least.
+"""
+
+from __future__ import annotations
+
+import os
+import posix
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import hello
+
+from rcon_plugins.kernel.capability import Capabilities, Identity, drop
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse
+
+#: Who the requests run as: any user but the server's.
+NOBODY = Identity(65534, 65534)
+
+
+def new_thread(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    """Run the application in a new thread that drops, and wait for it."""
+    found: list[bytes] = []
+
+    def serve() -> None:
+        drop(NOBODY, Capabilities.none())
+        found.extend(hello.app(environ, start_response))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    thread.join()
+    return found
+
+
+def new_process(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    """Run the application in a new process that drops, and read what it says from a pipe."""
+    ours, theirs = os.pipe()
+    pid = posix.fork()
+    if pid == 0:
+        try:
+            drop(NOBODY, Capabilities.none())
+            _tell(theirs, lambda begin: hello.app(environ, begin))
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as pipe:
+        status, *headers, body = pipe.read().split(b"\n")
+    posix.waitpid(pid, 0)
+    pairs = [tuple(header.decode().split(": ", 1)) for header in headers]
+    start_response(status.decode(), pairs)  # type: ignore[arg-type]
+    return [body]
+
+
+def _tell(pipe: int, run: Callable[[StartResponse], Iterable[bytes]]) -> None:
+    said: list[bytes] = []
+
+    def begin(status: str, headers: list[tuple[str, str]], *_: object) -> Callable[[bytes], object]:
+        said.append(status.encode())
+        said.extend(f"{name}: {value}".encode() for name, value in headers)
+        return said.append
+
+    body = b"".join(run(begin))
+    os.write(pipe, b"\n".join([*said, body]))

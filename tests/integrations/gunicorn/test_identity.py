@@ -1,0 +1,215 @@
+"""gunicorn with an identity for each tenant: many at once in one worker, `--user`, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integrations.gunicorn.server import PATIENCE, Gunicorn, alive, children, until
+
+TENANTS = {f"tenant{number}": 61001 + number for number in range(8)}
+NOTHING = {"CapInh": 0, "CapPrm": 0, "CapEff": 0, "CapBnd": 0, "CapAmb": 0}
+TO_BECOME_OTHERS = 1 << 6 | 1 << 7 | 1 << 8
+
+SETTINGS = """
+[policy.free]
+pids = 64
+isolation = "process"
+
+[policy.tenant]
+per = "host"
+user = "owner:{homes}/{{host}}"
+isolation = "{isolation}"
+pids = 64
+
+[[route]]
+path = "/free/**"
+policy = "free"
+
+[[route]]
+policy = "tenant"
+"""
+
+
+@pytest.fixture
+def homes(tmp_path: Path) -> Path:
+    """A directory for each tenant, that the tenant owns; and some that nobody may be served as the owner of."""
+    found = tmp_path / "homes"
+    found.mkdir()
+    for name, uid in {**TENANTS, "root": 0, "daemon": 1}.items():
+        (found / name).mkdir()
+        os.chown(found / name, uid, uid)
+    (found / "out").symlink_to("/var/empty")
+    (found / "elsewhere").symlink_to("tenant1")
+    return found
+
+
+def settings(homes: Path, isolation: str) -> str:
+    return SETTINGS.format(homes=homes, isolation=isolation)
+
+
+def ids(task: Path) -> str:
+    lines = (task / "status").read_text().splitlines()
+    wanted = ("Uid", "Gid", "Groups", "Cap", "NoNewPrivs")
+    return "\n".join(line for line in lines if line.startswith(wanted))
+
+
+def look_at_threads(worker: int, seen: dict[str, set[str]]) -> None:
+    """Add what each thread of the worker is at this moment."""
+    for task in Path(f"/proc/{worker}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
+            seen.setdefault(task.name, set()).add(ids(task))
+
+
+def are_executors(states: set[str]) -> bool:
+    """Whether these are the states of a thread that became a tenant's."""
+    return any(f"Uid:\t{uid}\t" in state for state in states for uid in TENANTS.values())
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_eight_tenants_in_one_worker_for_ten_thousand_requests(
+    tmp_path: Path, homes: Path, isolation: str
+) -> None:
+    arguments = ("--worker-class", "gthread", "--workers", "1", "--threads", "8", "--keep-alive", "60")
+    requests = 10_000 if isolation == "thread" else 2_000
+    with Gunicorn(tmp_path, settings(homes, isolation), *arguments) as server:
+        (worker,) = server.workers()
+        before = ids(Path(f"/proc/{worker}"))
+        wrong: Counter[str] = Counter()
+        right: Counter[str] = Counter()
+
+        def client(number: int) -> None:
+            choose = random.Random(number)
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+            for _ in range(requests // 8):
+                name = choose.choice(list(TENANTS))
+                connection.request("GET", "/state", headers={"Host": name})
+                response = connection.getresponse()
+                body = response.read()
+                if response.status == 200 and is_right(body, TENANTS[name]):
+                    right[name] += 1
+                else:
+                    wrong[f"{name}: {response.status} {body[:200]!r}"] += 1
+            connection.close()
+
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+        for thread in clients:
+            thread.start()
+        seen: dict[str, set[str]] = {}
+        while any(thread.is_alive() for thread in clients):
+            look_at_threads(worker, seen)
+            clients[0].join(0.05)
+        for thread in clients:
+            thread.join()
+        assert wrong == {}
+        assert right.total() == requests
+        assert set(right) == set(TENANTS)
+        # The worker's other threads never change: whenever looked at, they were what the worker was at first.
+        look_at_threads(worker, seen)
+        servers = {name: states for name, states in seen.items() if not are_executors(states)}
+        assert len(servers) >= 9  # the main thread and the eight that serve
+        assert set().union(*servers.values()) == {before}
+        if isolation == "thread":
+            assert len(seen) - len(servers) >= len(TENANTS)
+
+
+def is_right(body: bytes, uid: int) -> bool:
+    told: dict[str, Any] = json.loads(body)
+    expected = {"uids": [uid] * 4, "gids": [uid] * 4, "groups": [], "no_new_privs": True, **NOTHING}
+    return told == expected
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("sync",), ("gthread", "--threads", "4"), ("gevent",)],
+    ids=["sync", "gthread", "gevent"],
+)
+def test_a_worker_of_another_user_keeps_what_it_takes_to_become_others(
+    tmp_path: Path, homes: Path, arguments: tuple[str, ...]
+) -> None:
+    more = ("--worker-class", *arguments, "--user", "www-data", "--group", "www-data")
+    readable(tmp_path)
+    with Gunicorn(tmp_path, settings(homes, "process"), *more) as server:
+        for name, uid in TENANTS.items():
+            answer = server.get("/state", Host=name)
+            assert answer.status == 200, server.log()
+            assert is_right(answer.body, uid), answer.body
+        (worker,) = server.workers()
+        for task in Path(f"/proc/{worker}/task").iterdir():
+            state = dict(line.split(":\t") for line in ids(task).splitlines())
+            assert state["Uid"].split() == ["33"] * 4
+            assert int(state["CapPrm"], 16) == TO_BECOME_OTHERS
+            assert int(state["CapEff"], 16) == 0
+            assert int(state["CapInh"], 16) == int(state["CapAmb"], 16) == 0
+        free = server.get("/free/state").json()
+        assert free["uids"] == [33] * 4
+        assert {name: free[name] for name in NOTHING} == NOTHING  # work without an identity has none of it
+
+
+def test_threads_of_a_worker_of_another_user(tmp_path: Path, homes: Path) -> None:
+    more = ("--worker-class", "gthread", "--threads", "8", "--user", "www-data", "--group", "www-data")
+    readable(tmp_path)
+    with Gunicorn(tmp_path, settings(homes, "thread"), *more) as server:
+        for name, uid in TENANTS.items():
+            assert is_right(server.get("/state", Host=name).body, uid), server.log()
+
+
+def test_executors_of_other_users_end_with_the_fork_server(tmp_path: Path, homes: Path) -> None:
+    """Whom the worker, as www-data, may not signal."""
+    more = ("--worker-class", "gthread", "--threads", "4", "--user", "www-data", "--group", "www-data")
+    readable(tmp_path)
+    with Gunicorn(tmp_path, settings(homes, "process"), *more) as server:
+        for name in TENANTS:
+            assert server.get("/state", Host=name).status == 200
+        executors = server.executors("tenant")
+        assert len(executors) == len(TENANTS)
+        (worker,) = server.workers()
+        (fork_server,) = [pid for pid in children(worker) if pid not in executors]
+        os.kill(fork_server, signal.SIGKILL)
+        until(lambda: not any(map(alive, executors)))
+        until(lambda: server.status("/free/who") == 200)  # a new worker serves
+
+
+def test_a_hanging_request_of_another_user_is_ended_at_its_deadline(tmp_path: Path, homes: Path) -> None:
+    more = ("--worker-class", "gthread", "--threads", "4", "--user", "www-data", "--group", "www-data")
+    readable(tmp_path)
+    text = settings(homes, "process").replace('per = "host"', 'per = "host"\neach = { timeout = "1s" }')
+    with Gunicorn(tmp_path, text, *more) as server:
+        assert server.get("/sleep?seconds=60", Host="tenant1").status == 504
+        until(lambda: len(server.executors("tenant")) <= 1)  # the successor, if anybody
+        assert server.get("/state", Host="tenant1").status == 200
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_who_may_not_be_is_refused(tmp_path: Path, homes: Path, isolation: str) -> None:
+    with Gunicorn(
+        tmp_path, settings(homes, isolation), "--worker-class", "gthread", "--threads", "2"
+    ) as server:
+        hosts = ["root", "daemon", "nobody-here", "out", "..", ".", "%2e%2e", "a/b", "../homes/tenant1"]
+        for host in hosts:
+            answer = server.get("/state", Host=host)
+            assert answer.status == 403, host
+            assert answer.headers["Content-Type"] == "application/problem+json"
+            assert str(homes) not in answer.body.decode()
+        # A link that stays inside of what was given is followed.
+        assert is_right(server.get("/state", Host="elsewhere").body, TENANTS["tenant1"])
+        told = [line for line in server.lines() if line["event"] == "forbidden"]
+        assert len(told) == len(hosts)
+        assert all(line["policy"] == "tenant" and line["detail"] for line in told)
+
+
+def readable(directory: Path) -> None:
+    """Let any user pass."""
+    for parent in (directory, *directory.parents):
+        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o755)

@@ -1,0 +1,206 @@
+"""What an executor process may do once it has dropped: asked of the kernel, from inside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcon_plugins import Manager, Work, hookimpl
+from rcon_plugins.errors import ConfinementError, IdentityRefused, SettingsError
+from rcon_plugins.kernel import landlock
+from rcon_plugins.settings import from_mapping
+from tests.kernel.executors.service import alive, ask, begin, end, managing, soon, status
+
+TENANT, OTHER = 61001, 61002
+GROUPS = [61011, 61012]
+POLICY: dict[str, Any] = {"user": TENANT, "group": TENANT, "groups": GROUPS, "pids": 32}
+NOTHING = {"CapInh": 0, "CapPrm": 0, "CapEff": 0, "CapBnd": 0, "CapAmb": 0}
+
+
+@pytest.fixture
+def setuid_root(tmp_path: Path) -> Iterator[str]:
+    """A program that is setuid root, where everybody may execute it."""
+    program = Path(shutil.copy(shutil.which("id") or "id", tmp_path / "id"))
+    program.chmod(0o4755)
+    for directory in (tmp_path, *tmp_path.parents[:3]):
+        if directory.owner() == "root" and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o111)
+    yield str(program)
+    program.unlink()
+
+
+def of_the_server(manager: Manager) -> dict[str, int]:
+    assert manager.fork_server_pid is not None
+    return {"worker": os.getpid(), "fork server": manager.fork_server_pid}
+
+
+def test_it_is_who_the_policy_says_and_holds_nothing() -> None:
+    with managing(POLICY) as manager:
+        state, outcome = ask(manager, "state")
+    assert outcome.ending == "ok"
+    assert state == {
+        "uids": [TENANT] * 4,
+        "gids": [TENANT] * 4,
+        "groups": GROUPS,
+        "no_new_privs": True,
+        **NOTHING,
+    }
+
+
+def test_the_server_stays_who_it_is() -> None:
+    before = status(Path("/proc/self/status"))
+    with managing(POLICY) as manager:
+        ask(manager, "state")
+        server = status(Path(f"/proc/{manager.fork_server_pid}/status"))
+        assert status(Path("/proc/self/status")) == before
+    assert server == before
+
+
+def test_every_way_back_fails(setuid_root: str) -> None:
+    with managing(POLICY) as manager:
+        found, _ = ask(manager, "ways_back", OTHER, setuid_root, of_the_server(manager))
+    assert len(found) > 60
+    assert {name: said for name, said in found.items() if said not in ("EPERM", "EACCES")} == {}
+
+
+def test_every_way_back_fails_without_no_new_privs_too(setuid_root: str) -> None:
+    """But for the setuid-root program, which becomes root, and holds nothing: the bounding set is empty."""
+    with managing({**POLICY, "no_new_privs": False}) as manager:
+        found, _ = ask(manager, "ways_back", OTHER, setuid_root, of_the_server(manager))
+    assert found.pop("a setuid-root program") == "WORKED"
+    assert {name: said for name, said in found.items() if said not in ("EPERM", "EACCES")} == {}
+
+
+def test_who_keeps_the_servers_user_can_neither_loosen_its_limits_nor_reach_the_server() -> None:
+    with managing({"pids": 32, "isolation": "process"}) as manager:
+        state, _ = ask(manager, "state")
+        found, _ = ask(manager, "ways_back_of_root", of_the_server(manager))
+        signals, _ = ask(manager, "signals", of_the_server(manager))
+    assert state["uids"] == [os.getuid()] * 4
+    assert {name: state[name] for name in NOTHING} == NOTHING
+    assert len(found) > 20
+    assert {name: said for name, said in found.items() if said not in ("EPERM", "EACCES")} == {}
+    # Signals between processes of one user are Landlock's business since its sixth version (Linux 6.12).
+    assert set(signals.values()) == ({"EPERM"} if landlock.abi() >= 6 else {"WORKED"})
+
+
+def test_it_holds_no_descriptor_of_the_server() -> None:
+    with managing(POLICY) as manager:
+        open_ones, _ = ask(manager, "open_descriptors")
+    assert open_ones.pop("0") == "/dev/null"
+    open_ones.pop("1"), open_ones.pop("2")
+    connected = [number for number, what in open_ones.items() if what == "connected"]
+    assert len(connected) == 1  # the channel that the work itself came by
+    del open_ones[connected[0]]
+    assert not [
+        what for what in open_ones.values() if what == "LISTENS" or "cgroup" in what or "rcon" in what
+    ]
+    assert not [what for what in open_ones.values() if what.startswith(("pipe:", "anon_inode:"))]
+
+
+def test_it_leads_a_session_and_dies_with_its_parent() -> None:
+    with managing(POLICY) as manager:
+        (pid, session), _ = ask(manager, "session")
+        assert session == pid
+        admission = begin(manager, "sleep", 60)
+        assert manager.fork_server_pid is not None
+        os.kill(manager.fork_server_pid, signal.SIGKILL)
+        _, outcome = end(admission)
+        assert outcome.ending == "killed"
+        assert soon(lambda: not alive(pid))
+
+
+def test_what_is_kept_is_kept_and_no_more(setuid_root: str) -> None:
+    with managing({**POLICY, "capabilities": ["net_bind_service"]}) as manager:
+        state, _ = ask(manager, "state")
+        found, _ = ask(manager, "ways_back", OTHER, setuid_root, of_the_server(manager))
+    only = 1 << 10
+    assert (state["CapPrm"], state["CapEff"], state["CapBnd"]) == (only, only, only)
+    assert {name: said for name, said in found.items() if said not in ("EPERM", "EACCES")} == {}
+
+
+def test_umask_and_rlimits(tmp_path: Path) -> None:
+    for directory in (tmp_path, *tmp_path.parents[:3]):
+        if directory != Path("/"):
+            directory.chmod(0o777 if directory == tmp_path else directory.stat().st_mode | 0o111)
+    with managing({**POLICY, "umask": "027", "rlimits": {"nofile": 64, "core": 0}}) as manager:
+        assert ask(manager, "create", str(tmp_path / "new"))[0] == f"{TENANT}:{TENANT} 640"
+        assert ask(manager, "rlimits", "nofile", "core")[0] == [[64, 64], [0, 0]]
+
+
+def test_two_owners_under_one_policy_are_two_processes(tmp_path: Path) -> None:
+    for number, name in ((TENANT, "a"), (OTHER, "b")):
+        (tmp_path / name).mkdir()
+        os.chown(tmp_path / name, number, number)
+    policy = {"user": f"owner:{tmp_path}/{{host}}", "memory": "64M"}
+    with managing(policy) as manager:
+        seen: dict[str, set[tuple[int, ...]]] = {}
+        for _ in range(3):
+            for host in ("a", "b"):
+                state, _ = ask(manager, "state", host=host)
+                pid, _ = ask(manager, "pid", host=host)
+                seen.setdefault(host, set()).add((pid, *state["uids"], *state["gids"], *state["groups"]))
+        assert [len(some) for some in seen.values()] == [1, 1]
+        (a,), (b,) = seen["a"], seen["b"]
+        assert (a[1:], b[1:]) == ((TENANT,) * 8, (OTHER,) * 8)
+        assert a[0] != b[0]
+
+
+@pytest.mark.parametrize(
+    ("owner", "words"),
+    [(0, "root"), (99, "min_uid"), (None, "there is no")],
+    ids=["root", "low", "missing"],
+)
+def test_an_owner_that_is_not_allowed_is_refused_and_nothing_runs(
+    tmp_path: Path, owner: int | None, words: str
+) -> None:
+    if owner is not None:
+        (tmp_path / "a").mkdir()
+        os.chown(tmp_path / "a", owner, owner)
+    with managing({"user": f"owner:{tmp_path}/{{host}}"}) as manager:
+        with pytest.raises(IdentityRefused, match=words):
+            manager.admit(Work("call", "x", {"host": "a"}))
+        assert not any("work" in name for name in manager_cgroups(manager))
+
+
+def test_the_owner_must_be_the_user(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.touch()
+    os.chown(script, OTHER, OTHER)
+    policy = {**POLICY, "owner_must_be": f"{tmp_path}/{{path}}"}
+    with managing(policy) as manager:
+        with pytest.raises(IdentityRefused):
+            manager.admit(Work("call", "x", {"path": "/script"}))
+        os.chown(script, TENANT, TENANT)
+        assert ask(manager, "state", path="/script")[0]["uids"] == [TENANT] * 4
+
+
+def test_a_plugin_that_drops_comes_before_and_may_refuse() -> None:
+    class Refuses:
+        @hookimpl
+        def rcon_drop(self, place: str, identity: object) -> None:
+            raise PermissionError(f"{place} {identity} {os.getuid()}")
+
+    with (
+        managing(POLICY, plugins=[Refuses()]) as manager,
+        pytest.raises(ConfinementError, match=r"process .*61001.* 0"),
+    ):
+        manager.admit(Work("call", "x"))
+
+
+def test_inline_refuses_an_identity() -> None:
+    with pytest.raises(SettingsError, match="user"):
+        from_mapping({"policy": {"p": {"isolation": "inline", "user": TENANT, "group": TENANT}}})
+
+
+def manager_cgroups(manager: Manager) -> list[str]:
+    """The cgroups that hold work now."""
+    instance = manager._instance
+    assert instance is not None
+    return [f"work/{name}" for name in instance.work.children()]

@@ -1,0 +1,312 @@
+"""What `thread` enforces: threads of this process that dropped for good. Each test has a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcon_plugins import Manager, Server, Work, hookimpl
+from rcon_plugins.admission import ThreadAdmission
+from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, SettingsError
+from rcon_plugins.kernel.capability import CAP_SETUID, Capabilities, read_state, set_capabilities
+from rcon_plugins.settings import from_mapping
+from tests.children import in_child
+from tests.kernel.executors import ways_back
+from tests.kernel.executors.service import soon, status
+from tests.kernel.quota import judge
+
+TENANT, OTHER = 61001, 61002
+POLICY: dict[str, Any] = {"isolation": "thread", "user": TENANT, "group": TENANT, "groups": [61011]}
+NOTHING = {"CapInh": 0, "CapPrm": 0, "CapEff": 0, "CapBnd": 0, "CapAmb": 0}
+
+
+def managed(policy: dict[str, Any], program: Callable[[Manager], Any], **settings: Any) -> Any:
+    """Run ``program`` with a started manager, in a process of its own."""
+
+    def run() -> Any:
+        manager = Manager(from_mapping({"policy": {"p": policy}, "route": [{"policy": "p"}], **settings}))
+        manager.start()
+        try:
+            return program(manager)
+        finally:
+            manager.close()
+            left = [thread.name for thread in threading.enumerate() if thread.name.startswith("rcon-")]
+            assert left == []
+
+    return in_child(run, timeout=60)
+
+
+def admit(manager: Manager, **attributes: str) -> ThreadAdmission:
+    admission = manager.admit(Work("call", "x", attributes))
+    assert isinstance(admission, ThreadAdmission)
+    return admission
+
+
+def run(manager: Manager, act: Callable[..., Any], *arguments: Any, **attributes: str) -> Any:
+    admission = admit(manager, **attributes)
+    try:
+        return admission.call(act, *arguments)
+    finally:
+        admission.finish()
+
+
+def own_status() -> dict[str, Any]:
+    return status(Path("/proc/thread-self/status"))
+
+
+def where() -> str:
+    return Path("/proc/thread-self/cgroup").read_text()
+
+
+def others() -> list[dict[str, Any]]:
+    """The states there are among the threads that are not executors."""
+    executors = {str(t.native_id) for t in threading.enumerate() if t.name.startswith("rcon-")}
+    tasks = [task for task in Path("/proc/self/task").iterdir() if task.name not in executors]
+    found = []
+    for task in tasks:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
+            state = status(task / "status")
+            if state not in found:
+                found.append(state)
+    return found
+
+
+def test_work_runs_as_the_tenant_in_its_cgroup_and_nothing_else_changes() -> None:
+    def program(manager: Manager) -> Any:
+        before = others()
+        inside = run(manager, own_status), run(manager, where)
+        return before == others(), inside, where()
+
+    unchanged, (state, place), outside = managed({**POLICY, "pids": 50}, program)
+    assert unchanged
+    assert state == {
+        "uids": [TENANT] * 4,
+        "gids": [TENANT] * 4,
+        "groups": [61011],
+        "no_new_privs": True,
+        **NOTHING,
+    }
+    assert "/p" in place
+    assert place != outside
+
+
+def test_eight_tenants_at_once_under_eight_users() -> None:
+    policy = {"isolation": "thread", "user": "owner:{root}/{{host}}", "per": "host"}
+
+    def program(manager: Manager, hosts: list[str]) -> Any:
+        before = others()
+        together = threading.Barrier(len(hosts))
+        seen: dict[str, set[int]] = {host: set() for host in hosts}
+
+        def work() -> list[int]:
+            together.wait(20)  # all of them are inside of the kernel's eight identities at this moment
+            state = own_status()
+            return [*state["uids"], *state["gids"], *state["groups"], state["CapPrm"], state["CapEff"]]
+
+        def serve(host: str) -> None:
+            for _ in range(20):
+                seen[host].update(run(manager, work, host=host))
+
+        threads = [threading.Thread(target=serve, args=(host,)) for host in hosts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return seen, before == others()
+
+    with tempfile.TemporaryDirectory() as root:
+        hosts = [f"tenant{number}" for number in range(8)]
+        for number, host in enumerate(hosts):
+            Path(root, host).mkdir()
+            os.chown(Path(root, host), 61001 + number, 61001 + number)
+        policy["user"] = f"owner:{root}/{{host}}"
+        seen, unchanged = managed(policy, lambda manager: program(manager, hosts))
+    assert seen == {host: {61001 + number, 0} for number, host in enumerate(hosts)}
+    assert unchanged
+
+
+def test_all_system_call_ways_back_fail() -> None:
+    found = managed(POLICY, lambda manager: run(manager, lambda: ways_back.by_identity(others=OTHER)))
+    assert len(found) > 30
+    assert {name: said for name, said in found.items() if said not in ("EPERM", "EACCES")} == {}
+
+
+def test_a_thread_is_used_again_and_only_for_its_own_identity() -> None:
+    policy = {"isolation": "thread", "user": "owner:{path}", "min_uid": 100}
+
+    def program(manager: Manager) -> list[list[int]]:
+        ids = [threading.get_native_id()]
+        return [
+            [run(manager, threading.get_native_id, path=path) for path in ("/a", "/b", "/a", "/b")],
+            ids,
+        ]
+
+    with tempfile.TemporaryDirectory() as root:
+        for name, uid in (("a", TENANT), ("b", OTHER)):
+            Path(root, name).touch()
+            os.chown(Path(root, name), uid, uid)
+        (a, b, a2, b2), (own,) = managed({**policy, "user": f"owner:{root}/{{path}}"}, program)
+    assert (a, b) == (a2, b2)
+    assert len({a, b, own}) == 3
+
+
+def test_no_more_threads_than_there_may_be_and_the_longest_unused_goes_first() -> None:
+    def program(manager: Manager) -> tuple[list[bool], int, str]:
+        first = run(manager, threading.get_native_id, host="a")
+        run(manager, threading.get_native_id, host="b")
+        run(manager, threading.get_native_id, host="c")  # a's makes room
+        soon(lambda: not Path(f"/proc/self/task/{first}").exists())
+        gone = [Path(f"/proc/self/task/{first}").exists()]
+        count = sum(thread.name.startswith("rcon-") for thread in threading.enumerate())
+        held = [admit(manager, host="b"), admit(manager, host="c")]
+        try:
+            admit(manager, host="d")
+        except ConcurrencyLimitExceeded as error:
+            told = error.limit
+        for admission in held:
+            admission.finish()
+        return gone, count, told
+
+    policy = {**POLICY, "per": "host"}
+    assert managed(policy, program, threads=2) == ([False], 2, "threads")
+
+
+def test_concurrency_holds() -> None:
+    def program(manager: Manager) -> str:
+        held = admit(manager)
+        try:
+            admit(manager)
+        except ConcurrencyLimitExceeded as error:
+            return error.limit
+        finally:
+            held.finish()
+        return "admitted"
+
+    assert managed({**POLICY, "concurrency": 1}, program) == "concurrency"
+
+
+def test_what_work_raises_comes_out_and_the_thread_serves_on() -> None:
+    def program(manager: Manager) -> list[object]:
+        def fail() -> None:
+            raise KeyError("its own")
+
+        first = run(manager, threading.get_native_id)
+        try:
+            run(manager, fail)
+        except KeyError as error:
+            return [str(error), first == run(manager, threading.get_native_id)]
+        return []
+
+    assert managed(POLICY, program) == ["'its own'", True]
+
+
+def test_a_call_that_was_left_alone_is_not_disturbed_and_its_thread_not_used_again() -> None:
+    """As when a signal handler raises in the thread that waits."""
+
+    def program(manager: Manager) -> list[object]:
+        class Left(Exception):
+            pass
+
+        def handler(*_: object) -> None:
+            raise Left
+
+        signal.signal(signal.SIGALRM, handler)
+        go_on = threading.Event()
+        admission = admit(manager)
+        first = admission.call(threading.get_native_id)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        try:
+            admission.call(go_on.wait, 20)
+        except Left:
+            admission.finish("error")
+        second = run(manager, threading.get_native_id)
+        go_on.set()
+        ended = soon(lambda: not Path(f"/proc/self/task/{first}").exists())
+        return [first != second, ended]
+
+    assert managed(POLICY, program) == [True, True]
+
+
+def test_working_directory_and_umask_are_the_threads_own() -> None:
+    def program(manager: Manager) -> tuple[str, str, int]:
+        run(manager, os.chdir, "/proc")
+        return run(manager, os.getcwd), str(Path.cwd()), os.umask(0o022)
+
+    inside, outside, umask = managed({**POLICY, "umask": "077"}, program)
+    assert inside == "/proc"
+    assert outside != "/proc"
+    assert umask != 0o077
+
+
+def test_what_it_starts_is_the_tenants_too() -> None:
+    def program(manager: Manager) -> str:
+        said = run(manager, lambda: subprocess.run(["id", "-u"], capture_output=True, text=True, check=True))
+        return str(said.stdout.strip())
+
+    assert managed(POLICY, program) == str(TENANT)
+
+
+def test_a_server_that_may_not_become_others_is_refused_at_start() -> None:
+    def program() -> str:
+        state = read_state()
+        held = state.permitted - Capabilities.of(CAP_SETUID)
+        set_capabilities(held, held, state.inheritable)
+        try:
+            Manager(from_mapping({"policy": {"p": POLICY}}))
+        except SettingsError as error:
+            return str(error)
+        return "started"
+
+    assert "cap_setuid" in in_child(program)
+
+
+def test_what_a_thread_cannot_carry_is_refused() -> None:
+    for key, value in (("memory", "64M"), ("each", {"timeout": "1s"}), ("rlimits", {"nofile": 10})):
+        with pytest.raises(SettingsError, match=key):
+            from_mapping({"policy": {"p": {**POLICY, key: value}}})
+
+
+def test_greenlets_are_refused() -> None:
+    settings = from_mapping({"policy": {"p": POLICY}})
+    with pytest.raises(SettingsError, match="greenlets"):
+        Manager(settings, server=Server(threads=False, greenlets=True))
+
+
+def test_a_drop_that_fails_is_a_refusal() -> None:
+    class Refuses:
+        @hookimpl
+        def rcon_drop(self, place: str) -> None:
+            raise PermissionError(f"not in a {place}")
+
+    def program() -> str:
+        manager = Manager(from_mapping({"policy": {"default": POLICY}}), plugins=[Refuses()])
+        manager.start()
+        try:
+            manager.admit(Work("call", "x"))
+        except ConfinementError as error:
+            return str(error)
+        finally:
+            manager.close()
+        return "ran"
+
+    assert "not in a thread" in in_child(program)
+
+
+def test_cpu_quota() -> None:
+    def burn(seconds: float) -> float:
+        wall, cpu = time.monotonic(), time.thread_time()
+        while time.monotonic() < wall + seconds:
+            pass
+        return (time.thread_time() - cpu) / (time.monotonic() - wall)
+
+    judge(lambda: {0.2: managed({**POLICY, "cpu": "20%"}, lambda manager: run(manager, burn, 10.0))})

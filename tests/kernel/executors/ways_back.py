@@ -1,0 +1,238 @@
+"""What confined work may try to become what it was again, or to reach what confines it.
+
+Each attempt goes to the kernel by the raw system call, for the calling thread alone, and tells what became of it: the
+name of the errno where it failed, ``"WORKED"`` where it did what it must not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import signal
+import socket
+import stat
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+_NUMBERS = {
+    "x86_64": {
+        "setuid": 105,
+        "setgid": 106,
+        "setreuid": 113,
+        "setregid": 114,
+        "setgroups": 116,
+        "setresuid": 117,
+        "setresgid": 119,
+        "setfsuid": 122,
+        "setfsgid": 123,
+        "capset": 126,
+        "ptrace": 101,
+        "unshare": 272,
+        "process_vm_writev": 311,
+        "pidfd_getfd": 438,
+        "mount": 165,
+        "chroot": 161,
+    },
+    "aarch64": {
+        "setuid": 146,
+        "setgid": 144,
+        "setreuid": 145,
+        "setregid": 143,
+        "setgroups": 159,
+        "setresuid": 147,
+        "setresgid": 149,
+        "setfsuid": 151,
+        "setfsgid": 152,
+        "capset": 91,
+        "ptrace": 117,
+        "unshare": 97,
+        "process_vm_writev": 271,
+        "pidfd_getfd": 438,
+        "mount": 40,
+        "chroot": 51,
+    },
+}[platform.machine()]
+_PTRACE_ATTACH = 16
+_PR_CAPBSET_READ, _PR_SET_SECUREBITS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 23, 28, 47, 2
+_CLONE_NEWNS = 0x00020000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(name: str, *arguments: object) -> str:
+    """A raw system call, which is to fail: the name of its errno."""
+    ctypes.set_errno(0)
+    result = _libc.syscall(ctypes.c_long(_NUMBERS[name]), *arguments)
+    return "WORKED" if result >= 0 else errno.errorcode[ctypes.get_errno()]
+
+
+def prctl(option: int, *arguments: int) -> str:
+    """A prctl(2), which is to fail: the name of its errno."""
+    ctypes.set_errno(0)
+    four = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
+    return "WORKED" if _libc.prctl(option, *four) >= 0 else errno.errorcode[ctypes.get_errno()]
+
+
+def attempt(act: Callable[[], object]) -> str:
+    """A call of the standard library, which is to fail."""
+    try:
+        act()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return "WORKED"
+
+
+def by_identity(*, others: int = 0) -> dict[str, str]:
+    """All the set*id calls to root and to another tenant, and the capabilities, for the calling thread."""
+    found = {}
+    long = ctypes.c_long
+    for uid in (0, others):
+        found[f"setuid({uid})"] = call("setuid", long(uid))
+        found[f"setreuid({uid})"] = call("setreuid", long(uid), long(uid))
+        found[f"setreuid(-1, {uid})"] = call("setreuid", long(-1), long(uid))
+        found[f"setresuid({uid})"] = call("setresuid", long(uid), long(uid), long(uid))
+        found[f"setresuid(-1, {uid}, -1)"] = call("setresuid", long(-1), long(uid), long(-1))
+        found[f"setgid({uid})"] = call("setgid", long(uid))
+        found[f"setregid({uid})"] = call("setregid", long(uid), long(uid))
+        found[f"setresgid({uid})"] = call("setresgid", long(uid), long(uid), long(uid))
+        group = (ctypes.c_uint32 * 1)(uid)
+        found[f"setgroups({uid})"] = call("setgroups", long(1), group)
+        found[f"setfsuid({uid})"] = _fs("setfsuid", "Uid", uid)
+        found[f"setfsgid({uid})"] = _fs("setfsgid", "Gid", uid)
+    found.update(by_capability())
+    return found
+
+
+def by_capability() -> dict[str, str]:
+    """The ways to a capability."""
+    found = {}
+    for number in (0, 6, 7, 8, 21):
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+        data = (ctypes.c_uint32 * 6)(*([1 << number] * 2 + [0] * 4))
+        found[f"capset({number})"] = call("capset", header, data)
+        found[f"ambient({number})"] = prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number)
+    found["securebits"] = prctl(_PR_SET_SECUREBITS, 0x3F)
+    found["mount namespace"] = call("unshare", ctypes.c_long(_CLONE_NEWNS))
+    found["chroot"] = call("chroot", ctypes.c_char_p(b"/"))
+    found["setgroups([])"] = call("setgroups", ctypes.c_long(0), None)
+    return found
+
+
+def by_program(setuid_root: str) -> dict[str, str]:
+    """A program that is setuid root, which prints its effective user (``id -u``)."""
+    said = subprocess.run([setuid_root, "-u"], capture_output=True, text=True, check=False)
+    return {"a setuid-root program": "WORKED" if said.stdout.strip() == "0" else "EPERM"}
+
+
+def by_process(pid: int, name: str) -> dict[str, str]:
+    """Reach into another process."""
+    found = {f"ptrace {name}": call("ptrace", ctypes.c_long(_PTRACE_ATTACH), ctypes.c_long(pid), None, None)}
+    for file, mode in (("mem", os.O_RDWR), ("environ", os.O_RDONLY), ("fd/0", os.O_RDONLY)):
+        found[f"/proc/{name}/{file}"] = attempt(partial(os.open, f"/proc/{pid}/{file}", mode))
+    buffer = ctypes.create_string_buffer(8)
+
+    class Vector(ctypes.Structure):
+        _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+    ours, theirs = Vector(ctypes.addressof(buffer), 8), Vector(0x10000, 8)
+    long = ctypes.c_long
+    found[f"process_vm_writev {name}"] = call(
+        "process_vm_writev", long(pid), ctypes.byref(ours), long(1), ctypes.byref(theirs), long(1), long(0)
+    )
+    pidfd = os.pidfd_open(pid)
+    try:
+        found[f"pidfd_getfd {name}"] = call("pidfd_getfd", long(pidfd), long(0), long(0))
+    finally:
+        os.close(pidfd)
+    return found
+
+
+def by_signal(pid: int, name: str) -> dict[str, str]:
+    """Send a signal that would stop the process."""
+    return {f"signal {name}": attempt(lambda: os.kill(pid, signal.SIGCONT))}
+
+
+def by_cgroup() -> dict[str, str]:
+    """Write the files of the cgroups this process is in, and of those above."""
+    found = {}
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        mount, kind = line.split()[1:3]
+        if kind not in ("cgroup", "cgroup2"):
+            continue
+        found.update(_below(Path(mount), kind))
+    return found
+
+
+def _below(mount: Path, kind: str) -> dict[str, str]:
+    found = {f"{mount}: enter the root": attempt(lambda: _write(mount / "cgroup.procs", "0"))}
+    place = _own(mount, kind)
+    if place is None:
+        return found
+    limits = (
+        "cgroup.procs",
+        "pids.max",
+        "memory.max",
+        "memory.limit_in_bytes",
+        "cpu.max",
+        "cpu.cfs_quota_us",
+    )
+    for directory in (place, place.parent):
+        for name in limits:
+            if (directory / name).exists():
+                value = "0" if name == "cgroup.procs" else "-1" if name.endswith(("bytes", "us")) else "max"
+                found[f"{directory.name}/{name}"] = attempt(partial(_write, directory / name, value))
+        found[f"{directory.name}: mkdir"] = attempt((directory / "mine").mkdir)
+    return found
+
+
+def _own(mount: Path, kind: str) -> Path | None:
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        matches = (
+            not names if kind == "cgroup2" else names and set(names.split(",")) <= set(mount.name.split(","))
+        )
+        if matches and "rcon-" in path:
+            return mount / path.lstrip("/")
+    return None
+
+
+def _write(path: Path, value: str) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def descriptors() -> dict[str, str]:
+    """What is open beside the standard streams: kind and, of a socket, whether somebody is at its other end."""
+    found = {}
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        name = entry.name
+        try:
+            mode, target = os.fstat(int(name)).st_mode, str(entry.readlink())
+        except OSError:
+            continue  # that of the listing
+        if stat.S_ISSOCK(mode):
+            with socket.socket(fileno=os.dup(int(name))) as end:
+                try:
+                    end.send(b"", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                    target = "connected"
+                except OSError as error:
+                    target = errno.errorcode[error.errno or 0]
+                if end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    target = "LISTENS"
+        found[name] = target
+    return found
+
+
+def _fs(name: str, line: str, wanted: int) -> str:
+    # These two never tell whether they worked.
+    call(name, ctypes.c_long(wanted))
+    status = Path("/proc/thread-self/status").read_text()
+    ids = next(part for part in status.splitlines() if part.startswith(f"{line}:")).split()[1:]
+    return "WORKED" if int(ids[3]) == wanted else "EPERM"
