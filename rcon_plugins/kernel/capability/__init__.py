@@ -6,6 +6,11 @@ Knows no policy. Every failure is a `CapabilityError` or another `KernelError`.
 from __future__ import annotations
 
 from rcon_plugins.kernel.capability.drop import Identity, drop
+from rcon_plugins.kernel.capability.files import (
+    FileCapabilities,
+    read_file_capabilities,
+    write_file_capabilities,
+)
 from rcon_plugins.kernel.capability.names import CAP_SETGID, CAP_SETPCAP, CAP_SETUID, CAP_SYS_ADMIN
 from rcon_plugins.kernel.capability.sets import Capabilities
 from rcon_plugins.kernel.capability.state import (
@@ -48,6 +53,7 @@ __all__ = [
     "SECBIT_NO_SETUID_FIXUP",
     "SECBIT_NO_SETUID_FIXUP_LOCKED",
     "Capabilities",
+    "FileCapabilities",
     "Identity",
     "Ids",
     "Sets",
@@ -55,6 +61,7 @@ __all__ = [
     "drop",
     "drop_bounding",
     "parse_text",
+    "read_file_capabilities",
     "read_state",
     "set_ambient",
     "set_capabilities",
@@ -64,4 +71,5 @@ __all__ = [
     "set_no_new_privs",
     "set_securebits",
     "set_uids",
+    "write_file_capabilities",
 ]

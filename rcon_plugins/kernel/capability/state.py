@@ -62,14 +62,21 @@ def read_state(tid: int | None = None) -> State:
     """
     own = tid is None or tid == threading.get_native_id()
     path = "/proc/thread-self/status" if own else f"/proc/{tid}/status"
-    fields = _read(path, tid)
+    return parse_status(_read(path, tid), syscall("prctl", PR_GET_SECUREBITS) if own else None)
+
+
+def parse_status(text: bytes, securebits: int | None = None) -> State:
+    """The state that a ``/proc/PID/status`` tells of, which has no securebits. Raises `KeyError`, `ValueError`."""
+    # The name of the program comes first; the kernel has escaped its newlines.
+    lines = (line.partition(b":") for line in text.split(b"\n"))
+    fields = {name.decode("ascii", "replace"): value for name, colon, value in lines if colon}
     return State(
         permitted=_capabilities(fields["CapPrm"]),
         effective=_capabilities(fields["CapEff"]),
         inheritable=_capabilities(fields["CapInh"]),
         ambient=_capabilities(fields["CapAmb"]),
         bounding=_capabilities(fields["CapBnd"]),
-        securebits=syscall("prctl", PR_GET_SECUREBITS) if own else None,
+        securebits=securebits,
         no_new_privs=fields["NoNewPrivs"].strip() == b"1",
         uids=_ids(fields["Uid"]),
         gids=_ids(fields["Gid"]),
@@ -77,7 +84,7 @@ def read_state(tid: int | None = None) -> State:
     )
 
 
-def _read(path: str, tid: int | None) -> dict[str, bytes]:
+def _read(path: str, tid: int | None) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -92,13 +99,7 @@ def _read(path: str, tid: int | None) -> dict[str, bytes]:
                 f"no process or thread has the id {tid}", errno=errno.ESRCH, path=path
             ) from None
         raise KernelError.from_oserror(error, path=path, hint="mount proc at /proc") from None
-    return parse_status(b"".join(parts))
-
-
-def parse_status(text: bytes) -> dict[str, bytes]:
-    """The lines of a ``/proc/PID/status``. (``Name:`` comes first, and has its newlines escaped by the kernel.)"""
-    lines = (line.partition(b":") for line in text.split(b"\n"))
-    return {name.decode("ascii", "replace"): value for name, colon, value in lines if colon}
+    return b"".join(parts)
 
 
 def _capabilities(text: bytes) -> Capabilities:

@@ -23,11 +23,9 @@ from rcon_plugins.kernel.capability.state import (
 )
 from rcon_plugins.kernel.syscalls import (
     PR_CAP_AMBIENT,
-    PR_CAP_AMBIENT_IS_SET,
     PR_CAP_AMBIENT_LOWER,
     PR_CAP_AMBIENT_RAISE,
     PR_CAPBSET_DROP,
-    PR_CAPBSET_READ,
     PR_GET_SECUREBITS,
     PR_SET_KEEPCAPS,
     PR_SET_NO_NEW_PRIVS,
@@ -79,11 +77,10 @@ def set_ambient(capabilities: Capabilities) -> None:
     Each must be permitted and inheritable. What is in the set and not in ``capabilities`` is taken out first. Raises
     `CapabilityError`.
     """
-    for number in Capabilities.known() | capabilities:
-        is_set = _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, number) == 1
-        if is_set and number not in capabilities:
-            _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_LOWER, number)
-    for number in capabilities:
+    now = read_state().ambient
+    for number in now - capabilities:
+        _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_LOWER, number)
+    for number in capabilities - now:
         try:
             syscall("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number)
         except KernelError as error:
@@ -95,9 +92,7 @@ def drop_bounding(keep: Capabilities) -> None:
 
     Needs CAP_SETPCAP in the effective set where there is anything to take out. Raises `CapabilityError`.
     """
-    for number in Capabilities.known() - keep:
-        if _prctl(PR_CAPBSET_READ, number) != 1:
-            continue
+    for number in read_state().bounding - keep:
         try:
             syscall("prctl", PR_CAPBSET_DROP, number)
         except KernelError as error:

@@ -1,0 +1,204 @@
+"""Random states, random files, and what the kernel made of one executing the other.
+
+`python -m tests.kernel.capability.executions DIRECTORY SEED COUNT` writes them, pickled. It is a lean process with
+mounts of its own: it makes the files, and forks a child for each execution. The child sets its state, tells it, and
+executes the file, which tells what it has become (probe.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import posix
+import random
+import stat
+import struct
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from rcon_plugins.kernel.capability import (
+    SECBIT_KEEP_CAPS,
+    SECBIT_NO_SETUID_FIXUP,
+    Capabilities,
+    FileCapabilities,
+    State,
+    drop_bounding,
+    set_ambient,
+    set_capabilities,
+    set_gids,
+    set_groups,
+    set_no_new_privs,
+    set_securebits,
+    set_uids,
+    write_file_capabilities,
+)
+from rcon_plugins.kernel.capability.exec_file import File
+from rcon_plugins.kernel.capability.state import parse_status, read_state
+from rcon_plugins.kernel.syscalls import PR_GET_SECUREBITS, syscall
+from tests.kernel.capability.probe import program
+
+UIDS = (0, 0, 1000, 1001, 65534)
+GIDS = (0, 1000, 1001, 65534)
+NOBODYS_GROUP = 54321
+FILES = 200
+ALL = Capabilities((1 << 64) - 1)
+ALL_SECUREBITS = 0xFF
+MS_NOSUID, MS_REC, MS_PRIVATE = 0x2, 0x4000, 0x40000
+CLONE_NEWNS = 0x20000
+FAILED = 100  # an exit status from here on is an errno and this
+
+
+class Execution(NamedTuple):
+    """One execve: the state before it, and after it; or the errno."""
+
+    before: State
+    file: File
+    after: State | None
+    error: int | None
+
+
+def main() -> None:
+    directory, seed, count = sys.argv[1:]
+    libc = ctypes.CDLL(None, use_errno=True)
+    draw = random.Random(int(seed))
+    own_mounts(libc)
+    plain, nosuid = Path(directory, "plain"), Path(directory, "nosuid")
+    mount(libc, plain, 0)
+    mount(libc, nosuid, MS_NOSUID)
+    files = list(make_files(draw, plain, nosuid))
+    everything = read_state().permitted
+    found = [execute(libc, draw.choice(files), draw.getrandbits(64), everything) for _ in range(int(count))]
+    sys.stdout.buffer.write(pickle.dumps([tuple(one) for one in found]))
+
+
+def own_mounts(libc: ctypes.CDLL) -> None:
+    """A mount namespace from which nothing gets out."""
+    check(libc.unshare(ctypes.c_int(CLONE_NEWNS)), "unshare")
+    check(libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None), "making mounts private")
+
+
+def mount(libc: ctypes.CDLL, folder: Path, flags: int) -> None:
+    folder.mkdir()
+    done = libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", ctypes.c_ulong(flags), b"mode=755")
+    check(done, f"mounting {folder}")
+
+
+def check(result: int, what: str) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), what)
+
+
+def make_files(draw: random.Random, plain: Path, nosuid: Path) -> Iterator[File]:
+    """Programs with random modes, owners and capabilities, and scripts that they interpret."""
+    interpreters: list[Path] = []
+    for number in range(FILES):
+        path = draw.choices((plain, nosuid), (5, 1))[0] / str(number)
+        if interpreters and draw.random() < 0.2:
+            path.write_text(f"#!{draw.choice(interpreters)} argument\n")
+        else:
+            path.write_bytes(program())
+        interpreters.append(path)
+        decorate(draw, path)
+        yield File.of(str(path))
+
+
+def decorate(draw: random.Random, path: Path) -> None:
+    mode = 0o755
+    mode |= stat.S_ISUID * (draw.random() < 0.4)
+    mode |= stat.S_ISGID * (draw.random() < 0.3)
+    group = draw.choice(GIDS)
+    if draw.random() < 0.15:
+        mode &= ~stat.S_IXGRP
+        group = NOBODYS_GROUP  # its members could not execute it
+    os.chown(path, draw.choice(UIDS), group)
+    path.chmod(mode)
+    if draw.random() < 0.5:
+        capabilities = FileCapabilities(
+            permitted=some(draw, ALL),
+            inheritable=some(draw, ALL),
+            effective=draw.random() < 0.4,
+            rootid=draw.choice((None, None, None, 0, 1000)),
+        )
+        write_file_capabilities(str(path), capabilities)
+
+
+def some(draw: random.Random, capabilities: Capabilities) -> Capabilities:
+    """None of them, all, a few, or all but a few."""
+    few = Capabilities(draw.getrandbits(64) & draw.getrandbits(64) & draw.getrandbits(64))
+    return draw.choice((Capabilities(), ALL, few, few, ALL - few)) & capabilities
+
+
+def become(libc: ctypes.CDLL, draw: random.Random, everything: Capabilities) -> None:
+    """Let the calling thread have a random state within what it has."""
+    set_securebits(SECBIT_NO_SETUID_FIXUP)  # so that ids and capabilities can be set each by itself
+    set_groups(draw.sample(GIDS, draw.randrange(len(GIDS))))
+    alike = draw.random() < 0.6
+    gid, uid = draw.choice(GIDS), draw.choice(UIDS)
+    set_gids(gid, gid if alike else draw.choice(GIDS), gid if alike else draw.choice(GIDS))
+    set_uids(uid, uid if alike else draw.choice(UIDS), uid if alike else draw.choice(UIDS))
+    if draw.random() < 0.2:
+        libc.setfsgid(draw.choice(GIDS))  # of this thread alone, of which there is one
+    if draw.random() < 0.2:
+        libc.setfsuid(draw.choice(UIDS))
+    permitted, inheritable, bounding = some(draw, everything), some(draw, everything), some(draw, everything)
+    effective = some(draw, permitted)
+    set_capabilities(everything, everything, inheritable)
+    set_ambient(some(draw, permitted & inheritable))
+    drop_bounding(bounding)
+    securebits = draw.choice((0, 0, 0, SECBIT_KEEP_CAPS, draw.getrandbits(8)))
+    set_securebits(securebits & ALL_SECUREBITS)
+    set_capabilities(permitted, effective, inheritable)
+    if draw.random() < 0.3:
+        set_no_new_privs()
+
+
+def execute(libc: ctypes.CDLL, file: File, seed: int, everything: Capabilities) -> Execution:
+    """In a child with a state drawn by ``seed``."""
+    called = (file.scripts[0] if file.scripts else file).path
+    reading, writing = os.pipe()
+    pid = posix.fork()
+    if pid == 0:
+        become_and_execute(libc, called, random.Random(seed), everything, writing)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        told = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    length = struct.unpack("<I", told[:4])[0]
+    before, rest = state(told[4 : 4 + length]), told[4 + length :]
+    if status >= FAILED:
+        return Execution(before, file, None, status - FAILED)
+    if status != 0:
+        raise RuntimeError(f"a child that should have executed {file} ended with {status}: {told!r}")
+    return Execution(before, file, state(rest), None)
+
+
+def become_and_execute(
+    libc: ctypes.CDLL, path: str, draw: random.Random, everything: Capabilities, writing: int
+) -> NoReturn:
+    """Never returns. Where execve fails, it ends with its errno and `FAILED`."""
+    try:
+        become(libc, draw, everything)
+        os.dup2(writing, 1)
+        told = Path("/proc/thread-self/status").read_bytes()
+        told += struct.pack("<I", syscall("prctl", PR_GET_SECUREBITS))
+        os.write(1, struct.pack("<I", len(told)) + told)
+        try:
+            posix.execv(path, [path])
+        except OSError as error:
+            os._exit(FAILED + (error.errno or 0))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def state(told: bytes) -> State:
+    return parse_status(told[:-4], struct.unpack("<I", told[-4:])[0])
+
+
+if __name__ == "__main__":
+    main()
