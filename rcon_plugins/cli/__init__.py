@@ -1,0 +1,1 @@
+"""The commands. Only they print and exit."""

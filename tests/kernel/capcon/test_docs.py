@@ -1,0 +1,39 @@
+"""The commands in docs/capcon.md and README.md run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+LASTING = ("http.server", "make -C")  # servers, and what needs files of its own
+FEWEST = 9
+
+
+def test_commands_of_the_documentation(everybodys: Path, python: str) -> None:
+    lines = [
+        line
+        for page in (ROOT / "README.md", ROOT / "docs/capcon.md")
+        for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.M | re.S)
+        for line in block.splitlines()
+        if "capcon" in line and not any(word in line for word in LASTING)
+    ]
+    assert len(lines) >= FEWEST
+    path = f"{everybodys}:{Path(python).parent}:{os.environ['PATH']}"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "work").mkdir()
+        for line in lines:
+            done = subprocess.run(
+                ["bash", "-euc", line],
+                cwd=folder,
+                env={**os.environ, "PATH": path},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            expected = 1 if line.endswith("-- su") else 0  # su is setuid: it would not hold what was asked
+            assert (done.returncode, done.stderr) == (expected, ""), line
+        assert Path(folder, "work/file").read_text() == "done\n"
