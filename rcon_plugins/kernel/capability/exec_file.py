@@ -108,10 +108,14 @@ def _interpreter(path: str) -> str | None:
     line, newline, _ = start[2:].partition(b"\n")
     words = line.replace(b"\t", b" ").split(b"\0")[0].strip(b" ")
     name, more, _ = words.partition(b" ")
-    if not name or not (newline or more or len(start) < _FIRST_BYTES):
+    whole = newline or len(start) < _FIRST_BYTES  # else there may be more of it
+    if not name or not (whole or more):
+        # A file that ends there has the empty path for an interpreter, which is a directory.
+        number = errno.ENOEXEC if newline or not whole else errno.EACCES
         raise KernelError(
             f"{path}: no whole path after #! in the first {_FIRST_BYTES} bytes",
-            errno=errno.ENOEXEC,
+            errno=number,
             path=path,
+            hint="name an interpreter there",
         )
     return os.fsdecode(name)
