@@ -58,6 +58,10 @@ class Asked:
             raise click.UsageError(
                 "--read-only and --write need --no-new-privs, or a setuid program could be led astray: add it"
             )
+        if "" in (*read_only, *write):
+            raise click.UsageError(
+                "--read-only or --write has an empty path: name one, . is the working directory"
+            )
         keep = parse_capabilities(caps) if caps or drop_all or user is not None else None
         return cls(
             command=command,

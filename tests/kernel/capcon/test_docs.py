@@ -1,12 +1,15 @@
-"""The commands in docs/capcon.md and README.md run."""
+"""The commands in docs/capcon.md and README.md run, and the example does what it says."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+from tests.kernel.capcon.command import NOBODY
 
 ROOT = Path(__file__).resolve().parents[3]
 LASTING = ("http.server", "make -C")  # servers, and what needs files of its own
@@ -37,3 +40,35 @@ def test_commands_of_the_documentation(everybodys: Path, python: str) -> None:
             expected = 1 if line.endswith("-- su") else 0  # su is setuid: it would not hold what was asked
             assert (done.returncode, done.stderr) == (expected, ""), line
         assert Path(folder, "work/file").read_text() == "done\n"
+
+
+def test_layers_of_the_example(everybodys: Path) -> None:
+    """As an ordinary user, and one who may not write the folder with the script."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        script = shutil.copy(ROOT / "examples/capcon/layers.sh", folder)
+        scratch = Path(folder, "tmp")
+        scratch.mkdir()
+        scratch.chmod(0o777)
+        done = subprocess.run(
+            ["sh", script],
+            env={"PATH": f"{everybodys}:{os.environ['PATH']}", "TMPDIR": str(scratch)},
+            user=NOBODY,
+            group=NOBODY,
+            extra_groups=[],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    answers = [line.split() for line in done.stdout.splitlines()]
+    assert len(answers) == 12
+    assert [(words[0], words[3]) for words in answers if words[-1] == "yes"] == [
+        ("user", "."),
+        ("user", "job"),
+        ("user", "job/scratch"),
+        ("job", "job"),
+        ("job", "job/scratch"),
+        ("helper", "job/scratch"),
+        ("greedy", "job"),
+        ("greedy", "job/scratch"),
+    ]
