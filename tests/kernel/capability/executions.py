@@ -1,8 +1,8 @@
 """Random states, random files, and what the kernel made of one executing the other.
 
 `python -m tests.kernel.capability.executions DIRECTORY SEED COUNT` writes them, pickled. It is a lean process with
-mounts of its own: it makes the files, and forks a child for each execution. The child sets its state, tells it, and
-executes the file, which tells what it has become (probe.py).
+mounts of its own: it makes the files, and for each execution a thread that takes a state and executes the file, which
+tells what it has become (probe.py).
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
-import posix
 import random
 import stat
 import struct
 import sys
-import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from rcon_plugins.kernel.capability import (
     SECBIT_KEEP_CAPS,
@@ -38,7 +37,6 @@ from rcon_plugins.kernel.capability import (
 )
 from rcon_plugins.kernel.capability.exec_file import File
 from rcon_plugins.kernel.capability.state import parse_status, read_state
-from rcon_plugins.kernel.syscalls import PR_GET_SECUREBITS, syscall
 from tests.kernel.capability.probe import program
 
 UIDS = (0, 0, 1000, 1001, 65534)
@@ -49,7 +47,6 @@ ALL = Capabilities((1 << 64) - 1)
 ALL_SECUREBITS = 0xFF
 MS_NOSUID, MS_REC, MS_PRIVATE = 0x2, 0x4000, 0x40000
 CLONE_NEWNS = 0x20000
-FAILED = 100  # an exit status from here on is an errno and this
 
 
 class Execution(NamedTuple):
@@ -58,7 +55,7 @@ class Execution(NamedTuple):
     before: State
     file: File
     after: State | None
-    error: int | None
+    error: int | None = None
 
 
 def main() -> None:
@@ -157,47 +154,33 @@ def become(libc: ctypes.CDLL, draw: random.Random, everything: Capabilities) -> 
 
 
 def execute(libc: ctypes.CDLL, file: File, seed: int, everything: Capabilities) -> Execution:
-    """In a child with a state drawn by ``seed``."""
-    called = (file.scripts[0] if file.scripts else file).path
-    reading, writing = os.pipe()
-    pid = posix.fork()
-    if pid == 0:
-        become_and_execute(libc, called, random.Random(seed), everything, writing)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    length = struct.unpack("<I", told[:4])[0]
-    before, rest = state(told[4 : 4 + length]), told[4 + length :]
-    if status >= FAILED:
-        return Execution(before, file, None, status - FAILED)
-    if status != 0:
-        raise RuntimeError(f"a child that should have executed {file} ended with {status}: {told!r}")
-    return Execution(before, file, state(rest), None)
+    """From a thread with a state drawn by ``seed``, that ends with it.
+
+    A new process is as the thread that starts it, and posix_spawn(3) needs no copy of this process, as fork would.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(become_and_execute, libc, file, random.Random(seed), everything).result()
 
 
 def become_and_execute(
-    libc: ctypes.CDLL, path: str, draw: random.Random, everything: Capabilities, writing: int
-) -> NoReturn:
-    """Never returns. Where execve fails, it ends with its errno and `FAILED`."""
-    try:
-        become(libc, draw, everything)
-        os.dup2(writing, 1)
-        told = Path("/proc/thread-self/status").read_bytes()
-        told += struct.pack("<I", syscall("prctl", PR_GET_SECUREBITS))
-        os.write(1, struct.pack("<I", len(told)) + told)
+    libc: ctypes.CDLL, file: File, draw: random.Random, everything: Capabilities
+) -> Execution:
+    become(libc, draw, everything)
+    before = read_state()
+    called = (file.scripts[0] if file.scripts else file).path
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as pipe:
         try:
-            posix.execv(path, [path])
+            pid = os.posix_spawn(called, [called], {}, file_actions=[(os.POSIX_SPAWN_DUP2, writing, 1)])
         except OSError as error:
-            os._exit(FAILED + (error.errno or 0))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
-
-
-def state(told: bytes) -> State:
-    return parse_status(told[:-4], struct.unpack("<I", told[-4:])[0])
+            return Execution(before, file, None, error.errno)
+        finally:
+            os.close(writing)
+        told = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status != 0:
+        raise RuntimeError(f"the probe {file} ended with {status}: {told!r}")
+    return Execution(before, file, parse_status(told[:-4], struct.unpack("<I", told[-4:])[0]))
 
 
 if __name__ == "__main__":
