@@ -81,6 +81,14 @@ class Plan(NamedTuple):
             verdict.check(self.settings.file)
             check_identity(verdict.policy, self.settings.file)
 
+    def warnings(self) -> list[str]:
+        """One sentence for each policy whose boundary this kernel cannot make as strong as it should be."""
+        return [
+            f"policy {name}: {verdict.caveat}"
+            for name, verdict in self.verdicts.items()
+            if verdict.isolation == "process" and verdict.caveat is not None
+        ]
+
     @property
     def uses_threads(self) -> bool:
         """Whether threads of the server will enter cgroups, for which the server must live in the instance."""
@@ -169,8 +177,11 @@ class Manager:
         try:
             self.plan = self.plan.within(instance.hierarchy)
             self.plan.check()
-            if self._owns_instance and self.plan.wants_adoption(instance):
-                instance.adopt()
+            if self._owns_instance:
+                for warning in self.plan.warnings():
+                    LOGGER.warning("%s", warning)
+                if self.plan.wants_adoption(instance):
+                    instance.adopt()
             self._slots = Slots(instance.locks)
             if self.plan.uses_processes and service is not None:
                 make_room_for_descriptors(self.settings.processes)

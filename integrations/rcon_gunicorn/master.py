@@ -51,6 +51,8 @@ class Master:
         plan.within(instance.hierarchy).check()
         master._adopt(plan)
         server.log.info("rcon: %s confines requests, cgroups are in %s", path, instance.path)
+        for warning in plan.warnings():
+            server.log.warning("rcon: %s", warning)
         _warn_of_what_stays_outside(server)
         return master
 

@@ -49,7 +49,8 @@ def new_process(environ: dict[str, Any], start_response: StartResponse) -> Itera
             os._exit(0)
     os.close(theirs)
     with os.fdopen(ours, "rb") as pipe:
-        status, *headers, body = pipe.read().split(b"\n")
+        head, _, body = pipe.read().partition(b"\n\n")
+    status, *headers = head.split(b"\n")
     posix.waitpid(pid, 0)
     pairs = [tuple(header.decode().split(": ", 1)) for header in headers]
     start_response(status.decode(), pairs)  # type: ignore[arg-type]
@@ -65,4 +66,4 @@ def _tell(pipe: int, run: Callable[[StartResponse], Iterable[bytes]]) -> None:
         return said.append
 
     body = b"".join(run(begin))
-    os.write(pipe, b"\n".join([*said, body]))
+    os.write(pipe, b"\n".join(said) + b"\n\n" + body)

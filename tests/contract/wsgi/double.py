@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from rcon_plugins.admission import ThreadAdmission
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
+from rcon_plugins.executors.thread import ThreadExecutors
 from rcon_plugins.outcome import Ending, Outcome
 from rcon_plugins.work import Work
 
@@ -141,6 +143,7 @@ class Manager:
         self.works: list[Work] = []
         self._service: Any = None
         self._idle: list[Executor] = []
+        self._threads = ThreadExecutors(16)
         self._lock = threading.Lock()
 
     def start(self, service: Callable[[Channel, Frame], None]) -> None:
@@ -148,21 +151,32 @@ class Manager:
         if self.isolation == "process":
             self._idle.append(Executor(service, []))
 
-    def admit(self, work: Work) -> Admission:
+    def admit(self, work: Work) -> Admission | ThreadAdmission:
         self.works.append(work)
         if self.refuse is not None:
             raise self.refuse
         if self.isolation == "inline":
             return Admission(self, None)
+        if self.isolation == "thread":
+            confinement: Any = SimpleNamespace(
+                policy=Admission.policy, key=None, name="double", settle=lambda identity: None
+            )
+            host: Any = self
+            return ThreadAdmission(host, work, confinement, None, None, self._threads)
         with self._lock:
             executor = self._idle.pop() if self._idle else Executor(self._service, self._idle)
         return Admission(self, executor)
+
+    def concluded(self, work: Work, confinement: Any, slot: int | None, outcome: Outcome) -> None:
+        """A thread's own admission tells its outcome."""
+        self.outcomes.append(self.verdict(outcome))
 
     def give_back(self, executor: Executor) -> None:
         with self._lock:
             self._idle.append(executor)
 
     def close(self) -> None:
+        self._threads.close()
         while self._idle:
             executor = self._idle.pop()
             executor.channel.close()

@@ -1,7 +1,8 @@
 """Serve the applications of `apps`, or those of `long_apps`, on a free port of 127.0.0.1, and print that port.
 
-``python -m tests.contract.wsgi.serve SERVER MODE``: SERVER is wsgiref or gunicorn, MODE is direct, inline or
-process; with ``-validated`` behind it, wsgiref.validate stands on both sides; with ``-long``, it is `long_apps`.
+``python -m tests.contract.wsgi.serve SERVER MODE``: SERVER is wsgiref or gunicorn, MODE is direct, inline,
+thread or process; with ``-validated`` behind it, wsgiref.validate stands on both sides; with ``-long``, it is
+`long_apps`.
 How each work ended is logged.
 """
 

@@ -1,4 +1,4 @@
-"""A client cannot tell whether an application is confined, inline or in a process, or not at all."""
+"""A client cannot tell whether an application is confined, inline, in a thread or in a process, or not at all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 ALL = [(server, name) for name, case in CASES.items() for server in case.servers]
 
 
-@pytest.mark.parametrize("mode", ["inline", "process"])
+@pytest.mark.parametrize("mode", ["inline", "thread", "process"])
 @pytest.mark.parametrize(("server", "name"), ALL)
 def test_answers_are_the_same(serve: Serve, server: str, name: str, mode: str) -> None:
     case = CASES[name]
@@ -46,7 +46,7 @@ def test_answers_are_the_same(serve: Serve, server: str, name: str, mode: str) -
     assert comparable(confined, framing=case.framing) == comparable(direct, framing=case.framing)
 
 
-@pytest.mark.parametrize("mode", ["inline", "process"])
+@pytest.mark.parametrize("mode", ["inline", "thread", "process"])
 @pytest.mark.parametrize(("server", "name"), [(server, name) for server, name in ALL if CASES[name].valid])
 def test_nothing_for_the_validator_to_complain_about(serve: Serve, server: str, name: str, mode: str) -> None:
     """wsgiref.validate stands between server and middleware, and between middleware and application."""
@@ -59,7 +59,7 @@ def test_nothing_for_the_validator_to_complain_about(serve: Serve, server: str, 
     assert "AssertionError" not in served.log.read_text()
 
 
-@pytest.mark.parametrize("mode", ["inline", "process"])
+@pytest.mark.parametrize("mode", ["inline", "thread", "process"])
 @pytest.mark.parametrize("server", ["wsgiref", "gunicorn"])
 def test_what_the_application_logs_is_in_the_servers_log(serve: Serve, server: str, mode: str) -> None:
     served = serve(server, mode)
@@ -68,7 +68,7 @@ def test_what_the_application_logs_is_in_the_servers_log(serve: Serve, server: s
     assert served.log_has(f"{owner}<errors: caf\u00e9 and more>\n{owner}<errors without an end>")
 
 
-@pytest.mark.parametrize("mode", ["inline", "process"])
+@pytest.mark.parametrize("mode", ["inline", "thread", "process"])
 @pytest.mark.parametrize("server", ["wsgiref", "gunicorn"])
 @pytest.mark.parametrize("name", ["error-at-once", "error-in-the-stream", "error-in-close"])
 def test_the_applications_errors_are_in_the_servers_log(
