@@ -29,8 +29,6 @@ CASES = {
     "one capability": ("--user", "nobody", "--cap", "net_raw"),
     "three, and no_new_privs": ("--user", "nobody", "--cap", "net_raw,kill,chown", "--no-new-privs"),
     "root with one": ("--user", "root", "--cap", "kill"),
-    "the caller with one": ("--cap", "net_raw"),
-    "nothing": ("--drop-all",),
     "nothing said": (),
 }
 PROGRAMS = ("plain", "script", "setuid", "setgid", "with file capabilities", "that take nothing")
