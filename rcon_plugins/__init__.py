@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from rcon_plugins.hookspecs import hookimpl
     from rcon_plugins.isolation import Server, Verdict
     from rcon_plugins.limits import Each, IoLimits, Limits
-    from rcon_plugins.manager import Manager, Plan
+    from rcon_plugins.manager import Manager
     from rcon_plugins.outcome import Outcome
+    from rcon_plugins.plan import Plan
     from rcon_plugins.policy import Policy
     from rcon_plugins.settings import Settings, load
     from rcon_plugins.usage import Usage
@@ -51,7 +52,7 @@ _HOMES = {
     "Limits": "limits",
     "Manager": "manager",
     "Outcome": "outcome",
-    "Plan": "manager",
+    "Plan": "plan",
     "Policy": "policy",
     "Server": "isolation",
     "Settings": "settings",

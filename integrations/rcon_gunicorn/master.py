@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rcon_gunicorn.workers import server_traits
 from rcon_plugins.errors import RconError
 from rcon_plugins.instance import Instance
-from rcon_plugins.manager import Plan
+from rcon_plugins.plan import Plan
 from rcon_plugins.privileges import keep, needed, settle
 from rcon_plugins.settings import Settings, load
 
