@@ -19,6 +19,7 @@ from rcon_plugins.kernel.capability.state import (
     read_state,
 )
 from rcon_plugins.kernel.capability.thread import (
+    check_id,
     drop_bounding,
     set_ambient,
     set_capabilities,
@@ -124,6 +125,10 @@ def _check(now: State, identity: Identity | None, keep: Capabilities, ambient: b
 
 
 def _check_identity(now: State, identity: Identity, keep: Capabilities) -> None:
+    check_id(identity.uid, "drop", "uid")
+    check_id(identity.gid, "drop", "gid")
+    for group in identity.groups:
+        check_id(group, "drop", "group")
     uids, gids = now.uids, now.gids
     missing = []
     if CAP_SETUID not in now.permitted and identity.uid not in uids[:3]:

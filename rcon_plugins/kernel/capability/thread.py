@@ -180,7 +180,7 @@ def set_groups(groups: Iterable[int]) -> None:
     """
     wanted = tuple(groups)
     for group in wanted:
-        _check_id(group, "setgroups", "group")
+        check_id(group, "setgroups", "group")
     if len(wanted) > _MOST_GROUPS:
         raise CapabilityError(
             f"{len(wanted)} supplementary groups are too many",
@@ -204,7 +204,7 @@ def set_groups(groups: Iterable[int]) -> None:
 def _set_ids(call: str, what: str, name: str, capability: int, ids: tuple[int, int, int]) -> None:
     for number in ids:
         if number != -1:
-            _check_id(number, call, what.removesuffix("s"))
+            check_id(number, call, what.removesuffix("s"))
     try:
         syscall(call, *ids)
     except KernelError as error:
@@ -213,7 +213,8 @@ def _set_ids(call: str, what: str, name: str, capability: int, ids: tuple[int, i
         _refuse_ids(error, what, name, "(" + ", ".join("unchanged" if n == -1 else str(n) for n in ids) + ")")
 
 
-def _check_id(number: int, call: str, what: str) -> None:
+def check_id(number: int, call: str, what: str) -> None:
+    """Raise `CapabilityError` where that is no id: -1 would leave it as it is."""
     if not 0 <= number < _NO_ID:
         raise CapabilityError(
             f"{number} is not a {what}", errno=errno.EINVAL, path=call, hint=f"from 0 to {_NO_ID - 1}"

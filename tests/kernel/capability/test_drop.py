@@ -264,6 +264,9 @@ REFUSED = [
         {"ambient": True},
         "SECBIT_NO_CAP_AMBIENT_RAISE is set",
     ),
+    (int, (Identity(-1, 5),), {}, "-1 is not a uid"),
+    (int, (Identity(5, 4294967295),), {}, "4294967295 is not a gid"),
+    (int, (Identity(5, 5, (-1,)),), {}, "-1 is not a group"),
     (unbound, (TENANT, KEPT), {"ambient": True}, "neither inheritable nor in the bounding set"),
 ]  # fmt: skip
 
