@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := examples/tenants/demo.py
+CUSTOMERS := examples/customers/show.py
 SOURCES := rcon_plugins integrations tests examples
 
 # What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them.
@@ -11,7 +12,7 @@ DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs f
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test lint bench clean root debian \
+.PHONY: help demo demo-customers serve test lint bench clean root debian \
 	test-unit test-contract test-integrations test-kernel test-vm
 
 help: ## list the targets
@@ -19,6 +20,9 @@ help: ## list the targets
 
 demo: $(VENV)/.run ## four tenants on one gunicorn, without and with confinement, and a table (root; under a minute)
 	@$(BIN)/python $(DEMO)
+
+demo-customers: $(VENV)/.run ## three customers on one gunicorn, each under its own user, and a table (root; seconds)
+	@$(BIN)/python $(CUSTOMERS)
 
 serve: $(VENV)/.run ## leave the demo's confined server running, until Ctrl-C
 	@$(BIN)/python $(DEMO) --serve

@@ -1,0 +1,398 @@
+"""Three customers on one gunicorn, each under its own user: ``python examples/customers/show.py``, as root.
+
+The same requests are made three times: without an identity, with ``isolation = "thread"`` and with ``"process"``.
+
+Exits with 0 if everything is as it should be, 1 if not, and 2 where it cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import http.client
+import importlib.util
+import json
+import os
+import pwd
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rcon_plugins import Plan
+from rcon_plugins import Server as Traits
+from rcon_plugins.errors import RconError
+from rcon_plugins.kernel.cgroup import Hierarchy, find_base
+from rcon_plugins.settings import from_mapping
+
+HERE = Path(__file__).resolve().parent
+NAMES = ("anna", "berta", "clara")
+FIRST_UID = 61001
+LOW_UID = 99  # below `min_uid`, which is 100 where nothing else is written
+ISOLATIONS = ("none", "thread", "process")
+
+CLIENTS = 2  # for each customer
+ROUNDS = 12  # of each client: every errand once
+THREADS = 8
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MARKS = {None: "", True: "✓", False: "✗"}
+#: Seconds until an answer, and until the server serves.
+PATIENCE = 20.0
+
+
+class CannotRun(Exception):
+    """Raised when this machine or this user cannot run the example; says what to do."""
+
+
+@dataclass
+class Row:
+    """What was seen of one customer under one isolation."""
+
+    customer: str
+    isolation: str
+    uid: int
+    uids: set[int] = field(default_factory=set)
+    gids: set[int] = field(default_factory=set)
+    capabilities: set[str] = field(default_factory=set)
+    own: set[str] = field(default_factory=set)
+    neighbour: set[str] = field(default_factory=set)
+    shadow: set[str] = field(default_factory=set)
+    wrote: int = 0
+    owners: Counter[str] = field(default_factory=Counter)
+    requests: int = 0
+    wrong: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def p50(self) -> float | None:
+        """The median latency, milliseconds."""
+        return sorted(self.seconds)[len(self.seconds) // 2] * 1000 if self.seconds else None
+
+    @property
+    def good(self) -> bool | None:
+        """Whether all is as it should be; None without an identity, where there is nothing to hold."""
+        if self.isolation == "none":
+            return None
+        return (
+            self.uids == self.gids == {self.uid}
+            and self.capabilities == {"none"}
+            and self.own == {"yes"}
+            and self.neighbour == {"EACCES"}
+            and self.shadow in ({"EACCES"}, {"ENOENT"})
+            and self.wrote > 0
+            and self.owners == {f"{self.uid}:{self.uid} 640": self.wrote}
+            and not self.wrong
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row for ``--json``."""
+        row = {name: sorted(v) if isinstance(v, set) else v for name, v in vars(self).items()}
+        del row["seconds"]
+        return {**row, "p50_ms": self.p50, "good": self.good}
+
+
+class Srv:
+    """A temporary directory with the customers' folders, and some that nobody may be served as the owner of."""
+
+    def __init__(self) -> None:
+        taken = {entry.pw_uid for entry in pwd.getpwall()}
+        uids = (uid for uid in range(FIRST_UID, 65000) if uid not in taken)
+        self.customers = {f"{name}.example": next(uids) for name in NAMES}
+        self.unserved = {
+            "nobody.example": "there is no folder",
+            "root.example": "the folder is root's",
+            "low.example": f"the folder is that of uid {LOW_UID}",
+        }
+        self.path = Path(tempfile.mkdtemp(prefix="rcon-customers-"))
+
+    def fill(self) -> None:
+        """Make the folders. Raises `CannotRun` where the customers could not come to them."""
+        self.path.chmod(0o755)
+        for parent in self.path.parents:
+            if not parent.stat().st_mode & 0o001:
+                raise CannotRun(f"the customers may not pass {parent}: set TMPDIR to a directory open to all")
+        try:
+            for host, uid in {**self.customers, "root.example": 0, "low.example": LOW_UID}.items():
+                self._folder(host, uid)
+        except OSError as error:
+            raise CannotRun(f"no folder can be given to others, which takes CAP_CHOWN: {error}") from None
+
+    def _folder(self, host: str, uid: int) -> None:
+        folder = self.path / host
+        folder.mkdir()
+        secret = folder / "secret.txt"
+        secret.write_text(f"the secret of {host}\n")
+        for path, mode in ((secret, 0o640), (folder, 0o750)):
+            os.chown(path, uid, uid)
+            path.chmod(mode)
+
+    def take_written(self, host: str) -> Counter[str]:
+        """Who owns what was written into the folder, and with which mode; takes it away."""
+        found = {file: file.stat() for file in (self.path / host).glob("written-*")}
+        for file in found:
+            file.unlink()
+        return Counter(f"{s.st_uid}:{s.st_gid} {s.st_mode & 0o7777:o}" for s in found.values())
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        shutil.rmtree(self.path)
+
+
+class Server:
+    """One gunicorn with the application; confined, unless the isolation is "none"."""
+
+    def __init__(self, srv: Srv, isolation: str) -> None:
+        self.log_file = srv.path / f"{isolation}.log"
+        command = [sys.executable, "-m", "gunicorn", "app:app", "--chdir", str(HERE), "--no-control-socket"]
+        command += ["--worker-class", "gthread", "--threads", str(THREADS), "--graceful-timeout", "5"]
+        environ = {**os.environ, "CUSTOMERS": str(srv.path)}
+        if isolation != "none":
+            settings = srv.path / f"{isolation}.toml"
+            settings.write_text(policy(srv.path, isolation))
+            command += ["--config", "python:rcon_gunicorn.conf"]
+            environ["RCON_SETTINGS"] = str(settings)
+        with socket.create_server(("127.0.0.1", 0), backlog=256) as listener, self.log_file.open("wb") as log:
+            self._port: int = listener.getsockname()[1]
+            command += ["--bind", f"fd://{listener.fileno()}"]
+            self._process = subprocess.Popen(
+                command,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+
+    def connect(self) -> contextlib.closing[http.client.HTTPConnection]:
+        """A connection to it, as a context manager."""
+        return contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE))
+
+    def wait_until_served(self, host: str) -> None:
+        """Return when a request is answered with 200. Raises `RuntimeError` where none is."""
+        deadline = time.monotonic() + PATIENCE
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with self.connect() as connection:
+                if ask(connection, host, "/whoami")[0] == "200":
+                    return
+            time.sleep(0.05)
+        raise RuntimeError(f"the server does not serve:\n{self.log_file.read_text(errors='replace')}")
+
+    def forbidden(self, host: str) -> str:
+        """Why the log says that requests of this host were refused."""
+        for line in self.log_file.read_text(errors="replace").splitlines():
+            _, start, rest = line.partition('{"event"')
+            told = json.loads(start + rest) if start else {}
+            if told.get("event") == "forbidden" and told.get("key") == host:
+                return str(told.get("detail", ""))
+        return ""
+
+    def stop(self) -> None:
+        """End it, gracefully first."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def policy(directory: Path, isolation: str) -> str:
+    """The policy file with this directory and isolation in their places."""
+    text = (
+        (HERE / "rcon.toml")
+        .read_text()
+        .replace('"owner:/srv/{host}"', json.dumps(f"owner:{directory}/{{host}}"))
+    )
+    return text.replace('isolation = "process"', f'isolation = "{isolation}"')
+
+
+def ask(connection: http.client.HTTPConnection, host: str, path: str) -> tuple[str, dict[str, Any]]:
+    """One request: its status, or "none" where no answer came; and what the answer says."""
+    try:
+        connection.request("GET", path, headers={"Host": host})
+        response = connection.getresponse()
+        return str(response.status), json.loads(response.read())
+    except (OSError, http.client.HTTPException, ValueError):
+        connection.close()
+        return "none", {}
+
+
+def visit(server: Server, srv: Srv, isolation: str) -> list[Row]:
+    """Several clients for each customer, all at once, every errand once a round and in any order."""
+    rows = [Row(host, isolation, uid) for host, uid in srv.customers.items()]
+    lock = threading.Lock()
+
+    def client(row: Row, seed: int) -> None:
+        neighbours = [other.customer for other in rows if other is not row]
+        errands = ["/whoami", f"/read?of={row.customer}/secret.txt", "/read?of=/etc/shadow", "/write"]
+        errands += [f"/read?of={neighbour}/secret.txt" for neighbour in neighbours]
+        chance = random.Random(seed)
+        with server.connect() as connection:
+            for _ in range(ROUNDS):
+                for path in chance.sample(errands, len(errands)):
+                    start = time.monotonic()
+                    status, answer = ask(connection, row.customer, path)
+                    with lock:
+                        row.seconds.append(time.monotonic() - start)
+                        note(row, path, status, answer)
+                    if not answer:
+                        return  # the server is gone
+
+    work = [(row, seed) for row in rows for seed in range(CLIENTS)]
+    threads = [threading.Thread(target=client, args=one, daemon=True) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for row in rows:
+        row.owners = srv.take_written(row.customer)
+    return rows
+
+
+def note(row: Row, path: str, status: str, answer: dict[str, Any]) -> None:
+    """Add one answer to what was seen."""
+    row.requests += 1
+    match path.partition("?of=")[::2], answer:
+        case ("/whoami", _), {"uids": uids, "gids": gids, "capabilities": capabilities}:
+            row.uids.update(uids)
+            row.gids.update(gids)
+            row.capabilities.add("some" if any(capabilities.values()) else "none")
+        case ("/write", _), {"file": _}:
+            row.wrote += 1
+        case ("/read", file), ({"bytes": _} | {"error": _}) if status in ("200", "403"):
+            whose = {f"{row.customer}/secret.txt": row.own, "/etc/shadow": row.shadow}
+            whose.get(file, row.neighbour).add(str(answer.get("error", "yes")))
+        case _:
+            row.wrong[f"{path}: {status} {answer.get('error', '')}".rstrip()] += 1
+
+
+def show(srv: Srv) -> tuple[list[Row], list[dict[str, Any]]]:
+    """All isolations, one after the other."""
+    rows: list[Row] = []
+    refused: list[dict[str, Any]] = []
+    for number, isolation in enumerate(ISOLATIONS, 1):
+        how = "without an identity" if isolation == "none" else f'isolation = "{isolation}"'
+        say(f"  {number}/{len(ISOLATIONS)}  {how} …")
+        server = Server(srv, isolation)
+        try:
+            server.wait_until_served(next(iter(srv.customers)))
+            rows += visit(server, srv, isolation)
+            for host, why in srv.unserved.items() if isolation != "none" else ():
+                with server.connect() as connection:
+                    status, _ = ask(connection, host, "/whoami")
+                found = {"host": host, "why": why, "isolation": isolation, "status": status}
+                found["logged"] = server.forbidden(host)
+                refused.append({**found, "good": status == "403" and bool(found["logged"])})
+        finally:
+            server.stop()
+    return rows, refused
+
+
+def write_table(rows: Sequence[Row], refused: Sequence[dict[str, Any]]) -> None:
+    """Write what was seen."""
+    print()
+    heads = "customer, isolation, uid, capabilities, own secret, neighbour's, /etc/shadow, files written"
+    lines = [[*heads.split(", "), "requests", "p50", ""]]
+    for row in rows:
+        owners = {f"{count} by {owner}" for owner, count in row.owners.items()}
+        seen: list[set[Any]] = [row.uids, row.capabilities, row.own, row.neighbour, row.shadow, owners]
+        cells = [", ".join(str(value) for value in sorted(values)) or "-" for values in seen]
+        p50 = f"{row.p50:.1f} ms" if row.p50 is not None else "-"
+        lines.append([row.customer, row.isolation, *cells, str(row.requests), p50, MARKS[row.good]])
+    columns(lines)
+    print("\n  and hosts that must not be served:\n")
+    columns([[r["host"], r["isolation"], r["status"], r["why"], MARKS[r["good"]]] for r in refused])
+    for row in rows:
+        for what, count in row.wrong.items():
+            print(f"\n  {row.customer}, {row.isolation}: {count} x {what}")
+
+
+def columns(lines: Sequence[Sequence[str]]) -> None:
+    """Write these lines, cell below cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  " + "  ".join(cells).rstrip())
+
+
+def say(text: str) -> None:
+    """Progress, for the person who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def check(srv: Srv) -> None:
+    """Raise `CannotRun` where the policies cannot be enforced."""
+    if importlib.util.find_spec("gunicorn") is None:
+        raise CannotRun("gunicorn is not installed: pip install 'rcon-plugins[gunicorn]'")
+    try:
+        hierarchy = Hierarchy.discover()
+        for isolation in ISOLATIONS[1:]:
+            settings = from_mapping(tomllib.loads(policy(srv.path, isolation)))
+            Plan.make(settings, Traits(threads=True), hierarchy=hierarchy).check()
+        find_base(hierarchy, None)
+    except RconError as error:
+        raise CannotRun(str(error)) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the example."""
+    parser = argparse.ArgumentParser(description="Three customers on one gunicorn, each under its own user.")
+    parser.add_argument("--json", action="store_true", help="write the result as JSON instead of a table")
+    options = parser.parse_args(arguments)
+    for number in SIGNALS:
+        signal.signal(number, _interrupted)
+    try:
+        if os.geteuid() != 0:
+            raise CannotRun("only root may become others; run it as root: sudo make demo-customers")
+        with contextlib.closing(Srv()) as srv:
+            srv.fill()
+            check(srv)
+            say(f"gunicorn, {THREADS} threads; {len(NAMES)} customers, {CLIENTS} clients each, all at once")
+            rows, refused = show(srv)
+    except CannotRun as error:
+        say(f"This cannot be shown here: {error}")
+        return 2
+    except RuntimeError as error:
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        say("\ninterrupted")
+        return 130
+    good = all(row.good is not False for row in rows) and all(one["good"] for one in refused)
+    if options.json:
+        found = {"good": good, "rows": [row.as_dict() for row in rows], "refused": refused}
+        print(json.dumps(found, indent=2))
+    else:
+        write_table(rows, refused)
+        print("\n  everything is as it should be" if good else "\n  not everything is as it should be: see ✗")
+    return 0 if good else 1
+
+
+def _interrupted(*_: object) -> NoReturn:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # clearing up takes seconds, and is not to be interrupted
+    raise KeyboardInterrupt
+
+
+def _end_with_parent() -> None:
+    """Runs in the child: end gracefully when the example itself is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    sys.exit(main())
