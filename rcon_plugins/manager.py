@@ -173,7 +173,7 @@ class Manager:
             policy_name = selected
             policy = self.settings.policies[policy_name]
             key = work.attributes.get(policy.per) if policy.per is not None else None
-            identity = resolve(policy, work.attributes) if policy.wants_identity else None
+            identity = resolve(policy, work.attributes) if policy.user is not None else None
             confinement = self._hold(policy_name, key)
         except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the work does not run
             self._refuse(work, policy_name, key, error)
