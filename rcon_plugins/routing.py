@@ -124,8 +124,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return {name: patterns for name in names if (patterns := getattr(self, name)) is not None}
 
 
-class _Entry(NamedTuple):
-    """A route among the others: its place, its policy, and what an index has not yet answered."""
+class Found(NamedTuple):
+    """A route among the others: its place, from 0, its policy, and what an index has not yet answered."""
 
     order: int
     policy: str
@@ -136,17 +136,22 @@ class Router:
     """Finds the policy of a work among routes. Immutable once made, so any thread may use it."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
-        self._hosts: dict[str, list[_Entry]] = {}
-        self._domains: dict[str, list[_Entry]] = {}
-        self._named: dict[str, dict[str, list[_Entry]]] = {"task": {}, "queue": {}}
-        self._others: list[_Entry] = []
+        self._hosts: dict[str, list[Found]] = {}
+        self._domains: dict[str, list[Found]] = {}
+        self._named: dict[str, dict[str, list[Found]]] = {"task": {}, "queue": {}}
+        self._others: list[Found] = []
         for order, route in enumerate(routes):
             self._add(order, route)
         self._depth = max((domain.count(".") + 1 for domain in self._domains), default=0)
         self._named = {name: index for name, index in self._named.items() if index}
 
     def match(self, work: Work) -> str | None:
-        """The name of the policy of the first route whose conditions ``work`` meets, or None.
+        """The name of the policy of the first route whose conditions ``work`` meets, or None. See `find`."""
+        found = self.find(work)
+        return None if found is None else found.policy
+
+    def find(self, work: Work) -> Found | None:
+        """The first route whose conditions ``work`` meets, or None.
 
         Looks up an attribute of the work only where a route that may still match needs it, and once.
         Whatever the attributes hold, it does not raise.
@@ -154,12 +159,12 @@ class Router:
         attributes = _Attributes(work.attributes)
         for entry in self._candidates(attributes):
             if all((value := attributes[name]) is not None and meets(value) for name, meets in entry.rest):
-                return entry.policy
+                return entry
         return None
 
     def _add(self, order: int, route: Route) -> None:
         conditions = dict(route.conditions())
-        places: list[list[_Entry]] = []
+        places: list[list[Found]] = []
         if "host" in conditions:
             for pattern in set(conditions.pop("host")):
                 if pattern.startswith("*"):
@@ -173,11 +178,11 @@ class Router:
                     break
         rest = tuple((name, _matcher(name, patterns)) for name, patterns in conditions.items())
         for place in places or [self._others]:
-            place.append(_Entry(order, route.policy, rest))
+            place.append(Found(order, route.policy, rest))
 
-    def _candidates(self, attributes: _Attributes) -> Iterator[_Entry]:
+    def _candidates(self, attributes: _Attributes) -> Iterator[Found]:
         """The routes that the indexes leave, in their order."""
-        found: list[list[_Entry]] = []
+        found: list[list[Found]] = []
         if self._hosts or self._domains:
             host = attributes["host"]
             if host is not None:
@@ -190,7 +195,7 @@ class Router:
             found.append(self._others)
         return iter(found[0]) if len(found) == 1 else heapq.merge(*found, key=itemgetter(0))
 
-    def _by_host(self, host: str) -> Iterator[list[_Entry]]:
+    def _by_host(self, host: str) -> Iterator[list[Found]]:
         if host in self._hosts:
             yield self._hosts[host]
         if "" in self._domains:

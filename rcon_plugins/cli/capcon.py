@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from rcon_plugins.cli.ending import BAD_USAGE, OWN_FAILURE, Refused, say
-from rcon_plugins.errors import RconError
+from rcon_plugins.cli.ending import finish
 
 if TYPE_CHECKING:
     from rcon_plugins.cli.asked import Asked
@@ -23,7 +22,6 @@ else:
 
 #: explain: the command would not hold what was asked.
 NOT_AS_ASKED = 1
-INTERRUPTED = 130  # as a shell tells of SIGINT
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -35,23 +33,7 @@ def main() -> NoReturn:
 
 def run_main(arguments: list[str]) -> int:
     """What `main` does, with these arguments; returns the exit status where a command was not run instead."""
-    try:
-        status = capcon.main(arguments, prog_name="capcon", standalone_mode=False)
-    except click.UsageError as error:
-        path = error.ctx.command_path if error.ctx else "capcon"
-        say("capcon", f"{error.format_message().rstrip('.')} ({path} --help)")
-        return BAD_USAGE
-    except Refused as error:
-        say("capcon", error.format_message())
-        return error.status
-    except (RconError, click.ClickException) as error:
-        say("capcon", str(error))
-        return OWN_FAILURE
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return INTERRUPTED
-    return status if isinstance(status, int) else 0
+    return finish(capcon, "capcon", arguments)
 
 
 class Names(Word):

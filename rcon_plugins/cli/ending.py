@@ -6,10 +6,13 @@ import contextlib
 
 import click
 
+from rcon_plugins.errors import RconError
+
 #: As env(1), nohup(1) and chroot(1): the command itself failed and nothing was run; what it was to run cannot be
 #: executed; that was not found.
 OWN_FAILURE, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127
 BAD_USAGE = 2
+INTERRUPTED = 130  # as a shell tells of SIGINT
 
 
 class Refused(click.ClickException):
@@ -24,3 +27,24 @@ def say(program: str, message: str) -> None:
     """One line on standard error, whatever is in ``message``; none where that is closed."""
     with contextlib.suppress(OSError):
         click.echo(f"{program}: {' '.join(message.split())}", err=True)
+
+
+def finish(group: click.Group, program: str, arguments: list[str]) -> int:
+    """Do what the arguments say, and return the exit status; what goes wrong is one line on standard error."""
+    try:
+        status = group.main(arguments, prog_name=program, standalone_mode=False)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else program
+        say(program, f"{error.format_message().rstrip('.')} ({path} --help)")
+        return BAD_USAGE
+    except Refused as error:
+        say(program, error.format_message())
+        return error.status
+    except (RconError, click.ClickException) as error:
+        say(program, str(error))
+        return OWN_FAILURE
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    return status if isinstance(status, int) else 0
