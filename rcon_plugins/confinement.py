@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.inline import InlineExecutor
 from rcon_plugins.isolation import Isolation, Verdict, asked_resources
+from rcon_plugins.kernel.process import own_session_keyring
 from rcon_plugins.slots import first_slot
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ class ThreadedConfinement(Confinement):
         """Confine the calling thread for good: its cgroup, then all that it must give up. Raises `KernelError`."""
         self.enter()
         self._hook.rcon_drop(policy=self.policy, place="thread", identity=identity)
+        if identity is not None:
+            own_session_keyring()
 
     def close(self) -> None:
         """Close the ways in, and remove the cgroup unless threads of another worker are in it."""

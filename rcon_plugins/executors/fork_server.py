@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from rcon_plugins.errors import KernelError
+from rcon_plugins.errors import ConfinementError, KernelError
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.syscalls import poll_readable
@@ -106,7 +106,9 @@ class ForkServer:
         self._server_files = server_files
         self._host_pidfd = -1
         self._pid = 0
-        self._children: dict[int, tuple[int, int]] = {}  # pidfd: number, pid
+        self._children: dict[int, tuple[Birth, int]] = {}  # by pidfd
+        #: Rings when a child ends; and what rings it.
+        self._bell, self._rope = -1, -1
 
     def run(self) -> NoReturn:
         """Serve until the host is gone; then end all there is, and exit."""
@@ -118,6 +120,8 @@ class ForkServer:
             process.take_default_signals()
             self._host_pidfd = os.pidfd_open(self._host)
             self._leave_the_servers_things()
+            process.own_session_keyring()
+            self._bell, self._rope = process.bell_of_children()
             gc.collect()
             gc.freeze()  # what is here now stays shared with every executor process
             self._serve()
@@ -147,9 +151,14 @@ class ForkServer:
         if os.getppid() != self._host:
             return
         while True:
-            ready = poll_readable((control, host, *self._children), None)
-            for pidfd in ready & self._children.keys():
+            ready = poll_readable((control, host, self._bell, *self._children), None)
+            ended = ready & self._children.keys()
+            for pidfd in ended:
                 self._bury(pidfd)
+            if ended or self._bell in ready:
+                process.silence(self._bell)
+                # Work can make children of ours that are none of our executors (clone(2), CLONE_PARENT).
+                process.reap_strangers({pid for _, pid in self._children.values()})
             if host in ready:
                 return
             if control in ready and not self._take_order():
@@ -181,7 +190,7 @@ class ForkServer:
             if pid == 0:
                 self._become_executor(birth, channel_end)
             try:
-                self._children[os.pidfd_open(pid)] = (birth.number, pid)
+                self._children[os.pidfd_open(pid)] = (birth, pid)
             except OSError:
                 os.kill(pid, signal.SIGKILL)  # our own child, not yet reaped: the number is still its own
                 posix.waitpid(pid, 0)
@@ -192,16 +201,16 @@ class ForkServer:
             posix.close(channel_end)
 
     def _kill(self, order: Kill) -> None:
-        for pidfd, (number, pid) in self._children.items():
-            if number == order.number:
+        for pidfd, (birth, pid) in self._children.items():
+            if birth.number == order.number:
                 with contextlib.suppress(KernelError):  # the host kills its cgroup besides
-                    process.kill(pidfd, pid)
+                    process.kill(pidfd, pid, birth.identity.uid if birth.identity is not None else None)
 
     def _bury(self, pidfd: int) -> None:
-        number, pid = self._children.pop(pidfd)
+        birth, pid = self._children.pop(pidfd)
         posix.close(pidfd)
         _, status = posix.waitpid(pid, 0)
-        self._tell(Death(number, pid, status))
+        self._tell(Death(birth.number, pid, status))
 
     def _tell(self, death: Death) -> None:
         # The host may be gone by now: the loop sees that by itself.
@@ -215,6 +224,8 @@ class ForkServer:
                 posix.close(pidfd)
             os.setsid()
             process.take_default_signals()
+            process.blank(self._bell)
+            process.blank(self._rope)
             for renew in self._after_fork:
                 renew()
             end = socket.socket(fileno=channel_end)
@@ -247,7 +258,10 @@ def run_executor(
             os._exit(_EXIT_NOT_CONFINED)
         process.blank(instance.locks)
         hook.rcon_drop(policy=birth.policy, place="process", identity=birth.identity)
+        if birth.identity is not None:
+            process.own_session_keyring()
         process.die_with_parent(server)
+        _be_alone()
     except BaseException as error:  # noqa: BLE001 - whatever it was: the host is told and nothing runs
         with contextlib.suppress(ChannelClosed):  # the host ends, and took the cgroup away just now
             channel.send((FAILED, f"{type(error).__name__}: {error}".encode(errors="replace")[:4096]))
@@ -269,6 +283,15 @@ def run_executor(
         if os.getpid() == me:
             _flush()
         os._exit(status)
+
+
+def _be_alone() -> None:
+    """Make sure that no other thread of this process still has what this one gave up. Raises `ConfinementError`."""
+    if threads := process.threads():
+        raise ConfinementError(
+            f"a library started threads while the process was being made, which still have the server's privileges: "
+            f"{', '.join(threads)}; have it start them at first use, not in a fork hook (os.register_at_fork)"
+        )
 
 
 def _enter(birth: Birth, instance: Instance) -> bool:

@@ -14,12 +14,15 @@ import posix
 import resource
 import signal
 import stat
+import threading
 import time
+from collections.abc import Collection
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import capability
-from rcon_plugins.kernel.syscalls import CLONE_FS, PR_SET_PDEATHSIG, prctl, unshare
+from rcon_plugins.kernel.syscalls import CLONE_FS, PR_SET_PDEATHSIG, prctl, syscall, unshare
 
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 _DESCRIPTORS = "/proc/self/fd"
 _FILES_OF_A_SERVER = 1024
 _FILES_OF_AN_EXECUTOR = 12
@@ -61,8 +64,9 @@ def take_default_signals() -> None:
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when ``parent``, its parent's pid, ends (PR_SET_PDEATHSIG).
 
-    A change of uid or gid clears it, so call it after the last one. Raises `KernelError`, also where the
-    parent is gone already.
+    A change of uid or gid clears it, so call it after the last one. The kernel asks for the parent's permission to
+    signal: a parent without privilege does not take a child of another user along. Raises `KernelError`, also where
+    the parent is gone already.
     """
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -77,12 +81,13 @@ def own_directory_and_umask() -> None:
     unshare(CLONE_FS)
 
 
-def kill(pidfd: int, pid: int) -> None:
+def kill(pidfd: int, pid: int, uid: int | None = None) -> None:
     """SIGKILL to a process, also to one of another user where the calling thread may become that user.
 
     Who may become any user may signal any process: the thread takes the other's uid as its effective one for the
     moment of the call, by CAP_SETUID, which it has to hold permitted. Its real uid stays, so that the other cannot
-    signal it meanwhile. A process that ended is as good as killed. Raises `KernelError`. Source: kill(2).
+    signal it meanwhile. ``uid`` is the other's, where it is known; else it is read. A process that ended is as good as
+    killed. Raises `KernelError`. Source: kill(2).
     """
     with contextlib.suppress(ProcessLookupError):
         try:
@@ -93,21 +98,86 @@ def kill(pidfd: int, pid: int) -> None:
                 raise KernelError.from_oserror(
                     error, path=f"kill({pid})", hint="it is another user's: CAP_KILL or CAP_SETUID is needed"
                 ) from None
-            _kill_as_its_user(pidfd, pid, state)
+            if uid is None:
+                try:
+                    uid = capability.read_state(pid).uids.real
+                except KernelError as gone:
+                    if gone.errno != errno.ESRCH:
+                        raise
+                    return
+            _kill_as(uid, pidfd, state)
 
 
-def _kill_as_its_user(pidfd: int, pid: int, state: capability.State) -> None:
-    other = capability.read_state(pid).uids.real
+def _kill_as(uid: int, pidfd: int, state: capability.State) -> None:
     raised = state.effective | capability.Capabilities.of(capability.CAP_SETUID)
     capability.set_capabilities(state.permitted, raised, state.inheritable)
+    # To leave an effective uid of 0 again would take every capability along.
+    capability.set_keep_capabilities(True)
     try:
-        capability.set_uids(-1, other, -1)
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        finally:
-            capability.set_uids(-1, state.uids.effective, -1)
+        capability.set_uids(-1, uid, -1)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     finally:
+        capability.set_uids(-1, state.uids.effective, -1)
+        capability.set_keep_capabilities(False)
         capability.set_capabilities(state.permitted, state.effective, state.inheritable)
+
+
+def threads() -> list[str]:
+    """The threads of the calling process but the calling one, by number and name."""
+    own = str(threading.get_native_id())
+    found = []
+    for number in os.listdir("/proc/self/task"):
+        if number != own:
+            with contextlib.suppress(OSError), open(f"/proc/self/task/{number}/comm", "rb") as file:
+                found.append(f"{number} ({file.read().decode(errors='replace').strip()})")
+    return found
+
+
+def own_session_keyring() -> None:
+    """Give the calling thread a new, empty session keyring of its own: keyctl(2), KEYCTL_JOIN_SESSION_KEYRING.
+
+    The one it has is shared with whatever started the server. Charged to the user that it is now. Nothing where the
+    kernel has no keyrings, or a filter keeps everybody from them. Raises `KernelError`, EDQUOT where that user has
+    too many keys (kernel.keys.maxkeys).
+    """
+    try:
+        syscall("keyctl", _KEYCTL_JOIN_SESSION_KEYRING, 0)
+    except KernelError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+
+
+def bell_of_children() -> tuple[int, int]:
+    """A descriptor that becomes readable when a child of this process ends (SIGCHLD), and the one that rings it.
+
+    `take_default_signals` in a new process undoes it there; both are to be blanked.
+    """
+    end, ringer = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    ringer.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    end.setblocking(False)
+    bell, rope = end.detach(), ringer.detach()
+    signal.set_wakeup_fd(rope, warn_on_full_buffer=False)
+    return bell, rope
+
+
+def silence(bell: int) -> None:
+    """Take what has made a bell readable."""
+    with contextlib.suppress(BlockingIOError):
+        while os.read(bell, 4096):
+            pass
+
+
+def reap_strangers(known: Collection[int]) -> None:
+    """Take the wait status of each child that has ended but those ``known``, and forget it: waitid(2)."""
+    while True:
+        try:
+            ended = posix.waitid(posix.P_ALL, 0, posix.WEXITED | posix.WNOHANG | posix.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or ended.si_pid in known:
+            return  # it may stand before others: call again when it is taken
+        posix.waitpid(ended.si_pid, 0)
 
 
 def reap(pid: int, timeout: float = 5.0) -> int | None:

@@ -38,6 +38,7 @@ _NUMBERS = {
         "capget": 125,
         "capset": 126,
         "prctl": 157,
+        "keyctl": 250,
     },
     "aarch64": {
         "capget": 90,
@@ -46,6 +47,7 @@ _NUMBERS = {
         "setresgid": 149,
         "setgroups": 159,
         "prctl": 167,
+        "keyctl": 219,
     },
 }
 

@@ -163,6 +163,15 @@ class Acts:
         return ways_back.descriptors()
 
     @staticmethod
+    def siblings(count: int) -> list[int]:
+        """Processes that are no children of this one, but of its parent; they end at once."""
+        return [ways_back.clone_sibling() for _ in range(count)]
+
+    @staticmethod
+    def read_key(key: int) -> str:
+        return ways_back.read_key(key)
+
+    @staticmethod
     def session() -> tuple[int, int]:
         return os.getpid(), os.getsid(0)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,22 @@ import pytest
 from rcon_plugins import Manager, Work, hookimpl
 from rcon_plugins.errors import ConfinementError, IdentityRefused, SettingsError
 from rcon_plugins.kernel import landlock
+from rcon_plugins.kernel.capability import (
+    CAP_SETGID,
+    CAP_SETPCAP,
+    CAP_SETUID,
+    Capabilities,
+    Identity,
+    drop,
+    read_state,
+    set_capabilities,
+    set_keep_capabilities,
+    set_uids,
+)
+from rcon_plugins.kernel.process import kill
 from rcon_plugins.settings import from_mapping
+from tests.children import in_child
+from tests.kernel.executors import ways_back
 from tests.kernel.executors.service import alive, ask, begin, end, managing, soon, status
 
 TENANT, OTHER = 61001, 61002
@@ -204,3 +221,68 @@ def manager_cgroups(manager: Manager) -> list[str]:
     instance = manager._instance
     assert instance is not None
     return [f"work/{name}" for name in instance.work.children()]
+
+
+def test_a_library_that_starts_threads_in_a_fork_hook_is_refused_since_they_would_not_have_dropped() -> None:
+    def program() -> str:
+        os.register_at_fork(
+            after_in_child=lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        )
+        with managing(POLICY) as manager:
+            try:
+                ask(manager, "pid")
+            except ConfinementError as error:
+                return str(error)
+        return "ran"
+
+    assert "a library started threads" in in_child(program)
+
+
+def test_children_that_work_makes_for_the_fork_server_are_taken_away() -> None:
+    """clone(2) with CLONE_PARENT: they are the fork server's, which has never heard of them."""
+    with managing({**POLICY, "pids": 16}) as manager:
+        assert manager.fork_server_pid is not None
+        for _ in range(3):
+            made, outcome = ask(manager, "siblings", 8)
+            assert outcome.ending == "ok"
+            assert len(made) == 8
+            assert soon(lambda made=made: not any(Path(f"/proc/{pid}").exists() for pid in made))  # type: ignore[misc]
+
+
+def test_the_session_keyring_of_the_server_is_out_of_reach() -> None:
+    def program() -> tuple[str, str]:
+        keyring = ways_back.join_keyring()
+        key = ways_back.add_key("secret", "hunter2", keyring)
+        with managing(POLICY) as manager:
+            mine, _ = ask(manager, "read_key", key)
+        with managing({"isolation": "process", "pids": 16}) as manager:
+            others, _ = ask(manager, "read_key", key)
+        return mine, others
+
+    assert in_child(program) == ("EACCES", "EACCES")
+
+
+def test_killing_an_executor_of_root_leaves_the_fork_server_what_it_holds() -> None:
+    """Whose effective uid is root's for the moment of the kill."""
+
+    def program() -> tuple[int, int, int]:
+        wanted = Capabilities.of(CAP_SETUID, CAP_SETGID, CAP_SETPCAP)
+        set_capabilities(wanted, wanted, Capabilities.none())
+        set_keep_capabilities(True)
+        set_uids(61099, 61099, 61099)
+        set_keep_capabilities(False)
+        set_capabilities(wanted, Capabilities.none(), Capabilities.none())
+        pid = os.fork()
+        if pid == 0:
+            drop(Identity(0, 0), Capabilities.none())
+            time.sleep(60)
+            os._exit(0)
+        while status(Path(f"/proc/{pid}/status"))["uids"] != [0, 0, 0, 0]:
+            time.sleep(0.01)
+        pidfd = os.pidfd_open(pid)
+        kill(pidfd, pid)
+        _, ended = os.waitpid(pid, 0)
+        state = read_state()
+        return os.WTERMSIG(ended), state.permitted.mask, state.effective.mask
+
+    assert in_child(program) == (signal.SIGKILL, 0b111000000, 0)

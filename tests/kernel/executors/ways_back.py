@@ -36,6 +36,10 @@ _NUMBERS = {
         "pidfd_getfd": 438,
         "mount": 165,
         "chroot": 161,
+        "clone": 56,
+        "exit": 60,
+        "add_key": 248,
+        "keyctl": 250,
     },
     "aarch64": {
         "setuid": 146,
@@ -54,11 +58,15 @@ _NUMBERS = {
         "pidfd_getfd": 438,
         "mount": 40,
         "chroot": 51,
+        "clone": 220,
+        "exit": 93,
+        "add_key": 217,
+        "keyctl": 219,
     },
 }[platform.machine()]
 _PTRACE_ATTACH = 16
 _PR_CAPBSET_READ, _PR_SET_SECUREBITS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 23, 28, 47, 2
-_CLONE_NEWNS = 0x00020000
+_CLONE_NEWNS, _CLONE_PARENT = 0x00020000, 0x00008000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -84,6 +92,36 @@ def attempt(act: Callable[[], object]) -> str:
     except OSError as error:
         return errno.errorcode[error.errno or 0]
     return "WORKED"
+
+
+def clone_sibling() -> int:
+    """A process that ends at once and whose parent is that of this one: clone(2), CLONE_PARENT."""
+    long = ctypes.c_long
+    pid = int(
+        _libc.syscall(long(_NUMBERS["clone"]), long(_CLONE_PARENT | signal.SIGCHLD), None, None, None, None)
+    )
+    if pid == 0:
+        _libc.syscall(long(_NUMBERS["exit"]), long(0))
+    return pid
+
+
+def join_keyring() -> int:
+    """A new session keyring of this thread, as pam_keyinit or systemd give one to a server."""
+    return int(_libc.syscall(ctypes.c_long(_NUMBERS["keyctl"]), ctypes.c_long(1), None))
+
+
+def add_key(name: str, value: str, keyring: int) -> int:
+    """A key of the type user."""
+    data = value.encode()
+    arguments = (b"user", name.encode(), data, ctypes.c_size_t(len(data)), ctypes.c_long(keyring))
+    return int(_libc.syscall(ctypes.c_long(_NUMBERS["add_key"]), *arguments))
+
+
+def read_key(key: int) -> str:
+    """What a key holds, or the name of the errno."""
+    buffer = ctypes.create_string_buffer(100)
+    read = call("keyctl", ctypes.c_long(11), ctypes.c_long(key), buffer, ctypes.c_size_t(100))
+    return buffer.value.decode() if read == "WORKED" else read
 
 
 def by_identity(*, others: int = 0) -> dict[str, str]:
