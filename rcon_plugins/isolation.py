@@ -6,11 +6,13 @@ ever taken where the policy names it. See docs/isolation.md.
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rcon_plugins import privileges
-from rcon_plugins.errors import SettingsError
+from rcon_plugins.errors import RconError, SettingsError
+from rcon_plugins.identity import resolve
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, read_state
 from rcon_plugins.kernel.cgroup import Hierarchy, Refusal, Resources
@@ -106,11 +108,11 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     need = _needs_process(policy, server, as_thread)
     if policy.isolation == "auto":
         if need:
-            return Verdict(policy, "process", need, tuple(as_process), _no_walls())
+            return Verdict(policy, "process", need, tuple(as_process), caveat(policy))
         return Verdict(policy, "inline", "the cheapest that enforces all this policy asks for", (), _SHARED)
     why = f'the policy says isolation = "{policy.isolation}"'
     if policy.isolation == "process":
-        return Verdict(policy, "process", why, tuple(as_process), _no_walls())
+        return Verdict(policy, "process", why, tuple(as_process), caveat(policy))
     return Verdict(policy, policy.isolation, why, tuple(as_thread), _SHARED)
 
 
@@ -130,13 +132,39 @@ def _without_walls(policy: Policy) -> list[Refusal]:
 _SHARED = "its work shares memory with the server: this bounds accidents, and is no boundary"
 
 
-def _no_walls() -> str | None:
-    if landlock.abi():
+def caveat(policy: Policy, uid: int | None = None) -> str | None:
+    """Why work of a policy in processes is bounded against accidents only; None where its boundary is whole.
+
+    ``uid`` is the server's user; None is that of the calling process.
+    """
+    server = os.geteuid() if uid is None else uid
+    if _work_uid(policy, server) != server:
         return None
-    return (
-        "this kernel has no Landlock (5.13), so that work with the server's own user could write the cgroup files "
-        "that bind it: for such work this bounds accidents, and is no boundary"
+    if server == 0:
+        return (
+            "its work is root, if without capabilities: root's files and the settings of the kernel are its own to "
+            "write; a boundary takes a user of its own"
+        )
+    walls = (
+        "may change the permissions of the cgroup files" if landlock.abi() else "may write the cgroup files"
     )
+    return (
+        f"its work has the server's own user, and {walls} and the rlimits of its neighbours; a boundary takes a user "
+        "of its own"
+    )
+
+
+def _work_uid(policy: Policy, server: int) -> int | None:
+    """The user that work of the policy has; None where that depends on the work."""
+    if policy.user is None:
+        return server
+    if policy.user.path is not None:
+        return None
+    try:
+        identity = resolve(policy, {})
+    except RconError:
+        return None  # which is a fault of its own, and told as one
+    return None if identity is None else identity.uid
 
 
 def _needs_process(policy: Policy, server: Server, as_thread: list[Refusal]) -> str | None:

@@ -114,8 +114,9 @@ class Manager:
                 if self.plan.wants_adoption(instance):
                     instance.adopt()
             self._slots = Slots(instance.locks)
+            kept = self.settings.confinements if self.plan.uses_threads else 0
+            make_room_for_descriptors(kept + (self.settings.processes if self.plan.uses_processes else 0))
             if self.plan.uses_processes and service is not None:
-                make_room_for_descriptors(self.settings.processes)
                 self._pool = ExecutorPool(
                     instance,
                     self.hook,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.identity import check as check_identity
-from rcon_plugins.isolation import Server, Verdict, judge
+from rcon_plugins.isolation import Server, Verdict, caveat, judge
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.plugins import make_plugin_manager
 from rcon_plugins.settings import Settings
@@ -56,13 +56,26 @@ class Plan(NamedTuple):
             verdict.check(self.settings.file)
             check_identity(verdict.policy, self.settings.file)
 
-    def warnings(self) -> list[str]:
-        """One sentence for each policy whose boundary this kernel cannot make as strong as it should be."""
-        return [
-            f"policy {name}: {verdict.caveat}"
-            for name, verdict in self.verdicts.items()
-            if verdict.isolation == "process" and verdict.caveat is not None
-        ]
+    def warnings(self, uid: int | None = None) -> list[str]:
+        """Where work in processes is bounded against accidents only, and why: one sentence for each reason.
+
+        ``uid`` is the server's user, where it is not that of the calling process yet.
+        """
+        found: dict[str, list[str]] = {}
+        for name, verdict in self.verdicts.items():
+            why = caveat(verdict.policy, uid) if verdict.isolation == "process" else None
+            if why is not None:
+                found.setdefault(why, []).append(name)
+        warnings = [f"{', '.join(names)}: {why}" for why, names in found.items()]
+        inside = [name for name, verdict in self.verdicts.items() if verdict.isolation == "inline"]
+        if self.settings.unmatched == "allow":
+            inside.append("work that no route names")
+        if inside and any(policy.user is not None for policy in self.settings.policies.values()):
+            warnings.append(
+                f"{', '.join(inside)}: runs in the server's own process, which may become other users for the sake of "
+                "other policies: so may code that means harm there"
+            )
+        return warnings
 
     @property
     def uses_threads(self) -> bool:

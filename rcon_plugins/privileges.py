@@ -14,14 +14,20 @@ from rcon_plugins.kernel.capability import (
     CAP_SETGID,
     CAP_SETPCAP,
     CAP_SETUID,
+    SECBIT_KEEP_CAPS,
+    SECBIT_NOROOT,
+    SECBIT_NOROOT_LOCKED,
     Capabilities,
+    drop_bounding,
     read_state,
     set_capabilities,
     set_keep_capabilities,
+    set_securebits,
 )
 from rcon_plugins.kernel.cgroup import Refusal
 from rcon_plugins.policy import Policy
 
+_TO_CHANGE_BITS = Capabilities.of(CAP_SETPCAP)
 _TO_BECOME_OTHERS = Capabilities.of(CAP_SETUID, CAP_SETGID, CAP_SETPCAP)
 
 
@@ -48,11 +54,20 @@ def keep(wanted: Capabilities) -> None:
 
 
 def settle(wanted: Capabilities) -> None:
-    """After the change: hold ``wanted`` and no more, and none of it effective. Raises `CapabilityError`."""
+    """After the change: hold ``wanted`` and no more, and none of it effective. Raises `CapabilityError`.
+
+    Nor can it be more again: the bounding set has no more either, and a program that is executed as uid 0, as who may
+    become anybody may do, is given nothing for that (SECBIT_NOROOT, locked).
+    """
     if not wanted:
         return
     set_keep_capabilities(False)
-    set_capabilities(read_state().permitted & wanted, Capabilities.none(), Capabilities.none())
+    state = read_state()
+    if CAP_SETPCAP in state.permitted:
+        set_capabilities(state.permitted, state.effective | _TO_CHANGE_BITS, Capabilities.none())
+        drop_bounding(wanted)
+        set_securebits((state.securebits or 0) & ~SECBIT_KEEP_CAPS | SECBIT_NOROOT | SECBIT_NOROOT_LOCKED)
+    set_capabilities(state.permitted & wanted, Capabilities.none(), Capabilities.none())
 
 
 def refusals(policy: Policy) -> list[Refusal]:

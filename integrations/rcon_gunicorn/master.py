@@ -51,7 +51,7 @@ class Master:
         plan.within(instance.hierarchy).check()
         master._adopt(plan)
         server.log.info("rcon: %s confines requests, cgroups are in %s", path, instance.path)
-        for warning in plan.warnings():
+        for warning in plan.warnings(int(server.cfg.uid)):
             server.log.warning("rcon: %s", warning)
         _warn_of_what_stays_outside(server)
         return master
@@ -81,13 +81,14 @@ class Master:
             self.instance.adopt()
 
     def keep_privileges(self, server: _Arbiter) -> None:
-        """In a new worker that becomes another user: keep what its policies need to become others. `RconError`."""
-        if _owner(server.cfg) is not None:
+        """In a new worker that is not to be root: keep what its policies need to become others. `RconError`."""
+        if int(server.cfg.uid) != 0:
             self._kept = self._needed
+        if _owner(server.cfg) is not None:
             keep(self._kept)
 
     def settle_privileges(self) -> None:
-        """In a worker that became another user: hold that and no more. Raises `RconError`."""
+        """In a worker that is not root by now: hold that and no more. Raises `RconError`."""
         settle(self._kept)
 
     def sweep(self, worker: int, server: _Arbiter) -> None:

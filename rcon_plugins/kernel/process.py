@@ -25,7 +25,7 @@ from rcon_plugins.kernel.syscalls import CLONE_FS, PR_SET_PDEATHSIG, prctl, sysc
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _DESCRIPTORS = "/proc/self/fd"
 _FILES_OF_A_SERVER = 1024
-_FILES_OF_AN_EXECUTOR = 12
+_FILES_OF_AN_EXECUTOR = 16
 _OURS = ("/sys/fs/cgroup/", "/memfd:rcon")
 
 
@@ -198,13 +198,14 @@ def reap(pid: int, timeout: float = 5.0) -> int | None:
         time.sleep(0.005)
 
 
-def make_room_for_descriptors(processes: int) -> None:
-    """Raise the soft limit of open files (getrlimit(2)), as far as it may be, to hold so many executor processes.
+def make_room_for_descriptors(executors: int) -> None:
+    """Raise the soft limit of open files (getrlimit(2)), as far as it may be, to hold so many executors.
 
-    Never lowers it. Each takes a socket and the files its usage is read from.
+    Never lowers it. A process takes a socket and the files its usage is read from; a confinement of threads the files
+    by which its cgroup is entered and left.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES_OF_A_SERVER + processes * _FILES_OF_AN_EXECUTOR
+    wanted = _FILES_OF_A_SERVER + executors * _FILES_OF_AN_EXECUTOR
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))

@@ -213,3 +213,25 @@ def readable(directory: Path) -> None:
     for parent in (directory, *directory.parents):
         if parent.stat().st_uid == os.getuid() and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o755)
+
+
+def test_a_worker_that_may_become_others_can_get_nothing_more(tmp_path: Path, homes: Path) -> None:
+    """Work in its own process, which no route names: what it could raise again, and what it could not."""
+    readable(tmp_path)
+    text = 'unmatched = "allow"\n' + settings(homes, "process").replace(
+        '[[route]]\npolicy = "tenant"', '[[route]]\nhost = "tenant1"\npolicy = "tenant"'
+    )
+    more = ("--worker-class", "sync", "--user", "www-data", "--group", "www-data")
+    with Gunicorn(tmp_path, text, *more) as server:
+        inside = server.get("/state", Host="elsewhere.example").json()
+        assert inside["uids"] == [33] * 4
+        assert inside["CapPrm"] == inside["CapBnd"] == TO_BECOME_OTHERS
+        assert inside["CapEff"] == 0
+        assert "may become other users for the sake of other policies" in server.log()
+        assert is_right(server.get("/state", Host="tenant1").body, TENANTS["tenant1"])
+
+
+def test_work_that_is_root_is_told_to_be_no_boundary(tmp_path: Path) -> None:
+    text = '[policy.free]\nisolation = "process"\npids = 64\n[[route]]\npolicy = "free"\n'
+    with Gunicorn(tmp_path, text) as server:
+        assert "free: its work is root" in server.log()

@@ -246,7 +246,7 @@ def test_children_that_work_makes_for_the_fork_server_are_taken_away() -> None:
             made, outcome = ask(manager, "siblings", 8)
             assert outcome.ending == "ok"
             assert len(made) == 8
-            assert soon(lambda made=made: not any(Path(f"/proc/{pid}").exists() for pid in made))  # type: ignore[misc]
+            assert soon(lambda made=made: not any(Path(f"/proc/{pid}").exists() for pid in made))
 
 
 def test_the_session_keyring_of_the_server_is_out_of_reach() -> None:
