@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
+from rcon_plugins import userdb
 from rcon_plugins.confinement import cgroup_name
-from rcon_plugins.errors import ConfinementError, RconError, SettingsError
+from rcon_plugins.errors import ConfinementError, KernelError, RconError, SettingsError
 from rcon_plugins.identity import check as check_identity
 from rcon_plugins.identity import resolve
 from rcon_plugins.isolation import Server
@@ -26,22 +27,29 @@ SERVERS = {
     "gevent": Server(threads=False, greenlets=True),
 }
 _WIDTH = 100
+#: What the kernel layer calls otherwise than policies do.
+_WRITTEN_AS = {"cpu_quota": "cpu", "memory_max": "memory", "swap_max": "swap", "pids_max": "pids"}
+#: How those steps of a remedy begin that are words, not commands.
+_NO_COMMAND = ("and ", "or ", "outside ")
 
 
 def check(file: str, server: str, as_json: bool) -> tuple[str, bool]:
-    """What becomes of each policy, as text or JSON, and whether all is well."""
-    found: dict[str, Any] = {"file": file, "good": False, "policies": {}, "problem": None}
+    """What becomes of each policy, as text or JSON, and whether all is well.
+
+    The base that the cgroups would be in is only looked for, and made where root has none, if all else is well.
+    """
+    found: dict[str, Any] = {"file": file, "good": False, "cgroup": None, "policies": {}, "notes": []}
+    found["problem"] = None
     try:
         plan = Plan.make(load(file), SERVERS[server])
-        found["policies"] = {name: _judged(plan, name) for name in plan.settings.policies}
-        found["good"] = not any(judged["problems"] for judged in found["policies"].values())
-        base = find_base(plan.hierarchy, plan.settings.cgroup)
-        found["cgroup"] = base
-        plan.within(plan.hierarchy.narrowed(base)).check()
+        _add_verdicts(found, plan)
+        if not _wrong(found):
+            found["cgroup"] = base = find_base(plan.hierarchy, plan.settings.cgroup)
+            # There it may have fewer controllers.
+            _add_verdicts(found, plan.within(plan.hierarchy.narrowed(base)))
     except RconError as error:
-        found["good"] = False
-        if not any(judged["problems"] for judged in found["policies"].values()):
-            found["problem"] = str(error)
+        found["problem"] = _problem(error)
+    found["good"] = not found["problem"] and not _wrong(found)
     return (json.dumps(found, indent=2) if as_json else _as_text(found)), found["good"]
 
 
@@ -52,13 +60,16 @@ def which(file: str, attributes: Mapping[str, str], as_json: bool) -> tuple[str,
     work = Work("command" if "command" in attributes else "request", "which", attributes)
     route = Router(settings.routes).find(work)
     policy = plan.plugins.hook.rcon_select_policy(work=work) or settings.fallback
-    found: dict[str, Any] = {"route": None, "policy": policy, "key": None, "identity": None, "problem": None}
+    found: dict[str, Any] = dict.fromkeys(("route", "policy", "per", "key", "cgroup", "identity", "problem"))
     if route is not None and route.policy == policy:
         found["route"] = route.order + 1
+    found["policy"] = policy
     if policy is None:
-        found["unmatched"] = settings.unmatched
         if settings.unmatched == "refuse":
-            found["problem"] = "no route names it, and there is no policy named default"
+            found["problem"] = (
+                'no route names it, and there is no policy named default (add one, or write unmatched = "allow" to '
+                "run such work without limits)"
+            )
     elif policy not in settings.policies:
         found["problem"] = f"there is no policy {policy}"
     else:
@@ -84,16 +95,23 @@ def attributes_of(named: Mapping[str, str | None], more: tuple[str, ...]) -> dic
     return found
 
 
+def _add_verdicts(found: dict[str, Any], plan: Plan) -> None:
+    found["policies"] = judged = {name: _judged(plan, name) for name in plan.settings.policies}
+    caveats = tuple(one["caveat"] for one in judged.values() if one["caveat"])
+    found["notes"] = [warning for warning in plan.warnings() if not warning.endswith(caveats)]
+
+
 def _judged(plan: Plan, name: str) -> dict[str, Any]:
     verdict = plan.verdicts[name]
     problems: list[dict[str, str | None]] = [
-        {"limit": refusal.limit, "reason": refusal.reason, "remedy": refusal.remedy}
+        {"limit": _plain_key(refusal.limit, name), "reason": refusal.reason, "remedy": refusal.remedy}
         for refusal in verdict.refusals
     ]
     try:
-        check_identity(verdict.policy, plan.settings.file)
+        check_identity(verdict.policy)
     except SettingsError as error:
-        problems.append({"limit": error.key or "user", "reason": error.problem, "remedy": error.hint})
+        limit = _plain_key(error.key or "user", name)
+        problems.append({"limit": limit, "reason": error.problem, "remedy": error.hint})
     return {
         "isolation": verdict.isolation,
         "why": verdict.why,
@@ -102,10 +120,30 @@ def _judged(plan: Plan, name: str) -> dict[str, Any]:
     }
 
 
+def _wrong(found: Mapping[str, Any]) -> list[str]:
+    return [name for name, judged in found["policies"].items() if judged["problems"]]
+
+
+def _plain_key(key: str, policy: str) -> str:
+    """As it stands in the policy's table: "user" for "policy.web.user", "each.pids" for "each.pids_max"."""
+    table, dot, last = key.removeprefix(f"policy.{policy}.").rpartition(".")
+    return table + dot + _WRITTEN_AS.get(last, last)
+
+
+def _problem(error: RconError) -> dict[str, str | None]:
+    """What is wrong with all of the file, or with this machine."""
+    if isinstance(error, SettingsError):
+        return {"key": error.key, "reason": error.problem, "remedy": error.hint}
+    if isinstance(error, KernelError):
+        return {"key": None, "reason": error.problem, "remedy": error.hint}
+    return {"key": None, "reason": str(error), "remedy": None}
+
+
 def _add_details(
     found: dict[str, Any], settings: Settings, policy_name: str, attributes: Mapping[str, str]
 ) -> None:
     policy = settings.policies[policy_name]
+    found["per"] = policy.per
     found["key"] = key = attributes.get(policy.per) if policy.per is not None else None
     found["cgroup"] = cgroup_name(policy_name, key)
     try:
@@ -122,36 +160,68 @@ def _as_text(found: Mapping[str, Any]) -> str:
         lines.append(_line(f"{name}: ", f"{judged['isolation']} - {judged['why']}"))
         if judged["caveat"]:
             lines.append(_line("    note: ", judged["caveat"]))
-        lines += [
-            _line("    REFUSED: ", f"{problem['limit']}: {problem['reason']} ({problem['remedy']})")
-            for problem in judged["problems"]
-        ]
+        for problem in judged["problems"]:
+            lines += _refused("    REFUSED: ", problem["limit"], problem)
+    lines += [_line("note: ", note) for note in found["notes"]]
     if found["problem"]:
-        lines.append(_line("REFUSED: ", found["problem"]))
+        key = found["problem"]["key"]
+        where = f"{found['file']}: {key}" if key else found["file"]
+        lines += _refused("REFUSED: ", where, found["problem"])
     elif found["good"]:
-        count = len(found["policies"])
         lines.append(
-            f"{found['file']}: {count} {'policy' if count == 1 else 'policies'} can be enforced here, "
+            f"{found['file']}: {_counted(len(found['policies']))} can be enforced here, "
             f"below the cgroup {found['cgroup']}"
         )
+    else:
+        wrong, policies = len(_wrong(found)), _counted(len(found["policies"]))
+        lines.append(f"{found['file']}: {wrong} of {policies} cannot be enforced here")
     return "\n".join(lines)
+
+
+def _refused(label: str, where: str, problem: Mapping[str, str | None]) -> list[str]:
+    """One paragraph; but a remedy of several steps has a line for each, to be copied."""
+    text = f"{where}: {problem['reason']}"
+    remedy = problem["remedy"]
+    if not remedy:
+        return [_line(label, text)]
+    first, *more = remedy.split("; ")
+    if not more:
+        return [_line(label, f"{text} ({remedy})")]
+    lead, colon, command = first.partition(": ")
+    lines = [_line(label, text), f"    {lead}{colon}".rstrip()]
+    for step in (command, *more) if command else more:
+        lines.append(f"    {step}" if step.startswith(_NO_COMMAND) else f"        {step}")
+    return lines
+
+
+def _counted(number: int) -> str:
+    return f"{number} {'policy' if number == 1 else 'policies'}"
 
 
 def _which_as_text(found: Mapping[str, Any]) -> str:
     route = f"route {found['route']}" if found["route"] else "no route"
-    if found["policy"] is None:
-        runs = "it runs without limits" if found["problem"] is None else "it is refused"
-        return f"{route}, no policy: {runs}"
-    lines = [f"{route}, policy {found['policy']}"]
-    if found["key"] is not None:
-        lines.append(f"key {found['key']!r}, in the cgroup {found['cgroup']}")
-    if found["identity"] is not None:
-        identity = found["identity"]
-        groups = ", ".join(map(str, identity["groups"])) or "none"
-        lines.append(f"as uid {identity['uid']}, gid {identity['gid']}, groups {groups}")
+    policy = "no policy" if found["policy"] is None else f"policy {found['policy']}"
+    lines = [f"{route}, {policy}"]
     if found["problem"]:
         lines.append(_line("REFUSED: ", found["problem"]))
+    elif found["policy"] is None:
+        lines.append("it runs without limits (unmatched)")
+    else:
+        key = "" if found["key"] is None else f"key {found['key']!r}, "
+        if found["per"] is not None and found["key"] is None:
+            key = f"no key, as it has no {found['per']}, "
+        lines.append(f"{key}in the cgroup {found['cgroup']}")
+        lines.append(_as_whom(found["identity"]))
     return "\n".join(lines)
+
+
+def _as_whom(identity: Mapping[str, Any] | None) -> str:
+    if identity is None:
+        return "as the server's own user"
+    groups = ", ".join(map(str, identity["groups"])) or "none"
+    account = userdb.entry(identity["uid"])
+    name = f" ({account.name})" if account else ""
+    return f"as uid {identity['uid']}{name}, gid {identity['gid']}, groups {groups}"
 
 
 def _line(label: str, text: str) -> str:

@@ -38,7 +38,7 @@ def rcon() -> None:
       0    all is well
       1    check: the settings are wrong, or cannot be enforced here; which: the work would be refused
       2    bad usage
-      125  rcon itself failed
+      125  no answer: which was given settings that are wrong, or rcon itself failed
 
     \b
     Completion of words, in bash (likewise zsh_source, fish_source):
@@ -46,7 +46,7 @@ def rcon() -> None:
     """
 
 
-@rcon.command()
+@rcon.command(short_help="Say how each policy of FILE would be enforced here, and why.")
 @click.argument("file", type=click.Path())
 @click.option(
     "--server",
@@ -59,7 +59,9 @@ def rcon() -> None:
 def check(file: str, server: str, as_json: bool) -> int:
     """Validate the policy file FILE and say how each policy would be enforced here, and why.
 
-    Refuses what this machine, or this user on it, cannot enforce: with the limit, the reason and the remedy.
+    Refuses what this machine, or this user on it, cannot enforce: with the limit, the reason and the remedy. A line
+    with "note:" says where a policy bounds accidents, and is no boundary. Where all is well, root's check makes
+    the cgroup to work under, if that is not there.
 
     \b
       rcon check /etc/rcon.toml
@@ -72,7 +74,7 @@ def check(file: str, server: str, as_json: bool) -> int:
     return 0 if good else NOT_AS_ASKED
 
 
-@rcon.command()
+@rcon.command(short_help="Say which policy of FILE a work gets, and as whom it runs.")
 @click.argument("file", type=click.Path())
 @click.option("--host", help="The host of a request.")
 @click.option("--path", help="The path of a request.")
@@ -87,7 +89,7 @@ def check(file: str, server: str, as_json: bool) -> int:
 def which(file: str, as_json: bool, attribute: tuple[str, ...], **named: str | None) -> int:
     """Say which route of FILE a work takes, under which policy and key it would run, and as whom.
 
-    Exits with 1 if it would be refused.
+    Exits with 1 if it would be refused. Says nothing of what this machine can enforce: that is `rcon check`.
 
     \b
       rcon which /etc/rcon.toml --host shop.example --path /img/logo.png
@@ -100,7 +102,7 @@ def which(file: str, as_json: bool, attribute: tuple[str, ...], **named: str | N
     return 0 if good else NOT_AS_ASKED
 
 
-@rcon.command()
+@rcon.command(short_help="Print the JSON schema of a policy file.")
 def schema() -> int:
     """Print the JSON schema of a policy file, for editors and pipelines."""
     import json

@@ -161,4 +161,5 @@ def test_the_core_needs_no_server(built: Path, clean: Path, tmp_path: Path) -> N
     installed = {line.partition("==")[0].lower() for line in listed.split()}
     assert installed - {"pip", "setuptools"} == {"rcon-plugins", "pluggy", "msgspec", "click"}
     run(clean, "-W", "error", "-c", "import rcon_plugins, rcon_wsgi", cwd=tmp_path)
-    assert "Usage: capcon " in run(clean.parent / "capcon", "--help", cwd=tmp_path)
+    for command in ("capcon", "rcon"):
+        assert f"Usage: {command} " in run(clean.parent / command, "--help", cwd=tmp_path)

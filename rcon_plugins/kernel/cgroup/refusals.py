@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import files, v1, v2
 from rcon_plugins.kernel.cgroup.device import whole_disk
-from rcon_plugins.kernel.cgroup.resources import MAX, Resources, parse_list
+from rcon_plugins.kernel.cgroup.resources import MAX, Resources, format_list, parse_list
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
@@ -84,7 +84,7 @@ def _cpus(hierarchy: Hierarchy, resources: Resources, within: Resources | None) 
         there &= parse_list(within.cpus)
     missing = parse_list(resources.cpus or "0") - there
     if missing:
-        return (f"CPUs {sorted(missing)} are not there or not allowed", f"choose from {text}")
+        return (f"CPUs {format_list(missing)} are not there or not allowed", f"choose from {text}")
     return None
 
 

@@ -1,0 +1,135 @@
+"""rcon check where there is a cgroup to work under, and where there is none; the commands of docs/rcon.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcon_plugins.cli import checking
+from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+
+ROOT = Path(__file__).resolve().parents[3]
+NOBODY = 65534
+FEWEST = 6
+
+
+@pytest.fixture
+def base() -> Iterator[Cgroup]:
+    """A path in the tree with nothing there; what comes to be there is gone afterwards."""
+    cgroup = Hierarchy.discover().cgroup(f"/rcon-check-{os.getpid()}")
+    try:
+        yield cgroup
+    finally:
+        cgroup.delete()
+        assert not any(Path(directory).exists() for directory in cgroup.directories)
+
+
+def test_settings_that_can_be_enforced(
+    base: Cgroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rcon.toml"
+    path = f"/rcon-check-{os.getpid()}"
+    file.write_text(
+        f'cgroup = "{path}"\n[policy.web]\npids = 8\n[policy.site]\nuser = "nobody"\nmemory = "64M"\n'
+    )
+    assert run_main(["check", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "\nsite: process - " in out
+    assert out.endswith(f"\n{file}: 2 policies can be enforced here, below the cgroup {path}\n")
+    assert "REFUSED" not in out
+
+    assert run_main(["check", "--json", str(file)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"file", "good", "cgroup", "policies", "notes", "problem"}
+    assert (found["good"], found["cgroup"], found["problem"]) == (True, path, None)
+    assert {name: one["isolation"] for name, one in found["policies"].items()} == {
+        "web": "inline",
+        "site": "process",
+    }
+
+
+def test_nothing_is_made_for_what_cannot_be_enforced(
+    base: Cgroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rcon.toml"
+    file.write_text(f'cgroup = "/rcon-check-{os.getpid()}"\n[policy.web]\ncpus = "4000"\n')
+    assert run_main(["check", str(file)]) == 1
+    assert "REFUSED: cpus: CPUs 4000 are not there" in capsys.readouterr().out
+    assert not any(Path(directory).exists() for directory in base.directories)
+
+
+def test_without_a_cgroup_of_ones_own(tmp_path: Path, in_child: Any) -> None:
+    """An ordinary user is told the commands that make one, each in a line of its own."""
+    file = tmp_path / "rcon.toml"
+    file.write_text("[policy.web]\npids = 8\n")
+    file.chmod(0o644)
+    here = os.open(tmp_path, os.O_PATH)
+
+    def of_nobody() -> tuple[str, bool, str, bool]:
+        os.fchdir(here)
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        file = "rcon.toml"
+        return (*checking.check(file, "gthread", False), *checking.check(file, "gthread", True))
+
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    try:
+        text, good, as_json, good_too = in_child(of_nobody)
+    finally:
+        os.close(here)
+    assert (good, good_too) == (False, False)
+    lines = text.splitlines()
+    place = lines.index("REFUSED: rcon.toml: no cgroup is delegated to this process")
+    assert lines[place + 1] == "    run the server as root, or as root once:"
+    commands = [line for line in lines[place + 2 :] if line.startswith("        ")]
+    assert commands
+    assert all(line.split()[0] in ("mkdir", "echo") for line in commands)
+    assert lines[-1] == '    and set cgroup = "/rcon"'
+    problem = json.loads(as_json)["problem"]
+    assert problem["reason"] == "no cgroup is delegated to this process"
+    assert all(command.strip() in problem["remedy"] for command in commands)
+
+
+def test_commands_of_the_documentation(tmp_path: Path) -> None:
+    """With the file that docs/rcon.md shows, and what it says that they print."""
+    page = (ROOT / "docs/rcon.md").read_text()
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S)
+    (tmp_path / "rcon.toml").write_text(next(text for language, text in blocks if language == "toml"))
+    script = tmp_path / "rcon"
+    script.write_text(f"#!{sys.executable}\nfrom rcon_plugins.cli.rcon import main\nmain()\n")
+    script.chmod(0o755)
+    commands = [text for language, text in blocks if language == "sh"]
+    assert len(commands) >= FEWEST
+    cgroup = Hierarchy.discover().cgroup("/rcon")
+    was_there = any(Path(directory).exists() for directory in cgroup.directories)
+    try:
+        for (language, text), following in zip(blocks, [*blocks[1:], ("", "")], strict=True):
+            if language != "sh":
+                continue
+            done = subprocess.run(
+                ["bash", "-c", text],
+                cwd=tmp_path,
+                env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            refused = following[0] == "text" and "REFUSED" in following[1]
+            assert (done.returncode, done.stderr) == (int(refused), ""), text
+            if following[0] == "text":
+                assert done.stdout == following[1], text
+    finally:
+        if not was_there:
+            cgroup.delete()

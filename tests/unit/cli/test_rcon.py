@@ -1,0 +1,419 @@
+"""rcon's command line: what it says of settings, of works, and of what it is asked wrongly. None of it needs root."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcon_plugins.cli import checking
+from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.errors import DelegationError, SettingsError
+from rcon_plugins.settings import json_schema
+
+Write = Callable[[str], str]
+ROUTES = """
+[policy.web]
+pids = 8
+[policy.customer]
+per = "host"
+user = "owner:/etc/{host}"
+allow_root = true
+[policy.strict]
+user = "owner:/etc/{host}"
+[[route]]
+host = ["passwd", "no-such-file"]
+policy = "customer"
+[[route]]
+host = "group"
+policy = "strict"
+[[route]]
+task = "reports.*"
+policy = "web"
+[[route]]
+path = "/img"
+method = "GET"
+policy = "web"
+[[route]]
+queue = "slow"
+policy = "customer"
+[[route]]
+command = "convert"
+policy = "web"
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a settings file and returns its path."""
+
+    def written(text: str) -> str:
+        (tmp_path / "rcon.toml").write_text(text)
+        return str(tmp_path / "rcon.toml")
+
+    return written
+
+
+def test_commands_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Usage: rcon " in out
+    assert all(f"\n  {command} " in out for command in ("check", "which", "schema"))
+    assert "..." not in out.partition("Commands:")[2]  # each fits in its line
+    assert all(f"\n    {status} " in out for status in (0, 1, 2, 125))
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "words"),
+    [
+        (
+            "check",
+            ["FILE", "--server [sync|gthread|gevent]", "--json", '"note:"', "rcon check /etc/rcon.toml"],
+        ),
+        (
+            "which",
+            ["FILE", "--host", "--task", "--attribute NAME=VALUE", "--json", "rcon which /etc/rcon.toml"],
+        ),
+        ("schema", ["JSON schema"]),
+    ],
+)
+def test_help(subcommand: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main([subcommand, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert f"Usage: rcon {subcommand} " in out
+    assert [word for word in words if word not in " ".join(out.split())] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["chek", "f"], "'check'"),
+        (["check"], "Missing argument 'FILE'"),
+        (["check", "--srver", "sync", "f"], "Did you mean '--server'?"),
+        (["check", "--server", "gtread", "f"], "'gtread' is not one of"),
+        (["check", "f", "g"], "unexpected extra argument"),
+        (["which", "f"], "say something of the work: --host, --path, --task"),
+        (["which", "f", "--attribute", "remote_addr"], "'remote_addr' is not NAME=VALUE"),
+        (["which", "f", "--attribute", "=x"], "'=x' is not NAME=VALUE"),
+        (["schema", "f"], "unexpected extra argument"),
+    ],
+)
+def test_bad_usage_is_one_line_with_a_remedy(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("rcon: ")
+    assert err.endswith(" --help)\n")
+    assert words in err
+
+
+BAD = {
+    "not TOML": ("[policy.web\n", None, "is not TOML", "text needs quotes"),
+    "unknown key": (
+        '[policy.web]\nmemry = "1G"',
+        "policy.web.memry",
+        "unknown key",
+        "did you mean 'memory'?",
+    ),
+    "no size": ('[policy.web]\nmemory = "1GB"', "policy.web.memory", "is not a size", "1024"),
+    "no policy": ('unmatched = "refuse"', "policy", "there is no policy", "[policy.default]"),
+    "route to nowhere": (
+        '[policy.web]\npids = 5\n[[route]]\npolicy = "wbe"',
+        "route[1].policy",
+        "there is no policy 'wbe'",
+        "did you mean 'web'?",
+    ),
+    "isolation that cannot": (
+        '[policy.web]\nisolation = "inline"\nmemory = "1G"',
+        "policy.web.isolation",
+        "takes a process",
+        '"auto"',
+    ),
+    "unknown plugin": (
+        'plugins = ["no-such-plugin"]\n[policy.web]\npids = 5',
+        "plugins",
+        "no-such-plugin",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_is_wrong(name: str, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    text, key, reason, remedy = BAD[name]
+    file = write(text)
+    assert run_main(["check", file]) == 1
+    out, err = capsys.readouterr()
+    assert err == ""
+    said = " ".join(out.split())
+    assert said.startswith(f"REFUSED: {file}: ")
+    assert [word for word in (key or "", reason, remedy) if word not in said] == []
+
+    assert run_main(["check", "--json", file]) == 1
+    found = json.loads(capsys.readouterr().out)
+    problem = found.pop("problem")
+    assert found == {"file": file, "good": False, "cgroup": None, "policies": {}, "notes": []}
+    assert problem.keys() == {"key", "reason", "remedy"}
+    assert problem["key"] == key
+    assert reason in problem["reason"]
+    assert remedy in (problem["remedy"] or "")
+
+    assert run_main(["which", file, "--host", "x"]) == 125
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"rcon: {file}: ")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(["check", str(tmp_path / "no.toml")]) == 1
+    assert "no.toml: cannot be read: No such file or directory" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_cannot_be_enforced_is_told_by_the_key_of_the_policy(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Limits and identities alike, and all of them, not the first alone."""
+    file = write(
+        """
+[policy.web]
+cpus = "4000-4002"
+[policy.web.each]
+cpus = "4001"
+[policy.site]
+user = "nobdy"
+[policy.good]
+pids = 8
+"""
+    )
+    assert run_main(["check", "--json", "--server", "sync", file]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"file", "good", "cgroup", "policies", "notes", "problem"}
+    assert (found["good"], found["cgroup"], found["problem"]) == (False, None, None)
+    policies = found["policies"]
+    assert list(policies) == ["web", "site", "good"]
+    assert all(one.keys() == {"isolation", "why", "caveat", "problems"} for one in policies.values())
+    problems = {
+        name: {problem["limit"]: problem for problem in one["problems"]} for name, one in policies.items()
+    }
+    assert problems["web"].keys() == {"cpus", "each.cpus"}
+    assert "CPUs 4000-4002 are not there" in problems["web"]["cpus"]["reason"]
+    assert problems["web"]["cpus"]["remedy"].startswith("choose from 0")
+    assert problems["site"]["user"]["reason"] == "there is no user 'nobdy'"
+    assert problems["site"]["user"]["remedy"] == "did you mean 'nobody'?"
+    assert problems["good"] == {}
+    assert (policies["good"]["isolation"], policies["site"]["isolation"]) == ("inline", "process")
+
+    assert run_main(["check", "--server", "sync", file]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "    REFUSED: user: there is no user 'nobdy' (did you mean 'nobody'?)" in lines
+    assert lines[-1] == f"{file}: 2 of 3 policies cannot be enforced here"
+
+
+def test_a_note_says_what_is_no_boundary(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write('[policy.web]\npids = 8\n[policy.site]\nuser = "nobdy"')
+    run_main(["check", file])
+    lines = capsys.readouterr().out.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("web: inline - "))
+    assert lines[place + 1].startswith("    note: ")
+    assert "is no boundary" in lines[place + 1]
+    # And once, what is about several policies together; not again what stands beside a policy.
+    last = [line for line in lines if line.startswith("note: ")]
+    assert [line.startswith("note: web: runs in the server's own process") for line in last] == [True]
+
+
+@pytest.mark.parametrize(
+    ("server", "isolation"), [("sync", "inline"), ("gthread", "inline"), ("gevent", "process")]
+)
+def test_the_kind_of_server_counts(
+    server: str, isolation: str, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write('[policy.web]\npids = 8\n[policy.site]\nuser = "nobdy"')
+    run_main(["check", "--json", "--server", server, file])
+    assert json.loads(capsys.readouterr().out)["policies"]["web"]["isolation"] == isolation
+
+
+def test_a_remedy_of_several_steps_has_a_line_for_each() -> None:
+    """Such as can be copied: commands are not broken."""
+    long = "mkdir -p /a && chown nobody " + " ".join(f"/a/file-{number}" for number in range(20))
+    hint = f'run the server as root, or as root once: {long}; echo 1 > /a/b; and set cgroup = "/rcon"'
+    problem = checking._problem(DelegationError("no cgroup is delegated to this process", hint=hint))
+    assert checking._refused("REFUSED: ", "rcon.toml", problem) == [
+        "REFUSED: rcon.toml: no cgroup is delegated to this process",
+        "    run the server as root, or as root once:",
+        f"        {long}",
+        "        echo 1 > /a/b",
+        '    and set cgroup = "/rcon"',
+    ]
+    one = checking._problem(SettingsError("is wrong", key="a", hint="mend it"))
+    assert checking._refused("REFUSED: ", "f: a", one) == ["REFUSED: f: a: is wrong (mend it)"]
+    none = checking._problem(SettingsError("is wrong", key="a"))
+    assert checking._refused("REFUSED: ", "f: a", none) == ["REFUSED: f: a: is wrong"]
+
+
+OWNER = Path("/etc/passwd").stat()
+NOTHING = {
+    "route": None,
+    "policy": None,
+    "per": None,
+    "key": None,
+    "cgroup": None,
+    "identity": None,
+    "problem": None,
+}
+WEB = {"policy": "web", "cgroup": "web"}
+CUSTOMER = {"route": 1, "policy": "customer", "per": "host", "key": "passwd", "cgroup": "customer~passwd"}
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        (["--task", "reports.monthly"], {"route": 3, **WEB}),
+        (["--path", "/img/logo.png", "--method", "GET"], {"route": 4, **WEB}),
+        (["--command", "/usr/bin/convert"], {"route": 6, **WEB}),
+        (["--attribute", "task=reports.daily"], {"route": 3, **WEB}),
+        (["--host", "PASSWD:8080"], CUSTOMER),
+    ],
+)
+def test_which(
+    work: list[str], expected: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(["which", write(ROUTES), "--json", *work]) == 0
+    found = json.loads(capsys.readouterr().out)
+    identity = found.pop("identity")
+    assert found == {name: value for name, value in {**NOTHING, **expected}.items() if name != "identity"}
+    assert (identity is None) == (expected is not CUSTOMER)
+    if identity is not None:
+        assert (identity["uid"], identity["gid"]) == (OWNER.st_uid, OWNER.st_gid)
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        (["--host", "no-such-file"], "there is no '/etc/no-such-file'"),
+        (["--host", "group"], "root"),
+        (["--queue", "slow"], "host"),
+        (["--path", "/img", "--method", "PUT"], "no route names it, and there is no policy named default"),
+        (["--attribute", "remote_addr=192.0.2.1"], "no route names it"),
+    ],
+)
+def test_which_of_work_that_would_be_refused(
+    work: list[str], words: str, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(ROUTES)
+    assert run_main(["which", file, "--json", *work]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == NOTHING.keys()
+    assert found["identity"] is None
+    assert words in found["problem"]
+    assert run_main(["which", file, *work]) == 1
+    out, err = capsys.readouterr()
+    assert "\nREFUSED: " in out
+    assert " as " not in out.splitlines()[0]
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "work", "expected"),
+    [
+        ('unmatched = "allow"', ["--host", "x"], "no route, no policy\nit runs without limits"),
+        (
+            "[policy.default]\npids = 5",
+            ["--host", "x"],
+            "no route, policy default\nin the cgroup default\nas the server",
+        ),
+        (
+            ROUTES,
+            ["--task", "reports.x"],
+            "route 3, policy web\nin the cgroup web\nas the server's own user\n",
+        ),
+        (
+            ROUTES,
+            ["--host", "passwd"],
+            "route 1, policy customer\nkey 'passwd', in the cgroup customer~passwd\nas uid ",
+        ),
+        (
+            '[policy.default]\nper = "host"\npids = 5',
+            ["--path", "/"],
+            "no route, policy default\nno key, as it has no host, in the cgroup default\n",
+        ),
+    ],
+)
+def test_which_in_words(
+    text: str, work: list[str], expected: str, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(["which", write(text), *work]) == 0
+    assert capsys.readouterr().out.startswith(expected)
+
+
+def test_segments_of_a_path_are_attributes() -> None:
+    found = checking.attributes_of(
+        {"path": "/shop//img", "host": "Shop.Example.:80"}, ("header:X-Tenant=a=b",)
+    )
+    assert found == {
+        "path": "/shop//img",
+        "host": "shop.example",
+        "header:X-Tenant": "a=b",
+        "path:1": "shop",
+        "path:3": "img",
+    }
+
+
+def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(["schema"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(json.dumps(json_schema()))
+    assert printed["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    references = {node["$ref"] for node in nodes(printed) if "$ref" in node}
+    assert references
+    assert references <= {f"#/$defs/{name}" for name in printed["$defs"]}
+    known = {"object", "array", "string", "integer", "number", "boolean", "null"}
+    assert {node["type"] for node in nodes(printed) if isinstance(node.get("type"), str)} <= known
+
+
+def nodes(part: Any) -> list[dict[str, Any]]:
+    below = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    own = [part] if isinstance(part, dict) else []
+    return own + [node for inner in below for node in nodes(inner)]
+
+
+def test_words_are_completed_without_loading_the_rest() -> None:
+    script = """
+import atexit, sys
+atexit.register(lambda: print(*sys.modules))
+from rcon_plugins.cli.rcon import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={
+            **os.environ,
+            "_RCON_COMPLETE": "bash_complete",
+            "COMP_WORDS": "rcon check --server g",
+            "COMP_CWORD": "3",
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    *completed, loaded = done.stdout.splitlines()
+    assert completed == ["plain,gthread", "plain,gevent"]
+    modules = set(loaded.split())
+    assert {"click", "rcon_plugins.cli.rcon"} <= modules
+    heavy = {
+        "msgspec",
+        "pluggy",
+        "ctypes",
+        "rcon_plugins.manager",
+        "rcon_plugins.kernel",
+        "rcon_plugins.cli.checking",
+    }
+    assert modules & heavy == set()
