@@ -123,6 +123,7 @@ def _resolve(policy: Policy, find: _Find) -> Identity:
     groups = _supplementary(policy, entry, gid, find)
     if policy.owner_must_be is not None:
         holder = find("owner_must_be", policy.owner_must_be)
+        _check_known("owner_must_be", "uid", holder.uid, paths.overflow_uid())
         if holder.uid != uid:
             raise _Fault(
                 "owner_must_be",
@@ -138,6 +139,7 @@ def _user(user: Account, find: _Find) -> tuple[int, userdb.Entry | None, paths.F
     """The uid, the entry of the user database where there is one, and what was found at the path if it is one."""
     if user.path is not None:
         found = find("user", user.path)
+        _check_known("user", "uid", found.uid, paths.overflow_uid())
         return found.uid, userdb.entry(found.uid), found
     if user.number is not None:
         return user.number, userdb.entry(user.number), None
@@ -160,6 +162,7 @@ def _primary(policy: Policy, entry: userdb.Entry | None, found: paths.Found | No
         gid, whose = entry.gid, f"the primary group of {entry.name}"
     elif found is not None:
         gid, whose = found.gid, "the group of the path"
+        _check_known("group", "gid", gid, paths.overflow_gid())
     else:
         raise _Fault(
             "user",
@@ -196,6 +199,7 @@ def _supplementary(policy: Policy, entry: userdb.Entry | None, gid: int, find: _
 def _gid(key: str, group: Account, policy: Policy, find: _Find) -> int:
     if group.path is not None:
         gid, whose = find(key, group.path).gid, "the group of the path"
+        _check_known(key, "gid", gid, paths.overflow_gid())
     elif group.number is not None:
         gid, whose = group.number, "the group"
     else:
@@ -208,6 +212,14 @@ def _gid(key: str, group: Account, policy: Policy, find: _Find) -> int:
         gid, whose = known, f"the group {group}"
     _check_gid(key, gid, whose, policy, of_work=group.path is not None)
     return gid
+
+
+def _check_known(key: str, kind: str, number: int, overflow: int) -> None:
+    """Refuse the number that whatever owns a path has which has none here."""
+    if number == overflow:
+        problem = f"the path belongs to {kind} {number}, which stands for all that are not known here"
+        hint = "give it to an account of this machine; a user namespace or NFS may hide whose it is"
+        raise _Fault(key, problem, hint, number, of_work=True)
 
 
 def _check_uid(uid: int, user: Account, policy: Policy, *, of_work: bool) -> None:
@@ -277,9 +289,11 @@ def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> pa
     """Whose the path is that the work's attributes make of the template."""
     if not _pieces(template):
         try:
-            return paths.owner(template)
+            found = paths.owner(template)
         except KernelError as error:
             _blame(key, template, str(template), error)
+        _check_found(key, template, str(template), found)
+        return found
     path = _fill(key, template, attributes)
     directory = _open_trusted(key, template)
     try:
@@ -288,17 +302,41 @@ def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> pa
         _blame(key, template, f"{template.trusted.rstrip('/')}/{path}", error)
     finally:
         os.close(directory)
-    foreign = found.links - {found.uid}
-    if foreign:
-        # Else a tenant could put a link to a neighbour's file, and be the neighbour from then on.
-        raise _Fault(
-            key,
-            f"a link on the way to {show(path)} belongs to uid {min(foreign)}, and what it leads to to {found.uid}",
-            f"a link must belong to root, to the owner of {template.trusted}, or to the owner of what it leads to",
-            template,
-            of_work=True,
-        )
+    _check_movers(key, template, path, found)
+    _check_found(key, template, f"{template.trusted.rstrip('/')}/{path}", found)
     return found
+
+
+def _check_movers(key: str, template: PathTemplate, path: str, found: paths.Found) -> None:
+    """Refuse what was reached by a link that somebody else may have put there.
+
+    Else a tenant could put a link to a neighbour's file, or move one of root's, and be the neighbour from then on.
+    """
+    foreign = found.movers - {found.uid}
+    if not foreign:
+        return
+    way = f"a link on the way to {show(path)}"
+    if paths.ANYBODY in foreign:
+        problem = f"{way} may have been put there by anybody, and leads to what is uid {found.uid}'s"
+        hint = "it must have one name, and lie where nobody but the owner of the directory may write"
+    else:
+        problem = f"{way} is in the hands of uid {min(foreign)}, and leads to what is uid {found.uid}'s"
+        hint = f"it and its directories must be root's, of the owner of {template.trusted}, or of whom it leads to"
+    raise _Fault(key, problem, hint, template, of_work=True)
+
+
+def _check_found(key: str, template: PathTemplate, path: str, found: paths.Found) -> None:
+    """Refuse a path whose owner need not be who put it there."""
+    if found.names > 1:
+        problem = (
+            f"{show(path)} has {found.names} names (hard links), and others than its owner may have made one"
+        )
+        hint = "copy the file, so that it has one name"
+    elif found.open_to_all:
+        problem, hint = f"everybody may write to {show(path)}", "chmod o-w"
+    else:
+        return
+    raise _Fault(key, problem, hint, template, of_work=True)
 
 
 def _blame(key: str, template: PathTemplate, path: str, error: KernelError) -> NoReturn:

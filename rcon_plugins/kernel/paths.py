@@ -29,16 +29,54 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-class Found(NamedTuple):
-    """Whose a file is: its owner, its group, and ``links``, the owners of the symbolic links that led to it.
+#: In `Found.movers`: no single user.
+ANYBODY = -1
 
-    Of the links not those of root and of the owner of the directory below which it was looked for, who may put there
-    what they like.
+_WRITABLE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class Found(NamedTuple):
+    """Whose a file is: its owner, its group, and what else bears upon whether that says who put it there.
+
+    ``names`` is the number of its hard links, 1 for a directory. ``open_to_all``: everybody may write to it. ``movers``
+    are those who decided that symbolic links led to it: their owners, and the owners of the directories that the links
+    lie in. Of these not root and the owner of the directory below which it was looked for, who may put there what they
+    like; but `ANYBODY` where one of theirs could have been put or moved there by others.
     """
 
     uid: int
     gid: int
-    links: frozenset[int] = frozenset()
+    names: int = 1
+    open_to_all: bool = False
+    movers: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, status: os.stat_result, movers: frozenset[int] = frozenset()) -> Found:
+        names = 1 if stat.S_ISDIR(status.st_mode) else status.st_nlink
+        return cls(status.st_uid, status.st_gid, names, bool(status.st_mode & stat.S_IWOTH), movers)
+
+
+@cache
+def overflow_uid() -> int:
+    """The uid that stands for owners without one here: proc_sys_kernel(5), ``overflowuid``.
+
+    So the kernel shows who is not mapped into this user namespace; NFS squashes to the same number by default.
+    """
+    return _overflow("uid")
+
+
+@cache
+def overflow_gid() -> int:
+    """The gid that stands for groups without one here: proc_sys_kernel(5), ``overflowgid``."""
+    return _overflow("gid")
+
+
+def _overflow(kind: str) -> int:
+    try:
+        with open(f"/proc/sys/kernel/overflow{kind}", "rb") as file:
+            return int(file.read())
+    except OSError:
+        return 65534  # the kernel's default: /proc/sys may be hidden from a container
 
 
 @cache
@@ -83,40 +121,41 @@ def owner(path: str) -> Found:
         status = os.stat(path)
     except OSError as error:
         raise KernelError.from_oserror(error, path=path) from None
-    return Found(status.st_uid, status.st_gid)
+    return Found.of(status)
 
 
 def owner_beneath(directory: int, path: str) -> Found:
     """Whose ``path`` beneath a directory is; no ``..`` and no link leads out of that directory.
 
-    Links within are followed, one after the other, and their owners told: who may put a link beneath the directory
-    is not always who may say where it leads. Raises `KernelError`: ELOOP for too many of them, EXDEV for a path that
-    leads out, and what open(2) says.
+    Links within are followed, one after the other, and those told who may have put or moved them: they are not always
+    those who may say where a link leads. Raises `KernelError`: ELOOP for too many links, EXDEV for a path that leads
+    out, and what open(2) says.
     """
-    owners: frozenset[int] = frozenset()
+    movers: frozenset[int] = frozenset()
     try:
         descriptor = open_beneath(directory, path)
     except KernelError as error:
         if error.errno != errno.ELOOP:
             raise
-        descriptor, owners = _follow(directory, path)
+        descriptor, movers = _follow(directory, path)
     try:
-        status = os.fstat(descriptor)
+        return Found.of(os.fstat(descriptor), movers)
     finally:
         os.close(descriptor)
-    if owners:
-        owners -= {0, os.fstat(directory).st_uid}
-    return Found(status.st_uid, status.st_gid, owners)
 
 
 def _follow(directory: int, path: str) -> tuple[int, frozenset[int]]:
-    """An O_PATH descriptor of ``path`` beneath the directory, and the owners of the links on the way.
+    """An O_PATH descriptor of ``path`` beneath the directory, and the `Found.movers` of the links on the way.
 
     Part after part, each opened in the directory before it, so that nothing renamed meanwhile leads elsewhere.
     """
     parts = deque(path.split("/"))
+    top = os.fstat(directory)
+    trusted = frozenset({0, top.st_uid} - {overflow_uid()})
     way: list[int] = []
-    owners: list[int] = []
+    above = [top]  # what is known of the directory, and of each on the way
+    movers: frozenset[int] = frozenset()
+    links = 0
     try:
         while parts:
             part = parts.popleft()
@@ -126,6 +165,7 @@ def _follow(directory: int, path: str) -> tuple[int, frozenset[int]]:
                 if not way:
                     raise _error(errno.EXDEV, path)
                 os.close(way.pop())
+                above.pop()
                 continue
             if len(way) >= _DEPTH:
                 raise _error(errno.ENAMETOOLONG, path)
@@ -134,16 +174,19 @@ def _follow(directory: int, path: str) -> tuple[int, frozenset[int]]:
             )
             way.append(descriptor)
             status = os.fstat(descriptor)
-            if stat.S_ISLNK(status.st_mode):
-                owners.append(status.st_uid)
-                if len(owners) > _LINKS:
-                    raise _error(errno.ELOOP, path)
-                target = os.readlink("", dir_fd=descriptor)
-                os.close(way.pop())
-                if target.startswith("/"):
-                    raise _error(errno.EXDEV, path)
-                parts.extendleft(reversed(target.split("/")))
-        return (way.pop() if way else os.dup(directory)), frozenset(owners)
+            if not stat.S_ISLNK(status.st_mode):
+                above.append(status)
+                continue
+            links += 1
+            if links > _LINKS:
+                raise _error(errno.ELOOP, path)
+            movers |= _movers(status, above, trusted)
+            target = os.readlink("", dir_fd=descriptor)
+            os.close(way.pop())
+            if target.startswith("/"):
+                raise _error(errno.EXDEV, path)
+            parts.extendleft(reversed(target.split("/")))
+        return (way.pop() if way else os.dup(directory)), movers
     except KernelError:
         raise
     except OSError as error:
@@ -151,6 +194,25 @@ def _follow(directory: int, path: str) -> tuple[int, frozenset[int]]:
     finally:
         for descriptor in way:
             os.close(descriptor)
+
+
+def _movers(link: os.stat_result, above: list[os.stat_result], trusted: frozenset[int]) -> frozenset[int]:
+    """Who, of those that are not trusted, may have put the link where it is.
+
+    Whoever may write to a directory renames what is in it, whosever that is, where it has no sticky bit; and the
+    directories that a link lies in with it. So all of them count, up to one that is the link's owner's: who moves that
+    moves what shows the same owner without any link.
+    """
+    movers = {link.st_uid}
+    loose = link.st_nlink > 1  # one of its names is where somebody else wanted it, see protected_hardlinks
+    for directory in reversed(above):
+        movers.add(directory.st_uid)
+        if link.st_uid not in trusted:
+            if directory.st_uid == link.st_uid:
+                break
+        elif directory.st_uid in trusted and not directory.st_mode & stat.S_ISVTX:
+            loose = loose or bool(directory.st_mode & _WRITABLE)
+    return frozenset(movers - trusted | ({ANYBODY} if loose else set()))
 
 
 def _error(number: int, path: str) -> KernelError:

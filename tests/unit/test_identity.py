@@ -292,6 +292,7 @@ WRONG: list[tuple[dict[str, object], str, str]] = [
     ({"user": "root"}, "user", "allow_root = true"),
     ({"user": 0}, "user", "root, which work must not be"),
     ({"user": "owner:/"}, "user", "'/' is root"),
+    ({"user": "owner:/tmp"}, "user", "everybody may write to '/tmp'"),
     ({"user": "bin"}, "user", "write min_uid = 2"),
     ({"user": "nobodyy"}, "user", "did you mean 'nobody'"),
     ({"user": "no.such.user.anywhere"}, "user", "there is no user"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
 import time
@@ -77,6 +79,22 @@ def fail(_: dict[str, list[str]]) -> dict[str, Any]:
     raise RuntimeError("the application's own error")
 
 
+def files(_: dict[str, list[str]]) -> dict[str, Any]:
+    """What each descriptor of this process is."""
+    found = {}
+    for descriptor in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing
+            found[descriptor.name] = str(descriptor.readlink())
+    return found
+
+
+def log(query: dict[str, list[str]]) -> dict[str, Any]:
+    """Say something in each of gunicorn's logs."""
+    for name in ("gunicorn.error", "gunicorn.access"):
+        logging.getLogger(name).info("%s in %s", query["say"][0], name)
+    return who({})
+
+
 WORKS: dict[str, Callable[[dict[str, list[str]]], dict[str, Any]]] = {
     "who": who,
     "state": state,
@@ -84,6 +102,8 @@ WORKS: dict[str, Callable[[dict[str, list[str]]], dict[str, Any]]] = {
     "sleep": sleep,
     "bomb": bomb,
     "fail": fail,
+    "files": files,
+    "log": log,
 }
 
 

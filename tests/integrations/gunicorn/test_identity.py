@@ -208,6 +208,76 @@ def test_who_may_not_be_is_refused(tmp_path: Path, homes: Path, isolation: str) 
         assert all(line["policy"] == "tenant" and line["detail"] for line in told)
 
 
+#: gunicorn's logs through handlers that open their file again, each time it is another one.
+LOGGING = """
+[loggers]
+keys = root, gunicorn.error, gunicorn.access
+[handlers]
+keys = error, access
+[formatters]
+keys = plain
+[logger_root]
+handlers =
+[logger_gunicorn.error]
+level = INFO
+qualname = gunicorn.error
+handlers = error
+propagate = 0
+[logger_gunicorn.access]
+level = INFO
+qualname = gunicorn.access
+handlers = access
+propagate = 0
+[handler_error]
+class = logging.handlers.WatchedFileHandler
+args = ("{logs}/error",)
+formatter = plain
+[handler_access]
+class = logging.handlers.WatchedFileHandler
+args = ("{logs}/access",)
+formatter = plain
+[formatter_plain]
+format = plain %(message)s
+"""
+
+
+@pytest.mark.parametrize("worker", ["sync", "gthread", "gevent"])
+@pytest.mark.parametrize("how", ["files", "capture", "config"])
+def test_executors_have_no_log_file_of_the_server(tmp_path: Path, homes: Path, worker: str, how: str) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir(mode=0o700)
+    files = ("--error-logfile", f"{logs}/error", "--access-logfile", f"{logs}/access")
+    (tmp_path / "logging.ini").write_text(LOGGING.format(logs=logs))
+    more = {
+        "files": files,
+        "capture": (*files, "--capture-output"),
+        "config": ("--log-config", f"{tmp_path}/logging.ini"),
+    }[how]
+    with Gunicorn(tmp_path, settings(homes, "process"), "--worker-class", worker, *more) as server:
+        assert (logs / "error").exists()
+        for path, host in [("/files", "tenant1"), ("/free/files", "x")]:
+            files_of_work = server.get(path, Host=host).json()
+            named = {name for name, target in files_of_work.items() if target.startswith(f"{logs}/")}
+            # Captured output is the error log: standard output and standard error of everybody.
+            assert named == ({"1", "2"} if how == "capture" else set())
+        # What the application says through gunicorn's loggers goes to standard error, whoever it is.
+        assert is_right(server.get("/state", Host="tenant1").body, TENANTS["tenant1"])
+        answer = server.get("/log?say=something", Host="tenant1")
+        assert (answer.status, answer.json()["uid"]) == (200, TENANTS["tenant1"])
+        output = logs / "error" if how == "capture" else server.log_file
+        until(lambda: "something in gunicorn.access" in output.read_text())
+        assert "something in gunicorn.error" in output.read_text()
+        assert "Logging error" not in server.log() + (logs / "error").read_text()
+        # The server logs as ever.
+        assert server.get("/state", Host="root").status == 403
+        until(lambda: '"forbidden"' in (logs / "error").read_text())
+        until(lambda: "/log?say=something" in (logs / "access").read_text())
+        assert "something in" not in (logs / "access").read_text()
+        (logs / "access").unlink()
+        server.signal(signal.SIGUSR1)  # to open the files again
+        until(lambda: server.status("/free/who") == 200 and (logs / "access").exists())
+
+
 def readable(directory: Path) -> None:
     """Let any user pass."""
     for parent in (directory, *directory.parents):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import pwd
+import re
 import subprocess
 import sys
 import textwrap
@@ -62,10 +65,11 @@ def test_the_owner_is_looked_up_anew_for_each_work(sites: Path) -> None:
 
 
 def test_an_owner_who_has_an_entry_gets_the_groups_of_that(sites: Path) -> None:
-    os.chown(sites / "anna", 65534, STAFF)
-    assert resolve(Policy.make("p", user=f"owner:{sites}/{{host}}"), {"host": "anna"}) == Identity(
-        65534, 65534, tuple(sorted(os.getgrouplist("nobody", 65534)))
-    )
+    games = pwd.getpwnam("games")
+    os.chown(sites / "anna", games.pw_uid, STAFF)
+    policy = Policy.make("p", user=f"owner:{sites}/{{host}}", min_uid=1, min_gid=1)
+    groups = tuple(sorted(os.getgrouplist("games", games.pw_gid)))
+    assert resolve(policy, {"host": "anna"}) == Identity(games.pw_uid, games.pw_gid, groups)
 
 
 def test_group_and_groups_may_be_those_of_paths(sites: Path) -> None:
@@ -127,16 +131,202 @@ def test_a_tenant_cannot_become_its_neighbour_by_a_link(sites: Path, target: str
     policy = Policy.make("p", user=f"owner:{sites}/{{path}}")
     link(sites / "anna/hop", "../berta", ANNA)
     link(sites / "anna/link", target, ANNA)
-    with pytest.raises(IdentityRefused, match=rf"belongs to uid {ANNA}, and what it leads to to {BERTA}"):
+    with pytest.raises(
+        IdentityRefused, match=rf"in the hands of uid {ANNA}, and leads to what is uid {BERTA}'s"
+    ):
         resolve(policy, {"path": asked})
 
 
-@pytest.mark.parametrize("uid", [0, BERTA, DEPLOY])
-def test_links_of_root_and_of_the_neighbour_itself_are_followed(sites: Path, uid: int) -> None:
+@pytest.mark.parametrize("uid", [0, DEPLOY, BERTA])
+@pytest.mark.parametrize("mode", [0o755, 0o1777])
+def test_links_that_the_tenant_cannot_have_moved_are_followed(sites: Path, uid: int, mode: int) -> None:
     os.chown(sites, DEPLOY, DEPLOY)
-    link(sites / "anna/link", "../berta/app", uid)
+    (sites / "shared").mkdir()
+    (sites / "shared").chmod(mode)
+    link(sites / "shared/link", "../berta/app", uid)
     policy = Policy.make("p", user=f"owner:{sites}/{{host}}/link")
-    assert resolve(policy, {"host": "anna"}) == Identity(BERTA, STAFF)
+    assert resolve(policy, {"host": "shared"}) == Identity(BERTA, STAFF)
+
+
+@pytest.mark.parametrize("uid", [0, DEPLOY, BERTA])
+@pytest.mark.parametrize("place", ["anna", "anna/root", "anna/deploy/deeper"])
+def test_a_tenant_cannot_become_its_neighbour_by_moving_a_link(
+    sites: Path, in_child: Callable[..., Any], uid: int, place: str
+) -> None:
+    """By the link itself, or by the directory that it lies in, whosever they are."""
+    os.chown(sites, DEPLOY, DEPLOY)
+    directory = sites / place
+    directory.mkdir(parents=True, exist_ok=True)
+    if place == "anna/deploy/deeper":
+        os.chown(directory.parent, DEPLOY, DEPLOY)
+    link(directory / "link", os.path.relpath(sites / "berta", directory), uid)
+
+    def move() -> None:
+        os.setresuid(ANNA, ANNA, ANNA)
+        if place == "anna":
+            (directory / "link").rename(sites / "anna/up")
+        else:
+            top = sites / "/".join(place.split("/")[:2])
+            top.rename(sites / "anna/moved")
+
+    in_child(move)
+    asked = {"anna": "anna/up", "anna/root": "anna/moved/link"}.get(place, "anna/moved/deeper/link")
+    assert (sites / asked).stat().st_uid == BERTA
+    policy = Policy.make("p", user=f"owner:{sites}/{{path}}")
+    with pytest.raises(
+        IdentityRefused, match=rf"in the hands of uid {ANNA}, and leads to what is uid {BERTA}'s"
+    ):
+        resolve(policy, {"path": asked})
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o777, 0o2775])
+def test_a_link_of_roots_in_a_directory_of_roots_that_others_may_write_to(sites: Path, mode: int) -> None:
+    (sites / "shared/deeper").mkdir(parents=True)
+    link(sites / "shared/deeper/link", "../../berta", 0)
+    policy = Policy.make("p", user=f"owner:{sites}/{{host}}/deeper/link")
+    assert resolve(policy, {"host": "shared"}) == Identity(BERTA, STAFF)
+    for directory in ("shared/deeper", "shared", "."):
+        (sites / directory).chmod(mode)
+        with pytest.raises(IdentityRefused, match="may have been put there by anybody"):
+            resolve(policy, {"host": "shared"})
+        (sites / directory).chmod(0o755)
+
+
+@pytest.mark.parametrize("uid", [0, BERTA])
+def test_a_link_with_two_names_is_not_followed(sites: Path, uid: int) -> None:
+    (sites / "shared").mkdir()
+    (sites / "shared").chmod(0o1777)
+    link(sites / "berta/link", "../berta", uid)
+    os.link(sites / "berta/link", sites / "shared/link", follow_symlinks=False)
+    with pytest.raises(IdentityRefused, match="may have been put there by anybody"):
+        resolve(Policy.make("p", user=f"owner:{sites}/{{host}}/link"), {"host": "shared"})
+
+
+def test_links_of_ones_own_where_a_group_may_write(sites: Path) -> None:
+    """As a deployment makes them; whoever of the group moves one moves it within the tenant's own."""
+    for directory in (sites, sites / "anna"):
+        directory.chmod(0o2775)
+    (sites / "teams").mkdir()
+    os.chown(sites / "teams", DEPLOY, STAFF)
+    link(sites / "anna/current", "app", ANNA)
+    (sites / "anna").rename(sites / "teams/anna")
+    policy = Policy.make("p", user=f"owner:{sites}/{{path}}/current")
+    assert resolve(policy, {"path": "teams/anna"}) == Identity(ANNA, STAFF)
+
+
+KEYS: list[dict[str, Any]] = [
+    {"user": "owner:SITES/{host}/app/file"},
+    {"user": "owner:SITES/anna/app/file"},
+    {"user": BERTA, "group": "owner:SITES/{host}/app/file"},
+    {"user": BERTA, "group": STAFF, "groups": ["owner:SITES/{host}/app/file"]},
+    {"user": BERTA, "group": STAFF, "owner_must_be": "SITES/{host}/app/file"},
+]
+
+
+def with_sites(sites: Path, keys: dict[str, Any]) -> Policy:
+    text = repr(keys).replace("SITES", str(sites))
+    return Policy.make("p", **ast.literal_eval(text))
+
+
+@pytest.mark.parametrize("keys", KEYS)
+def test_a_hard_link_to_a_neighbours_file_says_nothing(
+    sites: Path, in_child: Callable[..., Any], keys: dict[str, Any]
+) -> None:
+    """The kernel lets anybody make one to a file that it may write to, whatever protected_hardlinks says."""
+    theirs, file = sites / "berta/app/main.py", sites / "anna/app/file"
+    theirs.chmod(0o666)
+
+    def hard_link() -> None:
+        os.setresuid(ANNA, ANNA, ANNA)
+        file.hardlink_to(theirs)
+
+    in_child(hard_link)
+    theirs.chmod(0o644)
+    policy = with_sites(sites, keys)
+    with pytest.raises(IdentityRefused, match=r" has 2 names \(hard links\).*copy the file"):
+        resolve(policy, {"host": "anna"})
+    theirs.unlink()
+    assert resolve(policy, {"host": "anna"}) == Identity(BERTA, STAFF, (STAFF,) if "groups" in keys else ())
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o702])
+@pytest.mark.parametrize("directory", [True, False])
+def test_what_everybody_may_write_to_is_nobodys(
+    sites: Path, keys: dict[str, Any], mode: int, directory: bool
+) -> None:
+    found = sites / "anna/app/file"
+    if directory:
+        (found / "sub").mkdir(parents=True)  # a directory has a name more for each below it
+    else:
+        found.touch()
+    os.chown(found, BERTA, STAFF)
+    policy = with_sites(sites, keys)
+    assert resolve(policy, {"host": "anna"}) is not None
+    found.chmod(mode)
+    with pytest.raises(IdentityRefused, match=r"everybody may write to '.*\(chmod o-w\)"):
+        resolve(policy, {"host": "anna"})
+
+
+def test_what_is_wrong_with_a_static_path_is_told_at_the_start(sites: Path) -> None:
+    (sites / "anna").chmod(0o777)
+    with pytest.raises(SettingsError, match=r"^policy\.p\.user: everybody may write to"):
+        check(Policy.make("p", user=f"owner:{sites}/anna"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"user": "owner:SITES/{host}"}, "user"),
+        ({"user": "owner:SITES/{host}", "group": STAFF, "groups": []}, "user"),
+        ({"user": ANNA, "group": STAFF, "owner_must_be": "SITES/{host}"}, "owner_must_be"),
+        ({"user": "nobody", "group": "owner:SITES/berta", "owner_must_be": "SITES/{host}"}, "owner_must_be"),
+    ],
+)
+def test_an_owner_who_is_not_known_here(sites: Path, keys: dict[str, Any], key: str) -> None:
+    os.chown(sites / "anna", 65534, STAFF)
+    with pytest.raises(
+        IdentityRefused, match=rf"^{key} of policy p: the path belongs to uid 65534, which stands for"
+    ):
+        resolve(with_sites(sites, keys), {"host": "anna"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"user": "owner:SITES/{host}"}, "group"),
+        ({"user": ANNA, "group": "owner:SITES/{host}"}, "group"),
+        ({"user": ANNA, "group": STAFF, "groups": [STAFF, "owner:SITES/{host}"]}, "groups[2]"),
+    ],
+)
+def test_a_group_that_is_not_known_here(sites: Path, keys: dict[str, Any], key: str) -> None:
+    os.chown(sites / "anna", ANNA, 65534)
+    with pytest.raises(
+        IdentityRefused, match=rf"^{re.escape(key)} of policy p: the path belongs to gid 65534, which"
+    ):
+        resolve(with_sites(sites, keys), {"host": "anna"})
+    allowed = Policy.make("p", user=f"owner:{sites}/{{host}}", group="nogroup", groups=[])
+    assert resolve(allowed, {"host": "anna"}) == Identity(ANNA, 65534)
+
+
+def test_whom_a_user_namespace_does_not_map_nobody_is(sites: Path) -> None:
+    code = (
+        "import sys; from rcon_plugins.errors import IdentityRefused; from rcon_plugins.identity import resolve\n"
+        "from rcon_plugins.policy import Policy\n"
+        "try: resolve(Policy.make('p', user='owner:' + sys.argv[1] + '/{host}'), {'host': 'anna'})\n"
+        "except IdentityRefused as refused: print(refused)"
+    )
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", sys.executable, "-c", code, str(sites)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "belongs to uid 65534, which stands for all that are not known here" in done.stdout
 
 
 def test_a_tenants_own_links_are_followed(sites: Path) -> None:
