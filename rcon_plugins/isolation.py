@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Isolation = Literal["inline", "thread", "process"]
 
+#: What `Resources` calls otherwise than a policy does.
+_WRITTEN_AS = {"cpu_quota": "cpu", "memory_max": "memory", "swap_max": "swap", "pids_max": "pids"}
+
 
 class Server(NamedTuple):
     """What of the host decides how work can be confined.
@@ -86,14 +89,9 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     """Choose the isolation of a policy and find what of it this machine cannot enforce."""
     together = asked_resources(hook, policy, policy)
     each = asked_resources(hook, policy.each, policy)
-    as_thread = hierarchy.refusals(together, threaded=True)
-    as_process = [
-        *hierarchy.refusals(together),
-        *(
-            refusal._replace(limit=f"each.{refusal.limit}")
-            for refusal in hierarchy.refusals(each, within=together)
-        ),
-    ]
+    as_thread = _as_written(hierarchy.refusals(together, threaded=True))
+    as_process = _as_written(hierarchy.refusals(together))
+    as_process += _as_written(hierarchy.refusals(each, within=together), "each.")
     as_process += privileges.refusals(policy) + _without_walls(policy)
     if policy.isolation == "thread":
         as_thread += privileges.refusals(policy)
@@ -114,6 +112,11 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     if policy.isolation == "process":
         return Verdict(policy, "process", why, tuple(as_process), caveat(policy))
     return Verdict(policy, policy.isolation, why, tuple(as_thread), _SHARED)
+
+
+def _as_written(refusals: list[Refusal], table: str = "") -> list[Refusal]:
+    """The same, by the keys of a policy."""
+    return [one._replace(limit=table + _WRITTEN_AS.get(one.limit, one.limit)) for one in refusals]
 
 
 def _without_walls(policy: Policy) -> list[Refusal]:

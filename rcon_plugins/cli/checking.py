@@ -27,8 +27,6 @@ SERVERS = {
     "gevent": Server(threads=False, greenlets=True),
 }
 _WIDTH = 100
-#: What the kernel layer calls otherwise than policies do.
-_WRITTEN_AS = {"cpu_quota": "cpu", "memory_max": "memory", "swap_max": "swap", "pids_max": "pids"}
 #: How those steps of a remedy begin that are words, not commands.
 _NO_COMMAND = ("and ", "or ", "outside ")
 
@@ -104,13 +102,13 @@ def _add_verdicts(found: dict[str, Any], plan: Plan) -> None:
 def _judged(plan: Plan, name: str) -> dict[str, Any]:
     verdict = plan.verdicts[name]
     problems: list[dict[str, str | None]] = [
-        {"limit": _plain_key(refusal.limit, name), "reason": refusal.reason, "remedy": refusal.remedy}
+        {"limit": refusal.limit, "reason": refusal.reason, "remedy": refusal.remedy}
         for refusal in verdict.refusals
     ]
     try:
         check_identity(verdict.policy)
     except SettingsError as error:
-        limit = _plain_key(error.key or "user", name)
+        limit = (error.key or "user").removeprefix(f"policy.{name}.")
         problems.append({"limit": limit, "reason": error.problem, "remedy": error.hint})
     return {
         "isolation": verdict.isolation,
@@ -122,12 +120,6 @@ def _judged(plan: Plan, name: str) -> dict[str, Any]:
 
 def _wrong(found: Mapping[str, Any]) -> list[str]:
     return [name for name, judged in found["policies"].items() if judged["problems"]]
-
-
-def _plain_key(key: str, policy: str) -> str:
-    """As it stands in the policy's table: "user" for "policy.web.user", "each.pids" for "each.pids_max"."""
-    table, dot, last = key.removeprefix(f"policy.{policy}.").rpartition(".")
-    return table + dot + _WRITTEN_AS.get(last, last)
 
 
 def _problem(error: RconError) -> dict[str, str | None]:

@@ -93,7 +93,7 @@ def _memory_high(
 ) -> tuple[str, str] | None:
     mount = hierarchy.mount_of("memory")
     if mount is not None and mount.version == 1:
-        return ("cgroup v1 has no memory_high", "set memory_max alone, or boot with cgroup v2")
+        return ("cgroup v1 has no memory_high", "set a memory limit alone, or boot with cgroup v2")
     return None
 
 

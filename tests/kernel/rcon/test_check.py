@@ -92,14 +92,22 @@ def test_without_a_cgroup_of_ones_own(tmp_path: Path, in_child: Any) -> None:
     assert (good, good_too) == (False, False)
     lines = text.splitlines()
     place = lines.index("REFUSED: rcon.toml: no cgroup is delegated to this process")
-    assert lines[place + 1] == "    run the server as root, or as root once:"
-    commands = [line for line in lines[place + 2 :] if line.startswith("        ")]
-    assert commands
-    assert all(line.split()[0] in ("mkdir", "echo") for line in commands)
-    assert lines[-1] == '    and set cgroup = "/rcon"'
+    lead, *steps = lines[place + 1 :]
     problem = json.loads(as_json)["problem"]
     assert problem["reason"] == "no cgroup is delegated to this process"
-    assert all(command.strip() in problem["remedy"] for command in commands)
+    assert len(steps) > 1
+    assert f"{lead.strip()} {'; '.join(step.strip() for step in steps)}" == problem["remedy"]
+    assert (lead[:4], steps[0][:8]) == (" " * 4, " " * 8)
+    assert steps[-1].startswith(("    and set cgroup = ", "    or start it with: "))
+
+
+def test_the_limit_is_named_as_the_policy_writes_it(base: Cgroup, tmp_path: Path) -> None:
+    """Why a process, when it is because of a limit."""
+    file = tmp_path / "rcon.toml"
+    file.write_text(f'cgroup = "/rcon-check-{os.getpid()}"\n[policy.web]\nmemory = "64M"\n')
+    text, good = checking.check(str(file), "sync", as_json=False)
+    assert good
+    assert text.startswith("web: process - memory: a thread cannot have memory limits of its own\n")
 
 
 def test_commands_of_the_documentation(tmp_path: Path) -> None:
