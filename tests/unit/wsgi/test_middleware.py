@@ -209,7 +209,7 @@ def test_inline_work_that_cannot_enter_does_not_run() -> None:
             def entered() -> Any:
                 raise KernelError("no", path="tasks")
 
-            admission.entered = entered  # type: ignore[method-assign]
+            admission.entered = entered
             return admission
 
     def application(environ: Any, start_response: Any) -> Iterable[bytes]:
