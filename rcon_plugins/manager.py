@@ -135,6 +135,9 @@ class Manager:
     def close(self) -> None:
         """End all executor processes and remove what this manager made. Work under way is killed.
 
+        Not so in an executor thread, which no one can kill: it ends after its work. Its cgroup, and the tree that
+        holds it, may stay then; the next start removes them, once this process is gone.
+
         Does nothing in a process other than the one that started it.
         """
         if self._pid != os.getpid():

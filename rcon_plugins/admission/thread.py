@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -39,6 +40,7 @@ class ThreadAdmission(Admission):
         self._identity = identity
         self._threads = threads
         self._executor = self._take()
+        self._context: Context | None = None
         self._before = self._executor.cpu_seconds
         #: Whether any of the work ran.
         self.ran = False
@@ -46,16 +48,32 @@ class ThreadAdmission(Admission):
     def call(self, function: Callable[..., _Result], *arguments: object) -> _Result:
         """Call ``function`` in the executor thread and wait for it. Raises what it raises.
 
-        After the work was concluded too, for what is left to be closed: in a thread of the same kind.
+        All calls of one work share a copy of the context (`contextvars`) that its first caller has: they find what the
+        serving thread had set, and what a call before set, as in one thread; no other work finds it.
+
+        After the work was concluded too, for what is left to be closed: in a thread of the same kind. Raises
+        `ConfinementError` where the executor thread ended, or where there are none any more.
         """
         if self._outcome is None:
             self.ran = True
-            return self._executor.call(partial(function, *arguments))
+            return self._call_in(self._executor, function, arguments)
         executor = self._take()
         try:
-            return executor.call(partial(function, *arguments))
+            return self._call_in(executor, function, arguments)
         finally:
             self._threads.give_back(executor)
+
+    def _call_in(
+        self, executor: ThreadExecutor, function: Callable[..., _Result], arguments: tuple[object, ...]
+    ) -> _Result:
+        context = self._context
+        if context is None:
+            context = self._context = copy_context()
+        try:
+            return executor.call(partial(context.run, function, *arguments))
+        finally:
+            if executor.busy:  # the call was left, and goes on in this context, which nothing else can enter
+                self._context = context.copy()
 
     def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
         return self._outcome or self._give_back(ending, detail)

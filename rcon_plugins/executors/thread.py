@@ -29,6 +29,7 @@ READY_SECONDS = 10.0
 #: How long the end of all may take when the host closes, seconds.
 CLOSE_SECONDS = 2.0
 
+_ENDED = "the executor thread ended"
 _Result = TypeVar("_Result")
 #: A confinement by name, and who its work is.
 Key = tuple[str, "Identity | None"]
@@ -44,6 +45,8 @@ class ThreadExecutor:
         self.key = key
         #: Whether a call is under way, which its caller may have left: the thread cannot be used again then.
         self.busy = False
+        #: Whether the thread ended, or never began: nothing can be called in it.
+        self.ended = False
         self.cpu_seconds = 0.0
         self._prepare = prepare
         # Bare locks: a hand-over is two of them, and anything more costs more than the work's own run.
@@ -53,44 +56,60 @@ class ThreadExecutor:
         self._done.acquire()
         self._ending = False
         self._job: Callable[[], object] | None = None
-        self._result: object = None
-        self._error: BaseException | None = None
+        #: What a call returned and what it raised, from when it is done until its caller takes it.
+        self._outcome: tuple[object, BaseException | None] | None = None
         self._thread = threading.Thread(target=self._live, name=f"rcon-{key[0]}", daemon=True)
 
     def start(self) -> None:
-        """Start the thread and wait until it is confined. Raises what kept it from being so; it is gone then."""
-        self._thread.start()
+        """Start the thread and wait until it is confined. Raises what kept it from being so; it is to be ended then."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self.ended = True
+            raise ConfinementError(f"a thread could not be started: {error}") from error
         if not self._done.acquire(timeout=READY_SECONDS):
-            self.end()
+            self.ended = not self._thread.is_alive()
             raise ConfinementError(f"a thread was not confined within {READY_SECONDS:g} s")
-        error, self._error = self._error, None
-        if error is not None:
+        try:
+            self._take_outcome()
+        except BaseException:
             self._thread.join(CLOSE_SECONDS)
-            raise error
+            raise
 
     def call(self, job: Callable[[], _Result]) -> _Result:
         """Run ``job`` in the thread and wait for it: its result, or what it raised.
 
-        Where the wait is cut short, by an exception from a signal handler, ``busy`` stays true.
+        Raises `ConfinementError` where the thread ended, or ends before the job is done: an exception may be set in a
+        thread from outside. Where the wait is cut short, by an exception from a signal handler, ``busy`` stays true,
+        and the thread takes no more calls.
         """
+        if self.busy:
+            raise ConfinementError("the executor thread is still at work for a call that was left")
+        if self.ended:
+            raise ConfinementError(_ENDED)
         self.busy = True
         self._job = job
         self._begin.release()
         self._done.acquire()
         self.busy = False
-        result, error = self._result, self._error
-        self._result = self._error = None
+        return self._take_outcome()  # type: ignore[return-value]
+
+    def _take_outcome(self) -> object:
+        outcome, self._outcome = self._outcome, None
+        if outcome is None:
+            raise ConfinementError(_ENDED)
+        result, error = outcome
         if error is not None:
             try:
                 raise error
             finally:
-                error = None  # or it would be a reference cycle
-        return result  # type: ignore[return-value]
+                outcome = error = None  # or they would be a reference cycle
+        return result
 
     def end(self) -> None:
-        """Have the thread end, once it has done what it does. Does not wait. Called once."""
+        """Have the thread end, once it has done what it does. Does not wait."""
         self._ending = True
-        with contextlib.suppress(RuntimeError):  # a call that nobody waits for has just begun
+        with contextlib.suppress(RuntimeError):  # it was told to begin already, and has not yet
             self._begin.release()
 
     def join(self, timeout: float) -> bool:
@@ -100,27 +119,45 @@ class ThreadExecutor:
 
     def _live(self) -> None:
         try:
+            if self._confine():
+                self._serve()
+        finally:
+            # However it ends, nobody waits for ever. No other calls here: each is a place for one more exception.
+            self.ended = True
+            try:  # noqa: SIM105
+                self._done.release()
+            except RuntimeError:
+                pass  # nobody waits
+
+    def _confine(self) -> bool:
+        try:
             # A thread shares its working directory and umask with the process unless it says otherwise (unshare(2)).
             own_directory_and_umask()
             self._prepare()
-        except BaseException as error:  # noqa: BLE001 - whatever it was: the caller is told and nothing runs
-            self._error = error
-            self._done.release()
-            return
+        except Exception as error:  # noqa: BLE001 - whatever it was: the caller is told and nothing runs
+            self._outcome = None, error
+            return False
+        self._outcome = None, None
         self._done.release()
+        return True
+
+    def _serve(self) -> None:
         while True:
             self._begin.acquire()
             job, self._job = self._job, None
             if self._ending or job is None:
                 return
             began = time.thread_time()
+            outcome: tuple[object, BaseException | None]
             try:
-                self._result = job()
+                outcome = job(), None
             except BaseException as error:  # noqa: BLE001 - the work's own, and its caller's to deal with
-                self._error = error
+                outcome = None, error
             finally:
                 del job
             self.cpu_seconds += time.thread_time() - began
+            self._outcome = outcome
+            del outcome  # or it would be kept while the thread waits
             self._done.release()
 
 
@@ -128,12 +165,14 @@ class ThreadExecutors:
     """At most ``most`` executor threads of all confinements together. Thread-safe.
 
     A thread serves one confinement and identity for life, so a waiting one can only be taken for its own. Where the
-    bound is reached, a waiting thread of those that were used longest ago makes room.
+    bound is reached, a waiting thread of those that were used longest ago makes room. A thread whose call was left by
+    its caller counts until it really ends.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()
+        self._closed = False
         self._all: set[ThreadExecutor] = set()
         #: Waiting threads by confinement and identity, those used longest ago first.
         self._waiting: OrderedDict[Key, list[ThreadExecutor]] = OrderedDict()
@@ -141,36 +180,40 @@ class ThreadExecutors:
     def take(self, key: Key, prepare: Callable[[], object]) -> ThreadExecutor:
         """A confined, waiting thread; makes one where none waits. ``prepare`` is called in a new one, to confine it.
 
-        Raises `ConcurrencyLimitExceeded` when every thread is at work, and what ``prepare`` raises.
+        Raises `ConcurrencyLimitExceeded` when every thread is at work, `ConfinementError` after `close`, and what
+        ``prepare`` raises.
         """
         with self._lock:
+            if self._closed:
+                raise ConfinementError("the executor threads were closed")
             waiting = self._waiting.get(key)
-            if waiting:
+            while waiting:
                 executor = waiting.pop()
                 if not waiting:
                     del self._waiting[key]
-                return executor
+                if not executor.ended:
+                    return executor
             self._make_room()
             executor = ThreadExecutor(key, prepare)
             self._all.add(executor)
         try:
             executor.start()
         except BaseException:
-            self._lose(executor)
+            executor.end()  # what cut the wait short may have left it alive: it counts until it ends
             raise
         return executor
 
     def give_back(self, executor: ThreadExecutor) -> None:
-        """Put a thread back to wait for the next work; or, where its last call was left alone, let it end."""
+        """Put a thread back to wait for the next work; it ends where its last call was left, and after `close`."""
         with self._lock:
-            if not executor.busy and executor in self._all:
+            if not (executor.busy or executor.ended or self._closed):
                 self._waiting.setdefault(executor.key, []).append(executor)
                 self._waiting.move_to_end(executor.key)
                 return
-        LOGGER.warning(
-            "a thread of %s is still at work that nobody waits for; it is not used again", executor.key[0]
-        )
-        self._lose(executor)
+        if executor.busy:
+            LOGGER.warning(
+                "a thread of %s is still at work that nobody waits for; it is not used again", executor.key[0]
+            )
         executor.end()
 
     def forget(self, name: str) -> None:
@@ -182,32 +225,32 @@ class ThreadExecutors:
         _end(ending)
 
     def close(self) -> None:
-        """End all waiting threads. One that is at work ends after it, or with the process."""
+        """End all waiting threads, and make no more. One that is at work ends after it, or with the process."""
         with self._lock:
+            self._closed = True
             ending = [executor for some in self._waiting.values() for executor in some]
             self._waiting.clear()
-            self._all.clear()
+            self._all.difference_update(ending)
         _end(ending)
 
     def _make_room(self) -> None:
+        self._all = {executor for executor in self._all if not executor.ended}
         if len(self._all) < self._most:
             return
-        if not self._waiting:
-            raise ConcurrencyLimitExceeded(
-                f"all {self._most} executor threads of this server process are at work; "
-                "the setting `threads` says how many there may be",
-                limit="threads",
-            )
-        key, waiting = next(iter(self._waiting.items()))
-        spare = waiting.pop(0)
-        if not waiting:
-            del self._waiting[key]
-        self._all.discard(spare)
-        spare.end()
-
-    def _lose(self, executor: ThreadExecutor) -> None:
-        with self._lock:
-            self._all.discard(executor)
+        while self._waiting:
+            key, waiting = next(iter(self._waiting.items()))
+            spare = waiting.pop(0)
+            if not waiting:
+                del self._waiting[key]
+            if spare in self._all:  # else it ended while it waited, and took up no room
+                self._all.discard(spare)
+                spare.end()
+                return
+        raise ConcurrencyLimitExceeded(
+            f"all {self._most} executor threads of this server process are at work; "
+            "the setting `threads` says how many there may be",
+            limit="threads",
+        )
 
 
 def _end(executors: list[ThreadExecutor]) -> None:

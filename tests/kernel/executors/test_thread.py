@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import ctypes
+import logging
+import logging.handlers
 import os
 import signal
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +239,231 @@ def test_a_call_that_was_left_alone_is_not_disturbed_and_its_thread_not_used_aga
         return [first != second, ended]
 
     assert managed(POLICY, program) == [True, True]
+
+
+def inject(thread_id: int, error: type[BaseException]) -> None:
+    """Set an exception in a thread, as libraries for timeouts do. It is raised when the thread next runs Python."""
+    ident = next(t.ident for t in threading.enumerate() if t.native_id == thread_id)
+    assert (
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident or 0), ctypes.py_object(error)) == 1
+    )
+
+
+class Left(Exception):
+    """What a signal handler raises in a thread that waits."""
+
+
+def leave(admission: ThreadAdmission, act: Callable[..., Any], *arguments: Any) -> None:
+    """Call, and leave the call to itself after a moment."""
+
+    def handler(*_: object) -> None:
+        raise Left
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    with pytest.raises(Left):
+        admission.call(act, *arguments)
+
+
+def told(records: list[logging.LogRecord]) -> list[str]:
+    return [record.getMessage() for record in records if "nobody waits" in record.getMessage()]
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[logging.LogRecord]]:
+    handler = logging.handlers.BufferingHandler(1000)
+    logger = logging.getLogger("rcon")
+    logger.addHandler(handler)
+    try:
+        yield handler.buffer
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("error", [KeyError, SystemExit, KeyboardInterrupt])
+def test_an_exception_set_in_a_waiting_thread_ends_it_and_its_caller_is_told(
+    error: type[BaseException],
+) -> None:
+    def program(manager: Manager) -> list[object]:
+        admission = admit(manager)
+        first = admission.call(threading.get_native_id)
+        inject(first, error)
+        said = []
+        for _ in range(2):  # the second finds it ended
+            try:
+                admission.call(os.getpid)
+            except ConfinementError as refusal:
+                said.append(str(refusal))
+        admission.finish("error")
+        ended = soon(lambda: not Path(f"/proc/self/task/{first}").exists())
+        return [said, ended, first != run(manager, threading.get_native_id)]
+
+    assert managed(POLICY, program, threads=1) == [["the executor thread ended"] * 2, True, True]
+
+
+def test_a_thread_that_ended_while_it_waited_takes_up_no_room() -> None:
+    def program(manager: Manager) -> list[int]:
+        first = run(manager, threading.get_native_id, host="a")
+        inject(first, KeyError)
+        with contextlib.suppress(ConfinementError):
+            run(manager, os.getpid, host="a")
+        held = [admit(manager, host="b"), admit(manager, host="c")]
+        for admission in held:
+            admission.finish()
+        try:
+            return [run(manager, os.getuid, host="a")]
+        finally:
+            assert sum(thread.name.startswith("rcon-") for thread in threading.enumerate()) <= 2
+
+    assert managed({**POLICY, "per": "host"}, program, threads=2) == [TENANT]
+
+
+def test_an_exception_set_in_a_thread_at_work_is_the_works_own() -> None:
+    def program(manager: Manager) -> list[object]:
+        first = run(manager, threading.get_native_id)
+
+        def work() -> None:
+            inject(threading.get_native_id(), KeyError)
+            time.sleep(0)
+
+        try:
+            run(manager, work)
+        except KeyError:
+            return [first == run(manager, threading.get_native_id)]
+        return []
+
+    assert managed(POLICY, program) == [True]
+
+
+def test_calls_that_were_left_count_until_they_end() -> None:
+    def program(manager: Manager) -> list[object]:
+        go_on = threading.Event()
+        for _ in range(4):
+            admission = admit(manager)
+            leave(admission, go_on.wait, 20)
+            with pytest.raises(ConfinementError):
+                admission.call(os.getpid)  # it is at work
+            admission.finish("error")
+        refused = 0
+        for _ in range(5):
+            try:
+                run(manager, os.getpid)
+            except ConcurrencyLimitExceeded as error:
+                refused += error.limit == "threads"
+        count = sum(thread.name.startswith("rcon-") for thread in threading.enumerate())
+        go_on.set()
+        soon(lambda: not any(thread.name.startswith("rcon-") for thread in threading.enumerate()))
+        return [refused, count, run(manager, os.getuid)]
+
+    assert managed(POLICY, program, threads=4) == [5, 4, TENANT]
+
+
+def test_close_while_a_thread_is_taken_lets_it_finish_and_makes_no_more() -> None:
+    def program() -> list[object]:
+        manager = Manager(from_mapping({"policy": {"default": POLICY}}))
+        manager.start()
+        admission = admit(manager)
+        inside, go_on = threading.Event(), threading.Event()
+        results: list[object] = []
+
+        def work() -> int:
+            inside.set()
+            go_on.wait(20)
+            return os.getuid()
+
+        serving = threading.Thread(target=lambda: results.append(admission.call(work)))
+        serving.start()
+        inside.wait(20)
+        with logged() as records:
+            manager.close()
+            go_on.set()
+            serving.join(20)
+            admission.finish()
+        try:
+            admission.call(os.getpid)  # to be closed after its end: in a new thread, and there are none now
+        except ConfinementError as error:
+            results.append(str(error))
+        ended = soon(lambda: not any(thread.name.startswith("rcon-") for thread in threading.enumerate()))
+        return [*results, told(records), ended]
+
+    assert in_child(program) == [TENANT, "the executor threads were closed", [], True]
+
+
+def test_only_a_call_that_was_left_is_logged_as_one() -> None:
+    def program(manager: Manager) -> list[int]:
+        go_on = threading.Event()
+        with logged() as records:
+            run(manager, os.getpid)
+            before = len(told(records))
+            admission = admit(manager)
+            leave(admission, go_on.wait, 20)
+            admission.finish("error")
+        go_on.set()
+        soon(lambda: not any(thread.name.startswith("rcon-") for thread in threading.enumerate()))
+        return [before, len(told(records))]
+
+    assert managed(POLICY, program) == [0, 1]
+
+
+def test_a_server_that_closed_over_a_busy_thread_leaves_nothing_that_the_next_start_does_not_remove() -> None:
+    policy = {**POLICY, "pids": 50}
+
+    def closes() -> str:
+        manager = Manager(from_mapping({"policy": {"default": policy}}))
+        manager.start()
+        inside = threading.Event()
+        admission = admit(manager)
+        path = manager._ready_instance().path
+
+        def work() -> None:
+            inside.set()
+            time.sleep(20)
+
+        threading.Thread(target=admission.call, args=(work,), daemon=True).start()
+        inside.wait(20)
+        manager.close()
+        return path
+
+    path = in_child(closes)
+    managed(policy, lambda manager: run(manager, os.getpid))
+    assert [str(found) for found in Path("/sys/fs/cgroup").rglob(Path(path).name)] == []
+
+
+def test_context_variables_are_the_callers_and_one_works_own() -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
+
+    def step(value: str) -> str:
+        found = variable.get()
+        variable.set(value)
+        return found
+
+    def program(manager: Manager) -> list[object]:
+        variable.set("the server's")
+        admission = admit(manager)
+        same = [admission.call(step, str(number)) for number in range(3)]
+        admission.finish()
+        closing = admission.call(step, "closing")
+        other = run(manager, step, "other")
+        return [same, closing, other, run(manager, variable.get), variable.get()]
+
+    assert managed(POLICY, program) == [["the server's", "0", "1"], "2", *["the server's"] * 3]
+
+
+def test_what_is_closed_after_a_call_was_left_finds_the_context_of_its_work() -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
+
+    def program(manager: Manager) -> str:
+        go_on = threading.Event()
+        admission = admit(manager)
+        admission.call(variable.set, "its own")
+        leave(admission, go_on.wait, 20)
+        admission.finish("error")
+        found = str(admission.call(variable.get))  # while the other is still at work
+        go_on.set()
+        soon(lambda: sum(thread.name.startswith("rcon-") for thread in threading.enumerate()) == 1)
+        return found
+
+    assert managed(POLICY, program) == "its own"
 
 
 def test_working_directory_and_umask_are_the_threads_own() -> None:
