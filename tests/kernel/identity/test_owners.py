@@ -143,8 +143,9 @@ def test_links_that_the_tenant_cannot_have_moved_are_followed(sites: Path, uid: 
     os.chown(sites, DEPLOY, DEPLOY)
     (sites / "shared").mkdir()
     (sites / "shared").chmod(mode)
-    link(sites / "shared/link", "../berta/app", uid)
-    policy = Policy.make("p", user=f"owner:{sites}/{{host}}/link")
+    link(sites / "shared/link", "../berta", uid)
+    # Not the link alone: fs.protected_symlinks keeps from that by itself, where the directory is sticky.
+    policy = Policy.make("p", user=f"owner:{sites}/{{host}}/link/app")
     assert resolve(policy, {"host": "shared"}) == Identity(BERTA, STAFF)
 
 
@@ -199,7 +200,7 @@ def test_a_link_with_two_names_is_not_followed(sites: Path, uid: int) -> None:
     link(sites / "berta/link", "../berta", uid)
     os.link(sites / "berta/link", sites / "shared/link", follow_symlinks=False)
     with pytest.raises(IdentityRefused, match="may have been put there by anybody"):
-        resolve(Policy.make("p", user=f"owner:{sites}/{{host}}/link"), {"host": "shared"})
+        resolve(Policy.make("p", user=f"owner:{sites}/{{host}}/link/app"), {"host": "shared"})
 
 
 def test_links_of_ones_own_where_a_group_may_write(sites: Path) -> None:
