@@ -189,7 +189,7 @@ def main() -> int:
         description="Run kernel tests on pure cgroup v2, in an emulated machine."
     )
     parser.add_argument(
-        "--timeout", type=int, default=780, help="seconds for all of it (default: %(default)s)"
+        "--timeout", type=int, default=1500, help="seconds for all of it (default: %(default)s)"
     )
     parser.add_argument("--memory", default="1G", help="memory of the machine (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show the machine's console")
