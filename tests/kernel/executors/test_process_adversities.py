@@ -50,11 +50,13 @@ def test_a_fork_server_that_does_not_answer_hangs_no_request(monkeypatch: pytest
                     begin(manager, "pid")
         finally:
             os.kill(manager.fork_server_pid, signal.SIGCONT)
+            monkeypatch.undo()  # half a second is short for an emulated machine
         assert ask(manager, "pid")[1].ending == "ok"
 
 
 def test_one_slow_death_delays_nobody_elses_deadline() -> None:
-    slow = {"cpu": "1%", "pids": 400, "each": {"timeout": "1s"}}
+    # Slow to die by its quota, and not too slow to be born under it: to drop takes milliseconds of CPU time.
+    slow = {"cpu": "5%", "pids": 400, "each": {"timeout": "1s"}}
     settings = {
         "policy": {"slow": slow, "p": {"each": {"timeout": "1500ms"}}},
         "route": [{"host": "slow", "policy": "slow"}, {"policy": "p"}],
