@@ -92,9 +92,10 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     as_thread = _as_written(hierarchy.refusals(together, threaded=True))
     as_process = _as_written(hierarchy.refusals(together))
     as_process += _as_written(hierarchy.refusals(each, within=together), "each.")
-    as_process += privileges.refusals(policy) + _without_walls(policy)
+    identity = privileges.refusals(policy)
+    as_process += identity + _without_walls(policy)
     if policy.isolation == "thread":
-        as_thread += privileges.refusals(policy)
+        as_thread += identity
     if policy.isolation in ("inline", "thread") and server.greenlets:
         as_thread.append(
             Refusal(

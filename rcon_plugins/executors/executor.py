@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Cgroup, Meter, Reading
     from rcon_plugins.policy import Policy
 
+#: A confinement by name, and who its work is: what an executor, process or thread, serves all its life.
+Key = tuple[str, "Identity | None"]
+
 
 class Executor:
     """The host's side of one executor process, which serves one policy (and key) as one identity all its life.
@@ -59,6 +62,11 @@ class Executor:
         self._mourners: list[Callable[[], object]] = []
         #: What its cgroup had used after its last work, or at its end.
         self.reading: Reading = meter.read()
+
+    @property
+    def key(self) -> Key:
+        """What it serves."""
+        return self.name, self.identity
 
     def read(self) -> Reading:
         """What its cgroup has used; the last reading once it has ended. Raises `KernelError`."""

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
-from rcon_plugins.executors.executor import Executor
+from rcon_plugins.executors.executor import Executor, Key
 from rcon_plugins.executors.process import LOGGER, ProcessExecutors
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.policy import Policy
-
-#: A confinement by name, and who its work is: what a waiting executor can serve.
-Key = tuple[str, "Identity | None"]
 
 
 class ExecutorPool:
@@ -73,9 +70,8 @@ class ExecutorPool:
         """Put an executor that finished its work back to wait for the next."""
         with self._lock:
             if executor.counted:
-                key = (executor.name, executor.identity)
-                self._waiting.setdefault(key, []).append(executor)
-                self._waiting.move_to_end(key)
+                self._waiting.setdefault(executor.key, []).append(executor)
+                self._waiting.move_to_end(executor.key)
                 return
         executor.channel.close()  # it died just now
 
@@ -122,10 +118,10 @@ class ExecutorPool:
 
     def _remove(self, executor: Executor) -> Executor:
         """Take one of those that wait out. With the lock held."""
-        key = (executor.name, executor.identity)
-        self._waiting[key].remove(executor)
-        if not self._waiting[key]:
-            del self._waiting[key]  # there may be any number of identities over time
+        waiting = self._waiting[executor.key]
+        waiting.remove(executor)
+        if not waiting:
+            del self._waiting[executor.key]  # there may be any number of identities over time
         return executor
 
     def _make_room(self) -> None:
@@ -155,7 +151,7 @@ class ExecutorPool:
     def _succeed(self, executor: Executor) -> None:
         """Make the successor of an executor, if there is room and nobody waits there already."""
         with self._lock:
-            superfluous = self._count >= self._most or self._waiting.get((executor.name, executor.identity))
+            superfluous = self._count >= self._most or self._waiting.get(executor.key)
             if superfluous or not self.processes.usable or not self._is_kept(executor.name):
                 return
             self._count += 1
@@ -178,7 +174,7 @@ class ExecutorPool:
         """Called for each executor that is gone, however it went."""
         self._uncount(executor)
         with self._lock:
-            was_waiting = executor in self._waiting.get((executor.name, executor.identity), ())
+            was_waiting = executor in self._waiting.get(executor.key, ())
             if was_waiting:
                 self._remove(executor)
         if was_waiting:

@@ -17,10 +17,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
+from rcon_plugins.executors.executor import Key
 from rcon_plugins.kernel.process import own_directory_and_umask
 
 if TYPE_CHECKING:
-    from rcon_plugins.kernel.capability import Identity
+    pass
 
 LOGGER = logging.getLogger("rcon")
 
@@ -31,8 +32,6 @@ CLOSE_SECONDS = 2.0
 
 _ENDED = "the executor thread ended"
 _Result = TypeVar("_Result")
-#: A confinement by name, and who its work is.
-Key = tuple[str, "Identity | None"]
 
 
 class ThreadExecutor:
