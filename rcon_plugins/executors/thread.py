@@ -14,14 +14,11 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
 from rcon_plugins.executors.executor import Key
 from rcon_plugins.kernel.process import own_directory_and_umask
-
-if TYPE_CHECKING:
-    pass
 
 LOGGER = logging.getLogger("rcon")
 
