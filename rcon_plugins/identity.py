@@ -140,10 +140,10 @@ def _user(user: Account, find: _Find) -> tuple[int, userdb.Entry | None, paths.F
     if user.path is not None:
         found = find("user", user.path)
         _check_known("user", "uid", found.uid, paths.overflow_uid())
-        return found.uid, userdb.entry(found.uid), found
+        return found.uid, userdb.user(found.uid), found
     if user.number is not None:
-        return user.number, userdb.entry(user.number), None
-    entry = userdb.named(user)
+        return user.number, userdb.user(user.number), None
+    entry = userdb.user(user)
     if entry is None:
         raise _Fault(
             "user",

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.units import Duration, Size, Written, show
+from rcon_plugins.units import Duration, Size, Written, WrittenNumber, show
 
 _PAGE = 4096
 _MANY = Meta(ge=0, le=2**31 - 1)
@@ -36,14 +36,11 @@ class CapabilityName(Written, str):
         return cls(name)
 
 
-class Umask(Written, int):
+class Umask(WrittenNumber, int):
     """A umask, written as text in octal: ``"027"``. See umask(2)."""
 
     __slots__ = ()
     schema: ClassVar[dict[str, Any]] = {"type": "string", "pattern": "^0?[0-7]{3}$"}
-
-    def __new__(cls, value: str | int) -> Self:
-        return cls.parse(value) if isinstance(value, str) else super().__new__(cls, value)
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -59,9 +56,6 @@ class Umask(Written, int):
 
     def __str__(self) -> str:
         return f"{int(self):03o}"
-
-    def __repr__(self) -> str:
-        return f"Umask({str(self)!r})"
 
 
 class Rlimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

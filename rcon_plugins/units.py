@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
-from typing import Any, ClassVar, Self, SupportsFloat, SupportsInt
+from typing import Any, ClassVar, Self, SupportsFloat
 
 from rcon_plugins.errors import SettingsError
 
@@ -39,7 +39,19 @@ class Written:
         raise NotImplementedError
 
 
-class Cpus(Written, float):
+class WrittenNumber(Written):
+    """A number that settings write as text, and whose constructor takes either."""
+
+    __slots__ = ()
+
+    def __new__(cls, value: str | SupportsFloat) -> Self:
+        return cls.parse(value) if isinstance(value, str) else super().__new__(cls, value)  # type: ignore[call-arg]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+
+class Cpus(WrittenNumber, float):
     """CPU time per time, in CPUs: ``"30%"`` is 0.3, three tenths of one CPU; ``"150%"`` is 1.5.
 
     At least 1 %: the kernel gives out CPU time in pieces of 1 ms and a period is 100 ms long.
@@ -48,9 +60,6 @@ class Cpus(Written, float):
     __slots__ = ()
     schema: ClassVar[dict[str, Any]] = {"type": "string", "pattern": rf"^{_PERCENT}$"}
     _hint = '"30%" is 30 % of one CPU, "150%" is one and a half'
-
-    def __new__(cls, value: str | SupportsFloat) -> Self:
-        return cls.parse(value) if isinstance(value, str) else super().__new__(cls, value)
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -70,11 +79,8 @@ class Cpus(Written, float):
     def __str__(self) -> str:
         return f"{_plain(round(_exactly(self) * 100, 6))}%"
 
-    def __repr__(self) -> str:
-        return f"Cpus({str(self)!r})"
 
-
-class Size(Written, int):
+class Size(WrittenNumber, int):
     """A number of bytes: ``"256M"``, in steps of 1024 (K, M, G, T); a plain number is bytes.
 
     Zero is a size; negative numbers are refused.
@@ -87,9 +93,6 @@ class Size(Written, int):
     _units: ClassVar[dict[str, int]] = {"T": 1024**4, "G": 1024**3, "M": 1024**2, "K": 1024, "": 1}
     _largest = 2**63 - 1  # what the kernel's signed 64-bit counters hold
     _hint = 'write "256M", "64K" or "2G", in steps of 1024'
-
-    def __new__(cls, value: str | SupportsInt) -> Self:
-        return cls.parse(value) if isinstance(value, str) else super().__new__(cls, value)
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -125,11 +128,8 @@ class Size(Written, int):
                 return f"{number // unit}{letter}"
         return "0"
 
-    def __repr__(self) -> str:
-        return f"Size({str(self)!r})"
 
-
-class Duration(Written, float):
+class Duration(WrittenNumber, float):
     """A length of time, in seconds: ``"20s"``, ``"500ms"``, ``"2m"``, ``"1.5h"``. More than nothing."""
 
     __slots__ = ()
@@ -142,9 +142,6 @@ class Duration(Written, float):
     }
     _longest = Decimal(24 * 24 * 3600)  # poll(2) counts milliseconds in 31 bits: 24.8 days
     _hint = 'write "20s", "500ms", "2m" or "1h"'
-
-    def __new__(cls, value: str | SupportsFloat) -> Self:
-        return cls.parse(value) if isinstance(value, str) else super().__new__(cls, value)
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -169,9 +166,6 @@ class Duration(Written, float):
             if seconds % unit == 0:
                 return f"{_plain(seconds / unit)}{letter}"
         return f"{_plain(round(seconds * 1000, 6))}ms"
-
-    def __repr__(self) -> str:
-        return f"Duration({str(self)!r})"
 
 
 class CpuList(Written, str):

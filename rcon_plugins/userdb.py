@@ -49,20 +49,10 @@ def _for_a_while(ask: Callable[[*_Asked], _Answer]) -> Callable[[*_Asked], _Answ
 
 
 @_for_a_while
-def named(name: str) -> Entry | None:
-    """The user of that name."""
+def user(who: str | int) -> Entry | None:
+    """The user of that name, or of that number."""
     try:
-        known = pwd.getpwnam(name)
-    except KeyError:
-        return None
-    return Entry(known.pw_name, known.pw_uid, known.pw_gid)
-
-
-@_for_a_while
-def entry(uid: int) -> Entry | None:
-    """The user of that number."""
-    try:
-        known = pwd.getpwuid(uid)
+        known = pwd.getpwuid(who) if isinstance(who, int) else pwd.getpwnam(who)
     except KeyError:
         return None
     return Entry(known.pw_name, known.pw_uid, known.pw_gid)

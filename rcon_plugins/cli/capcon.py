@@ -6,6 +6,7 @@ The subcommands import what they need when they are called, so that completing a
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -16,9 +17,9 @@ from rcon_plugins.cli.ending import finish
 if TYPE_CHECKING:
     from rcon_plugins.cli.asked import Asked
 
-    Word = click.ParamType[str]  # generic from click 8.2 on
+    _Word = click.ParamType[str]  # generic from click 8.2 on
 else:
-    Word = click.ParamType
+    _Word = click.ParamType
 
 #: explain: the command would not hold what was asked.
 NOT_AS_ASKED = 1
@@ -36,43 +37,34 @@ def run_main(arguments: list[str]) -> int:
     return finish(capcon, "capcon", arguments)
 
 
-class Names(Word):
-    """Names with commas between them. ``complete`` gives those that begin as the last one does."""
+class Word(_Word):
+    """A word, or with ``several`` words with commas between them; completed to one of those that ``known`` gives."""
 
-    name = "names"
-
-    def shell_complete(
-        self,
-        ctx: click.Context,  # noqa: ARG002  click gives it
-        param: click.Parameter,
-        incomplete: str,
-    ) -> list[CompletionItem]:
-        before, comma, last = incomplete.rpartition(",")
-        known = _capability_names() if param.name == "caps" else _group_names()
-        return [CompletionItem(before + comma + name) for name in known if name.startswith(last)]
-
-
-class User(Word):
-    """A name or a number of a user."""
-
-    name = "user"
+    def __init__(self, name: str, known: Callable[[], list[str]], *, several: bool = False) -> None:
+        self.name = name
+        self._known = known
+        self._several = several
 
     def shell_complete(
         self,
         ctx: click.Context,  # noqa: ARG002  click gives it
-        param: click.Parameter,
+        param: click.Parameter,  # noqa: ARG002
         incomplete: str,
     ) -> list[CompletionItem]:
-        import pwd
-
-        names = [entry.pw_name for entry in pwd.getpwall()] if param.name == "user" else _group_names()
-        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        before, comma, last = incomplete.rpartition(",") if self._several else ("", "", incomplete)
+        return [CompletionItem(before + comma + name) for name in self._known() if name.startswith(last)]
 
 
 def _capability_names() -> list[str]:
     from rcon_plugins.cli.asked import short_names
 
     return short_names()
+
+
+def _user_names() -> list[str]:
+    import pwd
+
+    return [entry.pw_name for entry in pwd.getpwall()]
 
 
 def _group_names() -> list[str]:
@@ -87,16 +79,20 @@ def _asking(function: Any) -> Any:
         click.option(
             "--user",
             "-u",
-            type=User(),
+            type=Word("user", _user_names),
             metavar="NAME|UID",
             help="Run as this user, without capabilities but --cap.",
         ),
         click.option(
-            "--group", "-g", type=User(), metavar="NAME|GID", help="In this group instead of the user's own."
+            "--group",
+            "-g",
+            type=Word("group", _group_names),
+            metavar="NAME|GID",
+            help="In this group instead of the user's own.",
         ),
         click.option(
             "--groups",
-            type=Names(),
+            type=Word("groups", _group_names, several=True),
             metavar="NAME,...",
             help="In just these other groups instead of those the group database gives the user; '' for none.",
         ),
@@ -104,7 +100,7 @@ def _asking(function: Any) -> Any:
             "--cap",
             "-c",
             "caps",
-            type=Names(),
+            type=Word("capabilities", _capability_names, several=True),
             multiple=True,
             metavar="NAME,...",
             help="With just these capabilities: net_bind_service,net_raw.",

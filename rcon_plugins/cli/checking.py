@@ -211,7 +211,7 @@ def _as_whom(identity: Mapping[str, Any] | None) -> str:
     if identity is None:
         return "as the server's own user"
     groups = ", ".join(map(str, identity["groups"])) or "none"
-    account = userdb.entry(identity["uid"])
+    account = userdb.user(identity["uid"])
     name = f" ({account.name})" if account else ""
     return f"as uid {identity['uid']}{name}, gid {identity['gid']}, groups {groups}"
 

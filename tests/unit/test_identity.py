@@ -21,7 +21,7 @@ from rcon_plugins.policy import Policy
 
 #: So that these tests can be run by whoever owns the files they make.
 ANYBODY: dict[str, Any] = {"min_uid": 1, "min_gid": 1, "allow_root": True}
-ENTRY = userdb.entry(os.geteuid())
+ENTRY = userdb.user(os.geteuid())
 ME = Identity(os.geteuid(), ENTRY.gid if ENTRY else os.getegid())
 OTHER = 4001 if ME.uid != 4001 else 4002
 
@@ -66,7 +66,7 @@ def test_groups_that_are_written_replace_the_others() -> None:
 
 
 def test_a_number_without_an_entry_has_the_group_it_is_given_and_no_other() -> None:
-    number = next(n for n in range(3_000_000_000, 4_000_000_000) if userdb.entry(n) is None)
+    number = next(n for n in range(3_000_000_000, 4_000_000_000) if userdb.user(n) is None)
     assert resolve(Policy.make("p", user=number, group=4001), {}) == Identity(number, 4001, ())
     with pytest.raises(SettingsError, match=r"^policy\.p\.user: uid .* no entry .* \(write the group too"):
         check(Policy.make("p", user=number))

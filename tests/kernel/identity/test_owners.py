@@ -47,7 +47,7 @@ def link(path: Path, target: str, uid: int) -> None:
 @pytest.fixture(autouse=True)
 def _asked_anew() -> None:
     userdb.forget()
-    assert [userdb.entry(uid) for uid in (ANNA, BERTA, DEPLOY)] == [None, None, None]
+    assert [userdb.user(uid) for uid in (ANNA, BERTA, DEPLOY)] == [None, None, None]
 
 
 def test_each_host_is_its_owner(sites: Path) -> None:
