@@ -1,0 +1,147 @@
+"""The options that set limits, the same for every command that takes them: ``--cpu 30% --memory 512M``.
+
+Units, checks and remedies are those of a policy file: an option becomes the policy's key, and a fault in it names the
+option::
+
+    @click.command()
+    @limit_options
+    def run(**options: Any) -> int:
+        limits = limits_of(options)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.policy import Policy
+
+
+class LimitOption(NamedTuple):
+    """One option: its flag, the key of a policy that it sets (of ``io`` for reads and writes), and what help says."""
+
+    flag: str
+    key: str
+    metavar: str
+    help: str
+
+    @property
+    def parameter(self) -> str:
+        """What click calls its value."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+
+LIMIT_OPTIONS = (
+    LimitOption("--cpu", "cpu", "PERCENT", "CPU time: 30% of one CPU, 150% is one and a half."),
+    LimitOption("--cpu-weight", "cpu_weight", "N", "Share of scarce CPUs, 1 to 10000; others have 100."),
+    LimitOption("--cpus", "cpus", "LIST", "Run on these CPUs only: 0-1,3."),
+    LimitOption("--memory", "memory", "SIZE", "Most memory: 512M, 2G (1024-based); beyond it, killed."),
+    LimitOption("--memory-high", "memory_high", "SIZE", "Slow it down above this; needs --memory."),
+    LimitOption("--expand", "expand", "FACTOR", "At the memory limit raise it by this, 2x; needs --up-to."),
+    LimitOption("--up-to", "up_to", "SIZE", "... until it is this."),
+    LimitOption("--swap", "swap", "SIZE", "Most swap, besides the memory; 0 is none."),
+    LimitOption("--read", "read", "SIZE", "Bytes a second read from --device: 10M."),
+    LimitOption("--write", "write", "SIZE", "Bytes a second written to --device: 10M."),
+    LimitOption("--read-iops", "read_iops", "N", "Reads a second from --device."),
+    LimitOption("--write-iops", "write_iops", "N", "Writes a second to --device."),
+    LimitOption(
+        "--device", "device", "PATH|MAJ:MIN", "Disk that --read and --write mean; default: the working directory's."
+    ),
+    LimitOption("--pids", "pids", "N", "Most processes and threads at once."),
+)  # fmt: skip
+
+_IO = ("read", "write", "read_iops", "write_iops")
+_EXPANSION = ("expand", "up_to")
+#: Keys of a policy that are numbers; a command line has text.
+_NUMBERS = frozenset({"cpu_weight", "pids", "read_iops", "write_iops"})
+_BY_KEY = {option.key: option for option in LIMIT_OPTIONS}
+#: Policies that commands make have this name; it is not shown.
+_POLICY = "command"
+
+
+def limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a click command all of `LIMIT_OPTIONS`, as text and None where not given."""
+    for option in reversed(LIMIT_OPTIONS):
+        function = click.option(option.flag, metavar=option.metavar, help=option.help)(function)
+    return function
+
+
+def limits_of(options: Mapping[str, Any], **more: object) -> Policy:
+    """The limits that the options ask for, checked as a policy file's are.
+
+    ``options`` may hold others besides, which are left alone; ``more`` are further keys of a policy. Raises
+    `click.UsageError`, in one line that begins with the option and has the remedy.
+    """
+    try:
+        return Policy.make(_POLICY, **policy_keys(options), **more)
+    except SettingsError as error:
+        raise refused(error) from None
+
+
+def policy_keys(options: Mapping[str, Any]) -> dict[str, object]:
+    """What a policy file would hold for these options; nothing in it is checked. Raises `click.UsageError`."""
+    given = {
+        option.key: _value(option.key, str(options[option.parameter]))
+        for option in LIMIT_OPTIONS
+        if options.get(option.parameter) is not None
+    }
+    limits = {key: given.pop(key) for key in _IO if key in given}
+    device = given.pop("device", None)
+    if limits:
+        given["io"] = {_device(device): limits}
+    elif device is not None:
+        raise click.UsageError("--device without --read, --write, --read-iops or --write-iops limits nothing")
+    expansion = {key: given.pop(key) for key in _EXPANSION if key in given}
+    if expansion:
+        for key in ("memory", *_EXPANSION):
+            if key not in expansion and key not in given:
+                others = " and ".join(_BY_KEY[one].flag for one in expansion)
+                raise click.UsageError(f"{others} without {_BY_KEY[key].flag} expands nothing: add it")
+        given["memory"] = {"limit": given["memory"], **expansion}
+    return given
+
+
+def refused(error: SettingsError, others: Mapping[str, str] | None = None) -> click.UsageError:
+    """The fault in a policy made of options, told of the option. ``others``: flags of further keys of the policy."""
+    flag = _flag((error.key or "").removeprefix(f"policy.{_POLICY}."), others or {})
+    hint = f" ({error.hint})" if error.hint else ""
+    return click.UsageError(f"{flag}: {error.problem}{hint}" if flag else f"{error.problem}{hint}")
+
+
+def flags_of(keys: Iterable[str]) -> list[str]:
+    """The flags of keys of a policy, as ``io./srv.read``, for messages; a key without one stays as it is."""
+    return [_flag(key, {}) or key for key in keys]
+
+
+def _flag(key: str, others: Mapping[str, str]) -> str | None:
+    if key in others:
+        return others[key]
+    if key.startswith("io."):
+        last = key.rpartition(".")[2]
+        return _BY_KEY[last].flag if last in _IO else "--device"
+    if key.startswith("memory.") and (last := key.rpartition(".")[2]) in _EXPANSION:
+        return _BY_KEY[last].flag
+    first = key.partition(".")[0].partition("[")[0]
+    return _BY_KEY[first].flag if first in _BY_KEY else None
+
+
+def _value(key: str, text: str) -> object:
+    if key not in _NUMBERS:
+        return text
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise click.UsageError(f"{_BY_KEY[key].flag}: {text!r} is not a whole number (for example 100)")
+    return int(text)
+
+
+def _device(named: object) -> str:
+    """As the policy spells it: MAJ:MIN stays, and a path becomes an absolute one."""
+    text = "." if named is None else str(named)
+    if not text:
+        raise click.UsageError(
+            "--device: the path is empty: name a file or folder on the disk, or MAJOR:MINOR"
+        )
+    return text if ":" in text and "/" not in text else str(Path(text).absolute())

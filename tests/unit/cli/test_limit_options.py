@@ -1,0 +1,116 @@
+"""The options that set limits: what they make of a command line, and what they say of one that is wrong."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from rcon_plugins.cli.limit_options import LIMIT_OPTIONS, flags_of, limit_options, limits_of
+from rcon_plugins.limits import Limits
+from rcon_plugins.policy import Policy
+
+
+def parsed(*arguments: str) -> Policy:
+    made: list[Policy] = []
+
+    @click.command()
+    @limit_options
+    def command(**options: str | None) -> None:
+        made.append(limits_of(options))
+
+    command.main(list(arguments), standalone_mode=False)
+    return made[0]
+
+
+def test_each_limit_of_a_policy_has_an_option() -> None:
+    keys = {option.key for option in LIMIT_OPTIONS}
+    assert set(Limits.__struct_fields__) - {"io"} <= keys
+    assert {"read", "write", "read_iops", "write_iops", "device"} <= keys
+
+
+def test_options_are_the_policy_file() -> None:
+    made = parsed(
+        *("--cpu", "30%", "--cpu-weight", "50", "--cpus", "0", "--memory", "64M", "--memory-high", "48M"),
+        *("--swap", "0", "--pids", "8", "--read", "10M", "--write-iops", "7", "--device", "254:0"),
+    )
+    assert made == Policy.make(
+        made.name,
+        cpu="30%",
+        cpu_weight=50,
+        cpus="0",
+        memory="64M",
+        memory_high="48M",
+        swap="0",
+        pids=8,
+        io={"254:0": {"read": "10M", "write_iops": 7}},
+    )
+
+
+def test_nothing_said_is_no_limit() -> None:
+    assert parsed().asks() == ()
+
+
+def test_the_device_is_that_of_the_working_directory(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(folder)
+    assert list(parsed("--write", "5M").io) == [str(folder)]
+    assert list(parsed("--write", "5M", "--device", "sub").io) == [f"{folder}/sub"]
+
+
+JUNK = {
+    "--cpu": ["", "x", "30", "0%", "-5%"],
+    "--cpu-weight": ["", "x", "0", "10001", "-1", "1.5", "9" * 40],
+    "--cpus": ["", "x", "3-1", "0-99999", "-1"],
+    "--memory": ["", "x", "64MB", "-1", "1", "9" * 19 + "T"],
+    "--memory-high": ["", "x", "64M"],
+    "--expand": ["", "x", "2x"],
+    "--up-to": ["", "x", "1G"],
+    "--swap": ["", "x", "-1"],
+    "--read": ["", "x", "-1"],
+    "--write": ["", "x", "5 MB/s"],
+    "--read-iops": ["", "x", "0", "-1"],
+    "--write-iops": ["", "x", "0", "9" * 40],
+    "--pids": ["", "x", "0", "-1", "9" * 40],
+    "--device": ["/"],
+}
+
+
+@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag in JUNK for value in JUNK[flag]])
+def test_junk_is_refused_by_the_name_of_its_option(flag: str, value: str) -> None:
+    with pytest.raises(click.UsageError) as caught:
+        parsed(flag, value)
+    message = caught.value.format_message()
+    assert message.startswith(f"{flag}")
+    assert "\n" not in message
+    assert "(" in message or ": add it" in message or flag == "--device"
+
+
+def test_junk_is_tried_on_every_option() -> None:
+    assert set(JUNK) == {option.flag for option in LIMIT_OPTIONS}
+
+
+@pytest.mark.parametrize("device", ["", "1:x", "nul\0", ":"])
+def test_a_device_that_is_none(device: str) -> None:
+    with pytest.raises(click.UsageError, match=r"^--device: "):
+        parsed("--read", "1M", "--device", device)
+
+
+def test_help_lists_them_all() -> None:
+    @click.command()
+    @limit_options
+    def command(**options: str | None) -> None: ...
+
+    text = CliRunner().invoke(command, ["--help"]).output
+    assert [option.flag for option in LIMIT_OPTIONS if option.flag not in text] == []
+
+
+def test_keys_are_told_as_flags() -> None:
+    assert flags_of(["cpu", "io./srv.read", "memory_high", "user"]) == [
+        "--cpu",
+        "--read",
+        "--memory-high",
+        "user",
+    ]
