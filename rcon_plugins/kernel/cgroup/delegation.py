@@ -9,9 +9,9 @@ import pwd
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import DelegationError, KernelError
-from rcon_plugins.kernel.cgroup import files, mounts
+from rcon_plugins.kernel.cgroup import files, mounts, nested, v1
 from rcon_plugins.kernel.cgroup.mounts import Mount
-from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_path
+from rcon_plugins.kernel.cgroup.names import check_path
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
@@ -25,17 +25,19 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None) -> str:
 
     In this order: ``setting``; the cgroup this process is in, if it is alone there and may write it (or,
     where it is in the tree of a server, the base of that, if it may write it); for root ``/rcon``.
+    In a group that holds it to limits, only inside of that: see :mod:`.nested`.
     Raises DelegationError with the exact remedy, ValueError for a setting that is no path.
     """
+    place = nested.own_place(hierarchy)
+    if place is not None and place.boundary is not None:
+        return _inside(hierarchy, place, setting)
     if setting is not None:
         return _prepare(hierarchy, check_path(setting))
+    if place is not None and place.base is not None and _is_writable(hierarchy, place.base):
+        return place.base
     own = own_cgroup(hierarchy)
-    if own is not None:
-        around = _around_instance(own)
-        if around is not None and _is_writable(hierarchy, around):
-            return around
-        if around is None and _is_ours(hierarchy, own):
-            return own
+    if place is None and own is not None and _is_ours(hierarchy, own):
+        return own
     if os.geteuid() == 0:
         return _prepare(hierarchy, ROOT_BASE)
     raise DelegationError(
@@ -59,13 +61,57 @@ def limit_mounts(hierarchy: Hierarchy) -> list[Mount]:
     return [mount for mount in hierarchy.mounts if mount in found]
 
 
-def _around_instance(path: str) -> str | None:
-    """The base of the instance that ``path`` is in; None outside of any."""
-    parts = path.split("/")
-    for index, part in enumerate(parts):
-        if INSTANCE_NAME.fullmatch(part):
-            return "/".join(parts[:index]) or "/"
-    return None
+def _inside(hierarchy: Hierarchy, place: nested.Place, setting: str | None) -> str:
+    """The base of a process that is held to limits: inside of what holds it, or refused."""
+    group = place.boundary or "/"
+    base = place.base if setting is None else check_path(setting)
+    if setting is not None and not nested.is_within(setting, group):
+        raise DelegationError(
+            f"{setting} is outside of {group}, whose limits hold for this process",
+            errno=errno.EACCES,
+            path=setting,
+            hint=f'leave cgroup = "{setting}" out here, or start this outside of {group}',
+        )
+    if base is None:
+        raise DelegationError(
+            f"the limits of {group} hold for this process, and no cgroup can be made inside of it",
+            errno=errno.EOPNOTSUPP,
+            path=group,
+            hint="what a thread has started stays in the cgroup of that thread: give the policy of the work "
+            'isolation = "process", or start this outside of the work',
+        )
+    if not _has_room(hierarchy, base):
+        raise DelegationError(
+            f"the limits of {group} hold for this process, and others are in {base} with it",
+            errno=errno.EBUSY,
+            path=base,
+            hint="write the limits into the policy of the work (each = ...), or start this outside of the "
+            "work, or with rcon run",
+        )
+    try:
+        return _prepare(hierarchy, base)
+    except DelegationError as error:
+        user = _user_name()
+        if error.errno in (errno.EACCES, errno.EPERM):
+            error.hint = (
+                f"the limits of {group} hold for this process, and it is not {user}'s: start what is around "
+                f"it with rcon run --user {user}, or this as the user that was started with"
+            )
+        raise
+
+
+def _has_room(hierarchy: Hierarchy, base: str) -> bool:
+    """Whether ``base`` can pass controllers on: on v2 it has no processes, or only this one."""
+    for mount in limit_mounts(hierarchy):
+        if mount.version == 2 and files.is_directory(mount.directory(base)):
+            try:
+                inside = files.read(mount.directory(base), "cgroup.procs").split()
+            except KernelError:
+                # EOPNOTSUPP: a threaded cgroup.
+                return False
+            if not set(inside) <= {str(os.getpid())}:
+                return False
+    return True
 
 
 def _is_writable(hierarchy: Hierarchy, path: str) -> bool:
@@ -135,6 +181,8 @@ def _prepare(hierarchy: Hierarchy, path: str) -> str:
             cgroup.create()
         for mount in limit_mounts(hierarchy):
             directory = mount.directory(path)
+            if v1.io_holder(mount, path) is not None:
+                continue
             files.make_directory(directory)
             if not os.access(directory, os.W_OK):
                 raise _refused(hierarchy, path, errno.EACCES, f"{directory} is not ours to write")

@@ -31,6 +31,8 @@ class Hierarchy:
     layout: Layout
     controllers: frozenset[str]
     mounts: tuple[Mount, ...]
+    #: The directory of v1 whose IO limits hold for all that is made here, and keep it from having its own.
+    io_holder: str | None = None
 
     @classmethod
     def discover(cls) -> Hierarchy:
@@ -71,13 +73,18 @@ class Hierarchy:
     def narrowed(self, base: str) -> Hierarchy:
         """The same with the controllers that the existing cgroup ``base`` has.
 
-        A hierarchy without limits (the v2 side of a hybrid) is left out where ``base`` is not there.
+        A hierarchy without limits (the v2 side of a hybrid) is left out where ``base`` is not there, that
+        of v1's IO where ``base`` has IO limits: what is below stays in that cgroup, or they would not hold.
         Raises KernelError (ENOENT) where it is not in one with limits.
         """
         limiting = {self.mount_of(name) for name in self.controllers}
         kept = []
+        holder = self.io_holder
         for mount in self.mounts:
             directory = mount.directory(base)
+            if (found := v1.io_holder(mount, base)) is not None:
+                holder = found
+                continue
             if not files.is_directory(directory):
                 if mount in limiting:
                     raise KernelError(f"there is no {directory}", errno=errno.ENOENT, path=directory)
@@ -85,7 +92,7 @@ class Hierarchy:
             if mount.version == 2:
                 mount = replace(mount, controllers=v2.offered(directory))
             kept.append(mount)
-        return Hierarchy.of(kept)
+        return replace(Hierarchy.of(kept), io_holder=holder)
 
     @property
     def unified(self) -> Mount | None:

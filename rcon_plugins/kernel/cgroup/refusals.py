@@ -57,6 +57,11 @@ def _controller(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, s
     controller = _NEEDS[name]
     mount = hierarchy.mount_of(controller)
     if mount is None:
+        if controller == "io" and hierarchy.io_holder is not None:
+            return (
+                f"the IO limits of {hierarchy.io_holder} hold here, and on cgroup v1 none can be within others",
+                "set them there alone (rcon set), or boot with cgroup v2",
+            )
         if hierarchy.layout == "v2":
             remedy = (
                 f"under systemd set Delegate={controller} in the unit; else write +{controller} to "

@@ -7,7 +7,8 @@ import os
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel.cgroup import files
-from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, is_single_threaded
+from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, is_single_threaded, levels
+from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.resources import (
     CPU_PERIOD_MICROSECONDS,
     Max,
@@ -104,34 +105,28 @@ class V1Branch(Branch):
 
     def create(self) -> None:
         """Make the directory and those above it, ready to be entered."""
+        if self._io_holder is not None:
+            # If it was made before the one above got its limits, nobody has entered it since.
+            files.remove_directory(self.directory)
+            return
         for parent, child in create_levels(self):
-            if child == self.directory and self._parent_limits_io():
-                # If it was made before the parent got its limits, nobody has entered it since.
-                files.remove_directory(child)
-                return
             if files.make_directory(child) and self.has("memory"):
                 _account_hierarchically(child)
             if self.has("cpuset"):
                 _inherit_cpuset(parent, child)
 
-    def _parent_limits_io(self) -> bool:
-        """Whether processes have to stay in the parent to be held by its IO limits.
-
-        On v1 a throttled cgroup does not count what its child cgroups do: blk-throttle is flat there
-        (cgroup-v1/blkio-controller.rst, "Hierarchical Cgroups").
-        """
-        parent = os.path.dirname(self.directory)
-        return self.mount.controllers == {"blkio"} and parent != self.mount.path and io_is_limited(parent)
+    @property
+    def _io_holder(self) -> str | None:
+        """Where the processes have to stay to be held by the IO limits of a cgroup above."""
+        return io_holder(self.mount, os.path.dirname(self.path))
 
     def place(self) -> str:
         """The directory that processes enter: the one above, where that one's IO limits are to hold."""
-        if not super().exists() and self._parent_limits_io():
-            return os.path.dirname(self.directory)
-        return self.directory
+        return self.directory if super().exists() else self._io_holder or self.directory
 
     def exists(self) -> bool:
         """Whether the directory is there, or need not be."""
-        return super().exists() or self._parent_limits_io()
+        return super().exists() or self._io_holder is not None
 
     @property
     def thread_file(self) -> str:
@@ -200,7 +195,7 @@ class V1Branch(Branch):
             )
 
     def _take_children_in(self) -> None:
-        """Remove the branches of children: what they do would not count here (see _parent_limits_io).
+        """Remove the branches of children: what they do would not count here (see io_holder).
 
         One is there if it was made before this cgroup got its limits.
         """
@@ -213,6 +208,21 @@ class V1Branch(Branch):
                     path=child,
                     hint="cgroup v1 does not add up the IO of child cgroups: set the limits before they run",
                 )
+
+
+def io_holder(mount: Mount, path: str) -> str | None:
+    """The directory of the cgroup, ``path`` or the nearest above it, that has IO limits; None where none has.
+
+    On v1 a throttled cgroup does not count what its child cgroups do: blk-throttle is flat there
+    (cgroup-v1/blkio-controller.rst, "Hierarchical Cgroups"). So below it nothing may have a directory.
+    """
+    if mount.controllers != {"blkio"}:
+        return None
+    for level in levels(path)[:0:-1]:
+        directory = mount.directory(level)
+        if io_is_limited(directory):
+            return directory
+    return None
 
 
 def io_is_limited(directory: str) -> bool:

@@ -1,0 +1,196 @@
+"""A tree inside of a group with limits is inside of that group, or there is none."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcon_plugins.errors import DelegationError
+from rcon_plugins.instance import Instance
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, find_base, owner
+from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE
+from tests import children
+from tests.kernel.cgroup.helpers import DISK, layout, running, settings_of, sleep_forever
+
+pytestmark = pytest.mark.kernel
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def outer(group: Cgroup) -> Cgroup:
+    """The root of a tree, as another process would have it."""
+    return group.child(f"rcon-{os.getpid()}-{owner.start_time(os.getpid())}").create()
+
+
+def own_paths() -> set[str]:
+    """The paths of this process in the hierarchies with controllers of ours, and in v2."""
+    ours = {"cpu", "cpuset", "memory", "blkio", "pids", ""}
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    return {path for _, names, path in lines if set(names.split(",")) & ours}
+
+
+def become(user: int) -> None:
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+
+
+def inside(place: Cgroup, act: Callable[[], Any], user: int | None = None) -> Any:
+    """What ``act`` returns in a child that entered ``place`` and became ``user``."""
+
+    def child() -> Any:
+        place.enter_process()
+        if user is not None:
+            become(user)
+        return act()
+
+    return children.in_child(child)
+
+
+def base() -> str:
+    return find_base(Hierarchy.discover())
+
+
+def refusal(setting: str | None = None) -> tuple[int | None, str]:
+    with pytest.raises(DelegationError) as caught:
+        find_base(Hierarchy.discover(), setting)
+    return caught.value.errno, str(caught.value)
+
+
+def a_tree_of_its_own() -> tuple[str, set[str]]:
+    """Its base, and where a process in a leaf of it is."""
+    instance = Instance.create(Hierarchy.discover())
+    if instance.needs_adoption:
+        instance.adopt()
+    leaf = instance.leaf("inner", "main").create()
+    instance.together("inner").configure(Resources(pids_max=9))
+    with running(leaf, own_paths) as child:
+        seen = child.result()
+    assert instance.close()
+    return instance.base, seen
+
+
+@pytest.mark.parametrize("kind", ["work", "taken"])
+@pytest.mark.parametrize("user", [None, NOBODY])
+def test_inside_of_the_group(outer: Cgroup, kind: str, user: int | None) -> None:
+    group = outer.child(kind).child("g")
+    main = group.child("main").create()
+    group.configure(Resources(pids_max=20))
+    if user is not None:
+        group.delegate(user, user)
+        main.delegate(user, user)
+    found, paths = inside(main, a_tree_of_its_own, user)
+    assert found == group.path
+    assert all(path.startswith(f"{group.path}/rcon-") and path.endswith("/work/inner/main") for path in paths)
+    assert settings_of(group, "pids.max") == "20"
+    assert group.children() == ["main"]
+
+
+def test_and_again_inside_of_that(outer: Cgroup) -> None:
+    group = outer.child("work").child("g")
+
+    def deeper() -> tuple[str, str]:
+        instance = Instance.create(Hierarchy.discover())
+        found = inside(instance.leaf("h", "main").create(), base)
+        expected = instance.together("h").path
+        assert instance.close()
+        return found, expected
+
+    found, expected = inside(group.child("main").create(), deeper)
+    assert found == expected
+    assert found.startswith(f"{group.path}/rcon-")
+
+
+def test_another_user_than_the_groups_is_refused(outer: Cgroup) -> None:
+    main = outer.child("work").child("g").child("main").create()
+    number, message = inside(main, refusal, NOBODY)
+    assert number == errno.EACCES
+    assert "rcon run --user nobody" in message
+
+
+@pytest.mark.parametrize("setting", [ROOT_BASE, "/", "/rcon-tests-elsewhere"])
+def test_no_setting_leads_out(outer: Cgroup, setting: str) -> None:
+    group = outer.child("work").child("g")
+    main = group.child("main").create()
+    number, message = inside(main, lambda: refusal(setting))
+    assert number == errno.EACCES
+    assert f'leave cgroup = "{setting}" out' in message
+    deeper = f"{group.path}/below"
+    assert inside(main, lambda: find_base(Hierarchy.discover(), deeper)) == deeper
+
+
+def test_in_the_leaf_of_an_executor_inside_of_that(outer: Cgroup) -> None:
+    """Its limits for each work are those of the leaf."""
+    leaf = outer.child("work").child("p").child(f"{os.getpid()}-1").create()
+    found, paths = inside(leaf, a_tree_of_its_own)
+    assert found == leaf.path
+    assert all(path.startswith(f"{leaf.path}/rcon-") for path in paths)
+
+
+@pytest.mark.layout("v2")
+def test_a_leaf_with_others_in_it_has_no_room(outer: Cgroup) -> None:
+    leaf = outer.child("work").child("p").child(f"{os.getpid()}-1").create()
+    with running(leaf, sleep_forever):
+        number, message = inside(leaf, refusal)
+    assert number == errno.EBUSY
+    assert "each = ..." in message
+
+
+def test_what_a_thread_started_is_refused(outer: Cgroup) -> None:
+    host = outer.child("host").create()
+    threads = host.child("p").create(threaded=True)
+
+    def enter() -> tuple[int | None, str]:
+        if layout() == "v2":
+            host.enter_process()
+        with threads.entrance() as entrance:
+            entrance.enter()
+        return children.in_child(refusal)
+
+    number, message = children.in_child(enter)
+    assert number == errno.EOPNOTSUPP
+    assert 'isolation = "process"' in message
+
+
+@pytest.mark.layout("v1", "hybrid")
+def test_io_limits_of_the_group_hold_for_a_tree_inside(outer: Cgroup) -> None:
+    """On v1 they do not for child cgroups: so there are none."""
+    device = device_of(str(DISK))
+    group = outer.child("work").child("g")
+    main = group.child("main").create()
+    group.configure(Resources(io={device: IoMax(wbps=1 << 22)}))
+
+    def look() -> tuple[list[str], str, list[str]]:
+        instance = Instance.create(Hierarchy.discover())
+        asked = Resources(io={device: IoMax(wbps=1 << 20)}, pids_max=5)
+        refused = [refusal.reason for refusal in instance.hierarchy.refusals(asked)]
+        leaf = instance.leaf("inner", "main").create()
+        with running(leaf, Path("/proc/self/cgroup").read_text) as child:
+            text = child.result()
+        blkio = next(line for line in text.splitlines() if ":blkio:" in line)
+        assert instance.close()
+        return refused, blkio.split(":")[2], Hierarchy.discover().cgroup(group.path).children()
+
+    refused, blkio, children_of_group = inside(main, look)
+    assert blkio == group.path
+    assert children_of_group == ["main"]
+    assert len(refused) == 1
+    assert "blkio" in refused[0]
+    assert group.path in refused[0]
+
+
+@pytest.mark.layout("v1", "hybrid")
+def test_io_limits_hold_at_any_depth(group: Cgroup) -> None:
+    deep = group.child("a").child("b").child("c")
+    group.configure(Resources(io={device_of(str(DISK)): IoMax(wbps=1 << 22)}))
+    deep.create()
+    with running(deep, Path("/proc/self/cgroup").read_text) as child:
+        text = child.result()
+    assert f":blkio:{group.path}\n" in text
+    assert f":pids:{deep.path}\n" in text
