@@ -7,8 +7,8 @@ DEMO := examples/tenants/demo.py
 CUSTOMERS := examples/customers/show.py
 SOURCES := rcon_plugins integrations tests examples
 
-# What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them.
-DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file
+# What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them; a broker.
+DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file redis-server
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -90,10 +90,12 @@ debian:
 		dpkg-query -W -f '$${db:Status-Abbrev}' $$package 2>/dev/null | grep -q '^ii' || missing="$$missing $$package"; \
 	done; [ -z "$$missing" ] || $(call apt,$$missing)
 
-# Install Debian packages when root; else say what to do.
+# Install Debian packages when root; else say what to do. What they bring is not started as a service (policy-rc.d).
 define apt
 { if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	echo "Installing Debian packages:" $(1) "..."; \
+	policy=/usr/sbin/policy-rc.d; \
+	[ -e $$policy ] || { trap "rm -f $$policy" EXIT; printf '#!/bin/sh\nexit 101\n' >$$policy; chmod +x $$policy; }; \
 	apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $(1) >/dev/null; \
 else \

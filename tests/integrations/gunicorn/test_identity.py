@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.gunicorn.server import PATIENCE, Gunicorn, alive, children, until
+from tests.integrations.gunicorn.server import Gunicorn
+from tests.processes import PATIENCE, alive, children, until
 
 TENANTS = {f"tenant{number}": 61001 + number for number in range(8)}
 NOTHING = {"CapInh": 0, "CapPrm": 0, "CapEff": 0, "CapBnd": 0, "CapAmb": 0}

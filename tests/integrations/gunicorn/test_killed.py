@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.gunicorn.server import Gunicorn, Load, alive, children, until
+from tests.integrations.gunicorn.server import Gunicorn, Load
+from tests.processes import alive, children, until
 
 SETTINGS = """
 [policy.free]

@@ -12,13 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.gunicorn.server import (
-    Gunicorn,
-    Load,
-    alive,
-    instance_directories,
-    until,
-)
+from tests.integrations.gunicorn.server import Gunicorn, Load
+from tests.processes import alive, instance_directories, until
 
 SETTINGS = """
 [policy.free]

@@ -10,7 +10,8 @@ from itertools import product
 
 import pytest
 
-from tests.integrations.gunicorn.server import Answer, Gunicorn, until
+from tests.integrations.gunicorn.server import Answer, Gunicorn
+from tests.processes import until
 
 SETTINGS = """
 [policy.free]

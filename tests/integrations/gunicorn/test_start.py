@@ -14,7 +14,8 @@ from rcon_gunicorn import Hooks, chain
 from rcon_gunicorn.workers import refusal, server_traits
 from rcon_plugins.errors import ConfinementError
 from rcon_plugins.isolation import Server
-from tests.integrations.gunicorn.server import HERE, Gunicorn, instance_directories
+from tests.integrations.gunicorn.server import HERE, Gunicorn
+from tests.processes import instance_directories
 
 PLAIN = '[policy.default]\nmemory = "64M"\n'
 

@@ -1,0 +1,80 @@
+"""A real Redis on loopback, for one test run: on a port of its own, in memory only."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import redis
+
+#: How long it may take to start, or to end, seconds.
+PATIENCE = 30.0
+#: How many databases it has: each worker under test gets one for itself.
+DATABASES = 4096
+
+
+class RedisServer:
+    """One redis-server; ended by `stop`, and by leaving a ``with`` block."""
+
+    def __init__(self, directory: Path) -> None:
+        program = shutil.which("redis-server")
+        if program is None:
+            raise RuntimeError("redis-server not found. As root: apt-get install redis-server")
+        self.log_file = directory / "redis.log"
+        self._databases = itertools.count()
+        for _ in range(10):
+            self.port = free_port()
+            self.process = start(program, directory, self.port, self.log_file)
+            if self._answers():
+                return
+            self.stop()  # somebody else took the port in the meantime, or it does not start at all
+        raise AssertionError(f"redis-server did not start:\n{self.log_file.read_text()}")
+
+    def __enter__(self) -> RedisServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def database(self) -> str:
+        """The URL of a database that nobody has used yet."""
+        return f"redis://127.0.0.1:{self.port}/{next(self._databases) % DATABASES}"
+
+    def stop(self) -> None:
+        """End it; there is nothing on disk to save."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def _answers(self) -> bool:
+        deadline = time.monotonic() + PATIENCE
+        with redis.Redis(port=self.port) as client:
+            while self.process.poll() is None and time.monotonic() < deadline:
+                try:
+                    # Its own: on a port that was taken in the meantime answers another.
+                    return bool(client.info("server")["process_id"] == self.process.pid)
+                except (redis.ConnectionError, redis.TimeoutError):
+                    time.sleep(0.02)
+        return False
+
+
+def start(program: str, directory: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--databases", str(DATABASES)]
+    command += ["--save", "", "--appendonly", "no", "--dir", str(directory), "--logfile", str(log)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,50 @@
+"""Celery's own semantics hold: the same tasks give the same results, states, signals, confined or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.integrations.celery.cases import CASES, Case, History, play, tell
+from tests.integrations.celery.conftest import Shop
+
+
+class Worlds:
+    """What came of all cases in each world; each world is played once."""
+
+    def __init__(self, shop: Shop, directory: Path) -> None:
+        self._shop = shop
+        self._directory = directory
+        self._played: dict[tuple[str, str, bool], dict[str, History]] = {}
+
+    def history(self, case: Case, pool: str, *, confined: bool) -> History:
+        world = (pool, case.serializer, confined)
+        if world not in self._played:
+            self._played[world] = self._play(*world)
+        return self._played[world][case.name]
+
+    def _play(self, pool: str, serializer: str, confined: bool) -> dict[str, History]:
+        cases = [c for c in CASES.values() if pool in c.pools and c.serializer == serializer]
+        with self._shop.open(pool=pool, confined=confined, serializer=serializer) as open_:
+            played = play(cases, open_.app, open_.records, self._directory)
+            open_.worker.stop()
+            return tell(played)
+
+
+@pytest.fixture(scope="module")
+def worlds(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    return Worlds(shop, tmp_path_factory.mktemp("gates"))
+
+
+PLAYED = [
+    pytest.param(case, pool, id=f"{case.name}-{pool}") for case in CASES.values() for pool in case.pools
+]
+
+
+@pytest.mark.parametrize(("case", "pool"), PLAYED)
+def test_celery_alone(worlds: Worlds, case: Case, pool: str) -> None:
+    """What the cases expect is what Celery does, or comparing would say nothing."""
+    history = worlds.history(case, pool, confined=False)
+    assert history.fault is None, history.fault
+    assert any(task["records"] for task in history.tasks.values())
