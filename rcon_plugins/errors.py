@@ -4,6 +4,7 @@
 
     RconError
     ├── SettingsError              the settings or a policy are wrong
+    ├── UnknownGroup               no group has that name, or several have
     ├── KernelError (OSError)      the kernel said no, or would
     │   ├── ControllerUnavailable
     │   ├── DelegationError
@@ -64,6 +65,21 @@ class SettingsError(RconError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+class UnknownGroup(RconError):
+    """Raised when no group, or more than one, has the name that was asked for. ``hint`` names those that are near."""
+
+    def __init__(self, problem: str, *, hint: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.problem} ({self.hint})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (partial(type(self), hint=self.hint), self.args, dict(self.__dict__))
 
 
 class KernelError(RconError, OSError):

@@ -13,11 +13,14 @@ import click
 from rcon_plugins.cli.ending import finish
 from rcon_plugins.cli.lazy import Lazy, LazyGroup
 
+_GROUPS = "rcon_plugins.cli.group_commands"
 _POLICY = "rcon_plugins.cli.policy_commands"
 #: By name: where it is, and its short help. Only the one that is called is imported.
 SUBCOMMANDS = {
     "check": Lazy(f"{_POLICY}:check", "Say how each policy of FILE would be enforced here, and why."),
+    "ls": Lazy(f"{_GROUPS}:ls", "List the groups: who made them, within which limits, what they use."),
     "schema": Lazy(f"{_POLICY}:schema", "Print the JSON schema of a policy file."),
+    "stat": Lazy(f"{_GROUPS}:stat", "Show all about one group: limits, usage, pressure, processes."),
     "which": Lazy(f"{_POLICY}:which", "Say which policy of FILE a work gets, and as whom it runs."),
 }
 

@@ -14,6 +14,7 @@ USAGE = Usage(wall_seconds=1.5, memory_peak=64)
 ALL = [
     errors.RconError("text"),
     errors.SettingsError("wrong", key="policy.p.cpu", value=1, hint="write it like 30%", file="rcon.toml"),
+    errors.UnknownGroup("there is no group 'x'", hint="rcon ls lists them"),
     errors.KernelError("no", errno=errno.EBUSY, path="/x", value="1", hint="wait"),
     errors.ControllerUnavailable("no", errno=errno.ENOENT, path="/x", hint="enable it"),
     errors.DelegationError("no", hint="Delegate=yes"),
@@ -52,7 +53,7 @@ def test_pickles_whole(error: errors.RconError) -> None:
 
 def test_messages_name_place_and_remedy() -> None:
     assert str(ALL[1]) == "rcon.toml: policy.p.cpu: wrong (write it like 30%)"
-    assert str(ALL[2]) == "no (wait)"
+    assert str(ALL[3]) == "no (wait)"
     from_os = errors.KernelError.from_oserror(
         PermissionError(errno.EACCES, "denied"), path="/f", value="0", hint="be root"
     )

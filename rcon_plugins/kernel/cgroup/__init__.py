@@ -12,6 +12,7 @@ from rcon_plugins.kernel.cgroup.delegation import find_base
 from rcon_plugins.kernel.cgroup.device import Device, device_of
 from rcon_plugins.kernel.cgroup.entrance import Entrance
 from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS, Hierarchy
+from rcon_plugins.kernel.cgroup.in_force import read_limits
 from rcon_plugins.kernel.cgroup.meter import Meter, Reading
 from rcon_plugins.kernel.cgroup.mounts import mount_points
 from rcon_plugins.kernel.cgroup.refusals import Refusal
@@ -32,4 +33,5 @@ __all__ = [
     "device_of",
     "find_base",
     "mount_points",
+    "read_limits",
 ]

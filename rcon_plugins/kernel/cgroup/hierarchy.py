@@ -94,6 +94,22 @@ class Hierarchy:
             kept.append(mount)
         return replace(Hierarchy.of(kept), io_holder=holder)
 
+    def where(self, path: str) -> Hierarchy | None:
+        """The same with the mounts that have a cgroup ``path``, each with what it has there; None where none has.
+
+        Raises KernelError.
+        """
+        kept = []
+        for mount in self.mounts:
+            directory = mount.directory(path)
+            if mount.version == 1 and files.is_directory(directory):
+                kept.append(mount)
+            elif mount.version == 2:
+                controllers = files.read_if_there(directory, "cgroup.controllers")
+                if controllers is not None:
+                    kept.append(replace(mount, controllers=frozenset(controllers.split())))
+        return Hierarchy.of(kept) if kept else None
+
     @property
     def unified(self) -> Mount | None:
         """The v2 mount, where there is one."""

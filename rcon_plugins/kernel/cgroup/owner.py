@@ -29,16 +29,21 @@ def lives(pid: int, started: int) -> bool:
 
     One in a PID namespace below ours is found too; there it calls itself by another number.
     """
+    return seen_as(pid, started) is not None
+
+
+def seen_as(pid: int, started: int) -> int | None:
+    """The number that the process ``pid`` that started then has for us, see :func:`lives`; None: it is dead."""
     if start_time(pid) == started:
-        return True
+        return pid
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         status = _of_process(int(entry), "status") or ""
         numbers = next((line for line in status.splitlines() if line.startswith("NSpid:")), "").split()
         if str(pid) in numbers[2:] and start_time(int(entry)) == started:
-            return True
-    return False
+            return int(entry)
+    return None
 
 
 def _of_process(pid: int, name: str) -> str | None:

@@ -24,7 +24,7 @@ THREADED = frozenset({"cpu", "cpuset", "io", "pids"})
 KERNEL_NAMES = {"cpu": "cpu", "cpuset": "cpuset", "memory": "memory", "io": "blkio", "pids": "pids"}
 
 _UNLIMITED = "-1"
-_IO_FILES = {
+IO_FILES = {
     "rbps": "blkio.throttle.read_bps_device",
     "wbps": "blkio.throttle.write_bps_device",
     "riops": "blkio.throttle.read_iops_device",
@@ -65,7 +65,7 @@ def pairs(resources: Resources) -> list[tuple[str, str]]:
         for key, value in limits._asdict().items():
             if value is not None:
                 # 0 removes the rule.
-                found.append((_IO_FILES[key], f"{device} {value if isinstance(value, int) else 0}"))
+                found.append((IO_FILES[key], f"{device} {value if isinstance(value, int) else 0}"))
     if resources.pids_max is not None:
         found.append(("pids.max", str(resources.pids_max)))
     return found
@@ -227,7 +227,7 @@ def io_holder(mount: Mount, path: str) -> str | None:
 
 def io_is_limited(directory: str) -> bool:
     """Whether a blkio cgroup has a throttling rule."""
-    return any(files.read_if_there(directory, name) for name in _IO_FILES.values())
+    return any(files.read_if_there(directory, name) for name in IO_FILES.values())
 
 
 def _account_hierarchically(directory: str) -> None:

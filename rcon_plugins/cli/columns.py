@@ -1,0 +1,156 @@
+"""Tables of plain text, and numbers and names as people read them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from unicodedata import east_asian_width
+
+from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources
+from rcon_plugins.kernel.cgroup.resources import Max
+from rcon_plugins.units import Cpus, Size
+
+#: What stands for a value that the kernel does not tell.
+NOT_TOLD = "-"
+_GAP = "  "
+_UNITS = ("", "K", "M", "G", "T", "P")
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """Columns, each as wide as its widest cell; the last is cut to ``width``, where there is one.
+
+    Heads that begin with ``>`` align to the right.
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    names = [head.removeprefix(">") for head in heads]
+    widths = [max(map(columns_of, column)) for column in zip(names, *cells, strict=True)]
+    lines = []
+    for row in [names, *cells]:
+        padded = [
+            f"{' ' * (most - columns_of(cell))}{cell}" if head.startswith(">") else
+            f"{cell}{' ' * (most - columns_of(cell))}"
+            for head, cell, most in zip(heads, row, widths, strict=True)
+        ]  # fmt: skip
+        line = _GAP.join(padded).rstrip()
+        lines.append(line if width is None else cut(line, width))
+    return "\n".join(lines)
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that standard output is; None where it is none, and nothing is to be cut."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def printable(text: str) -> str:
+    """``text`` with a ``?`` for all that could do something to a terminal, or that it could not encode."""
+    return "".join(one if one.isprintable() and not "\ud800" <= one <= "\udfff" else "?" for one in text)
+
+
+def columns_of(text: str) -> int:
+    """The columns that a terminal takes for it."""
+    return sum(2 if east_asian_width(one) in "WF" else 1 for one in text)
+
+
+def cut(text: str, width: int) -> str:
+    """As much of it as fits, with a mark where something is missing."""
+    if columns_of(text) <= width:
+        return text
+    kept, left = "", width - 1
+    for one in text:
+        left -= columns_of(one)
+        if left < 0:
+            break
+        kept += one
+    return f"{kept}…"
+
+
+def size(number: float | None) -> str:
+    """Bytes in at most five characters: ``512K``, ``1.5G``; 1024-based, as limits are written."""
+    if number is None:
+        return NOT_TOLD
+    value, place = float(number), 0
+    while value >= 999.5 and place < len(_UNITS) - 1:
+        value, place = value / 1024, place + 1
+    digits = f"{value:.1f}" if place and value < 9.95 else f"{value:.0f}"
+    return f"{digits.removesuffix('.0')}{_UNITS[place]}"
+
+
+def seconds(number: float | None) -> str:
+    """CPU seconds: ``0.25``, ``12.3``, ``4520``."""
+    if number is None:
+        return NOT_TOLD
+    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 1000 else f"{number:.0f}"
+
+
+def count(number: int | None) -> str:
+    """A number, or that there is none."""
+    return NOT_TOLD if number is None else str(number)
+
+
+def percent(share: float | None) -> str:
+    """0.314 is ``31``; small ones keep a digit: ``3.1``."""
+    if share is None:
+        return NOT_TOLD
+    return f"{share * 100:.1f}" if 0 < share < 0.0995 else f"{share * 100:.0f}"
+
+
+def limits_in_words(limits: Resources) -> list[str]:
+    """What is limited, as options and policies write it: ``["cpu 30%", "memory 64M"]``."""
+    found = []
+    if isinstance(limits.cpu_quota, float | int):
+        found.append(f"cpu {Cpus(limits.cpu_quota)}")
+    if limits.cpu_weight not in (None, 100):
+        found.append(f"cpu-weight {limits.cpu_weight}")
+    if limits.cpus is not None:
+        found.append(f"cpus {limits.cpus}")
+    for name, value in (
+        ("memory", limits.memory_max),
+        ("memory-high", limits.memory_high),
+        ("swap", limits.swap_max),
+    ):
+        if isinstance(value, int):
+            found.append(f"{name} {Size(value)}")
+    for device, most in sorted(limits.io.items()):
+        found += [f"{name} {value} on {device}" for name, value in _io_in_words(most)]
+    if isinstance(limits.pids_max, int):
+        found.append(f"pids {limits.pids_max}")
+    return found
+
+
+def _io_in_words(most: IoMax) -> list[tuple[str, str]]:
+    named = (("read", most.rbps), ("write", most.wbps), ("read-iops", most.riops), ("write-iops", most.wiops))
+    return [
+        (name, str(Size(value)) if name in ("read", "write") else str(value))
+        for name, value in named
+        if isinstance(value, int)
+    ]
+
+
+def limits_as_json(limits: Resources) -> dict[str, object]:
+    """By the keys of a policy: a number, ``"max"`` for no limit, null for what cannot be limited there.
+
+    ``cpu`` in CPUs, sizes in bytes, ``io`` by device.
+    """
+    return {
+        "cpu": _plain(limits.cpu_quota),
+        "cpu_weight": limits.cpu_weight,
+        "cpus": limits.cpus,
+        "memory": _plain(limits.memory_max),
+        "memory_high": _plain(limits.memory_high),
+        "swap": _plain(limits.swap_max),
+        "io": {
+            str(device): {
+                "read": _plain(most.rbps),
+                "write": _plain(most.wbps),
+                "read_iops": _plain(most.riops),
+                "write_iops": _plain(most.wiops),
+            }
+            for device, most in sorted(limits.io.items())
+        },
+        "pids": _plain(limits.pids_max),
+    }
+
+
+def _plain(value: float | int | Max | None) -> float | int | str | None:
+    return str(MAX) if value is MAX else value

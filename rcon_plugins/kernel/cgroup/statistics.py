@@ -1,0 +1,161 @@
+"""What the kernel tells of a cgroup beyond its usage: pressure, throttling, what memory is, whether it is frozen.
+
+Read file by file, for commands; :class:`~rcon_plugins.kernel.cgroup.meter.Meter` is for the hot path.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.cgroup import files
+
+if TYPE_CHECKING:
+    from rcon_plugins.kernel.cgroup.cgroup import Cgroup
+
+
+class Stall(NamedTuple):
+    """``share`` of the time of the last ten seconds (0 to 1), and ``seconds`` since the cgroup was made."""
+
+    share: float
+    seconds: float
+
+
+class Pressure(NamedTuple):
+    """How long processes waited for what they could not have: ``some`` of them, or ``full``: all at once.
+
+    Source: Documentation/accounting/psi.rst. ``full`` of the CPU is told since Linux 5.13.
+    """
+
+    some: Stall | None = None
+    full: Stall | None = None
+
+
+class Statistics(NamedTuple):
+    """``None`` is "not told here". Counted since the cgroup was made, for it and all below it, but where it is said.
+
+    ``cpu_periods`` are those of 100 ms in which there was something to run, ``cpu_throttled`` those at whose end it
+    had to wait, for ``cpu_throttled_seconds`` in all (its own quota only). ``memory_high_hits`` is how often
+    allocation was slowed down at ``memory_high``. ``memory_anon`` is what belongs to no file, ``memory_file`` what is
+    kept of files. ``swap_current`` is in bytes.
+    """
+
+    cpu_user_seconds: float | None = None
+    cpu_system_seconds: float | None = None
+    cpu_periods: int | None = None
+    cpu_throttled: int | None = None
+    cpu_throttled_seconds: float | None = None
+    memory_high_hits: int | None = None
+    memory_anon: int | None = None
+    memory_file: int | None = None
+    swap_current: int | None = None
+    pids_peak: int | None = None
+
+
+def read_statistics(cgroup: Cgroup) -> Statistics:
+    """Of an existing cgroup. Raises KernelError."""
+    found: dict[str, float | int] = {}
+    for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):
+        # v1 comes first: what the v2 side of a hybrid tells as well has no controller behind it.
+        found = (_of_v1(directory) if mount.version == 1 else _of_v2(directory)) | found
+    return Statistics(**found)  # type: ignore[arg-type]
+
+
+def read_pressure(cgroup: Cgroup) -> dict[str, Pressure]:
+    """Of ``cpu``, ``memory`` and ``io``; empty where the kernel tells none (v1, or PSI is off). KernelError."""
+    found = {}
+    for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):
+        if mount.version == 2:
+            for name in ("cpu", "memory", "io"):
+                text = _read_pressure(directory, f"{name}.pressure")
+                if text:
+                    found[name] = parse_pressure(text)
+    return found
+
+
+def parse_pressure(text: str) -> Pressure:
+    """A pressure file."""
+    stalls = {}
+    for line in text.splitlines():
+        kind, *fields = line.split()
+        named = dict(field.split("=", 1) for field in fields)
+        stalls[kind] = Stall(float(named["avg10"]) / 100, int(named["total"]) / 1e6)
+    return Pressure(stalls.get("some"), stalls.get("full"))
+
+
+def is_frozen(cgroup: Cgroup) -> bool:
+    """Whether all of an existing cgroup has come to a stop. Raises KernelError."""
+    for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):
+        if mount.version == 2 and "frozen 1" in _lines(directory, "cgroup.events"):
+            return True
+        if mount.version == 1 and files.read_if_there(directory, "freezer.state") == "FROZEN":
+            return True
+    return False
+
+
+def _read_pressure(directory: str, name: str) -> str | None:
+    try:
+        return files.read_if_there(directory, name)
+    except KernelError as error:
+        # EOPNOTSUPP: the kernel was booted with psi=0, or cgroup.pressure is off.
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return None
+
+
+def _of_v2(directory: str) -> dict[str, float | int]:
+    found: dict[str, float | int] = {}
+    cpu = _keyed(directory, "cpu.stat")
+    _take(found, cpu, "user_usec", "cpu_user_seconds", 1e6)
+    _take(found, cpu, "system_usec", "cpu_system_seconds", 1e6)
+    _take(found, cpu, "nr_periods", "cpu_periods")
+    _take(found, cpu, "nr_throttled", "cpu_throttled")
+    _take(found, cpu, "throttled_usec", "cpu_throttled_seconds", 1e6)
+    _take(found, _keyed(directory, "memory.events"), "high", "memory_high_hits")
+    memory = _keyed(directory, "memory.stat")
+    _take(found, memory, "anon", "memory_anon")
+    _take(found, memory, "file", "memory_file")
+    _number(found, directory, "memory.swap.current", "swap_current")
+    _number(found, directory, "pids.peak", "pids_peak")  # kernel 6.1
+    return found
+
+
+def _of_v1(directory: str) -> dict[str, float | int]:
+    found: dict[str, float | int] = {}
+    cpu = _keyed(directory, "cpu.stat")
+    _take(found, cpu, "nr_periods", "cpu_periods")
+    _take(found, cpu, "nr_throttled", "cpu_throttled")
+    _take(found, cpu, "throttled_time", "cpu_throttled_seconds", 1e9)
+    times = _keyed(directory, "cpuacct.stat")
+    ticks = os.sysconf("SC_CLK_TCK")
+    _take(found, times, "user", "cpu_user_seconds", ticks)
+    _take(found, times, "system", "cpu_system_seconds", ticks)
+    memory = _keyed(directory, "memory.stat")
+    _take(found, memory, "total_rss", "memory_anon")
+    _take(found, memory, "total_cache", "memory_file")
+    _take(found, memory, "total_swap", "swap_current")
+    _number(found, directory, "pids.peak", "pids_peak")  # kernel 6.11
+    return found
+
+
+def _keyed(directory: str, name: str) -> dict[str, int]:
+    pairs = (line.split() for line in _lines(directory, name))
+    return {key: int(value) for key, value in pairs}
+
+
+def _lines(directory: str, name: str) -> list[str]:
+    return (files.read_if_there(directory, name) or "").splitlines()
+
+
+def _take(
+    found: dict[str, float | int], values: dict[str, int], key: str, name: str, divisor: float = 0
+) -> None:
+    if key in values:
+        found[name] = values[key] / divisor if divisor else values[key]
+
+
+def _number(found: dict[str, float | int], directory: str, file: str, name: str) -> None:
+    if (text := files.read_if_there(directory, file)) is not None:
+        found[name] = int(text)

@@ -1,0 +1,110 @@
+"""Tables of plain text, and numbers as people read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from rcon_plugins.cli.columns import (
+    count,
+    cut,
+    limits_as_json,
+    limits_in_words,
+    percent,
+    printable,
+    seconds,
+    size,
+    table,
+)
+from rcon_plugins.kernel.cgroup import MAX, Device, IoMax, Resources
+
+DISK = Device(254, 0)
+
+
+def test_columns_are_as_wide_as_what_is_in_them() -> None:
+    assert table(("NAME", ">N", "LAST"), [["a", "1", "x"], ["longer", "100", ""]]) == (
+        "NAME      N  LAST\na         1  x\nlonger  100"
+    )
+    assert (
+        table(("NAME", ">N", "LAST"), [["a", "1", "a long command"]], 16) == "NAME  N  LAST\na     1  a long…"
+    )
+    assert table(("N", ">M"), [["日本", "1"], ["abcde", "2"]]) == "N      M\n日本   1\nabcde  2"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (None, "-"),
+        (0, "0"),
+        (999, "999"),
+        (1000, "1K"),
+        (1536, "1.5K"),
+        (10 * 1024 + 512, "10K"),
+        (64 << 20, "64M"),
+        (1023 << 20, "1G"),
+        (5 << 30, "5G"),
+        (2**63 - 1, "8192P"),
+    ],
+)
+def test_sizes(number: int | None, text: str) -> None:
+    assert size(number) == text
+
+
+def test_numbers() -> None:
+    assert [seconds(number) for number in (None, 0, 1.234, 12.34, 4520.7)] == [
+        "-",
+        "0.00",
+        "1.23",
+        "12.3",
+        "4521",
+    ]
+    assert [percent(share) for share in (None, 0, 0.031, 0.0999, 0.314, 1.5)] == [
+        "-",
+        "0",
+        "3.1",
+        "10",
+        "31",
+        "150",
+    ]
+    assert [count(number) for number in (None, 0, 7)] == ["-", "0", "7"]
+
+
+def test_nothing_reaches_the_terminal_but_text() -> None:
+    assert printable("a\x1b[2Jb\r\n\u202e\udc80") == "a?[2Jb????"
+    assert cut("abcdef", 4) == "abc…"
+    assert cut("日本語", 4) == "日…"
+    assert cut("abc", 3) == "abc"
+
+
+def test_limits() -> None:
+    limits = Resources(
+        cpu_quota=0.3,
+        cpu_weight=50,
+        cpus="0-1",
+        memory_max=64 << 20,
+        memory_high=MAX,
+        swap_max=0,
+        io={DISK: IoMax(MAX, 5 << 20, 100, MAX)},
+        pids_max=16,
+    )
+    assert limits_in_words(limits) == [
+        "cpu 30%",
+        "cpu-weight 50",
+        "cpus 0-1",
+        "memory 64M",
+        "swap 0",
+        "write 5M on 254:0",
+        "read-iops 100 on 254:0",
+        "pids 16",
+    ]
+    assert limits_as_json(limits) == {
+        "cpu": 0.3,
+        "cpu_weight": 50,
+        "cpus": "0-1",
+        "memory": 64 << 20,
+        "memory_high": "max",
+        "swap": 0,
+        "io": {"254:0": {"read": "max", "write": 5 << 20, "read_iops": 100, "write_iops": "max"}},
+        "pids": 16,
+    }
+    nothing = Resources(cpu_quota=MAX, cpu_weight=100, memory_max=MAX, pids_max=MAX)
+    assert limits_in_words(nothing) == limits_in_words(Resources()) == []
