@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERSION = PROJECT["version"]
-PACKAGES = ("rcon_plugins", "rcon_wsgi", "rcon_gunicorn")
+PACKAGES = ("rcon_plugins", "rcon_wsgi", "rcon_gunicorn", "rcon_celery")
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -14,7 +14,13 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HOMES = {"rcon_plugins": ROOT, "rcon_wsgi": ROOT / "integrations", "rcon_gunicorn": ROOT / "integrations"}
+INTEGRATIONS = ROOT / "integrations"
+HOMES = {
+    "rcon_plugins": ROOT,
+    "rcon_wsgi": INTEGRATIONS,
+    "rcon_gunicorn": INTEGRATIONS,
+    "rcon_celery": INTEGRATIONS,
+}
 LONGEST = 400
 
 # What a package may not import, whether at run time or for types only.
@@ -23,17 +29,21 @@ FORBIDDEN = {
     "rcon_plugins.kernel": ("rcon_plugins",),
     "rcon_plugins.defaults": ("rcon_plugins.manager", "rcon_plugins.executors", "rcon_plugins.cli"),
     "rcon_plugins.executors": ("rcon_plugins.manager", "rcon_plugins.defaults", "rcon_plugins.cli"),
-    "rcon_wsgi": ("rcon_plugins.kernel", "rcon_plugins.cli", "rcon_gunicorn"),
-    "rcon_gunicorn": ("rcon_plugins.kernel", "rcon_plugins.cli"),
+    "rcon_wsgi": ("rcon_plugins.kernel", "rcon_plugins.cli", "rcon_gunicorn", "rcon_celery"),
+    "rcon_gunicorn": ("rcon_plugins.kernel", "rcon_plugins.cli", "rcon_celery"),
+    "rcon_celery": ("rcon_plugins.kernel", "rcon_plugins.cli", "rcon_wsgi", "rcon_gunicorn"),
 }
 # The exceptions: the errors stand below everything.
 ALLOWED = {"rcon_plugins.kernel": ("rcon_plugins.kernel", "rcon_plugins.errors")}
 # Who may import what is not in the standard library.
 ROOMS = {
     "pluggy": ("rcon_plugins",),
-    "msgspec": ("rcon_plugins", "rcon_wsgi", "rcon_gunicorn"),
+    "msgspec": ("rcon_plugins", "rcon_wsgi", "rcon_gunicorn", "rcon_celery"),
     "gunicorn": ("rcon_gunicorn",),
-    "gevent": ("rcon_gunicorn",),
+    "gevent": ("rcon_gunicorn", "rcon_celery"),
+    "celery": ("rcon_celery",),
+    "kombu": ("rcon_celery",),
+    "billiard": ("rcon_celery",),
     "click": ("rcon_plugins.cli",),
     "rich": ("rcon_plugins.cli",),
 }

@@ -113,7 +113,11 @@ def make(url: str, *, confined: bool = False, serializer: str = "json") -> celer
         task_send_sent_event=False,
         visibility_timeout=3600,
     )
-    confine: Callable[..., Any] = import_module("rcon_celery").confined if confined else unconfined
+    confine: Callable[..., Any] = unconfined
+    if confined:
+        rcon_celery = import_module("rcon_celery")
+        rcon_celery.install(app)
+        confine = rcon_celery.confined
     define(app, confine, Records(url))
     return app
 

@@ -1,0 +1,122 @@
+"""``@confined(...)``: what a task's own code says of its confinement."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from celery.app.task import Task
+from celery.local import Proxy
+
+from rcon_celery import place
+from rcon_plugins.errors import ConfinementError, SettingsError
+from rcon_plugins.policy import Policy
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_MARK = "__rcon__"
+#: Keywords that say something of the policy, and not of each task.
+_OF_THE_POLICY = frozenset({*Policy.__struct_fields__} - {"name", "each", "isolation"})
+_OF_BOTH = frozenset({"cpu", "cpu_weight", "cpus", "memory", "memory_high", "swap", "io", "pids"})
+
+
+class Mark(NamedTuple):
+    """What `confined` was given: the name of a policy, or what one says."""
+
+    policy: str | None
+    content: Mapping[str, Any]
+
+    def named(self, task: str, taken: Mapping[str, object]) -> Policy:
+        """The policy of a task of this name; raises `SettingsError` that names the task."""
+        name = policy_name(task)
+        if name in taken:
+            name = f"{name[:54]}-{hashlib.blake2b(task.encode(), digest_size=4).hexdigest()}"
+        try:
+            return Policy.make(name, **self.content)
+        except SettingsError as error:
+            error.key = f"@confined of {task}, {(error.key or '').partition(f'{name}.')[2] or error.key}"
+            raise
+
+
+def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
+    """Confine a task: under ``@app.task``, or on a task class.
+
+    Either the name of a policy in the settings that `install` was given, or limits, spelled as a policy file spells
+    them: they hold for each task by itself. ``together`` is a mapping of limits for all of the task's runs on a node at
+    once; what else a policy may say (``per``, ``concurrency``, ``max_works``, ``user``, ``capabilities``, …) is said as
+    in a policy::
+
+        @app.task
+        @confined(memory="512M", timeout="60s", together={"cpu": "150%"}, concurrency=4)
+        def render(name): ...
+
+    Raises `SettingsError` for what a policy file could not say either. In a worker whose app was not given to `install`
+    the task fails with `ConfinementError`.
+    """
+    if policy is not None and limits:
+        raise SettingsError("a policy's name and limits at once", key="@confined", hint="give one of them")
+    if policy is None and not limits:
+        raise SettingsError(
+            "says nothing", key="@confined", hint='for example memory="512M", or a policy\'s name'
+        )
+    mark = Mark(policy, {} if policy is not None else _content(limits))
+    if policy is None:
+        Policy.make("confined", **mark.content)  # a fault is told where it is written
+
+    def decorate(function: _F) -> _F:
+        if isinstance(function, (Task, Proxy)):
+            raise SettingsError(
+                "stands above @app.task, where it comes too late",
+                key="@confined",
+                hint="put it under @app.task",
+            )
+        if isinstance(function, type):
+            setattr(function, _MARK, mark)
+            return function
+
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if place.is_unguarded():
+                raise ConfinementError(
+                    f"{function.__qualname__} is to be confined, and its app was not given to rcon_celery.install"
+                )
+            return function(*args, **kwargs)
+
+        setattr(guarded, _MARK, mark)
+        return guarded  # type: ignore[return-value]
+
+    return decorate
+
+
+def mark_of(cls: type) -> Mark | None:
+    """The mark of a task class, whether on it or on the function that it runs."""
+    for holder in (cls, getattr(cls, "run", None)):
+        mark = getattr(holder, _MARK, None)
+        if isinstance(mark, Mark):
+            return mark
+    return None
+
+
+def policy_name(task: str) -> str:
+    """A name of a policy for a task: ``reports.render`` has ``reports-render``."""
+    name = re.sub(r"[^a-z0-9_]+", "-", task.lower()).strip("-")
+    if not re.match("[a-z]", name):
+        name = f"task-{name}"
+    return name[:63]
+
+
+def _content(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy's table from the keywords of the decorator."""
+    together = dict(keywords.get("together") or {})
+    content: dict[str, Any] = {}
+    each: dict[str, Any] = {}
+    for key, value in keywords.items():
+        if key == "together":
+            continue
+        if key in _OF_THE_POLICY and key not in _OF_BOTH:
+            content[key] = value
+        else:
+            each[key] = value
+    return {**content, **together, "each": each}

@@ -1,0 +1,109 @@
+"""The host's side of one task that runs in an executor process."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from celery.result import result_from_tuple
+
+from rcon_celery import codec, wire
+from rcon_plugins.errors import Killed
+from rcon_plugins.executors.channel import ChannelClosed, ProtocolViolation
+
+if TYPE_CHECKING:
+    from rcon_plugins.admission import ProcessAdmission
+    from rcon_plugins.outcome import Outcome
+
+#: The longest answer of a task without a memory limit, bytes; one with a limit cannot make a longer one than that.
+_LONGEST: Final = 1024**3
+
+
+class Unencoded:
+    """Stands for a result that no serializer of the application can carry, where nobody is to get it anyway."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def run(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any) -> Any:
+    """Have the task's body run at the other end, and return or raise what it did."""
+    number = os.urandom(wire.NUMBER_SIZE)
+    try:
+        body, payload = codec.encode_task(task, task.request, args, kwargs)
+        wire.send(admission.channel, wire.TASK, wire.TaskHead(number, task.name, body), payload)
+        head, answer = _receive(admission, number, codec.accepted(task.app))
+    except ChannelClosed:
+        raise raised(admission.died()) from None
+    except BaseException as error:
+        admission.abort(f"{type(error).__name__}: {error}")
+        raise
+    return _Answer(task, admission, head, answer).conclude()
+
+
+def _receive(
+    admission: ProcessAdmission, number: bytes, accept: set[str]
+) -> tuple[wire.AnswerHead, dict[str, Any]]:
+    head = wire.decode_answer(admission.channel.receive())
+    if head.number != number:
+        raise ProtocolViolation("an answer to another task")
+    longest = admission.policy.each.memory or admission.policy.memory or _LONGEST
+    if not 0 < head.body.size <= longest:
+        raise ProtocolViolation(f"an answer of {head.body.size} bytes; the most is {longest}")
+    payload = wire.receive_body(admission.channel, head.body.size)
+    if not admission.channel.drained:
+        raise ProtocolViolation("a frame after the last")
+    answer = codec.decode(head.body, payload, accept)
+    if not isinstance(answer, dict):
+        raise ProtocolViolation("an answer that is no mapping")
+    return head, answer
+
+
+class _Answer:
+    def __init__(
+        self, task: Any, admission: ProcessAdmission, head: wire.AnswerHead, answer: dict[str, Any]
+    ) -> None:
+        self._task = task
+        self._admission = admission
+        self._head = head
+        self._answer = answer
+
+    def conclude(self) -> Any:
+        """Settle the work, and return or raise what the task did."""
+        try:
+            value, error = self._read()
+        except Exception as broken:  # noqa: BLE001 - what an executor says may be anything
+            self._admission.abort(f"its answer cannot be read: {type(broken).__name__}: {broken}")
+            raise Killed(f"{self._task.name}: its process gave an answer that cannot be read") from None
+        if error is None or self._head.how in ("retry", "ignore", "reject"):
+            outcome = self._admission.finish("ok")
+        else:
+            outcome = self._admission.finish("error", f"{type(error).__name__}: {error}")
+        if outcome.ending not in ("ok", "error"):
+            raise raised(outcome) from error
+        for child in self._children:
+            self._task.add_trail(child)
+        if error is not None:
+            raise error
+        return value
+
+    def _read(self) -> tuple[Any, Exception | None]:
+        task, how, answer = self._task, self._head.how, self._answer
+        self._children = [result_from_tuple(child, app=task.app) for child in answer["children"]]
+        if how == "ok":
+            return codec.value_of(task.app, answer), None
+        if how == "error":
+            return None, codec.exception_of(task, answer, self._head.text)
+        if how == "unencodable":
+            if task.request.ignore_result or task.ignore_result:
+                return Unencoded(self._head.text), None
+            return None, codec.exception_of(task, answer, self._head.text)
+        return None, codec.predicate_of(task, how, answer)
+
+
+def raised(outcome: Outcome) -> Exception:
+    """The exception that tells how a task ended that did not end by itself."""
+    return outcome.error() or Killed(outcome.detail or outcome.ending, outcome.signal, outcome.usage)

@@ -1,0 +1,198 @@
+"""`install`: what confines the tasks of one application, in the worker and in each process of its pool."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from celery import signals
+from celery.exceptions import TaskPredicate
+
+from rcon_celery import handover, place
+from rcon_celery.bootstep import make_step
+from rcon_celery.decorator import Mark, mark_of
+from rcon_celery.node import Node
+from rcon_celery.pools import after_fork
+from rcon_celery.service import TaskService
+from rcon_celery.takeover import Annotations, Body, perform
+from rcon_celery.work import is_own, work_of
+from rcon_plugins.errors import ConfinementError, RconError, SettingsError
+from rcon_plugins.manager import Manager
+from rcon_plugins.policy import Policy
+from rcon_plugins.settings import Settings, load
+
+if TYPE_CHECKING:
+    from rcon_plugins.admission import InlineAdmission, ProcessAdmission, ThreadAdmission
+
+_log = logging.getLogger("rcon")
+
+
+def install(app: Any, settings: Settings | str | os.PathLike[str] | None = None) -> None:
+    """Confine the tasks of a Celery application wherever a worker runs them.
+
+    Tasks with `confined` have the policy it says. All others have that which the routes of ``settings``, a policy file
+    or `Settings`, give them by name (``task``) and queue (``queue``); without settings they run as ever. The file is
+    read when a worker starts, and wrong settings keep it from starting, as does what this machine cannot enforce.
+
+    Call it where the application is made, before its tasks are used. Raises `SettingsError` when that is too late, or
+    when it was called before.
+    """
+    if getattr(app, "rcon", None) is not None:
+        raise SettingsError("the application was installed already", key="rcon_celery.install")
+    if app.finalized:
+        raise SettingsError(
+            "the tasks of the application are in use already",
+            key="rcon_celery.install",
+            hint="call it where the application is made",
+        )
+    app.rcon = Installation(app, settings)
+
+
+class Installation:
+    """What `install` leaves on an application, as ``app.rcon``."""
+
+    def __init__(self, app: Any, settings: Settings | str | os.PathLike[str] | None) -> None:
+        self._app = app
+        self._given = settings
+        self._bodies: dict[str, Body] = {}
+        self._marks: dict[str, Mark] = {}
+        self.node: Node | None = None
+        self.manager: Manager | None = None
+        self._pid = 0
+        #: Why this process of the pool has no manager.
+        self._fault = "it was not set up"
+        app.on_after_configure.connect(self._annotate, weak=False)
+        if app.configured:
+            self._annotate()
+        app.steps["worker"].add(make_step(self))
+        signals.worker_process_init.connect(self._pool_process_starts, weak=False)
+        signals.worker_process_shutdown.connect(self._pool_process_ends, weak=False)
+
+    # when tasks are bound
+
+    def _annotate(self, **_: object) -> None:
+        theirs = self._app.conf.task_annotations
+        if not isinstance(theirs, Annotations):
+            self._app.conf.task_annotations = Annotations(theirs, self)
+
+    def adopt(self, cls: Any, body: Body) -> bool:
+        """Take note of a task's class; False where it is never confined."""
+        mark = mark_of(cls)
+        if mark is not None:
+            self._marks[cls.name] = mark
+        elif is_own(cls):
+            return False
+        self._bodies[cls.name] = body
+        return True
+
+    # when a worker starts
+
+    def settings(self) -> Settings:
+        """The settings, from the file as it is now. Raises `SettingsError`."""
+        if self._given is None:
+            return Settings(unmatched="allow")
+        return self._given if isinstance(self._given, Settings) else load(self._given)
+
+    def marked(self, settings: Settings) -> tuple[dict[str, str], list[Policy]]:
+        """The policies of tasks with `confined`: their names, by task, and those that are not in the settings."""
+        names: dict[str, str] = {}
+        policies: dict[str, Policy] = dict(settings.policies)
+        made: list[Policy] = []
+        for task, mark in sorted(self._marks.items()):
+            if mark.policy is None:
+                policy = mark.named(task, policies)
+                policies[policy.name] = policy
+                made.append(policy)
+                names[task] = policy.name
+            elif mark.policy in settings.policies or settings.plugins:
+                names[task] = mark.policy
+            else:
+                raise SettingsError(
+                    f"there is no policy {mark.policy!r}",
+                    key=f"@confined of {task}",
+                    file=settings.file,
+                    hint=f"one of: {', '.join(settings.policies)}"
+                    if settings.policies
+                    else "write it, or its limits",
+                )
+        return names, made
+
+    def begin(self, node: Node) -> None:
+        """In the worker: tasks are confined from here on. Raises `RconError` where that cannot be."""
+        self.node = node
+        if not node.pool.children:
+            self._start_manager()
+
+    def _pool_process_starts(self, **_: object) -> None:
+        if place.is_executor() or self.node is None or not self.node.pool.children:
+            return
+        try:
+            self._start_manager()
+        except (RconError, OSError) as error:  # Celery would go on, whatever is raised; no task runs then
+            self._fault = str(error)
+            _log.error("rcon: this process of the pool cannot confine tasks, so that they fail: %s", error)
+
+    def _start_manager(self) -> None:
+        node = self._ready_node()
+        manager = Manager(
+            node.settings,
+            server=node.pool.server,
+            instance=node.instance,
+            plugins=node.plugins,
+        )
+        manager.start(
+            TaskService(self._app, self._bodies, node.hostname),
+            after_fork=after_fork(node.pool),
+        )
+        self.manager, self._pid = manager, os.getpid()
+
+    def _pool_process_ends(self, **_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all executor processes of this process."""
+        if self.manager is not None and self._pid == os.getpid():
+            self.manager.close()
+            self.manager = None
+
+    # when a task runs
+
+    def takes_over(self, task: Any) -> bool:
+        """Whether this process is one that confines tasks."""
+        return self.node is not None and not place.is_executor() and not task.request.is_eager
+
+    def hand_over(self, task: Any, body: Body, args: Any, kwargs: Any) -> Any:
+        """Run a task's body confined, and return or raise what it does."""
+        if self.manager is None or self._pid != os.getpid():
+            raise ConfinementError(
+                f"{task.name}: this process of the pool could not be set up to confine tasks"
+            )
+        admission = self.manager.admit(work_of(task, args, kwargs))
+        if admission is None:
+            return perform(task, body, args, kwargs)
+        if admission.isolation == "process":
+            return handover.run(task, cast("ProcessAdmission", admission), args, kwargs)
+        return here(task, body, cast("InlineAdmission | ThreadAdmission", admission), args, kwargs)
+
+    def _ready_node(self) -> Node:
+        if self.node is None:
+            raise ConfinementError("no worker runs here")
+        return self.node
+
+
+def here(task: Any, body: Body, admission: InlineAdmission | ThreadAdmission, args: Any, kwargs: Any) -> Any:
+    """Run a task's body in a thread of this process, where its policy says ``inline`` or ``thread``."""
+    try:
+        result = admission.call(perform, task, body, args, kwargs)
+    except BaseException as error:
+        if not admission.ran and isinstance(error, RconError):
+            admission.abort(str(error))
+            raise
+        ending: Literal["ok", "error"] = "ok" if isinstance(error, TaskPredicate) else "error"
+        outcome = admission.finish(ending, f"{type(error).__name__}: {error}")
+        if outcome.ran_into_limit and isinstance(error, Exception):
+            raise handover.raised(outcome) from error
+        raise
+    admission.finish("ok")
+    return result

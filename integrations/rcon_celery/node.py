@@ -1,0 +1,99 @@
+"""What the worker holds for the processes of its pool: the settings in force, and this worker's cgroups."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from rcon_celery.pools import Pool
+from rcon_plugins.errors import RconError
+from rcon_plugins.hookspecs import hookimpl
+from rcon_plugins.instance import Instance
+from rcon_plugins.plan import Plan
+from rcon_plugins.policy import Policy
+from rcon_plugins.settings import Settings
+from rcon_plugins.work import Work
+
+_log = logging.getLogger("rcon")
+
+
+class Node:
+    """The state of one worker. Made in its main process, and inherited by the processes of its pool."""
+
+    def __init__(
+        self, settings: Settings, pool: Pool, plugins: Sequence[object], instance: Instance, hostname: str
+    ) -> None:
+        self.settings = settings
+        self.pool = pool
+        self.plugins = plugins
+        self.instance = instance
+        self.hostname = hostname
+        self._pid = os.getpid()
+
+    @classmethod
+    def start(
+        cls,
+        settings: Settings,
+        names: Mapping[str, str],
+        policies: Sequence[Policy],
+        pool: Pool,
+        hostname: str,
+    ) -> Node:
+        """Make sure that this machine can enforce the settings, and make the cgroups.
+
+        ``names`` and ``policies`` are those of tasks with `confined`. Raises `RconError` with what is wrong and what to
+        do.
+        """
+        settings = msgspec.structs.replace(
+            settings, policies={name: in_process(policy) for name, policy in settings.policies.items()}
+        )
+        plugins = [MarkedTasks(names, [in_process(policy) for policy in policies])]
+        plan = Plan.make(settings, pool.server, plugins)
+        plan.check()
+        instance = Instance.create(plan.hierarchy, base=settings.cgroup)
+        node = cls(settings, pool, plugins, instance, hostname)
+        atexit.register(node.close)
+        plan = plan.within(instance.hierarchy)
+        plan.check()
+        if plan.wants_adoption(instance):
+            instance.adopt()
+        _log.info("rcon: tasks are confined, cgroups are in %s", instance.path)
+        for warning in plan.warnings():
+            _log.warning("rcon: %s", warning)
+        return node
+
+    def close(self) -> None:
+        """End all tasks and remove the cgroups. Does nothing in a process that is not the worker's main one."""
+        if os.getpid() != self._pid:
+            return
+        atexit.unregister(self.close)
+        with contextlib.suppress(RconError, OSError, ValueError):  # a later start removes it
+            self.instance.close()
+
+
+def in_process(policy: Policy) -> Policy:
+    """The policy as tasks have it: ``auto`` is a process, so that all that a task started can end with it."""
+    return msgspec.structs.replace(policy, isolation="process") if policy.isolation == "auto" else policy
+
+
+class MarkedTasks:
+    """A plugin: the policies of tasks with `confined`, and which task has which."""
+
+    def __init__(self, names: Mapping[str, str], policies: Sequence[Policy]) -> None:
+        self._names = names
+        self._policies = policies
+
+    @hookimpl
+    def rcon_policies(self) -> Sequence[Policy]:
+        """The policies that the decorators made."""
+        return self._policies
+
+    @hookimpl
+    def rcon_select_policy(self, work: Work) -> str | None:
+        """The policy that a task's own code names."""
+        return self._names.get(work.attributes.get("task", ""))

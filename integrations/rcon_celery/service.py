@@ -1,0 +1,71 @@
+"""The executor's side: runs the body of one task after the other."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from typing import Any, Final
+
+from celery import signals
+from celery._state import _task_stack
+from celery.exceptions import Ignore, Reject, Retry
+
+from rcon_celery import codec, place, wire
+from rcon_celery.takeover import Body, perform
+from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
+
+#: These end the executor process: its host is gone, or the task asked the process to end.
+_ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
+
+
+class TaskService:
+    """Serves the tasks of an application in executor processes; give it to `Manager.start`."""
+
+    def __init__(self, app: Any, bodies: Mapping[str, Body], hostname: str) -> None:
+        self._app = app
+        self._bodies = bodies
+        self._hostname = hostname
+
+    def __call__(self, channel: Channel, frame: Frame) -> None:
+        """Run one task; ``frame`` is its first. Returns when its answer is sent."""
+        if not place.is_executor():
+            self._begin()
+        head = wire.decode_task(frame)
+        payload = wire.receive_body(channel, head.body.size)
+        order = codec.decode(head.body, payload, {head.body.content_type})
+        task = self._app.tasks[head.name]
+        how, text, (body, answer) = self._perform(task, order)
+        wire.send(channel, wire.ANSWER, wire.AnswerHead(head.number, how, text, body), answer)
+
+    def _begin(self) -> None:
+        """What a pool's process does when it starts: connections that are made then belong to one process."""
+        place.become_executor()
+        signals.worker_process_init.send(sender=self._hostname)
+
+    def _perform(self, task: Any, order: Mapping[str, Any]) -> tuple[wire.How, str, tuple[wire.Body, bytes]]:
+        args, kwargs = order["args"], order["kwargs"]
+        _task_stack.push(task)
+        task.push_request(order["request"], args=args, kwargs=kwargs, called_directly=False)
+        request = task.request_stack.top
+        vars(task).pop("run", None)  # what autoretry_for puts around it does its part in the host
+        try:
+            try:
+                result = perform(task, self._bodies[task.name], args, kwargs)
+            except _ENDS_THE_PROCESS:
+                raise
+            except Retry as error:
+                return "retry", "", codec.encode_predicate(task, error, request.children)
+            except Reject as error:
+                return "reject", "", codec.encode_predicate(task, error, request.children)
+            except Ignore as error:
+                return "ignore", "", codec.encode_predicate(task, error, request.children)
+            except BaseException as error:  # noqa: BLE001 - whatever the task raised belongs to its host
+                text = "".join(traceback.format_exception(error))
+                return "error", wire.shortened(text), codec.encode_exception(task, error, request.children)
+            try:
+                return "ok", "", codec.encode_result(task, result, request.children)
+            except Exception as error:  # noqa: BLE001 - serializers raise what they like
+                return "unencodable", wire.shortened(repr(result)), codec.encode_exception(task, error, [])
+        finally:
+            task.pop_request()
+            _task_stack.pop()
