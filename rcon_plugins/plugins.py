@@ -36,6 +36,15 @@ def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> plu
     return manager
 
 
+def limits_manager() -> pluggy.PluginManager:
+    """A plugin manager with the built-in plugins of the controllers alone: for limits that no settings hold."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for module in (cpu, cpuset, memory, io, pids):
+        manager.register(module)
+    return manager
+
+
 def _load(name: str, file: str | None) -> object:
     found = list(entry_points(group=ENTRY_POINTS, name=name))
     if not found:

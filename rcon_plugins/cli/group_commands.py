@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rcon_plugins.cli.group_argument import GROUP
+from rcon_plugins.cli.limit_options import limit_options
 
 if TYPE_CHECKING:
     from rcon_plugins.groups import Group
@@ -45,3 +46,72 @@ def stat(group: Group, as_json: bool) -> int:
     from rcon_plugins.cli import listing
 
     return listing.stat(group, as_json)
+
+
+@click.command("set", short_help="Set limits of a group while it runs.")
+@_group
+@limit_options
+@_json
+def set_command(group: Group, as_json: bool, **options: Any) -> int:
+    """Set limits of GROUP while it runs: all that are given, or, if one cannot be, none. The others stay as they are.
+
+    `max` takes a limit away (of --cpu, --memory, --memory-high, --swap, --read, --write, --read-iops, --write-iops,
+    --pids). Prints what is in force afterwards.
+
+    A memory limit below what is in use: the kernel takes back what it can, and kills what does not fit (cgroup v2), or
+    refuses the limit (v1). A server may write the limits of its policy again; rcon says so.
+
+    \b
+      rcon set sleep-1234 --cpu 50% --memory 1G
+      rcon set tenant~a.example --pids max
+      rcon set backup --write 5M --device /srv
+    """
+    from rcon_plugins.cli import changing
+
+    return changing.set_limits(group, options, as_json)
+
+
+@click.command(short_help="Stop the processes of a group, until thaw.")
+@_group
+def freeze(group: Group) -> int:
+    """Stop all processes of GROUP, and return when they are. They keep their memory, and go on after `rcon thaw`.
+
+    Clients of a server wait meanwhile, and its timeouts go on counting.
+
+    \b
+      rcon freeze backup-1234
+    """
+    from rcon_plugins.cli import changing
+
+    return changing.freeze(group)
+
+
+@click.command(short_help="Let the processes of a frozen group go on.")
+@_group
+def thaw(group: Group) -> int:
+    """Let the processes of GROUP go on, where `rcon freeze` stopped them.
+
+    \b
+      rcon thaw backup-1234
+    """
+    from rcon_plugins.cli import changing
+
+    return changing.thaw(group)
+
+
+@click.command(short_help="End all processes of a group, double forks and new sessions too.")
+@_group
+@_json
+def kill(group: Group, as_json: bool) -> int:
+    """End every process of GROUP with SIGKILL, also those below it and those that forked away, and say which.
+
+    Returns when none is left. The group itself goes with its owner. A server answers the requests that it kills with an
+    error. Groups of threads cannot be killed: they are the server.
+
+    \b
+      rcon kill sleep-1234
+      rcon kill --json tenant~a.example | jq '.ended[].pid'
+    """
+    from rcon_plugins.cli import changing
+
+    return changing.kill(group, as_json)

@@ -18,9 +18,13 @@ _POLICY = "rcon_plugins.cli.policy_commands"
 #: By name: where it is, and its short help. Only the one that is called is imported.
 SUBCOMMANDS = {
     "check": Lazy(f"{_POLICY}:check", "Say how each policy of FILE would be enforced here, and why."),
+    "freeze": Lazy(f"{_GROUPS}:freeze", "Stop the processes of a group, until thaw."),
+    "kill": Lazy(f"{_GROUPS}:kill", "End all processes of a group, double forks and new sessions too."),
     "ls": Lazy(f"{_GROUPS}:ls", "List the groups: who made them, within which limits, what they use."),
     "schema": Lazy(f"{_POLICY}:schema", "Print the JSON schema of a policy file."),
+    "set": Lazy(f"{_GROUPS}:set_command", "Set limits of a group while it runs."),
     "stat": Lazy(f"{_GROUPS}:stat", "Show all about one group: limits, usage, pressure, processes."),
+    "thaw": Lazy(f"{_GROUPS}:thaw", "Let the processes of a frozen group go on."),
     "which": Lazy(f"{_POLICY}:which", "Say which policy of FILE a work gets, and as whom it runs."),
 }
 

@@ -8,6 +8,7 @@
 """
 
 from rcon_plugins.kernel.cgroup.cgroup import Cgroup
+from rcon_plugins.kernel.cgroup.change import change_limits
 from rcon_plugins.kernel.cgroup.delegation import find_base
 from rcon_plugins.kernel.cgroup.device import Device, device_of
 from rcon_plugins.kernel.cgroup.entrance import Entrance
@@ -30,6 +31,7 @@ __all__ = [
     "Reading",
     "Refusal",
     "Resources",
+    "change_limits",
     "device_of",
     "find_base",
     "mount_points",
