@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -54,9 +55,11 @@ _NUMBERS = {
 # Since Linux 5.0 a new system call has the same number on both.
 _SINCE_5 = {"landlock_create_ruleset": 444, "landlock_add_rule": 445, "landlock_restrict_self": 446}
 
-_POLLIN = 0x001
-_POLLHUP = 0x010
+#: poll(2): the same numbers on all machines. POLLERR and POLLHUP are told without being asked for.
+POLLIN = 0x001
+POLLPRI = 0x002
 _POLLERR = 0x008
+_POLLHUP = 0x010
 
 
 class _PollFd(ctypes.Structure):
@@ -123,18 +126,23 @@ def unshare(flags: int) -> None:
 
 
 def poll_readable(descriptors: Iterable[int], timeout: float | None) -> set[int]:
-    """poll(2): which descriptors can be read, or are at their end, within ``timeout`` seconds.
+    """poll(2): which descriptors can be read, or are at their end, within ``timeout`` seconds. See `poll`."""
+    ready = poll(dict.fromkeys(descriptors, POLLIN), timeout)
+    return {descriptor for descriptor, what in ready.items() if what & (POLLIN | _POLLHUP | _POLLERR)}
 
-    The real system call, for processes that must not depend on what a library such as gevent has made of
+
+def poll(wanted: Mapping[int, int], timeout: float | None) -> dict[int, int]:
+    """poll(2): what has happened, within ``timeout`` seconds, to descriptors; ``wanted`` gives for each what counts.
+
+    The real system call, for code that must not depend on what a library such as gevent has made of
     `select.poll`. An interrupted call is an empty answer. Raises `KernelError`.
     """
-    wanted = list(descriptors)
-    array = (_PollFd * len(wanted))(*(_PollFd(descriptor, _POLLIN, 0) for descriptor in wanted))
-    milliseconds = -1 if timeout is None else max(0, int(timeout * 1000))
+    array = (_PollFd * len(wanted))(*(_PollFd(descriptor, mask, 0) for descriptor, mask in wanted.items()))
+    milliseconds = -1 if timeout is None else max(0, math.ceil(timeout * 1000))
     count = _libc().poll(array, ctypes.c_ulong(len(wanted)), milliseconds)
     if count < 0:
         number = ctypes.get_errno()
-        if number == 4:  # EINTR: a signal handler ran
-            return set()
+        if number == errno.EINTR:  # a signal handler ran
+            return {}
         raise KernelError(f"poll: {os.strerror(number)}", errno=number, path="poll")
-    return {entry.fd for entry in array if entry.revents & (_POLLIN | _POLLHUP | _POLLERR)}
+    return {entry.fd: entry.revents for entry in array if entry.revents}

@@ -11,7 +11,13 @@ from rcon_plugins.kernel.capability.files import (
     read_file_capabilities,
     write_file_capabilities,
 )
-from rcon_plugins.kernel.capability.names import CAP_SETGID, CAP_SETPCAP, CAP_SETUID, CAP_SYS_ADMIN
+from rcon_plugins.kernel.capability.names import (
+    CAP_SETGID,
+    CAP_SETPCAP,
+    CAP_SETUID,
+    CAP_SYS_ADMIN,
+    CAP_SYS_RESOURCE,
+)
 from rcon_plugins.kernel.capability.sets import Capabilities
 from rcon_plugins.kernel.capability.state import (
     SECBIT_KEEP_CAPS,
@@ -44,6 +50,7 @@ __all__ = [
     "CAP_SETPCAP",
     "CAP_SETUID",
     "CAP_SYS_ADMIN",
+    "CAP_SYS_RESOURCE",
     "SECBIT_KEEP_CAPS",
     "SECBIT_KEEP_CAPS_LOCKED",
     "SECBIT_NOROOT",

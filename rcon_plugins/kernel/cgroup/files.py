@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import posix
+import stat
 import time
 
 from rcon_plugins.errors import KernelError
@@ -159,6 +160,14 @@ def is_directory(directory: str) -> bool:
         return False
     os.close(fd)
     return True
+
+
+def is_file(directory: str, name: str) -> bool:
+    """Whether there is a kernel file ``name`` in ``directory``."""
+    try:
+        return stat.S_ISREG(os.lstat(f"{directory}/{name}").st_mode)
+    except OSError:
+        return False
 
 
 def subdirectories(directory: str) -> list[str]:

@@ -63,6 +63,11 @@ class Running:
         assert self.wait() == 0, f"the child ended with {self.status}"
         return pickle.loads(data)
 
+    def end_by_signal(self) -> None:
+        """Kill it, and wait for its end; it is still to be closed."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+
     def end(self) -> None:
         """Kill it, if it is still there."""
         if self.status is None:

@@ -1,0 +1,367 @@
+"""Where events come from: a descriptor that the kernel makes ready, or a file that is looked at from time to time.
+
+A source belongs to one watch. Only the watcher's thread calls `take`; it raises `Gone` when the cgroup was removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posix
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from rcon_plugins.errors import ControllerUnavailable, KernelError
+from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel.cgroup.events.event import POLLED_SECONDS, Event, Kind, Pressure
+from rcon_plugins.kernel.cgroup.meter import value_of
+from rcon_plugins.kernel.syscalls import POLLIN, POLLPRI
+
+#: Limit and usage of a cgroup at this moment.
+Levels = Callable[[], tuple[float | None, float | None]]
+
+#: After a notice of want of memory on v1: how soon, and for how long, deaths are looked for, seconds.
+_DEATH_PAUSE = 0.001
+_DEATH_SECONDS = 1.0
+
+
+class Gone(Exception):
+    """Raised when the cgroup of a source was removed."""
+
+
+class Source:
+    """One origin of events. ``descriptor`` is what is polled for ``mask``; ``due`` when to look without being told."""
+
+    descriptor = -1
+    mask = POLLPRI
+    due: float | None = None
+    #: Whether the descriptor was ready; set before each `take`.
+    told = False
+
+    def take(self) -> Iterator[Event]:
+        """What has happened since the last call. Raises `Gone`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close what it holds. Again is harmless."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            posix.close(descriptor)  # gevent's os.close() of what is no regular file waits for an event loop
+
+    def pread(self) -> bytes:
+        """What the file says, which also takes its notice. Raises `Gone`."""
+        try:
+            return os.pread(self.descriptor, 4096, 0)
+        except OSError as error:
+            raise Gone from error
+
+
+class Counters(Source):
+    """A flat keyed file of counters whose changes are told (v2): ``memory.events``, ``pids.events``."""
+
+    def __init__(
+        self, cgroup: str, directory: str, name: str, keys: Mapping[str, tuple[Kind, Levels]]
+    ) -> None:
+        self._cgroup = cgroup
+        self._keys = keys
+        self.descriptor = files.open_file(directory, name)
+        try:
+            data = self.pread()
+        except Gone:
+            self.close()
+            raise
+        self._last = {key: value_of(data, key.encode()) or 0 for key in keys}
+
+    def take(self) -> Iterator[Event]:
+        data = self.pread()
+        now = time.monotonic()
+        for key, (kind, levels) in self._keys.items():
+            total = value_of(data, key.encode()) or 0
+            count, self._last[key] = total - self._last[key], total
+            if count > 0:
+                limit, usage = levels()
+                yield Event(kind, self._cgroup, now, count, total, limit, usage)
+
+
+class PolledCounters(Source):
+    """The sum of a counter over a cgroup and all below it, looked at from time to time."""
+
+    def __init__(self, cgroup: str, kind: Kind, directory: str, name: str, key: str, levels: Levels) -> None:
+        self._cgroup = cgroup
+        self._kind = kind
+        self._directory = directory
+        self._name = name
+        self._key = key.encode()
+        self._levels = levels
+        self._last = self._read()
+        self._hurry = 0.0
+        self.due = time.monotonic() + POLLED_SECONDS
+
+    def _read(self) -> dict[str, int]:
+        found = {}
+        for directory in files.subtree(self._directory):
+            text = files.read_if_there(directory, self._name)
+            if text is not None:
+                found[directory] = value_of(text.encode(), self._key) or 0
+        return found
+
+    def hurry(self) -> None:
+        """Look at once and often, for a while: something is about to be counted."""
+        self._hurry = time.monotonic() + _DEATH_SECONDS
+        self.due = 0.0
+
+    def take(self) -> Iterator[Event]:
+        now = time.monotonic()
+        found = self._read()
+        if not found:
+            raise Gone
+        # One that is new has counted from zero; what was counted in one that went between two looks is lost.
+        count = sum(max(0, total - self._last.get(directory, 0)) for directory, total in found.items())
+        self._last = found
+        if count > 0:
+            self._hurry = 0.0
+            limit, usage = self._levels()
+            yield Event(self._kind, self._cgroup, now, count, sum(found.values()), limit, usage)
+        self.due = now + (_DEATH_PAUSE if now < self._hurry else POLLED_SECONDS)
+
+
+class Throttling(Source):
+    """``cpu.stat``: how often, and for how long, the quota held threads back. Looked at from time to time."""
+
+    def __init__(self, cgroup: str, directory: str, quota: Callable[[], float | None]) -> None:
+        self._cgroup = cgroup
+        self._directory = directory
+        self._quota = quota
+        self._times, self._seconds = self._read()
+        self.due = time.monotonic() + POLLED_SECONDS
+
+    def _read(self) -> tuple[int, float]:
+        text = files.read_if_there(self._directory, "cpu.stat")
+        if text is None:
+            raise Gone
+        data = text.encode()
+        microseconds = value_of(data, b"throttled_usec")
+        nanoseconds = value_of(data, b"throttled_time")  # v1
+        seconds = (nanoseconds or 0) / 1e9 if microseconds is None else microseconds / 1e6
+        return value_of(data, b"nr_throttled") or 0, seconds
+
+    def take(self) -> Iterator[Event]:
+        now = time.monotonic()
+        times, seconds = self._read()
+        count, held = times - self._times, seconds - self._seconds
+        self._times, self._seconds = times, seconds
+        self.due = now + POLLED_SECONDS
+        if count > 0:
+            yield Event("cpu_throttled", self._cgroup, now, count, times, self._quota(), held)
+
+
+class PolledUsage(Source):
+    """Thresholds of memory usage on v2, where the kernel tells of none."""
+
+    def __init__(self, cgroup: str, directory: str, thresholds: tuple[int, ...]) -> None:
+        self._cgroup = cgroup
+        self._directory = directory
+        self._above = dict.fromkeys(sorted(thresholds), False)
+        self.due = 0.0
+
+    def take(self) -> Iterator[Event]:
+        now = time.monotonic()
+        text = files.read_if_there(self._directory, "memory.current")
+        if text is None:
+            raise Gone
+        usage = int(text)
+        self.due = now + POLLED_SECONDS
+        for threshold, above in self._above.items():
+            self._above[threshold] = usage >= threshold
+            if usage >= threshold and not above:
+                yield Event("memory_usage", self._cgroup, now, 1, None, threshold, usage)
+
+
+class _EventFd(Source):
+    """A notice of v1's memory controller, through an eventfd (cgroup-v1/memory.rst)."""
+
+    mask = POLLIN
+
+    def __init__(self, cgroup: str, directory: str, name: str, argument: str = "") -> None:
+        self._cgroup = cgroup
+        self._directory = directory
+        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            about = files.open_file(directory, name)
+            try:
+                order = f"{self.descriptor} {about} {argument}".strip()
+                files.write(directory, "cgroup.event_control", order)
+            finally:
+                posix.close(about)
+        except BaseException:
+            self.close()
+            raise
+
+    def rings(self) -> int:
+        """How often it was rung. The removal of the cgroup rings too: raises `Gone`."""
+        try:
+            count = os.eventfd_read(self.descriptor)
+        except BlockingIOError:
+            count = 0
+        if not files.is_directory(self._directory):
+            raise Gone
+        return count
+
+
+class Threshold(_EventFd):
+    """A threshold of memory usage on v1: rung when it is crossed, up or down."""
+
+    def __init__(self, cgroup: str, directory: str, threshold: int) -> None:
+        super().__init__(cgroup, directory, "memory.usage_in_bytes", str(threshold))
+        self._threshold = threshold
+        self._above = False
+        self.due = 0.0  # it may be there already
+
+    def take(self) -> Iterator[Event]:
+        crossings = self.rings()
+        now = time.monotonic()
+        usage = int(files.read_if_there(self._directory, "memory.usage_in_bytes") or 0)
+        first, self.due = self.due is not None, None
+        upwards = crossings // 2 if self._above else (crossings + 1) // 2
+        above = usage >= self._threshold
+        if first:
+            upwards = max(upwards, int(above))
+        self._above = above
+        if upwards:
+            yield Event("memory_usage", self._cgroup, now, upwards, None, self._threshold, usage)
+
+
+class WantOfMemory(_EventFd):
+    """v1: usage ran into the limit and reclaim does not suffice; what comes next is a kill."""
+
+    def __init__(
+        self, cgroup: str, directory: str, levels: Levels, deaths: PolledCounters | None, wanted: bool
+    ) -> None:
+        super().__init__(cgroup, directory, "memory.oom_control")
+        self._levels = levels
+        self._wanted = wanted
+        self._deaths = deaths
+        self._hits = self._read_hits()
+
+    def _read_hits(self) -> int:
+        names = ("memory.failcnt", "memory.memsw.failcnt")
+        return sum(int(files.read_if_there(self._directory, name) or 0) for name in names)
+
+    def take(self) -> Iterator[Event]:
+        count = self.rings()
+        now = time.monotonic()
+        if self._deaths is not None:
+            self._deaths.hurry()
+        hits = self._read_hits()
+        rose, self._hits = hits > self._hits, hits
+        limit, usage = self._levels()
+        # A cgroup above that is in want rings here too.
+        if self._wanted and count and limit is not None and (rose or (usage or 0) >= 0.95 * limit):
+            yield Event("memory_limit", self._cgroup, now, count, None, limit, usage)
+
+
+class Populated(Source):
+    """``cgroup.events`` (v2, and the v2 side of a hybrid): whether anybody is here or below."""
+
+    def __init__(self, cgroup: str, directory: str, wanted: bool) -> None:
+        self._cgroup = cgroup
+        self._directory = directory
+        self._wanted = wanted
+        self.descriptor = files.open_file(directory, "cgroup.events")
+        try:
+            self._last = self._read()
+        except Gone:
+            self.close()
+            raise
+
+    def _read(self) -> tuple[int, int]:
+        data = self.pread()
+        return value_of(data, b"populated") or 0, value_of(data, b"frozen") or 0
+
+    def take(self) -> Iterator[Event]:
+        now = time.monotonic()
+        populated, frozen = state = self._read()
+        # The same as before, and yet told: it was entered and left in between.
+        left = self._last[0] or (self.told and state == self._last)
+        self._last = populated, frozen
+        # Its removal is not told.
+        self.due = None if populated else now + POLLED_SECONDS
+        if left and not populated and self._wanted:
+            yield Event("empty", self._cgroup, now)
+
+
+class PolledPopulated(Source):
+    """Whether anybody is here or below, where only v1 is mounted; looked at from time to time."""
+
+    def __init__(self, cgroup: str, directory: str, wanted: bool) -> None:
+        self._cgroup = cgroup
+        self._directory = directory
+        self._wanted = wanted
+        self._populated = False
+        self.due = 0.0
+
+    def take(self) -> Iterator[Event]:
+        now = time.monotonic()
+        self.due = now + POLLED_SECONDS
+        here = files.subtree(self._directory)
+        if not here:
+            raise Gone
+        populated = self._wanted and any(files.read_if_there(one, "cgroup.procs") for one in here)
+        left, self._populated = self._populated and not populated, populated
+        if left:
+            yield Event("empty", self._cgroup, now)
+
+
+class Stall(Source):
+    """A pressure trigger: ``cpu.pressure``, ``memory.pressure``, ``io.pressure`` (v2, Linux 5.2)."""
+
+    def __init__(self, cgroup: str, directory: str, pressure: Pressure) -> None:
+        pressure.check()
+        self._cgroup = cgroup
+        self._directory = directory
+        self._pressure = pressure
+        name = f"{pressure.resource}.pressure"
+        path = f"{directory}/{name}"
+        try:
+            self.descriptor = files.open_file(directory, name, os.O_RDWR | os.O_NONBLOCK)
+        except KernelError as error:
+            if error.errno in (errno.ENOENT, errno.EOPNOTSUPP) and files.is_directory(directory):
+                raise ControllerUnavailable(
+                    f"this kernel does not tell {name} of {cgroup}",
+                    errno=error.errno,
+                    path=path,
+                    hint="boot with psi=1; Linux 5.2 and later can (CONFIG_PSI)",
+                ) from None
+            raise
+        try:
+            os.write(self.descriptor, f"{pressure.trigger}\0".encode())
+        except OSError as error:
+            self.close()
+            hint = (
+                "before Linux 6.4 pressure triggers take CAP_SYS_RESOURCE"
+                if error.errno == errno.EPERM
+                else None
+            )
+            raise files.failure(error, path, pressure.trigger, hint) from None
+
+    def take(self) -> Iterator[Event]:
+        if not files.is_directory(self._directory):
+            raise Gone
+        now = time.monotonic()
+        pressure = self._pressure
+        yield Event(
+            "pressure",
+            self._cgroup,
+            now,
+            limit=pressure.stall,
+            usage=self._average(),
+            resource=pressure.resource,
+            share=pressure.share,
+        )
+
+    def _average(self) -> float | None:
+        for line in self.pread().decode().splitlines():
+            share, average, *_ = line.split()
+            if share == self._pressure.share:
+                return float(average.partition("=")[2]) / 100
+        return None

@@ -1,0 +1,258 @@
+"""The thread that waits for events of all the cgroups of a process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import posix
+import select
+import threading
+import time
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.cgroup.events.event import Event, Pressure
+from rcon_plugins.kernel.cgroup.events.opening import open_sources
+from rcon_plugins.kernel.cgroup.events.sources import Gone, Source
+from rcon_plugins.kernel.syscalls import POLLIN, poll
+
+if TYPE_CHECKING:
+    from rcon_plugins.kernel.cgroup.cgroup import Cgroup
+
+LOGGER = logging.getLogger("rcon")
+
+#: Under a cooperative library, whose event loop knows no priority events: how often the thread looks, seconds.
+COOPERATIVE_SECONDS = 0.01
+#: As many may be closed before the thread has come around to it; then whoever adds waits for it.
+_MOST_CLOSING = 256
+
+
+class Watch:
+    """One cgroup that is watched. ``gone`` is whether it was removed: nothing more will be told then."""
+
+    def __init__(
+        self,
+        watcher: Watcher,
+        cgroup: Cgroup,
+        callback: Callable[[Event], object],
+        on_gone: Callable[[], object] | None,
+        opened: list[Source],
+    ) -> None:
+        self.cgroup = cgroup
+        self.gone = False
+        self.closed = False
+        self._watcher = watcher
+        self._callback = callback
+        self._on_gone = on_gone
+        self.sources = opened
+
+    def __repr__(self) -> str:
+        return f"<Watch {self.cgroup.path}>"
+
+    def close(self) -> None:
+        """Hear no more of it. Does not wait: a callback under way in the thread may still run. Again is harmless."""
+        self._watcher.remove(self)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- in the thread ------------------------------------------------------------------------
+
+    def attend(self, source: Source) -> None:
+        """Take what a source has to tell, and pass it on."""
+        try:
+            for event in source.take():
+                if self.closed:
+                    return
+                _do(partial(self._callback, event))
+        except Gone:
+            self._end()
+        except (OSError, ValueError) as error:
+            if self.cgroup.exists():
+                LOGGER.error("%s is not watched any more: %s", self.cgroup.path, error)
+            self._end()
+
+    def _end(self) -> None:
+        self.gone = True
+        self.close()
+        if self._on_gone is not None:
+            _do(self._on_gone)
+
+
+class Watcher:
+    """One thread that tells what happens to any number of cgroups. Thread-safe.
+
+    The thread runs while something is watched. It belongs to the process that made it: a fork has neither the
+    thread nor what it watched, and `add` refuses there. Callbacks are called in the thread, one at a time:
+    what takes long keeps others waiting. Under gevent the thread is a greenlet, which looks every
+    `COOPERATIVE_SECONDS`.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._watches: set[Watch] = set()
+        self._closing: list[Watch] = []
+        self._wake = -1
+        #: The thread that watches now, and the last one there was, which may still be ending.
+        self._thread: threading.Thread | None = None
+        self._last: threading.Thread | None = None
+
+    def add(
+        self,
+        cgroup: Cgroup,
+        callback: Callable[[Event], object],
+        *,
+        kinds: Collection[str] | None = None,
+        thresholds: Collection[int] = (),
+        pressure: Collection[Pressure] = (),
+        on_gone: Callable[[], object] | None = None,
+    ) -> Watch:
+        """Have ``callback`` called with each event of an existing cgroup, until the watch is closed or the cgroup gone.
+
+        ``kinds`` are those wanted; None is all that the cgroup can tell. ``thresholds`` (bytes) add
+        ``memory_usage``, ``pressure`` adds that. ``on_gone`` is called once if the cgroup is removed before the
+        watch is closed. Raises ControllerUnavailable for what is asked for by name and cannot be told here, with
+        the reason, KernelError, ValueError.
+        """
+        if os.getpid() != self._pid:
+            raise KernelError(
+                f"this watcher belongs to process {self._pid}, and this is a fork of it",
+                path=cgroup.path,
+                hint="make one in each process: Watcher()",
+            )
+        self._let_it_close()
+        watch = Watch(self, cgroup, callback, on_gone, open_sources(cgroup, kinds, thresholds, pressure))
+        with self._lock:
+            self._watches.add(watch)
+            if self._thread is None:
+                self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                self._thread = threading.Thread(target=self._run, name="rcon-events", daemon=True)
+                self._last = self._thread
+                self._thread.start()
+            else:
+                os.eventfd_write(self._wake, 1)
+        return watch
+
+    def remove(self, watch: Watch) -> None:
+        """Forget a watch; its descriptors are closed by the thread, soon."""
+        if os.getpid() != self._pid:  # neither the thread is here, nor whoever may have held the lock
+            watch.closed = True
+            _close(watch)
+            return
+        with self._lock:
+            if watch.closed:
+                return
+            watch.closed = True
+            self._watches.discard(watch)
+            self._closing.append(watch)
+            os.eventfd_write(self._wake, 1)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Close all watches, and wait for the thread to end."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            watches, thread = list(self._watches), self._last
+        for watch in watches:
+            watch.close()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _let_it_close(self) -> None:
+        deadline = time.monotonic() + 1.0
+        while len(self._closing) > _MOST_CLOSING and threading.current_thread() is not self._thread:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.001)
+
+    # -- in the thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        wake = self._wake
+        while True:
+            with self._lock:
+                closing, self._closing = self._closing, []
+                watched = [(source, watch) for watch in self._watches for source in watch.sources]
+                if not watched:
+                    self._thread = None
+                    self._wake = -1
+            # Only here, where nothing is being polled: a number that is free again may be anybody's next.
+            for watch in closing:
+                _close(watch)
+            if not watched:
+                posix.close(wake)
+                return
+            self._turn(wake, watched)
+
+    def _turn(self, wake: int, watched: list[tuple[Source, Watch]]) -> None:
+        wanted = {source.descriptor: source.mask for source, _ in watched if source.descriptor >= 0}
+        dues = [source.due for source, _ in watched if source.due is not None]
+        try:
+            ready = _wait({**wanted, wake: POLLIN}, min(dues) if dues else None)
+        except KernelError:
+            LOGGER.exception("the watcher of cgroups cannot wait for events")
+            time.sleep(1)
+            return
+        if wake in ready:
+            os.eventfd_read(wake)
+        now = time.monotonic()
+        for source, watch in watched:
+            source.told = source.descriptor in ready
+            if not watch.closed and (source.told or (source.due is not None and source.due <= now)):
+                watch.attend(source)
+
+
+_OF_PROCESS: list[Watcher] = []
+_OF_PROCESS_LOCK = threading.Lock()
+os.register_at_fork(after_in_child=_OF_PROCESS.clear)
+
+
+def watcher_of_process() -> Watcher:
+    """The watcher that the parts of a program share, so that it has one such thread: made when first asked for.
+
+    A fork gets one of its own.
+    """
+    with _OF_PROCESS_LOCK:
+        if not _OF_PROCESS:
+            _OF_PROCESS.append(Watcher())
+        return _OF_PROCESS[0]
+
+
+def _wait(wanted: dict[int, int], until: float | None) -> dict[int, int]:
+    def remaining() -> float | None:
+        return None if until is None else max(0.0, until - time.monotonic())
+
+    # A cooperative library replaces it by one that would not wake up for these files, or takes it away.
+    if getattr(getattr(select, "poll", None), "__module__", "") == "select":
+        return poll(wanted, remaining())
+    while True:
+        ready = poll(wanted, 0)
+        rest = remaining()
+        if ready or rest == 0:
+            return ready
+        time.sleep(COOPERATIVE_SECONDS if rest is None else min(COOPERATIVE_SECONDS, rest))
+
+
+def _close(watch: Watch) -> None:
+    for source in watch.sources:
+        source.close()
+
+
+def _do(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except Exception:
+        # One failed callback must not end the watch over all the others.
+        LOGGER.exception("a callback for events of a cgroup failed")
