@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from billiard.einfo import RemoteTraceback
 from celery.exceptions import Ignore, Reject, Retry
 from celery.result import ResultBase, result_from_tuple
+from celery.utils.serialization import create_exception_cls
 from kombu import serialization as _serialization
 from kombu.utils.encoding import safe_repr as _safe_repr
 
@@ -18,7 +20,7 @@ serialization: Any = _serialization  # its functions have no types
 safe_repr: Any = _safe_repr
 
 #: Attributes of a task's request that are sent otherwise, or belong to one process.
-_NOT_SENT = frozenset({"args", "kwargs", "called_directly", "rcon_hand_over", "rcon_may_run"})
+_NOT_SENT = frozenset({"args", "kwargs", "called_directly", "rcon_hand_over", "rcon_begun"})
 
 
 def accepted(app: Any) -> set[str]:
@@ -77,8 +79,8 @@ def encode_result(task: Any, result: object, children: Iterable[Any]) -> tuple[B
 
 
 def encode_exception(task: Any, error: BaseException, children: Iterable[Any]) -> tuple[Body, bytes]:
-    """An exception as its task's result backend would store it. Runs in the executor."""
-    payload = {"error": _prepared(task, error), "children": [child.as_tuple() for child in children]}
+    """An exception, as far as the serializer of the result backend carries it. Runs in the executor."""
+    payload = {"error": _told(task, error), "children": [child.as_tuple() for child in children]}
     return encode(payload, (task.backend.serializer,))
 
 
@@ -89,7 +91,7 @@ def encode_predicate(task: Any, error: Exception, children: Iterable[Any]) -> tu
     if isinstance(error, Retry):
         payload |= {
             "message": _data(error.message, serializers),
-            "error": _prepared(task, error.exc) if error.exc is not None else None,
+            "error": _told(task, error.exc) if error.exc is not None else None,
             "text": error.excs,
             "when": _data(error.when, serializers),
             "sig": error.sig if _is_data(error.sig, serializers) else None,
@@ -108,13 +110,41 @@ def value_of(app: Any, payload: dict[str, Any]) -> Any:
     return payload["value"]
 
 
-def exception_of(task: Any, payload: dict[str, Any], text: str) -> Exception:
-    """An exception, as `encode_exception` made it: of its own class where this process has that loaded."""
-    error = task.backend.exception_to_python(payload["error"])
-    if not isinstance(error, Exception):
-        raise ProtocolViolation(f"an exception of {type(error).__name__}")
-    error.__cause__ = RemoteTraceback(f"\n{text}")
+def exception_of(told: dict[str, Any], text: str) -> Exception:
+    """An exception, as `encode_exception` made it: of its own class where this process has that loaded.
+
+    The same rule as that of Celery for what a result backend holds: nothing is imported because an executor process
+    named it, and a class that is not found is made. Raises `ProtocolViolation`.
+    """
+    cls = _class(told["module"], told["type"])
+    args = tuple(_argument_of(each) for each in told["args"])
+    try:
+        error = cls(*map(_argument_of, told["made_of"]))
+    except Exception:  # noqa: BLE001 - it is made of something else
+        error = cls.__new__(cls, *args)
+    error.args = args
+    vars(error).update(told["state"])
+    if text:
+        error.__cause__ = RemoteTraceback(f"\n{text}")
     return error
+
+
+def _argument_of(told: list[Any]) -> Any:
+    is_exception, value = told
+    return exception_of(value, "") if is_exception else value
+
+
+def _class(module: str | None, name: str) -> type[Exception]:
+    found: Any = sys.modules.get(module) if module is not None else None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        return create_exception_cls(name, module or __name__)  # type: ignore[no-any-return]
+    if not isinstance(found, type) or not issubclass(found, BaseException):
+        raise ProtocolViolation(f"{module}.{name} is not an exception")
+    if not issubclass(found, Exception):
+        return create_exception_cls(name, module)  # type: ignore[no-any-return]
+    return found
 
 
 def predicate_of(task: Any, how: str, payload: dict[str, Any]) -> Exception:
@@ -124,7 +154,7 @@ def predicate_of(task: Any, how: str, payload: dict[str, Any]) -> Exception:
         cause = payload["error"]
         error = Retry(
             payload["message"],
-            exc=task.backend.exception_to_python(cause) if cause is not None else payload["text"],
+            exc=exception_of(cause, "") if cause is not None else payload["text"],
             when=payload["when"],
             sig=task.app.signature(payload["sig"]) if payload["sig"] is not None else None,
         )
@@ -146,8 +176,26 @@ def _of_results(task: Any) -> list[str]:
     return [task.backend.serializer, own]
 
 
-def _prepared(task: Any, error: BaseException) -> Any:
-    return task.backend.prepare_exception(error)
+def _told(task: Any, error: BaseException) -> dict[str, Any]:
+    cls, reduced = type(error), error.__reduce__()
+    serializers = (task.backend.serializer,)
+    # An OSError is made of more than its args.
+    made_of = reduced[1] if isinstance(reduced, tuple) and reduced[0] is cls else error.args
+    state = {name: value for name, value in vars(error).items() if name[:2] != "__" and name != "args"}
+    return {
+        "module": cls.__module__,
+        "type": cls.__qualname__,
+        "args": [_argument(task, value) for value in error.args],
+        "made_of": [_argument(task, value) for value in made_of],
+        "state": {name: value for name, value in state.items() if _is_data(value, serializers)},
+    }
+
+
+def _argument(task: Any, value: object) -> list[Any]:
+    serializers = (task.backend.serializer,)
+    if isinstance(value, Exception) and not _is_data(value, serializers):
+        return [True, _told(task, value)]
+    return [False, _data(value, serializers)]
 
 
 def _is_data(value: object, serializers: Iterable[str]) -> bool:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from celery import signals
 from celery.app.task import Task
+from celery.exceptions import WorkerTerminate
 from celery.local import Proxy
 
-from rcon_celery import place
-from rcon_plugins.errors import ConfinementError, SettingsError
+from rcon_plugins.errors import SettingsError
 from rcon_plugins.policy import Policy
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+LOGGER = logging.getLogger("rcon")
 _MARK = "__rcon__"
 #: Keywords that say something of the policy, and not of each task.
 _OF_THE_POLICY = frozenset({*Policy.__struct_fields__} - {"name", "each", "isolation"})
@@ -52,8 +54,8 @@ def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
         @confined(memory="512M", timeout="60s", together={"cpu": "150%"}, concurrency=4)
         def render(name): ...
 
-    Raises `SettingsError` for what a policy file could not say either. In a worker whose app was not given to `install`
-    the task fails with `ConfinementError`.
+    Raises `SettingsError` for what a policy file could not say either. A worker whose app was not given to `install`
+    does not start.
     """
     if policy is not None and limits:
         raise SettingsError("a policy's name and limits at once", key="@confined", hint="give one of them")
@@ -72,22 +74,26 @@ def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
                 key="@confined",
                 hint="put it under @app.task",
             )
-        if isinstance(function, type):
-            setattr(function, _MARK, mark)
-            return function
-
-        @functools.wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            if place.is_unguarded():
-                raise ConfinementError(
-                    f"{function.__qualname__} is to be confined, and its app was not given to rcon_celery.install"
-                )
-            return function(*args, **kwargs)
-
-        setattr(guarded, _MARK, mark)
-        return guarded  # type: ignore[return-value]
+        # Not a wrapper: Celery looks at what arguments the function takes.
+        setattr(function, _MARK, mark)
+        signals.worker_init.connect(_refuse_without_install, weak=False, dispatch_uid="rcon_celery.confined")
+        return function
 
     return decorate
+
+
+def _refuse_without_install(sender: Any, **_: object) -> None:
+    """A worker starts: not with tasks that are to be confined and would not be."""
+    if getattr(sender.app, "rcon", None) is not None:
+        return
+    for name, task in sorted(sender.app.tasks.items()):
+        if mark_of(type(task)) is not None:
+            LOGGER.error(
+                "rcon: %s is to be confined, and its application was not given to rcon_celery.install; "
+                "the worker does not start",
+                name,
+            )
+            raise WorkerTerminate(1)  # what is no Exception is all that a signal's sender lets through
 
 
 def mark_of(cls: type) -> Mark | None:

@@ -39,7 +39,8 @@ def run(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any) -> Any:
     except ChannelClosed:
         raise raised(admission.died()) from None
     except BaseException as error:
-        admission.abort(f"{type(error).__name__}: {error}")
+        # A pool that ends this process gives it a tenth of a second.
+        admission.abort(f"{type(error).__name__}: {error}", grace=0)
         raise
     return _Answer(task, admission, head, answer).conclude()
 
@@ -96,11 +97,11 @@ class _Answer:
         if how == "ok":
             return codec.value_of(task.app, answer), None
         if how == "error":
-            return None, codec.exception_of(task, answer, self._head.text)
+            return None, codec.exception_of(answer["error"], self._head.text)
         if how == "unencodable":
             if task.request.ignore_result or task.ignore_result:
                 return Unencoded(self._head.text), None
-            return None, codec.exception_of(task, answer, self._head.text)
+            return None, codec.exception_of(answer["error"], self._head.text)
         return None, codec.predicate_of(task, how, answer)
 
 

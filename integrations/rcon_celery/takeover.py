@@ -78,12 +78,11 @@ def _call(host: Host, body: Body) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it becomes the method of that name
         request = self.request_stack.top
         traced = request is not None and not request.called_directly
-        if not traced or hasattr(request, "rcon_may_run"):
+        if not traced or hasattr(request, "rcon_begun"):
             return (body.call or Task.__call__)(self, *args, **kwargs)
         # From here on a call of the task is one that its own code makes.
-        request.rcon_may_run = True
+        request.rcon_begun = True
         if host.takes_over(self):
-            request.rcon_may_run = False
             request.rcon_hand_over = True
             return self.run(*args, **kwargs)
         return body.call(self, *args, **kwargs) if body.call is not None else self.run(*args, **kwargs)
@@ -115,7 +114,7 @@ def _run(host: Host, cls: Any, body: Body) -> Any:
 
 def perform(task: Any, body: Body, args: Any, kwargs: Any) -> Any:
     """Run a task's body in this thread, as the worker would have. Its request is in place."""
-    task.request_stack.top.rcon_may_run = True
+    task.request_stack.top.rcon_begun = True
     if body.call is not None:
         return body.call(task, *args, **kwargs)
     return body.run.__get__(task, type(task))(*args, **kwargs)

@@ -105,12 +105,12 @@ class ProcessAdmission(Admission):
         executor.channel.close()
         return outcome
 
-    def abort(self, detail: str) -> Outcome:
+    def abort(self, detail: str, grace: float = ABORT_GRACE) -> Outcome:
         if self._settle():
             executor = self._executor
             executor.fate = executor.fate or "aborted"
             executor.channel.refuse()
-            if not executor.ended.wait(ABORT_GRACE):
+            if not grace or not executor.ended.wait(grace):
                 self._pool.processes.kill(executor, "aborted")
         self._executor.ended.wait(DEATH_SECONDS)
         outcome = self._autopsy(detail)
