@@ -15,6 +15,7 @@
     ├── Killed                     the work's process was ended before the work was done
     └── LimitExceeded              the work ran into a limit
         ├── MemoryLimitExceeded
+        ├── SoftMemoryLimitExceeded
         ├── TimeLimitExceeded
         ├── PidsLimitExceeded
         └── ConcurrencyLimitExceeded
@@ -24,9 +25,9 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rcon_plugins.usage import Usage
@@ -168,43 +169,71 @@ class Killed(RconError):
     ``signal`` is the number of the signal that ended it, None where it ended by itself.
     """
 
-    def __init__(self, message: str, signal: int | None = None, usage: Usage | None = None) -> None:
+    def __init__(
+        self, message: str, signal: int | None = None, usage: Usage | Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(message, signal, usage)
         self.signal = signal
-        self.usage = usage
+        self.usage = _usage(usage)
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.args[0]!r})"
+
+    def plain(self) -> Self:
+        """The same error with ``args`` that any serializer carries, and that make it again."""
+        self.args = (self.args[0], self.signal, _told(self.usage))
+        return self
 
 
 class LimitExceeded(RconError):
     """Raised when work ran into one of its limits.
 
     ``policy`` and ``key`` name the confinement, ``limit`` the limit as the policy spells it,
-    ``usage`` what was used.
+    ``usage`` what was used. ``told`` is all that as `plain` puts it.
     """
 
     def __init__(
         self,
         message: str,
+        told: Mapping[str, Any] | None = None,
         *,
         policy: str = "",
         key: str | None = None,
         limit: str = "",
         usage: Usage | None = None,
     ) -> None:
-        super().__init__(message)
-        self.policy = policy
-        self.key = key
-        self.limit = limit
-        self.usage = usage
+        super().__init__(*((message,) if told is None else (message, told)))
+        told = told or {}
+        self.policy: str = told.get("policy", policy)
+        self.key: str | None = told.get("key", key)
+        self.limit: str = told.get("limit", limit)
+        self.usage = _usage(told.get("usage", usage))
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.args[0]!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, dict(self.__dict__))
 
+    def plain(self) -> Self:
+        """The same error with ``args`` that any serializer carries, and that make it again."""
+        told = {"policy": self.policy, "key": self.key, "limit": self.limit, "usage": _told(self.usage)}
+        self.args = (self.args[0], told)
+        return self
+
 
 class MemoryLimitExceeded(LimitExceeded):
     """Raised when the kernel killed work at its memory limit."""
+
+
+class SoftMemoryLimitExceeded(LimitExceeded):
+    """Raised inside of work when it has used so much memory that it had best come to its end."""
 
 
 class TimeLimitExceeded(LimitExceeded):
@@ -222,6 +251,18 @@ class ConcurrencyLimitExceeded(LimitExceeded):
     """
 
     retry_after: int = 1
+
+
+def _usage(usage: Usage | Mapping[str, Any] | None) -> Usage | None:
+    from rcon_plugins.usage import Usage
+
+    return Usage(**usage) if isinstance(usage, Mapping) else usage
+
+
+def _told(usage: Usage | None) -> dict[str, Any] | None:
+    import msgspec
+
+    return None if usage is None else msgspec.structs.asdict(usage)
 
 
 def _rebuild(make: Callable[..., RconError], args: tuple[Any, ...], state: dict[str, Any]) -> RconError:

@@ -208,6 +208,34 @@ class Instance:
             raise ValueError("an empty prefix would end the work of everybody: close() does that")
         self._sweep(lambda leaf: leaf.startswith(prefix), timeout)
 
+    def end_orphans(self, timeout: float = 5.0) -> None:
+        """End what still runs for processes of the server that are gone: their fork servers do, in their own time.
+
+        Returns when nothing of it runs. Raises KernelError where that does not come true within ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while orphans := [leaf for leaf in self._leaves() if self._is_orphaned(leaf)]:
+            for leaf in orphans:
+                leaf.kill_once()
+            if time.monotonic() > deadline:
+                raise KernelError(
+                    "what a process of this server left does not end", errno=errno.EBUSY, path=orphans[0].path
+                )
+            time.sleep(0.005)
+
+    def _leaves(self) -> list[Cgroup]:
+        groups = [f"{self._work.path}/{name}" for name in self._work.children()]
+        return [
+            self.hierarchy.cgroup(f"{group}/{leaf}")
+            for group in groups
+            for leaf in self.hierarchy.cgroup(group, shared=True).children()
+        ]
+
+    @staticmethod
+    def _is_orphaned(leaf: Cgroup) -> bool:
+        pid = leaf.path.rpartition("/")[2].partition("-")[0]
+        return pid.isdigit() and owner.start_time(int(pid)) is None and bool(leaf.processes(subtree=True))
+
     def _sweep(self, wanted: Callable[[str], bool], timeout: float) -> None:
         failed: KernelError | None = None
         for name in self._work.children():

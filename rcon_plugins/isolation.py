@@ -22,6 +22,9 @@ from rcon_plugins.policy import Policy
 if TYPE_CHECKING:
     import pluggy
 
+#: Limits of each work at which it is told to come to its end.
+SOFT_LIMITS = ("timeout_soft", "memory_soft")
+
 Isolation = Literal["inline", "thread", "process"]
 
 #: What `Resources` calls otherwise than a policy does.
@@ -32,11 +35,13 @@ class Server(NamedTuple):
     """What of the host decides how work can be confined.
 
     ``threads``: other threads of this process serve other work, and share the GIL with it. ``greenlets``: several
-    works share one thread, so that no work can own the thread it runs in.
+    works share one thread, so that no work can own the thread it runs in. ``warns``: the service in executor processes
+    expects to be told of `SOFT_LIMITS`.
     """
 
     threads: bool = True
     greenlets: bool = False
+    warns: bool = False
 
 
 class Verdict(NamedTuple):
@@ -92,7 +97,7 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     as_thread = _as_written(hierarchy.refusals(together, threaded=True))
     as_process = _as_written(hierarchy.refusals(together))
     as_process += _as_written(hierarchy.refusals(each, within=together), "each.")
-    identity = privileges.refusals(policy)
+    identity = privileges.refusals(policy) + _without_warning(policy, server, hierarchy)
     as_process += identity + _without_walls(policy)
     if policy.isolation == "thread":
         as_thread += identity
@@ -130,6 +135,23 @@ def _without_walls(policy: Policy) -> list[Refusal]:
             "without it, only a server with CAP_SYS_ADMIN may keep work away from the cgroup files (landlock(7))",
             "leave no_new_privs out, or run the server as root",
         )
+    ]
+
+
+def _without_warning(policy: Policy, server: Server, hierarchy: Hierarchy) -> list[Refusal]:
+    """The limits that only tell work something, where nobody could tell it."""
+    if server.warns:
+        if policy.each.memory_soft is None or "memory" in hierarchy.controllers:
+            return []
+        return [Refusal("each.memory_soft", "the memory controller is not available", "leave it out")]
+    return [
+        Refusal(
+            f"each.{limit}",
+            "only a task of Celery can be told to come to its end",
+            f"leave it out; each.{limit.partition('_')[0]} is enforced",
+        )
+        for limit in SOFT_LIMITS
+        if getattr(policy.each, limit) is not None
     ]
 
 

@@ -123,9 +123,30 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Duration | None,
         Meta(description="Wall time; work that takes longer is killed.", examples=["20s"]),
     ] = None
+    timeout_soft: Annotated[
+        Duration | None,
+        Meta(description="Wall time after which a task is told to come to its end.", examples=["18s"]),
+    ] = None
+    memory_soft: Annotated[
+        Size | None,
+        Meta(description="Bytes of memory at which a task is told to come to its end.", examples=["200M"]),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for hard in ("timeout", "memory"):
+            soft, bound = getattr(self, f"{hard}_soft"), getattr(self, hard)
+            if soft is not None and bound is not None and soft >= bound:
+                raise SettingsError(
+                    f"{soft} is never reached before {hard} = {bound}",
+                    key=f"{hard}_soft",
+                    value=soft,
+                    hint=f"set it below {hard}, or leave it out",
+                )
 
     belongs: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("per", "isolation", "concurrency", "max_works"), "it belongs to the policy, not under each"
+        ("per", "isolation", "concurrency", "max_works", "leave_children"),
+        "it belongs to the policy, not under each",
     )
 
     def check_within(self, whole: Limits) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission, ThreadAdmission
 from rcon_plugins.confinement import Confinement, ProcessConfinement, ThreadedConfinement, cgroup_name
@@ -36,6 +38,11 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.work import Work
+
+_T = TypeVar("_T")
+#: How often work that waits for its turn looks whether it has come, seconds.
+_SHORTEST_WAIT = 0.01
+_LONGEST_WAIT = 0.25
 
 
 class Manager:
@@ -159,13 +166,13 @@ class Manager:
         """The pid of the fork server; None without one."""
         return self._pool.processes.server_pid if self._pool is not None else None
 
-    def admit(self, work: Work) -> Admission | None:
+    def admit(self, work: Work, *, wait: bool = False) -> Admission | None:
         """Let a work run under its policy; None when no route names it and the settings allow that.
 
         Raises `ConfinementError` when the work cannot be confined (`IdentityRefused` when the identity that its policy
         gives it is not allowed), `ConcurrencyLimitExceeded` when as much of it is
         under way as may be, `PidsLimitExceeded` when its confinement is full of processes. In each case it must not
-        run; hooks and log have been told.
+        run; hooks and log have been told. With ``wait`` it waits for its turn instead of `ConcurrencyLimitExceeded`.
         """
         if self._pid != os.getpid():
             self._refuse(work, "", None, ConfinementError(self._why_not_here()))
@@ -184,14 +191,26 @@ class Manager:
         slot: int | None = None
         try:
             if policy.concurrency is not None:
-                slot = self._take_slot(confinement, policy.concurrency)
+                slot = self._in_turn(wait, partial(self._take_slot, confinement, policy.concurrency))
             self.hook.rcon_work_started(work=work, policy=policy)
-            return self._make_admission(work, confinement, slot, identity)
+            return self._in_turn(wait, partial(self._make_admission, work, confinement, slot, identity))
         except BaseException as error:
             self._let_go(confinement, slot)
             if not isinstance(error, Exception):
                 raise
             self._refuse(work, policy_name, key, error)
+
+    def _in_turn(self, wait: bool, action: Callable[[], _T]) -> _T:
+        """What ``action`` returns; with ``wait`` it is tried until there is room."""
+        pause = _SHORTEST_WAIT
+        while True:
+            try:
+                return action()
+            except ConcurrencyLimitExceeded:
+                if not wait or self._pid != os.getpid():
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_WAIT)
 
     def together(self, confinement: Confinement) -> Cgroup:
         """The cgroup that holds all the work of a confinement that runs in processes."""

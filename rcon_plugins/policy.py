@@ -122,6 +122,10 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
             examples=[1],
         ),
     ] = 1000
+    leave_children: Annotated[
+        bool,
+        Meta(description="What work that ended well has started may go on.", examples=[True]),
+    ] = False
 
     user: Annotated[
         Account | None,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from celery.exceptions import Reject
 from celery.result import result_from_tuple
 
 from rcon_celery import codec, wire
-from rcon_plugins.errors import Killed
+from rcon_plugins.errors import Killed, LimitExceeded
 from rcon_plugins.executors.channel import ChannelClosed, ProtocolViolation
+from rcon_plugins.executors.executor import SOFT_TIME
 
 if TYPE_CHECKING:
     from rcon_plugins.admission import ProcessAdmission
@@ -29,20 +35,44 @@ class Unencoded:
         return self._text
 
 
-def run(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any) -> Any:
-    """Have the task's body run at the other end, and return or raise what it did."""
+def run(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, is_lost: Callable[[], bool]) -> Any:
+    """Have the task's body run at the other end, and return or raise what it did.
+
+    ``is_lost`` says if the fork server is gone, which takes the executor processes along.
+    """
     number = os.urandom(wire.NUMBER_SIZE)
     try:
         body, payload = codec.encode_task(task, task.request, args, kwargs)
-        wire.send(admission.channel, wire.TASK, wire.TaskHead(number, task.name, body), payload)
-        head, answer = _receive(admission, number, codec.accepted(task.app))
+        with _notices_passed_on(admission):
+            wire.send(admission.channel, wire.TASK, wire.TaskHead(number, task.name, body), payload)
+            head, answer = _receive(admission, number, codec.accepted(task.app))
     except ChannelClosed:
-        raise raised(admission.died()) from None
+        outcome = admission.died()
+        if task.acks_late and outcome.ending == "killed" and is_lost():
+            # Not its own fault; and its message was not acknowledged.
+            raise Reject(outcome.detail, requeue=True) from None
+        raise raised(outcome) from None
     except BaseException as error:
         # A pool that ends this process gives it a tenth of a second.
         admission.abort(f"{type(error).__name__}: {error}", grace=0)
         raise
     return _Answer(task, admission, head, answer).conclude()
+
+
+@contextlib.contextmanager
+def _notices_passed_on(admission: ProcessAdmission) -> Iterator[None]:
+    """Let the signal of a task's soft time limit go to where its body runs.
+
+    The pool sends it to the process that has the task; its own handler raises there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(SOFT_TIME, lambda *_: admission.notify(SOFT_TIME))
+    try:
+        yield
+    finally:
+        signal.signal(SOFT_TIME, former)
 
 
 def _receive(
@@ -107,4 +137,7 @@ class _Answer:
 
 def raised(outcome: Outcome) -> Exception:
     """The exception that tells how a task ended that did not end by itself."""
-    return outcome.error() or Killed(outcome.detail or outcome.ending, outcome.signal, outcome.usage)
+    error = outcome.error()
+    if error is None:
+        error = Killed(outcome.detail or outcome.ending, outcome.signal, outcome.usage)
+    return error.plain() if isinstance(error, Killed | LimitExceeded) else error

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from celery import signals
+from celery import signals as on
 from celery.exceptions import TaskPredicate
 
 from rcon_celery import handover, place
 from rcon_celery.bootstep import make_step
 from rcon_celery.decorator import Mark, mark_of
+from rcon_celery.files import leave_log_files, server_files
 from rcon_celery.node import Node
 from rcon_celery.pools import after_fork
 from rcon_celery.service import TaskService
@@ -60,14 +62,16 @@ class Installation:
         self.node: Node | None = None
         self.manager: Manager | None = None
         self._pid = 0
+        #: The fork server has ended before its time.
+        self._lost = False
         #: Why this process of the pool has no manager.
         self._fault = "it was not set up"
         app.on_after_configure.connect(self._annotate, weak=False)
         if app.configured:
             self._annotate()
         app.steps["worker"].add(make_step(self))
-        signals.worker_process_init.connect(self._pool_process_starts, weak=False)
-        signals.worker_process_shutdown.connect(self._pool_process_ends, weak=False)
+        on.worker_process_init.connect(self._pool_process_starts, weak=False)
+        on.worker_process_shutdown.connect(self._pool_process_ends, weak=False)
 
     # when tasks are bound
 
@@ -140,12 +144,23 @@ class Installation:
             server=node.pool.server,
             instance=node.instance,
             plugins=node.plugins,
+            on_lost=self._lose,
         )
+        service = TaskService(self._app, self._bodies, node.hostname)
         manager.start(
-            TaskService(self._app, self._bodies, node.hostname),
-            after_fork=after_fork(node.pool),
+            service,
+            after_fork=[*after_fork(node.pool), leave_log_files, service.expect_notices],
+            server_files=server_files(),
         )
-        self.manager, self._pid = manager, os.getpid()
+        self.manager, self._pid, self._lost = manager, os.getpid(), False
+
+    def _lose(self) -> None:
+        """In another thread: the fork server is gone."""
+        self._lost = True
+        if self._ready_node().pool.server.threads or self._ready_node().pool.server.greenlets:
+            # No fork server can be made beside other threads; so what is under way is done, and nothing begun.
+            _log.error("rcon: the fork server is gone; this worker finishes its tasks and ends")
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _pool_process_ends(self, **_: object) -> None:
         self.close()
@@ -168,11 +183,17 @@ class Installation:
             raise ConfinementError(
                 f"{task.name}: this process of the pool could not be set up to confine tasks"
             )
-        admission = self.manager.admit(work_of(task, args, kwargs))
+        if self._lost and not self._ready_node().pool.server.threads:
+            _log.error("rcon: the fork server of this process is gone; it gets another")
+            self.close()
+            self._start_manager()
+        if (task.request.delivery_info or {}).get("redelivered"):
+            self._ready_node().instance.end_orphans()  # it may still run for a process that is gone
+        admission = self.manager.admit(work_of(task, args, kwargs), wait=True)
         if admission is None:
             return perform(task, body, args, kwargs)
         if admission.isolation == "process":
-            return handover.run(task, cast("ProcessAdmission", admission), args, kwargs)
+            return handover.run(task, cast("ProcessAdmission", admission), args, kwargs, lambda: self._lost)
         return here(task, body, cast("InlineAdmission | ThreadAdmission", admission), args, kwargs)
 
     def _ready_node(self) -> Node:

@@ -16,10 +16,10 @@ class Pool(NamedTuple):
 
 
 _KNOWN = {
-    "celery.concurrency.prefork.TaskPool": Pool(Server(threads=False), children=True),
-    "celery.concurrency.solo.TaskPool": Pool(Server(threads=False)),
-    "celery.concurrency.thread.TaskPool": Pool(Server(threads=True)),
-    "celery.concurrency.gevent.TaskPool": Pool(Server(threads=False, greenlets=True)),
+    "celery.concurrency.prefork.TaskPool": Pool(Server(threads=False, warns=True), children=True),
+    "celery.concurrency.solo.TaskPool": Pool(Server(threads=False, warns=True)),
+    "celery.concurrency.thread.TaskPool": Pool(Server(threads=True, warns=True)),
+    "celery.concurrency.gevent.TaskPool": Pool(Server(threads=False, greenlets=True, warns=True)),
 }
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+import time
 import traceback
 from collections.abc import Mapping
 from typing import Any, Final
 
 from celery import signals
 from celery._state import _task_stack
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from rcon_celery import codec, place, wire
 from rcon_celery.takeover import Body, perform
+from rcon_plugins.errors import SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
+from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 
 #: These end the executor process: its host is gone, or the task asked the process to end.
 _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
@@ -25,6 +29,8 @@ class TaskService:
         self._app = app
         self._bodies = bodies
         self._hostname = hostname
+        #: The task whose body runs now.
+        self._task: str | None = None
 
     def __call__(self, channel: Channel, frame: Frame) -> None:
         """Run one task; ``frame`` is its first. Returns when its answer is sent."""
@@ -37,9 +43,25 @@ class TaskService:
         how, text, (body, answer) = self._perform(task, order)
         wire.send(channel, wire.ANSWER, wire.AnswerHead(head.number, how, text, body), answer)
 
+    def expect_notices(self) -> None:
+        """In a new executor process: what the signals mean that its host sends it."""
+        signal.signal(SOFT_TIME, self._notice_time)
+        signal.signal(SOFT_MEMORY, self._notice_memory)
+
+    def _notice_time(self, *_: object) -> None:
+        if self._task is not None:
+            raise SoftTimeLimitExceeded
+
+    def _notice_memory(self, *_: object) -> None:
+        if self._task is not None:
+            raise SoftMemoryLimitExceeded(
+                f"{self._task}: its memory is nearly used up", limit="each.memory_soft"
+            )
+
     def _begin(self) -> None:
         """What a pool's process does when it starts: connections that are made then belong to one process."""
         place.become_executor()
+        time.sleep(0.001)  # gevent closes files when its loop gets its turn
         signals.worker_process_init.send(sender=self._hostname)
 
     def _perform(self, task: Any, order: Mapping[str, Any]) -> tuple[wire.How, str, tuple[wire.Body, bytes]]:
@@ -50,7 +72,11 @@ class TaskService:
         vars(task).pop("run", None)  # what autoretry_for puts around it does its part in the host
         try:
             try:
-                result = perform(task, self._bodies[task.name], args, kwargs)
+                try:
+                    self._task = task.name
+                    result = perform(task, self._bodies[task.name], args, kwargs)
+                finally:
+                    self._task = None
             except _ENDS_THE_PROCESS:
                 raise
             except Retry as error:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rcon_plugins.admission.base import Admission, Host
 from rcon_plugins.errors import KernelError
+from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 from rcon_plugins.executors.process import DEATH_SECONDS, LOGGER
+from rcon_plugins.kernel.cgroup.events import watcher_of_process
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.usage import Usage
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from rcon_plugins.executors.pool import ExecutorPool
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Reading
+    from rcon_plugins.kernel.cgroup.events import Event, Watch
     from rcon_plugins.work import Work
 
 _Number = TypeVar("_Number", int, float)
@@ -53,6 +56,8 @@ class ProcessAdmission(Admission):
     ) -> None:
         super().__init__(host, work, confinement, slot)
         self.on_deadline: Callable[[], object] | None = None
+        self._noticed = False
+        self._watch: Watch | None = None
         self._pool = pool
         self._settled = False
         self._concluding = threading.Lock()
@@ -60,9 +65,19 @@ class ProcessAdmission(Admission):
         if not executor.works and confinement.policy.pids is not None:
             confinement.pids_limit_hits = self._pids_limit_hits()
         self._before = executor.begin_work()
-        timeout = confinement.policy.each.timeout
-        if timeout is not None:
-            pool.processes.arm(executor, self._started + timeout, self._time_out)
+        each = confinement.policy.each
+        if each.timeout_soft is not None:
+            pool.processes.arm(executor, self._started + each.timeout_soft, self._notice_time)
+        else:
+            self._arm()
+        if each.memory_soft is not None:
+            try:
+                self._watch = watcher_of_process().add(
+                    executor.leaf, self._notice_memory, kinds=(), thresholds=(each.memory_soft,)
+                )
+            except BaseException:
+                self.abort("its memory cannot be watched", grace=0)
+                raise
 
     @property
     def channel(self) -> Channel:
@@ -73,6 +88,15 @@ class ProcessAdmission(Admission):
     def executor_pid(self) -> int:
         """The pid of the executor process."""
         return self._executor.pid
+
+    def notify(self, number: int) -> None:
+        """Send the work a signal that its service expects: `SOFT_TIME`, `SOFT_MEMORY`, or one between the two.
+
+        It may come too late for this work, so the executor process serves no other. Safe in a signal handler.
+        """
+        if not self._settled:
+            self._noticed = True
+            self._pool.processes.notify(self._executor, number)
 
     def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
         if self._outcome is not None:
@@ -85,7 +109,10 @@ class ProcessAdmission(Admission):
         except KernelError:
             return self.died()  # its cgroup is gone, or cannot be read: the executor is of no use any more
         self._executor.reading = reading
-        self._let_go(fate)
+        if fate == _LEFT_BEHIND and ending == "ok" and self.policy.leave_children:
+            self._pool.leave(self._executor)
+        else:
+            self._let_go(fate)
         if ending == "error" and self._hit_pids_limit(reading):
             return self._conclude(
                 "pids",
@@ -124,7 +151,23 @@ class ProcessAdmission(Admission):
             self._settled = True
         if first:
             self._pool.processes.disarm(self._executor)
+            if self._watch is not None:
+                self._watch.close()
         return first
+
+    def _arm(self) -> None:
+        timeout = self.policy.each.timeout
+        if timeout is not None:
+            self._pool.processes.arm(self._executor, self._started + timeout, self._time_out)
+
+    def _notice_time(self) -> None:
+        """In the supervisor: the work is to come to its end."""
+        self._arm()
+        self.notify(SOFT_TIME)
+
+    def _notice_memory(self, _: Event) -> None:
+        """In the watcher's thread: the work is to come to its end."""
+        self.notify(SOFT_MEMORY)
 
     def _time_out(self) -> None:
         """In the supervisor: the deadline has come."""
@@ -152,6 +195,8 @@ class ProcessAdmission(Admission):
         executor = self._executor
         if not executor.is_alone(reading):
             return _LEFT_BEHIND
+        if self._noticed:
+            return "was told to come to its end"
         if executor.works >= self.policy.max_works:
             return "served max_works"
         most = self.policy.each.memory or self.policy.memory

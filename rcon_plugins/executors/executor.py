@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup, Meter, Reading
     from rcon_plugins.policy import Policy
+
+#: Tells work that its time, or its memory, will soon be over. Only for services that expect it.
+SOFT_TIME = signal.SIGUSR1
+SOFT_MEMORY = signal.SIGUSR2
 
 #: A confinement by name, and who its work is: what an executor, process or thread, serves all its life.
 Key = tuple[str, "Identity | None"]
@@ -52,6 +57,8 @@ class Executor:
         self.dying_since: float | None = None
         #: Whether the log was told that it does not end.
         self.complained = False
+        #: Whether what it started may outlive it: its cgroup stays until that has ended, or the host does.
+        self.spared = False
         #: Whether it counts among the executor processes there may be.
         self.counted = True
         #: The deadline of the work it serves, and when the alarm that is set for it will ring.

@@ -5,8 +5,8 @@ meets threads. It runs no application code. It reaps the executor processes and 
 the host ends, however that happened, it kills all that the host's executor processes started, and ends too.
 
 Host and fork server speak over a ``SOCK_SEQPACKET`` pair: a `Birth` with one end of the new executor's channel goes
-down, or a `Kill`; a `Death` comes up. Both ends are this project's own code, so orders are pickled; a death is a fixed
-record.
+down, or a `Kill` or a `Notice`; a `Death` comes up. Both ends are this project's own code, so orders are pickled; a
+death is a fixed record.
 """
 
 from __future__ import annotations
@@ -74,6 +74,13 @@ class Kill(NamedTuple):
     """End an executor process, by its pid: it may have left its cgroup."""
 
     number: int
+
+
+class Notice(NamedTuple):
+    """Send an executor process a signal that its service expects, by its pid."""
+
+    number: int
+    signal: int
 
 
 class Death(NamedTuple):
@@ -176,7 +183,9 @@ class ForkServer:
             return False
         order = pickle.loads(data)  # noqa: S301 - from our own host, never from an executor process
         if isinstance(order, Kill):
-            self._kill(order)
+            self._signal(order.number, signal.SIGKILL)
+        elif isinstance(order, Notice):
+            self._signal(order.number, order.signal)
         elif not ancillary:
             self._tell(Death(order.number, 0, errno.EMFILE))  # there was no room for the descriptor
         else:
@@ -200,11 +209,13 @@ class ForkServer:
         finally:
             posix.close(channel_end)
 
-    def _kill(self, order: Kill) -> None:
+    def _signal(self, executor: int, number: int) -> None:
         for pidfd, (birth, pid) in self._children.items():
-            if birth.number == order.number:
+            if birth.number == executor:
                 with contextlib.suppress(KernelError):  # the host kills its cgroup besides
-                    process.kill(pidfd, pid, birth.identity.uid if birth.identity is not None else None)
+                    process.kill(
+                        pidfd, pid, birth.identity.uid if birth.identity is not None else None, number
+                    )
 
     def _bury(self, pidfd: int) -> None:
         birth, pid = self._children.pop(pidfd)

@@ -80,6 +80,13 @@ class ExecutorPool:
         self._uncount(executor)
         self.processes.kill(executor, fate)
 
+    def leave(self, executor: Executor) -> None:
+        """End an executor process, and let what it started go on in its cgroup. Does not wait."""
+        self._uncount(executor)
+        executor.spared = True
+        executor.channel.close()  # which ends it
+        self.processes.submit(partial(self._succeed, executor))
+
     def replace(self, executor: Executor, fate: str) -> None:
         """End an executor that must not be used again, and make its successor ahead of need. Does not wait."""
         self.discard(executor, fate)

@@ -29,6 +29,7 @@ from rcon_plugins.executors.fork_server import (
     Birth,
     ForkServer,
     Kill,
+    Notice,
     Service,
     read_death,
 )
@@ -216,6 +217,11 @@ class ProcessExecutors:
         executor.channel.hang_up()
         self.submit(partial(self._watch, executor))
 
+    def notify(self, executor: Executor, number: int) -> None:
+        """Send the executor process a signal that its service expects. Does not wait."""
+        with contextlib.suppress(OSError):
+            self._order(Notice(executor.number, number))
+
     def close(self) -> None:
         """End all executor processes and the fork server. Nothing of them is left when it returns."""
         if self._control is None or os.getpid() != self._host:
@@ -260,7 +266,7 @@ class ProcessExecutors:
                     raise
         return leaf
 
-    def _order(self, order: Birth | Kill, *descriptors: int) -> None:
+    def _order(self, order: Birth | Kill | Notice, *descriptors: int) -> None:
         """Tell the fork server what to do. Raises OSError; never waits for a fork server that does not listen."""
         control = self._control
         if control is None:
@@ -356,6 +362,8 @@ class ProcessExecutors:
         """Whether the executor process has ended, with all it started; its cgroup is removed then."""
         try:
             lingering = bool(executor.leaf.processes(subtree=True))
+            if executor.spared and executor.fate is None and executor.told and lingering:
+                return False
             if lingering or not executor.told:
                 if time.monotonic() > executor.killed_at + KILL_AGAIN_SECONDS:
                     self._kill_once(executor)

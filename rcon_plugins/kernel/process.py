@@ -81,8 +81,8 @@ def own_directory_and_umask() -> None:
     unshare(CLONE_FS)
 
 
-def kill(pidfd: int, pid: int, uid: int | None = None) -> None:
-    """SIGKILL to a process, also to one of another user where the calling thread may become that user.
+def kill(pidfd: int, pid: int, uid: int | None = None, number: int = signal.SIGKILL) -> None:
+    """Signal a process, also one of another user where the calling thread may become that user.
 
     Who may become any user may signal any process: the thread takes the other's uid as its effective one for the
     moment of the call, by CAP_SETUID, which it has to hold permitted. Its real uid stays, so that the other cannot
@@ -91,7 +91,7 @@ def kill(pidfd: int, pid: int, uid: int | None = None) -> None:
     """
     with contextlib.suppress(ProcessLookupError):
         try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(pidfd, number)
         except PermissionError as error:
             state = capability.read_state()
             if capability.CAP_SETUID not in state.permitted:
@@ -105,17 +105,17 @@ def kill(pidfd: int, pid: int, uid: int | None = None) -> None:
                     if gone.errno != errno.ESRCH:
                         raise
                     return
-            _kill_as(uid, pidfd, state)
+            _kill_as(uid, pidfd, number, state)
 
 
-def _kill_as(uid: int, pidfd: int, state: capability.State) -> None:
+def _kill_as(uid: int, pidfd: int, number: int, state: capability.State) -> None:
     raised = state.effective | capability.Capabilities.of(capability.CAP_SETUID)
     capability.set_capabilities(state.permitted, raised, state.inheritable)
     # To leave an effective uid of 0 again would take every capability along.
     capability.set_keep_capabilities(True)
     try:
         capability.set_uids(-1, uid, -1)
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        signal.pidfd_send_signal(pidfd, number)
     finally:
         capability.set_uids(-1, state.uids.effective, -1)
         capability.set_keep_capabilities(False)

@@ -25,6 +25,7 @@ ALL = [
     errors.Killed("ended", 9, USAGE),
     errors.LimitExceeded("much", policy="p", key="k", limit="memory", usage=USAGE),
     errors.MemoryLimitExceeded("much", policy="p", key="k", limit="each.memory", usage=USAGE),
+    errors.SoftMemoryLimitExceeded("nearly", limit="each.memory_soft"),
     errors.TimeLimitExceeded("long", policy="p", limit="each.timeout", usage=USAGE),
     errors.PidsLimitExceeded("many", policy="p", limit="pids"),
     errors.ConcurrencyLimitExceeded("more", policy="p", limit="concurrency"),

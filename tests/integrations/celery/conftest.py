@@ -11,6 +11,7 @@ import celery
 import pytest
 
 from tests.integrations.celery import application
+from tests.integrations.celery.office import Offices
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import Worker
 
@@ -64,3 +65,8 @@ class Shop:
 @pytest.fixture(scope="session")
 def shop(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return Shop(redis_server, tmp_path_factory.mktemp("workers"))
+
+
+@pytest.fixture(scope="session")
+def offices(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Offices:
+    return Offices(redis_server, tmp_path_factory.mktemp("offices"))

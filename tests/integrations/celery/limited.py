@@ -1,0 +1,256 @@
+"""An application whose tasks run into their limits, for a worker and for who sends it tasks.
+
+What it does is said by the environment; what happens is written down in Redis, under ``log:<name>``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import celery
+import redis
+from celery.exceptions import SoftTimeLimitExceeded
+
+from rcon_celery import confined, install
+from rcon_plugins.errors import MemoryLimitExceeded, SoftMemoryLimitExceeded
+
+BROKER = "RCON_TEST_BROKER"
+SETTINGS = "RCON_TEST_SETTINGS"
+#: Installed or not.
+INSTALL = "RCON_TEST_INSTALL"
+ACCEPT = "RCON_TEST_ACCEPT"
+
+MANY = 100_000.0
+
+
+def make(
+    url: str, settings: str | None = None, *, installed: bool = True, accept: str = "json"
+) -> celery.Celery:
+    """The application with all its tasks."""
+    app = celery.Celery("limited", broker=url, backend=url, set_as_current=False)
+    app.conf.update(
+        broker_connection_retry_on_startup=True,
+        worker_prefetch_multiplier=1,
+        accept_content=accept.split(","),
+        broker_transport_options={"visibility_timeout": 3600},
+        task_routes={"queued": {"queue": "slow"}},
+    )
+    if installed:
+        install(app, settings)
+    define(app, url)
+    return app
+
+
+def whereabouts() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "cgroup": Path("/proc/self/cgroup").read_text(),
+        "confined": "/work/" in Path("/proc/self/cgroup").read_text(),
+    }
+
+
+def fill(size: int) -> int:
+    """Have so many bytes of memory."""
+    block = mmap.mmap(-1, size)
+    for page in range(0, size, 4096):
+        block[page] = 1
+    return len(block)
+
+
+def define(app: celery.Celery, url: str) -> None:
+    """Register the tasks."""
+
+    def note(name: str, *what: Any) -> None:
+        with contextlib.closing(redis.Redis.from_url(url)) as client:
+            client.rpush(f"log:{name}", " ".join(map(str, what)))
+
+    def task(**options: Any) -> Any:
+        return app.task(shared=False, **options)
+
+    @task(name="where")
+    @confined(memory="128M", timeout="60s")
+    def where() -> dict[str, Any]:
+        return whereabouts()
+
+    @task(name="fresh")
+    @confined(memory="128M", timeout="60s", max_works=1)
+    def fresh() -> dict[str, Any]:
+        return whereabouts()
+
+    @task(name="plain")
+    def plain() -> dict[str, Any]:
+        return whereabouts()
+
+    @task(name="named")
+    @confined("small")
+    def named() -> dict[str, Any]:
+        return whereabouts()
+
+    @task(name="queued")
+    def queued() -> dict[str, Any]:
+        return whereabouts()
+
+    @task(name="double")
+    @confined(memory="128M", timeout="60s")
+    def double(x: int) -> list[Any]:
+        return [2 * x, whereabouts()["confined"]]
+
+    @task(name="files")
+    @confined(memory="128M", timeout="60s")
+    def files() -> list[str]:
+        """What is open here, and sockets of TCP by that name."""
+        lines = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+        connections = {f"socket:[{line[9]}]" for line in lines}
+        found = []
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                link = str(entry.readlink())
+                found.append(f"TCP {link}" if link in connections else link)
+        return found
+
+    @task(name="hog")
+    @confined(memory="64M", timeout="60s")
+    def hog() -> int:
+        return fill(256 * 2**20)
+
+    @task(name="hog_again", autoretry_for=(MemoryLimitExceeded,), max_retries=1, default_retry_delay=0)
+    @confined(memory="64M", timeout="60s")
+    def hog_again() -> int:
+        note("hog_again", "run")
+        return fill(256 * 2**20)
+
+    @task(name="hang")
+    @confined(timeout="1s")
+    def hang() -> None:
+        time.sleep(MANY)
+
+    @task(name="hang_deaf")
+    @confined(timeout="2s", timeout_soft="200ms")
+    def hang_deaf() -> None:
+        for _ in range(2):
+            with contextlib.suppress(SoftTimeLimitExceeded):
+                time.sleep(MANY)
+
+    @task(name="fork")
+    @confined(pids=8, memory="256M", timeout="60s")
+    def fork() -> None:
+        children = []
+        try:
+            while True:
+                children.append(subprocess.Popen(["sleep", str(MANY)]))
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+
+    @task(name="die")
+    @confined(timeout="60s")
+    def die(how: str) -> None:
+        if how == "exit":
+            sys.exit(3)
+        if how == "abort":
+            os.abort()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @task(name="soft_memory")
+    @confined(memory="256M", memory_soft="64M", timeout="60s")
+    def soft_memory() -> str:
+        blocks = []
+        try:
+            for _ in range(120):
+                blocks.append(bytearray(os.urandom(1)) * 2**20)
+                time.sleep(0.02)
+        except SoftMemoryLimitExceeded as error:
+            return f"cleaned up: {error}"
+        return "never told"
+
+    @task(name="soft_time")
+    @confined(timeout="60s", timeout_soft="300ms")
+    def soft_time() -> str:
+        try:
+            time.sleep(MANY)
+        except SoftTimeLimitExceeded:
+            return "cleaned up"
+        return "never told"
+
+    @task(name="leaving")
+    @confined(timeout="60s", pids=64)
+    def leaving() -> int:
+        return start_child()
+
+    @task(name="leaving_on_purpose")
+    @confined(timeout="60s", pids=64, leave_children=True)
+    def leaving_on_purpose(fail: bool = False) -> int:
+        pid = start_child()
+        note("left", pid)
+        if fail:
+            raise ValueError("left something")
+        return pid
+
+    @task(name="late", acks_late=True, reject_on_worker_lost=True)
+    @confined(timeout="60s", pids=64)
+    def late(name: str, gate: str) -> str:
+        """Runs until the file is there; beats as long as it runs."""
+        note(name, "begins", os.getpid(), whereabouts()["confined"])
+        while not Path(gate).exists():
+            note(f"{name}:beat", os.getpid(), time.monotonic())
+            time.sleep(0.02)
+        note(name, "ends", os.getpid())
+        return "done"
+
+    @task(name="stay")
+    @confined(timeout="60s", pids=64)
+    def stay(name: str) -> None:
+        note(name, os.getpid(), start_child())
+        time.sleep(MANY)
+
+    @task(name="stay_limited", time_limit=1)
+    @confined(timeout="60s", pids=64)
+    def stay_limited(name: str) -> None:
+        note(name, os.getpid(), start_child())
+        time.sleep(MANY)
+
+    @task(name="one_at_a_time")
+    @confined(timeout="60s", concurrency=1)
+    def one_at_a_time() -> list[float]:
+        began = time.monotonic()
+        time.sleep(0.2)
+        return [began, time.monotonic()]
+
+
+def start_child() -> int:
+    """A grandchild in a session of its own, of which nobody knows."""
+    code = "import os, time; print(os.getpid(), flush=True); os.close(1); time.sleep(100000)"
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.dup2(writing, 1)
+            os.execv(sys.executable, [sys.executable, "-c", code])
+        os._exit(0)
+    os.close(writing)
+    os.wait()
+    with os.fdopen(reading) as pipe:
+        return int(pipe.readline())
+
+
+def __getattr__(name: str) -> Any:
+    """``app``: made when a worker asks for it, from the environment."""
+    if name != "app":
+        raise AttributeError(name)
+    app = make(
+        os.environ[BROKER],
+        os.environ.get(SETTINGS),
+        installed=INSTALL not in os.environ,
+        accept=os.environ.get(ACCEPT, "json"),
+    )
+    globals()["app"] = app
+    return app

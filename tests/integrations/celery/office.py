@@ -1,0 +1,128 @@
+"""A worker with the tasks of `limited`, and who sends it some."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import celery
+import pytest
+import redis
+
+from tests.integrations.celery import limited
+from tests.integrations.celery.redis_server import RedisServer
+from tests.integrations.celery.worker import Worker
+
+#: No result within so many seconds is a hang.
+PATIENCE = 60.0
+
+SETTINGS = """
+unmatched = "allow"
+
+[policy.small]
+memory = "1G"
+each = { memory = "128M", timeout = "60s" }
+"""
+
+_E = TypeVar("_E", bound=BaseException)
+
+
+class Office:
+    """One worker, and its producer."""
+
+    def __init__(self, worker: Worker, app: celery.Celery, url: str) -> None:
+        self.worker = worker
+        self.app = app
+        self.url = url
+
+    def send(self, name: str, *args: Any, **options: Any) -> Any:
+        return self.app.tasks[name].apply_async(args, **options)
+
+    def wait(self, result: Any) -> Any:
+        return result.get(timeout=PATIENCE)
+
+    def get(self, name: str, *args: Any, **options: Any) -> Any:
+        """What a task returns, or raises."""
+        return self.wait(self.send(name, *args, **options))
+
+    def error(self, name: str, kind: type[_E], *args: Any) -> _E:
+        """What a task raises."""
+        with pytest.raises(kind) as caught:
+            self.get(name, *args)
+        return caught.value
+
+    def log(self, name: str) -> list[str]:
+        """What tasks have written down under a name."""
+        with contextlib.closing(redis.Redis.from_url(self.url)) as client:
+            lines: Any = client.lrange(f"log:{name}", 0, -1)
+            return [line.decode() for line in lines]
+
+    def executors(self) -> list[int]:
+        """All that runs confined."""
+        found: set[int] = set()
+        for instance in self.worker.cgroups():
+            for leaf in instance.glob("work/*/*/cgroup.procs"):
+                with contextlib.suppress(OSError):
+                    found.update(map(int, leaf.read_text().split()))
+        return sorted(found)
+
+    @staticmethod
+    def end(pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+class Offices:
+    """Opens an `Office`; each with a database of its own."""
+
+    def __init__(self, server: RedisServer, directory: Path) -> None:
+        self._server = server
+        self._directory = directory
+        self._numbers = itertools.count()
+
+    @contextlib.contextmanager
+    def __call__(
+        self,
+        *arguments: str,
+        settings: str | None = SETTINGS,
+        pool: str = "prefork",
+        concurrency: int = 2,
+        url: str | None = None,
+        **environ: str,
+    ) -> Iterator[Office]:
+        worker, app, url = self.make(
+            *arguments, settings=settings, pool=pool, concurrency=concurrency, url=url, **environ
+        )
+        with contextlib.closing(app), worker:
+            yield Office(worker, app, url)
+
+    def make(
+        self,
+        *arguments: str,
+        settings: str | None = SETTINGS,
+        pool: str = "prefork",
+        concurrency: int = 2,
+        url: str | None = None,
+        **environ: str,
+    ) -> tuple[Worker, celery.Celery, str]:
+        """A worker that is starting, and its producer."""
+        directory = self._directory / str(next(self._numbers))
+        directory.mkdir()
+        url = url or self._server.database()
+        environ[limited.BROKER] = url
+        if settings is not None:
+            path = directory / "rcon.toml"
+            path.write_text(settings)
+            environ[limited.SETTINGS] = str(path)
+        worker = Worker(
+            directory, limited.__name__, *arguments, pool=pool, concurrency=concurrency, environ=environ
+        )
+        return worker, limited.make(url, accept=environ.get(limited.ACCEPT, "json")), url
+
+
+Maker = Callable[..., contextlib.AbstractContextManager[Office]]
