@@ -26,6 +26,7 @@ SUBCOMMANDS = {
     "set": Lazy(f"{_GROUPS}:set_command", "Set limits of a group while it runs."),
     "stat": Lazy(f"{_GROUPS}:stat", "Show all about one group: limits, usage, pressure, processes."),
     "thaw": Lazy(f"{_GROUPS}:thaw", "Let the processes of a frozen group go on."),
+    "top": Lazy(f"{_GROUPS}:top", "Show what every group uses, live."),
     "which": Lazy(f"{_POLICY}:which", "Say which policy of FILE a work gets, and as whom it runs."),
 }
 
