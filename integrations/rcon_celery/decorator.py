@@ -31,11 +31,15 @@ class Mark(NamedTuple):
     content: Mapping[str, Any]
 
     def named(self, task: str, taken: Mapping[str, object]) -> Policy:
-        """The policy of a task of this name, under a name that is not taken."""
+        """The policy of a task of this name; raises `SettingsError` that names the task."""
         name = policy_name(task)
         if name in taken:
             name = f"{name[:54]}-{hashlib.blake2b(task.encode(), digest_size=4).hexdigest()}"
-        return Policy.make(name, **self.content)
+        try:
+            return Policy.make(name, **self.content)
+        except SettingsError as error:
+            error.key = f"@confined of {task}, {(error.key or '').partition(f'{name}.')[2] or error.key}"
+            raise
 
 
 def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
@@ -61,7 +65,7 @@ def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
         )
     mark = Mark(policy, {} if policy is not None else _content(limits))
     if policy is None:
-        _check(mark)
+        Policy.make("confined", **mark.content)  # a fault is told where it is written
 
     def decorate(function: _F) -> _F:
         if isinstance(function, (Task, Proxy)):
@@ -90,17 +94,6 @@ def _refuse_without_install(sender: Any, **_: object) -> None:
                 name,
             )
             raise WorkerTerminate(1)  # what is no Exception is all that a signal's sender lets through
-
-
-def _check(mark: Mark) -> None:
-    """Raise `SettingsError` for what no policy can say, here, where it is written; the key is as it is written."""
-    try:
-        Policy.make("confined", **mark.content)
-    except SettingsError as error:
-        key = (error.key or "").removeprefix("policy.confined.").removeprefix("policy.confined")
-        first = re.split(r"[.\[]", key)[0]
-        error.key = f"@confined: {f'together.{key}' if first in _OF_BOTH else key.removeprefix('each.')}"
-        raise
 
 
 def mark_of(cls: type) -> Mark | None:

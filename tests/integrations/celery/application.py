@@ -11,7 +11,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import redis
 from celery import signals
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from celery.utils.log import get_task_logger
+
+import rcon_celery
 
 BROKER = "RCON_TEST_BROKER"
 CONFINED = "RCON_TEST_CONFINED"
@@ -115,7 +116,6 @@ def make(url: str, *, confined: bool = False, serializer: str = "json") -> celer
     )
     confine: Callable[..., Any] = unconfined
     if confined:
-        rcon_celery = import_module("rcon_celery")
         rcon_celery.install(app)
         confine = rcon_celery.confined
     define(app, confine, Records(url))

@@ -199,6 +199,13 @@ def wrong_arguments(producer: Producer) -> None:
 
 
 @case()
+def wrong_arguments_here(producer: Producer) -> None:
+    """This producer has the task's code, and sends nothing that cannot be called."""
+    with pytest.raises(TypeError):
+        producer.task("add").delay(1)
+
+
+@case()
 def custom_serializer(producer: Producer) -> object:
     return producer.get("rot13", "hello")
 
@@ -267,7 +274,12 @@ def speaking(producer: Producer) -> None:
 
 @case()
 def exceptions(producer: Producer) -> object:
-    return [failure(producer.send("raising", kind)) for kind in ("plain", "cause", "unicode", "stubborn")]
+    return [failure(producer.send("raising", kind)) for kind in ("plain", "cause", "unicode")]
+
+
+@case()
+def exception_that_cannot_be_made_again(producer: Producer) -> object:
+    return failure(producer.send("raising", "stubborn"))
 
 
 @case()

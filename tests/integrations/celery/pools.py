@@ -1,7 +1,0 @@
-"""A pool of somebody's own."""
-
-from celery.concurrency.base import BasePool
-
-
-class OwnPool(BasePool):
-    pass
