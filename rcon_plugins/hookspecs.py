@@ -78,7 +78,7 @@ def rcon_drop(policy: Policy, place: str, identity: Identity | None) -> None:
     acts on the calling thread alone may be done: the others belong to the server.
 
     :param policy: the policy that the process or thread will serve for the rest of its life.
-    :param place: ``"process"`` or ``"thread"``.
+    :param place: ``"process"``, ``"thread"``, or ``"command"``: a process that executes a program next.
     :param identity: the user and groups it will have, found for the work it is made for; None keeps the server's.
     :raises Exception: anything raised means that the process or thread ends and the work does not run.
     """

@@ -35,6 +35,11 @@ def make_step(installation: Installation) -> type:
                 pool = pool_of(parent.pool_cls)
                 if pool is None:
                     raise ConfinementError(refusal(parent.pool_cls))
+                if pool.children and parent.pool_start_method != "fork":
+                    raise ConfinementError(
+                        f'worker_pool_start_method = "{parent.pool_start_method}": only processes that were forked '
+                        'share the limits of a node; use "fork"'
+                    )
                 settings = installation.settings()
                 names, policies = installation.marked(settings)
                 installation.begin(Node.start(settings, names, policies, pool, parent.hostname))

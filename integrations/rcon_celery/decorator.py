@@ -31,15 +31,11 @@ class Mark(NamedTuple):
     content: Mapping[str, Any]
 
     def named(self, task: str, taken: Mapping[str, object]) -> Policy:
-        """The policy of a task of this name; raises `SettingsError` that names the task."""
+        """The policy of a task of this name, under a name that is not taken."""
         name = policy_name(task)
         if name in taken:
             name = f"{name[:54]}-{hashlib.blake2b(task.encode(), digest_size=4).hexdigest()}"
-        try:
-            return Policy.make(name, **self.content)
-        except SettingsError as error:
-            error.key = f"@confined of {task}, {(error.key or '').partition(f'{name}.')[2] or error.key}"
-            raise
+        return Policy.make(name, **self.content)
 
 
 def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
@@ -65,7 +61,7 @@ def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
         )
     mark = Mark(policy, {} if policy is not None else _content(limits))
     if policy is None:
-        Policy.make("confined", **mark.content)  # a fault is told where it is written
+        _check(mark)
 
     def decorate(function: _F) -> _F:
         if isinstance(function, (Task, Proxy)):
@@ -94,6 +90,17 @@ def _refuse_without_install(sender: Any, **_: object) -> None:
                 name,
             )
             raise WorkerTerminate(1)  # what is no Exception is all that a signal's sender lets through
+
+
+def _check(mark: Mark) -> None:
+    """Raise `SettingsError` for what no policy can say, here, where it is written; the key is as it is written."""
+    try:
+        Policy.make("confined", **mark.content)
+    except SettingsError as error:
+        key = (error.key or "").removeprefix("policy.confined.").removeprefix("policy.confined")
+        first = re.split(r"[.\[]", key)[0]
+        error.key = f"@confined: {f'together.{key}' if first in _OF_BOTH else key.removeprefix('each.')}"
+        raise
 
 
 def mark_of(cls: type) -> Mark | None:

@@ -6,20 +6,15 @@ The subcommands import what they need when they are called, so that completing a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from click.shell_completion import CompletionItem
 
 from rcon_plugins.cli.ending import finish
+from rcon_plugins.cli.words import Word, capability_names, group_names, user_names
 
 if TYPE_CHECKING:
     from rcon_plugins.cli.asked import Asked
-
-    _Word = click.ParamType[str]  # generic from click 8.2 on
-else:
-    _Word = click.ParamType
 
 #: explain: the command would not hold what was asked.
 NOT_AS_ASKED = 1
@@ -37,62 +32,26 @@ def run_main(arguments: list[str]) -> int:
     return finish(capcon, "capcon", arguments)
 
 
-class Word(_Word):
-    """A word, or with ``several`` words with commas between them; completed to one of those that ``known`` gives."""
-
-    def __init__(self, name: str, known: Callable[[], list[str]], *, several: bool = False) -> None:
-        self.name = name
-        self._known = known
-        self._several = several
-
-    def shell_complete(
-        self,
-        ctx: click.Context,  # noqa: ARG002  click gives it
-        param: click.Parameter,  # noqa: ARG002
-        incomplete: str,
-    ) -> list[CompletionItem]:
-        before, comma, last = incomplete.rpartition(",") if self._several else ("", "", incomplete)
-        return [CompletionItem(before + comma + name) for name in self._known() if name.startswith(last)]
-
-
-def _capability_names() -> list[str]:
-    from rcon_plugins.cli.asked import short_names
-
-    return short_names()
-
-
-def _user_names() -> list[str]:
-    import pwd
-
-    return [entry.pw_name for entry in pwd.getpwall()]
-
-
-def _group_names() -> list[str]:
-    import grp
-
-    return [entry.gr_name for entry in grp.getgrall()]
-
-
 def _asking(function: Any) -> Any:
     """The options that say what a command shall hold, the same for `run` and for `explain`."""
     options = [
         click.option(
             "--user",
             "-u",
-            type=Word("user", _user_names),
+            type=Word("user", user_names),
             metavar="NAME|UID",
             help="Run as this user, without capabilities but --cap.",
         ),
         click.option(
             "--group",
             "-g",
-            type=Word("group", _group_names),
+            type=Word("group", group_names),
             metavar="NAME|GID",
             help="In this group instead of the user's own.",
         ),
         click.option(
             "--groups",
-            type=Word("groups", _group_names, several=True),
+            type=Word("groups", group_names, several=True),
             metavar="NAME,...",
             help="In just these other groups instead of those the group database gives the user; '' for none.",
         ),
@@ -100,7 +59,7 @@ def _asking(function: Any) -> Any:
             "--cap",
             "-c",
             "caps",
-            type=Word("capabilities", _capability_names, several=True),
+            type=Word("capabilities", capability_names, several=True),
             multiple=True,
             metavar="NAME,...",
             help="With just these capabilities: net_bind_service,net_raw.",

@@ -12,7 +12,8 @@ import click
 
 from rcon_plugins.cli.columns import NOT_TOLD, limits_as_json, limits_in_words, printable, size
 from rcon_plugins.cli.ending import say
-from rcon_plugins.cli.limit_options import LIMIT_OPTIONS, limits_of, policy_keys
+from rcon_plugins.cli.limit_options import limits_of, policy_keys
+from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups import Group, is_gone
 from rcon_plugins.isolation import asked_resources

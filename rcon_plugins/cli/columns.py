@@ -65,6 +65,11 @@ def cut(text: str, width: int) -> str:
     return f"{kept}…"
 
 
+def cut_left(text: str, width: int) -> str:
+    """As much of its end as fits: of names that begin alike."""
+    return cut(text[::-1], width)[::-1]
+
+
 def size(number: float | None) -> str:
     """Bytes in at most five characters: ``512K``, ``1.5G``; 1024-based, as limits are written."""
     if number is None:

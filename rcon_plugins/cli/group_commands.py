@@ -12,6 +12,8 @@ from rcon_plugins.cli.limit_options import limit_options
 if TYPE_CHECKING:
     from rcon_plugins.groups import Group
 
+_SORTS = ("cpu", "throttled", "memory", "share", "read", "write", "pids", "pressure", "hits", "name")
+
 _json = click.option("--json", "as_json", is_flag=True, help="As JSON.")
 _group = click.argument("group", type=GROUP)
 
@@ -46,6 +48,39 @@ def stat(group: Group, as_json: bool) -> int:
     from rcon_plugins.cli import listing
 
     return listing.stat(group, as_json)
+
+
+@click.command(short_help="Show what every group uses, live.")
+@click.option(
+    "--sort", type=click.Choice(_SORTS), default="cpu", show_default=True, help="The most of this first."
+)
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1, 3600),
+    default=2.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time between refreshes.",
+)
+@click.option("--iterations", type=click.IntRange(1), metavar="N", help="End after so many refreshes.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each refresh.")
+def top(sort: str, interval: float, iterations: int | None, as_json: bool) -> int:
+    """Show what every group uses, and again every few seconds. Without a terminal, plain tables.
+
+    CPU% of one CPU; THR% of the periods in which it waited for its CPU quota; MEM% of its memory limit; WAIT, in % of
+    the last ten seconds, for which some of it waited for cpu/memory/io (cgroup v2); HITS of the memory limit/of the
+    pids limit/OOM kills, since the group was made.
+
+    Keys: q quits, a letter of the last line sorts, R turns the order round, arrows scroll.
+
+    \b
+      rcon top --sort memory
+      rcon top --iterations 1 --interval 5
+      rcon top --json | jq -c '.groups[] | select(.new_hits > 0)'
+    """
+    from rcon_plugins.cli import top as shown
+
+    return shown.top(shown.local, sort=sort, interval=interval, iterations=iterations, to_json=as_json)
 
 
 @click.command("set", short_help="Set limits of a group while it runs.")

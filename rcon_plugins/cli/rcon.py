@@ -21,10 +21,12 @@ SUBCOMMANDS = {
     "freeze": Lazy(f"{_GROUPS}:freeze", "Stop the processes of a group, until thaw."),
     "kill": Lazy(f"{_GROUPS}:kill", "End all processes of a group, double forks and new sessions too."),
     "ls": Lazy(f"{_GROUPS}:ls", "List the groups: who made them, within which limits, what they use."),
+    "run": Lazy("rcon_plugins.cli.run_command:run", "Run a command within limits."),
     "schema": Lazy(f"{_POLICY}:schema", "Print the JSON schema of a policy file."),
     "set": Lazy(f"{_GROUPS}:set_command", "Set limits of a group while it runs."),
     "stat": Lazy(f"{_GROUPS}:stat", "Show all about one group: limits, usage, pressure, processes."),
     "thaw": Lazy(f"{_GROUPS}:thaw", "Let the processes of a frozen group go on."),
+    "top": Lazy(f"{_GROUPS}:top", "Show what every group uses, live."),
     "which": Lazy(f"{_POLICY}:which", "Say which policy of FILE a work gets, and as whom it runs."),
 }
 

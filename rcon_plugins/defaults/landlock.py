@@ -16,7 +16,7 @@ def rcon_drop(policy: Policy, place: str) -> None:
     Work that keeps the server's user could otherwise write the files that bind it. Nothing where the kernel has no
     Landlock: the policy's `Verdict` has the caveat then. A thread shares all with its process, and gets none.
     """
-    if place != "process" or not landlock.abi():
+    if place == "thread" or not landlock.abi():
         return
     if policy.no_new_privs:
         set_no_new_privs()  # which a user other than root needs for it; source: landlock(7)

@@ -43,6 +43,8 @@ def make(
         broker_transport_options={"visibility_timeout": 3600},
         task_routes={"queued": {"queue": "slow"}},
     )
+    if "RCON_TEST_SPAWN" in os.environ:
+        app.conf.worker_pool_start_method = "spawn"
     if installed:
         install(app, settings)
     define(app, url)

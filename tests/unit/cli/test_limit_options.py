@@ -6,7 +6,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from rcon_plugins.cli.limit_options import LIMIT_OPTIONS, flags_of, limit_options, limits_of
+from rcon_plugins.cli.limit_options import flags_of, limit_options, limits_of
+from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
 from rcon_plugins.limits import Limits
 from rcon_plugins.policy import Policy
 

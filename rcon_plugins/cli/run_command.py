@@ -1,0 +1,67 @@
+"""``rcon run`` and ``rcon attach``: the declarations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from rcon_plugins.cli.limit_options import limit_options
+from rcon_plugins.cli.words import Word, capability_names, user_names
+
+
+@click.command(short_help="Run a command within limits.", context_settings={"allow_interspersed_args": False})
+@limit_options
+@click.option(
+    "--user",
+    "-u",
+    type=Word("user", user_names),
+    metavar="NAME|UID",
+    help="Run as this user, without capabilities but --cap.",
+)
+@click.option(
+    "--cap",
+    "-c",
+    type=Word("names", capability_names, several=True),
+    multiple=True,
+    metavar="NAME,...",
+    help="With just these capabilities: net_raw.",
+)
+@click.option("--group", "-g", metavar="NAME", help="Call its group so; else by the command and a number.")
+@click.option(
+    "--policy", metavar="NAME", help="Limits, user and all else of this policy; options come on top."
+)
+@click.option("--settings", type=click.Path(), metavar="FILE", help="The settings file that --policy is in.")
+@click.option("--timeout", metavar="TIME", help="End it, and all it started, after this: 20s, 5m, 1h.")
+@click.option(
+    "--json",
+    type=click.Path(),
+    metavar="FILE",
+    help="Write there how it ended and what it used; - is standard output.",
+)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def run(**options: Any) -> int:
+    """Run COMMAND within limits that hold before its first instruction; all it starts is within them too.
+
+    Terminal, job control, standard streams and signals are as without rcon. When COMMAND ends, what it left behind
+    in the background is ended too, and the group is gone.
+
+    \b
+    One heavy program, held down:
+      rcon run --cpu 30% --memory 1G -- make -j8
+      rcon run --read 10M --write 10M -- tar xf backup.tar
+    At most a minute, and eight processes:
+      rcon run --timeout 1m --pids 8 -- ./untrusted.sh
+    As somebody else, on one CPU, with the result for a program:
+      rcon run --user nobody --cpus 0 --json usage.json -- ./job
+
+    \b
+    Exit status: the command's own, 128+n where signal n ended it (137: a limit on memory or time), or
+      2    bad usage, or a limit that this machine cannot enforce; nothing was run
+      125  rcon itself failed, and nothing was run
+      126  the command cannot be executed
+      127  the command was not found
+    """
+    from rcon_plugins.cli import run_options
+
+    return run_options.run(options)

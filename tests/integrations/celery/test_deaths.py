@@ -1,0 +1,195 @@
+"""What becomes of tasks when something is killed under them: none is lost, none runs twice at once, nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery.exceptions import TaskRevokedError, TimeLimitExceeded
+
+from rcon_plugins.errors import Killed
+from tests.integrations.celery.office import Office, Offices
+from tests.processes import alive, children, family, until
+
+
+def fork_server(process: int) -> int:
+    """The fork server of a process: the child that has children of its own, or could have."""
+    (server,) = children(process)
+    return server
+
+
+def begins(office: Office, name: str) -> list[list[str]]:
+    return [line.split()[1:] for line in office.log(name) if line.startswith("begins")]
+
+
+def never_two_at_once(office: Office, name: str) -> None:
+    """No beat of an earlier run after the first of a later one."""
+    order = [line.split()[0] for line in office.log(f"{name}:beat")]
+    runs = [pid for number, pid in enumerate(order) if number == 0 or order[number - 1] != pid]
+    assert len(runs) == len(set(runs)), runs
+
+
+class Gate:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self) -> None:
+        self.path.write_text("")
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
+
+
+def run_late_and_kill(office: Office, gate: Gate, name: str, kill: Callable[[], object]) -> None:
+    """Send `late`, kill something while it runs, and see it run again to its end, confined each time."""
+    result = office.send("late", name, str(gate.path))
+    until(lambda: len(begins(office, name)) == 1)
+    first = int(begins(office, name)[0][0])
+    kill()
+    until(lambda: len(begins(office, name)) == 2)
+    assert not alive(first)
+    gate.open()
+    assert result.get(timeout=60) == "done"
+    assert [confined for _, confined in begins(office, name)] == ["True", "True"]
+    assert sum(line.startswith("ends") for line in office.log(name)) == 1
+    never_two_at_once(office, name)
+
+
+def test_pool_process_killed(offices: Offices, gate: Gate) -> None:
+    with offices(concurrency=2) as office:
+
+        def kill() -> None:
+            executor = int(begins(office, "pool")[0][0])
+            (process,) = [pid for pid in office.worker.children() if executor in family(pid)]
+            os.kill(process, signal.SIGKILL)
+
+        run_late_and_kill(office, gate, "pool", kill)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_fork_server_killed(offices: Offices, gate: Gate, pool: str) -> None:
+    with offices(pool=pool, concurrency=1) as office:
+        (process,) = office.worker.children() if pool == "prefork" else [office.worker.pid]
+        run_late_and_kill(office, gate, "server", lambda: os.kill(fork_server(process), signal.SIGKILL))
+        assert alive(process)
+        assert office.get("where")["confined"]
+
+
+def test_fork_server_killed_beside_threads(offices: Offices) -> None:
+    """Where there can be no other one, the worker does what it has, which fails, and ends."""
+    with offices(pool="threads") as office:
+        assert office.get("where")["confined"]
+        os.kill(fork_server(office.worker.pid), signal.SIGKILL)
+        until(lambda: office.worker.process.poll() is not None)
+        assert office.worker.process.returncode == 0
+        assert "this worker finishes its tasks and ends" in office.worker.log()
+
+
+def test_fork_server_killed_without_late_acknowledgement(offices: Offices) -> None:
+    with offices(concurrency=1) as office:
+        result = office.send("stay", "early")
+        until(lambda: bool(office.log("early")))
+        (process,) = office.worker.children()
+        os.kill(fork_server(process), signal.SIGKILL)
+        with pytest.raises(Killed):
+            result.get(timeout=60)
+        assert office.get("where")["confined"]
+        assert office.worker.children() == [process]
+
+
+def test_worker_killed(offices: Offices, gate: Gate) -> None:
+    """All of it ends by itself, and a message that was not acknowledged comes back when its time is over."""
+    with offices(concurrency=1) as office:
+        result = office.send("late", "worker", str(gate.path))
+        until(lambda: len(begins(office, "worker")) == 1)
+        first = int(begins(office, "worker")[0][0])
+        everybody, directories = office.worker.family(), office.worker.cgroups()
+        assert first in everybody
+        assert directories
+        os.kill(office.worker.pid, signal.SIGKILL)
+        office.worker.process.wait()
+        until(lambda: not any(map(alive, everybody)))
+        with offices(concurrency=1, url=office.url) as again:
+            assert not any(path.exists() for path in directories)
+            put_back(again)
+            until(lambda: len(begins(again, "worker")) == 2)
+            gate.open()
+            assert result.get(timeout=60) == "done"
+            never_two_at_once(again, "worker")
+
+
+def put_back(office: Office) -> None:
+    """What Redis' transport does with unacknowledged messages when the visibility timeout is over."""
+    with office.app.connection_for_write() as connection:
+        channel = connection.default_channel
+        for tag in channel.client.zrange(channel.unacked_index_key, 0, -1):
+            channel.qos.restore_by_tag(tag.decode())
+
+
+def nothing_runs(office: Office, name: str) -> None:
+    until(lambda: not any(alive(int(pid)) for line in office.log(name) for pid in line.split()))
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
+def test_revoked(offices: Offices, number: str) -> None:
+    with offices(concurrency=1) as office:
+        result = office.send("stay", "revoked")
+        until(lambda: bool(office.log("revoked")))
+        result.revoke(terminate=True, signal=number)
+        with pytest.raises(TaskRevokedError):
+            result.get(timeout=60)
+        nothing_runs(office, "revoked")
+        assert office.get("where")["confined"]
+
+
+def test_hard_time_limit_of_celery(offices: Offices) -> None:
+    with offices(concurrency=1) as office:
+        with pytest.raises(TimeLimitExceeded):
+            office.get("stay_limited", "limited")
+        nothing_runs(office, "limited")
+        assert office.get("where")["confined"]
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_warm_shutdown_waits(offices: Offices, gate: Gate, pool: str) -> None:
+    with offices(pool=pool, concurrency=1) as office:
+        result = office.send("late", "warm", str(gate.path))
+        until(lambda: len(begins(office, "warm")) == 1)
+        directories = office.worker.cgroups()
+        office.worker.signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert alive(int(begins(office, "warm")[0][0]))
+        gate.open()
+        assert office.worker.stop() == 0
+        assert result.get(timeout=10) == "done"
+        assert not any(path.exists() for path in directories)
+
+
+def test_cold_shutdown(offices: Offices) -> None:
+    with offices(concurrency=1) as office:
+        office.send("stay", "cold")
+        until(lambda: bool(office.log("cold")))
+        directories, everybody = office.worker.cgroups(), office.worker.family()
+        office.worker.signal(signal.SIGQUIT)
+        with contextlib.suppress(AssertionError):
+            until(lambda: office.worker.process.poll() is not None)
+        nothing_runs(office, "cold")
+        assert not any(map(alive, everybody))
+        assert not any(path.exists() for path in directories)
+
+
+def test_pool_process_replaced(offices: Offices) -> None:
+    """After so many tasks a pool's process ends, and takes its executor processes along."""
+    with offices("--max-tasks-per-child", "2", concurrency=1) as office:
+        places: list[Any] = [office.get("where") for _ in range(6)]
+        assert all(place["confined"] for place in places)
+        assert len({place["pid"] for place in places}) == 3
+        until(lambda: len(office.executors()) <= 1)

@@ -1,0 +1,154 @@
+"""Which policy a task has, and what keeps a worker from starting."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import celery
+import pytest
+
+from rcon_celery import confined, install
+from rcon_plugins.errors import ConfinementError, SettingsError
+from tests.integrations.celery import limited
+from tests.integrations.celery.office import SETTINGS, Offices
+from tests.processes import until
+
+ROUTES = """
+[policy.small]
+memory = "1G"
+each = { memory = "128M", timeout = "60s" }
+
+[policy.slow]
+cpu = "50%"
+
+[[route]]
+queue = "slow"
+policy = "slow"
+
+[[route]]
+task = "pla*"
+policy = "small"
+"""
+
+
+def test_routes_and_names(offices: Offices) -> None:
+    with offices("-Q", "celery,slow", settings=ROUTES) as office:
+        assert "/work/small/" in office.get("plain")["cgroup"]
+        assert "/work/small/" in office.get("named")["cgroup"]
+        assert "/work/slow/" in office.get("queued")["cgroup"]
+        assert "/work/where/" in office.get("where")["cgroup"]
+        # A policy without limits of each work: for a task it means a process, too.
+        assert office.get("queued")["pid"] not in office.worker.children()
+
+
+def test_unmatched_is_refused(offices: Offices) -> None:
+    with offices(settings=ROUTES.replace("pla*", "nothing")) as office:
+        error = office.error("plain", ConfinementError)
+        assert "no route names 'plain'" in str(error)
+        assert office.get("where")["confined"]
+        # Celery's own tasks, which only look after others, are no work.
+        assert office.wait(celery.chord([office.app.tasks["double"].s(1)])(office.app.tasks["where"].si()))
+
+
+def refused(offices: Offices, *arguments: str, **options: Any) -> str:
+    worker, app, _ = offices.make(*arguments, **options)
+    with contextlib.closing(app):
+        try:
+            until(lambda: worker.process.poll() is not None)
+            assert worker.process.returncode == 1, worker.log()
+            assert not worker.cgroups()
+            return worker.log()
+        finally:
+            worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (None, "Error: @confined of named: there is no policy 'small' (write it, or its limits)"),
+        (SETTINGS + "[policy.x]\nmemroy = '1G'\n", "policy.x.memroy: unknown key (did you mean 'memory'?)"),
+        (SETTINGS + "[policy.x]\nio.'/nowhere' = { read = '1M' }\n", "/nowhere"),
+    ],
+)
+def test_wrong_settings(offices: Offices, settings: str | None, told: str) -> None:
+    log = refused(offices, settings=settings)
+    assert told in log
+    assert "Traceback" not in log
+
+
+def test_a_pool_that_is_not_known(offices: Offices) -> None:
+    log = refused(offices, pool="custom", CELERY_CUSTOM_WORKER_POOL="tests.integrations.celery.pools:OwnPool")
+    assert "the pool tests.integrations.celery.pools.OwnPool cannot be confined: nothing is known" in log
+
+
+def test_spawned_pool(offices: Offices) -> None:
+    log = refused(offices, RCON_TEST_SPAWN="1")
+    assert "worker_pool_start_method" in log
+
+
+def test_not_installed(offices: Offices) -> None:
+    log = refused(offices, **{limited.INSTALL: "no"})
+    assert "die is to be confined, and its application was not given to rcon_celery.install" in log
+
+
+def test_installed_too_late() -> None:
+    app = celery.Celery("late", set_as_current=False)
+    app.finalize()
+    with pytest.raises(SettingsError, match="in use already"):
+        install(app)
+
+
+def test_installed_twice() -> None:
+    app = celery.Celery("twice", set_as_current=False)
+    install(app)
+    with pytest.raises(SettingsError, match="installed already"):
+        install(app)
+
+
+def test_above_the_task() -> None:
+    app = celery.Celery("above", set_as_current=False)
+
+    @app.task(shared=False)
+    def task() -> None: ...
+
+    with pytest.raises(SettingsError, match=r"under @app\.task"):
+        confined(memory="1M")(task)
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({"memory": "1GB"}, "@confined: memory: '1GB' is not a size"),
+        ({"memroy": "1G"}, "did you mean 'memory'"),
+        ({"memory": "2G", "together": {"memory": "1G"}}, "@confined: memory: 2G is never reached"),
+        ({"together": {"cpu": 0}}, "@confined: together.cpu: "),
+        ({}, "says nothing"),
+    ],
+)
+def test_a_wrong_decorator(limits: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        confined(**limits)
+    assert told in str(caught.value)
+
+
+def test_a_name_and_limits() -> None:
+    with pytest.raises(SettingsError, match="at once"):
+        confined("small", memory="1G")
+
+
+def test_outside_of_workers_tasks_run_as_ever() -> None:
+    app = celery.Celery("eager", set_as_current=False)
+    app.conf.update(task_always_eager=True, result_backend="cache+memory://")
+    install(app)
+
+    @app.task(shared=False, bind=True)
+    @confined(memory="64M")
+    def add(self: Any, x: int, y: int) -> list[Any]:
+        return [x + y, bool(self.request.id), self.request.is_eager]
+
+    assert add(1, 2) == [3, False, False]
+    assert add.delay(1, 2).get() == [3, True, True]
+    assert add.apply((1, 2)).get() == [3, True, True]
+    with pytest.raises(TypeError):
+        add.delay(1)

@@ -1,0 +1,276 @@
+"""rcon run: limits that hold from the first instruction, all that was started ended, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.cgroup.helpers import DISK
+from tests.kernel.command.harness import MOUNTS, become_rcon, left_by, rcon, until
+from tests.kernel.quota import judge
+
+NOBODY = 65534
+ALLOCATE = "x=$(head -c {}M /dev/zero | tr '\\0' x)"
+
+
+def test_the_command_is_confined_before_its_first_instruction() -> None:
+    done = rcon("run", "--memory", "64M", "--pids", "9", "--group", "first", "--", "cat", "/proc/self/cgroup")
+    assert done.status == 0
+    assert done.err == ""
+    paths = [line for line in done.out.splitlines() if "/work/first/main" in line]
+    assert paths
+    assert done.report["outcome"] == "ok"
+    assert done.report["group"] == "first"
+    assert done.report["command"] == ["cat", "/proc/self/cgroup"]
+    assert done.report["usage"]["memory_peak"] > 0
+    assert done.report["usage"]["cpu_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        (["true"], 0, ""),
+        (["sh", "-c", "exit 3"], 3, ""),
+        (["sh", "-c", "kill -TERM $$"], 128 + signal.SIGTERM, "rcon: sh: ended by SIGTERM (Terminated)\n"),
+        (["sh", "-c", "kill -PIPE $$"], 128 + signal.SIGPIPE, ""),
+        (["sh", "-c", "kill -INT $$"], -signal.SIGINT, ""),
+    ],
+)
+def test_the_exit_status_is_the_commands(command: list[str], status: int, said: str) -> None:
+    done = rcon("run", "--", *command)
+    assert (done.status, done.err) == (status, said)
+    assert done.report["outcome"] == ("ok" if status == 0 else "error" if status == 3 else "killed")
+
+
+def test_a_cpu_quota_holds() -> None:
+    seconds = 3.0
+
+    def measure() -> dict[float, float]:
+        done = rcon(
+            "run", "--cpu", "10%", "--timeout", f"{seconds:g}s", "--", "sh", "-c", "while :; do :; done"
+        )
+        assert done.report["outcome"] == "timeout"
+        return {0.1: done.report["usage"]["cpu_seconds"] / done.report["usage"]["wall_seconds"]}
+
+    judge(measure)
+
+
+def test_a_memory_limit_kills_and_is_said() -> None:
+    done = rcon("run", "--memory", "64M", "--swap", "0", "--", "sh", "-c", ALLOCATE.format(200))
+    assert done.status == 137
+    assert done.err == "rcon: memory limit 64 MiB reached (peak 64.0 MiB)\n"
+    assert done.report["outcome"] == "memory"
+    assert done.report["limit"] == "memory"
+    assert done.report["signal"] == signal.SIGKILL
+    assert done.report["usage"]["memory_peak"] == 64 << 20
+
+
+def test_a_fork_bomb_stops() -> None:
+    done = rcon(
+        "run", "--pids", "8", "--timeout", "20s", "--", "sh", "-c", "b() { b | b & }; b; wait; exit 1"
+    )
+    assert done.status != 0
+    assert done.report["outcome"] in ("pids", "timeout")
+    assert done.err.splitlines()[-1] in (
+        "rcon: pids limit 8 reached: no more processes or threads could be started",
+        "rcon: wall time limit 20 s reached",
+    )
+
+
+def test_writes_are_held_down() -> None:
+    size, most = 10, 5
+    target = DISK / f"rcon-run-{os.getpid()}"
+    try:
+        began = time.monotonic()
+        done = rcon(
+            *("run", "--write", f"{most}M", "--device", DISK, "--", "dd", "if=/dev/zero", f"of={target}"),
+            *("bs=1M", f"count={size}", "oflag=direct"),
+        )
+        rate = size / (time.monotonic() - began)
+        assert done.status == 0, done.err
+        print(f"{rate:.2f} MiB/s under {most}")
+        assert rate <= most * 1.1
+    finally:
+        target.unlink(missing_ok=True)
+
+
+def test_a_timeout_ends_the_command_and_all_it_started(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    script = (
+        f"setsid sh -c 'echo $$ >> {pids}; exec sleep 1000' & (sh -c 'echo $$ >> {pids}; exec sleep 1000' &) ;"
+        "sleep 1000"
+    )
+    began = time.monotonic()
+    done = rcon("run", "--timeout", "1s", "--", "sh", "-c", script)
+    assert time.monotonic() - began >= 1
+    assert done.status == 137
+    assert done.err == "rcon: wall time limit 1 s reached\n"
+    assert done.report["outcome"] == "timeout"
+    numbers = pids.read_text().split()
+    assert len(numbers) == 2
+    assert not any(Path("/proc", number).exists() for number in numbers)
+
+
+def test_what_it_leaves_behind_ends_with_it(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    done = rcon(
+        "run", "--", "sh", "-c", f"setsid sh -c 'echo $$ > {pid}; exec sleep 1000' & sleep 0.3; exit 0"
+    )
+    assert done.status == 0
+    assert not Path("/proc", pid.read_text().strip()).exists()
+
+
+def test_the_environment_and_open_files_are_the_callers(tmp_path: Path) -> None:
+    extra = tmp_path / "extra"
+
+    def before() -> None:
+        descriptor = os.open(extra, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, 9, inheritable=True)
+
+    done = rcon("run", "--", "sh", "-c", "echo nine >&9; ls -l /proc/$$/fd", before=before)
+    assert extra.read_text() == "nine\n"
+    assert "9 -> " in done.out
+    assert "cgroup" not in done.out
+
+
+def test_another_user(tmp_path: Path) -> None:
+    done = rcon(
+        "run",
+        "--user",
+        "nobody",
+        "--cap",
+        "net_raw",
+        "--",
+        "sh",
+        "-c",
+        "id -u; grep CapEff /proc/$$/status; pwd",
+    )
+    assert done.status == 0, done.err
+    uid, effective, _ = done.out.splitlines()
+    assert uid == str(NOBODY)
+    assert int(effective.split()[1], 16) == 1 << 13
+
+
+def test_a_user_may_make_cgroups_inside_but_not_change_the_limits() -> None:
+    script = """
+    for line in $(cat /proc/self/cgroup); do
+        path=${line#*:*:}; names=${line#*:}; names=${names%%:*}
+        for mount in "/sys/fs/cgroup/$names" /sys/fs/cgroup /sys/fs/cgroup/unified; do
+            here="$mount$path"
+            case "$path" in */work/*) ;; *) continue;; esac
+            [ -d "$here" ] || continue
+            group="${here%/main}"
+            [ -w "$group/memory.max" ] && echo "limit $group"
+            [ -w "$group/memory.limit_in_bytes" ] && echo "limit $group"
+            [ -w "$group/cpu.max" ] && echo "limit $group"
+            [ -w "$group/cgroup.kill" ] && echo "kill $group"
+            mkdir "$group/inner" && rmdir "$group/inner" && echo made
+        done
+    done
+    """
+    done = rcon("run", "--memory", "64M", "--user", "nobody", "--", "sh", "-c", script)
+    assert done.status == 0, done.err
+    assert set(done.out.split()) == {"made"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_rcon_reaches_the_command_and_the_group_goes(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    name = number.name.removeprefix("SIG")
+    words = [
+        "run",
+        "--",
+        "sh",
+        "-c",
+        f"trap 'echo got; exit 7' {name}; echo ready; while :; do sleep 0.05; done",
+    ]
+    pid = os.fork()
+    if pid == 0:
+        become_rcon(words, [out, tmp_path / "err"])
+    until(lambda: out.exists() and "ready" in out.read_text(), "the command runs")
+    os.kill(pid, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert left_by(pid) == []
+    assert out.read_text() == "ready\ngot\n"
+
+
+def test_if_rcon_is_killed_its_command_dies_and_the_next_run_clears_up(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = "sh -c 'echo child $$; exec sleep 1000' & echo command $$; sleep 0.3; echo ready; wait"
+    pid = os.fork()
+    if pid == 0:
+        become_rcon(
+            ["run", "--pids", "7", "--group", "orphans", "--", "sh", "-c", script], [out, tmp_path / "err"]
+        )
+    until(lambda: out.exists() and "ready" in out.read_text(), "the command runs")
+    pids = dict(line.split() for line in out.read_text().splitlines() if " " in line)
+    child, command = int(pids["child"]), int(pids["command"])
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    until(lambda: not alive(command), "the command dies with rcon")
+    assert alive(child)
+    assert "/work/orphans/main" in Path("/proc", str(child), "cgroup").read_text()
+    limits = list(MOUNTS.glob(f"**/rcon-{pid}-*/work/orphans/pids.max"))
+    assert [path.read_text().strip() for path in limits] == ["7"]
+    assert rcon("run", "--", "true").status == 0
+    until(lambda: not alive(child), "the next run ends what is left")
+    assert left_by(pid) == []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_pipe_closes_when_the_command_closes_it() -> None:
+    """rcon holds neither standard input nor output open beside the command."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        os.dup2(writing, 1)
+        os.close(writing)
+        become_rcon(["run", "--", "sh", "-c", "exec >&-; read line < /dev/null; sleep 1000"], [])
+    os.close(writing)
+    assert os.read(reading, 10) == b""  # at once, while the command still sleeps
+    os.close(reading)
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
+
+
+def test_a_policy_of_a_settings_file(tmp_path: Path) -> None:
+    settings = tmp_path / "rcon.toml"
+    settings.write_text(
+        '[policy.job]\nuser = "nobody"\nmemory = "64M"\ncapabilities = ["net_raw"]\numask = "027"\n'
+        'rlimits = { nofile = 77 }\neach = { timeout = "30s", pids = 9 }\nmin_uid = 100\nmin_gid = 100\n'
+    )
+    script = "id -u; umask; ulimit -n; grep -E 'CapEff|NoNewPrivs' /proc/$$/status; cat /proc/self/cgroup"
+    done = rcon(
+        "run", "--policy", "job", "--settings", settings, "--group", "by-policy", "--", "sh", "-c", script
+    )
+    assert done.status == 0, done.err
+    uid, umask, files, effective, privileges, *where = done.out.splitlines()
+    assert (uid, umask, files) == (str(NOBODY), "0027", "77")
+    assert int(effective.split()[1], 16) == 1 << 13
+    assert privileges.split()[1] == "1"
+    assert any("/work/by-policy/main" in line for line in where)
+    assert done.report["policy"] == "job"
+
+
+def test_limits_of_the_command_line_come_on_top_of_a_policy(tmp_path: Path) -> None:
+    settings = tmp_path / "rcon.toml"
+    settings.write_text('[policy.job]\nmemory = "1G"\neach = { timeout = "100s" }\n')
+    done = rcon(
+        *("run", "--policy", "job", "--settings", settings, "--memory", "32M", "--swap", "0"),
+        *("--", "sh", "-c", ALLOCATE.format(100)),
+    )
+    assert done.err == "rcon: memory limit 32 MiB reached (peak 32.0 MiB)\n"
+    assert (done.status, done.report["outcome"]) == (137, "memory")

@@ -1,0 +1,196 @@
+"""The rates, the order and the shapes of rcon top's table, from samples made by hand."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from rcon_plugins.cli.group_commands import _SORTS
+from rcon_plugins.cli.top_rows import Rates, Row
+from rcon_plugins.cli.top_table import SORTS, as_json, as_text, ordered, shown, summary
+from rcon_plugins.groups import Sample
+from rcon_plugins.kernel.cgroup import MAX, Reading, Resources
+from rcon_plugins.kernel.cgroup.statistics import Pressure, Stall, Statistics
+
+MIB = 1 << 20
+
+
+def sample(when: float, *, cpu: float = 0.0, name: str = "a", hits: int = 0, periods: int = 0) -> Sample:
+    return Sample(
+        id=name,
+        name=name,
+        owner="python app.py",
+        when=when,
+        reading=Reading(
+            cpu_seconds=cpu,
+            memory_current=48 * MIB,
+            io_read_bytes=int(when * MIB),
+            io_write_bytes=0,
+            pids_current=3,
+            oom_kills=0,
+            memory_limit_hits=hits,
+            pids_limit_hits=1,
+        ),
+        limits=Resources(memory_max=64 * MIB, pids_max=MAX),
+        statistics=Statistics(cpu_periods=periods, cpu_throttled=periods // 2),
+        pressure={"cpu": Pressure(Stall(0.25, 1.0), None), "memory": Pressure(), "io": Pressure(Stall(0, 0))},
+    )
+
+
+def row(name: str, **values: float) -> Row:
+    return Row(name=name, owner="o", pressure={}, **values)  # type: ignore[arg-type]
+
+
+def test_a_rate_takes_two_samples() -> None:
+    rates = Rates()
+    (first,) = rates.rows([sample(10.0)])
+    assert (first.cpu, first.read, first.throttled, first.new_hits) == (None, None, None, 0)
+    assert (first.memory, first.memory_share, first.pids, first.pids_limit) == (48 * MIB, 0.75, 3, None)
+    (second,) = rates.rows([sample(12.0, cpu=0.5, hits=4, periods=20)])
+    assert (second.cpu, second.read, second.written, second.throttled) == (0.25, MIB, 0.0, 0.5)
+    assert (second.hits, second.new_hits) == (5, 4)
+    assert second.pressure == {"cpu": 0.25, "memory": None, "io": 0.0}
+
+
+def test_groups_come_and_go() -> None:
+    rates = Rates()
+    rates.rows([sample(1.0, name="a"), sample(1.0, name="b")])
+    found = rates.rows([sample(2.0, name="b", cpu=1.0), sample(2.0, name="c")])
+    assert [(one.name, one.cpu) for one in found] == [("b", 1.0), ("c", None)]
+    # A name that another group has now, and a clock that stands still, give nothing below zero.
+    assert rates.rows([sample(2.0, name="b", cpu=0.2)])[0].cpu is None
+    assert rates.rows([sample(3.0, name="b", cpu=0.1)])[0].cpu == 0
+
+
+def test_what_is_not_told_stays_so() -> None:
+    bare = Sample(id="a", name="a", owner="", when=1.0, reading=Reading())
+    rates = Rates()
+    rates.rows([bare])
+    (found,) = rates.rows([Sample(id="a", name="a", owner="", when=2.0, reading=Reading())])
+    assert {found.cpu, found.read, found.memory, found.memory_share, found.throttled} == {None}
+    assert as_text([found]).splitlines()[1].split() == ["a", *"-------", "-/-/-", "-/-/-"]
+
+
+@pytest.mark.parametrize(
+    ("by", "first"),
+    [
+        ("cpu", "b"),
+        ("throttled", "c"),
+        ("memory", "c"),
+        ("share", "b"),
+        ("read", "c"),
+        ("write", "b"),
+        ("pids", "c"),
+        ("pressure", "d"),
+        ("hits", "b"),
+        ("name", "a"),
+    ],
+)
+def test_the_most_first(by: str, first: str) -> None:
+    rows = [
+        row("c", cpu=0.1, throttled=0.9, memory=300, memory_limit=1000, read=9, pids=9),
+        row("b", cpu=0.9, memory=200, memory_limit=200, written=9, oom_kills=2),
+        row("a"),
+        Row(name="d", owner="o", pressure={"cpu": None, "io": 0.5}),
+    ]
+    assert ordered(rows, by)[0].name == first
+    assert ordered(rows, by, backwards=True)[-1].name == first
+
+
+def test_every_order_can_be_asked_for() -> None:
+    assert tuple(SORTS) == _SORTS
+    assert len({sort.letter for sort in SORTS.values()} - {"q", "R"}) == len(SORTS)
+
+
+def test_plain_text() -> None:
+    rates = Rates()
+    rates.rows([sample(10.0)])
+    rows = rates.rows([sample(12.0, cpu=3.0, hits=4)])
+    heads, line = as_text(rows).splitlines()
+    assert heads.split() == [
+        *("GROUP", "CPU%", "THR%", "MEM", "MEM%", "READ/s", "WRITE/s", "PIDS"),
+        *("WAITc/m/i", "HITSm/p/k", "OWNER"),
+    ]
+    assert line.split() == [
+        "a",
+        "150",
+        "-",
+        "48M",
+        "75",
+        "1M",
+        "0",
+        "3",
+        "25/-/0",
+        "4/1/0",
+        "python",
+        "app.py",
+    ]
+    assert summary(rows, "cpu", 2.0) == "1 group, cpu 150 %, memory 48M; sorted by cpu, every 2 s"
+
+
+def test_json() -> None:
+    (only,) = Rates().rows([sample(10.0, hits=2)])
+    assert as_json(only) == {
+        "group": "a",
+        "owner": "python app.py",
+        "cpu": None,
+        "throttled": None,
+        "memory": 48 * MIB,
+        "memory_limit": 64 * MIB,
+        "read": None,
+        "write": None,
+        "pids": 3,
+        "pids_limit": None,
+        "pressure": {"cpu": 0.25, "memory": None, "io": 0.0},
+        "hits": {"memory": 2, "pids": 1, "oom_kills": 0},
+        "new_hits": 0,
+    }
+
+
+def screenful(rows: list[Row], width: int, height: int, first: int = 0) -> list[str]:
+    console = Console(width=width, height=height, file=io.StringIO(), force_terminal=False)
+    with console.capture() as captured:
+        console.print(shown(rows, "cpu", "title", first, width, height), end="")
+    return captured.get().splitlines()
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 50), (110, 10), (60, 8), (40, 6), (20, 5), (10, 3)])
+def test_it_fits_the_terminal(size: tuple[int, int]) -> None:
+    width, height = size
+    rows = [
+        row(f"rcon-123-456/tenant~customer{n}.example", cpu=n, memory=n * MIB, oom_kills=n) for n in range(60)
+    ]
+    lines = screenful(rows, width, height)
+    assert max(map(len, lines)) <= width
+    assert len(lines) <= max(height, 5)
+    if height >= 5:
+        assert lines[0].startswith("rcon top: title"[: width - 1])
+        assert lines[-1].startswith("q:quit"[: width - 1])
+        assert "more below" in lines[-2] or width < 20
+    if width >= 80:
+        assert lines[1].split()[:2] == ["GROUP", "CPU%"]
+        assert "HITSm/p/k" in lines[1]
+    assert ("OWNER" in lines[1]) == (width >= 110)
+
+
+def test_the_end_of_a_long_name_is_what_tells_groups_apart() -> None:
+    line = screenful([row("rcon-123456-7890123/tenant~a.example", cpu=1)], 80, 24)[2]
+    assert line.startswith("…")
+    assert "~a.example " in line
+
+
+def test_rows_further_down() -> None:
+    rows = [row(f"g{n:02}") for n in range(40)]
+    lines = screenful(rows, 80, 14, first=35)
+    assert [line.split()[0] for line in lines[2:7]] == ["g35", "g36", "g37", "g38", "g39"]
+    assert "WAIT:" in lines[-2]
+
+
+def test_what_others_wrote_is_text() -> None:
+    """Neither markup of the library nor escapes of the terminal."""
+    lines = screenful([Row(name="a[red]b\x1b[2J", owner="[bold]x\x1b]0;t\x07", pressure={})], 120, 10)
+    assert lines[2].startswith("a[red]b?[2J ")
+    assert "[bold]x?]0;t?" in lines[2]
+    assert "\x1b" not in "".join(lines)
