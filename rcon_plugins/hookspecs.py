@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    import click
+
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.limits import Limits
@@ -100,4 +102,17 @@ def rcon_work_finished(work: Work, outcome: Outcome) -> None:
 
     :param work: the request, task or command.
     :param outcome: how it ended, and what it used.
+    """
+
+
+@hookspec
+def rcon_commands(cli: click.Group) -> None:
+    """Add subcommands to the command ``rcon``.
+
+    Called in the process of the command line, of the plugins that the environment variable ``RCON_PLUGINS`` names
+    (settings belong to a server), and only when a subcommand is asked for that is none of the built-in ones, or all of
+    them are listed. No server calls it: import what only commands need inside.
+
+    :param cli: add to it with ``cli.command()``, ``cli.group()`` or ``cli.add_command()``. A command returns its exit
+        status, or None for 0. The name of a built-in one is an error.
     """

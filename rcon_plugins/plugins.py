@@ -36,6 +36,18 @@ def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> plu
     return manager
 
 
+def commands_manager(names: Iterable[str], where: str) -> pluggy.PluginManager:
+    """A plugin manager with the installed plugins of these names alone: for commands, which have no settings.
+
+    ``where`` says in messages what named them. Raises `SettingsError` as `make_plugin_manager` does.
+    """
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for name in names:
+        _register(manager, _load(name, None, where), name, None, where)
+    return manager
+
+
 def limits_manager() -> pluggy.PluginManager:
     """A plugin manager with the built-in plugins of the controllers alone: for limits that no settings hold."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
@@ -45,13 +57,13 @@ def limits_manager() -> pluggy.PluginManager:
     return manager
 
 
-def _load(name: str, file: str | None) -> object:
+def _load(name: str, file: str | None, key: str = "plugins") -> object:
     found = list(entry_points(group=ENTRY_POINTS, name=name))
     if not found:
         offered = sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
         raise SettingsError(
             f"no installed distribution offers the plugin {name!r}",
-            key="plugins",
+            key=key,
             value=name,
             hint=f"installed are: {', '.join(offered) or 'none'}; install it, or take the name out",
             file=file,
@@ -61,21 +73,27 @@ def _load(name: str, file: str | None) -> object:
     except Exception as error:
         raise SettingsError(
             f"the plugin {name!r} cannot be loaded: {type(error).__name__}: {error}",
-            key="plugins",
+            key=key,
             value=name,
             hint=f"it is {found[0].value}",
             file=file,
         ) from error
 
 
-def _register(manager: pluggy.PluginManager, plugin: object, name: str | None, file: str | None) -> None:
+def _register(
+    manager: pluggy.PluginManager,
+    plugin: object,
+    name: str | None,
+    file: str | None,
+    key: str = "plugins",
+) -> None:
     try:
         manager.register(plugin, name)
         manager.check_pending()
     except (pluggy.PluginValidationError, ValueError) as error:
         raise SettingsError(
             f"the plugin {name or plugin!r} does not fit: {error}",
-            key="plugins",
+            key=key,
             value=name,
             hint="see docs/hooks.md for the hooks and their parameters",
             file=file,

@@ -5,13 +5,17 @@ A subcommand's module is imported when it is called, and by it what it needs: st
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping
 from typing import NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from rcon_plugins.cli.ending import finish
 from rcon_plugins.cli.lazy import Lazy, LazyGroup
+from rcon_plugins.errors import RconError
 
 _GROUPS = "rcon_plugins.cli.group_commands"
 _POLICY = "rcon_plugins.cli.policy_commands"
@@ -30,6 +34,7 @@ SUBCOMMANDS = {
     "which": Lazy(f"{_POLICY}:which", "Say which policy of FILE a work gets, and as whom it runs."),
 }
 
+_PLUGINS_VARIABLE = "RCON_PLUGINS"
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -43,7 +48,33 @@ def run_main(arguments: list[str]) -> int:
     return finish(rcon, "rcon", arguments)
 
 
-@click.group(cls=LazyGroup, subcommands=SUBCOMMANDS, context_settings=_SETTINGS)
+class _Rcon(LazyGroup):
+    """The built-in commands, and those of the plugins that an environment variable names: only then at any cost."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all."""
+        return sorted({*super().list_commands(ctx), *self._of_plugins()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A built-in command, else one of a plugin; None where there is none."""
+        return super().get_command(ctx, cmd_name) or self._of_plugins().get(cmd_name)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The names that begin so; of the built-in ones alone where a plugin is broken: no place for a message."""
+        try:
+            return super().shell_complete(ctx, incomplete)
+        except RconError:
+            return [CompletionItem(name) for name in self.lazy if name.startswith(incomplete)]
+
+    def _of_plugins(self) -> Mapping[str, click.Command]:
+        if not os.environ.get(_PLUGINS_VARIABLE):
+            return {}
+        from rcon_plugins.cli import plugin_commands
+
+        return plugin_commands.commands(self.lazy)
+
+
+@click.group(cls=_Rcon, subcommands=SUBCOMMANDS, context_settings=_SETTINGS)
 @click.version_option(package_name="rcon-plugins", message="%(prog)s %(version)s")
 def rcon() -> None:
     """Say what a policy file comes to on this machine, before a server does.

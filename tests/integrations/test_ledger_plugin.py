@@ -48,3 +48,18 @@ def test_the_example_plugin_installed_and_named_in_the_settings(tmp_path: Path) 
         ("b.example", "raises", "error"),
     ]
     assert lines[0]["cpu_seconds"] > 0.03
+
+    command = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); from rcon_plugins.cli.rcon import main; "
+        "sys.argv = ['rcon', 'ledger']; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        env={**os.environ, "RCON_PLUGINS": "ledger", "RCON_LEDGER": str(ledger)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [(works, name) for _, _, works, name in rows] == [("1", "p~a.example"), ("1", "p~b.example")]
+    assert float(rows[0][0]) > 0.03

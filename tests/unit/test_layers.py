@@ -44,7 +44,7 @@ ROOMS = {
     "celery": ("rcon_celery",),
     "kombu": ("rcon_celery",),
     "billiard": ("rcon_celery",),
-    "click": ("rcon_plugins.cli",),
+    "click": ("rcon_plugins.cli", "rcon_plugins.hookspecs"),  # the hook that adds commands says to what
     "rich": ("rcon_plugins.cli",),
 }
 # Paths of the kernel that are only recognised, in what a person wrote, to tell them what to write instead.
