@@ -31,8 +31,8 @@ serve: $(VENV)/.run ## leave the demo's confined server running, until Ctrl-C
 test: root $(VENV)/.test debian ## lint, then all tests: on this machine, and on pure cgroup v2 in an emulated one (root)
 	@began=$$(date +%s); failed=; \
 	$(MAKE) --no-print-directory lint || exit 1; \
-	echo "== kernel tests on pure cgroup v2, in an emulated machine"; \
-	$(BIN)/python tests/vm.py || failed="the kernel tests on pure cgroup v2"; \
+	echo "== tests on pure cgroup v2, in an emulated machine"; \
+	$(BIN)/python tests/vm.py || failed="the tests on pure cgroup v2"; \
 	echo "== unit, contract, integration and kernel tests on this machine"; \
 	RCON_TEST_BEGAN=$$began $(BIN)/python -m pytest tests || failed="$${failed:+$$failed and }the tests on this machine"; \
 	[ -z "$$failed" ] || { echo "make test: FAILED: $$failed ($$(($$(date +%s) - began)) s in all)" >&2; exit 1; }
@@ -48,7 +48,7 @@ lint: $(VENV)/.test ## ruff and mypy
 test-unit test-contract test-integrations test-kernel: test-%: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/$* $(ARGS)
 
-test-vm: $(VENV)/.test debian ## the kernel tests on pure cgroup v2; ARGS= are pytest's (so for test-unit and the other tiers)
+test-vm: $(VENV)/.test debian ## what tests/vm.py names, on pure cgroup v2; ARGS= are pytest's (so for test-unit and the other tiers)
 	@$(BIN)/python tests/vm.py $(ARGS)
 
 bench: $(VENV)/.run ## throughput and latency with and without confinement; prints, asserts nothing

@@ -1,8 +1,9 @@
 """What holds for every test run. Tests are in tiers, one directory each: unit, contract, integrations, kernel.
 
-- The kernel tier needs root and a cgroup hierarchy, and is run again on pure cgroup v2 (tests/vm.py). Its tests are
-  marked `kernel` here. A test that only makes sense on some hierarchies says so: `@pytest.mark.layout("v2")`, or
-  "v1", "hybrid"; on others it is deselected. Between this machine and the emulated one each has to run.
+- The kernel tier needs root and a cgroup hierarchy, and is run again on pure cgroup v2 (tests/vm.py), where some of the
+  integrations are run, too. Its tests are marked `kernel` here. One that only makes sense on some hierarchies says so:
+  `@pytest.mark.layout("v2")`, or "v1", "hybrid"; on others it is deselected. Between this machine and the emulated one
+  each has to run. One that would say the same twice is marked `once`, and not run in the emulated machine.
 - In CI (`CI` in the environment) a skip is a failure, and so is an empty tier.
 - After the run no process and no cgroup of the tests may be left (tests/leftovers.py); if one is, the run fails.
 - Irreversible acts are done in child processes: the fixture `in_child`.

@@ -1,12 +1,15 @@
-"""Run the kernel tests again on pure cgroup v2, in an emulated machine.
+"""Run on pure cgroup v2, in an emulated machine, the tests that depend on the kernel's hierarchy.
 
 `python tests/vm.py [pytest arguments]` boots Debian's own kernel under QEMU, in software, with this host's file
 system underneath (read-only; what is written goes to memory), runs pytest there and ends with pytest's exit status.
-Without arguments it runs the kernel tier.
+Unless the arguments name tests it runs those of `TESTS`, but for what is marked `once`: the kernel tier, and of the
+integrations those that show a whole server or runner at work. It takes five to ten times as long there as elsewhere, so
+what is the same under any hierarchy is left out.
 
 In the machine the tests find:
 - cgroup v2 alone, with all of its controllers, at /sys/fs/cgroup;
 - `RCON_TEST_DISK`: a directory on a block device of its own (ext4 on a partition, O_DIRECT works), for IO limits;
+- `RCON_TEST_REQUESTS`: how many requests a test under load makes, fewer than elsewhere; see `PASSED_ON`;
 - `TMPDIR` on a tmpfs, two CPUs, 1 GiB of memory, no swap, no network, everything as root.
 """
 
@@ -29,7 +32,10 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 PACKAGES = "linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file util-linux"
-TIER = "tests/kernel"
+TESTS = ("tests/kernel", "tests/integrations/gunicorn/test_tenants.py")
+REQUESTS = "1200"
+#: What of this environment pytest finds in the machine.
+PASSED_ON = ("CI", "HYPOTHESIS_PROFILE", "RCON_TEST_REQUESTS")
 DISK_MIB = 256
 SECTOR = 512
 FIRST_SECTOR = 2048
@@ -93,7 +99,7 @@ def boot(arguments: list[str], *, timeout: int, memory: str, verbose: bool) -> i
     with tempfile.TemporaryDirectory(prefix="rcon-vm-") as scratch:
         disk = Path(scratch, "disk.img")
         make_disk(disk)
-        kept = [f"{name}={os.environ[name]}" for name in ("CI", "HYPOTHESIS_PROFILE") if name in os.environ]
+        kept = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
         inside = ["env", *kept, sys.executable, str(Path(__file__).resolve()), "--inside", "--", *arguments]
         command = [need("vng"), "--run", str(kernel), "--disable-kvm", "--force-9p", "--user", "root"]
         command += ["--memory", memory, "--cpus", "2", "--cwd", str(ROOT)]
@@ -176,6 +182,7 @@ def inside(arguments: list[str]) -> NoReturn:
         f"{os.cpu_count()} CPUs; {partition} (ext4) on {disk}; up {Path('/proc/uptime').read_text().split()[0]} s",
         flush=True,
     )
+    os.environ.setdefault("RCON_TEST_REQUESTS", REQUESTS)
     os.environ.update(RCON_TEST_DISK=str(disk), TMPDIR=str(tmp), HOME=str(tmp))
     os.environ.update(PYTHONDONTWRITEBYTECODE="1", HYPOTHESIS_STORAGE_DIRECTORY=str(tmp / "hypothesis"))
     os.chdir(ROOT)
@@ -185,9 +192,7 @@ def inside(arguments: list[str]) -> NoReturn:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Run kernel tests on pure cgroup v2, in an emulated machine."
-    )
+    parser = argparse.ArgumentParser(description="Run tests on pure cgroup v2, in an emulated machine.")
     parser.add_argument(
         "--timeout", type=int, default=1500, help="seconds for all of it (default: %(default)s)"
     )
@@ -197,7 +202,7 @@ def main() -> int:
     options, arguments = parser.parse_known_args()
     arguments = [a for a in arguments if a != "--"]
     if not any(not a.startswith("-") and (ROOT / a.split("::")[0]).exists() for a in arguments):
-        arguments = [TIER, *arguments]
+        arguments = [*TESTS, "-m", "not once", *arguments]
     if options.inside:
         inside(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -30,8 +30,12 @@ def who(_: dict[str, list[str]]) -> dict[str, Any]:
     }
 
 
-def state(_: dict[str, list[str]]) -> dict[str, Any]:
-    """Who runs this, and what it may do, in the kernel's own words."""
+def state(query: dict[str, list[str]]) -> dict[str, Any]:
+    """Who runs this, and what it may do, in the kernel's own words; after so many seconds of sleep or of work."""
+    time.sleep(float(query.get("sleep", ["0"])[0]))
+    end = time.thread_time() + float(query.get("spin", ["0"])[0])
+    while time.thread_time() < end:
+        pass
     lines = dict(line.split(":", 1) for line in Path("/proc/thread-self/status").read_text().splitlines())
     return {
         "uids": [int(uid) for uid in lines["Uid"].split()],
@@ -107,21 +111,34 @@ WORKS: dict[str, Callable[[dict[str, list[str]]], dict[str, Any]]] = {
 }
 
 
-def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-    """``/<policy>/<work>?…`` runs a work; what policy that is under is for the settings to say."""
-    name = environ["PATH_INFO"].rpartition("/")[2]
-    query = parse_qs(environ["QUERY_STRING"])
-    if name == "stream":
-        start_response("200 OK", [("Content-Type", "text/plain")])
-        return stream()
-    body = json.dumps(WORKS[name](query)).encode()
-    start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
-    return [body]
-
-
-def stream() -> Iterator[bytes]:
+def stream(_: dict[str, list[str]]) -> Iterator[bytes]:
     """A piece, and then more memory than there is."""
     yield b"begun"
     time.sleep(0.1)
     allocate({"mib": ["200"]})
     yield b"ended"
+
+
+def states(query: dict[str, list[str]]) -> Iterator[bytes]:
+    """The state at each of so many pieces, a line each."""
+    for _ in range(int(query["pieces"][0])):
+        yield json.dumps(state({})).encode() + b"\n"
+
+
+STREAMS = {"stream": stream, "states": states}
+
+
+def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    """``/<policy>/<work>?…`` runs a work; what policy that is under is for the settings to say."""
+    name = environ["PATH_INFO"].rpartition("/")[2]
+    query = parse_qs(environ["QUERY_STRING"])
+    if name in STREAMS:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return STREAMS[name](query)
+    if name == "posted":
+        while environ["wsgi.input"].read(65536):
+            pass
+        name = "state"
+    body = json.dumps(WORKS[name](query)).encode()
+    start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+    return [body]

@@ -1,133 +1,18 @@
-"""gunicorn with an identity for each tenant: many at once in one worker, `--user`, and what is refused."""
+"""gunicorn with an identity for each tenant: `--user`, what is refused, and which files of the server are not seen."""
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import json
 import os
-import random
 import signal
-import threading
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.integrations.gunicorn.server import Gunicorn
-from tests.processes import PATIENCE, alive, children, until
+from tests.integrations.gunicorn.tenants import NOTHING, TENANTS, ids, is_right, readable, settings
+from tests.processes import alive, children, until
 
-TENANTS = {f"tenant{number}": 61001 + number for number in range(8)}
-NOTHING = {"CapInh": 0, "CapPrm": 0, "CapEff": 0, "CapBnd": 0, "CapAmb": 0}
 TO_BECOME_OTHERS = 1 << 6 | 1 << 7 | 1 << 8
-
-SETTINGS = """
-[policy.free]
-pids = 64
-isolation = "process"
-
-[policy.tenant]
-per = "host"
-user = "owner:{homes}/{{host}}"
-isolation = "{isolation}"
-pids = 64
-
-[[route]]
-path = "/free/**"
-policy = "free"
-
-[[route]]
-policy = "tenant"
-"""
-
-
-@pytest.fixture
-def homes(tmp_path: Path) -> Path:
-    """A directory for each tenant, that the tenant owns; and some that nobody may be served as the owner of."""
-    found = tmp_path / "homes"
-    found.mkdir()
-    for name, uid in {**TENANTS, "root": 0, "daemon": 1}.items():
-        (found / name).mkdir()
-        os.chown(found / name, uid, uid)
-    (found / "out").symlink_to("/var/empty")
-    (found / "elsewhere").symlink_to("tenant1")
-    return found
-
-
-def settings(homes: Path, isolation: str) -> str:
-    return SETTINGS.format(homes=homes, isolation=isolation)
-
-
-def ids(task: Path) -> str:
-    lines = (task / "status").read_text().splitlines()
-    wanted = ("Uid", "Gid", "Groups", "Cap", "NoNewPrivs")
-    return "\n".join(line for line in lines if line.startswith(wanted))
-
-
-def look_at_threads(worker: int, seen: dict[str, set[str]]) -> None:
-    """Add what each thread of the worker is at this moment."""
-    for task in Path(f"/proc/{worker}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
-            seen.setdefault(task.name, set()).add(ids(task))
-
-
-def are_executors(states: set[str]) -> bool:
-    """Whether these are the states of a thread that became a tenant's."""
-    return any(f"Uid:\t{uid}\t" in state for state in states for uid in TENANTS.values())
-
-
-@pytest.mark.parametrize("isolation", ["thread", "process"])
-def test_eight_tenants_in_one_worker_for_ten_thousand_requests(
-    tmp_path: Path, homes: Path, isolation: str
-) -> None:
-    arguments = ("--worker-class", "gthread", "--workers", "1", "--threads", "8", "--keep-alive", "60")
-    requests = 10_000 if isolation == "thread" else 2_000
-    with Gunicorn(tmp_path, settings(homes, isolation), *arguments) as server:
-        (worker,) = server.workers()
-        before = ids(Path(f"/proc/{worker}"))
-        wrong: Counter[str] = Counter()
-        right: Counter[str] = Counter()
-
-        def client(number: int) -> None:
-            choose = random.Random(number)
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
-            for _ in range(requests // 8):
-                name = choose.choice(list(TENANTS))
-                connection.request("GET", "/state", headers={"Host": name})
-                response = connection.getresponse()
-                body = response.read()
-                if response.status == 200 and is_right(body, TENANTS[name]):
-                    right[name] += 1
-                else:
-                    wrong[f"{name}: {response.status} {body[:200]!r}"] += 1
-            connection.close()
-
-        clients = [threading.Thread(target=client, args=(number,)) for number in range(8)]
-        for thread in clients:
-            thread.start()
-        seen: dict[str, set[str]] = {}
-        while any(thread.is_alive() for thread in clients):
-            look_at_threads(worker, seen)
-            clients[0].join(0.05)
-        for thread in clients:
-            thread.join()
-        assert wrong == {}
-        assert right.total() == requests
-        assert set(right) == set(TENANTS)
-        # The worker's other threads never change: whenever looked at, they were what the worker was at first.
-        look_at_threads(worker, seen)
-        servers = {name: states for name, states in seen.items() if not are_executors(states)}
-        assert len(servers) >= 9  # the main thread and the eight that serve
-        assert set().union(*servers.values()) == {before}
-        if isolation == "thread":
-            assert len(seen) - len(servers) >= len(TENANTS)
-
-
-def is_right(body: bytes, uid: int) -> bool:
-    told: dict[str, Any] = json.loads(body)
-    expected = {"uids": [uid] * 4, "gids": [uid] * 4, "groups": [], "no_new_privs": True, **NOTHING}
-    return told == expected
 
 
 @pytest.mark.parametrize(
@@ -277,13 +162,6 @@ def test_executors_have_no_log_file_of_the_server(tmp_path: Path, homes: Path, w
         (logs / "access").unlink()
         server.signal(signal.SIGUSR1)  # to open the files again
         until(lambda: server.status("/free/who") == 200 and (logs / "access").exists())
-
-
-def readable(directory: Path) -> None:
-    """Let any user pass."""
-    for parent in (directory, *directory.parents):
-        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o755)
 
 
 def test_a_worker_that_may_become_others_can_get_nothing_more(tmp_path: Path, homes: Path) -> None:

@@ -9,7 +9,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from tests.kernel.capcon.command import NOBODY
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parents[3]
 LASTING = ("http.server", "make -C")  # servers, and what needs files of its own

@@ -86,7 +86,7 @@ class Acts:
                             os.fork()
                         time.sleep(0.01)
                     os._exit(0)
-        return os.fork()
+        return sum(1 for _ in range(64) if _forked(lambda: time.sleep(300)))  # a slow machine is not full yet
 
     @staticmethod
     def return_twice() -> str:

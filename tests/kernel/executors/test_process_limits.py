@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -157,18 +158,25 @@ def test_a_work_may_hold_nothing_of_the_server() -> None:
         assert len(sockets) >= 1  # its own channel
 
 
-@pytest.mark.parametrize("percent", [10, 20, 50, 150])
-def test_cpu_quota_is_held_within_a_point(percent: int) -> None:
-    processes = 2 if percent > 100 else 1
-    with managing({"cpu": f"{percent}%", "cpu_weight": 10000, "isolation": "process"}) as manager:
-        ask(manager, "pid")
+@pytest.mark.parametrize("percents", [(10, 20, 50), (150,)], ids=str)
+def test_cpu_quotas_are_held_within_a_point(percents: tuple[int, ...]) -> None:
+    quotas = {f"of-{percent}": percent / 100 for percent in percents}
+    keys = {"cpu_weight": 10000, "isolation": "process"}
+    policies = {name: {**keys, "cpu": f"{quota:.0%}"} for name, quota in quotas.items()}
+    routes = [{"host": name, "policy": name} for name in quotas]
+    with (
+        managing({}, settings={"policy": policies, "route": routes}) as manager,
+        ThreadPoolExecutor(len(quotas)) as clients,
+    ):
 
-        def measure() -> dict[float, float]:
-            usage = ask(manager, "burn", 10.0, processes)[1].usage
+        def used(name: str) -> float:
+            usage = ask(manager, "burn", 10.0, 2 if quotas[name] > 1 else 1, host=name)[1].usage
             assert usage.cpu_seconds is not None
-            return {percent / 100: usage.cpu_seconds / usage.wall_seconds}
+            return usage.cpu_seconds / usage.wall_seconds
 
-        judge(measure)
+        for name in quotas:
+            ask(manager, "pid", host=name)
+        judge(lambda: dict(zip(quotas.values(), clients.map(used, quotas), strict=True)))
 
 
 def test_io_of_all_the_work_together_is_one_limit() -> None:

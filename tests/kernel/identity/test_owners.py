@@ -21,6 +21,8 @@ from rcon_plugins.identity import check, resolve
 from rcon_plugins.kernel.capability import Identity
 from rcon_plugins.policy import Policy
 
+pytestmark = pytest.mark.once
+
 ANNA, BERTA, DEPLOY = 54001, 54002, 54003  # without entries in the user database
 STAFF = 54100
 

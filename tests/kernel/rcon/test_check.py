@@ -110,6 +110,7 @@ def test_the_limit_is_named_as_the_policy_writes_it(base: Cgroup, tmp_path: Path
     assert text.startswith("web: process - memory: a thread cannot have memory limits of its own\n")
 
 
+@pytest.mark.once
 def test_commands_of_the_documentation(tmp_path: Path) -> None:
     """With the file that docs/rcon.md shows, and what it says that they print."""
     page = (ROOT / "docs/rcon.md").read_text()
