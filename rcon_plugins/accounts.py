@@ -6,6 +6,7 @@ What becomes of it on this machine is the business of `rcon_plugins.identity`.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 from rcon_plugins.conversion import did_you_mean
@@ -68,17 +69,23 @@ class PathTemplate(Written, str):
     @property
     def trusted(self) -> str:
         """The directory before the first placeholder; the whole path where there is none."""
-        before, brace, _ = self.partition("{")
-        return (before[: before.rindex("/")] or "/") if brace else str(self)
+        return _split(self)[0]
 
     @property
     def pieces(self) -> tuple[tuple[str, str | None], ...]:
         """What comes below the trusted part: pieces of plain text, each with the placeholder after it, or None."""
-        if not self.placeholders:
-            return ()
-        before = self.partition("{")[0].rpartition("/")[0]
-        texts = _PLACEHOLDER.split(self[len(before) + 1 :])
-        return tuple(zip(texts[::2], [*texts[1::2], None], strict=True))
+        return _split(self)[1]
+
+
+@lru_cache(maxsize=1024)
+def _split(template: str) -> tuple[str, tuple[tuple[str, str | None], ...]]:
+    """The trusted part of a template, and the pieces below it; asked several times for each work."""
+    before, brace, _ = template.partition("{")
+    if not brace:
+        return str(template), ()
+    top = before.rpartition("/")[0]
+    texts = _PLACEHOLDER.split(template[len(top) + 1 :])
+    return top or "/", tuple(zip(texts[::2], [*texts[1::2], None], strict=True))
 
 
 class Account(Written, str):
@@ -117,9 +124,17 @@ class Account(Written, str):
     @property
     def number(self) -> int | None:
         """The number it is; None for a name or a path."""
-        return int(self) if self.isascii() and self.isdigit() else None
+        return _meaning(self)[0]
 
     @property
     def path(self) -> PathTemplate | None:
         """The path whose owner it is; None for a name or a number."""
-        return PathTemplate(self.removeprefix(_OWNER)) if self.startswith(_OWNER) else None
+        return _meaning(self)[1]
+
+
+@lru_cache(maxsize=1024)
+def _meaning(account: str) -> tuple[int | None, PathTemplate | None]:
+    """The number, the path that an account is; asked several times for each work."""
+    if account.startswith(_OWNER):
+        return None, PathTemplate(account.removeprefix(_OWNER))
+    return int(account) if account.isascii() and account.isdigit() else None, None

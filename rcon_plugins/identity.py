@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, NoReturn
 
 from rcon_plugins import userdb
@@ -287,7 +286,7 @@ def _find_at_start(key: str, template: PathTemplate) -> paths.Found:
 
 def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> paths.Found:
     """Whose the path is that the work's attributes make of the template."""
-    if not _pieces(template):
+    if not template.pieces:
         try:
             found = paths.owner(template)
         except KernelError as error:
@@ -365,7 +364,7 @@ def _open_trusted(key: str, template: PathTemplate) -> int:
 def _fill(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> str:
     """The path below the trusted part. Raises `_Fault` for a value that is no name, or would go elsewhere."""
     parts = []
-    for text, name in _pieces(template):
+    for text, name in template.pieces:
         parts.append(text)
         if name is not None:
             value = attributes.get(name)
@@ -388,8 +387,3 @@ def _wrong_with(name: str, value: object) -> str | None:
     if value in ("", ".", "..") or "\0" in value or ("/" in value and name != "path"):
         return f"{show(value)}, the {name} of the work, is not the name of a file"
     return None
-
-
-@lru_cache(maxsize=1024)
-def _pieces(template: PathTemplate) -> tuple[tuple[str, str | None], ...]:
-    return template.pieces

@@ -30,6 +30,7 @@ from rcon_plugins.isolation import Server
 from rcon_plugins.kernel.process import make_room_for_descriptors
 from rcon_plugins.outcome import Ending, Outcome
 from rcon_plugins.plan import Plan
+from rcon_plugins.plugins import calling
 from rcon_plugins.settings import Settings
 from rcon_plugins.slots import Slots
 
@@ -73,6 +74,10 @@ class Manager:
         self.plan.check()
         self.settings = self.plan.settings
         self.hook = self.plan.plugins.hook
+        # Those that each work asks.
+        self._select_policy = calling(self.hook.rcon_select_policy)
+        self._work_started = calling(self.hook.rcon_work_started)
+        self._work_finished = calling(self.hook.rcon_work_finished)
         #: Settles the few races between a work's own thread and the supervisor. Held for moments.
         self.lock = threading.Lock()
         self._making = threading.Lock()
@@ -121,7 +126,7 @@ class Manager:
                 if self.plan.wants_adoption(instance):
                     instance.adopt()
             self._slots = Slots(instance.locks)
-            kept = self.settings.confinements if self.plan.uses_threads else 0
+            kept = self.settings.confinements + self.settings.threads if self.plan.uses_threads else 0
             make_room_for_descriptors(kept + (self.settings.processes if self.plan.uses_processes else 0))
             if self.plan.uses_processes and service is not None:
                 self._pool = ExecutorPool(
@@ -192,7 +197,7 @@ class Manager:
         try:
             if policy.concurrency is not None:
                 slot = self._in_turn(wait, partial(self._take_slot, confinement, policy.concurrency))
-            self.hook.rcon_work_started(work=work, policy=policy)
+            self._work_started(work=work, policy=policy)
             return self._in_turn(wait, partial(self._make_admission, work, confinement, slot, identity))
         except BaseException as error:
             self._let_go(confinement, slot)
@@ -222,7 +227,7 @@ class Manager:
         self._tell(work, outcome)
 
     def _select(self, work: Work) -> str | None:
-        selected: str | None = self.hook.rcon_select_policy(work=work) or self.settings.fallback
+        selected: str | None = self._select_policy(work=work) or self.settings.fallback
         if selected is None:
             if self.settings.unmatched == "allow":
                 return None
@@ -334,7 +339,7 @@ class Manager:
 
     def _tell(self, work: Work, outcome: Outcome) -> None:
         try:
-            self.hook.rcon_work_finished(work=work, outcome=outcome)
+            self._work_finished(work=work, outcome=outcome)
         except Exception:  # noqa: BLE001 - the work is over; a plugin's fault in hearing so is for the log
             LOGGER.exception("a plugin failed in rcon_work_finished")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
+from typing import Any
 
 import pluggy
 
@@ -55,6 +56,26 @@ def limits_manager() -> pluggy.PluginManager:
     for module in (cpu, cpuset, memory, io, pids):
         manager.register(module)
     return manager
+
+
+def calling(hook: pluggy.HookCaller) -> Callable[..., Any]:
+    """What calls a hook that is asked for each work, as it is registered now: directly, where that is one function.
+
+    With one implementation, or none, what pluggy does for many is most of the cost. What it returns is only for hooks
+    of which the first result counts.
+    """
+    implementations = hook.get_hookimpls()
+    if not implementations:
+        return _nobody
+    only = implementations[0]
+    is_plain = not (only.wrapper or only.hookwrapper)
+    if len(implementations) == 1 and is_plain and hook.spec and only.argnames == hook.spec.argnames:
+        return only.function
+    return hook
+
+
+def _nobody(**_: object) -> None:
+    """Nobody listens."""
 
 
 def _load(name: str, file: str | None, key: str = "plugins") -> object:

@@ -193,7 +193,9 @@ class Router:
                 found.append(index[value])
         if self._others:
             found.append(self._others)
-        return iter(found[0]) if len(found) == 1 else heapq.merge(*found, key=itemgetter(0))
+        if len(found) < 2:
+            return iter(found[0] if found else ())
+        return heapq.merge(*found, key=itemgetter(0))
 
     def _by_host(self, host: str) -> Iterator[list[Found]]:
         if host in self._hosts:

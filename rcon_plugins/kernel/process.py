@@ -202,7 +202,7 @@ def make_room_for_descriptors(executors: int) -> None:
     """Raise the soft limit of open files (getrlimit(2)), as far as it may be, to hold so many executors.
 
     Never lowers it. A process takes a socket and the files its usage is read from; a confinement of threads the files
-    by which its cgroup is entered and left.
+    by which its cgroup is entered and left; a thread the pipes that it is woken by.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _FILES_OF_A_SERVER + executors * _FILES_OF_AN_EXECUTOR

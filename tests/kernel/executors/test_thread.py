@@ -313,7 +313,7 @@ def test_a_thread_that_ended_while_it_waited_takes_up_no_room() -> None:
         try:
             return [run(manager, os.getuid, host="a")]
         finally:
-            assert sum(thread.name.startswith("rcon-") for thread in threading.enumerate()) <= 2
+            assert soon(lambda: sum(thread.name.startswith("rcon-") for thread in threading.enumerate()) <= 2)
 
     assert managed({**POLICY, "per": "host"}, program, threads=2) == [TENANT]
 
@@ -529,6 +529,26 @@ def test_a_drop_that_fails_is_a_refusal() -> None:
         return "ran"
 
     assert "not in a thread" in in_child(program)
+
+
+def test_threads_that_ended_leave_no_descriptor() -> None:
+    def program(manager: Manager) -> list[int]:
+        def count() -> int:
+            return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+        before = count()
+        admissions = [admit(manager, host=host) for host in ("a", "b", "c")]
+        most = count()
+        for admission in admissions:
+            admission.call(int)
+            admission.finish()
+        del admission
+        admissions.clear()
+        manager._threads.close()
+        return [before, most, count()]
+
+    before, most, after = managed(POLICY, program)
+    assert before == after < most
 
 
 def test_cpu_quota() -> None:
