@@ -52,7 +52,7 @@ def set_limits(group: Group, options: Mapping[str, Any], as_json: bool) -> int:
     before, usage = group.limits(), group.usage()
     wanted = _asked_for(options, before)
     _check(group, wanted)
-    change_limits(group.cgroup, wanted)
+    change_limits(group.cgroup, wanted, gather=not group.is_of_server())
     after = group.limits()
     notes = [*_squeezed(group, wanted, usage.memory_current, usage.oom_kills), *_rewritten(group)]
     if as_json:

@@ -9,32 +9,56 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel.cgroup import files, v1
 from rcon_plugins.kernel.cgroup.in_force import read_limits
 from rcon_plugins.kernel.cgroup.resources import MAX, IoMax, Resources
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.cgroup import Cgroup
+    from rcon_plugins.kernel.cgroup.mounts import Mount
 
 
-def change_limits(cgroup: Cgroup, wanted: Resources) -> None:
+def change_limits(cgroup: Cgroup, wanted: Resources, *, gather: bool = False) -> None:
     """Write limits to a cgroup in use; what is ``None`` stays as it is.
 
     All are in force afterwards, or, if one cannot be written, those of before.
 
     A limit below what is in use: processes beyond ``pids_max`` stay, and no more can be started. Beyond
     ``memory_max`` the kernel takes back what it can; what does not fit then, it kills (v2), or it refuses the limit
-    (v1, EBUSY). Raises KernelError.
+    (v1, EBUSY).
+
+    ``gather``: for first limits of IO on v1, which hold for the processes of the cgroup itself alone, those of its
+    leaves are moved up into it, in that hierarchy; else such limits are refused. Not where somebody keeps the leaves'
+    files of IO open: they go. Raises KernelError.
     """
     before = read_limits(cgroup)
     wanted = _with_swap(wanted, before)
+    io = [
+        directory
+        for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True)
+        if _is_flat(mount)
+    ]
+    leaves = cgroup.children()
     try:
+        if gather and wanted.io:
+            for directory in io:
+                v1.gather_io(directory)
         cgroup.configure(wanted)
     except KernelError as error:
         # What cannot be put back either is the lesser evil: the first error is the one to tell.
         with contextlib.suppress(KernelError):
             cgroup.configure(_undoing(cgroup, wanted, before))
         raise _told_better(error) from None
+    finally:
+        for directory in io if gather and wanted.io else ():
+            if not v1.io_is_limited(directory):
+                # A leaf has its place in each hierarchy where nothing above it needs it.
+                for name in leaves:
+                    files.make_directory(f"{directory}/{name}")
+
+
+def _is_flat(mount: Mount) -> bool:
+    return mount.version == 1 and mount.controllers == {"blkio"}
 
 
 def _with_swap(wanted: Resources, before: Resources) -> Resources:

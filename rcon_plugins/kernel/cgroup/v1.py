@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel.cgroup import files
@@ -228,6 +229,28 @@ def io_holder(mount: Mount, path: str) -> str | None:
 def io_is_limited(directory: str) -> bool:
     """Whether a blkio cgroup has a throttling rule."""
     return any(files.read_if_there(directory, name) for name in IO_FILES.values())
+
+
+def gather_io(directory: str, seconds: float = 2.0) -> None:
+    """Move what runs in the child cgroups of a blkio cgroup up into it, where its limits hold (see _parent_limits_io).
+
+    Not what runs further down: that is of instances of their own. Costs milliseconds a process. Raises KernelError.
+    """
+    deadline = time.monotonic() + seconds
+    children = [f"{directory}/{name}" for name in files.subdirectories(directory)]
+    for child in children:
+        if files.subdirectories(child):
+            continue
+        # What is forked meanwhile is born in the child, and found the next time.
+        while pids := (files.read_if_there(child, "cgroup.procs") or "").split():
+            for pid in pids:
+                try:
+                    files.write(directory, "cgroup.procs", pid)
+                except KernelError as error:
+                    if error.errno != errno.ESRCH:
+                        raise
+            if time.monotonic() >= deadline:
+                return
 
 
 def _account_hierarchically(directory: str) -> None:

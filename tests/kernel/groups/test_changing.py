@@ -16,7 +16,15 @@ from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import KernelError
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import MAX, Cgroup, IoMax, Resources, change_limits, device_of, read_limits
-from tests.kernel.cgroup.helpers import DISK, MIB, eventually, running, settings_of, sleep_forever
+from tests.kernel.cgroup.helpers import (
+    DISK,
+    MIB,
+    eventually,
+    running,
+    settings_of,
+    sleep_forever,
+    write_directly,
+)
 
 LIMITS = Resources(cpu_quota=0.5, memory_max=64 * MIB, pids_max=8)
 
@@ -88,6 +96,45 @@ def test_io_limits_come_and_go(command: Cgroup, own: str, capsys: pytest.Capture
     assert read_limits(command).io == {disk: IoMax(MAX, MAX, 100, MAX)}
     said(capsys, ["set", f"{own}-command", "--read-iops", "max", "--read", "2M", "--device", str(disk)])
     assert read_limits(command).io == {disk: IoMax(2 * MIB, MAX, MAX, MAX)}
+
+
+def test_io_limits_of_a_command_that_runs(command: Cgroup, instance: Instance, own: str) -> None:
+    """They hold, also on v1, where they would not for processes in a leaf; and the leaf is whole again after them."""
+    main = instance.leaf(f"{own}-command", "main")
+    target = DISK / f"{own}-io"
+    try:
+        with running(main, _write, str(target)) as child:
+            assert run_main(["set", f"{own}-command", "--write", "4M", "--device", str(DISK)]) == 0
+            before = command.read().io_write_bytes or 0
+            begin = time.monotonic()
+            time.sleep(3)
+            written = (command.read().io_write_bytes or 0) - before
+            rate = written / (time.monotonic() - begin)
+            assert child.pid in command.processes(subtree=True)
+            assert run_main(["set", f"{own}-command", "--write", "max", "--device", str(DISK)]) == 0
+            assert read_limits(command).io == {}
+    finally:
+        target.unlink()
+    assert 2 * MIB < rate < 6 * MIB
+    assert main.exists()
+    assert main.read().io_write_bytes is not None
+
+
+def _write(path: str) -> None:
+    while True:
+        write_directly(path, 1 * MIB)
+
+
+@pytest.mark.layout("hybrid", "v1")
+def test_io_limits_that_came_too_late_for_a_server_are_refused(
+    instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its executors keep the files open that they are read by."""
+    together = instance.together(f"{own}~a.example").create()
+    with running(instance.leaf(f"{own}~a.example", "1").create(), sleep_forever):
+        _, err = said(capsys, ["set", f"{own}~a.example", "--write", "4M", "--device", str(DISK)], 125)
+        assert "set the limits before they run" in err
+        assert read_limits(together).io == {}
 
 
 BAD = [
