@@ -1,0 +1,55 @@
+"""The commands of docs/groups.md do what the page says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from rcon_plugins.instance import Instance
+from rcon_plugins.kernel.cgroup import Resources
+from tests.kernel.cgroup.helpers import MIB, running, sleep_forever
+
+ROOT = Path(__file__).parents[3]
+RCON = f"{sys.executable} -c 'from rcon_plugins.cli.rcon import main; main()'"
+FEWEST = 10
+
+
+def commands() -> list[str]:
+    """Each line that calls rcon, without what its output is piped to."""
+    page = (ROOT / "docs/groups.md").read_text()
+    lines = [
+        line for block in re.findall(r"^```sh\n(.*?)^```$", page, re.M | re.S) for line in block.splitlines()
+    ]
+    return [line.partition(" | ")[0] for line in lines if line.startswith("rcon ")]
+
+
+def test_each_command_of_the_page(instance: Instance, own: str) -> None:
+    """As it stands there, of groups that no other test has; the live ones once."""
+    instance.together(f"{own}~a.example").create().configure(Resources(cpu_quota=0.3, memory_max=64 * MIB))
+    instance.together(f"{own}-nightly").create().configure(Resources(cpu_quota=0.5, memory_max=64 * MIB))
+    with (
+        running(instance.leaf(f"{own}~a.example", "1").create(), sleep_forever),
+        running(instance.leaf(f"{own}-nightly", "main").create(), sleep_forever) as command,
+    ):
+        done = []
+        for line in commands():
+            words = line.replace("nightly", f"{own}-nightly").replace("tenant~", f"{own}~")
+            if words.startswith("rcon watch"):
+                continue  # ends with its group: see test_watching.py
+            if words.startswith("rcon top"):
+                words += " --iterations 1 --interval 0.1"
+            found = subprocess.run(
+                ["bash", "-c", words.replace("rcon", RCON, 1)],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=100,
+            )
+            assert (found.returncode, found.stderr) == (0, ""), line
+            done.append(line.split()[1])
+        assert len(done) >= FEWEST
+        assert {"ls", "stat", "top", "set", "freeze", "thaw", "kill"} == set(done)
+        assert command.wait() == -9
