@@ -21,8 +21,6 @@ from rcon_plugins.identity import check, resolve
 from rcon_plugins.kernel.capability import Identity
 from rcon_plugins.policy import Policy
 
-pytestmark = pytest.mark.once
-
 ANNA, BERTA, DEPLOY = 54001, 54002, 54003  # without entries in the user database
 STAFF = 54100
 
@@ -312,6 +310,7 @@ def test_a_group_that_is_not_known_here(sites: Path, keys: dict[str, Any], key: 
     assert resolve(allowed, {"host": "anna"}) == Identity(ANNA, 65534)
 
 
+@pytest.mark.once
 def test_whom_a_user_namespace_does_not_map_nobody_is(sites: Path) -> None:
     code = (
         "import sys; from rcon_plugins.errors import IdentityRefused; from rcon_plugins.identity import resolve\n"
@@ -395,6 +394,7 @@ GROUP = """
 """
 
 
+@pytest.mark.once
 def test_groups_are_those_of_the_group_database(tmp_path: Path, sites: Path) -> None:
     printed = with_databases(
         tmp_path,
@@ -436,6 +436,7 @@ def test_groups_are_those_of_the_group_database(tmp_path: Path, sites: Path) -> 
     ]
 
 
+@pytest.mark.once
 def test_a_user_who_is_removed_is_missed_when_the_answer_is_old(tmp_path: Path) -> None:
     printed = with_databases(
         tmp_path,
