@@ -7,8 +7,8 @@ DEMO := examples/tenants/demo.py
 CUSTOMERS := examples/customers/show.py
 SOURCES := rcon_plugins integrations tests examples
 
-# What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them; a broker.
-DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file redis-server
+# What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them; a broker; systemd to ask.
+DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file redis-server systemd dbus
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from rcon_plugins.errors import KernelError, RconError
+from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_name
@@ -157,6 +157,9 @@ class _Run:
 
     def _make_group(self) -> None:
         order = self._order
+        for refusal in self._instance.hierarchy.refusals(order.resources):
+            # Of the machine all is known; here there may be less of it.
+            raise ControllerUnavailable(refusal.reason, path=self._group.path, hint=refusal.remedy)
         if self._instance.needs_adoption:
             self._instance.adopt()
         self._group.create()

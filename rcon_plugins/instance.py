@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 
+from rcon_plugins import systemd
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, files, find_base, mounts, owner, v2
 from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE, own_cgroup
@@ -54,7 +55,7 @@ class Instance:
         it. Raises DelegationError with the exact remedy, KernelError.
         """
         for _ in range(_ATTEMPTS):
-            found = find_base(hierarchy, base)
+            found = find_base(hierarchy, base, systemd.enter_scope)
             try:
                 return cls._create_in(hierarchy.narrowed(found), found, owner)
             except KernelError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from rcon_plugins import userdb
+from rcon_plugins import systemd, userdb
 from rcon_plugins.confinement import cgroup_name
 from rcon_plugins.errors import ConfinementError, KernelError, RconError, SettingsError
 from rcon_plugins.identity import check as check_identity
@@ -42,7 +42,7 @@ def check(file: str, server: str, as_json: bool) -> tuple[str, bool]:
         plan = Plan.make(load(file), SERVERS[server])
         _add_verdicts(found, plan)
         if not _wrong(found):
-            found["cgroup"] = base = find_base(plan.hierarchy, plan.settings.cgroup)
+            found["cgroup"] = base = find_base(plan.hierarchy, plan.settings.cgroup, systemd.enter_scope)
             # There it may have fewer controllers.
             _add_verdicts(found, plan.within(plan.hierarchy.narrowed(base)))
     except RconError as error:

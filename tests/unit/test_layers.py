@@ -46,6 +46,7 @@ ROOMS = {
     "billiard": ("rcon_celery",),
     "click": ("rcon_plugins.cli", "rcon_plugins.hookspecs"),  # the hook that adds commands says to what
     "rich": ("rcon_plugins.cli",),
+    "jeepney": ("rcon_plugins.systemd",),
 }
 # Paths of the kernel that are only recognised, in what a person wrote, to tell them what to write instead.
 SPOKEN_OF = {("rcon_plugins.settings", "/sys/fs/cgroup")}

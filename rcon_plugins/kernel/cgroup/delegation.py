@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pwd
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import DelegationError, KernelError
-from rcon_plugins.kernel.cgroup import files, mounts, nested, v1
+from rcon_plugins.kernel.cgroup import files, mounts, nested, remedies, v1
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.names import check_path
 
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 ROOT_BASE = "/rcon"
 
 
-def find_base(hierarchy: Hierarchy, setting: str | None = None) -> str:
+def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[], None] | None = None) -> str:
     """The path of a cgroup that is ours to make others in; it exists when this returns.
 
     In this order: ``setting``; the cgroup this process is in, if it is alone there and may write it (or,
-    where it is in the tree of a server, the base of that, if it may write it); for root ``/rcon``.
-    In a group that holds it to limits, only inside of that: see :mod:`.nested`.
+    where it is in the tree of a server, the base of that, if it may write it; or, in a unit with
+    DelegateSubgroup=, that of the unit); on v2, what ``ask`` has this process moved into, which raises
+    DelegationError where that cannot be; for root ``/rcon``. In a group that holds it to limits, only
+    inside of that: see :mod:`.nested`.
     Raises DelegationError with the exact remedy, ValueError for a setting that is no path.
     """
     place = nested.own_place(hierarchy)
@@ -35,30 +37,68 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None) -> str:
         return _prepare(hierarchy, check_path(setting))
     if place is not None and place.base is not None and _is_writable(hierarchy, place.base):
         return place.base
-    own = own_cgroup(hierarchy)
-    if place is None and own is not None and _is_ours(hierarchy, own):
-        return own
+    if place is None and (found := given(hierarchy)) is not None:
+        return found
+    own, refused = own_cgroup(hierarchy), None
+    if ask is not None and place is None and hierarchy.layout == "v2" and not _read_only(hierarchy):
+        try:
+            ask()
+        except DelegationError as error:
+            refused = error
+        else:
+            own = own_cgroup(hierarchy)
+            if own is not None and _is_ours(hierarchy, own, {str(os.getpid())}, asked=True):
+                return own
     if os.geteuid() == 0:
         return _prepare(hierarchy, ROOT_BASE)
     raise DelegationError(
-        "no cgroup is delegated to this process",
-        errno=errno.EACCES,
+        "no cgroup is delegated to this process" + (f"; {refused.problem}" if refused else ""),
+        errno=errno.EROFS if _read_only(hierarchy) else errno.EACCES,
         path=own,
-        hint=remedy(hierarchy, ROOT_BASE, own),
+        hint=remedies.remedy(hierarchy, ROOT_BASE, own, asked=refused),
     )
+
+
+def given(hierarchy: Hierarchy) -> str | None:
+    """What was given to this process with the cgroup it is in: that itself, or what is around it.
+
+    The one around, if nothing runs there: of a unit with DelegateSubgroup= (systemd 254), or a directory
+    of this user's in which root made one for its processes.
+    """
+    own = own_cgroup(hierarchy)
+    if own is None:
+        return None
+    if _is_ours(hierarchy, own, {str(os.getpid())}):
+        return own
+    around = os.path.dirname(own)
+    if own != "/" and _is_ours(hierarchy, around, set()) and _is_given(hierarchy, around):
+        return around
+    return None
+
+
+def _is_given(hierarchy: Hierarchy, path: str) -> bool:
+    """Whether somebody gave this cgroup away: systemd, or by its owner, who is this user.
+
+    All below the manager of a user is the user's, and that manager's business.
+    """
+    directories = [mount.directory(path) for mount in hierarchy.limit_mounts]
+    if all(_is_marked(directory) for directory in directories):
+        return True
+    uid = os.geteuid()
+    if uid == 0 or f"/user@{uid}.service" in path:
+        return False
+    return all(os.stat(directory).st_uid == uid for directory in directories)
+
+
+def _read_only(hierarchy: Hierarchy) -> bool:
+    return any(mount.read_only for mount in hierarchy.limit_mounts)
 
 
 def own_cgroup(hierarchy: Hierarchy) -> str | None:
     """Where this process is, if that is the same path in every hierarchy that carries limits."""
     own = mounts.parse_membership(files.read_own("cgroup"))
-    paths = {mounts.membership(mount, own) for mount in limit_mounts(hierarchy)}
+    paths = {mounts.membership(mount, own) for mount in hierarchy.limit_mounts}
     return paths.pop() if len(paths) == 1 else None
-
-
-def limit_mounts(hierarchy: Hierarchy) -> list[Mount]:
-    """The mounts in which limits are set."""
-    found = {hierarchy.mount_of(name) for name in hierarchy.controllers}
-    return [mount for mount in hierarchy.mounts if mount in found]
 
 
 def _inside(hierarchy: Hierarchy, place: nested.Place, setting: str | None) -> str:
@@ -91,7 +131,7 @@ def _inside(hierarchy: Hierarchy, place: nested.Place, setting: str | None) -> s
     try:
         return _prepare(hierarchy, base)
     except DelegationError as error:
-        user = _user_name()
+        user = remedies.user_name()
         if error.errno in (errno.EACCES, errno.EPERM):
             error.hint = (
                 f"the limits of {group} hold for this process, and it is not {user}'s: start what is around "
@@ -102,7 +142,7 @@ def _inside(hierarchy: Hierarchy, place: nested.Place, setting: str | None) -> s
 
 def _has_room(hierarchy: Hierarchy, base: str) -> bool:
     """Whether ``base`` can pass controllers on: on v2 it has no processes, or only this one."""
-    for mount in limit_mounts(hierarchy):
+    for mount in hierarchy.limit_mounts:
         if mount.version == 2 and files.is_directory(mount.directory(base)):
             try:
                 inside = files.read(mount.directory(base), "cgroup.procs").split()
@@ -116,7 +156,7 @@ def _has_room(hierarchy: Hierarchy, base: str) -> bool:
 
 def _is_writable(hierarchy: Hierarchy, path: str) -> bool:
     """Whether this process may make cgroups in ``path`` and move processes below it."""
-    for mount in limit_mounts(hierarchy):
+    for mount in hierarchy.limit_mounts:
         directory = mount.directory(path)
         needed = [directory, f"{directory}/cgroup.procs"]
         if mount.version == 2:
@@ -126,20 +166,23 @@ def _is_writable(hierarchy: Hierarchy, path: str) -> bool:
     return True
 
 
-def _is_ours(hierarchy: Hierarchy, path: str) -> bool:
-    """Whether this process is alone in ``path`` and may write it."""
+def _is_ours(hierarchy: Hierarchy, path: str, inside: set[str], *, asked: bool = False) -> bool:
+    """Whether this process may write ``path``, and just the processes ``inside`` are there.
+
+    ``asked``: a manager made it for us, so that it need not be looked for in what managers made.
+    """
     if not _is_writable(hierarchy, path):
         return False
-    for mount in limit_mounts(hierarchy):
+    for mount in hierarchy.limit_mounts:
         directory = mount.directory(path)
         if _is_machine_root(mount, directory):
             return False
         try:
-            inside = files.read(directory, "cgroup.procs").split()
+            found = files.read(directory, "cgroup.procs").split()
         except KernelError:
             # EOPNOTSUPP: a threaded cgroup is no place for ours.
             return False
-        if inside != [str(os.getpid())] or not _was_delegated(directory):
+        if set(found) != inside or not (asked or _was_delegated(mount, path)):
             return False
     return True
 
@@ -152,26 +195,35 @@ def _is_machine_root(mount: Mount, directory: str) -> bool:
     return directory == mount.path and mount.root == "/"
 
 
-def _was_delegated(directory: str) -> bool:
+def _was_delegated(mount: Mount, path: str) -> bool:
     """Whether systemd, where it manages the tree, gave this cgroup away.
 
-    A root process may write everywhere, but systemd is the single writer of what it did not delegate
-    (https://systemd.io/CGROUP_DELEGATION). The mark is on the unit's cgroup, which with DelegateSubgroup=
-    is the one above.
+    A root process may write everywhere, and a user everywhere below its own manager, but a manager is the
+    single writer of what it did not delegate (https://systemd.io/CGROUP_DELEGATION). The mark is on the
+    unit's cgroup, which with DelegateSubgroup= is the one above. Older managers of users cannot set one;
+    then that of the user's manager itself has none that a user can see either.
     """
-    if os.geteuid() != 0 or not os.path.isdir("/run/systemd/system"):
-        return True
-    for place in (directory, os.path.dirname(directory)):
-        for name in ("trusted.delegate", "user.delegate"):
-            with contextlib.suppress(OSError):
-                if os.getxattr(place, name) == b"1":
-                    return True
+    if os.geteuid() == 0:
+        managed = os.path.isdir("/run/systemd/system")
+    else:
+        above, name, _ = path.partition(f"/user@{os.geteuid()}.service/")
+        managed = bool(name) and _is_marked(mount.directory(above + name.rstrip("/")))
+    directory = mount.directory(path)
+    return not managed or _is_marked(directory) or _is_marked(os.path.dirname(directory))
+
+
+def _is_marked(directory: str) -> bool:
+    """Whether a systemd manager delegated this cgroup (``user.delegate`` since kernel 5.7)."""
+    for name in ("trusted.delegate", "user.delegate"):
+        with contextlib.suppress(OSError):
+            if os.getxattr(directory, name) == b"1":
+                return True
     return False
 
 
 def _prepare(hierarchy: Hierarchy, path: str) -> str:
     """Make ``path`` where it is missing, and see that it can be written."""
-    for mount in limit_mounts(hierarchy):
+    for mount in hierarchy.limit_mounts:
         if mount.read_only:
             raise _refused(hierarchy, path, errno.EROFS, f"{mount.path} is mounted read-only")
     cgroup = hierarchy.cgroup(path)
@@ -179,7 +231,7 @@ def _prepare(hierarchy: Hierarchy, path: str) -> str:
         with contextlib.suppress(KernelError):
             # Of a hybrid's v2 side, or a controller that stays away, the hierarchy is narrowed below.
             cgroup.create()
-        for mount in limit_mounts(hierarchy):
+        for mount in hierarchy.limit_mounts:
             directory = mount.directory(path)
             if v1.io_holder(mount, path) is not None:
                 continue
@@ -204,57 +256,5 @@ def _check_passed_on(hierarchy: Hierarchy, path: str, directory: str) -> None:
 
 def _refused(hierarchy: Hierarchy, path: str, number: int, problem: str) -> DelegationError:
     return DelegationError(
-        problem, errno=number, path=path, hint=remedy(hierarchy, path, own_cgroup(hierarchy), number)
+        problem, errno=number, path=path, hint=remedies.remedy(hierarchy, path, own_cgroup(hierarchy), number)
     )
-
-
-def remedy(hierarchy: Hierarchy, path: str, own: str | None, number: int = errno.EACCES) -> str:
-    """The commands or unit lines after which there is a base."""
-    if number == errno.EROFS:
-        return (
-            "in a container, start it with a writable cgroup of its own: "
-            "docker run --cgroupns=private --security-opt writable-cgroups=true ..., or, where that is not "
-            "known, docker run --privileged --cgroupns=private ...; outside of one: "
-            + "; ".join(f"mount -o remount,rw {mount.path}" for mount in limit_mounts(hierarchy))
-        )
-    if number == errno.EBUSY:
-        return (
-            "a cgroup that has processes passes no controllers on: let the server be the only process of the "
-            'container (CMD ["gunicorn", ...] without a shell), or set cgroup = "..." to one without processes'
-        )
-    controllers = " ".join(sorted(hierarchy.controllers)) or "yes"
-    if os.path.isdir("/run/systemd/system"):
-        unit = next((part for part in (own or "").split("/") if part.endswith(".service")), None)
-        edit = f"systemctl edit {unit}" if unit and os.geteuid() == 0 else "the unit of the server"
-        return (
-            f"in {edit}: [Service] Delegate={controllers}; or start it with: "
-            f"systemd-run {'' if os.geteuid() == 0 else '--user '}--scope -p Delegate=yes COMMAND"
-        )
-    user = _user_name()
-    commands = []
-    for mount in hierarchy.mounts:
-        directory = mount.directory(path)
-        if mount.version == 1:
-            commands.append(
-                f"mkdir -p {directory} && chown {user} {directory} {directory}/tasks {directory}/cgroup.procs"
-            )
-        else:
-            server = f"{directory}/server"
-            enable = " ".join(f"+{name}" for name in sorted(mount.controllers))
-            if enable:
-                commands.append(f"echo '{enable}' > {mount.path}/cgroup.subtree_control")
-            commands.append(
-                f"mkdir -p {server} && chown {user} {directory} {directory}/cgroup.procs "
-                f"{directory}/cgroup.subtree_control {server} {server}/cgroup.procs "
-                f"{server}/cgroup.threads {server}/cgroup.subtree_control"
-            )
-            if mount.controllers:
-                commands.append(f"echo PID-OF-THE-SHELL-THAT-STARTS-IT > {server}/cgroup.procs")
-    return f'run the server as root, or as root once: {"; ".join(commands)}; and set cgroup = "{path}"'
-
-
-def _user_name() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())

@@ -19,9 +19,9 @@ from rcon_plugins.errors import KernelError
 _CHUNK = 65536
 
 _HINTS = {
-    errno.EROFS: "this cgroup file system is mounted read-only; in a container, mount it writable and with a "
-    "cgroup of its own: docker run --cgroupns=private with -v /sys/fs/cgroup:/sys/fs/cgroup:rw, or run "
-    "the server outside of the container",
+    errno.EROFS: "this cgroup file system is mounted read-only; in a container, start that with a writable cgroup of "
+    "its own: docker run --cgroupns=private --security-opt writable-cgroups=true, or podman run "
+    "--cgroupns=private --security-opt unmask=/sys/fs/cgroup",
     errno.EACCES: "only the owner of this cgroup may: run as root, or have the cgroup delegated to this user",
     errno.EPERM: "only the owner of this cgroup may: run as root, or have the cgroup delegated to this user",
     errno.ENOENT: "the cgroup is gone, or its controller is not enabled here",

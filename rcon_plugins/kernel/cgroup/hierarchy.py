@@ -115,6 +115,12 @@ class Hierarchy:
         """The v2 mount, where there is one."""
         return next((mount for mount in self.mounts if mount.version == 2), None)
 
+    @property
+    def limit_mounts(self) -> list[Mount]:
+        """The mounts in which limits are set."""
+        found = {self.mount_of(name) for name in self.controllers}
+        return [mount for mount in self.mounts if mount in found]
+
     def mount_of(self, controller: str) -> Mount | None:
         """The mount in which the limits of ``controller`` are set."""
         if controller not in self.controllers:

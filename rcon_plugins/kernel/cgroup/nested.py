@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.kernel.cgroup import files, mounts
+from rcon_plugins.kernel.cgroup.in_force import read_limits
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
+from rcon_plugins.kernel.cgroup.resources import Resources
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
@@ -57,7 +59,22 @@ def place_of(path: str) -> Place | None:
 def own_place(hierarchy: Hierarchy) -> Place | None:
     """The place of this process, by its paths in all hierarchies; None outside of any instance."""
     own = mounts.parse_membership(files.read_own("cgroup"))
-    return place_among(mounts.membership(mount, own) for mount in hierarchy.mounts)
+    place = place_among(mounts.membership(mount, own) for mount in hierarchy.mounts)
+    if place is None or place.base is None or place.base != place.boundary:
+        return place
+    main = f"{place.base}/{MAIN}"
+    here = hierarchy.where(main)
+    if here is not None and _limits_something(read_limits(here.cgroup(main))):
+        # The limits of a single command beside those of its group: they would not hold beside it.
+        return Place(main, main)
+    return place
+
+
+def _limits_something(resources: Resources) -> bool:
+    numbers = (
+        resources.cpu_quota, resources.memory_max, resources.memory_high, resources.swap_max, resources.pids_max
+    )  # fmt: skip
+    return bool(resources.cpus or resources.io) or any(isinstance(number, int | float) for number in numbers)
 
 
 def place_among(paths: Iterable[str | None]) -> Place | None:

@@ -35,9 +35,10 @@ def _stat(pid: int) -> list[str]:
 def lives(pid: int, started: int) -> bool:
     """Whether the process ``pid`` that started then lives.
 
-    One in a PID namespace below ours is found too; there it calls itself by another number.
+    One in a PID namespace below ours is found too; there it calls itself by another number. One that this
+    user may not look at (``hidepid``, see ``proc(5)``) is taken for the one that is meant.
     """
-    return seen_as(pid, started) is not None
+    return seen_as(pid, started) is not None or _is_hidden(pid)
 
 
 def seen_as(pid: int, started: int) -> int | None:
@@ -54,11 +55,20 @@ def seen_as(pid: int, started: int) -> int | None:
     return None
 
 
+def _is_hidden(pid: int) -> bool:
+    if _of_process(pid, "stat") is None:
+        try:
+            os.kill(pid, 0)
+        except OSError as error:
+            return error.errno == errno.EPERM
+    return False
+
+
 def _of_process(pid: int, name: str) -> str | None:
     try:
         return files.read_if_there(f"/proc/{pid}", name)
     except KernelError as error:
-        # It ended between the open and the read.
-        if error.errno == errno.ESRCH:
+        # It ended between the open and the read; or it may not be looked at.
+        if error.errno in (errno.ESRCH, errno.EACCES, errno.EPERM):
             return None
         raise

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import files
-from rcon_plugins.kernel.cgroup.delegation import limit_mounts
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
 
 if TYPE_CHECKING:
@@ -20,22 +19,26 @@ class Survey(NamedTuple):
     unreadable: list[str]
 
 
-def survey(hierarchy: Hierarchy) -> Survey:
-    """Walk the whole tree of one mount: an instance is in each in which limits are set."""
-    mount = next(iter(limit_mounts(hierarchy)), hierarchy.mounts[-1])
-    found: list[str] = []
-    unreadable = []
-    waiting = ["/"]
-    while waiting:
-        path = waiting.pop()
-        try:
-            names = files.subdirectories(mount.directory(path))
-        except KernelError as error:
-            unreadable.append(error.path or path)
-            continue
-        for name in names:
-            child = f"{path.rstrip('/')}/{name}"
-            waiting.append(child)
-            if INSTANCE_NAME.fullmatch(name):
-                found.append(child)
+def survey(hierarchy: Hierarchy, below: str = "/", *, every: bool = False) -> Survey:
+    """Walk the tree of one mount from ``below`` down: an instance is in each in which limits are set.
+
+    ``every``: walk all mounts. What was removed in part, or made without some, may be in one only.
+    """
+    limiting = [*hierarchy.limit_mounts, hierarchy.mounts[-1]]
+    found: set[str] = set()
+    unreadable: set[str] = set()
+    for mount in hierarchy.mounts if every else limiting[:1]:
+        waiting = [below]
+        while waiting:
+            path = waiting.pop()
+            try:
+                names = files.subdirectories(mount.directory(path))
+            except KernelError as error:
+                unreadable.add(error.path or path)
+                continue
+            for name in names:
+                child = f"{path.rstrip('/')}/{name}"
+                waiting.append(child)
+                if INSTANCE_NAME.fullmatch(name):
+                    found.add(child)
     return Survey(sorted(found), sorted(unreadable))

@@ -273,8 +273,8 @@ def _set_quota(directory: str, quota: int) -> None:
     except KernelError as error:
         if error.errno != errno.EINVAL or quota < 0:
             raise
-    # Above what holds for the parent: the parent's own limit is then the tighter one in any case.
-    above = _quota_of(os.path.dirname(directory))
+    # Above what holds for one around it: that one's own limit is then the tighter one in any case.
+    above = _quota_around(directory)
     if 0 <= above < quota:
         return files.write(directory, "cpu.cfs_quota_us", str(above))
     # Below what a child has: lower the children first.
@@ -283,6 +283,16 @@ def _set_quota(directory: str, quota: int) -> None:
         if _quota_of(child) > quota:
             _set_quota(child, quota)
     return files.write(directory, "cpu.cfs_quota_us", str(quota))
+
+
+def _quota_around(directory: str) -> int:
+    """The quota of the nearest cgroup above that has one; negative: none has."""
+    above = os.path.dirname(directory)
+    while (quota := files.read_if_there(above, "cpu.cfs_quota_us")) is not None:
+        if int(quota) >= 0:
+            return int(quota)
+        above = os.path.dirname(above)
+    return int(_UNLIMITED)
 
 
 def _quota_of(directory: str) -> int:

@@ -133,6 +133,13 @@ def test_in_the_leaf_of_an_executor_inside_of_that(outer: Cgroup) -> None:
     assert all(path.startswith(f"{leaf.path}/rcon-") for path in paths)
 
 
+def test_where_the_command_has_limits_of_its_own_inside_of_those(outer: Cgroup) -> None:
+    """As with a policy that has `each`: beside the command they would not hold."""
+    main = outer.child("work").child("g").child("main").create()
+    main.configure(Resources(pids_max=30))
+    assert inside(main, a_tree_of_its_own)[0] == main.path
+
+
 @pytest.mark.layout("v2")
 def test_a_leaf_with_others_in_it_has_no_room(outer: Cgroup) -> None:
     leaf = outer.child("work").child("p").child(f"{os.getpid()}-1").create()

@@ -1,0 +1,172 @@
+"""What somebody gave away: by hand as the printed remedy says, or as systemd marks it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rcon_plugins.errors import DelegationError
+from rcon_plugins.instance import Instance
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources, find_base
+from rcon_plugins.kernel.cgroup.delegation import own_cgroup
+from rcon_plugins.kernel.cgroup.remedies import remedy
+from tests import children
+from tests.kernel.cgroup.helpers import layout, running, settings_of, sleep_forever
+
+pytestmark = pytest.mark.kernel
+
+NOBODY = 65534
+
+
+def become_nobody() -> None:
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def remedy_for_nobody(path: str) -> str:
+    become_nobody()
+    hierarchy = Hierarchy.discover()
+    return remedy(hierarchy, path, own_cgroup(hierarchy))
+
+
+def follow(text: str) -> None:
+    """Do as root what the remedy says, with this process as the shell that starts the server."""
+    first, *steps, last = text.split("; ")
+    assert first.startswith("run the server as root, or as root once: ")
+    assert last.startswith("and set cgroup = ")
+    for step in (first.partition("once: ")[2], *steps):
+        subprocess.run(
+            ["sh", "-ec", step.replace("PID-OF-THE-SHELL-THAT-STARTS-IT", str(os.getpid()))], check=True
+        )
+
+
+def every_limit_in(setting: str | None) -> tuple[str, str, str]:
+    instance = Instance.create(Hierarchy.discover(), setting)
+    if instance.needs_adoption:
+        instance.adopt()
+    leaf = instance.leaf("g", "main").create()
+    limits = Resources(cpu_quota=0.5, cpus="0", memory_max=1 << 26, pids_max=9)
+    instance.together("g").configure(limits)
+    with running(leaf, os.sched_getaffinity, 0) as child:
+        assert child.result() == {0}
+    found = settings_of(instance.together("g"), "pids.max")
+    path = instance.path
+    assert instance.close()
+    return instance.base, path, found
+
+
+@pytest.mark.parametrize("deeper", ["", "/deeper"])
+def test_the_printed_remedy_is_enough(group: Cgroup, deeper: str) -> None:
+    """The limits of cpus too: a new v1 cpuset is empty, and nothing can enter it."""
+    path = f"{group.path}/given{deeper}"
+
+    def act() -> tuple[str, str, str]:
+        follow(children.in_child(remedy_for_nobody, path))
+        become_nobody()
+        return every_limit_in(path)
+
+    base, tree, pids = children.in_child(act)
+    assert base == path
+    assert tree.startswith(f"{path}/rcon-")
+    assert pids == "9"
+
+
+@pytest.mark.layout("v2")
+def test_without_the_setting_what_the_shell_is_in_or_what_is_around_it(group: Cgroup) -> None:
+    path = f"{group.path}/given"
+
+    def act() -> list[str]:
+        follow(children.in_child(remedy_for_nobody, path))
+        become_nobody()
+        alone = every_limit_in(None)[0]
+        with running(None, sleep_forever):
+            beside_another = every_limit_in(None)[0]
+        return [alone, beside_another]
+
+    assert children.in_child(act) == [f"{path}/server", path]
+
+
+def test_what_root_did_not_give_is_not_taken(group: Cgroup) -> None:
+    """A directory of root's around that of the user is not the user's."""
+    own = group.child("around").child("server").create()
+    own.delegate(NOBODY, NOBODY)
+
+    def act() -> str:
+        own.enter_process()
+        become_nobody()
+        with running(None, sleep_forever), pytest.raises(DelegationError) as caught:
+            find_base(Hierarchy.discover())
+        return str(caught.value)
+
+    expected = "no cgroup is delegated to this process" if layout() == "v2" else own.path
+    said = children.in_child(act) if layout() == "v2" else children.in_child(alone_on_v1, own)
+    assert expected in said
+
+
+def alone_on_v1(own: Cgroup) -> str:
+    """On v1 a cgroup with processes can have others below it: but only one's own is sure to be ours."""
+    own.enter_process()
+    become_nobody()
+    return find_base(Hierarchy.discover())
+
+
+@pytest.mark.parametrize("mark", ["trusted.delegate", "user.delegate"])
+def test_a_unit_with_a_subgroup_for_its_processes(group: Cgroup, mark: str) -> None:
+    """As systemd 254 does with Delegate= and DelegateSubgroup=: several processes may be in that."""
+    unit = group.child("site.service")
+    own = unit.child("main").create()
+    for directory in unit.directories:
+        os.setxattr(directory, mark, b"1")
+
+    def act() -> str:
+        own.enter_process()
+        with running(None, sleep_forever):
+            return every_limit_in(None)[0]
+
+    assert children.in_child(act) == unit.path
+    assert unit.children() == ["main"]
+
+
+def test_asking_comes_after_what_was_given_and_before_roots_own(group: Cgroup) -> None:
+    asked: list[str] = []
+
+    def ask() -> None:
+        asked.append(Path("/proc/self/cgroup").read_text())
+        raise DelegationError("nobody home", errno=errno.ENOENT, hint="call again")
+
+    assert find_base(Hierarchy.discover(), f"{group.path}/set", ask) == f"{group.path}/set"
+    assert asked == []
+    own = group.child("own").create()
+
+    def alone() -> tuple[str, int]:
+        own.enter_process()
+        return find_base(Hierarchy.discover(), None, ask), len(asked)
+
+    assert children.in_child(alone) == (own.path, 0)
+
+    def refused() -> tuple[str, int]:
+        own.enter_process()
+        become_nobody()
+        with pytest.raises(DelegationError) as caught:
+            find_base(Hierarchy.discover(), None, ask)
+        return str(caught.value), len(asked)
+
+    message, times = children.in_child(refused)
+    assert times == (1 if layout() == "v2" else 0)
+    assert ("nobody home" in message) == (layout() == "v2")
+
+
+def test_in_a_group_with_limits_nobody_is_asked(group: Cgroup) -> None:
+    """systemd would lead out of it."""
+    main = group.child("rcon-1-1").child("work").child("g").child("main").create()
+
+    def act() -> str:
+        main.enter_process()
+        return find_base(Hierarchy.discover(), None, lambda: pytest.fail("was asked"))
+
+    assert children.in_child(act) == f"{group.path}/rcon-1-1/work/g"

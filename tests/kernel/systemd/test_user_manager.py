@@ -1,0 +1,208 @@
+"""An ordinary user asks its own systemd for a cgroup: a real `systemd --user`, on a real bus."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jeepney.io.blocking
+import pytest
+
+from rcon_plugins import confine, systemd
+from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.errors import DelegationError
+from rcon_plugins.instance import Instance
+from rcon_plugins.kernel.cgroup import Hierarchy, Resources, find_base
+from tests import children
+from tests.kernel.cgroup.helpers import DISK, eventually, running, settings_of, sleep_forever
+
+pytestmark = [pytest.mark.kernel, pytest.mark.layout("v2")]
+
+NOBODY = 65534
+CGROUPS = Path("/sys/fs/cgroup")
+SLICE = CGROUPS / "user.slice" / f"user-{NOBODY}.slice"
+MANAGER = SLICE / f"user@{NOBODY}.service"
+RUNTIME = Path(f"/run/user/{NOBODY}")
+BOOTED = Path("/run/systemd/system")
+#: Before the first test the manager is started, which takes long in an emulated machine.
+START_SECONDS = 120
+
+
+def give(directory: Path) -> None:
+    """As systemd gives a user's manager its cgroup."""
+    for name in ("", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"):
+        os.chown(directory / name, NOBODY, NOBODY)
+
+
+def enter_and_become_nobody(directory: Path) -> None:
+    directory.joinpath("cgroup.procs").write_text("0")
+    os.environ.update(XDG_RUNTIME_DIR=str(RUNTIME), HOME=str(RUNTIME))
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+@pytest.fixture(scope="module")
+def manager() -> Iterator[Path]:
+    """A `systemd --user` of nobody's with a bus, in a cgroup as pid 1 would have made it for it.
+
+    Yields the cgroup of a terminal in it.
+    """
+    assert jeepney.io.blocking  # imported by who can
+    with contextlib.ExitStack() as stack:
+        for directory in (BOOTED, RUNTIME):
+            if not directory.exists():
+                directory.mkdir(parents=True)
+                stack.callback(shutil.rmtree, directory)
+        RUNTIME.chmod(0o700)
+        os.chown(RUNTIME, NOBODY, NOBODY)
+        MANAGER.mkdir(parents=True)
+        stack.callback(remove_slice)
+        for above in (CGROUPS, CGROUPS / "user.slice", SLICE):
+            above.joinpath("cgroup.subtree_control").write_text("+cpu +cpuset +io +memory +pids")
+        give(MANAGER)
+        stack.enter_context(
+            started(
+                "dbus-daemon", "--session", "--nofork", "--nopidfile", f"--address=unix:path={RUNTIME}/bus"
+            )
+        )
+        eventually(lambda: RUNTIME.joinpath("bus").exists(), START_SECONDS)
+        stack.enter_context(
+            started("/lib/systemd/systemd", "--user", "--unit=basic.target", "--log-target=null")
+        )
+        eventually(lambda: RUNTIME.joinpath("systemd/private").exists(), START_SECONDS)
+        eventually(lambda: MANAGER.joinpath("app.slice").exists(), START_SECONDS)
+        terminal = MANAGER / "app.slice" / "terminal.scope"
+        terminal.mkdir()
+        give(terminal)
+        yield terminal
+
+
+@contextlib.contextmanager
+def started(*command: str) -> Iterator[None]:
+    process = subprocess.Popen(
+        command,
+        preexec_fn=lambda: enter_and_become_nobody(MANAGER),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def remove_slice() -> None:
+    """End what the manager has left, a bus that it activated say, and remove the cgroups."""
+    SLICE.joinpath("cgroup.kill").write_text("1")
+    eventually(lambda: "populated 0" in SLICE.joinpath("cgroup.events").read_text())
+    for directory, _, _ in os.walk(SLICE.parent, topdown=False):
+        Path(directory).rmdir()
+
+
+@pytest.fixture(autouse=True)
+def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(DISK)
+
+
+def in_a_terminal(terminal: Path, act: Callable[[], Any]) -> Any:
+    """What nobody's program does that was started beside a shell."""
+
+    def child() -> Any:
+        enter_and_become_nobody(terminal)
+        with running(None, sleep_forever):
+            return act()
+
+    return children.in_child(child, timeout=60)
+
+
+def own() -> str:
+    return Path("/proc/self/cgroup").read_text().strip().removeprefix("0::")
+
+
+def a_tree() -> dict[str, Any]:
+    begin = time.monotonic()
+    base = find_base(Hierarchy.discover(), None, systemd.enter_scope)
+    seconds = time.monotonic() - begin
+    instance = Instance.create(Hierarchy.discover())
+    instance.adopt()
+    leaf = instance.leaf("g", "main").create()
+    instance.together("g").configure(Resources(cpu_quota=0.5, cpus="0", memory_max=1 << 26, pids_max=9))
+    with running(leaf, own) as child:
+        inside = child.result()
+    found = settings_of(instance.together("g"), "memory.max")
+    assert instance.close()
+    return {
+        "pid": os.getpid(), "base": base, "again": instance.base, "inside": inside, "own": own(), "max": found,
+        "seconds": seconds,
+    }  # fmt: skip
+
+
+def test_a_scope_of_our_own(manager: Path) -> None:
+    found = in_a_terminal(manager, a_tree)
+    print(f"asked and moved in {found['seconds'] * 1000:.0f} ms")
+    prefix = str(MANAGER / "app.slice").removeprefix(str(CGROUPS))
+    assert found["base"].startswith(f"{prefix}/rcon-{found['pid']}-")
+    assert found["base"].endswith(".scope")
+    assert found["again"] == found["base"] == found["own"]
+    assert found["inside"].startswith(f"{found['base']}/rcon-{found['pid']}-")
+    assert found["max"] == str(1 << 26)
+    # It goes with its last process.
+    eventually(lambda: not CGROUPS.joinpath(found["base"][1:]).exists(), 30)
+
+
+def test_every_limit_can_be_set(manager: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def act() -> tuple[int, str]:
+        return run_main(["doctor", "--json"]), capsys.readouterr().out
+
+    status, out = in_a_terminal(manager, act)
+    found = json.loads(out)
+    assert found["missing"] == []
+    assert status == 0
+    assert ".scope" in found["base"]
+    (asked,) = [finding for finding in found["findings"] if finding["name"] == "systemd"]
+    assert asked["state"] == "there"
+
+
+def test_a_block_of_any_program(manager: Path) -> None:
+    def act() -> tuple[str, str]:
+        with confine(cpu="30%", pids=20):
+            inside = Path("/proc/thread-self/cgroup").read_text()
+        return inside, own()
+
+    inside, after = in_a_terminal(manager, act)
+    assert "/host/confine~1" in inside
+    assert after.endswith(".scope")
+
+
+def test_what_the_manager_may_not_take_is_refused(manager: Path) -> None:
+    """From outside of its tree only pid 1 could move a process, and pid 1 is no systemd here."""
+    session = SLICE / "session-1.scope"
+    session.mkdir()
+
+    def act() -> str:
+        with pytest.raises(DelegationError) as caught:
+            Instance.create(Hierarchy.discover())
+        assert own() == str(session).removeprefix(str(CGROUPS))
+        return str(caught.value)
+
+    try:
+        message = in_a_terminal(session, act)
+    finally:
+        eventually(lambda: not session.joinpath("cgroup.procs").read_text())
+        session.rmdir()
+    assert message.startswith("no cgroup is delegated to this process; the scope rcon-")
+    assert "systemd-run --user --scope -p Delegate=yes COMMAND" in message
