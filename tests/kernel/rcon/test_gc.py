@@ -1,0 +1,185 @@
+"""rcon gc: what dead owners left, wherever that is; nothing of the living."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.instance import Instance
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
+from tests import children
+from tests.kernel.cgroup.helpers import Running, eventually, sleep_forever
+
+NOBODY = 65534
+CLONE_NEWNS = 0x00020000
+
+
+@pytest.fixture
+def group() -> Iterator[Cgroup]:
+    """The only part of the tree in which these tests collect: others on this machine may have their own dead."""
+    cgroup = Hierarchy.discover().cgroup(f"/rcon-tests-{os.getpid()}").create()
+    try:
+        yield cgroup
+    finally:
+        cgroup.kill()
+        assert cgroup.delete()
+
+
+def leave(base: str, place: str = "work") -> tuple[str, int]:
+    """In a child that then dies: make a tree with a process in it; its path, and that process."""
+    instance = Instance.create(Hierarchy.discover(), base)
+    cgroup = instance.host if place == "host" else instance.leaf("g", "main").create()
+    return instance.path, Running(cgroup, sleep_forever).pid
+
+
+def lives(pid: int) -> bool:
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def there(path: str) -> bool:
+    return any(Path(directory).exists() for directory in Hierarchy.discover().cgroup(path).directories)
+
+
+def gc(group: Cgroup, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    status = run_main(["gc", "--below", group.path, *options])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return status, out
+
+
+def test_first_said_then_done(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+    path, pid = children.in_child(leave, f"{group.path}/some/where")
+    owner = path.rpartition("/")[2].split("-")[1]
+    status, out = gc(group, capsys, "--dry-run")
+    assert (status, out) == (0, f"{path}: its owner {owner} is dead: would kill process {pid}, remove it\n")
+    assert lives(pid)
+    assert there(path)
+
+    status, out = gc(group, capsys)
+    assert (status, out) == (0, f"{path}: removed\n")
+    eventually(lambda: not lives(pid))
+    assert not there(path)
+    assert gc(group, capsys) == (0, "")
+
+
+def test_the_living_are_left_alone(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+    instance = Instance.create(Hierarchy.discover(), group.path)
+    child = Running(instance.leaf("g", "main").create(), sleep_forever)
+    try:
+        path, _ = children.in_child(leave, f"{group.path}/other")
+        assert gc(group, capsys) == (0, f"{path}: removed\n")
+        assert lives(child.pid)
+        assert there(instance.path)
+    finally:
+        child.end()
+        assert instance.close()
+
+
+def test_a_servers_own_processes_are_left_alone(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+    path, pid = children.in_child(leave, group.path, "host")
+    status, out = gc(group, capsys, "--dry-run")
+    assert status == 1
+    assert f"leave it for its server's own process {pid}" in out
+    status, out = gc(group, capsys)
+    assert status == 1
+    assert f"processes [{pid}] of its server still run" in out
+    assert lives(pid)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not lives(pid))
+    assert gc(group, capsys) == (0, f"{path}: removed\n")
+
+
+def test_what_is_in_the_work_of_the_dead_goes_with_it(
+    group: Cgroup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def outer() -> tuple[str, str]:
+        instance = Instance.create(Hierarchy.discover(), group.path)
+        instance.leaf("g", "main").create()
+        inner, _ = children.in_child(leave, instance.together("g").path)
+        return instance.path, inner
+
+    path, inner = children.in_child(outer)
+    assert inner.startswith(f"{path}/work/g/")
+    assert gc(group, capsys) == (0, f"{path}: removed\n")
+    assert not there(path)
+
+
+def test_one_that_is_inside_of_a_living_ones_group(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+    instance = Instance.create(Hierarchy.discover(), group.path)
+    try:
+        instance.leaf("g", "main").create()
+        inner, _ = children.in_child(leave, instance.together("g").path)
+        assert gc(group, capsys) == (0, f"{inner}: removed\n")
+        assert there(instance.leaf("g", "main").path)
+    finally:
+        assert instance.close()
+
+
+def test_as_json(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+    path, pid = children.in_child(leave, group.path)
+    found: dict[str, Any] = json.loads(gc(group, capsys, "--json", "--dry-run")[1])
+    assert (found["good"], found["dry_run"]) == (True, True)
+    (tree,) = found["trees"]
+    assert (tree["path"], tree["work"], tree["taken"], tree["host"]) == (path, [pid], [], [])
+    found = json.loads(gc(group, capsys, "--json")[1])
+    assert found == {
+        "good": True,
+        "dry_run": False,
+        "trees": [{"path": path, "removed": True, "said": "removed"}],
+    }
+
+
+def test_what_is_not_ours_stays(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+    path, pid = children.in_child(leave, group.path)
+
+    def as_nobody() -> tuple[int, str]:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        return gc(group, capsys)
+
+    status, out = children.in_child(as_nobody)
+    assert status == 1
+    assert out.startswith(f"{path}: left for the next time: ")
+    assert os.strerror(errno.EACCES) in out or os.strerror(errno.EPERM) in out
+    assert lives(pid)
+    assert gc(group, capsys)[0] == 0
+
+
+def lives_for_nobody_who_sees_only_own(pid: int, started: int) -> tuple[bool, bool, bool]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(CLONE_NEWNS) == 0
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "proc", "-o", "hidepid=2", "proc", "/proc"], check=True)
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    return Path(f"/proc/{pid}").exists(), owner.lives(pid, started), owner.lives(2**22 - 1, started)
+
+
+def test_an_owner_that_cannot_be_seen_lives() -> None:
+    started = owner.start_time(os.getpid())
+    assert started is not None
+    seen, lives_on, other = children.in_child(lives_for_nobody_who_sees_only_own, os.getpid(), started)
+    assert (seen, lives_on, other) == (False, True, False)
+
+
+def test_a_place_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(["gc", "--below", "rcon/../.."]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rcon: --below: ")
+    assert err.count("\n") == 1
