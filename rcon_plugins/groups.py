@@ -26,6 +26,7 @@ from rcon_plugins.kernel.cgroup.statistics import (
     is_frozen,
     read_pressure,
     read_statistics,
+    read_usage,
 )
 from rcon_plugins.kernel.cgroup.survey import survey
 from rcon_plugins.kernel.processes import Process
@@ -92,8 +93,8 @@ class Group:
         return read_limits(self.cgroup)
 
     def usage(self) -> Reading:
-        """What it has used until now."""
-        return self.cgroup.read()
+        """What it has used until now, all below it counted in."""
+        return read_usage(self.cgroup)
 
     def statistics(self) -> Statistics:
         """What the kernel counts beyond its usage."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from rcon_plugins.cli.columns import NOT_TOLD, limits_as_json, limits_in_words, printable, size
+from rcon_plugins.cli.columns import NOT_TOLD, cut, limits_as_json, limits_in_words, printable, size
 from rcon_plugins.cli.ending import say
 from rcon_plugins.cli.limit_options import limits_of, policy_keys
 from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
@@ -144,10 +144,9 @@ def _squeezed(group: Group, wanted: Resources, used: int | None, killed_before: 
 def _rewritten(group: Group) -> list[str]:
     if not group.is_of_server():
         return []
-    server = f"the group is of a server, pid {group.owner.pid} ({group.owner.command or NOT_TOLD})"
-    return [
-        f"{server}, which may write the limits of its policy again when it starts work in it: to keep these, change it"
-    ]
+    server = f"the group is of a server, pid {group.owner.pid} ({cut(group.owner.command or NOT_TOLD, 60)})"
+    again = "may write the limits of its policy again when it starts work in it"
+    return [f"{server}, which {again}: change the policy to keep these"]
 
 
 def freeze(group: Group) -> int:

@@ -14,6 +14,7 @@ from rcon_plugins.kernel.cgroup import files
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.cgroup import Cgroup
+    from rcon_plugins.kernel.cgroup.meter import Reading
 
 
 class Stall(NamedTuple):
@@ -61,6 +62,27 @@ def read_statistics(cgroup: Cgroup) -> Statistics:
         # v1 comes first: what the v2 side of a hybrid tells as well has no controller behind it.
         found = (_of_v1(directory) if mount.version == 1 else _of_v2(directory)) | found
     return Statistics(**found)  # type: ignore[arg-type]
+
+
+def read_usage(cgroup: Cgroup) -> Reading:
+    """The usage of an existing cgroup, where OOM kills and refused forks are those of the cgroups below it too.
+
+    Where the kernel counts them in the cgroup of the process alone (v1; refused forks also on v2 before Linux 6.11),
+    those of all that are there now are added up: what was in one that has gone is not told. Raises KernelError.
+    """
+    reading = cgroup.read()
+    for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):
+        below = files.subtree(directory)[:-1]
+        if mount.version == 1 and reading.oom_kills is not None and "memory" in mount.controllers:
+            kills = sum(_keyed(leaf, "memory.oom_control").get("oom_kill", 0) for leaf in below)
+            reading = reading._replace(oom_kills=reading.oom_kills + kills)
+        counted = (
+            reading.pids_limit_hits is not None and files.read_if_there(directory, "pids.events") is not None
+        )
+        if counted and files.read_if_there(directory, "pids.events.local") is None:
+            hits = sum(_keyed(leaf, "pids.events").get("max", 0) for leaf in below)
+            reading = reading._replace(pids_limit_hits=(reading.pids_limit_hits or 0) + hits)
+    return reading
 
 
 def read_pressure(cgroup: Cgroup) -> dict[str, Pressure]:

@@ -105,6 +105,7 @@ def test_io_limits_of_a_command_that_runs(command: Cgroup, instance: Instance, o
     try:
         with running(main, _write, str(target)) as child:
             assert run_main(["set", f"{own}-command", "--write", "4M", "--device", str(DISK)]) == 0
+            time.sleep(1)  # the kernel counts what the leaf did until that is really gone
             before = command.read().io_write_bytes or 0
             begin = time.monotonic()
             time.sleep(3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from rcon_plugins.errors import KernelError, UnknownGroup
 from rcon_plugins.groups import Group, find_group, find_groups, is_gone
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, IoMax, Resources, device_of, read_limits
-from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, sleep_forever
+from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, sleep_forever, touch
 
 NOBODY = 65534
 
@@ -99,6 +101,27 @@ def test_processes_usage_and_pressure(instance: Instance, own: str) -> None:
 def _hold_memory() -> None:
     held = bytearray(24 * MIB)
     held[::4096] = b"x" * (len(held) // 4096)
+    sleep_forever()
+
+
+def test_limit_hits_in_leaves_are_those_of_the_group(instance: Instance, own: str) -> None:
+    """Also where the kernel counts them in the cgroup of the process alone."""
+    instance.together(f"{own}-a").create().configure(Resources(memory_max=32 * MIB, pids_max=3))
+    leaf = instance.leaf(f"{own}-a", "main").create()
+    group = find_group(f"{own}-a")
+    with running(leaf, touch, 64 * MIB) as child:
+        assert child.wait() == -signal.SIGKILL
+    assert group.usage().oom_kills == 1
+    with running(leaf, _fork_too_many):
+        eventually(lambda: (group.usage().pids_limit_hits or 0) > 0)
+        group.cgroup.kill()
+
+
+def _fork_too_many() -> None:
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(5):
+            if os.fork() == 0:
+                sleep_forever()
     sleep_forever()
 
 
