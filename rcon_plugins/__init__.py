@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rcon_plugins.admission import Admission
     from rcon_plugins.confined import Confined, confine
+    from rcon_plugins.events import Event, Events, watch
+    from rcon_plugins.expansion import Expansion, expand
     from rcon_plugins.hookspecs import hookimpl
     from rcon_plugins.isolation import Server, Verdict
+    from rcon_plugins.kernel.cgroup.events import Pressure
     from rcon_plugins.limits import Each, IoLimits, Limits
     from rcon_plugins.manager import Manager
+    from rcon_plugins.memory import Memory
     from rcon_plugins.outcome import Outcome
     from rcon_plugins.plan import Plan
     from rcon_plugins.policy import Policy
@@ -27,20 +31,27 @@ __all__ = [
     "Admission",
     "Confined",
     "Each",
+    "Event",
+    "Events",
+    "Expansion",
     "IoLimits",
     "Limits",
     "Manager",
+    "Memory",
     "Outcome",
     "Plan",
     "Policy",
+    "Pressure",
     "Server",
     "Settings",
     "Usage",
     "Verdict",
     "Work",
     "confine",
+    "expand",
     "hookimpl",
     "load",
+    "watch",
 ]
 
 # Imported when first asked for, so that a command pays for what it uses, and the kernel layer for nothing above it.
@@ -48,20 +59,27 @@ _HOMES = {
     "Admission": "admission",
     "Confined": "confined",
     "Each": "limits",
+    "Event": "events",
+    "Events": "events",
+    "Expansion": "expansion",
     "IoLimits": "limits",
     "Limits": "limits",
     "Manager": "manager",
+    "Memory": "memory",
     "Outcome": "outcome",
     "Plan": "plan",
     "Policy": "policy",
+    "Pressure": "events",
     "Server": "isolation",
     "Settings": "settings",
     "Usage": "usage",
     "Verdict": "isolation",
     "Work": "work",
     "confine": "confined",
+    "expand": "expansion",
     "hookimpl": "hookspecs",
     "load": "settings",
+    "watch": "events",
 }
 
 

@@ -16,6 +16,7 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
+    from rcon_plugins.events import Event
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.limits import Limits
@@ -68,6 +69,24 @@ def rcon_configure_cgroup(cgroup: Cgroup, limits: Limits, policy: Policy) -> Non
     :param limits: the limits to write.
     :param policy: the policy they belong to.
     :raises Exception: anything raised means that the work does not run.
+    """
+
+
+@hookspec(firstresult=True)
+def rcon_event(event: Event) -> Limits | None:
+    """Take note of what happened to the cgroup of some work, and change its limits if that is called for.
+
+    Called in the host process, in the thread that watches its cgroups, for work in executor processes: when memory
+    gets scarce (nine tenths of the limit are in use, it is slowed down, the limit is reached or about to be raised, a
+    process was killed for it), when no more processes may be started, when CPU time was held back, and under pressure
+    of memory or IO. It must not take long. Without a plugin that has this hook, and without memory that expands,
+    nothing is watched. See docs/events.md for the kinds of events.
+
+    :param event: what happened, where, and which limit it is about. Where ``event.limit`` begins with ``each.`` the
+        cgroup is that of one executor process, else that of all the work together.
+    :returns: None, or new limits for that cgroup, applied at once by `rcon_configure_cgroup`; what they do not set
+        stays as it is. Those of all work hold until its cgroup goes; those of one work until its end. The first
+        result that is not None wins.
     """
 
 

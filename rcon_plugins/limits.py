@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from rcon_plugins.conversion import dotted
 from rcon_plugins.errors import SettingsError
+from rcon_plugins.memory import Memory
 from rcon_plugins.units import CpuList, Cpus, Duration, Size, show
 
 _PAGE = 4096
@@ -55,9 +56,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         CpuList | None, Meta(description="The CPUs that may be run on, by number.", examples=["0-1"])
     ] = None
     memory: Annotated[
-        Size | None,
+        Memory | None,
         Meta(
-            description="Bytes of memory; work that needs more is killed.",
+            description="Bytes of memory; work that needs more is killed, or given more as far as that is written.",
             examples=["256M"],
         ),
     ] = None
@@ -84,6 +85,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     belongs: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
+        if self.memory is not None and not isinstance(self.memory, Memory):
+            # A plain number of bytes, from whoever calls the constructor itself.
+            msgspec.structs.force_setattr(self, "memory", Memory(self.memory))
         for name in ("memory", "memory_high"):
             size = getattr(self, name)
             if size is not None and size < _PAGE:
@@ -96,6 +100,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             _check_device(device)
 
     def _check_memory_high(self, high: Size) -> None:
+        if self.memory is not None and self.memory.expands:
+            raise SettingsError(
+                "memory that expands has one already: work is slowed down at its limit until that is raised",
+                key="memory_high",
+                value=high,
+                hint="leave it out",
+            )
         if self.memory is None:
             raise SettingsError(
                 "without memory, work above memory_high can be slowed down for ever",
@@ -187,10 +198,17 @@ def _check_device(device: str) -> None:
 def _check_each(each: msgspec.Struct, whole: msgspec.Struct, key: str) -> None:
     for name in _COMPARED:
         own, bound = getattr(each, name, None), getattr(whole, name, None)
-        if own is not None and bound is not None and own > bound:
+        if own is None or bound is None:
+            continue
+        where = f"{key}.{name}"
+        if isinstance(own, Memory) and isinstance(bound, Memory):
+            if own <= bound.most and own.expands:
+                own, where = own.most, f"{where}.up_to"
+            bound = bound.most
+        if own > bound:
             raise SettingsError(
                 f"{own} is never reached: all work of the policy together has {bound}",
-                key=f"{key}.{name}",
+                key=where,
                 value=own,
                 hint=f"at most {bound}, or leave it out",
             )

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission, ThreadAdmission
+from rcon_plugins.attendance import Attendance
 from rcon_plugins.confinement import Confinement, ProcessConfinement, ThreadedConfinement, cgroup_name
 from rcon_plugins.defaults.log import LOGGER
 from rcon_plugins.errors import (
@@ -88,6 +89,8 @@ class Manager:
         self._pid = 0
         self._slots: Slots | None = None
         self._pool: ExecutorPool | None = None
+        #: None where nobody wants to know what happens to cgroups, and no memory expands.
+        self._attendance: Attendance | None = None
         self._threads = ThreadExecutors(settings.threads)
         self._confinements: OrderedDict[str, Confinement] = OrderedDict()
 
@@ -129,6 +132,8 @@ class Manager:
             kept = self.settings.confinements + self.settings.threads if self.plan.uses_threads else 0
             make_room_for_descriptors(kept + (self.settings.processes if self.plan.uses_processes else 0))
             if self.plan.uses_processes and service is not None:
+                if Attendance.is_wanted(self.settings.policies, self.hook):
+                    self._attendance = Attendance(instance, self.hook, self._key_of)
                 self._pool = ExecutorPool(
                     instance,
                     self.hook,
@@ -136,6 +141,7 @@ class Manager:
                     is_kept=self._confinements.__contains__,
                     on_end=self._executor_ended,
                     on_lost=self._on_lost,
+                    attendant=self._attendance,
                 )
                 self._pool.processes.start(service, after_fork, server_files)
         except BaseException:
@@ -162,6 +168,8 @@ class Manager:
                 if not confinement.users:  # else a thread is in it, or on its way
                     last.callback(self._drop, confinement)
             last.callback(self._threads.close)
+            if self._attendance is not None:
+                last.callback(self._attendance.close)
             if self._pool is not None:
                 last.callback(self._pool.close)
         self._confinements.clear()
@@ -318,6 +326,9 @@ class Manager:
     def _let_go(self, confinement: Confinement, slot: int | None) -> None:
         with self.lock:
             confinement.users -= 1
+            idle = not confinement.users
+        if idle and self._attendance is not None:
+            self._attendance.rest(confinement.name)
         if slot is not None and self._slots is not None:
             self._slots.release(slot)
 
@@ -342,6 +353,10 @@ class Manager:
             self._work_finished(work=work, outcome=outcome)
         except Exception:  # noqa: BLE001 - the work is over; a plugin's fault in hearing so is for the log
             LOGGER.exception("a plugin failed in rcon_work_finished")
+
+    def _key_of(self, name: str) -> str | None:
+        confinement = self._confinements.get(name)
+        return None if confinement is None else confinement.key
 
     def _ready_instance(self) -> Instance:
         if self._instance is None:

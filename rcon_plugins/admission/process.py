@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Reading
     from rcon_plugins.kernel.cgroup.events import Event, Watch
+    from rcon_plugins.memory import Memory
     from rcon_plugins.work import Work
 
 _Number = TypeVar("_Number", int, float)
@@ -199,6 +200,8 @@ class ProcessAdmission(Admission):
             return "was told to come to its end"
         if executor.works >= self.policy.max_works:
             return "served max_works"
+        if executor.attention is not None and executor.attention.changed:
+            return "its limits were changed for one work"
         most = self.policy.each.memory or self.policy.memory
         held = reading.memory_current
         if most is not None and held is not None and held > _HEAVY * most:
@@ -232,8 +235,9 @@ class ProcessAdmission(Admission):
 
     def _out_of_memory(self, usage: Usage) -> Outcome:
         limit = self._limit("memory")
-        bound = self.policy.each.memory if limit == "each.memory" else self.policy.memory
-        detail = f"memory limit {bound or 'of the machine'} reached, peak {_mebibytes(usage.memory_peak)}"
+        memory = self._memory(limit)
+        bound = "of the machine" if memory is None else memory.describe()
+        detail = f"memory limit {bound} reached, peak {_mebibytes(usage.memory_peak)}"
         return self._conclude("memory", usage, limit=limit, detail=f"{self.work.name}: {detail}")
 
     def _killed(self, usage: Usage) -> Outcome:
@@ -253,10 +257,22 @@ class ProcessAdmission(Admission):
         detail = f"{self.work.name}: its process {how}"
         return self._conclude("killed", usage, signal_number=number, detail=detail)
 
+    def _memory(self, limit: str) -> Memory | None:
+        """The limit ``memory`` or ``each.memory`` that is in force."""
+        attention = self._executor.attention
+        now = attention.memory(limit) if attention is not None else None
+        return now or (self.policy.each.memory if limit == "each.memory" else self.policy.memory)
+
     def _limit(self, name: Literal["memory", "pids"]) -> str:
         """The limit that was hit: that of the single work, or that of all together."""
-        each = getattr(self.policy.each, name)
-        together = getattr(self.policy, name)
+        each: int | None
+        together: int | None
+        if name == "memory":
+            of_each, of_all = self._memory("each.memory"), self._memory("memory")
+            each = None if of_each is None else of_each.most
+            together = None if of_all is None else of_all.most
+        else:
+            each, together = self.policy.each.pids, self.policy.pids
         if each is None:
             return name
         if together is None:
@@ -284,10 +300,10 @@ class ProcessAdmission(Admission):
             return None  # its last leaf is gone, and so is it
 
     def _usage(self, reading: Reading) -> Usage:
-        before, peak, most = self._before, reading.memory_peak, self.policy.memory
-        if peak is not None and most is not None:
+        before, peak, memory = self._before, reading.memory_peak, self._memory("memory")
+        if peak is not None and memory is not None:
             # The limit is on the cgroup above: the kernel counts a batch of pages here before that refuses them.
-            peak = min(peak, int(most))
+            peak = min(peak, int(memory.most))
         return Usage(
             wall_seconds=time.monotonic() - self._started,
             cpu_seconds=_spent(before.cpu_seconds, reading.cpu_seconds),

@@ -11,7 +11,7 @@ from rcon_plugins.policy import Policy
 
 @hookimpl
 def rcon_configure_cgroup(cgroup: Cgroup, limits: Limits, policy: Policy) -> None:
-    """Write the memory limits.
+    """Write the memory limits: of memory that expands, the most it grows to (see `rcon_plugins.expansion`).
 
     One executor process and what it started die together (v2 ``memory.oom.group``): half of a work is none.
     """
@@ -19,7 +19,7 @@ def rcon_configure_cgroup(cgroup: Cgroup, limits: Limits, policy: Policy) -> Non
     if dies_whole or any(limit is not None for limit in (limits.memory, limits.memory_high, limits.swap)):
         cgroup.configure(
             Resources(
-                memory_max=in_bytes(limits.memory),
+                memory_max=in_bytes(limits.memory.most if limits.memory is not None else None),
                 memory_high=in_bytes(limits.memory_high),
                 swap_max=in_bytes(limits.swap),
                 oom_group=dies_whole,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
 from rcon_plugins.executors.executor import Executor, Key
-from rcon_plugins.executors.process import LOGGER, ProcessExecutors
+from rcon_plugins.executors.process import LOGGER, Attendant, ProcessExecutors
 
 if TYPE_CHECKING:
     import pluggy
@@ -37,8 +37,11 @@ class ExecutorPool:
         is_kept: Callable[[str], bool],
         on_end: Callable[[str], object],
         on_lost: Callable[[], object] | None = None,
+        attendant: Attendant | None = None,
     ) -> None:
-        self.processes = ProcessExecutors(instance, hook, on_end=self._ended, on_lost=on_lost)
+        self.processes = ProcessExecutors(
+            instance, hook, on_end=self._ended, on_lost=on_lost, attendant=attendant
+        )
         self._most = most
         self._is_kept = is_kept
         self._on_end = on_end

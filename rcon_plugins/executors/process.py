@@ -17,11 +17,11 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rcon_plugins.errors import ConfinementError, KernelError, PidsLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, ChannelTimeout
-from rcon_plugins.executors.executor import Executor
+from rcon_plugins.executors.executor import Attention, Executor
 from rcon_plugins.executors.fork_server import (
     FULL,
     PID,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup
+    from rcon_plugins.limits import Limits
     from rcon_plugins.policy import Policy
 
 LOGGER = logging.getLogger("rcon")
@@ -56,6 +57,16 @@ CLOSE_SECONDS = 10.0
 KILL_AGAIN_SECONDS = 0.2
 #: How often a leaf is tried to be made while other workers remove what holds it.
 _ATTEMPTS = 20
+
+
+class Attendant(Protocol):
+    """Who wants to know what happens to the cgroups of executors."""
+
+    def limits(self, name: str, policy: Policy) -> Limits:
+        """Of a confinement, for all of its work together: the policy's, unless they were changed."""
+
+    def attend(self, executor: Executor) -> Attention:
+        """Begin to watch a new executor, before it is born, and its confinement. Raises `KernelError`."""
 
 
 class ProcessExecutors:
@@ -73,7 +84,9 @@ class ProcessExecutors:
         *,
         on_end: Callable[[Executor], object],
         on_lost: Callable[[], object] | None = None,
+        attendant: Attendant | None = None,
     ) -> None:
+        self._attendant = attendant
         self._instance = instance
         self._hook = hook
         self._on_end = on_end
@@ -142,6 +155,8 @@ class ProcessExecutors:
             undo.callback(theirs.close)
             undo.callback(ours.close)
             executor = Executor(number, name, policy, identity, leaf, meter, Channel(ours))
+            if self._attendant is not None:
+                executor.attention = self._attendant.attend(executor)
             undo.pop_all()
         self._living[number] = executor
         try:
@@ -251,12 +266,13 @@ class ProcessExecutors:
         ``work/<name>``, and the limits with it: so they are written again once the leaf holds it in place.
         """
         together, leaf = self._instance.together(name), self._instance.leaf(name, leaf_name)
+        limits = policy if self._attendant is None else self._attendant.limits(name, policy)
         configure = partial(self._hook.rcon_configure_cgroup, policy=policy)
         for attempts_left in reversed(range(_ATTEMPTS)):
             try:
                 for cgroup in (together, leaf):
                     cgroup.create()
-                    configure(cgroup=together, limits=policy)
+                    configure(cgroup=together, limits=limits)
                 configure(cgroup=leaf, limits=policy.each)
                 break
             except BaseException as error:
@@ -369,6 +385,8 @@ class ProcessExecutors:
                     self._kill_once(executor)
                 self._complain(executor)
                 return False
+            if executor.attention is not None:
+                executor.attention.part()
             executor.shut()
             executor.leaf.delete(timeout=0)
         except KernelError as error:

@@ -7,6 +7,7 @@ import pytest
 
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.limits import Each, IoLimits, Limits
+from rcon_plugins.memory import Memory
 from rcon_plugins.policy import Per, Policy, PolicyName
 from rcon_plugins.units import CpuList, Cpus, Duration, Size
 
@@ -33,13 +34,13 @@ def test_make_reads_what_a_settings_file_would_hold() -> None:
         cpu=Cpus(0.3),
         cpu_weight=50,
         cpus=CpuList("0-1"),
-        memory=Size("256M"),
+        memory=Memory("256M"),
         memory_high=Size("200M"),
         swap=Size(0),
         io={"/srv": IoLimits(read=Size("10M"), write=Size("5M"), read_iops=1000)},
         pids=64,
         concurrency=8,
-        each=Each(memory=Size("128M"), timeout=Duration("20s")),
+        each=Each(memory=Memory("128M"), timeout=Duration("20s")),
     )
     assert whole == TENANT
 
@@ -60,7 +61,7 @@ def test_make_takes_values_that_are_parsed_already() -> None:
 def test_a_policy_pickles_with_its_types() -> None:
     twin = pickle.loads(pickle.dumps(TENANT))
     assert twin == TENANT
-    assert (type(twin.memory), type(twin.cpu), type(twin.each.timeout)) == (Size, Cpus, Duration)
+    assert (type(twin.memory), type(twin.cpu), type(twin.each.timeout)) == (Memory, Cpus, Duration)
 
 
 def test_a_policy_cannot_be_changed() -> None:

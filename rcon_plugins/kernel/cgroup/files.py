@@ -162,6 +162,14 @@ def is_directory(directory: str) -> bool:
     return True
 
 
+def identity(directory: str) -> int | None:
+    """What tells ``directory`` from a later one of the same name: its inode; None where it is not there."""
+    try:
+        return os.lstat(directory).st_ino
+    except OSError:
+        return None
+
+
 def is_file(directory: str, name: str) -> bool:
     """Whether there is a kernel file ``name`` in ``directory``."""
     try:

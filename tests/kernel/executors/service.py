@@ -56,6 +56,20 @@ class Acts:
             os.waitpid(child, 0)
 
     @staticmethod
+    def allocate_and_hold(mebibytes: int, seconds: float) -> int:
+        held = [bytearray(os.urandom(4096) * 256) for _ in range(mebibytes)]
+        time.sleep(seconds)
+        return len(held)
+
+    @staticmethod
+    def allocate_slowly(mebibytes: int, seconds: float) -> int:
+        held = []
+        for _ in range(mebibytes):
+            held.append(bytearray(os.urandom(4096) * 256))
+            time.sleep(seconds)
+        return len(held)
+
+    @staticmethod
     def allocate(mebibytes: int) -> int:
         held = [bytearray(os.urandom(4096) * 256) for _ in range(mebibytes)]
         return len(held)

@@ -9,6 +9,7 @@
 """
 
 from rcon_plugins.kernel.cgroup.events.event import KINDS, POLLED_SECONDS, Event, Kind, Pressure
+from rcon_plugins.kernel.cgroup.events.mark import Mark
 from rcon_plugins.kernel.cgroup.events.watcher import Watch, Watcher, watcher_of_process
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "POLLED_SECONDS",
     "Event",
     "Kind",
+    "Mark",
     "Pressure",
     "Watch",
     "Watcher",

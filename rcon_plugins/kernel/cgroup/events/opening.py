@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel.cgroup import files
-from rcon_plugins.kernel.cgroup.events import sources
+from rcon_plugins.kernel.cgroup.events import sources, sources_v1
 from rcon_plugins.kernel.cgroup.events.event import KINDS, Kind, Pressure
 from rcon_plugins.kernel.cgroup.events.sources import Gone, Levels, Source
 from rcon_plugins.kernel.cgroup.resources import CPU_PERIOD_MICROSECONDS
@@ -67,6 +67,7 @@ def open_sources(
     cgroup: Cgroup,
     kinds: Collection[str] | None,
     thresholds: Collection[int],
+    needs: Collection[int],
     pressure: Collection[Pressure],
 ) -> list[Source]:
     """Open what tells ``kinds`` of events of an existing cgroup; None: all kinds that it can tell.
@@ -77,8 +78,8 @@ def open_sources(
     unknown = set(kinds or ()) - set(KINDS)
     if unknown:
         raise ValueError(f"no kind of event: {', '.join(sorted(unknown))} (there are {', '.join(KINDS)})")
-    if any(threshold <= 0 for threshold in thresholds):
-        raise ValueError(f"thresholds are bytes of memory, more than 0: {sorted(thresholds)}")
+    if any(threshold <= 0 for threshold in (*thresholds, *needs)):
+        raise ValueError(f"thresholds are bytes of memory, more than 0: {sorted((*thresholds, *needs))}")
     missing = next((directory for directory in cgroup.directories if not files.is_directory(directory)), None)
     if missing is not None and not cgroup.exists():
         raise KernelError(
@@ -87,7 +88,7 @@ def open_sources(
     wanted: frozenset[str] = frozenset(KINDS if kinds is None else kinds)
     opening = _Opening(cgroup, optional=kinds is None)
     try:
-        _memory(opening, wanted, tuple(thresholds))
+        _memory(opening, wanted, tuple(thresholds), tuple(needs))
         if "pids_limit" in wanted:
             opening.open(lambda: _pids(opening))
         if "cpu_throttled" in wanted:
@@ -110,20 +111,28 @@ def _close(opened: list[Source]) -> None:
         source.close()
 
 
-def _memory(opening: _Opening, wanted: frozenset[str], thresholds: tuple[int, ...]) -> None:
+def _memory(
+    opening: _Opening, wanted: frozenset[str], thresholds: tuple[int, ...], needs: tuple[int, ...]
+) -> None:
     kinds = wanted & {"memory_high", "memory_limit", "oom_kill"}
-    if not kinds and not thresholds:
+    if not kinds and not thresholds and not needs:
         return
     there, one = opening.v2("memory.events"), opening.v1("memory")
     if there is not None:
-        _memory_v2(opening, there, kinds, thresholds)
+        _memory_v2(opening, there, kinds)
+        if thresholds or needs:
+            opening.sources.append(sources.PolledUsage(opening.path, there, thresholds, needs))
     elif one is not None:
-        _memory_v1(opening, one, kinds, thresholds)
-    elif thresholds or not opening.optional:
-        raise opening.lacks("memory_usage" if thresholds else min(kinds), "memory")
+        _memory_v1(opening, one, kinds)
+        for threshold in thresholds:
+            opening.sources.append(sources_v1.Threshold(opening.path, one, threshold))
+        for threshold in needs:
+            opening.sources.append(sources_v1.Threshold(opening.path, one, threshold, of_need=True))
+    elif thresholds or needs or not opening.optional:
+        raise opening.lacks("memory_usage" if thresholds or needs else min(kinds), "memory")
 
 
-def _memory_v2(opening: _Opening, there: str, kinds: frozenset[str], thresholds: tuple[int, ...]) -> None:
+def _memory_v2(opening: _Opening, there: str, kinds: frozenset[str]) -> None:
     path = opening.path
 
     def levels(name: str) -> Levels:
@@ -142,11 +151,9 @@ def _memory_v2(opening: _Opening, there: str, kinds: frozenset[str], thresholds:
         # Counted where the victim is, and above.
         killed: dict[str, tuple[Kind, Levels]] = {"oom_kill": ("oom_kill", levels("memory.max"))}
         opening.open(lambda: sources.Counters(path, there, "memory.events", killed))
-    if thresholds:
-        opening.open(lambda: sources.PolledUsage(path, there, thresholds))
 
 
-def _memory_v1(opening: _Opening, one: str, kinds: frozenset[str], thresholds: tuple[int, ...]) -> None:
+def _memory_v1(opening: _Opening, one: str, kinds: frozenset[str]) -> None:
     path = opening.path
 
     def levels() -> tuple[float | None, float | None]:
@@ -163,9 +170,7 @@ def _memory_v1(opening: _Opening, one: str, kinds: frozenset[str], thresholds: t
         deaths = sources.PolledCounters(path, "oom_kill", one, "memory.oom_control", "oom_kill", levels)
         opening.sources.append(deaths)
     if kinds & {"memory_limit", "oom_kill"}:
-        opening.sources.append(sources.WantOfMemory(path, one, levels, deaths, "memory_limit" in kinds))
-    for threshold in thresholds:
-        opening.sources.append(sources.Threshold(path, one, threshold))
+        opening.sources.append(sources_v1.WantOfMemory(path, one, levels, deaths, "memory_limit" in kinds))
 
 
 def _pids(opening: _Opening) -> Source | None:
@@ -207,7 +212,7 @@ def _populated(opening: _Opening, wanted: bool) -> Source:
         return sources.Populated(opening.path, opening.unified, wanted)
     # One with all of its processes: not that of IO, see V1Branch.place.
     place = next((d for d in opening.cgroup.directories if "/blkio/" not in d), opening.cgroup.directories[0])
-    return sources.PolledPopulated(opening.path, place, wanted)
+    return sources_v1.PolledPopulated(opening.path, place, wanted)
 
 
 def _number(directory: str, name: str) -> int | None:

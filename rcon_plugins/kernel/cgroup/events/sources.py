@@ -15,14 +15,16 @@ from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel.cgroup import files
 from rcon_plugins.kernel.cgroup.events.event import POLLED_SECONDS, Event, Kind, Pressure
 from rcon_plugins.kernel.cgroup.meter import value_of
-from rcon_plugins.kernel.syscalls import POLLIN, POLLPRI
+from rcon_plugins.kernel.syscalls import POLLPRI
 
 #: Limit and usage of a cgroup at this moment.
 Levels = Callable[[], tuple[float | None, float | None]]
 
-#: After a notice of want of memory on v1: how soon, and for how long, deaths are looked for, seconds.
-_DEATH_PAUSE = 0.001
-_DEATH_SECONDS = 1.0
+#: After a notice: how often, and for how long, the thread looks by itself, seconds. On v2 the kernel tells of changes
+#: of a file every 10 ms at most (cgroup_file_notify); on v1 it tells of want of memory, but not of the kill.
+_HURRY_PAUSE = 0.001
+_HURRY_SECONDS_V2 = 0.015
+_HURRY_SECONDS_V1 = 1.0
 
 
 class Gone(Exception):
@@ -71,10 +73,14 @@ class Counters(Source):
             self.close()
             raise
         self._last = {key: value_of(data, key.encode()) or 0 for key in keys}
+        self._hurry = 0.0
 
     def take(self) -> Iterator[Event]:
         data = self.pread()
         now = time.monotonic()
+        if self.told:
+            self._hurry = now + _HURRY_SECONDS_V2
+        self.due = now + _HURRY_PAUSE if now < self._hurry else None
         for key, (kind, levels) in self._keys.items():
             total = value_of(data, key.encode()) or 0
             count, self._last[key] = total - self._last[key], total
@@ -107,7 +113,7 @@ class PolledCounters(Source):
 
     def hurry(self) -> None:
         """Look at once and often, for a while: something is about to be counted."""
-        self._hurry = time.monotonic() + _DEATH_SECONDS
+        self._hurry = time.monotonic() + _HURRY_SECONDS_V1
         self.due = 0.0
 
     def take(self) -> Iterator[Event]:
@@ -122,7 +128,7 @@ class PolledCounters(Source):
             self._hurry = 0.0
             limit, usage = self._levels()
             yield Event(self._kind, self._cgroup, now, count, sum(found.values()), limit, usage)
-        self.due = now + (_DEATH_PAUSE if now < self._hurry else POLLED_SECONDS)
+        self.due = now + (_HURRY_PAUSE if now < self._hurry else POLLED_SECONDS)
 
 
 class Throttling(Source):
@@ -156,12 +162,16 @@ class Throttling(Source):
 
 
 class PolledUsage(Source):
-    """Thresholds of memory usage on v2, where the kernel tells of none."""
+    """Thresholds of memory usage on v2, where the kernel tells of none. ``needs``: those of `need`."""
 
-    def __init__(self, cgroup: str, directory: str, thresholds: tuple[int, ...]) -> None:
+    def __init__(
+        self, cgroup: str, directory: str, thresholds: tuple[int, ...], needs: tuple[int, ...] = ()
+    ) -> None:
         self._cgroup = cgroup
         self._directory = directory
-        self._above = dict.fromkeys(sorted(thresholds), False)
+        self._above = dict.fromkeys(
+            sorted({(one, False) for one in thresholds} | {(one, True) for one in needs}), False
+        )
         self.due = 0.0
 
     def take(self) -> Iterator[Event]:
@@ -171,93 +181,22 @@ class PolledUsage(Source):
             raise Gone
         usage = int(text)
         self.due = now + POLLED_SECONDS
-        for threshold, above in self._above.items():
-            self._above[threshold] = usage >= threshold
-            if usage >= threshold and not above:
+        for one, was_above in self._above.items():
+            threshold, of_need = one
+            above = usage >= threshold and (not of_need or need(self._directory, usage) >= threshold)
+            self._above[one] = above
+            if above and not was_above:
                 yield Event("memory_usage", self._cgroup, now, 1, None, threshold, usage)
 
 
-class _EventFd(Source):
-    """A notice of v1's memory controller, through an eventfd (cgroup-v1/memory.rst)."""
-
-    mask = POLLIN
-
-    def __init__(self, cgroup: str, directory: str, name: str, argument: str = "") -> None:
-        self._cgroup = cgroup
-        self._directory = directory
-        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        try:
-            about = files.open_file(directory, name)
-            try:
-                order = f"{self.descriptor} {about} {argument}".strip()
-                files.write(directory, "cgroup.event_control", order)
-            finally:
-                posix.close(about)
-        except BaseException:
-            self.close()
-            raise
-
-    def rings(self) -> int:
-        """How often it was rung. The removal of the cgroup rings too: raises `Gone`."""
-        try:
-            count = os.eventfd_read(self.descriptor)
-        except BlockingIOError:
-            count = 0
-        if not files.is_directory(self._directory):
-            raise Gone
-        return count
-
-
-class Threshold(_EventFd):
-    """A threshold of memory usage on v1: rung when it is crossed, up or down."""
-
-    def __init__(self, cgroup: str, directory: str, threshold: int) -> None:
-        super().__init__(cgroup, directory, "memory.usage_in_bytes", str(threshold))
-        self._threshold = threshold
-        self._above = False
-        self.due = 0.0  # it may be there already
-
-    def take(self) -> Iterator[Event]:
-        crossings = self.rings()
-        now = time.monotonic()
-        usage = int(files.read_if_there(self._directory, "memory.usage_in_bytes") or 0)
-        first, self.due = self.due is not None, None
-        upwards = crossings // 2 if self._above else (crossings + 1) // 2
-        above = usage >= self._threshold
-        if first:
-            upwards = max(upwards, int(above))
-        self._above = above
-        if upwards:
-            yield Event("memory_usage", self._cgroup, now, upwards, None, self._threshold, usage)
-
-
-class WantOfMemory(_EventFd):
-    """v1: usage ran into the limit and reclaim does not suffice; what comes next is a kill."""
-
-    def __init__(
-        self, cgroup: str, directory: str, levels: Levels, deaths: PolledCounters | None, wanted: bool
-    ) -> None:
-        super().__init__(cgroup, directory, "memory.oom_control")
-        self._levels = levels
-        self._wanted = wanted
-        self._deaths = deaths
-        self._hits = self._read_hits()
-
-    def _read_hits(self) -> int:
-        names = ("memory.failcnt", "memory.memsw.failcnt")
-        return sum(int(files.read_if_there(self._directory, name) or 0) for name in names)
-
-    def take(self) -> Iterator[Event]:
-        count = self.rings()
-        now = time.monotonic()
-        if self._deaths is not None:
-            self._deaths.hurry()
-        hits = self._read_hits()
-        rose, self._hits = hits > self._hits, hits
-        limit, usage = self._levels()
-        # A cgroup above that is in want rings here too.
-        if self._wanted and count and limit is not None and (rose or (usage or 0) >= 0.95 * limit):
-            yield Event("memory_limit", self._cgroup, now, count, None, limit, usage)
+def need(directory: str, usage: int) -> int:
+    """Of the memory that a cgroup uses, what dropping the page cache would not give back (``memory.stat``), bytes."""
+    data = (files.read_if_there(directory, "memory.stat") or "").encode()
+    cache = 0
+    for name in (b"active_file", b"inactive_file"):
+        ours = value_of(data, b"total_" + name)  # v1: with all below it
+        cache += (value_of(data, name) if ours is None else ours) or 0
+    return max(0, usage - cache)
 
 
 class Populated(Source):
@@ -287,28 +226,6 @@ class Populated(Source):
         # Its removal is not told.
         self.due = None if populated else now + POLLED_SECONDS
         if left and not populated and self._wanted:
-            yield Event("empty", self._cgroup, now)
-
-
-class PolledPopulated(Source):
-    """Whether anybody is here or below, where only v1 is mounted; looked at from time to time."""
-
-    def __init__(self, cgroup: str, directory: str, wanted: bool) -> None:
-        self._cgroup = cgroup
-        self._directory = directory
-        self._wanted = wanted
-        self._populated = False
-        self.due = 0.0
-
-    def take(self) -> Iterator[Event]:
-        now = time.monotonic()
-        self.due = now + POLLED_SECONDS
-        here = files.subtree(self._directory)
-        if not here:
-            raise Gone
-        populated = self._wanted and any(files.read_if_there(one, "cgroup.procs") for one in here)
-        left, self._populated = self._populated and not populated, populated
-        if left:
             yield Event("empty", self._cgroup, now)
 
 

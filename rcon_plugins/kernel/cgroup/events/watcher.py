@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import posix
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.cgroup import files
 from rcon_plugins.kernel.cgroup.events.event import Event, Pressure
 from rcon_plugins.kernel.cgroup.events.opening import open_sources
 from rcon_plugins.kernel.cgroup.events.sources import Gone, Source
@@ -47,6 +50,9 @@ class Watch:
         self._callback = callback
         self._on_gone = on_gone
         self.sources = opened
+        #: Held while sources are looked at.
+        self.looking = threading.Lock()
+        self._identity = _identity(cgroup)
 
     def __repr__(self) -> str:
         return f"<Watch {self.cgroup.path}>"
@@ -61,21 +67,42 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def finish(self) -> None:
+        """Have what happened until now told, then close: for whoever is about to remove the cgroup."""
+        last: list[Event] = []
+        with self.looking:
+            if not self.closed:
+                for source in self.sources:
+                    # Gone, or fails: then there is nothing to be told.
+                    with contextlib.suppress(Gone, OSError, ValueError):
+                        last.extend(source.take())
+        for event in last:
+            self._watcher.submit(partial(self._callback, event))
+        self.close()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the cgroup is still the one that was there when the watch began, not another of its name."""
+        return not self.closed and self._identity == _identity(self.cgroup)
+
     # -- in the thread ------------------------------------------------------------------------
 
     def attend(self, source: Source) -> None:
         """Take what a source has to tell, and pass it on."""
         try:
-            for event in source.take():
-                if self.closed:
-                    return
-                _do(partial(self._callback, event))
+            with self.looking:
+                events = [] if self.closed else list(source.take())
         except Gone:
             self._end()
+            return
         except (OSError, ValueError) as error:
             if self.cgroup.exists():
                 LOGGER.error("%s is not watched any more: %s", self.cgroup.path, error)
             self._end()
+            return
+        for event in events:
+            if not self.closed:
+                _do(partial(self._callback, event))
 
     def _end(self) -> None:
         self.gone = True
@@ -98,6 +125,7 @@ class Watcher:
         self._lock = threading.Lock()
         self._watches: set[Watch] = set()
         self._closing: list[Watch] = []
+        self._jobs: deque[Callable[[], object]] = deque()
         self._wake = -1
         #: The thread that watches now, and the last one there was, which may still be ending.
         self._thread: threading.Thread | None = None
@@ -110,13 +138,15 @@ class Watcher:
         *,
         kinds: Collection[str] | None = None,
         thresholds: Collection[int] = (),
+        needs: Collection[int] = (),
         pressure: Collection[Pressure] = (),
         on_gone: Callable[[], object] | None = None,
     ) -> Watch:
         """Have ``callback`` called with each event of an existing cgroup, until the watch is closed or the cgroup gone.
 
         ``kinds`` are those wanted; None is all that the cgroup can tell. ``thresholds`` (bytes) add
-        ``memory_usage``, ``pressure`` adds that. ``on_gone`` is called once if the cgroup is removed before the
+        ``memory_usage``; so do ``needs``, of memory that dropping the page cache would not give back. ``pressure``
+        adds that. ``on_gone`` is called once if the cgroup is removed before the
         watch is closed. Raises ControllerUnavailable for what is asked for by name and cannot be told here, with
         the reason, KernelError, ValueError.
         """
@@ -127,7 +157,9 @@ class Watcher:
                 hint="make one in each process: Watcher()",
             )
         self._let_it_close()
-        watch = Watch(self, cgroup, callback, on_gone, open_sources(cgroup, kinds, thresholds, pressure))
+        watch = Watch(
+            self, cgroup, callback, on_gone, open_sources(cgroup, kinds, thresholds, needs, pressure)
+        )
         with self._lock:
             self._watches.add(watch)
             if self._thread is None:
@@ -139,11 +171,19 @@ class Watcher:
                 os.eventfd_write(self._wake, 1)
         return watch
 
+    def submit(self, job: Callable[[], object]) -> None:
+        """Have ``job`` called in the thread, soon; nothing where nothing is watched."""
+        with self._lock:
+            if self._thread is not None and os.getpid() == self._pid:
+                self._jobs.append(job)
+                os.eventfd_write(self._wake, 1)
+
     def remove(self, watch: Watch) -> None:
         """Forget a watch; its descriptors are closed by the thread, soon."""
-        if os.getpid() != self._pid:  # neither the thread is here, nor whoever may have held the lock
+        if os.getpid() != self._pid:  # neither the thread is here, nor whoever may have held a lock
             watch.closed = True
-            _close(watch)
+            for source in watch.sources:
+                source.close()
             return
         with self._lock:
             if watch.closed:
@@ -157,12 +197,18 @@ class Watcher:
         """Close all watches, and wait for the thread to end."""
         if os.getpid() != self._pid:
             return
-        with self._lock:
-            watches, thread = list(self._watches), self._last
-        for watch in watches:
-            watch.close()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._lock:
+                watches, thread = list(self._watches), self._last
+            for watch in watches:
+                watch.close()
+            if thread is None or thread is threading.current_thread() or not thread.is_alive():
+                return
+            if time.monotonic() > deadline:
+                return
+            # Again: a callback under way may have added one meanwhile.
+            thread.join(0.05)
 
     def __enter__(self) -> Watcher:
         return self
@@ -184,10 +230,13 @@ class Watcher:
         while True:
             with self._lock:
                 closing, self._closing = self._closing, []
+                jobs, self._jobs = self._jobs, deque()
                 watched = [(source, watch) for watch in self._watches for source in watch.sources]
                 if not watched:
                     self._thread = None
                     self._wake = -1
+            for job in jobs:
+                _do(job)
             # Only here, where nothing is being polled: a number that is free again may be anybody's next.
             for watch in closing:
                 _close(watch)
@@ -245,9 +294,14 @@ def _wait(wanted: dict[int, int], until: float | None) -> dict[int, int]:
         time.sleep(COOPERATIVE_SECONDS if rest is None else min(COOPERATIVE_SECONDS, rest))
 
 
+def _identity(cgroup: Cgroup) -> int | None:
+    return files.identity(cgroup.directories[0])
+
+
 def _close(watch: Watch) -> None:
-    for source in watch.sources:
-        source.close()
+    with watch.looking:
+        for source in watch.sources:
+            source.close()
 
 
 def _do(action: Callable[[], object]) -> None:

@@ -1,0 +1,241 @@
+"""Memory that expands, on the real kernel."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rcon_plugins import Event, Limits, Memory, expand
+from rcon_plugins.errors import ControllerUnavailable
+from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, read_limits
+from rcon_plugins.kernel.cgroup.events import Watcher
+from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, sleep_forever, touch
+
+pytestmark = pytest.mark.kernel
+
+
+def memory(limit: str, expand: str, up_to: str) -> Memory:
+    return Memory.parse({"limit": limit, "expand": expand, "up_to": up_to})
+
+
+@pytest.fixture
+def watcher() -> Iterator[Watcher]:
+    with Watcher() as made:
+        yield made
+
+
+def in_steps(sizes: list[int], pause: float = 0.3) -> None:
+    """Need so much, then so much more ..."""
+    kept = []
+    for size in sizes:
+        block = mmap.mmap(-1, size)
+        for at in range(0, size, mmap.PAGESIZE):
+            block[at] = 1
+        kept.append(block)
+        time.sleep(pause)
+
+
+def by_system_calls(size: int) -> int:
+    """Have the kernel itself touch the memory: reads into fresh buffers, and a file in memory."""
+    with Path("/dev/zero").open("rb", buffering=0) as zeros:
+        buffer = bytearray(size // 2)
+        assert zeros.readinto(buffer) == len(buffer)
+    descriptor = os.memfd_create("test")
+    written = 0
+    while written < size // 2:
+        written += os.write(descriptor, bytes(MIB))
+    return len(buffer) + written
+
+
+def read_file(path: str) -> int:
+    with Path(path).open("rb", buffering=0) as file:
+        return sum(len(data) for data in iter(lambda: file.read(MIB), b""))
+
+
+def test_work_that_needs_more_gets_it(group: Cgroup, watcher: Watcher) -> None:
+    told: list[Event] = []
+
+    def take_note(event: Event) -> None:
+        told.append(event)
+
+    expansion = expand(group, memory("64M", "2x", "512M"), watcher=watcher, on_event=take_note)
+    with running(group, in_steps, [200 * MIB], 0.5) as child:
+        child.result()
+    assert (expansion.limit, expansion.times) == (256 * MIB, 2)
+    assert told[0].kind == "memory_limit"
+    assert (told[0].limit, told[0].bound, told[0].next_bound) == ("memory", 64 * MIB, 128 * MIB)
+    assert read_limits(group).memory_max == 512 * MIB
+    assert group.read().oom_kills == 0
+
+
+def test_work_that_needs_more_than_the_bound_ends(group: Cgroup, watcher: Watcher) -> None:
+    expansion = expand(group, memory("32M", "2x", "160M"), watcher=watcher)
+    with running(group, touch, 400 * MIB) as child:
+        assert child.wait() == -signal.SIGKILL
+    assert expansion.memory.describe() == "160M (up_to; expanded 3 times from 32M)"
+    reading = group.read()
+    assert reading.oom_kills
+    assert (reading.memory_peak or 0) <= 160 * MIB
+
+
+def test_it_grows_by_one_step_at_a_time(group: Cgroup, watcher: Watcher) -> None:
+    limits: list[int] = []
+    expansion = expand(
+        group,
+        memory("32M", "1.5x", "400M"),
+        watcher=watcher,
+        on_event=lambda e: limits.append(e.next_bound or 0),
+    )
+    with running(group, in_steps, [28 * MIB, 14 * MIB, 20 * MIB, 30 * MIB]) as child:
+        child.result()
+    assert limits == [48 * MIB, 72 * MIB, 108 * MIB]
+    assert expansion.times == 3
+
+
+def test_memory_that_the_kernel_touches_expands_too(group: Cgroup, watcher: Watcher) -> None:
+    """A system call does not fail with ENOMEM or EFAULT where the work would only have had to wait."""
+    expansion = expand(group, memory("48M", "2x", "400M"), watcher=watcher)
+    with running(group, by_system_calls, 160 * MIB) as child:
+        assert child.result() == 160 * MIB
+    assert expansion.times >= 2
+
+
+def test_page_cache_expands_nothing(group: Cgroup, watcher: Watcher) -> None:
+    expansion = expand(group, memory("48M", "2x", "256M"), watcher=watcher)
+    with tempfile.NamedTemporaryFile(dir=DISK) as file:
+        file.write(bytes(MIB) * 120)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with running(group, read_file, file.name) as child:
+            assert child.result() == 120 * MIB
+        time.sleep(0.5)
+        assert expansion.times == 0
+        with running(group, in_steps, [80 * MIB], 1.0) as child:
+            child.result()
+    assert expansion.times == 1
+
+
+def test_callback_that_returns_new_limits(group: Cgroup, watcher: Watcher) -> None:
+    def decide(event: Event) -> Limits | None:
+        return Limits(memory=Memory("96M")) if event.bound == 64 * MIB else None
+
+    expansion = expand(group, memory("32M", "2x", "512M"), watcher=watcher, on_event=decide)
+    with running(group, touch, 300 * MIB) as child:
+        assert child.wait() == -signal.SIGKILL
+    assert expansion.limit == 96 * MIB
+    limits = read_limits(group)
+    assert limits.memory_max == 96 * MIB
+    assert limits.memory_high in (None, MAX)
+
+
+def test_callback_that_fails_holds_nobody_up(
+    group: Cgroup, watcher: Watcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(event: Event) -> None:
+        raise RuntimeError("of the callback")
+
+    expand(group, memory("32M", "2x", "256M"), watcher=watcher, on_event=fail)
+    with running(group, touch, 100 * MIB) as child:
+        assert child.result() == 100 * MIB
+    assert "of the callback" in caplog.text
+
+
+def test_two_levels_at_once(group: Cgroup, watcher: Watcher) -> None:
+    leaf = group.child("leaf").create()
+    outer = expand(group, memory("48M", "2x", "400M"), watcher=watcher)
+    inner = expand(leaf, memory("32M", "2x", "400M"), watcher=watcher)
+    with running(leaf, in_steps, [180 * MIB], 0.5) as child:
+        child.result()
+    assert (outer.limit, inner.limit) == (192 * MIB, 256 * MIB)
+
+
+def test_two_who_watch_the_same_cgroup(group: Cgroup, watcher: Watcher) -> None:
+    """As workers of one server do: it grows as if there were one."""
+    with Watcher() as another:
+        first = expand(group, memory("32M", "2x", "256M"), watcher=watcher)
+        second = expand(group, memory("32M", "2x", "256M"), watcher=another)
+        with running(group, touch, 100 * MIB) as child:
+            assert child.result() == 100 * MIB
+        eventually(lambda: first.limit == second.limit == 128 * MIB)
+    high = read_limits(group).memory_high
+    assert high == 128 * MIB if layout() == "v2" else high is None
+
+
+def test_back_to_the_beginning(group: Cgroup, watcher: Watcher) -> None:
+    expansion = expand(group, memory("32M", "2x", "256M"), watcher=watcher)
+    with running(group, in_steps, [60 * MIB], 60.0):
+        eventually(lambda: expansion.times == 1)
+        eventually(lambda: (group.read().memory_current or 0) > 55 * MIB)
+        expansion.reset()
+        assert expansion.limit == 64 * MIB, "what is in it still needs it"
+    expansion.reset()
+    assert (expansion.limit, expansion.times) == (32 * MIB, 0)
+    with running(group, in_steps, [60 * MIB], 0.5) as child:
+        child.result()
+    assert expansion.times == 1
+
+
+def test_killed_at_the_limit_while_nobody_raises_it(group: Cgroup, watcher: Watcher) -> None:
+    """Held up (v2) or not: what is in the cgroup can be killed at once."""
+    hold = threading.Event()
+
+    def wait(event: Event) -> None:
+        hold.wait(20)
+
+    expand(group, memory("32M", "2x", "512M"), watcher=watcher, on_event=wait)
+    with running(group, in_steps, [100 * MIB], 60.0) as child:
+        eventually(lambda: (group.read().memory_current or 0) > 30 * MIB)
+        time.sleep(0.3)
+        began = time.monotonic()
+        group.kill()
+        assert child.wait() == -signal.SIGKILL
+        assert time.monotonic() - began < 5
+    hold.set()
+
+
+def raise_for_a_while(path: str, ready: int) -> None:
+    expand(Hierarchy.discover().cgroup(path), memory("32M", "2x", "128M"))
+    os.write(ready, b"1")
+    sleep_forever()
+
+
+def test_whoever_raises_it_is_killed(group: Cgroup) -> None:
+    """The bound stays; and what is slowed down ends by it or by a kill, and never hangs in the kernel."""
+    reading, writing = os.pipe()
+    with running(None, raise_for_a_while, group.path, writing) as raiser:
+        os.read(reading, 1)
+        raiser.end_by_signal()
+    assert read_limits(group).memory_max == 128 * MIB
+    with running(group, in_steps, [300 * MIB], 0.0) as child:
+        time.sleep(0.5)
+        group.kill()
+        assert child.wait() == -signal.SIGKILL
+    for descriptor in (reading, writing):
+        os.close(descriptor)
+
+
+def test_deleted_under_it(group: Cgroup, watcher: Watcher) -> None:
+    gone = threading.Event()
+    leaf = group.child("leaf").create()
+    expansion = expand(leaf, memory("32M", "2x", "128M"), watcher=watcher, on_gone=gone.set)
+    assert expansion.is_current
+    leaf.delete()
+    assert not expansion.is_current
+    assert gone.wait(10)
+    leaf.create()
+    assert not expansion.is_current
+
+
+def test_no_memory_controller(hierarchy: Hierarchy, group: Cgroup, watcher: Watcher) -> None:
+    bare = hierarchy.cgroup(group.child("bare").path, controllers=frozenset({"pids"})).create()
+    with pytest.raises(ControllerUnavailable, match="no memory controller"):
+        expand(bare, memory("32M", "2x", "128M"), watcher=watcher)

@@ -1,0 +1,202 @@
+"""Events of executor processes, and memory that expands, through the manager."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from rcon_plugins import Event, Limits, Memory, hookimpl
+from rcon_plugins.errors import MemoryLimitExceeded
+from rcon_plugins.kernel.cgroup import MAX, read_limits
+from tests.kernel.cgroup.helpers import MIB, eventually
+from tests.kernel.executors.service import ask, begin, end, managing
+
+
+def growing(limit: str, up_to: str, expand: str = "2x") -> dict[str, object]:
+    return {"limit": limit, "expand": expand, "up_to": up_to}
+
+
+class Listener:
+    """Takes note of all events, and answers with what it was given for a kind."""
+
+    def __init__(self, **answers: Limits) -> None:
+        self.events: list[Event] = []
+        self._answers = answers
+
+    @hookimpl
+    def rcon_event(self, event: Event) -> Limits | None:
+        self.events.append(event)
+        return self._answers.get(event.kind)
+
+    def of(self, kind: str, limit: str | None = None) -> list[Event]:
+        return [event for event in self.events if event.kind == kind and limit in (None, event.limit)]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    yield
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "rcon-events"])
+
+
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("threads")]
+
+
+def test_nobody_watches_where_nobody_asked() -> None:
+    with managing({"memory": "256M", "each": {"memory": "128M"}}) as manager:
+        ask(manager, "allocate", 10)
+        assert not [thread for thread in threading.enumerate() if thread.name == "rcon-events"]
+
+
+@pytest.mark.parametrize("level", ["each", "together"])
+def test_work_that_needs_more_gets_it(level: str) -> None:
+    memory = growing("80M", "400M")
+    policy = (
+        {"each": {"memory": memory}} if level == "each" else {"memory": memory, "each": {"timeout": "100s"}}
+    )
+    with managing(policy) as manager:
+        answer, outcome = ask(manager, "allocate", 160)
+        assert (answer, outcome.ending) == (160, "ok")
+        assert (outcome.usage.memory_peak or 0) > 160 * MIB
+
+
+@pytest.mark.parametrize("level", ["each", "together"])
+def test_work_that_needs_more_than_the_bound_ends_with_the_named_outcome(level: str) -> None:
+    memory = growing("60M", "200M")
+    policy = (
+        {"each": {"memory": memory}} if level == "each" else {"memory": memory, "each": {"timeout": "100s"}}
+    )
+    with managing(policy) as manager:
+        outcome = ask(manager, "allocate", 400)[1]
+        assert outcome.ending == "memory"
+        assert outcome.limit == ("each.memory" if level == "each" else "memory")
+        assert "memory limit 200M (up_to; expanded 2 times from 60M) reached" in outcome.detail
+        assert isinstance(outcome.error(), MemoryLimitExceeded)
+        # And the next begins anew.
+        assert ask(manager, "allocate", 10)[1].ending == "ok"
+
+
+def test_an_executor_whose_limit_grew_serves_no_more() -> None:
+    """The next work begins with the limit of the policy."""
+    with managing({"each": {"memory": growing("80M", "400M")}}) as manager:
+        modest = ask(manager, "pid")[0]
+        assert ask(manager, "allocate", 10)[1].ending == "ok"
+        assert ask(manager, "pid")[0] == modest
+        assert ask(manager, "allocate_and_hold", 120, 0.5)[1].ending == "ok"
+        assert ask(manager, "pid")[0] != modest
+
+
+def test_both_levels_at_once() -> None:
+    policy = {"memory": growing("90M", "400M"), "each": {"memory": growing("60M", "400M")}}
+    with managing(policy) as manager:
+        works = [begin(manager, "allocate_and_hold", 100, 0.5) for _ in range(2)]
+        assert [end(work)[1].ending for work in works] == ["ok", "ok"]
+
+
+def test_the_limit_of_all_goes_back_when_nothing_is_under_way() -> None:
+    listener = Listener()
+    with managing({"memory": growing("80M", "400M"), "max_works": 1}, plugins=[listener]) as manager:
+        for _ in range(2):
+            assert ask(manager, "allocate_and_hold", 120, 0.5)[1].ending == "ok"
+            time.sleep(0.3)
+    bounds = [event.bound for event in listener.of("memory_limit")]
+    assert bounds.count(80 * MIB) == 2
+
+
+def test_rcon_event_tells_of_memory() -> None:
+    listener = Listener()
+    with managing({"per": "host", "each": {"memory": "64M"}}, plugins=[listener]) as manager:
+        assert ask(manager, "allocate", 200, host="a.example")[1].ending == "memory"
+        eventually(lambda: listener.of("oom_kill"))
+    limit, kill = listener.of("memory_limit")[0], listener.of("oom_kill")[0]
+    for event in (limit, kill):
+        assert (event.policy, event.key, event.group) == ("p", "a.example", "p~a.example")
+        assert (event.limit, event.bound) == ("each.memory", 64 * MIB)
+    assert kill.count >= 1
+
+
+def test_rcon_event_tells_of_the_limit_of_all() -> None:
+    listener = Listener()
+    with managing({"memory": "64M", "each": {"timeout": "100s"}}, plugins=[listener]) as manager:
+        assert ask(manager, "allocate", 200)[1].ending == "memory"
+        eventually(lambda: listener.of("oom_kill"))
+    assert listener.of("memory_limit", "memory")
+    assert {event.limit for event in listener.of("oom_kill")} == {"memory"}
+
+
+def test_rcon_event_tells_before_the_limit_is_reached_and_gives_more() -> None:
+    """Fixed limits, too, can be raised in time."""
+    listener = Listener(memory_usage=Limits(memory=Memory("400M")))
+    with managing({"each": {"memory": "128M"}}, plugins=[listener]) as manager:
+        assert ask(manager, "allocate_slowly", 200, 0.01)[1].ending == "ok"
+        event = listener.of("memory_usage")[0]
+        assert (event.limit, event.bound) == ("each.memory", int(128 * MIB * 0.9))
+        # That was for one work: no other begins with it.
+        work = begin(manager, "sleep", 0.1)
+        leaf = manager.together(work.confinement).child(f"{os.getpid()}-1")
+        assert read_limits(leaf).memory_max == 128 * MIB
+        end(work)
+
+
+def test_rcon_event_decides_instead_of_the_policy() -> None:
+    listener = Listener(memory_limit=Limits(memory=Memory("120M"), pids=50))
+    with managing(
+        {"memory": growing("60M", "400M"), "each": {"timeout": "100s"}}, plugins=[listener]
+    ) as manager:
+        work = begin(manager, "allocate_and_hold", 80, 1.0)
+        eventually(lambda: listener.of("memory_limit"))
+        group = manager.together(work.confinement)
+        eventually(lambda: read_limits(group).pids_max == 50)
+        limits = read_limits(group)
+        assert (limits.memory_max, limits.memory_high in (None, MAX)) == (120 * MIB, True)
+        # Another executor is made there meanwhile, and does not write the former limits back.
+        assert ask(manager, "pid")[1].ending == "ok"
+        assert read_limits(group).memory_max == 120 * MIB
+        assert end(work)[1].ending == "ok"
+        outcome = ask(manager, "allocate", 300)[1]
+        assert outcome.ending == "memory"
+        assert "memory limit 120M reached" in outcome.detail
+
+
+def test_rcon_event_tells_of_pids_and_cpu() -> None:
+    listener = Listener()
+    policy = {"cpu": "20%", "pids": 8, "each": {"timeout": "100s"}}
+    with managing(policy, plugins=[listener]) as manager:
+        ask(manager, "burn", 1.0)
+        ask(manager, "fork_bomb", 0.5)
+        eventually(lambda: listener.of("pids_limit") and listener.of("cpu_throttled"))
+    assert listener.of("pids_limit")[0].limit == "pids"
+    assert listener.of("pids_limit")[0].bound == 8
+    assert listener.of("cpu_throttled")[0].limit == "cpu"
+
+
+def test_rcon_event_that_fails_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        @hookimpl
+        def rcon_event(self, event: Event) -> None:
+            raise RuntimeError("of the plugin")
+
+    with managing({"each": {"memory": growing("80M", "400M")}}, plugins=[Broken()]) as manager:
+        assert ask(manager, "allocate", 160)[1].ending == "ok"
+    assert "of the plugin" in caplog.text
+
+
+@pytest.mark.layout("v2")
+def test_slowed_down_work_ends_on_its_deadline() -> None:
+    """Held up at its limit by a plugin that takes its time, it is still killed."""
+    waiting = threading.Event()
+
+    class Slow:
+        @hookimpl
+        def rcon_event(self, event: Event) -> None:
+            waiting.wait(8)
+
+    policy = {"each": {"memory": growing("60M", "800M"), "timeout": "3s"}}
+    with managing(policy, plugins=[Slow()]) as manager:
+        try:
+            assert ask(manager, "allocate", 600)[1].ending == "timeout"
+        finally:
+            waiting.set()
