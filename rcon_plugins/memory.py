@@ -51,7 +51,19 @@ class Memory(Size):
             *Size.schema["anyOf"],
             {
                 "type": "object",
-                "properties": {"limit": Size.schema, "expand": Factor.schema, "up_to": Size.schema},
+                "properties": {
+                    "limit": {**Size.schema, "description": "Bytes to begin with.", "examples": ["256M"]},
+                    "expand": {
+                        **Factor.schema,
+                        "description": "How many times as much it becomes when work reaches it.",
+                        "examples": ["2x"],
+                    },
+                    "up_to": {
+                        **Size.schema,
+                        "description": "The most it becomes; work that needs more is killed.",
+                        "examples": ["1G"],
+                    },
+                },
                 "required": ["limit", "expand", "up_to"],
                 "additionalProperties": False,
             },

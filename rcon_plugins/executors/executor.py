@@ -6,33 +6,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rcon_plugins.executors.channel import Channel
 
 if TYPE_CHECKING:
+    from rcon_plugins.executors.attention import Attention
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup, Meter, Reading
-    from rcon_plugins.memory import Memory
     from rcon_plugins.policy import Policy
 
 #: Tells work that its time, or its memory, will soon be over. Only for services that expect it.
 SOFT_TIME = signal.SIGUSR1
 SOFT_MEMORY = signal.SIGUSR2
-
-
-class Attention(Protocol):
-    """What is kept of the events of an executor's cgroup, and of its limits that may change."""
-
-    @property
-    def changed(self) -> bool:
-        """Whether the limits of its leaf are not the policy's any more."""
-
-    def memory(self, limit: str) -> Memory | None:
-        """The limit ``memory`` or ``each.memory`` in force; None where there is none."""
-
-    def part(self) -> None:
-        """The executor has ended, and its leaf is about to be removed."""
 
 
 #: A confinement by name, and who its work is: what an executor, process or thread, serves all its life.

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
 from rcon_plugins.executors.executor import Executor, Key
-from rcon_plugins.executors.process import LOGGER, Attendant, ProcessExecutors
+from rcon_plugins.executors.process import LOGGER, ProcessExecutors
 
 if TYPE_CHECKING:
     import pluggy
 
+    from rcon_plugins.executors.attention import Attendant
     from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.policy import Policy

@@ -17,11 +17,11 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConfinementError, KernelError, PidsLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, ChannelTimeout
-from rcon_plugins.executors.executor import Attention, Executor
+from rcon_plugins.executors.executor import Executor
 from rcon_plugins.executors.fork_server import (
     FULL,
     PID,
@@ -33,16 +33,16 @@ from rcon_plugins.executors.fork_server import (
     Service,
     read_death,
 )
+from rcon_plugins.executors.leaf import make_leaf
 from rcon_plugins.executors.supervisor import Supervisor
 from rcon_plugins.kernel import process
 
 if TYPE_CHECKING:
     import pluggy
 
+    from rcon_plugins.executors.attention import Attendant
     from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.kernel.cgroup import Cgroup
-    from rcon_plugins.limits import Limits
     from rcon_plugins.policy import Policy
 
 LOGGER = logging.getLogger("rcon")
@@ -55,18 +55,6 @@ DEATH_SECONDS = 1.0
 CLOSE_SECONDS = 10.0
 #: After how long those that still live are killed again, seconds.
 KILL_AGAIN_SECONDS = 0.2
-#: How often a leaf is tried to be made while other workers remove what holds it.
-_ATTEMPTS = 20
-
-
-class Attendant(Protocol):
-    """Who wants to know what happens to the cgroups of executors."""
-
-    def limits(self, name: str, policy: Policy) -> Limits:
-        """Of a confinement, for all of its work together: the policy's, unless they were changed."""
-
-    def attend(self, executor: Executor) -> Attention:
-        """Begin to watch a new executor, before it is born, and its confinement. Raises `KernelError`."""
 
 
 class ProcessExecutors:
@@ -146,7 +134,8 @@ class ProcessExecutors:
             raise ConfinementError("the fork server has ended; restart the server process")
         number = next(self._numbers)
         birth = Birth(number, name, f"{self._host}-{number}", policy, identity)
-        leaf = self._make_leaf(name, birth.leaf, policy)
+        limits = policy if self._attendant is None else self._attendant.limits(name, policy)
+        leaf = make_leaf(self._instance, self._hook, birth, limits)
         with contextlib.ExitStack() as undo:
             undo.callback(leaf.delete)
             meter = leaf.meter()
@@ -258,29 +247,6 @@ class ProcessExecutors:
             os.kill(self._server, signal.SIGKILL)
             process.reap(self._server)
         self._instance.sweep(f"{self._host}-")
-
-    def _make_leaf(self, name: str, leaf_name: str, policy: Policy) -> Cgroup:
-        """Make ``work/<name>/<leaf>`` with all limits in force.
-
-        Until there is a leaf in it, another worker of the server, which has no use for it any more, may remove
-        ``work/<name>``, and the limits with it: so they are written again once the leaf holds it in place.
-        """
-        together, leaf = self._instance.together(name), self._instance.leaf(name, leaf_name)
-        limits = policy if self._attendant is None else self._attendant.limits(name, policy)
-        configure = partial(self._hook.rcon_configure_cgroup, policy=policy)
-        for attempts_left in reversed(range(_ATTEMPTS)):
-            try:
-                for cgroup in (together, leaf):
-                    cgroup.create()
-                    configure(cgroup=together, limits=limits)
-                configure(cgroup=leaf, limits=policy.each)
-                break
-            except BaseException as error:
-                gone = isinstance(error, KernelError) and error.errno in (errno.ENOENT, errno.ENODEV)
-                if not gone or not attempts_left:
-                    leaf.delete()
-                    raise
-        return leaf
 
     def _order(self, order: Birth | Kill | Notice, *descriptors: int) -> None:
         """Tell the fork server what to do. Raises OSError; never waits for a fork server that does not listen."""

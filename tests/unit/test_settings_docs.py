@@ -68,6 +68,12 @@ def test_the_reference_has_every_key(heading: str, kind: str) -> None:
     assert keys_under(heading) == set(json_schema()["$defs"][kind]["properties"])
 
 
+def test_the_reference_has_every_key_of_memory_that_expands() -> None:
+    table = json_schema()["$defs"]["Policy"]["properties"]["memory"]["anyOf"][0]["anyOf"][-1]
+    keys = {key for key in keys_under("Memory") if key.isidentifier()}
+    assert keys == set(table["properties"])
+
+
 def test_the_reference_has_every_key_of_the_file() -> None:
     assert keys_under("The file") == set(json_schema()["properties"])
 

@@ -1,0 +1,35 @@
+"""What a manager wants to know of the cgroups of executors: see `rcon_plugins.attendance`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rcon_plugins.executors.executor import Executor
+    from rcon_plugins.limits import Limits
+    from rcon_plugins.memory import Memory
+    from rcon_plugins.policy import Policy
+
+
+class Attention(Protocol):
+    """What is kept of the events of an executor's cgroup, and of its limits that may change."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the limits of its leaf are not the policy's any more."""
+
+    def memory(self, limit: str) -> Memory | None:
+        """The limit ``memory`` or ``each.memory`` in force; None where there is none."""
+
+    def part(self) -> None:
+        """The executor has ended, and its leaf is about to be removed."""
+
+
+class Attendant(Protocol):
+    """Who wants to know what happens to the cgroups of executors."""
+
+    def limits(self, name: str, policy: Policy) -> Limits:
+        """Of a confinement, for all of its work together: the policy's, unless they were changed."""
+
+    def attend(self, executor: Executor) -> Attention:
+        """Begin to watch a new executor, before it is born, and its confinement. Raises `KernelError`."""

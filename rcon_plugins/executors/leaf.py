@@ -1,0 +1,43 @@
+"""The cgroup of one executor process."""
+
+from __future__ import annotations
+
+import errno
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rcon_plugins.errors import KernelError
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from rcon_plugins.executors.fork_server import Birth
+    from rcon_plugins.instance import Instance
+    from rcon_plugins.kernel.cgroup import Cgroup
+    from rcon_plugins.limits import Limits
+
+#: How often a leaf is tried to be made while other workers remove what holds it.
+_ATTEMPTS = 20
+
+
+def make_leaf(instance: Instance, hook: pluggy.HookRelay, birth: Birth, limits: Limits) -> Cgroup:
+    """Make ``work/<name>/<leaf>`` with all limits in force: ``limits`` are those of all work together.
+
+    Until there is a leaf in it, another worker of the server, which has no use for it any more, may remove
+    ``work/<name>``, and the limits with it: so they are written again once the leaf holds it in place.
+    """
+    together, leaf = instance.together(birth.name), instance.leaf(birth.name, birth.leaf)
+    configure = partial(hook.rcon_configure_cgroup, policy=birth.policy)
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        try:
+            for cgroup in (together, leaf):
+                cgroup.create()
+                configure(cgroup=together, limits=limits)
+            configure(cgroup=leaf, limits=birth.policy.each)
+            break
+        except BaseException as error:
+            gone = isinstance(error, KernelError) and error.errno in (errno.ENOENT, errno.ENODEV)
+            if not gone or not attempts_left:
+                leaf.delete()
+                raise
+    return leaf
