@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := examples/tenants/demo.py
 CUSTOMERS := examples/customers/show.py
+JOBS := examples/jobs/photos.py
 SOURCES := rcon_plugins integrations tests examples
 
 # What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them; a broker; systemd to ask.
@@ -12,7 +13,7 @@ DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs f
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-customers serve test lint bench clean root debian \
+.PHONY: help demo demo-customers demo-jobs redis serve test lint bench clean root debian \
 	test-unit test-contract test-integrations test-kernel test-vm
 
 help: ## list the targets
@@ -23,6 +24,9 @@ demo: $(VENV)/.run ## four tenants on one gunicorn, without and with confinement
 
 demo-customers: $(VENV)/.run ## three customers on one gunicorn, each under its own user, and a table (root; seconds)
 	@$(BIN)/python $(CUSTOMERS)
+
+demo-jobs: $(VENV)/.jobs redis ## two hundred jobs on one Celery worker, one in five of them harmful, and a table (root; a minute)
+	@$(BIN)/python $(JOBS)
 
 serve: $(VENV)/.run ## leave the demo's confined server running, until Ctrl-C
 	@$(BIN)/python $(DEMO) --serve
@@ -79,7 +83,15 @@ $(VENV)/.run: pyproject.toml | $(BIN)/python
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@echo "Installing what the tests need ..."
 	@$(BIN)/python -m pip install --quiet --editable . --group test --group lint --group vm
-	@touch $@ $(VENV)/.run
+	@touch $@ $(VENV)/.run $(VENV)/.jobs
+
+$(VENV)/.jobs: pyproject.toml | $(BIN)/python
+	@echo "Installing rcon-plugins, Celery and Pillow ..."
+	@$(BIN)/python -m pip install --quiet --editable . --group jobs
+	@touch $@
+
+redis:
+	@command -v redis-server >/dev/null || $(call apt,redis-server)
 
 root:
 	@[ "$$(id -u)" = 0 ] || { echo "make test needs root, for cgroups: sudo make test" >&2; \

@@ -18,5 +18,6 @@ from __future__ import annotations
 
 from rcon_celery.decorator import confined
 from rcon_celery.installation import install
+from rcon_celery.results import told
 
-__all__ = ["confined", "install"]
+__all__ = ["confined", "install", "told"]

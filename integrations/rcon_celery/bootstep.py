@@ -42,7 +42,9 @@ def make_step(installation: Installation) -> type:
                     )
                 settings = installation.settings()
                 names, policies = installation.marked(settings)
-                installation.begin(Node.start(settings, names, policies, pool, parent.hostname))
+                node = Node.start(settings, names, policies, pool, parent.hostname)
+                node.events = bool(parent.task_events)
+                installation.begin(node)
             except RconError as error:
                 raise StartRefused(str(error)) from None
 

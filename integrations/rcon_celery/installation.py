@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from celery import signals as on
 from celery.exceptions import TaskPredicate
 
-from rcon_celery import handover, place
+from rcon_celery import handover, place, results
 from rcon_celery.bootstep import make_step
 from rcon_celery.decorator import Mark, mark_of
 from rcon_celery.files import leave_log_files, server_files
@@ -79,6 +79,7 @@ class Installation:
         theirs = self._app.conf.task_annotations
         if not isinstance(theirs, Annotations):
             self._app.conf.task_annotations = Annotations(theirs, self)
+            results.add_to_backend(self._app)
 
     def adopt(self, cls: Any, body: Body) -> bool:
         """Take note of a task's class; False where it is never confined."""
@@ -192,9 +193,15 @@ class Installation:
         admission = self.manager.admit(work_of(task, args, kwargs), wait=True)
         if admission is None:
             return perform(task, body, args, kwargs)
-        if admission.isolation == "process":
-            return handover.run(task, cast("ProcessAdmission", admission), args, kwargs, lambda: self._lost)
-        return here(task, body, cast("InlineAdmission | ThreadAdmission", admission), args, kwargs)
+        try:
+            if admission.isolation == "process":
+                return handover.run(
+                    task, cast("ProcessAdmission", admission), args, kwargs, lambda: self._lost
+                )
+            return here(task, body, cast("InlineAdmission | ThreadAdmission", admission), args, kwargs)
+        finally:
+            if admission.outcome is not None:
+                results.note(task, admission.outcome, events=self._ready_node().events)
 
     def _ready_node(self) -> Node:
         if self.node is None:

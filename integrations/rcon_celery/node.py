@@ -33,6 +33,8 @@ class Node:
         self.plugins = plugins
         self.instance = instance
         self.hostname = hostname
+        #: Whether the worker sends events.
+        self.events = False
         self._pid = os.getpid()
 
     @classmethod

@@ -44,6 +44,11 @@ class Admission:
         self._outcome: Outcome | None = None
 
     @property
+    def outcome(self) -> Outcome | None:
+        """How the work ended; None while it is under way."""
+        return self._outcome
+
+    @property
     def policy(self) -> Policy:
         """The policy the work runs under."""
         return self.confinement.policy

@@ -105,7 +105,7 @@ def test_an_installed_wheel_imports(built: Path, clean: Path, tmp_path: Path) ->
         "install",
         "--quiet",
         "--disable-pip-version-check",
-        f"{wheel}[gunicorn]",
+        f"{wheel}[gunicorn,celery]",
         cwd=tmp_path,
     )
     check_imports(clean, tmp_path)
@@ -119,7 +119,7 @@ def test_an_editable_install_imports(clean: Path, tmp_path: Path) -> None:
         "--quiet",
         "--disable-pip-version-check",
         "--editable",
-        f"{ROOT}[gunicorn]",
+        f"{ROOT}[gunicorn,celery]",
     )
     run(clean, *install, cwd=tmp_path)
     check_imports(clean, tmp_path)

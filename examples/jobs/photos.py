@@ -1,0 +1,116 @@
+"""Two hundred jobs of a photo service, one in five of which does harm, on one worker: ``make demo-jobs``.
+
+It starts a redis-server and a Celery worker, sends the jobs, shows how far they are, and then how each kind ended and
+what it used. Exits with 0 only if each ended as it should, with 1 if not, with 2 if nothing can be confined here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from endings import Row, say, write
+from inputs import Inputs, Job
+from servers import PROCESSES, CannotStart, Redis, Worker
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+#: So long may all of it take, seconds.
+PATIENCE = 180.0
+
+
+def main() -> int:
+    """Run the demonstration."""
+    parser = argparse.ArgumentParser(description="Two hundred jobs on one confined Celery worker.")
+    parser.add_argument("--jobs", type=int, default=200, help="how many, about (default: %(default)s)")
+    options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupted)
+    try:
+        with contextlib.ExitStack() as stack:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="photos-")))
+            say("the customers' pictures, a redis-server, a worker …")
+            inputs = stack.enter_context(contextlib.closing(Inputs(directory)))
+            redis = stack.enter_context(contextlib.closing(Redis(directory)))
+            os.environ["PHOTOS_REDIS"] = redis.url
+            worker = Worker(directory)
+            stack.callback(worker.stop)
+            worker.wait_until_ready()
+            from tasks import app  # it reads where Redis is
+
+            stack.callback(app.close)
+            return demonstrate(app, inputs.jobs(options.jobs / 200), worker)
+    except CannotStart as error:
+        say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        say("\ninterrupted")
+        return 130
+
+
+def demonstrate(app: Celery, jobs: list[Job], worker: Worker) -> int:
+    """Send the jobs, wait for all of them, and tell how they ended."""
+    children = worker.children()
+    began = time.monotonic()
+    sent = [(job, app.tasks[f"photos.{job.task}"].delay(*job.arguments)) for job in jobs]
+    wait([result for _, result in sent], began)
+    seconds = time.monotonic() - began
+    rows = [row for row in gather(sent) if row.count]
+    replaced = len(set(children) - set(worker.children()))
+    lost = worker.log().count("WorkerLostError")
+    status = worker.stop()
+    left = worker.left_behind()
+    write(rows, sys.stdout)
+    print(f"\n  {len(jobs)} jobs in {seconds:.0f} s on {PROCESSES} processes of one worker", flush=True)
+    print(f"  pool processes replaced: {replaced}; WorkerLostError: {lost}; left behind: {left or 'nothing'}")
+    good = all(row.good for row in rows) and not replaced and not lost and not left and status == 0
+    print(
+        "  every job ended as it should" if good else "  not everything ended as it should: see ✗", flush=True
+    )
+    return 0 if good else 1
+
+
+def wait(results: list[Any], began: float) -> None:
+    """Show how far they are until all have ended."""
+    shown = -1
+    while time.monotonic() - began < PATIENCE:
+        ended = sum(result.ready() for result in results)
+        if ended != shown:
+            shown = ended
+            line = f"  {'█' * (30 * ended // len(results)):30}  {ended} of {len(results)} jobs"
+            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+        if ended == len(results):
+            break
+        time.sleep(0.2)
+    print(file=sys.stderr)
+
+
+def gather(sent: list[tuple[Job, Any]]) -> list[Row]:
+    """A row for each kind of job, the good ones first."""
+    from rcon_celery import told
+
+    rows: dict[tuple[str, str, str], Row] = {}
+    for job, result in sent:
+        row = rows.setdefault((job.task, job.what, job.ends), Row(job.task, job.what, job.ends))
+        outcome = told(result)
+        ended = "ok" if result.state == "SUCCESS" else type(result.result).__name__
+        row.add(ended if result.ready() else "not at all", outcome.usage if outcome is not None else None)
+    return sorted(rows.values(), key=lambda row: (row.expected != "ok", row.task))
+
+
+def _interrupted(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

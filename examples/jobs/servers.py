@@ -1,0 +1,108 @@
+"""The redis-server and the Celery worker of the demonstration, started on loopback and ended again."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+#: How many processes the worker's pool has.
+PROCESSES = 4
+#: How long something may take to start or to end, seconds.
+PATIENCE = 60.0
+
+
+class CannotStart(Exception):
+    """Raised when the demonstration cannot begin; the message says what to do."""
+
+
+class Redis:
+    """A redis-server in memory only, on a socket in a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        program = shutil.which("redis-server")
+        if program is None:
+            raise CannotStart("redis-server is not installed. As root: apt-get install redis-server")
+        path = directory / "redis.sock"
+        self.url = f"redis+socket://{path}"
+        command = [program, "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700"]
+        command += ["--save", "", "--appendonly", "no", "--dir", str(directory)]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + PATIENCE
+        with socket.socket(socket.AF_UNIX) as client:
+            while client.connect_ex(str(path)):
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    self.close()
+                    raise CannotStart("redis-server did not start")
+                time.sleep(0.02)
+
+    def close(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.wait()
+
+
+class Worker:
+    """One Celery worker with the application of the example."""
+
+    def __init__(self, directory: Path) -> None:
+        self._log = directory / "worker.log"
+        command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "--concurrency", str(PROCESSES)]
+        command += ["--hostname", "photos@localhost", "--loglevel", "INFO"]
+        command += ["--without-gossip", "--without-mingle"]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, cwd=HERE, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self._family: set[int] = set()
+
+    def wait_until_ready(self) -> None:
+        """Wait until it takes jobs. Raises `CannotStart` with its own last words."""
+        deadline = time.monotonic() + PATIENCE
+        while " ready." not in self.log():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise CannotStart(f"the worker did not start:\n{self.log()[-2000:]}")
+            time.sleep(0.05)
+
+    def log(self) -> str:
+        """What it has written."""
+        return self._log.read_text(errors="replace")
+
+    def children(self) -> list[int]:
+        """The processes of its pool."""
+        return children(self._process.pid)
+
+    def stop(self) -> int:
+        """End it when what is under way is done; its exit status."""
+        if self._process.poll() is None:
+            self._family = family(self._process.pid)
+            self._process.terminate()
+        try:
+            return self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def left_behind(self) -> str:
+        """The processes that were below it and still live, and its cgroups that are still there."""
+        time.sleep(0.2)
+        processes = [str(pid) for pid in self._family if Path(f"/proc/{pid}").exists()]
+        cgroups = list(Path("/sys/fs/cgroup").glob(f"**/rcon-{self._process.pid}-*"))
+        return " ".join([*processes, *map(str, cgroups)])
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process."""
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def family(pid: int) -> set[int]:
+    """A process and all below it."""
+    return {pid}.union(*(family(child) for child in children(pid)))

@@ -1,0 +1,85 @@
+"""What a task used is told with its result, and by an event."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app.backends import by_url
+
+from rcon_celery import told
+from rcon_celery.results import add_to_backend
+from rcon_plugins.errors import MemoryLimitExceeded
+from tests.integrations.celery.office import Offices
+from tests.processes import until
+
+
+def test_in_the_metadata(offices: Offices) -> None:
+    with offices() as office:
+        result = office.send("where")
+        office.wait(result)
+        outcome = told(result)
+        assert outcome is not None
+        assert (outcome.ending, outcome.policy) == ("ok", "where")
+        assert outcome.usage.wall_seconds > 0
+        assert outcome.usage.cpu_seconds is not None
+        assert 0 < (outcome.usage.memory_peak or 0) < 128 * 2**20
+
+        result = office.send("hog")
+        with pytest.raises(MemoryLimitExceeded):
+            office.wait(result)
+        outcome = told(result)
+        assert outcome is not None
+        assert (outcome.ending, outcome.limit) == ("memory", "each.memory")
+        assert (outcome.usage.memory_peak or 0) > 60 * 2**20
+
+        result = office.send("plain")
+        office.wait(result)
+        assert told(result) is None
+
+
+def test_in_an_event(offices: Offices) -> None:
+    with offices("-E") as office:
+        events: list[dict[str, Any]] = []
+
+        def listen() -> None:
+            with office.app.connection_for_read() as connection:
+
+                def take(event: dict[str, Any]) -> None:
+                    events.append(event)
+                    receiver.should_stop = True
+
+                receiver = office.app.events.Receiver(connection, handlers={"rcon-task": take})
+                receiver.capture(limit=None, timeout=None, wakeup=False)
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        until(lambda: bool(events) or not office.get("where"))  # the listener is there soon
+        thread.join(10)
+        event = events[0]
+        assert (event["name"], event["ending"], event["policy"]) == ("where", "ok", "where")
+        assert event["wall_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("written", "backend"),
+    [
+        ("redis://127.0.0.1:1/3", "celery.backends.redis:RedisBackend"),
+        ("cache+memory://", "celery.backends.cache:CacheBackend"),
+        ("file:///tmp", "celery.backends.filesystem:FilesystemBackend"),
+        ("celery.backends.redis:RedisBackend+redis://127.0.0.1:1/3", "celery.backends.redis:RedisBackend"),
+        ("rpc://", "celery.backends.rpc:RPCBackend"),
+    ],
+)
+def test_every_backend(written: str, backend: str) -> None:
+    app = Celery("any", backend=written, set_as_current=False)
+    add_to_backend(app)
+    add_to_backend(app)  # nothing more
+    cls, url = by_url(app.backend_cls, app.loader)
+    plain, plain_url = by_url(written, app.loader)
+    assert issubclass(cls, plain)
+    assert f"{plain.__module__}:{plain.__qualname__}" == backend
+    assert url == plain_url or f"{url}" == written
+    app.close()
