@@ -266,12 +266,12 @@ def _raise(problem: bytes) -> NoReturn:
     raise error
 
 
-def group_name(command: str) -> str:
-    """The name of a group for a command that was given none: ``<basename>-<pid>``."""
+def group_name(command: str, pid: int | None = None) -> str:
+    """The name of a group for a command that was given none: ``<basename>-<pid>``, by default the caller's."""
     plain = "".join(
         c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in command.rpartition("/")[2]
     )
-    name = f"{plain[:_LONGEST_NAME].lstrip('-') or 'command'}-{os.getpid()}"
+    name = f"{plain[:_LONGEST_NAME].lstrip('-') or 'command'}-{pid or os.getpid()}"
     return f"run-{name}" if INSTANCE_NAME.fullmatch(name) else name
 
 

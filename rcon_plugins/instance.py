@@ -124,6 +124,10 @@ class Instance:
         """``work/<name>/<leaf>``: the place of one executor process. ValueError for what is no name."""
         return self.together(name).child(leaf)
 
+    def taken(self, name: str) -> Cgroup:
+        """``taken/<name>``: running processes that were taken from elsewhere. ValueError for what is no name."""
+        return self._root.child("taken", shared=True).child(name)
+
     def threaded(self, name: str) -> Cgroup:
         """``host/<name>``, to be entered by threads. On v2 the process has to be adopted first.
 
@@ -273,6 +277,8 @@ class Instance:
         if _processes_leave(self._host):
             return False
         self._host.delete(recursive=True)
+        if self._root.child("taken").processes(subtree=True):
+            return False
         gone = self._root.delete(recursive=True)
         if gone and self.base == ROOT_BASE:
             # We may have made it; it stays while others have something in it.
@@ -284,8 +290,9 @@ def collect(hierarchy: Hierarchy, base: str) -> list[str]:
     """Remove what instances below ``base`` left whose owner is dead; one sentence for each.
 
     What runs in their ``work/`` is killed. What runs in their ``host/``, a server's own processes, never:
-    it gets a second to end, then the instance is left for the next time. Everything else below ``base``
-    is left alone. Raises KernelError only where ``base`` cannot be read.
+    it gets a second to end, then the instance is left for the next time. Nor what is in their ``taken/``: it is put
+    back to where it was. Everything else below ``base`` is left alone. Raises KernelError only where ``base``
+    cannot be read.
     """
     report = []
     for name in hierarchy.cgroup(base).children():
@@ -306,12 +313,29 @@ def _collect_one(hierarchy: Hierarchy, path: str) -> str:
         return "left alone: it has processes of a PID namespace that cannot be seen from here"
     work.kill()
     work.delete()
+    if staying := give_back(hierarchy, path):
+        return f"left for the next time: processes {staying} that were taken cannot be put back"
     staying = _processes_leave(host)
     if staying:
         return f"left for the next time: processes {staying} of its server still run"
     host.delete()
     root.delete()
     return "removed"
+
+
+def give_back(hierarchy: Hierarchy, path: str) -> list[int]:
+    """Put what is in ``taken/`` of the instance at ``path`` back to where it was; those that stay. KernelError."""
+    taken = hierarchy.cgroup(f"{path}/taken")
+    if not any(files.is_directory(directory) for directory in taken.directories):
+        return []
+    from rcon_plugins import origins
+
+    instance = path.rpartition("/")[2]
+    staying = origins.put_back(taken, origins.load(instance))
+    if not staying:
+        taken.delete()
+        origins.forget(instance)
+    return staying
 
 
 def _processes_leave(host: Cgroup) -> list[int]:

@@ -18,10 +18,12 @@ from rcon_plugins.cli.lazy import Lazy, LazyGroup
 from rcon_plugins.errors import RconError
 
 _GROUPS = "rcon_plugins.cli.group_commands"
+_RUN = "rcon_plugins.cli.run_command"
 _POLICY = "rcon_plugins.cli.policy_commands"
 _MACHINE = "rcon_plugins.cli.machine_commands"
 #: By name: where it is, and its short help. Only the one that is called is imported.
 SUBCOMMANDS = {
+    "attach": Lazy(f"{_RUN}:attach", "Put running processes in a group with limits; --release lets them go."),
     "check": Lazy(f"{_POLICY}:check", "Say how each policy of FILE would be enforced here, and why."),
     "freeze": Lazy(f"{_GROUPS}:freeze", "Stop the processes of a group, until thaw."),
     "kill": Lazy(f"{_GROUPS}:kill", "End all processes of a group, double forks and new sessions too."),
@@ -30,7 +32,7 @@ SUBCOMMANDS = {
         f"{_MACHINE}:doctor", "Say what this machine offers, what works here, and what would mend the rest."
     ),
     "gc": Lazy(f"{_MACHINE}:gc", "Remove what dead owners left in the cgroup tree."),
-    "run": Lazy("rcon_plugins.cli.run_command:run", "Run a command within limits."),
+    "run": Lazy(f"{_RUN}:run", "Run a command within limits."),
     "schema": Lazy(f"{_POLICY}:schema", "Print the JSON schema of a policy file."),
     "set": Lazy(f"{_GROUPS}:set_command", "Set limits of a group while it runs."),
     "stat": Lazy(f"{_GROUPS}:stat", "Show all about one group: limits, usage, pressure, processes."),

@@ -65,3 +65,35 @@ def run(**options: Any) -> int:
     from rcon_plugins.cli import run_options
 
     return run_options.run(options)
+
+
+@click.command(short_help="Put running processes in a group with limits; --release lets them go.")
+@limit_options
+@click.option(
+    "--group", "-g", metavar="NAME", help="Call the group so; else by the first command and its number."
+)
+@click.option("--children", is_flag=True, help="Take what they have started too, and what that has started.")
+@click.option("--release", is_flag=True, help="Put processes, or all of a group, back where they were.")
+@click.argument("what", metavar="PID...", nargs=-1, required=True)
+def attach(**options: Any) -> int:
+    """Take the running processes PID... into a group with limits; what they start from now on is in it too.
+
+    All of them are taken, or none. The group goes away by itself after the last of them has ended; until then a small
+    process watches over it. With --release the arguments are groups that attach made, or processes in them.
+
+    \b
+    Hold down what is running already:
+      rcon attach --cpu 30% 4711
+      rcon attach --cpu 50% --write 5M --children --group backup $(pidof rsync)
+    And let it go again:
+      rcon attach --release backup
+
+    \b
+    Exit status:
+      0    done
+      2    bad usage, a process that cannot be taken, or a limit that this machine cannot enforce; none was taken
+      125  rcon itself failed
+    """
+    from rcon_plugins.cli import attaching
+
+    return attaching.attach(options)

@@ -81,7 +81,7 @@ class Caller:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for standard in {0, 1} - kept:
             os.dup2(null, standard)
-        for descriptor in _inherited():
+        for descriptor in inherited_descriptors():
             if descriptor not in kept:
                 os.close(descriptor)
         os.close(null)
@@ -175,7 +175,7 @@ class Caller:
             os.kill(self._pid, signal.SIGSTOP)
 
 
-def _inherited() -> list[int]:
+def inherited_descriptors() -> list[int]:
     """The open descriptors above 2 that this process was given: what it opens itself is closed by execve(2)."""
     found = []
     for name in os.listdir("/proc/self/fd"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel.cgroup import files, owner
+
+_PF_KTHREAD = 0x00200000
 
 
 class Process(NamedTuple):
@@ -56,6 +59,21 @@ def process_of(thread: int) -> int | None:
         if line.startswith("Tgid:"):
             return int(line.split()[1])
     return None
+
+
+def is_kernel_thread(pid: int) -> bool:
+    """Whether it is a thread of the kernel (stat, flags, PF_KTHREAD in include/linux/sched.h)."""
+    fields = owner.stat_fields(pid)
+    return bool(fields) and bool(int(fields[6]) & _PF_KTHREAD)
+
+
+def parents() -> dict[int, int]:
+    """By process the one that started it, or that took it over; of all that can be seen."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (fields := owner.stat_fields(int(entry))):
+            found[int(entry)] = int(fields[1])
+    return found
 
 
 def _read(pid: int, name: str) -> str | None:

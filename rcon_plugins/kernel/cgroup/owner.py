@@ -16,16 +16,16 @@ def start_time(pid: int) -> int | None:
 
     A zombie counts as dead.
     """
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     return None if not fields or fields[0] in _DEAD else int(fields[19])
 
 
 def is_stopped(pid: int) -> bool:
     """Whether a process is stopped by a signal, as job control does (``proc(5)``, stat, state T)."""
-    return _stat(pid)[:1] == ["T"]
+    return stat_fields(pid)[:1] == ["T"]
 
 
-def _stat(pid: int) -> list[str]:
+def stat_fields(pid: int) -> list[str]:
     """The fields of ``/proc/PID/stat`` from the third on, the state; none where there is no such process."""
     text = _of_process(pid, "stat")
     # The name, field 2, may hold spaces and brackets.

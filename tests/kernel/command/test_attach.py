@@ -1,0 +1,196 @@
+"""rcon attach: running processes held down, the group gone by itself, and all put back where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rcon_plugins.instance import collect
+from rcon_plugins.kernel.cgroup import Hierarchy
+from tests.kernel.command.harness import Done, left_by, rcon, until
+from tests.kernel.quota import judge
+
+Processes = list[subprocess.Popen[bytes]]
+
+
+def run(*words: str, count: int = 1) -> Processes:
+    return [
+        subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(count)
+    ]
+
+
+@contextlib.contextmanager
+def running(*words: str, count: int = 1) -> Iterator[Processes]:
+    processes = run(*words, count=count)
+    try:
+        yield processes
+    finally:
+        end(processes)
+
+
+def end(processes: Processes) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def where(pid: int) -> str:
+    return Path("/proc", str(pid), "cgroup").read_text()
+
+
+def watcher(pid: int) -> int:
+    """The process that watches over the group that this one is in."""
+    found = re.search(r"/rcon-([0-9]+)-[0-9]+/taken/", where(pid))
+    assert found, where(pid)
+    return int(found[1])
+
+
+def attach(processes: Processes, *options: str) -> Done:
+    return rcon("attach", *options, *(str(process.pid) for process in processes))
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_two_processes_are_held_down_together_and_the_group_goes_with_them() -> None:
+    with running("yes", count=2) as both:
+        done = attach(both, "--cpu", "30%", "--group", "yes-yes")
+        assert (done.status, done.out, done.err) == (0, "yes-yes: 2 processes\n", "")
+        mine = watcher(both[0].pid)
+        assert watcher(both[1].pid) == mine
+
+        def measure() -> dict[float, float]:
+            before, began = sum(cpu_seconds(one.pid) for one in both), time.monotonic()
+            time.sleep(4)
+            used = sum(cpu_seconds(one.pid) for one in both) - before
+            return {0.3: used / (time.monotonic() - began)}
+
+        judge(measure)
+        end(both)
+        until(lambda: not left_by(mine), "the group goes after its last process")
+    until(lambda: not Path("/proc", str(mine)).exists(), "the watcher ends")
+
+
+def test_release_puts_them_back() -> None:
+    with running("sleep", "1000", count=3) as three:
+        before = [where(process.pid) for process in three]
+        attach(three, "--pids", "50", "--group", "three")
+        mine = watcher(three[0].pid)
+        assert rcon("attach", "--release", str(three[0].pid)).status == 0
+        assert where(three[0].pid) == before[0]
+        assert watcher(three[1].pid) == mine
+        done = rcon("attach", "--release", "three")
+        assert (done.status, done.err) == (0, "")
+        assert [where(process.pid) for process in three] == before
+        until(lambda: not left_by(mine), "nothing is left")
+        assert all(process.poll() is None for process in three)
+
+
+def test_each_goes_back_to_where_it_was(tmp_path: Path) -> None:
+    """Not all of a group come from one place."""
+    hierarchy = Hierarchy.discover()
+    places = [hierarchy.cgroup(f"/rcon-test-{os.getpid()}-{number}").create() for number in range(2)]
+    try:
+        with running("sleep", "1000", count=2) as both:
+            for place, process in zip(places, both, strict=True):
+                place.attach(process.pid)
+            before = [where(process.pid) for process in both]
+            assert before[0] != before[1]
+            attach(both, "--group", "apart")
+            assert rcon("attach", "--release", "apart").status == 0
+            assert [where(process.pid) for process in both] == before
+    finally:
+        for place in places:
+            place.delete()
+
+
+def test_children_come_along() -> None:
+    script = "sleep 1000 & sh -c 'sleep 1000 & echo up; wait' & wait"
+    shell = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert shell.stdout is not None
+        shell.stdout.readline()
+        done = rcon("attach", "--children", "--group", "family", str(shell.pid))
+        assert done.out == "family: 4 processes\n"
+        assert rcon("attach", "--release", "family").status == 0
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)
+        shell.communicate()
+
+
+def test_what_a_killed_watcher_leaves_is_put_back_and_never_ended() -> None:
+    with running("sleep", "1000") as one:
+        before = where(one[0].pid)
+        attach(one, "--pids", "50")
+        mine = watcher(one[0].pid)
+        os.kill(mine, signal.SIGKILL)
+        until(lambda: not Path("/proc", str(mine)).exists(), "it is dead")
+        assert "/taken/sleep-" in where(one[0].pid)
+        assert any(f"rcon-{mine}-" in line for line in collect(Hierarchy.discover(), "/rcon"))
+        assert where(one[0].pid) == before
+        assert one[0].poll() is None
+        assert left_by(mine) == []
+
+
+def test_a_watcher_that_is_told_to_end_puts_them_back() -> None:
+    with running("sleep", "1000") as one:
+        before = where(one[0].pid)
+        attach(one)
+        mine = watcher(one[0].pid)
+        os.kill(mine, signal.SIGTERM)
+        until(lambda: not left_by(mine), "the group is gone")
+        assert where(one[0].pid) == before
+
+
+def test_memory_they_have_is_said_to_stay() -> None:
+    with running("sleep", "1000") as one:
+        done = attach(one, "--memory", "64M", "--group", "late")
+        assert done.status == 0
+        assert done.err == (
+            "rcon: --memory: memory they have already stays where it was, and is not counted; what they add is\n"
+        )
+        rcon("attach", "--release", "late")
+
+
+def test_a_taken_process_is_not_taken_again_nor_a_name_twice() -> None:
+    with running("sleep", "1000", count=2) as both:
+        attach(both[:1], "--group", "once")
+        again = attach(both[:1])
+        assert again.status == 2
+        assert "is in a group already" in again.err
+        named = attach(both[1:], "--group", "once")
+        assert named.status == 2
+        assert "'once' is in use" in named.err
+        assert "/taken/" not in where(both[1].pid)
+        rcon("attach", "--release", "once")
+
+
+def test_all_or_none() -> None:
+    with running("sleep", "1000") as one:
+        before = where(one[0].pid)
+        gone = run("true")[0]
+        gone.wait()
+        done = rcon("attach", "--cpu", "50%", str(one[0].pid), str(gone.pid))
+        assert done.status == 2
+        assert f"there is no process {gone.pid}, or it has ended" in done.err
+        assert where(one[0].pid) == before
+
+
+@pytest.mark.parametrize("limit", [["--cpus", "4000"], ["--write", "1M", "--device", "999:0"]])
+def test_a_limit_that_cannot_be_takes_nothing(limit: list[str]) -> None:
+    with running("sleep", "1000") as one:
+        before = where(one[0].pid)
+        done = attach(one, *limit)
+        assert (done.status, done.out) == (2, "")
+        assert len(done.err.splitlines()) == 1
+        assert where(one[0].pid) == before
