@@ -40,9 +40,9 @@ class Origins(NamedTuple):
 
 def place_of(pid: int, group: Cgroup) -> Place:
     """Where a process is, in the hierarchies of ``group``. Raises KernelError, ESRCH where it has ended."""
-    text = files.read_if_there(f"/proc/{pid}", "cgroup")
-    if text is None or owner.start_time(pid) is None:
-        raise KernelError(f"process {pid} has ended", errno=errno.ESRCH, path=f"/proc/{pid}")
+    text = owner.membership(pid)
+    if text is None:
+        raise KernelError(f"process {pid} has ended", errno=errno.ESRCH)
     membership = mounts.parse_membership(text)
     found = {}
     for mount in group.mounts:

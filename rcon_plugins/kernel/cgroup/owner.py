@@ -25,6 +25,11 @@ def is_stopped(pid: int) -> bool:
     return stat_fields(pid)[:1] == ["T"]
 
 
+def membership(pid: int) -> str | None:
+    """The text of ``/proc/PID/cgroup``; None where the process has ended."""
+    return None if start_time(pid) is None else _of_process(pid, "cgroup")
+
+
 def stat_fields(pid: int) -> list[str]:
     """The fields of ``/proc/PID/stat`` from the third on, the state; none where there is no such process."""
     text = _of_process(pid, "stat")
