@@ -150,3 +150,40 @@ def kill(group: Group, as_json: bool) -> int:
     from rcon_plugins.cli import changing
 
     return changing.kill(group, as_json)
+
+
+@click.command(short_help="Print a line for each event of a group.")
+@_group
+@click.option(
+    "--kind", "kinds", multiple=True, metavar="KIND[,KIND]", help="These kinds only; without it, all."
+)
+@click.option(
+    "--threshold", "thresholds", multiple=True, metavar="SIZE", help="Tell when memory reaches this."
+)
+@click.option(
+    "--pressure",
+    multiple=True,
+    metavar="RESOURCE[:STALL/WINDOW]",
+    help="Tell when cpu, memory or io was waited for: memory:200ms/2s.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each event.")
+def watch(
+    group: Group,
+    kinds: tuple[str, ...],
+    thresholds: tuple[str, ...],
+    pressure: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Print a line for each event of GROUP as it happens, until the group is gone: limits reached, OOM kills ...
+
+    Kinds: memory_high, memory_limit, oom_kill, memory_usage (of a --threshold), pids_limit, cpu_throttled, pressure (of
+    a --pressure), empty. Which can be told depends on the machine; one asked for by name that cannot is refused.
+
+    \b
+      rcon watch tenant~a.example
+      rcon watch nightly --kind oom_kill,memory_limit --json
+      rcon watch nightly --threshold 900M --pressure memory:500ms/2s
+    """
+    from rcon_plugins.cli import watching
+
+    return watching.watch_group(group, kinds, thresholds, pressure, as_json)

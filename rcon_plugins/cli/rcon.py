@@ -38,6 +38,7 @@ SUBCOMMANDS = {
     "stat": Lazy(f"{_GROUPS}:stat", "Show all about one group: limits, usage, pressure, processes."),
     "thaw": Lazy(f"{_GROUPS}:thaw", "Let the processes of a frozen group go on."),
     "top": Lazy(f"{_GROUPS}:top", "Show what every group uses, live."),
+    "watch": Lazy(f"{_GROUPS}:watch", "Print a line for each event of a group."),
     "which": Lazy(f"{_POLICY}:which", "Say which policy of FILE a work gets, and as whom it runs."),
 }
 

@@ -1,0 +1,144 @@
+"""rcon watch: a line for each event, until the group is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.instance import Instance
+from rcon_plugins.kernel.cgroup import Cgroup, Resources
+from tests.kernel.cgroup.helpers import MIB, eventually, running, sleep_forever, touch
+
+ROOT = Path(__file__).parents[3]
+MAIN = "from rcon_plugins.cli.rcon import main; main()"
+
+
+class Watching:
+    """``rcon watch`` beside the test."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", MAIN, "watch", *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def watches(self) -> bool:
+        """Whether its thread is there, and it waits."""
+        assert self.process.poll() is None, self.process.communicate()
+        names = [path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/comm")]
+        return len(names) > 1
+
+    def ended(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+@contextlib.contextmanager
+def watching(*arguments: str) -> Iterator[Watching]:
+    made = Watching(*arguments)
+    try:
+        eventually(made.watches, 60)
+        time.sleep(0.3)
+        yield made
+    finally:
+        if made.process.poll() is None:
+            made.process.kill()
+        made.process.communicate()
+
+
+@pytest.fixture
+def group(instance: Instance, own: str) -> Cgroup:
+    together = instance.together(f"{own}-w").create()
+    together.configure(Resources(memory_max=32 * MIB, pids_max=3))
+    return together
+
+
+def fork_too_many() -> None:
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(5):
+            if os.fork() == 0:
+                sleep_forever()
+    sleep_forever()
+
+
+def test_a_line_for_each_until_the_group_is_gone(group: Cgroup, instance: Instance, own: str) -> None:
+    with watching(f"{own}-w", "--kind", "oom_kill,pids_limit") as it:
+        # The leaf is in the way of nothing: v1 counts in the cgroup of the process itself.
+        with running(group, touch, 64 * MIB) as child:
+            assert child.wait() == -signal.SIGKILL
+        with running(group, fork_too_many):
+            eventually(lambda: (group.read().pids_limit_hits or 0) > 0)
+            time.sleep(1)
+            group.kill()
+        assert group.delete()
+        status, out, err = it.ended()
+    lines = out.splitlines()
+    assert (status, err) == (0, f"rcon: {own}-w is gone\n")
+    kinds = [line.split()[1] for line in lines]
+    assert set(kinds) == {"oom_kill", "pids_limit"}
+    assert all(line[2] == line[5] == ":" for line in lines)
+    assert " of 32M" in lines[kinds.index("oom_kill")]
+    assert "a fork failed: " in lines[kinds.index("pids_limit")]
+
+
+def test_as_json_and_with_a_threshold(group: Cgroup, own: str) -> None:
+    with watching(f"{own}-w", "--json", "--threshold", "16M", "--kind", "memory_usage") as it:
+        with running(group, hold, 20 * MIB):
+            eventually(lambda: (group.read().memory_current or 0) > 16 * MIB)
+            time.sleep(1)
+        assert group.delete()
+        status, out, _ = it.ended()
+    assert status == 0
+    told = [json.loads(line) for line in out.splitlines()]
+    assert told
+    assert {one["kind"] for one in told} == {"memory_usage"}
+    assert (told[0]["group"], told[0]["bound"]) == (f"{own}-w", 16 * MIB)
+    assert told[0]["usage"] >= 15 * MIB
+
+
+def hold(size: int) -> None:
+    held = bytearray(size)
+    held[::4096] = b"x" * len(held[::4096])
+    sleep_forever()
+
+
+def test_interrupted(group: Cgroup, own: str) -> None:
+    with watching(f"{own}-w") as it:
+        it.process.send_signal(signal.SIGINT)
+        assert it.ended() == (130, "", "")
+
+
+BAD = [
+    (["--kind", "oom"], "--kind: there is no event 'oom' (one of: memory_high, memory_limit"),
+    (["--threshold", "much"], "--threshold: 'much' is not a size"),
+    (["--pressure", "disk"], "--pressure: 'disk' is no trigger (memory, or memory:200ms/2s; or cpu, io)"),
+    (["--pressure", "io:2s"], "--pressure: 'io:2s' is no trigger"),
+    (["--pressure", "io:5/2"], "--pressure: '5' is not a length of time"),
+    (["--pressure", "io:3s/2s"], "--pressure: 3 s is not within a window of 2 s"),
+    (["--pressure", "io:1s/60s"], "--pressure: a window of 60 s is not between"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"), BAD, ids=lambda one: " ".join(one) if isinstance(one, list) else ""
+)
+def test_bad_usage(
+    group: Cgroup, own: str, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(["watch", f"{own}-w", *options]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert says in err
