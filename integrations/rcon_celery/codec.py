@@ -123,7 +123,9 @@ def exception_of(told: dict[str, Any], text: str) -> Exception:
     except Exception:  # noqa: BLE001 - it is made of something else
         error = cls.__new__(cls, *args)
     error.args = args
-    vars(error).update(told["state"])
+    vars(error).update(
+        {name: value for name, value in told["state"].items() if not callable(getattr(cls, name, None))}
+    )
     if text:
         error.__cause__ = RemoteTraceback(f"\n{text}")
     return error

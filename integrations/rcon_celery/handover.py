@@ -13,7 +13,7 @@ from celery.exceptions import Reject
 from celery.result import result_from_tuple
 
 from rcon_celery import codec, wire
-from rcon_plugins.errors import Killed, LimitExceeded
+from rcon_plugins.errors import Killed, LimitExceeded, MemoryLimitExceeded
 from rcon_plugins.executors.channel import ChannelClosed, ProtocolViolation
 from rcon_plugins.executors.executor import SOFT_TIME
 
@@ -117,6 +117,11 @@ class _Answer:
             raise raised(outcome) from error
         for child in self._children:
             self._task.add_trail(child)
+        if isinstance(error, MemoryError):
+            # Celery ends a whole worker for it.
+            told = f"{self._task.name}: {type(error).__name__}: {error}"
+            limit = MemoryLimitExceeded(told, policy=outcome.policy, key=outcome.key, usage=outcome.usage)
+            raise limit.plain() from error.__cause__
         if error is not None:
             raise error
         return value

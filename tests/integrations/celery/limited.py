@@ -6,8 +6,11 @@ What it does is said by the environment; what happens is written down in Redis, 
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
 import mmap
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import celery
+import msgspec
 import redis
 from celery.exceptions import SoftTimeLimitExceeded
 
-from rcon_celery import confined, install
+from rcon_celery import confined, install, wire
 from rcon_plugins.errors import MemoryLimitExceeded, SoftMemoryLimitExceeded
+from rcon_plugins.executors.channel import Channel
 
 BROKER = "RCON_TEST_BROKER"
 SETTINGS = "RCON_TEST_SETTINGS"
@@ -220,12 +225,79 @@ def define(app: celery.Celery, url: str) -> None:
         note(name, os.getpid(), start_child())
         time.sleep(MANY)
 
+    @task(name="no_memory")
+    @confined(timeout="60s", rlimits={"as": "2G"})
+    def no_memory() -> int:
+        return len(bytearray(4 * 2**30))
+
+    @task(name="hostile", bind=True)
+    @confined(memory="64M", timeout="2s", max_works=1)
+    def hostile(self: Any, how: str, *arguments: Any) -> None:
+        answer_as(how, *arguments)
+
     @task(name="one_at_a_time")
     @confined(timeout="60s", concurrency=1)
     def one_at_a_time() -> list[float]:
         began = time.monotonic()
         time.sleep(0.2)
         return [began, time.monotonic()]
+
+
+def answer_as(how: str, *arguments: Any) -> None:
+    """In an executor process: tell the host what no honest service says, over its channel."""
+    (channel,) = [found for found in gc.get_objects() if isinstance(found, Channel) and found.fileno() >= 0]
+    number = held_number()
+    if how == "silent":
+        time.sleep(MANY)
+    body: dict[str, Any] = {
+        "pickle": lambda: pickle.dumps(Bomb(*arguments)),
+        "error": lambda: json.dumps(
+            {"error": {"module": arguments[0], "type": arguments[1], **parts(*arguments[2:])}, "children": []}
+        ).encode(),
+        "list": lambda: b"[1]",
+        "value": lambda: b'{"value": 1, "children": []}',
+        "children": lambda: b'{"value": 1, "children": 5}',
+    }
+    kind, _, manner = how.partition(" ")
+    data = body[kind]()
+    content = (
+        ("application/x-python-serialize", "binary") if kind == "pickle" else ("application/json", "utf-8")
+    )
+    size = 2**40 if manner == "long" else len(data)
+    if manner == "wrong":
+        number = bytes(8)
+    told: Any = "error" if kind == "error" else "ok"
+    head = wire.AnswerHead(number, told, "", wire.Body(*content, size))
+    frames = [(wire.ANSWER, msgspec.msgpack.encode(head)), (wire.DATA, data)]
+    if manner == "twice":
+        frames *= 2
+    if manner == "noise":
+        frames.append((99, b"noise"))
+    channel.send(*frames)
+    time.sleep(MANY)
+
+
+def parts(*args: Any) -> dict[str, Any]:
+    told = [[False, arg] for arg in args]
+    return {"args": told, "made_of": told, "state": {"with_traceback": 5, "__traceback__": 5}}
+
+
+def held_number() -> bytes:
+    """The number of the task under way: what is run knows all that its process does."""
+    frame: Any = sys._getframe()
+    while "head" not in frame.f_locals:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    number: bytes = frame.f_locals["head"].number
+    return number
+
+
+class Bomb:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (Path(self.path), "unpickled")
 
 
 def start_child() -> int:

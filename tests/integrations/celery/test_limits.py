@@ -82,6 +82,11 @@ def test_a_death_can_be_retried(office: Office) -> None:
     assert office.log("hog_again") == ["run", "run"]
 
 
+def test_a_memory_error_does_not_end_the_worker(office: Office) -> None:
+    error = office.error("no_memory", MemoryLimitExceeded)
+    assert str(error) == "no_memory: MemoryError: "
+
+
 def test_soft_memory(office: Office) -> None:
     assert office.get("soft_memory") == "cleaned up: soft_memory: its memory is nearly used up"
 

@@ -1,0 +1,77 @@
+"""What an executor process may say: nothing that the worker comes to harm by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery.utils.serialization import UnpickleableExceptionWrapper
+
+from rcon_plugins.errors import Killed, TimeLimitExceeded
+from tests.integrations.celery.office import Office, Offices
+
+UNREADABLE = "hostile: its process gave an answer that cannot be read"
+
+
+@pytest.fixture(scope="module")
+def office(offices: Offices) -> Iterator[Office]:
+    with offices(concurrency=1) as opened:
+        (process,) = opened.worker.children()
+        yield opened
+        assert opened.worker.children() == [process]
+        assert opened.get("where")["confined"]
+
+
+def test_nothing_is_unpickled(office: Office, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        office.get("hostile", "pickle", str(tmp_path / "bomb"))
+    assert not (tmp_path / "bomb").exists()
+
+
+def test_pickle_where_the_application_accepts_it(offices: Offices, tmp_path: Path) -> None:
+    """It is the application's own decision, with and without confinement."""
+    with offices(concurrency=1, RCON_TEST_ACCEPT="json,pickle") as office:
+        with pytest.raises(Killed):
+            office.get("hostile", "pickle", str(tmp_path / "bomb"))
+        assert (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("os", "system"), ("builtins", "print"), ("builtins", "object"), ("os", "environ")]
+)
+def test_only_exceptions_are_made(office: Office, tmp_path: Path, module: str, name: str) -> None:
+    error = office.error("hostile", Killed, "error", module, name, f"touch {tmp_path}/ran")
+    assert str(error) == UNREADABLE
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_module_is_imported(office: Office) -> None:
+    """An exception of a module that the worker has not loaded is one of that name."""
+    error = office.error("hostile", UnpickleableExceptionWrapper, "error", "this", "Zen", "five")
+    assert (error.exc_module, error.exc_cls_name, error.exc_args) == ("this", "Zen", ("five",))
+    assert "Namespaces are one honking great idea" not in office.worker.log()
+
+
+@pytest.mark.parametrize("name", ["SystemExit", "KeyboardInterrupt", "GeneratorExit"])
+def test_no_exception_ends_the_worker(office: Office, name: str) -> None:
+    error = office.error("hostile", UnpickleableExceptionWrapper, "error", "builtins", name, "five")
+    assert error.exc_cls_name == name
+
+
+@pytest.mark.parametrize(
+    "how", ["value wrong", "value long", "value twice", "value noise", "list", "children", "error"]
+)
+def test_what_is_no_answer(office: Office, how: str) -> None:
+    arguments: list[Any] = [None, 5, []] if how == "error" else []
+    with pytest.raises(Killed):
+        office.get("hostile", how, *arguments)
+
+
+def test_silence(office: Office) -> None:
+    office.error("hostile", TimeLimitExceeded, "silent")
+
+
+def test_what_it_says_in_time_and_in_form_is_its_answer(office: Office) -> None:
+    assert office.get("hostile", "value") == 1
