@@ -35,13 +35,13 @@ class Server(NamedTuple):
     """What of the host decides how work can be confined.
 
     ``threads``: other threads of this process serve other work, and share the GIL with it. ``greenlets``: several
-    works share one thread, so that no work can own the thread it runs in. ``warns``: the service in executor processes
-    expects to be told of `SOFT_LIMITS`.
+    works share one thread, so that no work can own the thread it runs in. ``tasks``: its work is tasks, whose
+    service in executor processes expects to be told of `SOFT_LIMITS`, and with which all ends that they have started.
     """
 
     threads: bool = True
     greenlets: bool = False
-    warns: bool = False
+    tasks: bool = False
 
 
 class Verdict(NamedTuple):
@@ -140,7 +140,7 @@ def _without_walls(policy: Policy) -> list[Refusal]:
 
 def _without_warning(policy: Policy, server: Server, hierarchy: Hierarchy) -> list[Refusal]:
     """The limits that only tell work something, where nobody could tell it."""
-    if server.warns:
+    if server.tasks:
         if policy.each.memory_soft is None or "memory" in hierarchy.controllers:
             return []
         return [Refusal("each.memory_soft", "the memory controller is not available", "leave it out")]
@@ -199,6 +199,8 @@ def _needs_process(policy: Policy, server: Server, as_thread: list[Refusal]) -> 
         return "limits of each work need a process for each"
     if policy.wants_identity:
         return f"{' and '.join(policy.wants_identity)}: only a process can take an identity for good, and be a boundary"
+    if server.tasks:
+        return "what a task has started ends with it, which takes a process"
     if server.greenlets:
         return "greenlets share one thread, which therefore cannot be confined for one of them"
     if policy.cpu is not None and server.threads:

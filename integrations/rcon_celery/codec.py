@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import celery.exceptions
 from billiard.einfo import RemoteTraceback
 from celery.exceptions import Ignore, Reject, Retry
 from celery.result import ResultBase, result_from_tuple
-from celery.utils.serialization import create_exception_cls
+from celery.utils.serialization import UnpickleableExceptionWrapper, create_exception_cls
 from kombu import serialization as _serialization
 from kombu.utils.encoding import safe_repr as _safe_repr
 
@@ -118,8 +119,15 @@ def exception_of(told: dict[str, Any], text: str) -> Exception:
     """
     cls = _class(told["module"], told["type"])
     args = tuple(_argument_of(each) for each in told["args"])
+    made_of = tuple(_argument_of(each) for each in told["made_of"])
+    if issubclass(cls, UnpickleableExceptionWrapper):
+        # Stands for an exception of a module that it names.
+        args = made_of = (
+            *(name if name in sys.modules else celery.exceptions.__name__ for name in args[:1]),
+            *args[1:],
+        )
     try:
-        error = cls(*map(_argument_of, told["made_of"]))
+        error = cls(*made_of)
     except Exception:  # noqa: BLE001 - it is made of something else
         error = cls.__new__(cls, *args)
     error.args = args
@@ -141,12 +149,17 @@ def _class(module: str | None, name: str) -> type[Exception]:
     for part in name.split("."):
         found = getattr(found, part, None)
     if found is None:
-        return create_exception_cls(name, module or __name__)  # type: ignore[no-any-return]
+        return _stand_in(name)
     if not isinstance(found, type) or not issubclass(found, BaseException):
         raise ProtocolViolation(f"{module}.{name} is not an exception")
     if not issubclass(found, Exception):
-        return create_exception_cls(name, module)  # type: ignore[no-any-return]
+        return _stand_in(name)
     return found
+
+
+def _stand_in(name: str) -> type[Exception]:
+    # Of a module that is loaded: to pickle it, as Celery tries, would import any other.
+    return create_exception_cls(name, celery.exceptions.__name__)  # type: ignore[no-any-return]
 
 
 def predicate_of(task: Any, how: str, payload: dict[str, Any]) -> Exception:

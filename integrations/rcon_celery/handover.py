@@ -54,7 +54,7 @@ def run(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, is_lost:
         raise raised(outcome) from None
     except BaseException as error:
         # A pool that ends this process gives it a tenth of a second.
-        admission.abort(f"{type(error).__name__}: {error}", grace=0)
+        admission.abandon(f"{type(error).__name__}: {error}")
         raise
     return _Answer(task, admission, head, answer).conclude()
 

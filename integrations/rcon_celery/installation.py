@@ -8,6 +8,7 @@ import signal
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from celery import signals as on
+from celery._state import _task_stack
 from celery.exceptions import TaskPredicate
 
 from rcon_celery import handover, place, results
@@ -209,10 +210,23 @@ class Installation:
         return self.node
 
 
+def _perform_as(request: Any, task: Any, body: Body, args: Any, kwargs: Any) -> Any:
+    """Run a task's body in whatever thread this is: each has stacks of its own."""
+    if task.request_stack.top is request:
+        return perform(task, body, args, kwargs)
+    _task_stack.push(task)
+    task.request_stack.push(request)
+    try:
+        return perform(task, body, args, kwargs)
+    finally:
+        task.request_stack.pop()
+        _task_stack.pop()
+
+
 def here(task: Any, body: Body, admission: InlineAdmission | ThreadAdmission, args: Any, kwargs: Any) -> Any:
     """Run a task's body in a thread of this process, where its policy says ``inline`` or ``thread``."""
     try:
-        result = admission.call(perform, task, body, args, kwargs)
+        result = admission.call(_perform_as, task.request, task, body, args, kwargs)
     except BaseException as error:
         if not admission.ran and isinstance(error, RconError):
             admission.abort(str(error))

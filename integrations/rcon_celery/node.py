@@ -8,8 +8,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
-import msgspec
-
 from rcon_celery.pools import Pool
 from rcon_plugins.errors import RconError
 from rcon_plugins.hookspecs import hookimpl
@@ -51,10 +49,7 @@ class Node:
         ``names`` and ``policies`` are those of tasks with `confined`. Raises `RconError` with what is wrong and what to
         do.
         """
-        settings = msgspec.structs.replace(
-            settings, policies={name: in_process(policy) for name, policy in settings.policies.items()}
-        )
-        plugins = [MarkedTasks(names, [in_process(policy) for policy in policies])]
+        plugins = [MarkedTasks(names, policies)]
         plan = Plan.make(settings, pool.server, plugins)
         plan.check()
         instance = Instance.create(plan.hierarchy, base=settings.cgroup)
@@ -76,11 +71,6 @@ class Node:
         atexit.unregister(self.close)
         with contextlib.suppress(RconError, OSError, ValueError):  # a later start removes it
             self.instance.close()
-
-
-def in_process(policy: Policy) -> Policy:
-    """The policy as tasks have it: ``auto`` is a process, so that all that a task started can end with it."""
-    return msgspec.structs.replace(policy, isolation="process") if policy.isolation == "auto" else policy
 
 
 class MarkedTasks:

@@ -16,10 +16,10 @@ class Pool(NamedTuple):
 
 
 _KNOWN = {
-    "celery.concurrency.prefork.TaskPool": Pool(Server(threads=False, warns=True), children=True),
-    "celery.concurrency.solo.TaskPool": Pool(Server(threads=False, warns=True)),
-    "celery.concurrency.thread.TaskPool": Pool(Server(threads=True, warns=True)),
-    "celery.concurrency.gevent.TaskPool": Pool(Server(threads=False, greenlets=True, warns=True)),
+    "celery.concurrency.prefork.TaskPool": Pool(Server(threads=False, tasks=True), children=True),
+    "celery.concurrency.solo.TaskPool": Pool(Server(threads=False, tasks=True)),
+    "celery.concurrency.thread.TaskPool": Pool(Server(threads=True, tasks=True)),
+    "celery.concurrency.gevent.TaskPool": Pool(Server(threads=False, greenlets=True, tasks=True)),
 }
 
 

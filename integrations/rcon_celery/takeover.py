@@ -114,7 +114,6 @@ def _run(host: Host, cls: Any, body: Body) -> Any:
 
 def perform(task: Any, body: Body, args: Any, kwargs: Any) -> Any:
     """Run a task's body in this thread, as the worker would have. Its request is in place."""
-    task.request_stack.top.rcon_begun = True
     if body.call is not None:
         return body.call(task, *args, **kwargs)
     return body.run.__get__(task, type(task))(*args, **kwargs)

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rcon_plugins.admission.base import Admission, Host
@@ -77,7 +78,7 @@ class ProcessAdmission(Admission):
                     executor.leaf, self._notice_memory, kinds=(), thresholds=(each.memory_soft,)
                 )
             except BaseException:
-                self.abort("its memory cannot be watched", grace=0)
+                self.abort("its memory cannot be watched")
                 raise
 
     @property
@@ -133,12 +134,23 @@ class ProcessAdmission(Admission):
         executor.channel.close()
         return outcome
 
-    def abort(self, detail: str, grace: float = ABORT_GRACE) -> Outcome:
+    def abandon(self, detail: str) -> None:
+        """Stop the work, soon: the supervisor does. For a host that has not the time to wait for it."""
+        if self._settle():
+            self._executor.fate = self._executor.fate or "aborted"
+            self._pool.processes.submit(partial(self._end_abandoned, detail))
+
+    def _end_abandoned(self, detail: str) -> None:
+        self._pool.processes.kill(self._executor, "aborted")
+        self._autopsy(detail)
+        self._executor.channel.close()
+
+    def abort(self, detail: str) -> Outcome:
         if self._settle():
             executor = self._executor
             executor.fate = executor.fate or "aborted"
             executor.channel.refuse()
-            if not grace or not executor.ended.wait(grace):
+            if not executor.ended.wait(ABORT_GRACE):
                 self._pool.processes.kill(executor, "aborted")
         self._executor.ended.wait(DEATH_SECONDS)
         outcome = self._autopsy(detail)

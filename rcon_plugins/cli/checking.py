@@ -25,6 +25,7 @@ SERVERS = {
     "sync": Server(threads=False),
     "gthread": Server(threads=True),
     "gevent": Server(threads=False, greenlets=True),
+    "celery": Server(threads=False, tasks=True),
 }
 _WIDTH = 100
 #: How those steps of a remedy begin that are words, not commands.

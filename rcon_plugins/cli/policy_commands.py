@@ -12,10 +12,10 @@ NOT_AS_ASKED = 1
 @click.argument("file", type=click.Path())
 @click.option(
     "--server",
-    type=click.Choice(["sync", "gthread", "gevent"]),
+    type=click.Choice(["sync", "gthread", "gevent", "celery"]),
     default="gthread",
     show_default=True,
-    help="The kind of server: one work at a time, threads, or greenlets.",
+    help="The kind of server: one work at a time, threads, or greenlets; or a worker of Celery.",
 )
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def check(file: str, server: str, as_json: bool) -> int:

@@ -6,6 +6,7 @@ What it does is said by the environment; what happens is written down in Redis, 
 from __future__ import annotations
 
 import contextlib
+import encodings.idna  # noqa: F401 - work that is somebody else may not read where Python is
 import gc
 import json
 import mmap
@@ -60,6 +61,7 @@ def whereabouts() -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "cgroup": Path("/proc/self/cgroup").read_text(),
+        "threads": Path("/proc/thread-self/cgroup").read_text(),
         "confined": "/work/" in Path("/proc/self/cgroup").read_text(),
     }
 
@@ -95,6 +97,16 @@ def define(app: celery.Celery, url: str) -> None:
     @task(name="plain")
     def plain() -> dict[str, Any]:
         return whereabouts()
+
+    @task(name="complain")
+    def complain() -> None:
+        raise ValueError("no")
+
+    @task(name="who", bind=True)
+    def who(self: Any) -> int:
+        self.update_state(state="MEETING")
+        note("who", self.AsyncResult(self.request.id).state)
+        return os.getuid()
 
     @task(name="named")
     @confined("small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pwd
 from typing import Any
 
 import celery
@@ -49,6 +50,28 @@ def test_unmatched_is_refused(offices: Offices) -> None:
         assert office.get("where")["confined"]
         # Celery's own tasks, which only look after others, are no work.
         assert office.wait(celery.chord([office.app.tasks["double"].s(1)])(office.app.tasks["where"].si()))
+
+
+@pytest.mark.parametrize("isolation", ["inline", "thread"])
+def test_in_the_pool_itself(offices: Offices, isolation: str) -> None:
+    policy = (
+        f'[policy.here]\nisolation = "{isolation}"\npids = 100\n[[route]]\ntask = "*lain*"\npolicy = "here"\n'
+    )
+    with offices(settings=SETTINGS + policy, concurrency=1) as office:
+        found = office.get("plain")
+        assert [found["pid"]] == office.worker.children()
+        assert "/host/here" in found["threads"]
+        error = office.error("complain", ValueError)
+        assert str(error) == "no"
+
+
+def test_a_user_of_its_own(offices: Offices) -> None:
+    """Who reaches the broker by a connection of its own."""
+    policy = '[policy.user]\nuser = "nobody"\n[[route]]\ntask = "who"\npolicy = "user"\n'
+    with offices(settings=SETTINGS + policy, concurrency=1) as office:
+        result = office.send("who")
+        assert office.wait(result) == pwd.getpwnam("nobody").pw_uid
+        assert office.log("who") == ["MEETING"]
 
 
 def refused(offices: Offices, *arguments: str, **options: Any) -> str:

@@ -74,7 +74,13 @@ def test_commands_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             "check",
-            ["FILE", "--server [sync|gthread|gevent]", "--json", '"note:"', "rcon check /etc/rcon.toml"],
+            [
+                "FILE",
+                "--server [sync|gthread|gevent|celery]",
+                "--json",
+                '"note:"',
+                "rcon check /etc/rcon.toml",
+            ],
         ),
         (
             "which",
@@ -231,7 +237,8 @@ def test_a_note_says_what_is_no_boundary(write: Write, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("server", "isolation"), [("sync", "inline"), ("gthread", "inline"), ("gevent", "process")]
+    ("server", "isolation"),
+    [("sync", "inline"), ("gthread", "inline"), ("gevent", "process"), ("celery", "process")],
 )
 def test_the_kind_of_server_counts(
     server: str, isolation: str, write: Write, capsys: pytest.CaptureFixture[str]
