@@ -13,7 +13,7 @@ DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs f
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-customers demo-jobs redis serve test lint bench clean root debian \
+.PHONY: help demo demo-customers demo-jobs redis serve test lint bench bench-vm clean root debian \
 	test-unit test-contract test-integrations test-kernel test-vm
 
 help: ## list the targets
@@ -57,6 +57,9 @@ test-vm: $(VENV)/.test debian ## what tests/vm.py names, on pure cgroup v2; ARGS
 
 bench: $(VENV)/.run ## throughput and latency with and without confinement; prints, asserts nothing
 	@$(BIN)/python tests/benchmarks $(ARGS)
+
+bench-vm: $(VENV)/.test debian ## how soon events are told, on pure cgroup v2 in an emulated machine; prints, asserts nothing
+	@$(BIN)/python tests/vm.py tests/benchmarks --only events
 
 clean: ## remove the venv, caches and build results
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info

@@ -36,6 +36,8 @@ TESTS = ("tests/kernel", "tests/integrations/gunicorn/test_tenants.py")
 REQUESTS = "1200"
 #: What of this environment pytest finds in the machine.
 PASSED_ON = ("CI", "HYPOTHESIS_PROFILE", "RCON_TEST_REQUESTS")
+#: Not pytest, but a program: `python tests/vm.py tests/benchmarks --only events`.
+BENCHMARKS = "tests/benchmarks"
 DISK_MIB = 256
 SECTOR = 512
 FIRST_SECTOR = 2048
@@ -188,6 +190,8 @@ def inside(arguments: list[str]) -> NoReturn:
     os.chdir(ROOT)
     # The root is read-only, so pytest keeps no cache; everything is several times slower here than on the host.
     options = ["-p", "no:cacheprovider", "-o", "timeout=300", "--basetemp", str(tmp / "pytest")]
+    if arguments[0] == BENCHMARKS:
+        os.execv(sys.executable, [sys.executable, *arguments])
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *options, *arguments])
 
 

@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import events
 from under_test import Gunicorn
 from wire import Connection, Crowd
 
 AIMS = {"inline": 0.85, "thread": 0.80, "process": 0.75}
 AIM_ADDED = 250e-6
 
-PARTS = ("throughput", "latency", "neighbours")
+PARTS = ("throughput", "latency", "neighbours", "events")
 MODES = ("plain", "inline", "thread", "process")
 #: Measured beside them for their throughput only: what is made for each request, and thrown away.
 EACH_ANEW = ("new thread", "new process")
@@ -57,6 +58,9 @@ def main() -> int:
     if "neighbours" in what:
         say("steady's latency alone, and beside three tenants that misbehave …")
         found["neighbours"] = neighbours(options.rounds // 3 or 1, 6.0)
+    if "events" in what:
+        say("from event to callback …")
+        found["events"] = events.latency(40)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -169,6 +173,12 @@ def report(found: dict[str, Any]) -> None:
             print(
                 f"  {name:24}{row['requests']:9}{row['errors']:8}{p50:>12}{p99:>12}{row['p99_ratio']:10.2f}"
             )
+
+    if "events" in found:
+        print("\nFrom event to callback (aim on cgroup v2: median <= 2 ms for limit and kill)")
+        print(f"  {'':16}{'median':>12}{'p90':>12}{'events':>9}")
+        for kind, row in found["events"].items():
+            print(f"  {kind:16}{row['median'] * 1e3:9,.2f} ms{row['p90'] * 1e3:9,.2f} ms{row['count']:9}")
 
 
 def say(text: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -239,3 +241,13 @@ def test_no_memory_controller(hierarchy: Hierarchy, group: Cgroup, watcher: Watc
     bare = hierarchy.cgroup(group.child("bare").path, controllers=frozenset({"pids"})).create()
     with pytest.raises(ControllerUnavailable, match="no memory controller"):
         expand(bare, memory("32M", "2x", "128M"), watcher=watcher)
+
+
+def test_the_example() -> None:
+    program = Path(__file__).resolve().parents[3] / "examples" / "expand" / "grow.py"
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=100)
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.partition(": ")[2] for line in lines[:2]] == ["32 MiB become 64", "64 MiB become 128"]
+    assert any(line.startswith("oom_kill") for line in lines)
+    assert lines[-1] == "the child ended, killed: it needed more than 128M (up_to; expanded 2 times from 32M)"
