@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from typing import Any
 
@@ -32,7 +33,15 @@ _HEADS = ("GROUP", ">PROCS", ">MEMORY", ">CPU-S", "LIMITS", ">OWNER", "COMMAND")
 def ls(as_json: bool) -> int:
     """Print the table, or the JSON. Says on standard error what could not be looked into."""
     found = find_groups()
-    rows = [row for group in found.groups if (row := look_at(group)) is not None]
+    rows = []
+    for group in found.groups:
+        try:
+            rows.append(look_at(group))
+        except KernelError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                found.unreadable.append(error.path or group.cgroup.path)
+            elif not is_gone(error):
+                raise
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif rows:
@@ -51,22 +60,17 @@ def tell_unreadable(found: Found) -> None:
         say("rcon", f"note: {first}{also} cannot be looked into; as root all can")
 
 
-def look_at(group: Group) -> dict[str, Any] | None:
-    """What ``ls`` says of a group, as JSON has it; None where it has gone meanwhile. Raises KernelError."""
-    try:
-        usage = group.usage()
-        return {
-            **name_of(group),
-            "limits": limits_as_json(limits := group.limits()),
-            "limits_in_words": limits_in_words(limits),
-            "processes": len(group.pids()),
-            "frozen": group.is_frozen(),
-            "usage": usage._asdict(),
-        }
-    except KernelError as error:
-        if not is_gone(error):
-            raise
-        return None
+def look_at(group: Group) -> dict[str, Any]:
+    """What ``ls`` says of a group, as JSON has it. Raises KernelError, also where it has gone meanwhile."""
+    limits = group.limits()
+    return {
+        **name_of(group),
+        "limits": limits_as_json(limits),
+        "limits_in_words": limits_in_words(limits),
+        "processes": len(group.pids()),
+        "frozen": group.is_frozen(),
+        "usage": group.usage()._asdict(),
+    }
 
 
 def name_of(group: Group) -> dict[str, Any]:

@@ -85,14 +85,15 @@ class _Rcon(LazyGroup):
 @click.group(cls=_Rcon, subcommands=SUBCOMMANDS, context_settings=_SETTINGS)
 @click.version_option(package_name="rcon-plugins", message="%(prog)s %(version)s")
 def rcon() -> None:
-    """Say what a policy file comes to on this machine, before a server does.
+    """Run commands within limits; see what is confined on this machine, and change it; check policy files.
 
     \b
-    Exit status:
+    Exit status (of run: that of the command):
       0    all is well
       1    check: the settings are wrong, or cannot be enforced here; which: the work would be refused
       2    bad usage
       125  no answer: which was given settings that are wrong, or rcon itself failed
+      130  interrupted
 
     \b
     Completion of words, in bash (likewise zsh_source, fish_source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -28,7 +29,7 @@ def local() -> Iterator[Sample]:
         try:
             sample = group.sample()
         except KernelError as error:
-            if not is_gone(error) and not isinstance(error, PermissionError):
+            if not is_gone(error) and error.errno not in (errno.EACCES, errno.EPERM):
                 raise
             continue  # gone meanwhile, or closed to this user, which `rcon ls` tells
         yield sample

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rcon_plugins.cli import listing, top
 from rcon_plugins.errors import KernelError, UnknownGroup
 from rcon_plugins.groups import Group, find_group, find_groups, is_gone
 from rcon_plugins.instance import Instance
@@ -209,15 +211,27 @@ def test_an_ordinary_user_sees_them_too(instance: Instance, own: str, in_child: 
     for directory in closed.directories:
         Path(directory).chmod(0o700)
 
-    def as_nobody() -> tuple[object, list[str], list[str]]:
+    def as_nobody() -> tuple[object, list[str], list[str], str]:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
         found = find_groups()
         mine = [group for group in found.groups if group.name == f"{own}-a"]
-        return mine[0].limits().pids_max, [group.name for group in found.groups], found.unreadable
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            assert listing.ls(as_json=False) == 0
+            assert top.top(top.local, iterations=1, interval=0.1) == 0
+        assert f"{own}-a  " in out.getvalue()
+        return (
+            mine[0].limits().pids_max,
+            [group.name for group in found.groups],
+            found.unreadable,
+            err.getvalue(),
+        )
 
-    pids, names, unreadable = in_child(as_nobody)
+    pids, names, unreadable, said = in_child(as_nobody)
+    assert said.startswith("rcon: note: /")
+    assert "cannot be looked into; as root all can" in said
     assert pids == 5
     assert f"{own}-b" not in names
     assert any(f"{own}-b" in path for path in unreadable)

@@ -116,7 +116,7 @@ def _touch_and_wait() -> None:
 def test_names_of_groups_are_completed(instance: Instance, own: str) -> None:
     instance.together(f"{own}~a.example").create()
     instance.together(f"{own}~b.example").create()
-    for name in ("stat",):
+    for name in ("stat", "set", "freeze", "thaw", "kill", "watch"):
         command = rcon.get_command(rcon.make_context("rcon", ["--help"], resilient_parsing=True), name)
         assert command is not None
         context = command.make_context(name, [], resilient_parsing=True)
