@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from celery import signals as on
 from celery._state import _task_stack
-from celery.exceptions import TaskPredicate
+from celery.exceptions import Reject, TaskPredicate
 
 from rcon_celery import handover, place, results
 from rcon_celery.bootstep import make_step
@@ -159,7 +159,7 @@ class Installation:
     def _lose(self) -> None:
         """In another thread: the fork server is gone."""
         self._lost = True
-        if self._ready_node().pool.server.threads or self._ready_node().pool.server.greenlets:
+        if not self._ready_node().pool.alone:
             # No fork server can be made beside other threads; so what is under way is done, and nothing begun.
             _log.error("rcon: the fork server is gone; this worker finishes its tasks and ends")
             os.kill(os.getpid(), signal.SIGTERM)
@@ -185,10 +185,8 @@ class Installation:
             raise ConfinementError(
                 f"{task.name}: this process of the pool could not be set up to confine tasks"
             )
-        if self._lost and not self._ready_node().pool.server.threads:
-            _log.error("rcon: the fork server of this process is gone; it gets another")
-            self.close()
-            self._start_manager()
+        if self._lost:
+            self._find_another_server(task)
         if (task.request.delivery_info or {}).get("redelivered"):
             self._ready_node().instance.end_orphans()  # it may still run for a process that is gone
         admission = self.manager.admit(work_of(task, args, kwargs), wait=True)
@@ -203,6 +201,14 @@ class Installation:
         finally:
             if admission.outcome is not None:
                 results.note(task, admission.outcome, events=self._ready_node().events)
+
+    def _find_another_server(self, task: Any) -> None:
+        if self._ready_node().pool.alone:
+            _log.error("rcon: the fork server of this process is gone; it gets another")
+            self.close()
+            self._start_manager()
+        elif task.acks_late:
+            raise Reject("the fork server of this worker is gone", requeue=True)
 
     def _ready_node(self) -> Node:
         if self.node is None:

@@ -14,6 +14,11 @@ class Pool(NamedTuple):
     server: Server
     children: bool = False
 
+    @property
+    def alone(self) -> bool:
+        """Whether the process that runs a task does nothing else meanwhile, so that it can be forked."""
+        return not self.server.threads and not self.server.greenlets
+
 
 _KNOWN = {
     "celery.concurrency.prefork.TaskPool": Pool(Server(threads=False, tasks=True), children=True),

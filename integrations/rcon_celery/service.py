@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import traceback
+import types
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -12,12 +13,13 @@ from celery import signals
 from celery._state import _task_stack
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
-from rcon_celery import codec, place, wire
+from rcon_celery import codec, place, takeover, wire
 from rcon_celery.takeover import Body, perform
 from rcon_plugins.errors import SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 
+_OURS: Final = frozenset({__file__, takeover.__file__})
 #: These end the executor process: its host is gone, or the task asked the process to end.
 _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
 
@@ -86,7 +88,9 @@ class TaskService:
             except Ignore as error:
                 return "ignore", "", codec.encode_predicate(task, error, request.children)
             except BaseException as error:  # noqa: BLE001 - whatever the task raised belongs to its host
-                text = "".join(traceback.format_exception(error))
+                text = "".join(
+                    traceback.format_exception(type(error), error, _of_the_task(error.__traceback__))
+                )
                 return "error", wire.shortened(text), codec.encode_exception(task, error, request.children)
             try:
                 return "ok", "", codec.encode_result(task, result, request.children)
@@ -95,3 +99,10 @@ class TaskService:
         finally:
             task.pop_request()
             _task_stack.pop()
+
+
+def _of_the_task(trace: types.TracebackType | None) -> types.TracebackType | None:
+    """A traceback without the frames that are ours, which come first."""
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename in _OURS:
+        trace = trace.tb_next
+    return trace

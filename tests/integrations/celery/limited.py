@@ -146,9 +146,19 @@ def define(app: celery.Celery, url: str) -> None:
         note("hog_again", "run")
         return fill(256 * 2**20)
 
+    @task(name="raising")
+    @confined(memory="64M", timeout="60s")
+    def raising() -> None:
+        raise ValueError("mine")
+
     @task(name="hang")
     @confined(timeout="1s")
     def hang() -> None:
+        time.sleep(MANY)
+
+    @task(name="hang_briefly")
+    @confined(timeout="200ms")
+    def hang_briefly() -> None:
         time.sleep(MANY)
 
     @task(name="hang_deaf")

@@ -65,6 +65,21 @@ def test_in_the_pool_itself(offices: Offices, isolation: str) -> None:
         assert str(error) == "no"
 
 
+def test_where_a_task_raised(offices: Offices) -> None:
+    """Its traceback is that of the task, from its first line."""
+    with offices(settings=SETTINGS, concurrency=1) as office:
+        result = office.send("raising")
+        with pytest.raises(ValueError, match="mine"):
+            office.wait(result)
+        frames = [
+            line
+            for line in str(result.traceback).partition("The above exception")[0].splitlines()
+            if "File" in line
+        ]
+        assert len(frames) == 1
+        assert "limited.py" in frames[0]
+
+
 def test_a_user_of_its_own(offices: Offices) -> None:
     """Who reaches the broker by a connection of its own."""
     policy = '[policy.user]\nuser = "nobody"\n[[route]]\ntask = "who"\npolicy = "user"\n'
