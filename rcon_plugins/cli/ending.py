@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 
 import click
 
@@ -27,6 +28,12 @@ def say(program: str, message: str) -> None:
     """One line on standard error, whatever is in ``message``; none where that is closed."""
     with contextlib.suppress(OSError):
         click.echo(f"{program}: {' '.join(message.split())}", err=True)
+
+
+def interrupted() -> int:
+    """The exit status of a loop that Ctrl-C ends. A second one, on the way out, does nothing any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return INTERRUPTED
 
 
 def finish(group: click.Group, program: str, arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from rcon_plugins.cli import screen
-from rcon_plugins.cli.ending import INTERRUPTED
+from rcon_plugins.cli.ending import interrupted
 from rcon_plugins.cli.top_rows import Rates
 from rcon_plugins.cli.top_table import SORTS, as_json, as_text, ordered, shown, summary
 from rcon_plugins.errors import KernelError
@@ -72,7 +72,7 @@ def _print(source: Source, sort: str, interval: float, iterations: int | None, t
                 print(f"{summary(rows, sort, interval)}\n{as_text(rows)}\n", flush=True)
             done += 1
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return interrupted()
     except BrokenPipeError:
         # Whoever read it has enough; nothing is left to be flushed at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection
 import click
 
 from rcon_plugins.cli.columns import count, percent, printable, seconds, size
-from rcon_plugins.cli.ending import INTERRUPTED, say
-from rcon_plugins.errors import RconError, SettingsError
+from rcon_plugins.cli.ending import interrupted, say
+from rcon_plugins.errors import ControllerUnavailable, RconError, SettingsError
 from rcon_plugins.events import Event, Pressure, watch
 from rcon_plugins.groups import Group
 from rcon_plugins.kernel.cgroup.events import KINDS
@@ -33,14 +33,17 @@ def watch_group(
     sizes, triggers = _sizes(thresholds), [_trigger(text) for text in pressure]
     try:
         events = watch(group.label, kinds=wanted, thresholds=sizes, pressure=triggers)
-    except ValueError as error:
+    except (
+        ControllerUnavailable,
+        ValueError,
+    ) as error:  # what was asked for by name, and cannot be told here
         raise click.UsageError(str(error)) from None
     try:
         with events:
             for event in events:
                 print(event.to_json().decode() if as_json else _line(event), flush=True)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return interrupted()
     except BrokenPipeError:
         # Whoever read it has enough; nothing is left to be flushed at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

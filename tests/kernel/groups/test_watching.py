@@ -121,6 +121,17 @@ def test_interrupted(group: Cgroup, own: str) -> None:
         assert it.ended() == (130, "", "")
 
 
+def test_what_cannot_be_told_of_a_group_is_refused(
+    instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threaded = instance.threaded(f"{own}-t").create(threaded=True, controllers=frozenset({"cpu"}))
+    try:
+        assert run_main(["watch", f"{own}-t", "--kind", "oom_kill"]) == 2
+        assert "tells no oom_kill: it has no memory controller" in capsys.readouterr().err
+    finally:
+        threaded.delete()
+
+
 BAD = [
     (["--kind", "oom"], "--kind: there is no event 'oom' (one of: memory_high, memory_limit"),
     (["--threshold", "much"], "--threshold: 'much' is not a size"),
