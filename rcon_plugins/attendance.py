@@ -225,7 +225,12 @@ class Attended:
         answer: Limits | None = self._hook.rcon_event(event=event)
         if answer is None:
             return None
-        self._hook.rcon_configure_cgroup(cgroup=self.cgroup, limits=answer, policy=self._policy)
+        try:
+            self._hook.rcon_configure_cgroup(cgroup=self.cgroup, limits=answer, policy=self._policy)
+        except KernelError:
+            if self.cgroup.exists():
+                raise
+            return None  # its last event: it is gone, and so is who would have had more
         news = {name: getattr(answer, name) for name in answer.asks()}
         old = {name: getattr(self.limits, name) for name in Limits.__struct_fields__}
         self.limits = Limits(**{**old, **news})

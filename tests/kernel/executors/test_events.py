@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from rcon_plugins import Event, Limits, Memory, hookimpl
-from rcon_plugins.errors import MemoryLimitExceeded
-from rcon_plugins.kernel.cgroup import MAX, read_limits
+from rcon_plugins import Event, Limits, Memory, hookimpl, watch
+from rcon_plugins.errors import MemoryLimitExceeded, UnknownGroup
+from rcon_plugins.instance import Instance
+from rcon_plugins.kernel.cgroup import MAX, Hierarchy, read_limits
+from tests.children import in_child
 from tests.kernel.cgroup.helpers import MIB, eventually
-from tests.kernel.executors.service import ask, begin, end, managing
+from tests.kernel.executors.service import alive, ask, begin, end, managing
 
 
 def growing(limit: str, up_to: str, expand: str = "2x") -> dict[str, object]:
@@ -200,3 +203,62 @@ def test_slowed_down_work_ends_on_its_deadline() -> None:
             assert ask(manager, "allocate", 600)[1].ending == "timeout"
         finally:
             waiting.set()
+
+
+def test_kill_9_of_the_host_while_work_is_at_its_limit() -> None:
+    """Nothing hangs at a limit that nobody raises any more: the fork server ends it."""
+    reading, writing = os.pipe()
+
+    class Stuck:
+        @hookimpl
+        def rcon_event(self, event: Event) -> None:
+            os.write(writing, b"at its limit")
+            time.sleep(60)
+
+    def host() -> None:
+        with managing({"each": {"memory": growing("60M", "800M")}}, plugins=[Stuck()]) as manager:
+            work = begin(manager, "allocate_and_hold", 300, 300.0)
+            os.write(writing, f"{work.executor_pid:12d}{manager.fork_server_pid:12d}".encode())
+            os.read(reading, 24)
+            os.read(reading, 12)
+            os.write(writing, f"{work.executor_pid:12d}{manager.fork_server_pid:12d}".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(Exception, match="killed by signal 9"):
+        in_child(host)
+    data = os.read(reading, 24)
+    for descriptor in (reading, writing):
+        os.close(descriptor)
+    pids = [int(data[:12]), int(data[12:])]
+    eventually(lambda: not any(alive(pid) for pid in pids))
+    in_child(lambda: Instance.create(Hierarchy.discover()).close() and None)
+
+
+def test_a_group_is_watched_by_its_name() -> None:
+    policy = {"per": "host", "memory": "64M", "each": {"timeout": "100s"}}
+    with managing(policy) as manager:
+        assert ask(manager, "pid", host="a.example")[1].ending == "ok"
+        with watch("p~a.example", kinds=["memory_limit"]) as events:
+            assert ask(manager, "allocate", 200, host="a.example")[1].ending == "memory"
+            event = events.get(20)
+        assert event is not None
+        assert (event.group, event.policy, event.key) == ("p~a.example", "p", "a.example")
+        assert (event.kind, event.limit, event.bound) == ("memory_limit", "memory", 64 * MIB)
+        with pytest.raises(UnknownGroup, match="there is no group"):
+            watch("p~b.example")
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_the_loop_ends_with_the_group(number: int) -> None:
+    """Also where the kernel has not told of the last process before it was gone."""
+    told: list[str] = []
+    with managing({"each": {"timeout": "100s"}}) as manager:
+        ask(manager, "pid")
+        time.sleep(0.003 * number)
+        events = watch("p", kinds=["empty"])
+        thread = threading.Thread(target=lambda: told.extend(event.kind for event in events))
+        thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert events.ended
+    assert told[-1:] == ["empty"]

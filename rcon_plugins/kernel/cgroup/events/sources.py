@@ -20,11 +20,26 @@ from rcon_plugins.kernel.syscalls import POLLPRI
 #: Limit and usage of a cgroup at this moment.
 Levels = Callable[[], tuple[float | None, float | None]]
 
-#: After a notice: how often, and for how long, the thread looks by itself, seconds. On v2 the kernel tells of changes
-#: of a file every 10 ms at most (cgroup_file_notify); on v1 it tells of want of memory, but not of the kill.
-_HURRY_PAUSE = 0.001
-_HURRY_SECONDS_V2 = 0.015
-_HURRY_SECONDS_V1 = 1.0
+#: How long the thread goes on looking by itself after a notice, seconds. On v2 the kernel tells of changes to a file
+#: every 10 ms at most (cgroup_file_notify).
+_AFTER_V2 = 0.02
+
+
+class Hurry:
+    """When to look again after a notice: 1 ms later, then 2, then 4 ..., for so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._pause = seconds
+
+    def begin(self) -> None:
+        """There was a notice."""
+        self._pause = 0.001
+
+    def next(self) -> float | None:
+        """In how many seconds to look again; None when that was long enough."""
+        pause, self._pause = self._pause, self._pause * 2
+        return pause if pause < self._seconds else None
 
 
 class Gone(Exception):
@@ -73,14 +88,15 @@ class Counters(Source):
             self.close()
             raise
         self._last = {key: value_of(data, key.encode()) or 0 for key in keys}
-        self._hurry = 0.0
+        self._hurry = Hurry(_AFTER_V2)
 
     def take(self) -> Iterator[Event]:
         data = self.pread()
         now = time.monotonic()
         if self.told:
-            self._hurry = now + _HURRY_SECONDS_V2
-        self.due = now + _HURRY_PAUSE if now < self._hurry else None
+            self._hurry.begin()
+        pause = self._hurry.next()
+        self.due = None if pause is None else now + pause
         for key, (kind, levels) in self._keys.items():
             total = value_of(data, key.encode()) or 0
             count, self._last[key] = total - self._last[key], total
@@ -100,7 +116,7 @@ class PolledCounters(Source):
         self._key = key.encode()
         self._levels = levels
         self._last = self._read()
-        self._hurry = 0.0
+        self._hurry = Hurry(POLLED_SECONDS)
         self.due = time.monotonic() + POLLED_SECONDS
 
     def _read(self) -> dict[str, int]:
@@ -112,8 +128,8 @@ class PolledCounters(Source):
         return found
 
     def hurry(self) -> None:
-        """Look at once and often, for a while: something is about to be counted."""
-        self._hurry = time.monotonic() + _HURRY_SECONDS_V1
+        """Look at once, and soon again: something is about to be counted."""
+        self._hurry.begin()
         self.due = 0.0
 
     def take(self) -> Iterator[Event]:
@@ -125,10 +141,9 @@ class PolledCounters(Source):
         count = sum(max(0, total - self._last.get(directory, 0)) for directory, total in found.items())
         self._last = found
         if count > 0:
-            self._hurry = 0.0
             limit, usage = self._levels()
             yield Event(self._kind, self._cgroup, now, count, sum(found.values()), limit, usage)
-        self.due = now + (_HURRY_PAUSE if now < self._hurry else POLLED_SECONDS)
+        self.due = now + (self._hurry.next() or POLLED_SECONDS)
 
 
 class Throttling(Source):
@@ -206,6 +221,10 @@ class Populated(Source):
         self._cgroup = cgroup
         self._directory = directory
         self._wanted = wanted
+        # What changes right after a notice is told later, and never if the cgroup is removed before.
+        self._hurry = Hurry(_AFTER_V2)
+        self._hurry.begin()
+        self.due = 0.0
         self.descriptor = files.open_file(directory, "cgroup.events")
         try:
             self._last = self._read()
@@ -219,13 +238,22 @@ class Populated(Source):
 
     def take(self) -> Iterator[Event]:
         now = time.monotonic()
-        populated, frozen = state = self._read()
+        try:
+            state = self._read()
+        except Gone:
+            # Only an empty one can be removed.
+            if self._last[0] and self._wanted:
+                yield Event("empty", self._cgroup, now)
+            raise
         # The same as before, and yet told: it was entered and left in between.
         left = self._last[0] or (self.told and state == self._last)
-        self._last = populated, frozen
-        # Its removal is not told.
-        self.due = None if populated else now + POLLED_SECONDS
-        if left and not populated and self._wanted:
+        self._last = state
+        if self.told:
+            self._hurry.begin()
+        # Nor is its removal told.
+        pause = self._hurry.next() or (None if state[0] else POLLED_SECONDS)
+        self.due = None if pause is None else now + pause
+        if left and not state[0] and self._wanted:
             yield Event("empty", self._cgroup, now)
 
 

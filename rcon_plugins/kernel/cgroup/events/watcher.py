@@ -89,20 +89,24 @@ class Watch:
 
     def attend(self, source: Source) -> None:
         """Take what a source has to tell, and pass it on."""
-        try:
-            with self.looking:
-                events = [] if self.closed else list(source.take())
-        except Gone:
-            self._end()
-            return
-        except (OSError, ValueError) as error:
-            if self.cgroup.exists():
-                LOGGER.error("%s is not watched any more: %s", self.cgroup.path, error)
-            self._end()
-            return
+        events: list[Event] = []
+        ended = False
+        with self.looking:
+            if self.closed:
+                return
+            try:
+                events.extend(source.take())  # what it told before it failed, too
+            except Gone:
+                ended = True
+            except (OSError, ValueError) as error:
+                ended = True
+                if self.cgroup.exists():
+                    LOGGER.error("%s is not watched any more: %s", self.cgroup.path, error)
         for event in events:
             if not self.closed:
                 _do(partial(self._callback, event))
+        if ended:
+            self._end()
 
     def _end(self) -> None:
         self.gone = True
