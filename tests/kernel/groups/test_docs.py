@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
+import pytest
+
+from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Resources
 from tests.kernel.cgroup.helpers import MIB, running, sleep_forever
 
 ROOT = Path(__file__).parents[3]
-RCON = f"{sys.executable} -c 'from rcon_plugins.cli.rcon import main; main()'"
 FEWEST = 10
 
 
@@ -25,7 +26,7 @@ def commands() -> list[str]:
     return [line.partition(" | ")[0] for line in lines if line.startswith("rcon ")]
 
 
-def test_each_command_of_the_page(instance: Instance, own: str) -> None:
+def test_each_command_of_the_page(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As it stands there, of groups that no other test has; the live ones once."""
     instance.together(f"{own}~a.example").create().configure(Resources(cpu_quota=0.3, memory_max=64 * MIB))
     instance.together(f"{own}-nightly").create().configure(Resources(cpu_quota=0.5, memory_max=64 * MIB))
@@ -40,15 +41,8 @@ def test_each_command_of_the_page(instance: Instance, own: str) -> None:
                 continue  # ends with its group: see test_watching.py
             if words.startswith("rcon top"):
                 words += " --iterations 1 --interval 0.1"
-            found = subprocess.run(
-                ["bash", "-c", words.replace("rcon", RCON, 1)],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=100,
-            )
-            assert (found.returncode, found.stderr) == (0, ""), line
+            assert run_main(shlex.split(words)[1:]) == 0, line
+            assert capsys.readouterr().err == "", line
             done.append(line.split()[1])
         assert len(done) >= FEWEST
         assert {"ls", "stat", "top", "set", "freeze", "thaw", "kill"} == set(done)
