@@ -22,6 +22,9 @@ from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_name
 from rcon_plugins.kernel.jobs import Caller
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.outcome import Ending, Outcome
 
 #: The leaf of the group that the command is born in.
@@ -39,7 +42,8 @@ class Order(NamedTuple):
     ``configure_leaf`` those of the single command, ``each``; both to a ``cgroup`` that is there and empty. ``become``
     is called in the new process, inside of its cgroup, and makes it what it shall be for good. ``delegate_to``: the
     (uid, gid) that may make cgroups of its own in there. ``timeout`` in seconds of wall time. ``keep``: open files
-    that the caller needs afterwards.
+    that the caller needs afterwards. ``attend`` watches over the group in threads, from before the command's first
+    instruction until its end. ``memory_note`` is added to what is said of the memory limit.
     """
 
     program: str
@@ -54,6 +58,8 @@ class Order(NamedTuple):
     delegate_to: tuple[int, int] | None = None
     timeout: float | None = None
     keep: Sequence[int] = ()
+    attend: Callable[[Cgroup], AbstractContextManager[None]] | None = None
+    memory_note: str = ""
 
 
 class NotRun(RconError):
@@ -142,7 +148,10 @@ class _Run:
     def run(self) -> Ended:
         self._make_group()
         began = time.monotonic()
-        child = self._start()
+        with contextlib.ExitStack() as attending:
+            return self._follow(began, self._start(attending))
+
+    def _follow(self, began: float, child: int) -> Ended:
         self._caller.stand_aside(child, self._order.keep)
         deadline = None if self._order.timeout is None else began + self._order.timeout
         status = self._caller.wait(deadline)
@@ -171,31 +180,45 @@ class _Run:
             for cgroup in (self._group, self._leaf):
                 cgroup.delegate(*order.delegate_to)
 
-    def _start(self) -> int:
+    def _start(self, attending: contextlib.ExitStack) -> int:
         """The pid of the command, which is being executed. Raises what kept it from that."""
         ours, theirs = os.pipe()
+        waits, go = os.pipe()
         caller = os.getpid()
         pid = posix.fork()
         if pid == 0:
             os.close(ours)
-            self._become_command(caller, theirs)
+            os.close(go)
+            self._become_command(caller, theirs, waits)
         os.close(theirs)
+        os.close(waits)
         problem = b""
-        while piece := os.read(ours, 65536):
-            problem += piece
-        os.close(ours)
+        try:
+            if self._order.attend is not None:
+                # Not before the fork, which must not meet threads; not after the command has begun.
+                attending.enter_context(self._order.attend(self._group))
+            with contextlib.suppress(BrokenPipeError):
+                os.write(go, b"x")
+        finally:
+            os.close(go)
+            while piece := os.read(ours, 65536):
+                problem += piece
+            os.close(ours)
+            if problem:
+                posix.waitpid(pid, 0)
         if problem:
-            posix.waitpid(pid, 0)
             _raise(problem)
         return pid
 
-    def _become_command(self, caller: int, pipe: int) -> NoReturn:
+    def _become_command(self, caller: int, pipe: int, waits: int) -> NoReturn:
         order = self._order
         try:
             self._leaf.enter_process()
             if order.become is not None:
                 order.become()
             _die_with(caller)
+            if not os.read(waits, 1):
+                raise KernelError("rcon did not let it begin", errno=errno.ECANCELED)
             self._caller.become_child()
             try:
                 os.execve(order.program, order.arguments, order.variables)  # noqa: S606  no shell, on purpose
@@ -222,7 +245,9 @@ class _Run:
         elif exit_status and max(reading.oom_kills or 0, leaf.oom_kills or 0):
             ending = "memory"
             limit, bound = self._limit("memory_max", leaf.memory_peak, 0.95)
-            detail = f"memory limit {_size(bound)} reached (peak {_peak(reading.memory_peak)})"
+            detail = (
+                f"memory limit {_size(bound)} reached (peak {_peak(reading.memory_peak)}{order.memory_note})"
+            )
         elif exit_status and max(reading.pids_limit_hits or 0, leaf.pids_limit_hits or 0):
             ending = "pids"
             limit, bound = self._limit("pids_max", leaf.pids_limit_hits, 0)

@@ -34,6 +34,9 @@ from rcon_plugins.cli.words import Word, capability_names, user_names
 @click.option("--settings", type=click.Path(), metavar="FILE", help="The settings file that --policy is in.")
 @click.option("--timeout", metavar="TIME", help="End it, and all it started, after this: 20s, 5m, 1h.")
 @click.option(
+    "--on-event", metavar="CMD", help="Run this for each event, as JSON on its input; may answer limits."
+)
+@click.option(
     "--json",
     type=click.Path(),
     metavar="FILE",

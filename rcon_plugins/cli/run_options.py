@@ -23,7 +23,7 @@ from rcon_plugins.isolation import asked_resources
 from rcon_plugins.kernel import environment
 from rcon_plugins.kernel.capability import Identity
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
-from rcon_plugins.plugins import make_plugin_manager
+from rcon_plugins.plugins import limits_manager, make_plugin_manager
 from rcon_plugins.settings import Settings, load
 from rcon_plugins.units import Duration
 from rcon_plugins.work import Work
@@ -56,7 +56,7 @@ def run(options: Mapping[str, Any]) -> int:
     if options["policy"] is not None or options["settings"] is not None:
         return _run_policy(options, arguments, group, timeout)
     policy = limits_of(options)
-    hook = make_plugin_manager(Settings()).hook
+    hook = limits_manager().hook
     hierarchy = Hierarchy.discover()
     resources = resources_of(hook, policy)
     check_enforceable(hierarchy, resources)
@@ -82,8 +82,26 @@ def run(options: Mapping[str, Any]) -> int:
         become=partial(take, asked),
         delegate_to=_owner(asked.identity),
         timeout=timeout,
+        **_attended(policy, hook, options["on_event"]),
     )
     return execute(order, hierarchy, report=_report(options["json"]))
+
+
+def _attended(policy: Policy, hook: pluggy.HookRelay, on_event: str | None) -> dict[str, Any]:
+    """What of an `Order` has to do with events."""
+    memory = policy.memory
+    expands = memory is not None and memory.expands
+    if on_event is not None and not on_event.strip():
+        raise click.UsageError("--on-event: the command is empty (for example 'logger -t rcon')")
+    if on_event is None and not expands:
+        return {}
+    from rcon_plugins.cli.attendant import attend
+
+    note = f", expanded from {memory}" if expands else ""
+    return {
+        "attend": partial(attend, limits=policy, hook=hook, command=on_event),
+        "memory_note": note,
+    }
 
 
 def named_group(name: str | None) -> str | None:
@@ -181,6 +199,7 @@ def _run_policy(
         configure_leaf=partial(hook.rcon_configure_cgroup, limits=policy.each, policy=policy),
         become=partial(hook.rcon_drop, policy=policy, place="command", identity=identity),
         timeout=limit,
+        **_attended(policy, hook, options["on_event"]),
     )
     report = _report(options["json"])
     hook.rcon_work_started(work=work, policy=policy)

@@ -1,0 +1,104 @@
+"""rcon run: memory that grows while the command runs, and another command that is told of each event."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.kernel.command.harness import become_rcon, left_by, rcon, until
+from tests.kernel.command.test_run import ALLOCATE
+
+FORKS = "(for i in 1 2 3 4 5 6; do sleep 0.2 & done) 2>/dev/null; exit 0"
+GROWS = ("--memory", "32M", "--expand", "2x", "--up-to")
+
+
+def events(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_command_that_needs_more_than_the_first_limit_finishes() -> None:
+    done = rcon("run", *GROWS, "1G", "--swap", "0", "--", "sh", "-c", ALLOCATE.format(100) + "; echo ${#x}")
+    assert (done.status, done.err, done.out) == (0, "", f"{100 << 20}\n")
+    assert done.report["outcome"] == "ok"
+    assert done.report["usage"]["memory_peak"] > 100 << 20
+
+
+def test_one_that_needs_more_than_the_last_limit_ends() -> None:
+    done = rcon("run", *GROWS, "64M", "--swap", "0", "--", "sh", "-c", ALLOCATE.format(200))
+    assert done.status == 137
+    assert done.err == "rcon: memory limit 64 MiB reached (peak 64.0 MiB, expanded from 32M)\n"
+    assert (done.report["outcome"], done.report["limit"]) == ("memory", "memory")
+
+
+def test_each_event_is_told_and_its_answer_applied(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    answer = '{"memory": "1G", "pids": 77}'
+    done = rcon(
+        *(
+            "run",
+            *GROWS,
+            "64M",
+            "--swap",
+            "0",
+            "--group",
+            "told",
+            "--on-event",
+            f"cat >> {told}; echo '{answer}'",
+        ),
+        *(
+            "--",
+            "sh",
+            "-c",
+            f"{ALLOCATE.format(20)}; sleep 1; {SHOW}",
+        ),
+    )
+    assert done.status == 0, done
+    first = events(told)[0]
+    assert (first["kind"], first["group"], first["bound"]) == ("memory_limit", "told", 32 << 20)
+    assert done.out.split()[-1] == "77"
+
+
+SHOW = """
+for line in $(cat /proc/self/cgroup); do
+    names=${line#*:}; names=${names%%:*}; path=${line#*:*:}
+    cat /sys/fs/cgroup/$names${path%/main}/pids.max 2>/dev/null
+done
+true
+"""
+
+
+def test_who_is_told_is_outside_and_holds_nobody_up(tmp_path: Path) -> None:
+    where = tmp_path / "where"
+    began = time.monotonic()
+    done = rcon(
+        *("run", "--pids", "4", "--on-event", f"cat /proc/self/cgroup > {where}; exec sleep 1000"),
+        *("--", "sh", "-c", FORKS),
+    )
+    assert time.monotonic() - began < 60
+    assert done.status == 0
+    assert "/work/" not in where.read_text()
+
+
+def test_an_answer_that_is_none_is_said() -> None:
+    done = rcon(
+        *("run", "--pids", "4", "--on-event", "echo junk", "--"),
+        *("sh", "-c", FORKS),
+    )
+    assert "rcon: --on-event: echo junk: " in done.err
+
+
+def test_killed_while_memory_grows_leaves_nothing_that_waits(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pid = os.fork()
+    if pid == 0:
+        script = "echo ready; while :; do sleep 0.1; done"
+        become_rcon(["run", *GROWS, "64M", "--", "sh", "-c", script], [out, tmp_path / "err"])
+    until(lambda: out.exists() and "ready" in out.read_text(), "the command runs")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert rcon("run", "--", "true").status == 0
+    assert left_by(pid) == []

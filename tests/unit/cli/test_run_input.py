@@ -1,0 +1,126 @@
+"""rcon run and rcon attach, asked wrongly: one line with the option and a remedy, status 2, and nothing is made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
+from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.cli.run_command import attach, run
+
+LIMITS = {
+    "--cpu": ["", "x", "30", "0%"],
+    "--cpu-weight": ["", "x", "0", "10001"],
+    "--cpus": ["", "x", "3-1", "60000"],
+    "--memory": ["", "x", "64MB", "-1", "1"],
+    "--memory-high": ["", "x", "64M"],
+    "--expand": ["", "x", "2x"],
+    "--up-to": ["", "x", "1G"],
+    "--swap": ["", "x", "-1"],
+    "--read": ["", "x"],
+    "--write": ["", "5 MB/s"],
+    "--read-iops": ["", "x", "0"],
+    "--write-iops": ["", "x", "-1"],
+    "--pids": ["", "x", "0"],
+    "--device": ["", "/"],
+}
+NAMES = ["", ".", "..", "a/b", "/", "nul\0", "-x", "rcon-1-2", "cpu.max", "tasks", "x" * 300, "line\nfeed"]
+RUN = {
+    **LIMITS,
+    "--user": ["", "no-such-user", "4294967295", "70000"],
+    "--cap": ["no_such_capability", "64", "net_raw,x"],
+    "--group": NAMES,
+    "--policy": ["", "job"],
+    "--settings": ["", "/no/such/file"],
+    "--timeout": ["", "x", "20", "0s", "-1s"],
+    "--on-event": ["", " "],
+    "--json": ["", "/no/such/folder/file", "/"],
+}
+ATTACH = {**LIMITS, "--group": NAMES}
+
+
+def one_line(capfd: pytest.CaptureFixture[str]) -> str:
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("rcon: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag in RUN for value in RUN[flag]])
+def test_junk_for_each_option_of_run(
+    flag: str, value: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made"
+    assert run_main(["run", flag, value, "--", "touch", str(made)]) == 2
+    message = one_line(capfd)
+    assert flag in message or (flag in ("--user", "--cap") and value.rpartition(",")[2] in message), message
+    assert "(" in message
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag in ATTACH for value in ATTACH[flag]])
+def test_junk_for_each_option_of_attach(flag: str, value: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as sleeper:
+        try:
+            before = Path("/proc", str(sleeper.pid), "cgroup").read_text()
+            assert run_main(["attach", flag, value, str(sleeper.pid)]) == 2
+            assert Path("/proc", str(sleeper.pid), "cgroup").read_text() == before
+        finally:
+            sleeper.kill()
+    assert "(" in one_line(capfd)
+
+
+def test_every_option_is_tried() -> None:
+    flags = {option.flag for option in LIMIT_OPTIONS}
+    assert flags <= set(LIMITS)
+    for command, tried in ((run, RUN), (attach, ATTACH)):
+        named = {one for parameter in command.params for one in parameter.opts if one.startswith("--")}
+        assert named - {"--children", "--release"} == set(tried)
+
+
+@pytest.mark.parametrize(
+    "words", [["run"], ["run", "--"], ["run", "--", ""], ["run", "--no-such", "--", "true"]]
+)
+def test_no_command(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main(words) == 2
+    one_line(capfd)
+
+
+@pytest.mark.parametrize(
+    ("program", "status"), [("no-such-program", 127), ("./no/such", 127), ("/etc/passwd", 126), ("/", 126)]
+)
+def test_a_program_that_cannot_be(program: str, status: int, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main(["run", "--", program]) == status
+    one_line(capfd)
+
+
+def ended() -> str:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return str(process.pid)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["0"], ["-1"], ["x"], ["1"], ["4194305"], ["9" * 30], ["1.5"], [str(os.getpid())], ["ended"]],
+    ids=str,
+)
+def test_processes_that_cannot_be_taken(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    words = [ended() if word == "ended" else word for word in words]
+    assert run_main(["attach", "--cpu", "50%", *words]) == 2
+    one_line(capfd)
+
+
+@pytest.mark.parametrize(
+    "words", [["no-such-group"], ["a/b"], ["ended"], ["--cpu", "5%", "x"], ["--children", "x"]]
+)
+def test_what_cannot_be_let_go(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    words = [ended() if word == "ended" else word for word in words]
+    assert run_main(["attach", "--release", *words]) == 2
+    one_line(capfd)
