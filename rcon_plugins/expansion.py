@@ -134,7 +134,7 @@ class Expansion:
         if there is None:
             return False
         if there > self.limit:
-            while self.limit < there:
+            while self.limit < min(there, self.memory.most):
                 self._step()
             return False
         return True

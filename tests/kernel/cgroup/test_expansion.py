@@ -17,7 +17,7 @@ import pytest
 
 from rcon_plugins import Event, Limits, Memory, expand
 from rcon_plugins.errors import ControllerUnavailable
-from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, read_limits
+from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, Resources, read_limits
 from rcon_plugins.kernel.cgroup.events import Watcher
 from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, sleep_forever, touch
 
@@ -235,6 +235,33 @@ def test_deleted_under_it(group: Cgroup, watcher: Watcher) -> None:
     assert gone.wait(10)
     leaf.create()
     assert not expansion.is_current
+
+
+def test_it_is_current_also_when_it_has_grown_all_the_way(group: Cgroup, watcher: Watcher) -> None:
+    expansion = expand(group, memory("32M", "100x", "400M"), watcher=watcher)
+    with running(group, in_steps, [60 * MIB], 0.5) as child:
+        child.result()
+    assert (expansion.limit, expansion.times, expansion.is_current) == (400 * MIB, 1, True)
+
+
+def test_the_smallest_steps(group: Cgroup, watcher: Watcher) -> None:
+    """A notice of one step does not count for the next."""
+    expansion = expand(group, memory("40M", "1.1x", "400M"), watcher=watcher)
+    with running(group, in_steps, [42 * MIB], 0.5) as child:
+        child.result()
+    assert (expansion.limit, expansion.times) == (44 * MIB, 1)
+
+
+@pytest.mark.layout("v2")
+def test_one_that_somebody_moved_further(group: Cgroup, watcher: Watcher) -> None:
+    """Beyond all steps: there is nothing to be raised."""
+    expansion = expand(group, memory("32M", "2x", "128M"), watcher=watcher)
+    group.configure(Resources(memory_high=200 * MIB, memory_max=400 * MIB))
+    with running(group, in_steps, [220 * MIB], 0.2):
+        eventually(lambda: (group.read().memory_current or 0) > 195 * MIB)
+        time.sleep(0.3)
+        group.kill()
+    assert expansion.limit == 128 * MIB
 
 
 def test_no_memory_controller(hierarchy: Hierarchy, group: Cgroup, watcher: Watcher) -> None:

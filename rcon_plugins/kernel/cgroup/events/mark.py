@@ -14,17 +14,18 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.cgroup import Cgroup
     from rcon_plugins.kernel.cgroup.events.watcher import Watch, Watcher
 
-#: Of what is in use at ``memory.high``, the part that must be more than page cache for the mark to count as reached.
-_REALLY = 7 / 8
+#: Of the mark, what must be needed for it to count as reached on v2, where page cache fills up the rest. So much that
+#: a late notice of the mark before does not count for this one, after the smallest step of an expansion.
+_REALLY = 15 / 16
 
 
 class Mark:
     """Calls ``callback``, in the watcher's thread, when work in the cgroup needs as much memory as `move` said.
 
-    Page cache, which the kernel takes back by itself, does not count as need. On v2 the mark is ``memory.high``: work
-    above it is slowed down until it moves. On v1 it is a notice only, and work goes on: what v1 has to stop work with
-    (``memory.oom_control``) makes system calls fail with ENOMEM or EFAULT instead. The bound that holds is the limit
-    of the cgroup, which is not touched.
+    Page cache that no process has mapped, which the kernel takes back by itself, does not count as need. On v2 the mark
+    is ``memory.high``: work above it is slowed down until it moves. On v1 it is a notice only, and work goes on: what
+    v1 has to stop work with (``memory.oom_control``) makes system calls fail with ENOMEM or EFAULT instead. The bound
+    that holds is the limit of the cgroup, which is not touched.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Mark:
         self._at: int | None = None
         self._watch: Watch | None = None
         self._closed = False
+        self._identity = files.identity(cgroup.directories[0])
         places = zip(cgroup.mounts, cgroup.directories, strict=True)
         #: Where memory is accounted, and whether that is v2.
         self._place, self._slows = next(
@@ -55,8 +57,8 @@ class Mark:
 
     @property
     def is_current(self) -> bool:
-        """Whether the cgroup is still the one that is watched."""
-        return self._watch is not None and self._watch.is_current
+        """Whether the cgroup is still the one that was there at the beginning, not another of its name."""
+        return not self._closed and self._identity == files.identity(self.cgroup.directories[0])
 
     def move(self, at: int | None) -> None:
         """Set the mark, in bytes; None takes it away. Raises KernelError, ControllerUnavailable."""

@@ -205,13 +205,21 @@ class PolledUsage(Source):
 
 
 def need(directory: str, usage: int) -> int:
-    """Of the memory that a cgroup uses, what dropping the page cache would not give back (``memory.stat``), bytes."""
+    """Of the memory that a cgroup uses, what dropping unmapped page cache would not give back (``memory.stat``), bytes.
+
+    Files that are mapped, programs and libraries among them, would only be read again.
+    """
     data = (files.read_if_there(directory, "memory.stat") or "").encode()
-    cache = 0
-    for name in (b"active_file", b"inactive_file"):
-        ours = value_of(data, b"total_" + name)  # v1: with all below it
-        cache += (value_of(data, name) if ours is None else ours) or 0
-    return max(0, usage - cache)
+
+    def count(*names: bytes) -> int:
+        # v1 has its own name for one of them, and adds up what is below under another.
+        values = (value_of(data, prefix + name) for prefix in (b"total_", b"") for name in names)
+        return next((value for value in values if value is not None), 0)
+
+    # Memory that is shared counts as mapped, too, and is no page cache.
+    mapped = max(0, count(b"file_mapped", b"mapped_file") - count(b"shmem"))
+    cache = count(b"active_file") + count(b"inactive_file")
+    return max(0, usage - max(0, cache - mapped))
 
 
 class Populated(Source):

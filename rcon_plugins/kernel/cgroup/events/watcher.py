@@ -267,9 +267,20 @@ class Watcher:
                 watch.attend(source)
 
 
-_OF_PROCESS: list[Watcher] = []
-_OF_PROCESS_LOCK = threading.Lock()
-os.register_at_fork(after_in_child=_OF_PROCESS.clear)
+class _OfProcess:
+    """What the parts of a program share. Another thread may have held the lock when a child was forked."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.lock = threading.Lock()
+        self.watcher: Watcher | None = None
+
+
+_of_process = _OfProcess()
+os.register_at_fork(after_in_child=_of_process.forget)
 
 
 def watcher_of_process() -> Watcher:
@@ -277,10 +288,10 @@ def watcher_of_process() -> Watcher:
 
     A fork gets one of its own.
     """
-    with _OF_PROCESS_LOCK:
-        if not _OF_PROCESS:
-            _OF_PROCESS.append(Watcher())
-        return _OF_PROCESS[0]
+    with _of_process.lock:
+        if _of_process.watcher is None:
+            _of_process.watcher = Watcher()
+        return _of_process.watcher
 
 
 def _wait(wanted: dict[int, int], until: float | None) -> dict[int, int]:
