@@ -248,6 +248,9 @@ class _Run:
             detail = (
                 f"memory limit {_size(bound)} reached (peak {_peak(reading.memory_peak)}{order.memory_note})"
             )
+            if bound is not None and (reading.memory_peak or bound) < 0.9 * bound:
+                limit = None
+                detail = f"memory limit of what is around it reached (peak {_peak(reading.memory_peak)})"
         elif exit_status and max(reading.pids_limit_hits or 0, leaf.pids_limit_hits or 0):
             ending = "pids"
             limit, bound = self._limit("pids_max", leaf.pids_limit_hits, 0)

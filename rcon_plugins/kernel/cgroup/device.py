@@ -9,7 +9,7 @@ import stat
 from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import mounts
+from rcon_plugins.kernel.cgroup import files, mounts
 
 _NUMBERS = re.compile(r"(\d{1,4}):(\d{1,7})")
 
@@ -62,8 +62,7 @@ def whole_disk(device: Device) -> Device:
     real = os.path.realpath(entry)
     if not os.path.exists(f"{real}/partition"):
         return device
-    with open(f"{os.path.dirname(real)}/dev", encoding="ascii") as file:
-        major, _, minor = file.read().strip().partition(":")
+    major, _, minor = files.read(os.path.dirname(real), "dev").strip().partition(":")
     return Device(int(major), int(minor))
 
 

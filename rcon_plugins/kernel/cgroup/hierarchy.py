@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,23 +35,19 @@ class Hierarchy:
 
     @classmethod
     def discover(cls) -> Hierarchy:
-        """Look at ``/proc/self/mountinfo`` and ``/proc/self/cgroup``.
+        """Look at ``/proc/self/mountinfo``.
 
-        ``controllers`` are those at the root of the tree for root, else those of the cgroup the process is
-        in; :class:`~rcon_plugins.instance.Instance` narrows them to what its base has.
-        Raises ControllerUnavailable where no cgroup file system is mounted.
+        ``controllers`` are those at the root of the tree. The cgroup this process is in may have fewer, and
+        one that it is given yet may have more than that: :class:`~rcon_plugins.instance.Instance` narrows
+        them to what its base has. Raises ControllerUnavailable where no cgroup file system is mounted.
         """
         found = mounts.cgroup_mounts(mounts.parse_mountinfo(files.read_own("mountinfo")))
-        own = mounts.parse_membership(files.read_own("cgroup"))
-        complete = []
-        for mount in found:
-            if mount.version == 2:
-                directory = mount.directory(mounts.membership(mount, own) or "/")
-                if os.geteuid() == 0 or not files.is_directory(directory):
-                    directory = mount.path
-                mount = replace(mount, controllers=v2.offered(directory))
-            complete.append(mount)
-        return cls.of(complete)
+        return cls.of(
+            [
+                replace(mount, controllers=v2.offered(mount.path)) if mount.version == 2 else mount
+                for mount in found
+            ]
+        )
 
     @classmethod
     def of(cls, found: list[Mount]) -> Hierarchy:

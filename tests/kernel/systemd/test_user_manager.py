@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -15,13 +16,17 @@ from typing import Any
 import jeepney.io.blocking
 import pytest
 
-from rcon_plugins import confine, systemd
+from rcon_plugins import Manager, Work, confine, systemd
+from rcon_plugins.admission import ProcessAdmission
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import DelegationError
+from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources, find_base
+from rcon_plugins.settings import from_mapping
 from tests import children
 from tests.kernel.cgroup.helpers import DISK, eventually, running, settings_of, sleep_forever
+from tests.kernel.command.harness import become_rcon
 
 pytestmark = [pytest.mark.kernel, pytest.mark.layout("v2")]
 
@@ -186,6 +191,59 @@ def test_a_block_of_any_program(manager: Path) -> None:
     inside, after = in_a_terminal(manager, act)
     assert "/host/confine~1" in inside
     assert after.endswith(".scope")
+
+
+def hold(channel: Channel, frame: Frame) -> None:
+    held = bytearray(int(frame.payload) << 20)
+    channel.send((FIRST_SERVICE_KIND + 1, str(len(held)).encode()))
+
+
+def a_server() -> tuple[list[str], str]:
+    server = Manager(
+        from_mapping(
+            {
+                "policy": {"default": {"memory": "256M", "each": {"memory": "64M", "timeout": "60s"}}},
+            }
+        )
+    )
+    server.start(hold)
+    endings = []
+    try:
+        for mebibytes in (10, 200):
+            admission = server.admit(Work("call", "hold", {}))
+            assert isinstance(admission, ProcessAdmission)
+            admission.channel.send((FIRST_SERVICE_KIND, str(mebibytes).encode()))
+            try:
+                admission.channel.receive()
+            except ChannelClosed:
+                endings.append(admission.died().ending)
+            else:
+                endings.append(admission.finish().ending)
+    finally:
+        server.close()
+    return [str(ending) for ending in endings], own()
+
+
+def test_a_server_with_executors(manager: Path) -> None:
+    endings, after = in_a_terminal(manager, a_server)
+    assert endings == ["ok", "memory"]
+    assert after.endswith(".scope")
+
+
+def test_a_command(manager: Path) -> None:
+    streams = [RUNTIME / "out", RUNTIME / "err"]
+
+    def act() -> int:
+        child = os.fork()
+        if child == 0:
+            become_rcon(["run", "--memory", "64M", "--cpu", "50%", "--", "cat", "/proc/self/cgroup"], streams)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert in_a_terminal(manager, act) == 0
+    assert streams[1].read_text() == ""
+    assert re.fullmatch(
+        r"0::\S+/app.slice/rcon-\S+\.scope/rcon-\S+/work/cat-\d+/main\n", streams[0].read_text()
+    )
 
 
 def test_what_the_manager_may_not_take_is_refused(manager: Path) -> None:
