@@ -14,6 +14,7 @@ from celery.utils.serialization import UnpickleableExceptionWrapper, create_exce
 from kombu import serialization as _serialization
 from kombu.utils.encoding import safe_repr as _safe_repr
 
+from rcon_celery.takeover import STAGE
 from rcon_celery.wire import Body
 from rcon_plugins.executors.channel import ProtocolViolation
 
@@ -21,7 +22,7 @@ serialization: Any = _serialization  # its functions have no types
 safe_repr: Any = _safe_repr
 
 #: Attributes of a task's request that are sent otherwise, or belong to one process.
-_NOT_SENT = frozenset({"args", "kwargs", "called_directly", "rcon_hand_over", "rcon_begun"})
+_NOT_SENT = frozenset({"args", "kwargs", "called_directly", STAGE})
 
 
 def accepted(app: Any) -> set[str]:
@@ -192,8 +193,11 @@ def _of_results(task: Any) -> list[str]:
 
 
 def _told(task: Any, error: BaseException) -> dict[str, Any]:
-    cls, reduced = type(error), error.__reduce__()
-    serializers = (task.backend.serializer,)
+    cls, serializers = type(error), (task.backend.serializer,)
+    try:
+        reduced = error.__reduce__()
+    except Exception:  # noqa: BLE001 - one of its own
+        reduced = ""
     # An OSError is made of more than its args.
     made_of = reduced[1] if isinstance(reduced, tuple) and reduced[0] is cls else error.args
     state = {name: value for name, value in vars(error).items() if name[:2] != "__" and name != "args"}

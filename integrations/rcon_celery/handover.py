@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from celery.app.task import get_actual_ignore_result
+from celery.backends.base import DisabledBackend
 from celery.exceptions import Reject
 from celery.result import result_from_tuple
 
@@ -134,7 +136,7 @@ class _Answer:
         if how == "error":
             return None, codec.exception_of(answer["error"], self._head.text)
         if how == "unencodable":
-            if task.request.ignore_result or task.ignore_result:
+            if get_actual_ignore_result(task, task.request) or isinstance(task.backend, DisabledBackend):
                 return Unencoded(self._head.text), None
             return None, codec.exception_of(answer["error"], self._head.text)
         return None, codec.predicate_of(task, how, answer)

@@ -182,9 +182,7 @@ class Installation:
     def hand_over(self, task: Any, body: Body, args: Any, kwargs: Any) -> Any:
         """Run a task's body confined, and return or raise what it does."""
         if self.manager is None or self._pid != os.getpid():
-            raise ConfinementError(
-                f"{task.name}: this process of the pool could not be set up to confine tasks"
-            )
+            raise ConfinementError(f"{task.name}: this process cannot confine tasks: {self._fault}")
         if self._lost:
             self._find_another_server(task)
         if (task.request.delivery_info or {}).get("redelivered"):

@@ -75,7 +75,7 @@ class _Keeping:
             result=result, state=state, traceback=traceback, request=request, **options
         )
         outcome = getattr(request, ATTRIBUTE, None)
-        if outcome is not None:
+        if isinstance(outcome, Outcome):  # a message can put anything under any name there
             meta[KEY] = facts(outcome)
         return meta
 

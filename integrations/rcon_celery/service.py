@@ -69,8 +69,10 @@ class TaskService:
     def _perform(self, task: Any, order: Mapping[str, Any]) -> tuple[wire.How, str, tuple[wire.Body, bytes]]:
         args, kwargs = order["args"], order["kwargs"]
         _task_stack.push(task)
-        task.push_request(order["request"], args=args, kwargs=kwargs, called_directly=False, rcon_begun=True)
+        task.push_request(order["request"], args=args, kwargs=kwargs, called_directly=False)
         request = task.request_stack.top
+        request.headers = order["request"].get("headers")  # not what Celery makes of what it does not know
+        takeover.begin(request)
         vars(task).pop("run", None)  # what autoretry_for puts around it does its part in the host
         try:
             try:

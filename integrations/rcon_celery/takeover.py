@@ -17,6 +17,11 @@ from celery.app.annotations import prepare
 from celery.app.task import Task
 from celery.utils.functional import firstmethod
 
+#: What of us is noted on a task's request, under this name: one of the two objects below. A message can put anything
+#: under any name there, but not these.
+STAGE = "rcon_stage"
+_HAND_OVER, _BEGUN = object(), object()
+
 _first = firstmethod("annotate")
 _first_any = firstmethod("annotate_any")
 
@@ -78,12 +83,13 @@ def _call(host: Host, body: Body) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it becomes the method of that name
         request = self.request_stack.top
         traced = request is not None and not request.called_directly
-        if not traced or hasattr(request, "rcon_begun"):
+        stage = vars(request).get(STAGE) if traced else _BEGUN
+        if stage is _HAND_OVER or stage is _BEGUN:
             return (body.call or Task.__call__)(self, *args, **kwargs)
         # From here on a call of the task is one that its own code makes.
-        request.rcon_begun = True
+        begin(request)
         if host.takes_over(self):
-            request.rcon_hand_over = True
+            vars(request)[STAGE] = _HAND_OVER
             return self.run(*args, **kwargs)
         return body.call(self, *args, **kwargs) if body.call is not None else self.run(*args, **kwargs)
 
@@ -93,8 +99,9 @@ def _call(host: Host, body: Body) -> Callable[..., Any]:
 def _run(host: Host, cls: Any, body: Body) -> Any:
     def run_task(task: Any, args: Any, kwargs: Any) -> Any:
         request = task.request_stack.top
-        if request is None or not vars(request).pop("rcon_hand_over", False):
+        if request is None or vars(request).get(STAGE) is not _HAND_OVER:
             return body.run.__get__(task, type(task))(*args, **kwargs)
+        begin(request)
         return host.hand_over(task, body, args, kwargs)
 
     if isinstance(body.run, staticmethod):
@@ -110,6 +117,11 @@ def _run(host: Host, cls: Any, body: Body) -> Any:
         return run_task(self, args, kwargs)
 
     return run_bound
+
+
+def begin(request: Any) -> None:
+    """Note that the body of the task with this request is under way: what its code calls is called here."""
+    vars(request)[STAGE] = _BEGUN
 
 
 def perform(task: Any, body: Body, args: Any, kwargs: Any) -> Any:

@@ -41,7 +41,8 @@ def make(
     url: str, settings: str | None = None, *, installed: bool = True, accept: str = "json"
 ) -> celery.Celery:
     """The application with all its tasks."""
-    app = celery.Celery("limited", broker=url, backend=url, set_as_current=False)
+    backend = None if "RCON_TEST_NO_BACKEND" in os.environ else url
+    app = celery.Celery("limited", broker=url, backend=backend, set_as_current=False)
     app.conf.update(
         broker_connection_retry_on_startup=True,
         worker_prefetch_multiplier=1,
@@ -150,6 +151,19 @@ def define(app: celery.Celery, url: str) -> None:
     @confined(memory="64M", timeout="60s")
     def raising() -> None:
         raise ValueError("mine")
+
+    @task(name="unencodable")
+    @confined(memory="64M", timeout="60s")
+    def unencodable() -> object:
+        return object()
+
+    @task(name="retrying", bind=True, max_retries=3)
+    @confined(memory="128M", timeout="60s")
+    def retrying(self: Any) -> list[Any]:
+        note("retrying", whereabouts()["confined"], self.request.headers)
+        if self.request.retries < 3:
+            raise self.retry(countdown=0)
+        return sorted(self.request.headers or {})
 
     @task(name="hang")
     @confined(timeout="1s")

@@ -87,6 +87,19 @@ def test_a_memory_error_does_not_end_the_worker(office: Office) -> None:
     assert str(error) == "no_memory: MemoryError: "
 
 
+def test_each_try_is_confined(office: Office) -> None:
+    assert office.get("retrying") == []
+    assert office.log("retrying") == ["True None"] * 4
+    assert office.get("retrying", headers={"tenant": "a"}) == ["tenant"]
+    assert office.log("retrying")[4:] == ["True {'tenant': 'a'}"] * 4
+
+
+@pytest.mark.parametrize("name", ["rcon_stage", "rcon_outcome", "is_eager", "called_directly", "rcon"])
+def test_no_message_gets_around_it(office: Office, name: str) -> None:
+    """Whoever sends a task says what is on its request."""
+    assert office.get("where", headers={name: True})["confined"]
+
+
 def test_soft_memory(office: Office) -> None:
     assert office.get("soft_memory") == "cleaned up: soft_memory: its memory is nearly used up"
 

@@ -65,6 +65,14 @@ def test_in_the_pool_itself(offices: Offices, isolation: str) -> None:
         assert str(error) == "no"
 
 
+def test_without_a_result_backend(offices: Offices) -> None:
+    """Nobody is to get a result, so it need not be data."""
+    with offices(settings=SETTINGS, concurrency=1, RCON_TEST_NO_BACKEND="1") as office:
+        office.send("unencodable", task_id="unencodable-1")
+        until(lambda: "unencodable[unencodable-1] succeeded" in office.worker.log())
+        assert ": <object object at 0x" in office.worker.log()
+
+
 def test_where_a_task_raised(offices: Offices) -> None:
     """Its traceback is that of the task, from its first line."""
     with offices(settings=SETTINGS, concurrency=1) as office:

@@ -1,0 +1,62 @@
+"""docs/rcon-run.md and the example: each command in them is one that rcon takes, and each option is described."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from rcon_plugins.cli.run_command import attach, run
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = (ROOT / "docs" / "rcon-run.md").read_text()
+README = (ROOT / "README.md").read_text()
+COMMANDS = {"run": run, "attach": attach}
+
+
+def lines() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE + README, re.MULTILINE | re.DOTALL)
+    helps = f"{run.help}\n{attach.help}"
+    return [
+        line.strip()
+        for line in "\n".join([*blocks, helps]).splitlines()
+        if re.match(r" *rcon (run|attach) ", line)
+    ]
+
+
+@pytest.mark.parametrize("line", lines())
+def test_its_commands_are_such(line: str) -> None:
+    _, name, *words = shlex.split(line, comments=True)
+    context: click.Context = COMMANDS[name].make_context(name, words)
+    assert context.params
+
+
+def test_it_describes_each_option() -> None:
+    options = {one for command in COMMANDS.values() for parameter in command.params for one in parameter.opts}
+    assert [
+        one for one in options if one.startswith("-") and f"`{one}" not in PAGE and f" {one} " not in PAGE
+    ] == []
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    script = tmp_path / "rcon"
+    code = "from rcon_plugins.cli.rcon import main; main()"
+    script.write_text(f"#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -c '{code}' \"$@\"\n")
+    script.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "examples" / "command" / "held-down.sh"],
+        env={"PATH": "/usr/bin:/bin", "RCON": str(script)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert "exit status 137" in done.stdout, done
+    assert "62914560 bytes" in done.stdout
+    assert "back where it was" in done.stdout
+    assert "rcon: memory limit 32 MiB reached" in done.stderr
