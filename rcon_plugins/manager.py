@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rcon_plugins.executors.fork_server import Service
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup
+    from rcon_plugins.policy import Policy
     from rcon_plugins.work import Work
 
 _T = TypeVar("_T")
@@ -179,13 +180,16 @@ class Manager:
         """The pid of the fork server; None without one."""
         return self._pool.processes.server_pid if self._pool is not None else None
 
-    def admit(self, work: Work, *, wait: bool = False) -> Admission | None:
+    def admit(
+        self, work: Work, *, wait: bool = False, memory: Callable[[Policy], int | None] | None = None
+    ) -> Admission | None:
         """Let a work run under its policy; None when no route names it and the settings allow that.
 
         Raises `ConfinementError` when the work cannot be confined (`IdentityRefused` when the identity that its policy
         gives it is not allowed), `ConcurrencyLimitExceeded` when as much of it is
         under way as may be, `PidsLimitExceeded` when its confinement is full of processes. In each case it must not
         run; hooks and log have been told. With ``wait`` it waits for its turn instead of `ConcurrencyLimitExceeded`.
+        ``memory`` may say, for its policy, how many bytes this one work has in the place of ``each.memory``.
         """
         if self._pid != os.getpid():
             self._refuse(work, "", None, ConfinementError(self._why_not_here()))
@@ -206,7 +210,8 @@ class Manager:
             if policy.concurrency is not None:
                 slot = self._in_turn(wait, partial(self._take_slot, confinement, policy.concurrency))
             self._work_started(work=work, policy=policy)
-            return self._in_turn(wait, partial(self._make_admission, work, confinement, slot, identity))
+            own = memory(policy) if memory is not None else None
+            return self._in_turn(wait, partial(self._make_admission, work, confinement, slot, identity, own))
         except BaseException as error:
             self._let_go(confinement, slot)
             if not isinstance(error, Exception):
@@ -304,14 +309,19 @@ class Manager:
             LOGGER.error("the cgroup of %s could not be removed: %s", name, error)
 
     def _make_admission(
-        self, work: Work, confinement: Confinement, slot: int | None, identity: Identity | None
+        self,
+        work: Work,
+        confinement: Confinement,
+        slot: int | None,
+        identity: Identity | None,
+        memory: int | None,
     ) -> Admission:
         if isinstance(confinement, ThreadedConfinement):
             if confinement.isolation == "thread":
                 return ThreadAdmission(self, work, confinement, slot, identity, self._threads)
             return InlineAdmission(self, work, confinement, slot)
         if isinstance(confinement, ProcessConfinement) and self._pool is not None:
-            return ProcessAdmission(self, work, confinement, slot, identity, self._pool)
+            return ProcessAdmission(self, work, confinement, slot, identity, self._pool, memory)
         raise ConfinementError(f"{confinement.name} needs a process, and there is no fork server")
 
     def _take_slot(self, confinement: Confinement, limit: int) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from rcon_celery.decorator import confined
 from rcon_celery.installation import install
+from rcon_celery.learning import expand
 from rcon_celery.results import told
 
-__all__ = ["confined", "install", "told"]
+__all__ = ["confined", "expand", "install", "told"]

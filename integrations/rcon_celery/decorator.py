@@ -13,6 +13,7 @@ from celery.app.task import Task
 from celery.exceptions import WorkerTerminate
 from celery.local import Proxy
 
+from rcon_celery.learning import Learning
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.policy import Policy
 
@@ -29,6 +30,8 @@ class Mark(NamedTuple):
 
     policy: str | None
     content: Mapping[str, Any]
+    #: What becomes of it when it dies.
+    learning: Learning | None = None
 
     def named(self, task: str, taken: Mapping[str, object]) -> Policy:
         """The policy of a task of this name, under a name that is not taken."""
@@ -50,16 +53,21 @@ def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
         @confined(memory="512M", timeout="60s", together={"cpu": "150%"}, concurrency=4)
         def render(name): ...
 
+    ``on_memory``, ``max_deaths`` and ``dead_letter``, also beside a policy's name, say what becomes of a task that
+    dies: see `rcon_celery.learning`.
+
     Raises `SettingsError` for what a policy file could not say either. A worker whose app was not given to `install`
     does not start.
     """
+    learning = Learning.make(limits)
+    limits = {name: value for name, value in limits.items() if name not in Learning.__struct_fields__}
     if policy is not None and limits:
         raise SettingsError("a policy's name and limits at once", key="@confined", hint="give one of them")
-    if policy is None and not limits:
+    if policy is None and not limits:  # what becomes of deaths is no limit
         raise SettingsError(
             "says nothing", key="@confined", hint='for example memory="512M", or a policy\'s name'
         )
-    mark = Mark(policy, {} if policy is not None else _content(limits))
+    mark = Mark(policy, {} if policy is not None else _content(limits), learning)
     if policy is None:
         _check(mark)
 

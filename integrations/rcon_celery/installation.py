@@ -11,10 +11,11 @@ from celery import signals as on
 from celery._state import _task_stack
 from celery.exceptions import Reject, TaskPredicate
 
-from rcon_celery import handover, place, results
+from rcon_celery import handover, learning, place, results
 from rcon_celery.bootstep import make_step
 from rcon_celery.decorator import Mark, mark_of
 from rcon_celery.files import leave_log_files, server_files
+from rcon_celery.learning import Lesson
 from rcon_celery.node import Node
 from rcon_celery.pools import after_fork
 from rcon_celery.service import TaskService
@@ -181,13 +182,24 @@ class Installation:
 
     def hand_over(self, task: Any, body: Body, args: Any, kwargs: Any) -> Any:
         """Run a task's body confined, and return or raise what it does."""
-        if self.manager is None or self._pid != os.getpid():
-            raise ConfinementError(f"{task.name}: this process cannot confine tasks: {self._fault}")
+        self._ready_manager()
         if self._lost:
             self._find_another_server(task)
         if (task.request.delivery_info or {}).get("redelivered"):
             self._ready_node().instance.end_orphans()  # it may still run for a process that is gone
-        admission = self.manager.admit(work_of(task, args, kwargs), wait=True)
+        mark = self._marks.get(task.name)
+        if mark is None or mark.learning is None:
+            return self._confine(task, body, args, kwargs, None)
+        return learning.run(
+            task,
+            mark.learning,
+            lambda lesson: self._confine(task, body, args, kwargs, lesson),
+        )
+
+    def _confine(self, task: Any, body: Body, args: Any, kwargs: Any, lesson: Lesson | None) -> Any:
+        admission = self._ready_manager().admit(
+            work_of(task, args, kwargs), wait=True, memory=lesson.memory if lesson is not None else None
+        )
         if admission is None:
             return perform(task, body, args, kwargs)
         try:
@@ -207,6 +219,11 @@ class Installation:
             self._start_manager()
         elif task.acks_late:
             raise Reject("the fork server of this worker is gone", requeue=True)
+
+    def _ready_manager(self) -> Manager:
+        if self.manager is None or self._pid != os.getpid():
+            raise ConfinementError(f"this process of the pool could not be set up: {self._fault}")
+        return self.manager
 
     def _ready_node(self) -> Node:
         if self.node is None:

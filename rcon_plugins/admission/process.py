@@ -14,7 +14,9 @@ from rcon_plugins.admission.base import Admission, Host
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 from rcon_plugins.executors.process import DEATH_SECONDS, LOGGER
+from rcon_plugins.kernel.cgroup import Resources
 from rcon_plugins.kernel.cgroup.events import watcher_of_process
+from rcon_plugins.memory import Memory
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.usage import Usage
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Reading
     from rcon_plugins.kernel.cgroup.events import Event, Watch
-    from rcon_plugins.memory import Memory
     from rcon_plugins.work import Work
 
 _Number = TypeVar("_Number", int, float)
@@ -55,7 +56,9 @@ class ProcessAdmission(Admission):
         slot: int | None,
         identity: Identity | None,
         pool: ExecutorPool,
+        memory: int | None = None,
     ) -> None:
+        """``memory``: bytes that this one work has in the place of ``each.memory``."""
         super().__init__(host, work, confinement, slot)
         self.on_deadline: Callable[[], object] | None = None
         self._noticed = False
@@ -67,6 +70,13 @@ class ProcessAdmission(Admission):
         if not executor.works and confinement.policy.pids is not None:
             confinement.pids_limit_hits = self._pids_limit_hits()
         self._before = executor.begin_work()
+        self._own_memory = None if memory is None else Memory(memory)
+        if memory is not None:
+            try:
+                executor.leaf.configure(Resources(memory_max=memory, swap_max=confinement.policy.each.swap))
+            except BaseException:
+                self.abort("its memory cannot be set", grace=0)
+                raise
         each = confinement.policy.each
         if each.timeout_soft is not None:
             pool.processes.arm(executor, self._started + each.timeout_soft, self._notice_time)
@@ -212,9 +222,9 @@ class ProcessAdmission(Admission):
             return "was told to come to its end"
         if executor.works >= self.policy.max_works:
             return "served max_works"
-        if executor.attention is not None and executor.attention.changed:
+        if self._own_memory is not None or (executor.attention is not None and executor.attention.changed):
             return "its limits were changed for one work"
-        most = self.policy.each.memory or self.policy.memory
+        most = self._own_memory or self.policy.each.memory or self.policy.memory
         held = reading.memory_current
         if most is not None and held is not None and held > _HEAVY * most:
             return "holds much of its memory limit"
@@ -272,6 +282,8 @@ class ProcessAdmission(Admission):
     def _memory(self, limit: str) -> Memory | None:
         """The limit ``memory`` or ``each.memory`` that is in force."""
         attention = self._executor.attention
+        if self._own_memory is not None and limit == "each.memory":
+            return self._own_memory
         now = attention.memory(limit) if attention is not None else None
         return now or (self.policy.each.memory if limit == "each.memory" else self.policy.memory)
 

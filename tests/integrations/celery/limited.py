@@ -24,7 +24,7 @@ import msgspec
 import redis
 from celery.exceptions import SoftTimeLimitExceeded
 
-from rcon_celery import confined, install, wire
+from rcon_celery import confined, expand, install, wire
 from rcon_plugins.errors import MemoryLimitExceeded, SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel
 
@@ -164,6 +164,26 @@ def define(app: celery.Celery, url: str) -> None:
         if self.request.retries < 3:
             raise self.retry(countdown=0)
         return sorted(self.request.headers or {})
+
+    @task(name="learning")
+    @confined(memory="64M", timeout="60s", on_memory=expand("2x", up_to="512M"), max_deaths=4)
+    def learning(size: int) -> int:
+        note("learning", "run")
+        return fill(size)
+
+    @task(name="learning_in_vain")
+    @confined(memory="64M", on_memory=expand("2x", up_to="1G"), max_deaths=2, dead_letter="dead")
+    def learning_in_vain(size: int) -> int:
+        note("learning_in_vain", "run")
+        return fill(size)
+
+    @task(name="learning_late", acks_late=True, reject_on_worker_lost=True)
+    @confined(timeout="60s", max_deaths=2, dead_letter="dead")
+    def learning_late(name: str, gate: str) -> str:
+        note(name, "begins", os.getpid(), whereabouts()["confined"])
+        while not Path(gate).exists():
+            time.sleep(0.02)
+        return "done"
 
     @task(name="hang")
     @confined(timeout="1s")
