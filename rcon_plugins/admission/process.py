@@ -75,7 +75,7 @@ class ProcessAdmission(Admission):
             try:
                 executor.leaf.configure(Resources(memory_max=memory, swap_max=confinement.policy.each.swap))
             except BaseException:
-                self.abort("its memory cannot be set", grace=0)
+                self.abort("its memory cannot be set")
                 raise
         each = confinement.policy.each
         if each.timeout_soft is not None:
