@@ -222,7 +222,7 @@ class Installation:
 
     def _ready_manager(self) -> Manager:
         if self.manager is None or self._pid != os.getpid():
-            raise ConfinementError(f"this process of the pool could not be set up: {self._fault}")
+            raise ConfinementError(f"this process cannot confine tasks: {self._fault}")
         return self.manager
 
     def _ready_node(self) -> Node:
