@@ -7,16 +7,20 @@ A buffered Python file is never used: it can swallow the error of a write (``cgr
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import posix
 import stat
 import time
+from collections.abc import Iterator
 
 from rcon_plugins.errors import KernelError
 
 #: Larger than any file read here; a kernel file is read until it ends in any case.
 _CHUNK = 65536
+#: In characters, of up to four bytes each, for one system call.
+_LONGEST_PATH = 1000
 
 _HINTS = {
     errno.EROFS: "this cgroup file system is mounted read-only; in a container, start that with a writable cgroup of "
@@ -48,13 +52,43 @@ def open_file(directory: str, name: str, flags: int = os.O_RDONLY) -> int:
     if not name or "/" in name:
         raise ValueError(f"not the name of a kernel file: {name!r}")
     try:
-        at = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        at = _open_directory(directory)
         try:
             return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=at)
         finally:
             posix.close(at)  # gevent's os.close() of what is no regular file waits for an event loop
     except OSError as error:
         raise failure(error, f"{directory}/{name}") from None
+
+
+def _open_directory(directory: str, flags: int = os.O_RDONLY) -> int:
+    """An open fd of ``directory``, however long its path is. Raises OSError."""
+    flags |= os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+    if len(directory) <= _LONGEST_PATH:
+        return os.open(directory, flags)
+    with _parent(directory) as (at, name):
+        return os.open(name, flags, dir_fd=at)
+
+
+@contextlib.contextmanager
+def _parent(directory: str) -> Iterator[tuple[int | None, str]]:
+    """Where ``directory`` is: (fd, path relative to it), of which the last part was not looked at. OSError.
+
+    The kernel takes no path of more than 4096 bytes, but whoever was given a cgroup may nest as deep as they like.
+    """
+    at: int | None = None
+    try:
+        while len(directory) > _LONGEST_PATH:
+            cut = directory.rindex("/", 0, _LONGEST_PATH)
+            first, directory = directory[:cut], directory[cut + 1 :]
+            step = os.open(first, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=at)
+            if at is not None:
+                posix.close(at)
+            at = step
+        yield at, directory
+    finally:
+        if at is not None:
+            posix.close(at)
 
 
 def read(directory: str, name: str) -> str:
@@ -130,7 +164,8 @@ def write_patiently(directory: str, name: str, value: str, seconds: float = 1.0)
 def make_directory(directory: str) -> bool:
     """Make one directory; whether it was not there before. Raises KernelError (ENOENT: no parent)."""
     try:
-        os.mkdir(directory, 0o755)
+        with _parent(directory) as (at, path):
+            os.mkdir(path, 0o755, dir_fd=at)
     except FileExistsError:
         return False
     except OSError as error:
@@ -141,7 +176,8 @@ def make_directory(directory: str) -> bool:
 def remove_directory(directory: str) -> bool:
     """Remove one cgroup; False where it is busy. One that is gone already counts as removed."""
     try:
-        os.rmdir(directory)
+        with _parent(directory) as (at, path):
+            os.rmdir(path, dir_fd=at)
     except FileNotFoundError:
         return True
     except OSError as error:
@@ -155,7 +191,7 @@ def remove_directory(directory: str) -> bool:
 def is_directory(directory: str) -> bool:
     """Whether ``directory`` is there and is a directory, not a link to one."""
     try:
-        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = _open_directory(directory, os.O_PATH)
     except OSError:
         return False
     os.close(fd)
@@ -181,8 +217,12 @@ def is_file(directory: str, name: str) -> bool:
 def subdirectories(directory: str) -> list[str]:
     """The names of the child cgroups; none where the directory is gone."""
     try:
-        with os.scandir(directory) as entries:
-            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        at = _open_directory(directory)
+        try:
+            with os.scandir(at) as entries:
+                return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        finally:
+            posix.close(at)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV):
             return []

@@ -128,6 +128,29 @@ def test_one_that_is_inside_of_a_living_ones_group(group: Cgroup, capsys: pytest
         assert instance.close()
 
 
+def nest(base: str, levels: int) -> str:
+    """In a child that then dies: a command that made cgroups in its own, deeper than a path can be long."""
+    instance = Instance.create(Hierarchy.discover(), base)
+    leaf = instance.leaf("g", "main").create()
+    for directory in leaf.directories:
+        at = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+        for _ in range(levels):
+            os.mkdir("a" * 240, dir_fd=at)
+            below = os.open("a" * 240, os.O_PATH | os.O_DIRECTORY, dir_fd=at)
+            os.close(at)
+            at = below
+    return instance.path
+
+
+def test_deeper_than_a_path_can_be_long(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+    path = children.in_child(nest, group.path, 25)
+    status, out = gc(group, capsys, "--dry-run")
+    assert status == 0
+    assert out.startswith(f"{path}: its owner ")
+    assert gc(group, capsys) == (0, f"{path}: removed\n")
+    assert not there(path)
+
+
 def test_as_json(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     path, pid = children.in_child(leave, group.path)
     found: dict[str, Any] = json.loads(gc(group, capsys, "--json", "--dry-run")[1])
