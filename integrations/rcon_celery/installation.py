@@ -11,7 +11,7 @@ from celery import signals as on
 from celery._state import _task_stack
 from celery.exceptions import Reject, TaskPredicate
 
-from rcon_celery import handover, learning, place, results
+from rcon_celery import cluster, handover, learning, place, results
 from rcon_celery.bootstep import make_step
 from rcon_celery.decorator import Mark, mark_of
 from rcon_celery.files import leave_log_files, server_files
@@ -68,6 +68,7 @@ class Installation:
         self._lost = False
         #: Why this process of the pool has no manager.
         self._fault = "it was not set up"
+        cluster.register()
         app.on_after_configure.connect(self._annotate, weak=False)
         if app.configured:
             self._annotate()
@@ -153,7 +154,7 @@ class Installation:
         manager.start(
             service,
             after_fork=[*after_fork(node.pool), leave_log_files, service.expect_notices],
-            server_files=server_files(),
+            server_files=[*server_files(), node.tally.file],
         )
         self.manager, self._pid, self._lost = manager, os.getpid(), False
 
@@ -210,6 +211,7 @@ class Installation:
             return here(task, body, cast("InlineAdmission | ThreadAdmission", admission), args, kwargs)
         finally:
             if admission.outcome is not None:
+                self._ready_node().tally.add(admission.outcome)
                 results.note(task, admission.outcome, events=self._ready_node().events)
 
     def _find_another_server(self, task: Any) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from rcon_celery.pools import Pool
+from rcon_celery.tally import Tally
 from rcon_plugins.errors import RconError
 from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.instance import Instance
@@ -31,6 +32,9 @@ class Node:
         self.plugins = plugins
         self.instance = instance
         self.hostname = hostname
+        #: The policies in force, those of decorators too.
+        self.policies: Mapping[str, Policy] = settings.policies
+        self.tally = Tally()
         #: Whether the worker sends events.
         self.events = False
         self._pid = os.getpid()
@@ -54,6 +58,7 @@ class Node:
         plan.check()
         instance = Instance.create(plan.hierarchy, base=settings.cgroup)
         node = cls(settings, pool, plugins, instance, hostname)
+        node.policies = plan.settings.policies
         atexit.register(node.close)
         plan = plan.within(instance.hierarchy)
         plan.check()

@@ -1,0 +1,79 @@
+"""What every worker of an application confines, over Celery's own remote control: ``celery -A proj inspect rcon``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from celery.worker.control import inspect_command
+
+from rcon_celery.node import Node
+from rcon_plugins.errors import KernelError
+from rcon_plugins.groups import Group, find_groups
+
+
+def register() -> None:
+    """Make the command known: to workers, and to ``celery inspect``, which loads the application too."""
+    inspect_command(name="rcon", default_timeout=5.0)(rcon)
+
+
+def rcon(state: Any) -> dict[str, Any]:
+    """Policies, running confinements, what they use, and deaths."""
+    installation = getattr(state.app, "rcon", None)
+    if installation is None or installation.node is None:
+        return {"error": "tasks are not confined: the application was not given to rcon_celery.install"}
+    return report(installation.node)
+
+
+def report(node: Node) -> dict[str, Any]:
+    """What a worker tells of itself, as plain data; sizes are in bytes, times in seconds."""
+    return {
+        "when": time.monotonic(),
+        "cgroup": node.instance.path,
+        "policies": {name: written(policy) for name, policy in sorted(node.policies.items())},
+        "confinements": confinements(node),
+        "deaths": node.tally.read(),
+    }
+
+
+def written(policy: Any) -> dict[str, Any]:
+    """The limits of a policy as a settings file spells them, without what is not set."""
+    found = {name: plain(getattr(policy, name)) for name in policy.asks() if "." not in name}
+    each = {name: plain(getattr(policy.each, name)) for name in policy.each.asks()}
+    if policy.concurrency is not None:
+        found["concurrency"] = policy.concurrency
+    return {**found, "each": each} if each else found
+
+
+def plain(value: Any) -> Any:
+    """A limit as the settings file has it."""
+    if isinstance(value, Mapping):
+        return {key: msgspec.to_builtins(limits, enc_hook=str) for key, limits in value.items()}
+    return value if type(value) is int else str(value)
+
+
+def confinements(node: Node) -> dict[str, dict[str, Any]]:
+    """The confinements of a worker that there are just now, by name."""
+    instance = node.instance.path.rpartition("/")[2]
+    found = {}
+    for group in find_groups().groups:
+        if group.instance == instance and group.kind == "work":
+            try:
+                found[group.name] = usage(group)
+            except KernelError:
+                continue  # it has gone meanwhile
+    return found
+
+
+def usage(group: Group) -> dict[str, Any]:
+    """What a confinement uses, all its tasks together, and how many processes run in it."""
+    reading = group.usage()
+    return {
+        "processes": len(group.pids()),
+        "cpu_seconds": reading.cpu_seconds,
+        "memory": reading.memory_current,
+        "memory_peak": reading.memory_peak,
+        "oom_kills": reading.oom_kills,
+    }
