@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.groups import find_groups
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
+from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE
 from tests import children
 from tests.kernel.cgroup.helpers import Running, eventually, sleep_forever
 
@@ -180,6 +182,34 @@ def test_what_is_not_ours_stays(group: Cgroup, capsys: pytest.CaptureFixture[str
     assert os.strerror(errno.EACCES) in out or os.strerror(errno.EPERM) in out
     assert lives(pid)
     assert gc(group, capsys)[0] == 0
+
+
+def test_what_was_taken_goes_back(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+    """`rcon attach` leaves a watcher behind; here that is killed."""
+    child = Running(group, sleep_forever)
+    name = f"held-{os.getpid()}"
+    try:
+        assert children.in_child(run_main, ["attach", str(child.pid), "--pids", "9", "--group", name]) == 0
+        held = next(found for found in find_groups().groups if found.name == name)
+        assert held.pids() == [child.pid]
+        path = held.cgroup.path.partition("/taken/")[0]
+        os.kill(held.owner.pid, signal.SIGKILL)
+        eventually(lambda: not lives(held.owner.pid))
+
+        run_main(["gc", "--below", ROOT_BASE, "--dry-run"])
+        out = capsys.readouterr().out
+        assert (
+            f"{path}: its owner {held.owner.pid} is dead: would put process {child.pid} back, remove it\n"
+            in out
+        )
+        run_main(["gc", "--below", ROOT_BASE])
+        out = capsys.readouterr().out
+        assert f"{path}: removed\n" in out
+        assert not there(path)
+        assert lives(child.pid)
+        assert child.pid in group.processes()
+    finally:
+        child.end()
 
 
 def lives_for_nobody_who_sees_only_own(pid: int, started: int) -> tuple[bool, bool, bool]:
