@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from celery.app.task import get_actual_ignore_result
 from celery.backends.base import DisabledBackend
@@ -37,20 +36,29 @@ class Unencoded:
         return self._text
 
 
-def run(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, is_lost: Callable[[], bool]) -> Any:
-    """Have the task's body run at the other end, and return or raise what it did.
+class Host(Protocol):
+    """The process that has the task."""
 
-    ``is_lost`` says if the fork server is gone, which takes the executor processes along.
-    """
+    @property
+    def is_lost(self) -> bool:
+        """Whether the fork server is gone, which takes the executor processes along."""
+
+    @property
+    def is_of_pool(self) -> bool:
+        """Whether it is one of the pool's, which tells it of a task's soft time limit."""
+
+
+def run(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, host: Host) -> Any:
+    """Have the task's body run at the other end, and return or raise what it did."""
     number = os.urandom(wire.NUMBER_SIZE)
     try:
         body, payload = codec.encode_task(task, task.request, args, kwargs)
-        with _notices_passed_on(admission):
+        with _notices_passed_on(admission) if host.is_of_pool else contextlib.nullcontext():
             wire.send(admission.channel, wire.TASK, wire.TaskHead(number, task.name, body), payload)
             head, answer = _receive(admission, number, codec.accepted(task.app))
     except ChannelClosed:
         outcome = admission.died()
-        if task.acks_late and outcome.ending == "killed" and is_lost():
+        if task.acks_late and outcome.ending == "killed" and host.is_lost:
             # Not its own fault; and its message was not acknowledged.
             raise Reject(outcome.detail, requeue=True) from None
         raise raised(outcome) from None
@@ -67,9 +75,6 @@ def _notices_passed_on(admission: ProcessAdmission) -> Iterator[None]:
 
     The pool sends it to the process that has the task; its own handler raises there.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     former = signal.signal(SOFT_TIME, lambda *_: admission.notify(SOFT_TIME))
     try:
         yield

@@ -65,7 +65,7 @@ class Installation:
         self.manager: Manager | None = None
         self._pid = 0
         #: The fork server has ended before its time.
-        self._lost = False
+        self.is_lost = False
         #: Why this process of the pool has no manager.
         self._fault = "it was not set up"
         cluster.register()
@@ -156,11 +156,11 @@ class Installation:
             after_fork=[*after_fork(node.pool), leave_log_files, service.expect_notices],
             server_files=[*server_files(), node.tally.file],
         )
-        self.manager, self._pid, self._lost = manager, os.getpid(), False
+        self.manager, self._pid, self.is_lost = manager, os.getpid(), False
 
     def _lose(self) -> None:
         """In another thread: the fork server is gone."""
-        self._lost = True
+        self.is_lost = True
         if not self._ready_node().pool.alone:
             # No fork server can be made beside other threads; so what is under way is done, and nothing begun.
             _log.error("rcon: the fork server is gone; this worker finishes its tasks and ends")
@@ -177,6 +177,11 @@ class Installation:
 
     # when a task runs
 
+    @property
+    def is_of_pool(self) -> bool:
+        """Whether this process is one of a pool's, and not the worker itself."""
+        return self._ready_node().pool.children
+
     def takes_over(self, task: Any) -> bool:
         """Whether this process is one that confines tasks."""
         return self.node is not None and not place.is_executor() and not task.request.is_eager
@@ -184,7 +189,7 @@ class Installation:
     def hand_over(self, task: Any, body: Body, args: Any, kwargs: Any) -> Any:
         """Run a task's body confined, and return or raise what it does."""
         self._ready_manager()
-        if self._lost:
+        if self.is_lost:
             self._find_another_server(task)
         if (task.request.delivery_info or {}).get("redelivered"):
             self._ready_node().instance.end_orphans()  # it may still run for a process that is gone
@@ -205,9 +210,7 @@ class Installation:
             return perform(task, body, args, kwargs)
         try:
             if admission.isolation == "process":
-                return handover.run(
-                    task, cast("ProcessAdmission", admission), args, kwargs, lambda: self._lost
-                )
+                return handover.run(task, cast("ProcessAdmission", admission), args, kwargs, self)
             return here(task, body, cast("InlineAdmission | ThreadAdmission", admission), args, kwargs)
         finally:
             if admission.outcome is not None:

@@ -185,6 +185,13 @@ def define(app: celery.Celery, url: str) -> None:
             time.sleep(0.02)
         return "done"
 
+    @task(name="share")
+    @confined(timeout="60s", together={"memory": "128M"})
+    def share(size: int) -> int:
+        block = b"x" * size
+        time.sleep(2)
+        return len(block)
+
     @task(name="hang")
     @confined(timeout="1s")
     def hang() -> None:

@@ -7,10 +7,11 @@ import pwd
 from typing import Any
 
 import celery
+import celery.result
 import pytest
 
 from rcon_celery import confined, install
-from rcon_plugins.errors import ConfinementError, SettingsError
+from rcon_plugins.errors import ConfinementError, MemoryLimitExceeded, SettingsError
 from tests.integrations.celery import limited
 from tests.integrations.celery.office import SETTINGS, Offices
 from tests.processes import until
@@ -63,6 +64,17 @@ def test_in_the_pool_itself(offices: Offices, isolation: str) -> None:
         assert "/host/here" in found["threads"]
         error = office.error("complain", ValueError)
         assert str(error) == "no"
+
+
+def test_limits_of_all_together(offices: Offices) -> None:
+    """Two processes of the pool have what one limit gives."""
+    with offices(settings=SETTINGS, concurrency=2) as office:
+        assert office.get("share", 80 * 2**20) == 80 * 2**20
+        results = [office.send("share", 80 * 2**20) for _ in range(2)]
+        celery.result.ResultSet(results, app=office.app).join(timeout=60, propagate=False)
+        (error,) = [result.result for result in results if result.failed()]
+        assert isinstance(error, MemoryLimitExceeded)
+        assert (error.limit, error.policy) == ("memory", "share")
 
 
 def test_without_a_result_backend(offices: Offices) -> None:
