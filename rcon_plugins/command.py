@@ -144,33 +144,35 @@ class _Run:
         self._caller = caller
         self._group = instance.together(order.group)
         self._leaf = instance.leaf(order.group, LEAF)
+        self._began = time.monotonic()
 
     def run(self) -> Ended:
-        self._make_group()
-        began = time.monotonic()
+        self._look_ahead()
         with contextlib.ExitStack() as attending:
-            return self._follow(began, self._start(attending))
+            return self._follow(self._start(attending))
 
-    def _follow(self, began: float, child: int) -> Ended:
+    def _look_ahead(self) -> None:
+        for refusal in self._instance.hierarchy.refusals(self._order.resources):
+            # Of the machine all is known; here there may be less of it.
+            raise ControllerUnavailable(refusal.reason, path=self._group.path, hint=refusal.remedy)
+        if self._instance.needs_adoption:
+            self._instance.adopt()
+
+    def _follow(self, child: int) -> Ended:
         self._caller.stand_aside(child, self._order.keep)
-        deadline = None if self._order.timeout is None else began + self._order.timeout
+        deadline = None if self._order.timeout is None else self._began + self._order.timeout
         status = self._caller.wait(deadline)
         late = status is None
         while status is None:
             self._group.kill_once()
             status = self._caller.wait(time.monotonic() + 0.05)
-        wall = time.monotonic() - began
+        wall = time.monotonic() - self._began
         # What it left behind ends with it.
         self._group.kill()
         return self._tell(status, late, wall)
 
     def _make_group(self) -> None:
         order = self._order
-        for refusal in self._instance.hierarchy.refusals(order.resources):
-            # Of the machine all is known; here there may be less of it.
-            raise ControllerUnavailable(refusal.reason, path=self._group.path, hint=refusal.remedy)
-        if self._instance.needs_adoption:
-            self._instance.adopt()
         self._group.create()
         order.configure(cgroup=self._group)
         self._leaf.create()
@@ -194,31 +196,40 @@ class _Run:
         os.close(waits)
         problem = b""
         try:
+            # After the fork: the new process makes itself ready meanwhile.
+            self._make_group()
             if self._order.attend is not None:
                 # Not before the fork, which must not meet threads; not after the command has begun.
                 attending.enter_context(self._order.attend(self._group))
+            self._began = time.monotonic()
             with contextlib.suppress(BrokenPipeError):
                 os.write(go, b"x")
-        finally:
+        except BaseException:
             os.close(go)
-            while piece := os.read(ours, 65536):
-                problem += piece
             os.close(ours)
-            if problem:
-                posix.waitpid(pid, 0)
+            posix.waitpid(pid, 0)
+            raise
+        os.close(go)
+        while piece := os.read(ours, 65536):
+            problem += piece
+        os.close(ours)
         if problem:
+            posix.waitpid(pid, 0)
             _raise(problem)
         return pid
 
     def _become_command(self, caller: int, pipe: int, waits: int) -> NoReturn:
         order = self._order
         try:
+            # Loaded while the caller makes the group.
+            from rcon_plugins.kernel import syscalls  # noqa: F401
+
+            if not os.read(waits, 1):
+                os._exit(1)  # the caller knows why
             self._leaf.enter_process()
             if order.become is not None:
                 order.become()
             _die_with(caller)
-            if not os.read(waits, 1):
-                raise KernelError("rcon did not let it begin", errno=errno.ECANCELED)
             self._caller.become_child()
             try:
                 os.execve(order.program, order.arguments, order.variables)  # noqa: S606  no shell, on purpose

@@ -7,7 +7,6 @@ ever taken where the policy names it. See docs/isolation.md.
 from __future__ import annotations
 
 import os
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rcon_plugins import privileges
@@ -76,11 +75,11 @@ class _Notebook:
     def configure(self, resources: Resources) -> None:
         """Add what is asked for; what is written later counts."""
         news = {
-            field.name: value
-            for field in fields(resources)
-            if (value := getattr(resources, field.name)) != field.default and field.name != "io"
+            name: value
+            for name, value in resources._asdict().items()
+            if value != Resources._field_defaults[name] and name != "io"
         }
-        self.asked = replace(self.asked, io={**self.asked.io, **resources.io}, **news)
+        self.asked = self.asked.replaced(io={**self.asked.io, **resources.io}, **news)
 
 
 def asked_resources(hook: pluggy.HookRelay, limits: Limits, policy: Policy) -> Resources:

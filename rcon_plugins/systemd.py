@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +104,7 @@ def _ask(address: str) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     with open_dbus_connection(address, auth_timeout=TIMEOUT_SECONDS) as connection:
         _check_numbers(connection, address, deadline)
-        name = f"rcon-{os.getpid()}-{secrets.token_hex(4)}.scope"
+        name = f"rcon-{os.getpid()}-{os.urandom(4).hex()}.scope"
         result = _start(connection, address, name, deadline)
     if result != "done":
         raise _refused(address, f"the scope {name} was not started: {result}", errno.EACCES)

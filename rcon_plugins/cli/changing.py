@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import click
@@ -99,7 +98,7 @@ def _asked_for(options: Mapping[str, Any], before: Resources) -> Resources:
     except KernelError as error:
         raise click.UsageError(f"--device: {error}") from None
     unlimited: dict[str, Any] = {_LIFTED[name]: MAX for name in lifted & _LIFTED.keys()}
-    return replace(wanted, **unlimited)
+    return wanted.replaced(**unlimited)
 
 
 def _without_io_limit(wanted: Resources, field: str, named: str | None) -> Resources:
@@ -108,7 +107,7 @@ def _without_io_limit(wanted: Resources, field: str, named: str | None) -> Resou
         raise click.UsageError("--device: say which")
     (device,) = map(device_of, devices)
     most = wanted.io.get(device, IoMax())._replace(**{field: MAX})
-    return replace(wanted, io={**wanted.io, device: most})
+    return wanted.replaced(io={**wanted.io, device: most})
 
 
 def _check(group: Group, wanted: Resources) -> None:

@@ -9,7 +9,6 @@ import ctypes
 import errno
 import math
 import os
-import platform
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -73,7 +72,7 @@ def _libc() -> ctypes.CDLL:
 
 @cache
 def _number(name: str) -> int:
-    machine = platform.machine()
+    machine = os.uname().machine
     if machine not in _NUMBERS or ctypes.sizeof(ctypes.c_long) != 8:
         raise KernelError(
             f"the number of the system call {name} is not known here for {machine or 'this machine'}",

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import events
+import startup
 from under_test import Gunicorn
 from wire import Connection, Crowd
 
 AIMS = {"inline": 0.85, "thread": 0.80, "process": 0.75}
 AIM_ADDED = 250e-6
 
-PARTS = ("throughput", "latency", "neighbours", "events")
+PARTS = ("throughput", "latency", "neighbours", "events", "startup")
 MODES = ("plain", "inline", "thread", "process")
 #: Measured beside them for their throughput only: what is made for each request, and thrown away.
 EACH_ANEW = ("new thread", "new process")
@@ -61,6 +62,9 @@ def main() -> int:
     if "events" in what:
         say("from event to callback …")
         found["events"] = events.latency(40)
+    if "startup" in what:
+        say("how long rcon run takes to start …")
+        found["startup"] = startup.measure(20)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -179,6 +183,11 @@ def report(found: dict[str, Any]) -> None:
         print(f"  {'':16}{'median':>12}{'p90':>12}{'events':>9}")
         for kind, row in found["events"].items():
             print(f"  {kind:16}{row['median'] * 1e3:9,.2f} ms{row['p90'] * 1e3:9,.2f} ms{row['count']:9}")
+    if "startup" in found:
+        print(f"\nStart-up (aim for rcon run -- true: at most {startup.AIM:g} times python3 -c pass)")
+        print(f"  {'':20}{'median':>12}{'CPU':>12}{'times':>9}")
+        for name, row in found["startup"].items():
+            print(f"  {name:20}{row['wall'] * 1e3:9,.1f} ms{row['cpu'] * 1e3:9,.1f} ms{row['times']:9.1f}")
 
 
 def say(text: str) -> None:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
-from rcon_plugins.kernel import process
 from rcon_plugins.kernel.cgroup import files, meter, v1, v2
 from rcon_plugins.kernel.cgroup.branch import Branch
 from rcon_plugins.kernel.cgroup.entrance import Entrance
@@ -346,6 +345,9 @@ class Cgroup:
                 continue
             try:
                 if pid in self._ids("cgroup.procs", True):
+                    # Imported here: it is seldom needed, and knows much more than that.
+                    from rcon_plugins.kernel import process
+
                     process.kill(fd, pid)
             finally:
                 os.close(fd)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rcon_plugins.errors import KernelError
@@ -64,18 +63,18 @@ def _is_flat(mount: Mount) -> bool:
 def _with_swap(wanted: Resources, before: Resources) -> Resources:
     """v1 limits memory and swap together: more memory needs a larger sum, and swap alone a sum to be part of."""
     if wanted.memory_max is not None and wanted.swap_max is None and isinstance(before.swap_max, int):
-        return replace(wanted, swap_max=before.swap_max)
+        return wanted.replaced(swap_max=before.swap_max)
     if wanted.swap_max is not None and wanted.memory_max is None:
-        return replace(wanted, memory_max=before.memory_max)
+        return wanted.replaced(memory_max=before.memory_max)
     return wanted
 
 
 def _undoing(cgroup: Cgroup, wanted: Resources, before: Resources) -> Resources:
     """Of ``before``, what ``wanted`` may have changed."""
     kept: dict[str, Any] = {
-        field.name: getattr(before, field.name)
-        for field in fields(Resources)
-        if field.name not in ("io", "oom_group") and getattr(wanted, field.name) is not None
+        name: getattr(before, name)
+        for name in Resources._fields
+        if name not in ("io", "oom_group") and getattr(wanted, name) is not None
     }
     if wanted.cpus is not None and before.cpus is None:
         kept["cpus"] = _cpus_above(cgroup)

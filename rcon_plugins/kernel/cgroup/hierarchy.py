@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel.cgroup import files, mounts, v1, v2
@@ -23,8 +22,7 @@ Layout = Literal["v2", "v1", "hybrid"]
 CONTROLLERS = frozenset({"cpu", "cpuset", "memory", "io", "pids"})
 
 
-@dataclass(frozen=True)
-class Hierarchy:
+class Hierarchy(NamedTuple):
     """What is mounted, and which limits can be set with it. Immutable; survives ``fork``."""
 
     layout: Layout
@@ -44,7 +42,7 @@ class Hierarchy:
         found = mounts.cgroup_mounts(mounts.parse_mountinfo(files.read_own("mountinfo")))
         return cls.of(
             [
-                replace(mount, controllers=v2.offered(mount.path)) if mount.version == 2 else mount
+                mount._replace(controllers=v2.offered(mount.path)) if mount.version == 2 else mount
                 for mount in found
             ]
         )
@@ -85,9 +83,9 @@ class Hierarchy:
                     raise KernelError(f"there is no {directory}", errno=errno.ENOENT, path=directory)
                 continue
             if mount.version == 2:
-                mount = replace(mount, controllers=v2.offered(directory))
+                mount = mount._replace(controllers=v2.offered(directory))
             kept.append(mount)
-        return replace(Hierarchy.of(kept), io_holder=holder)
+        return Hierarchy.of(kept)._replace(io_holder=holder)
 
     def where(self, path: str) -> Hierarchy | None:
         """The same with the mounts that have a cgroup ``path``, each with what it has there; None where none has.
@@ -102,7 +100,7 @@ class Hierarchy:
             elif mount.version == 2:
                 controllers = files.read_if_there(directory, "cgroup.controllers")
                 if controllers is not None:
-                    kept.append(replace(mount, controllers=frozenset(controllers.split())))
+                    kept.append(mount._replace(controllers=frozenset(controllers.split())))
         return Hierarchy.of(kept) if kept else None
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from rcon_plugins.kernel.cgroup import files
@@ -27,8 +26,7 @@ class MountEntry(NamedTuple):
     options: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """A mounted cgroup hierarchy.
 
     ``path`` is where, ``root`` the cgroup that is seen there (``/`` except in some containers),

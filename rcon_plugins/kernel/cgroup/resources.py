@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Final, Literal, NamedTuple, Self
 
 from rcon_plugins.kernel.cgroup.device import Device
 
@@ -43,8 +43,19 @@ class IoMax(NamedTuple):
     wiops: int | Max | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resources:
+class _Limits(NamedTuple):
+    cpu_quota: float | Max | None = None
+    cpu_weight: int | None = None
+    cpus: str | None = None
+    memory_max: int | Max | None = None
+    memory_high: int | Max | None = None
+    swap_max: int | Max | None = None
+    oom_group: bool = False
+    io: Mapping[Device, IoMax] = MappingProxyType({})
+    pids_max: int | Max | None = None
+
+
+class Resources(_Limits):
     """What a cgroup may use. Raises ValueError for a value no kernel takes.
 
     ``cpu_quota`` in CPUs (0.3 is 30 % of one, 1.5 one and a half), held over periods of 100 ms;
@@ -54,17 +65,36 @@ class Resources:
     processes and threads. Source: Documentation/admin-guide/cgroup-v2.rst.
     """
 
-    cpu_quota: float | Max | None = None
-    cpu_weight: int | None = None
-    cpus: str | None = None
-    memory_max: int | Max | None = None
-    memory_high: int | Max | None = None
-    swap_max: int | Max | None = None
-    oom_group: bool = False
-    io: Mapping[Device, IoMax] = field(default_factory=dict)
-    pids_max: int | Max | None = None
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
+    # No dataclass: to load that module takes as long as starting Python, and a command is to begin soon.
+    def __new__(
+        cls,
+        *,
+        cpu_quota: float | Max | None = None,
+        cpu_weight: int | None = None,
+        cpus: str | None = None,
+        memory_max: int | Max | None = None,
+        memory_high: int | Max | None = None,
+        swap_max: int | Max | None = None,
+        oom_group: bool = False,
+        io: Mapping[Device, IoMax] | None = None,
+        pids_max: int | Max | None = None,
+    ) -> Self:
+        made = super().__new__(
+            cls, cpu_quota, cpu_weight, cpus, memory_max, memory_high, swap_max, oom_group, io or {}, pids_max
+        )
+        made._check()
+        return made
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
+        return (), self._asdict()
+
+    def replaced(self, **news: Any) -> Self:
+        """The same with some limits changed. Raises ValueError for a value no kernel takes."""
+        return type(self)(**{**self._asdict(), **news})
+
+    def _check(self) -> None:
         quota = self.cpu_quota
         if quota is not None and quota is not MAX and not SMALLEST_CPU_QUOTA <= quota <= 1_000_000:
             raise ValueError(f"cpu_quota {quota!r} is not between {SMALLEST_CPU_QUOTA} and 1000000 CPUs")

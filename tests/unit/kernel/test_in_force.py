@@ -98,7 +98,7 @@ def test_weights_there_and_back(weight: int) -> None:
 
 counts = st.one_of(st.integers(1 << 12, 1 << 50).map(lambda number: number & ~4095), st.just(MAX))
 limits = st.builds(
-    Resources,
+    lambda **given: Resources(**given),  # of a named tuple all fields would be made up
     cpu_quota=st.one_of(st.integers(1000, 10_000_000).map(lambda micros: micros / 100_000), st.just(MAX)),
     cpu_weight=st.integers(1, 10_000),
     cpus=st.sampled_from(["0", "0-1", "1,3-5"]),

@@ -1,0 +1,28 @@
+"""The console script ``rcon``: a plain ``rcon run`` at once, everything else through click.
+
+To load click, and what reads policies, takes several times as long as to start Python; a command line that holds
+nothing unusual needs neither.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Do what ``sys.argv`` says, and exit."""
+    if sys.argv[1:2] == ["run"] and "_RCON_COMPLETE" not in os.environ:
+        gc.disable()
+        from rcon_plugins.cli import quick
+
+        status = quick.run(sys.argv[2:])
+        if status is not None:
+            # Nothing is buffered, and there is nobody left to tidy up for.
+            os._exit(status)
+        gc.enable()
+    from rcon_plugins.cli import rcon
+
+    rcon.main()
