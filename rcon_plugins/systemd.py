@@ -27,9 +27,9 @@ _EXTRA = "pip install 'rcon-plugins[systemd]'"
 def enter_scope() -> None:
     """Have this process moved, all its threads, into a scope of its own that systemd leaves alone.
 
-    Its children stay where they are. The scope goes when the last process in it has ended. Takes some tens of
-    milliseconds. Raises `DelegationError` with the remedy where systemd cannot be asked, or says no; this process is
-    then where it was.
+    Its children stay where they are. The scope goes when the last process in it has ended. Waits for
+    systemd. Raises `DelegationError` with the remedy where that cannot be asked, or says no; this process is then
+    where it was.
     """
     address = _who_can_be_asked()
     try:
