@@ -177,6 +177,16 @@ def test_a_user_may_make_cgroups_inside_but_not_change_the_limits() -> None:
     assert set(done.out.split()) == {"made"}
 
 
+@pytest.mark.layout("hybrid", "v1")
+def test_a_user_cannot_get_around_io_limits_in_a_cgroup_of_its_own() -> None:
+    """On v1 a cgroup within is not held to the IO limits of the one around it."""
+    script = (
+        "p=/sys/fs/cgroup/blkio$(grep blkio: /proc/self/cgroup | cut -d: -f3); mkdir $p/free || echo kept"
+    )
+    done = rcon("run", "--write", "5M", "--device", DISK, "--user", "nobody", "--", "sh", "-c", script)
+    assert done.out == "kept\n", done
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_rcon_reaches_the_command_and_the_group_goes(
     number: signal.Signals, tmp_path: Path
