@@ -92,7 +92,7 @@ class Expansion:
 
     def reset(self) -> None:
         """Go back to the limit to begin with, unless what is in the cgroup still needs more. Raises KernelError."""
-        with self._lock:
+        with self._lock, self._mark.locked():
             if self.times and self.memory.expands and self._mark.need() < int(self.memory):
                 self.limit = int(self.memory)
                 self.times = 0
@@ -116,10 +116,11 @@ class Expansion:
         answer = self._ask(own)
         with self._lock:
             try:
-                if answer is not None and answer.memory is not None:
-                    self.take(answer.memory)
-                else:
-                    self._grow()
+                with self._mark.locked():
+                    if answer is not None and answer.memory is not None:
+                        self.take(answer.memory)
+                    elif self._is_news():
+                        self._grow()
             except KernelError as error:
                 if self.cgroup.exists():
                     LOGGER.error("the memory limit of %s could not be raised: %s", self.cgroup.path, error)
@@ -137,6 +138,8 @@ class Expansion:
             while self.limit < min(there, self.memory.most):
                 self._step()
             return False
+        # Lower: somebody went back to the beginning.
+        self.limit = there
         return True
 
     def _ask(self, event: Event) -> Limits | None:

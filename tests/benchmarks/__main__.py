@@ -61,7 +61,7 @@ def main() -> int:
         found["neighbours"] = neighbours(options.rounds // 3 or 1, 6.0)
     if "events" in what:
         say("from event to callback …")
-        found["events"] = events.latency(40)
+        found["events"] = events.latency(25)
     if "startup" in what:
         say("how long rcon run takes to start …")
         found["startup"] = startup.measure(20)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import posix
 import stat
@@ -212,6 +213,20 @@ def is_file(directory: str, name: str) -> bool:
         return stat.S_ISREG(os.lstat(f"{directory}/{name}").st_mode)
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def locked(directory: str) -> Iterator[None]:
+    """Hold an advisory lock on a directory, flock(2), waiting for it. Raises KernelError (ENOENT)."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise failure(error, directory) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        posix.close(descriptor)
 
 
 def subdirectories(directory: str) -> list[str]:

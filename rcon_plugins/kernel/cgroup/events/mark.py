@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rcon_plugins.kernel.cgroup import files
@@ -80,6 +81,15 @@ class Mark:
             )
         if former is not None:
             former.close()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others, in this process and elsewhere, from moving the mark of this cgroup meanwhile. For moments.
+
+        An advisory lock on its directory (flock(2)). Raises KernelError.
+        """
+        with files.locked(self.cgroup.directories[0]):
+            yield
 
     def need(self) -> int:
         """What is needed now, in bytes. Raises KernelError."""
