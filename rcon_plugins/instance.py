@@ -313,6 +313,10 @@ def _collect_one(hierarchy: Hierarchy, path: str) -> str:
         return "left alone: it has processes of a PID namespace that cannot be seen from here"
     work.kill()
     work.delete()
+    if (uid := stranger_in_taken(hierarchy, path)) is not None:
+        return (
+            f"left alone: what is in taken/ is of uid {uid}, who can say where it was: rcon gc as that user"
+        )
     if staying := give_back(hierarchy, path):
         return f"left for the next time: processes {staying} that were taken cannot be put back"
     staying = _processes_leave(host)
@@ -321,6 +325,19 @@ def _collect_one(hierarchy: Hierarchy, path: str) -> str:
     host.delete()
     root.delete()
     return "removed"
+
+
+def stranger_in_taken(hierarchy: Hierarchy, path: str) -> int | None:
+    """The uid of another user whose processes are in ``taken/`` of the instance at ``path``; None where there are none.
+
+    They are not put back: see :func:`~rcon_plugins.origins.stranger`. Raises KernelError.
+    """
+    taken = hierarchy.cgroup(f"{path}/taken")
+    if not taken.processes(subtree=True):
+        return None
+    from rcon_plugins import origins
+
+    return origins.stranger(taken)
 
 
 def give_back(hierarchy: Hierarchy, path: str) -> list[int]:

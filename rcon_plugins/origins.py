@@ -58,6 +58,16 @@ def place_of(pid: int, group: Cgroup) -> Place:
     return found
 
 
+def stranger(group: Cgroup) -> int | None:
+    """The uid of another user that has any of this cgroup; None where all of it is this user's.
+
+    Whoever may make cgroups in a group that holds it to limits may make one that looks like what was taken. What is
+    put back leaves these limits, so that nothing is that is not this user's own.
+    """
+    found = {uid for one in group.directories if (uid := files.owner_of(one)) is not None} - {os.geteuid()}
+    return min(found, default=None)
+
+
 def put_back(group: Cgroup, origins: Origins, pids: Iterable[int] | None = None) -> list[int]:
     """Move processes out of ``group``, and what they fork meanwhile, to where they were; those that stay.
 

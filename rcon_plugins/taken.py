@@ -216,9 +216,13 @@ def _settle(instance: Instance, group: Cgroup) -> NoReturn:
 def release_group(group: Cgroup, instance: str, timeout: float = 10.0) -> None:
     """Have all that is in a group put back where it was, by its watcher if that lives, and the group removed.
 
-    Raises KernelError, ETIMEDOUT where the watcher does not do it.
+    Raises KernelError, ETIMEDOUT where the watcher does not do it, EACCES for what another user only calls so.
     """
     pid = int(instance.split("-")[1])
+    uid = origins.stranger(group)
+    watching = look_at(pid)
+    if uid is not None and (watching is None or watching.uid != uid):
+        raise _not_ours(group, uid)
     if not _tell(instance, signal.SIGTERM):
         staying = origins.put_back(group, origins.load(instance))
         if staying:
@@ -240,8 +244,20 @@ def release_group(group: Cgroup, instance: str, timeout: float = 10.0) -> None:
 
 def release_process(pid: int, group: Cgroup, instance: str) -> None:
     """Put one process back where it was; its watcher ends when it was the last. Raises KernelError."""
+    uid = origins.stranger(group)
+    if uid is not None:
+        raise _not_ours(group, uid)
     origins.put_back(group, origins.load(instance), [pid])
     _tell(instance, signal.SIGUSR1)
+
+
+def _not_ours(group: Cgroup, uid: int) -> KernelError:
+    return KernelError(
+        f"{group.path} is of uid {uid}, who can say where its processes were",
+        errno=errno.EACCES,
+        path=group.path,
+        hint="release them as that user",
+    )
 
 
 def _tell(instance: str, number: int) -> bool:

@@ -207,6 +207,14 @@ def identity(directory: str) -> int | None:
         return None
 
 
+def owner_of(directory: str) -> int | None:
+    """The uid that a cgroup belongs to: who made it, or whom it was delegated to; None where it is not there."""
+    try:
+        return os.lstat(directory).st_uid
+    except OSError:
+        return None
+
+
 def is_file(directory: str, name: str) -> bool:
     """Whether there is a kernel file ``name`` in ``directory``."""
     try:

@@ -1,0 +1,95 @@
+"""A user in a group that was given to it makes cgroups that look like others': nobody is let go or ended for that."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
+from tests.kernel.cgroup.helpers import Running, running, sleep_forever
+from tests.kernel.command.harness import rcon
+
+NOBODY = 65534
+DEAD = "rcon-999999999-5"
+
+
+@pytest.fixture
+def group() -> Iterator[Cgroup]:
+    """As ``rcon run --user nobody`` has it: the group and the leaf in it are nobody's."""
+    cgroup = Hierarchy.discover().cgroup(f"/rcon-tests-{os.getpid()}/held").create()
+    cgroup.delegate(NOBODY, NOBODY)
+    try:
+        yield cgroup
+    finally:
+        cgroup.kill()
+        above = Hierarchy.discover().cgroup(os.path.dirname(cgroup.path))
+        assert above.delete()
+
+
+def move_into(group: Cgroup, below: str) -> None:
+    """As nobody: make the cgroups, and go into the last."""
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    for directory in group.directories:
+        place = Path(directory)
+        for name in below.split("/"):
+            place /= name
+            place.mkdir()
+            for cpuset in ("cpuset.cpus", "cpuset.mems"):
+                if (place / cpuset).exists() and not (place / "cgroup.type").exists():
+                    (place / cpuset).write_text((place.parent / cpuset).read_text())
+        (place / "cgroup.procs").write_text(str(os.getpid()))
+
+
+@contextlib.contextmanager
+def nobody_in(group: Cgroup, below: str) -> Iterator[Running]:
+    """A process of nobody that sits in a cgroup it made."""
+    ready, done = os.pipe()
+
+    def act() -> None:
+        move_into(group, below)
+        os.write(done, b"in")
+        time.sleep(600)
+
+    leaf = group.child("main").create()
+    leaf.delegate(NOBODY, NOBODY)
+    with running(leaf, act) as process:
+        os.close(done)
+        assert os.read(ready, 2) == b"in"
+        os.close(ready)
+        yield process
+
+
+def where(pid: int) -> set[str]:
+    """The cgroups of a process in the hierarchies that are ours."""
+    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    return {line.split(":", 2)[2] for line in lines if "rcon-tests" in line}
+
+
+def test_what_is_no_watchers_is_not_put_back(group: Cgroup) -> None:
+    with nobody_in(group, f"{DEAD}/taken/x") as process:
+        before = Path(f"/proc/{process.pid}/cgroup").read_text()
+        assert where(process.pid) == {f"{group.path}/{DEAD}/taken/x"}
+        done = rcon("gc", "--below", group.path)
+        assert done.status == 1
+        assert f"left alone: what is in taken/ is of uid {NOBODY}" in done.out
+        assert Path(f"/proc/{process.pid}/cgroup").read_text() == before
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_release_signals_no_stranger(group: Cgroup, whole: bool) -> None:
+    name = f"backup-{os.getpid()}"
+    with running(None, sleep_forever) as victim:
+        instance = f"rcon-{victim.pid}-{owner.start_time(victim.pid)}"
+        with nobody_in(group, f"{instance}/taken/{name}") as process:
+            done = rcon("attach", "--release", name if whole else process.pid)
+            assert done.status != 0
+            assert f"is of uid {NOBODY}" in done.err
+            assert done.err.count("\n") == 1
+            assert owner.start_time(victim.pid) is not None
+            assert where(process.pid) == {f"{group.path}/{instance}/taken/{name}"}
