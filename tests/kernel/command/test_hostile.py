@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ def group() -> Iterator[Cgroup]:
         yield cgroup
     finally:
         cgroup.kill()
-        above = Hierarchy.discover().cgroup(os.path.dirname(cgroup.path))
+        above = Hierarchy.discover().cgroup(cgroup.path.rpartition("/")[0])
         assert above.delete()
 
 
@@ -87,9 +88,31 @@ def test_release_signals_no_stranger(group: Cgroup, whole: bool) -> None:
     with running(None, sleep_forever) as victim:
         instance = f"rcon-{victim.pid}-{owner.start_time(victim.pid)}"
         with nobody_in(group, f"{instance}/taken/{name}") as process:
-            done = rcon("attach", "--release", name if whole else process.pid)
+            done = rcon("attach", "--release", name if whole else str(process.pid))
             assert done.status != 0
             assert f"is of uid {NOBODY}" in done.err
             assert done.err.count("\n") == 1
             assert owner.start_time(victim.pid) is not None
             assert where(process.pid) == {f"{group.path}/{instance}/taken/{name}"}
+
+
+def make_deep(directories: list[str]) -> None:
+    """As nobody: cgroups in cgroups, until their path is longer than any path may be."""
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    for directory in directories:
+        os.chdir(directory)
+        for _ in range(25):
+            os.mkdir("d" * 200)
+            os.chdir("d" * 200)
+
+
+def test_deeper_than_a_path_can_be_long(group: Cgroup) -> None:
+    with running(None, make_deep, group.directories) as nobody:
+        assert nobody.wait() == 0
+    with running(group.child("main").create(), sleep_forever) as process:
+        assert rcon("ls").status == 0
+        assert rcon("gc", "--below", group.path).status == 0
+        group.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert group.delete(recursive=True)
