@@ -168,6 +168,7 @@ class V1Branch(Branch):
             else:
                 files.write(self.directory, name, value)
         if self.mount.controllers == {"blkio"} and io_is_limited(self.directory):
+            self._take_back()
             self._take_children_in()
 
     def _carries(self, name: str) -> bool:
@@ -199,6 +200,11 @@ class V1Branch(Branch):
                 path=self.directory,
                 hint="cgroup v1 holds either limits for all work together or limits for each; set one of them",
             )
+
+    def _take_back(self) -> None:
+        """Of a cgroup that was given to another user: nothing can be made in it any more, see `delegate`."""
+        if files.owner_of(self.directory) not in (None, os.geteuid()):
+            files.change_owner(self.directory, None, os.geteuid(), os.getegid())
 
     def _take_children_in(self) -> None:
         """Remove the branches of children: what they do would not count here (see io_holder).

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
-from tests.kernel.cgroup.helpers import Running, running, sleep_forever
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, owner
+from tests.kernel.cgroup.helpers import DISK, MIB, Running, running, sleep_forever
 from tests.kernel.command.harness import rcon
 
 NOBODY = 65534
@@ -103,7 +103,7 @@ def make_deep(directories: list[str]) -> None:
     for directory in directories:
         os.chdir(directory)
         for _ in range(25):
-            os.mkdir("d" * 200)
+            Path("d" * 200).mkdir()
             os.chdir("d" * 200)
 
 
@@ -116,3 +116,20 @@ def test_deeper_than_a_path_can_be_long(group: Cgroup) -> None:
         group.kill()
         assert process.wait() == -signal.SIGKILL
     assert group.delete(recursive=True)
+
+
+@pytest.mark.parametrize("limits_first", [True, False])
+def test_io_limits_cannot_be_left(limits_first: bool) -> None:
+    disk = Resources(io={device_of(str(DISK)): IoMax(wbps=MIB)})
+    group = Hierarchy.discover().cgroup(f"/rcon-tests-{os.getpid()}").create()
+    try:
+        if limits_first:
+            group.configure(disk)
+        group.delegate(NOBODY, NOBODY)
+        if not limits_first:
+            group.configure(disk)
+        for mount, directory in zip(group.mounts, group.directories, strict=True):
+            flat = mount.version == 1 and "blkio" in mount.controllers
+            assert Path(directory).stat().st_uid == (0 if flat else NOBODY), directory
+    finally:
+        assert group.delete()
