@@ -96,7 +96,8 @@ def take(wish: Wish, hierarchy: Hierarchy, base: str | None = None) -> list[int]
 
     result = pickle.loads(answer) if answer else KernelError("the watcher ended", path="fork")  # noqa: S301 - our fork
     if isinstance(result, BaseException):
-        os.waitpid(pid, 0)
+        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
+            os.waitpid(pid, 0)
         raise result
     taken: list[int] = result
     return taken

@@ -21,10 +21,16 @@ _SILENT = frozenset({signal.SIGINT, signal.SIGPIPE})
 
 
 def open_report(path: str) -> int:
-    """The open file for ``--json``. Raises OSError."""
+    """The open file for ``--json``, never one of the standard streams, which may be closed. Raises OSError."""
+    import fcntl
+
     if path == "-":
-        return os.dup(1)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        return fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        return fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(opened)
 
 
 def execute(

@@ -12,12 +12,14 @@ All of it acts on the calling process, and is meant for one thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import posix
 import signal
 import time
 from collections.abc import Iterable
 
+from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import owner
 
 #: Never blocked: a fault of this very process, or not to be had.
@@ -53,6 +55,11 @@ class Caller:
         self._group = os.getpgrp()
         self._session = os.getsid(0)
         self._child = 0
+        self._deadline: float | None = None
+        # Where they are ignored nobody is told how a child ended, or that it did.
+        self._ignores_children = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
+        if self._ignores_children:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def become_child(self) -> None:
         """In the new process, last of all before execve(2): take signals as the caller was given them."""
@@ -60,10 +67,16 @@ class Caller:
             signal.signal(number, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._ignores_children:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def go_back(self) -> None:
-        """Take signals again as before."""
+        """Take signals again as before, in the group as before: there is no other for the terminal to listen to."""
+        if os.getpgrp() != self._group:
+            self._join_group()
+        if self._ignores_children:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def forget_signals(self) -> None:
@@ -90,8 +103,10 @@ class Caller:
     def wait(self, deadline: float | None = None) -> int | None:
         """Until the command ends: its wait status; None when ``deadline`` (`time.monotonic`) comes first.
 
-        Meanwhile signals are handed on, and the command's stops are followed.
+        Meanwhile signals are handed on, and the command's stops are followed, but not beyond ``deadline``.
+        Raises KernelError where somebody else was told how it ended.
         """
+        self._deadline = deadline
         while True:
             patience = 3600.0 if deadline is None else max(0.0, deadline - time.monotonic())
             info = signal.sigtimedwait(self._blocked, patience)
@@ -104,6 +119,8 @@ class Caller:
             status = self._look()
             if status is not None:
                 return status
+            if self._is_late():
+                return None  # before anything that came meanwhile lets a stopped command go on
 
     def _look(self) -> int | None:
         """What has become of the command; its wait status if it has ended."""
@@ -111,7 +128,9 @@ class Caller:
             try:
                 found, status = posix.waitpid(self._child, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
-                return 0
+                raise KernelError(
+                    "how the command ended is lost", errno=errno.ECHILD, path="waitpid"
+                ) from None
             if found == 0:
                 return None
             if not os.WIFSTOPPED(status):
@@ -152,7 +171,9 @@ class Caller:
             foreground = None if terminal is None else os.tcgetpgrp(terminal)
             self._join_group()
             if owner.is_stopped(self._child):
-                self._stop(number)
+                self._stop_until_deadline(number)
+            if self._is_late():
+                return  # nobody has let the job go on: the terminal is the shell's
             if terminal is not None and foreground == theirs != self._group:
                 # A shell that runs in the command and had the terminal gets it back.
                 with contextlib.suppress(OSError):
@@ -160,10 +181,33 @@ class Caller:
         finally:
             if terminal is not None:
                 os.close(terminal)
-        self._leave_group()
+            self._leave_group()
         if owner.is_stopped(self._child) and theirs != self._group:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(theirs, signal.SIGCONT)
+
+    def _is_late(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _stop_until_deadline(self, number: int) -> None:
+        """Stop, and have it go on when it is time for the command to end: that is not the command's to say."""
+        if self._deadline is None:
+            self._stop(number)
+            return
+        from rcon_plugins.kernel import process  # loads ctypes
+
+        alarm = posix.fork()
+        if alarm == 0:
+            try:
+                process.die_with_parent(self._pid)
+                os.setpgid(0, 0)
+                time.sleep(max(0.0, self._deadline - time.monotonic()))
+                os.kill(self._pid, signal.SIGCONT)
+            finally:
+                os._exit(0)
+        self._stop(number)
+        os.kill(alarm, signal.SIGKILL)
+        posix.waitpid(alarm, 0)
 
     def _stop(self, number: int) -> None:
         """Stop this process. By the same signal, which the shell may tell; does nothing in an orphaned group."""

@@ -115,6 +115,29 @@ def test_a_timeout_ends_the_command_and_all_it_started(tmp_path: Path) -> None:
     assert not any(Path("/proc", number).exists() for number in numbers)
 
 
+def test_a_timeout_ends_what_has_stopped_itself(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    script = f"setsid sh -c 'echo $$ > {pid}; exec sleep 1000' & sleep 0.3; kill -STOP $$"
+    done = rcon("run", "--timeout", "1s", "--", "sh", "-c", script)
+    assert (done.status, done.report["outcome"]) == (137, "timeout")
+    assert not Path("/proc", pid.read_text().strip()).exists()
+
+
+def test_where_the_caller_ignores_how_children_end() -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+    done = rcon("run", "--", "grep", "SigIgn", "/proc/self/status", before=ignore)
+    assert done.status == 0
+    assert int(done.out.split()[1], 16) == 1 << (signal.SIGCHLD - 1)
+    assert rcon("run", "--", "sh", "-c", "exit 3", before=ignore).status == 3
+
+
+def test_the_report_is_no_standard_stream_that_is_closed() -> None:
+    done = rcon("run", "--timeout", "100ms", "--", "sleep", "1000", before=lambda: os.close(2))
+    assert (done.status, done.err, done.report["outcome"]) == (137, "", "timeout")
+
+
 def test_what_it_leaves_behind_ends_with_it(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     done = rcon(

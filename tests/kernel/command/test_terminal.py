@@ -87,3 +87,9 @@ def test_a_pager_reads_its_keys_in_a_pipeline() -> None:
         tty.type("q\n")
         tty.wait_for("key q")
         assert tty.event() == "ended 0"
+
+
+def test_what_rcon_says_does_not_stop_it_where_only_the_foreground_may_write() -> None:
+    with terminal("run", "--timeout", "1s", "--", "sh", "-c", "stty tostop; sleep 1000") as tty:
+        tty.wait_for("limit 1 s reached")
+        assert tty.event() == "ended 137"
