@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Worker:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, "C_FORCE_ROOT": "1", **(environ or {})},
+                env={**os.environ, "C_FORCE_ROOT": "1", "PYTHONFAULTHANDLER": "1", **(environ or {})},
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -62,9 +63,12 @@ class Worker:
     def wait_until_ready(self) -> Worker:
         """Wait until it takes tasks."""
         try:
-            until(lambda: self.process.poll() is not None or READY in self.log())
+            until(lambda: self.process.poll() is not None or READY in self.log(), 3 * PATIENCE)
             assert self.process.poll() is None
         except AssertionError:
+            if self.process.poll() is None:
+                self.signal(signal.SIGABRT)  # it says where it is
+                time.sleep(2)
             self.kill()
             raise AssertionError(f"the worker did not start:\n{self.log()[-5000:]}") from None
         return self
