@@ -55,7 +55,7 @@ test-unit test-contract test-integrations test-kernel: test-%: $(VENV)/.test
 test-vm: $(VENV)/.test debian ## what tests/vm.py names, on pure cgroup v2; ARGS= are pytest's (so for test-unit and the other tiers)
 	@$(BIN)/python tests/vm.py $(ARGS)
 
-bench: $(VENV)/.run ## throughput and latency with and without confinement; prints, asserts nothing
+bench: $(VENV)/.run $(VENV)/.jobs redis ## throughput and latency with and without confinement; prints, asserts nothing
 	@$(BIN)/python tests/benchmarks $(ARGS)
 
 bench-vm: $(VENV)/.test debian ## how soon events are told, on pure cgroup v2 in an emulated machine; prints, asserts nothing

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import celery_tasks
 import events
 import startup
 from under_test import Gunicorn
@@ -23,7 +24,7 @@ from wire import Connection, Crowd
 AIMS = {"inline": 0.85, "thread": 0.80, "process": 0.75}
 AIM_ADDED = 250e-6
 
-PARTS = ("throughput", "latency", "neighbours", "events", "startup")
+PARTS = ("throughput", "latency", "neighbours", "events", "startup", "tasks")
 MODES = ("plain", "inline", "thread", "process")
 #: Measured beside them for their throughput only: what is made for each request, and thrown away.
 EACH_ANEW = ("new thread", "new process")
@@ -65,6 +66,9 @@ def main() -> int:
     if "startup" in what:
         say("how long rcon run takes to start …")
         found["startup"] = startup.measure(20)
+    if "tasks" in what:
+        say("tasks of Celery …")
+        found["tasks"] = celery_tasks.rates(options.rounds // 3 or 1)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -163,6 +167,8 @@ def report(found: dict[str, Any]) -> None:
                 aim = f">= {AIMS[mode]:.2f}" if mode in AIMS and connections == 1 else ""
                 rate, ratio, best = row["requests_per_second"], row["ratio"], row["ratio_of_best"]
                 print(f"  {mode:12}{rate:12,.0f}{ratio:9.2f}{best:9.2f}{aim:>9}")
+    if "tasks" in found:
+        celery_tasks.report(found["tasks"])
     if "latency" in found:
         print("\nLatency at 10 requests a second, one connection")
         print(f"  {'':12}{'median':>12}{'added':>12}{'aim':>12}")
