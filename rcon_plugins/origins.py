@@ -101,18 +101,20 @@ def put_back_one(pid: int, group: Cgroup, origin: Place) -> None:
 
 
 def save(instance: str, origins: Origins) -> None:
-    """Write them down. Raises KernelError."""
+    """Write them down; whatever happens, those of before are there or these. Raises KernelError."""
     path = _path(instance)
+    new = f"{path}.new"
     told = [{"pid": pid, "started": started, "at": dict(at)} for (pid, started), at in origins.places.items()]
     try:
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)  # noqa: PTH103, PTH120  pathlib loads slowly
         descriptor = os.open(
-            path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
         )
         try:
             os.write(descriptor, json.dumps(told).encode())
         finally:
             os.close(descriptor)
+        os.rename(new, path)  # noqa: PTH104
     except OSError as error:
         raise KernelError.from_oserror(
             error, path=path, hint="where processes came from is kept there"
@@ -131,8 +133,9 @@ def load(instance: str) -> Origins:
 
 def forget(instance: str) -> None:
     """Remove what was written down."""
-    with contextlib.suppress(OSError):
-        os.unlink(_path(instance))  # noqa: PTH108
+    for path in (_path(instance), f"{_path(instance)}.new"):
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # noqa: PTH108
 
 
 def _path(instance: str) -> str:

@@ -123,7 +123,12 @@ def _become_watcher(wish: Wish, hierarchy: Hierarchy, base: str | None, pipe: in
         for standard in range(3):
             os.dup2(null, standard)
         os.chdir("/")
-        os.write(pipe, pickle.dumps(pids))
+        try:
+            os.write(pipe, pickle.dumps(pids))
+        except OSError:
+            # Who asked was interrupted, and knows of nothing that was taken.
+            watcher.let_go(instance, group)
+            raise
         os.close(pipe)
         for descriptor in inherited_descriptors():
             os.close(descriptor)

@@ -48,6 +48,11 @@ def watch(instance: Instance, group: Cgroup) -> None:
         _wait_for(min(pids), bell)
         with contextlib.suppress(BlockingIOError):
             heard = os.read(bell, 4096)
+    let_go(instance, group)
+
+
+def let_go(instance: Instance, group: Cgroup) -> None:
+    """Put back what is in the group, and remove all. KernelError."""
     if not origins.put_back(group, origins.load(name_of(instance))):
         group.delete()
         origins.forget(name_of(instance))

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from rcon_plugins import taken
 from rcon_plugins.instance import collect
-from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from tests.kernel.command.harness import Done, left_by, rcon, until
 from tests.kernel.quota import judge
 
@@ -194,3 +195,22 @@ def test_a_limit_that_cannot_be_takes_nothing(limit: list[str]) -> None:
         assert (done.status, done.out) == (2, "")
         assert len(done.err.splitlines()) == 1
         assert where(one[0].pid) == before
+
+
+def test_where_who_asks_is_killed_meanwhile_nothing_stays_taken() -> None:
+    def kill_who_asks(cgroup: Cgroup) -> None:
+        os.kill(os.getppid(), signal.SIGKILL)
+        until(lambda: os.getppid() != asking, "who asked is gone")
+
+    base = f"/rcon-tests-{os.getpid()}"  # where nobody else clears up
+    with running("sleep", "1000") as one:
+        before = where(one[0].pid)
+        asking = os.fork()
+        if asking == 0:
+            asking = os.getpid()
+            taken.take(taken.Wish((one[0].pid,), "unasked", kill_who_asks), Hierarchy.discover(), base)
+        assert os.waitstatus_to_exitcode(os.waitpid(asking, 0)[1]) == -signal.SIGKILL
+        cgroup = Hierarchy.discover().cgroup(base)
+        until(lambda: not cgroup.children(), "the group is gone")
+        assert where(one[0].pid) == before
+    assert cgroup.delete()
