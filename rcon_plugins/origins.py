@@ -107,9 +107,7 @@ def save(instance: str, origins: Origins) -> None:
     told = [{"pid": pid, "started": started, "at": dict(at)} for (pid, started), at in origins.places.items()]
     try:
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)  # noqa: PTH103, PTH120  pathlib loads slowly
-        descriptor = os.open(
-            new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             os.write(descriptor, json.dumps(told).encode())
         finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 
 import click
 
@@ -54,4 +56,12 @@ def finish(group: click.Group, program: str, arguments: list[str]) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
+    except OSError as error:
+        # What the kernel says of its files is a KernelError; this is standard output, which takes no more.
+        say(program, f"{error.filename or 'standard output'}: {error.strerror}")
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # nothing is to be flushed at exit either
+        return OWN_FAILURE
     return status if isinstance(status, int) else 0

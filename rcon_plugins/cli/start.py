@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Do what ``sys.argv`` says, and exit."""
+    """Do what ``sys.argv`` says, and exit. Interrupted at whatever it does, it ends as a program that minds nothing."""
+    try:
+        _start()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        os._exit(128 + signal.SIGINT)  # where it is blocked
+
+
+def _start() -> NoReturn:
     if sys.argv[1:2] == ["run"] and "_RCON_COMPLETE" not in os.environ:
         gc.disable()
         from rcon_plugins.cli import quick

@@ -30,6 +30,14 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
     inside of that: see :mod:`.nested`.
     Raises DelegationError with the exact remedy, ValueError for a setting that is no path.
     """
+    if setting is None and any(mount.root.startswith("/..") for mount in hierarchy.limit_mounts):
+        raise DelegationError(
+            "this process cannot see in which cgroup it is, and so which limits hold for it: it is in a cgroup "
+            "namespace, and the cgroup file systems are those of outside",
+            errno=errno.EXDEV,
+            path=hierarchy.limit_mounts[0].path,
+            hint="mount them anew in the namespace (unshare --cgroup --mount), or start this outside of it",
+        )
     place = nested.own_place(hierarchy)
     if place is not None and place.boundary is not None:
         return _inside(hierarchy, place, setting)

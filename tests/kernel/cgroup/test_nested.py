@@ -14,12 +14,14 @@ from rcon_plugins.errors import DelegationError
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, find_base, owner
 from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE
+from rcon_plugins.kernel.syscalls import unshare
 from tests import children
 from tests.kernel.cgroup.helpers import DISK, layout, running, settings_of, sleep_forever
 
 pytestmark = pytest.mark.kernel
 
 NOBODY = 65534
+CLONE_NEWCGROUP = 0x02000000
 
 
 @pytest.fixture
@@ -201,3 +203,13 @@ def test_io_limits_hold_at_any_depth(group: Cgroup) -> None:
         text = child.result()
     assert f":blkio:{group.path}\n" in text
     assert f":pids:{deep.path}\n" in text
+
+
+def test_where_the_own_cgroup_cannot_be_seen_there_is_none(group: Cgroup) -> None:
+    def in_a_namespace() -> tuple[int | None, str]:
+        unshare(CLONE_NEWCGROUP)
+        return refusal()
+
+    number, told = inside(group.child("held").create(), in_a_namespace)
+    assert number == errno.EXDEV
+    assert "cannot see in which cgroup it is" in told
