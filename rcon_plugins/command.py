@@ -13,7 +13,7 @@ import posix
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
 from rcon_plugins.instance import Instance
@@ -69,6 +69,10 @@ class NotRun(RconError):
         super().__init__(os.strerror(error.errno or errno.EIO))
         self.errno = error.errno or errno.EIO
         self.status = NOT_FOUND if self.errno == errno.ENOENT else NOT_EXECUTABLE
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # It comes to who is told by pickle, from the process that was to be the command.
+        return type(self), (OSError(self.errno, ""),)
 
 
 class Ended(NamedTuple):
@@ -223,6 +227,10 @@ class _Run:
         try:
             # Loaded while the caller makes the group.
             from rcon_plugins.kernel import syscalls  # noqa: F401
+
+            if order.become is not None:
+                # Another user may not be able to read it, and has to tell what kept the command from running.
+                import pickle
 
             if not os.read(waits, 1):
                 os._exit(1)  # the caller knows why

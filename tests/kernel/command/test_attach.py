@@ -15,7 +15,7 @@ import pytest
 
 from rcon_plugins import taken
 from rcon_plugins.instance import collect
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
 from tests.kernel.command.harness import Done, left_by, rcon, until
 from tests.kernel.quota import judge
 
@@ -213,4 +213,22 @@ def test_where_who_asks_is_killed_meanwhile_nothing_stays_taken() -> None:
         cgroup = Hierarchy.discover().cgroup(base)
         until(lambda: not cgroup.children(), "the group is gone")
         assert where(one[0].pid) == before
+    assert cgroup.delete()
+
+
+def test_one_that_ends_meanwhile_takes_none_of_the_others() -> None:
+    base = f"/rcon-tests-{os.getpid()}"
+    with running("sleep", "1000", count=2) as both:
+        before = where(both[0].pid)
+
+        def end_one(cgroup: Cgroup) -> None:
+            os.kill(both[1].pid, signal.SIGKILL)
+            until(lambda: owner.start_time(both[1].pid) is None, "it has ended")
+
+        wish = taken.Wish((both[0].pid, both[1].pid), "ending", end_one)
+        with pytest.raises(taken.CannotTake, match=f"process {both[1].pid} has ended"):
+            taken.take(wish, Hierarchy.discover(), base)
+        assert where(both[0].pid) == before
+    cgroup = Hierarchy.discover().cgroup(base)
+    until(lambda: not cgroup.children(), "the group is gone")
     assert cgroup.delete()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -176,6 +178,29 @@ def test_another_user(tmp_path: Path) -> None:
     uid, effective, _ = done.out.splitlines()
     assert uid == str(NOBODY)
     assert int(effective.split()[1], 16) == 1 << 13
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "said"),
+    [("#!/no/such/interpreter\n", 127, "No such file or directory"), ("\x7fELF", 126, "Exec format error")],
+)
+def test_what_turns_out_not_to_be_executable(content: str, status: int, said: str, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text(content)
+    program.chmod(0o755)
+    done = rcon("run", "--", program)
+    assert (done.status, done.err) == (status, f"rcon: {program}: {said}\n")
+    assert (done.report["outcome"], done.report["status"]) == ("refused", status)
+
+
+def test_what_another_user_cannot_execute_is_said(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o700)
+    code = "from rcon_plugins.cli.start import main; main()"  # with nothing loaded yet, as a shell has it
+    words = [sys.executable, "-c", code, "run", "--user", "nobody", "--", str(program)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (126, f"rcon: {program}: Permission denied\n")
 
 
 def test_a_user_may_make_cgroups_inside_but_not_change_the_limits() -> None:
