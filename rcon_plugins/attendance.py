@@ -226,7 +226,9 @@ class Attended:
         if answer is None:
             return None
         try:
-            self._hook.rcon_configure_cgroup(cgroup=self.cgroup, limits=answer, policy=self._policy)
+            self._hook.rcon_configure_cgroup(
+                cgroup=self.cgroup, limits=self._with_swap(answer), policy=self._policy
+            )
         except KernelError:
             if self.cgroup.exists():
                 raise
@@ -235,6 +237,14 @@ class Attended:
         old = {name: getattr(self.limits, name) for name in Limits.__struct_fields__}
         self.limits = Limits(**{**old, **news})
         self.changed_by_plugin = True
+        return answer
+
+    def _with_swap(self, answer: Limits) -> Limits:
+        """Memory and swap are written together: v1 limits their sum."""
+        if answer.memory is not None and answer.swap is None:
+            return msgspec.structs.replace(answer, swap=self.limits.swap)
+        if answer.swap is not None and answer.memory is None:
+            return msgspec.structs.replace(answer, memory=self.limits.memory)
         return answer
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
 from rcon_plugins.instance import Instance
-from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources
+from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_name
 from rcon_plugins.kernel.jobs import Caller
 
@@ -42,8 +42,8 @@ class Order(NamedTuple):
     ``configure_leaf`` those of the single command, ``each``; both to a ``cgroup`` that is there and empty. ``become``
     is called in the new process, inside of its cgroup, and makes it what it shall be for good. ``delegate_to``: the
     (uid, gid) that may make cgroups of its own in there. ``timeout`` in seconds of wall time. ``keep``: open files
-    that the caller needs afterwards. ``attend`` watches over the group in threads, from before the command's first
-    instruction until its end. ``memory_note`` is added to what is said of the memory limit.
+    that the caller needs afterwards. ``attend`` watches over the group, and its leaf, in threads, from before the
+    command's first instruction until its end. ``memory_note`` is added to what is said of the memory limit.
     """
 
     program: str
@@ -58,7 +58,7 @@ class Order(NamedTuple):
     delegate_to: tuple[int, int] | None = None
     timeout: float | None = None
     keep: Sequence[int] = ()
-    attend: Callable[[Cgroup], AbstractContextManager[None]] | None = None
+    attend: Callable[[Cgroup, Cgroup], AbstractContextManager[None]] | None = None
     memory_note: str = ""
 
 
@@ -204,7 +204,7 @@ class _Run:
             self._make_group()
             if self._order.attend is not None:
                 # Not before the fork, which must not meet threads; not after the command has begun.
-                attending.enter_context(self._order.attend(self._group))
+                attending.enter_context(self._order.attend(self._group, self._leaf))
             self._began = time.monotonic()
             with contextlib.suppress(BrokenPipeError):
                 os.write(go, b"x")
@@ -280,20 +280,27 @@ class _Run:
 
     def _limit(self, name: str, reached: int | None, most: float) -> tuple[str, int | None]:
         """Which limit was hit, as a policy spells it: that of all together, or that of the single command."""
-        together, each = (_number(getattr(one, name)) for one in (self._order.resources, self._order.each))
+        together = self._in_force(self._group, self._order.resources, name)
+        each = self._in_force(self._leaf, self._order.each, name)
         word = name.removesuffix("_max")
         if each is not None and (together is None or (reached or 0) >= max(1, most * each)):
             return f"each.{word}", each
         return word, together
 
+    @staticmethod
+    def _in_force(cgroup: Cgroup, ordered: Resources, name: str) -> int | None:
+        """The limit as it is now: a plugin, ``--on-event`` or ``rcon set`` may have given another."""
+        return _number(getattr(read_limits(cgroup) if cgroup.exists() else ordered, name))
+
     def _read(self) -> tuple[Reading, Reading]:
         """What the group used, and the leaf: hits are counted in the one or the other, as the version has it."""
         reading = self._group.read()
         leaf = self._leaf.read() if self._leaf.exists() else Reading()
-        bound = _number(self._order.resources.memory_max)
-        if reading.memory_peak is not None and bound is not None:
+        ordered = _number(self._order.resources.memory_max)
+        if reading.memory_peak is not None and ordered is not None and reading.memory_peak > ordered:
             # The kernel counts a batch of pages here before it refuses them.
-            reading = reading._replace(memory_peak=min(reading.memory_peak, bound))
+            bound = self._in_force(self._group, self._order.resources, "memory_max")
+            reading = reading._replace(memory_peak=min(reading.memory_peak, bound or reading.memory_peak))
         return reading, leaf
 
 

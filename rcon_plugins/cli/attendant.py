@@ -1,4 +1,4 @@
-"""While a command runs: its memory limit grows, and another command is told of each event (``--on-event``)."""
+"""While a command runs: its memory limit grows, and plugins and another command (``--on-event``) are told of events."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from rcon_plugins.attendance import Attended
 from rcon_plugins.cli.running import say
 from rcon_plugins.errors import RconError, SettingsError
 from rcon_plugins.events import Event
 from rcon_plugins.expansion import Expansion, expand
+from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.isolation import asked_resources
 from rcon_plugins.kernel.cgroup import change_limits
 from rcon_plugins.kernel.cgroup.events import Watch, watcher_of_process
-from rcon_plugins.limits import Limits
 from rcon_plugins.policy import Policy
 
 if TYPE_CHECKING:
@@ -41,38 +42,85 @@ FLUSH_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def attend(group: Cgroup, limits: Limits, hook: pluggy.HookRelay, command: str | None) -> Iterator[None]:
-    """Watch over a group: let its memory expand where the limits say so, and tell ``command`` of its events.
+def attend(
+    group: Cgroup,
+    leaf: Cgroup,
+    *,
+    policy: Policy,
+    manager: pluggy.PluginManager,
+    command: str | None,
+    told: bool = False,
+) -> Iterator[None]:
+    """Watch over a group: let its memory expand where the policy says so, and tell ``command`` of its events.
 
-    Raises KernelError where that cannot be.
+    With ``told``, the plugins of ``manager`` hear in `rcon_event` of the group and of its leaf, in which the single
+    command is, and what they answer is applied, as where a server does the work. Raises KernelError where that cannot
+    be.
     """
     with contextlib.ExitStack() as ending:
         teller = None
         if command is not None:
-            teller = Teller(command, lambda answer: _change(group, hook, answer, expansion))
+            teller = Teller(command, lambda answer: _change(group, manager.hook, answer, expansion))
             ending.callback(teller.close)
-        about = Event.of_group(group)
+        about = Event.of_group(group, policy=policy.name if told else "")
         expansion: Expansion | None = None
-        if limits.memory is not None and limits.memory.expands:
+        if told:
+            if teller is not None:
+                manager.register(_Growth(teller))
+            expansion = _tell_plugins(group, leaf, policy, manager.hook, ending)
+        elif policy.memory is not None and policy.memory.expands:
             tell = teller.tell if teller is not None else None
-            expansion = expand(group, limits.memory, about=about, on_event=tell)
+            expansion = expand(group, policy.memory, about=about, on_event=tell)
             ending.callback(expansion.close)
         if teller is not None:
             # That memory reached the mark is told by the expansion; that all have ended, by rcon's own end.
             quiet = {"empty"} | ({"memory_high", "memory_limit"} if expansion is not None else set())
-            told = teller
+            teller_of_rest = teller
 
             def pass_on(event: KernelEvent) -> None:
                 if event.kind not in quiet:
-                    told.tell(about.replaced(event))
+                    teller_of_rest.tell(about.replaced(event))
 
             ending.callback(_finish, watcher_of_process().add(group, pass_on))
         yield
 
 
+def _tell_plugins(
+    group: Cgroup, leaf: Cgroup, policy: Policy, hook: pluggy.HookRelay, ending: contextlib.ExitStack
+) -> Expansion | None:
+    """As a server's manager does; what makes the limit of the group grow."""
+    watcher = watcher_of_process()
+    about = Event.of_group(group, policy=policy.name)
+    together = Attended(group, policy, policy, about, hook, watcher, None)
+    ending.callback(together.close)
+    single = Event.of_group(leaf, group=about.group, policy=policy.name, limit="each.")
+    each = Attended(leaf, policy, policy.each, single, hook, watcher, together)
+    ending.callback(_flush)
+    ending.callback(together.part)
+    ending.callback(each.part)
+    return together.expansion
+
+
+class _Growth:
+    """A plugin that tells ``--on-event`` each time that memory grows, and leaves the answer to others."""
+
+    def __init__(self, teller: Teller) -> None:
+        self._teller = teller
+
+    @hookimpl(tryfirst=True)
+    def rcon_event(self, event: Event) -> None:
+        """Of all else ``--on-event`` hears elsewhere."""
+        if event.next_bound is not None:
+            self._teller.tell(event)
+
+
 def _finish(watched: Watch) -> None:
     """Have what happened until now told: a command may have ended sooner than it could be."""
     watched.finish()
+    _flush()
+
+
+def _flush() -> None:
     flushed = threading.Event()
     watcher_of_process().submit(flushed.set)
     flushed.wait(FLUSH_SECONDS)

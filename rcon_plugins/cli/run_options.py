@@ -56,7 +56,8 @@ def run(options: Mapping[str, Any]) -> int:
     if options["policy"] is not None or options["settings"] is not None:
         return _run_policy(options, arguments, group, timeout)
     policy = limits_of(options)
-    hook = limits_manager().hook
+    manager = limits_manager()
+    hook = manager.hook
     hierarchy = Hierarchy.discover()
     resources = resources_of(hook, policy)
     check_enforceable(hierarchy, resources)
@@ -82,24 +83,26 @@ def run(options: Mapping[str, Any]) -> int:
         become=partial(take, asked),
         delegate_to=_owner(asked.identity),
         timeout=timeout,
-        **_attended(policy, hook, options["on_event"]),
+        **_attended(policy, manager, options["on_event"]),
     )
     return execute(order, hierarchy, report=_report(options["json"]))
 
 
-def _attended(policy: Policy, hook: pluggy.HookRelay, on_event: str | None) -> dict[str, Any]:
+def _attended(policy: Policy, manager: pluggy.PluginManager, on_event: str | None) -> dict[str, Any]:
     """What of an `Order` has to do with events."""
     memory = policy.memory
     expands = memory is not None and memory.expands
+    each_expands = policy.each.memory is not None and policy.each.memory.expands
     if on_event is not None and not on_event.strip():
         raise click.UsageError("--on-event: the command is empty (for example 'logger -t rcon')")
-    if on_event is None and not expands:
+    told = each_expands or bool(manager.hook.rcon_event.get_hookimpls())
+    if on_event is None and not expands and not told:
         return {}
     from rcon_plugins.cli.attendant import attend
 
     note = f", expanded from {memory}" if expands else ""
     return {
-        "attend": partial(attend, limits=policy, hook=hook, command=on_event),
+        "attend": partial(attend, policy=policy, manager=manager, command=on_event, told=told),
         "memory_note": note,
     }
 
@@ -199,7 +202,7 @@ def _run_policy(
         configure_leaf=partial(hook.rcon_configure_cgroup, limits=policy.each, policy=policy),
         become=partial(hook.rcon_drop, policy=policy, place="command", identity=identity),
         timeout=limit,
-        **_attended(policy, hook, options["on_event"]),
+        **_attended(policy, manager, options["on_event"]),
     )
     report = _report(options["json"])
     hook.rcon_work_started(work=work, policy=policy)

@@ -300,6 +300,8 @@ class Stall(Source):
     def take(self) -> Iterator[Event]:
         if not files.is_directory(self._directory):
             raise Gone
+        if not self.told:
+            return
         now = time.monotonic()
         pressure = self._pressure
         yield Event(

@@ -73,6 +73,7 @@ class Watch:
         with self.looking:
             if not self.closed:
                 for source in self.sources:
+                    source.told = False
                     # Gone, or fails: then there is nothing to be told.
                     with contextlib.suppress(Gone, OSError, ValueError):
                         last.extend(source.take())

@@ -1,0 +1,126 @@
+"""rcon run --policy: the plugins that the settings name hear of its events, and what they answer is applied."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernel.command.harness import rcon
+from tests.kernel.command.test_events import FORKS, events
+from tests.kernel.command.test_run import ALLOCATE
+
+PLUGIN = """
+import os
+from rcon_plugins import Limits, Memory, hookimpl
+
+@hookimpl
+def rcon_event(event):
+    with open(os.environ["LISTENER_FILE"], "ab") as file:
+        file.write(event.to_json() + b"\\n")
+    if event.kind == os.environ.get("LISTENER_KIND"):
+        return Limits(memory=Memory(os.environ["LISTENER_MEMORY"]))
+"""
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Callable[..., Callable[[], None]]:
+    """An installed plugin of this name, which answers events of a kind with more memory."""
+    installed = tmp_path / "installed"
+    info = installed / "listener-1.dist-info"
+    info.mkdir(parents=True)
+    (installed / "listener_of_events.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: listener\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[rcon_plugins]\nlistener = listener_of_events\n")
+
+    def make(kind: str = "", memory: str = "") -> Callable[[], None]:
+        def before() -> None:
+            sys.path.insert(0, str(installed))
+            os.environ.update(
+                LISTENER_FILE=str(tmp_path / "heard"), LISTENER_KIND=kind, LISTENER_MEMORY=memory
+            )
+
+        return before
+
+    return make
+
+
+def write(folder: Path, policy: str) -> Path:
+    settings = folder / "rcon.toml"
+    settings.write_text(f'plugins = ["listener"]\n[policy.job]\n{policy}\n')
+    return settings
+
+
+def heard(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in events(folder / "heard") if event["kind"] == kind]
+
+
+def test_a_plugin_gives_more_before_memory_that_grows_ends(
+    tmp_path: Path, listener: Callable[..., Callable[[], None]]
+) -> None:
+    """Also by --on-event, which is told of the same."""
+    memory = '{ limit = "32M", expand = "2x", up_to = "64M" }'
+    settings = write(tmp_path, f"memory = {memory}\nswap = 0")
+    told = tmp_path / "told"
+    # On v1 work is not slowed down at the limit: it pauses itself.
+    script = f"{ALLOCATE.format(20)}; sleep 1; {ALLOCATE.format(60)}; echo ${{#x}}"
+    done = rcon(
+        *("run", "--policy", "job", "--settings", settings, "--group", "heard"),
+        *("--on-event", f"cat >> {told}", "--", "sh", "-c", script),
+        before=listener("memory_limit", "1G"),
+    )
+    assert (done.status, done.err, done.out) == (0, "", f"{60 << 20}\n")
+    event = heard(tmp_path, "memory_limit")[0]
+    assert (event["policy"], event["group"], event["limit"]) == ("job", "heard", "memory")
+    assert (event["bound"], event["next_bound"]) == (32 << 20, 64 << 20)
+    assert [one["bound"] for one in events(told) if one["kind"] == "memory_limit"][:1] == [32 << 20]
+    assert (
+        done.report["usage"]["memory_peak"] > 64 << 20
+    )  # of the shell, which holds it twice: it was given 1G
+
+
+def test_the_limit_that_a_plugin_gave_is_the_one_that_is_told(
+    tmp_path: Path, listener: Callable[..., Callable[[], None]]
+) -> None:
+    settings = write(tmp_path, 'memory = { limit = "32M", expand = "2x", up_to = "1G" }\nswap = 0')
+    done = rcon(
+        *("run", "--policy", "job", "--settings", settings, "--", "sh", "-c", ALLOCATE.format(200)),
+        before=listener("memory_limit", "96M"),
+    )
+    assert done.status == 137
+    assert done.err == "rcon: memory limit 96 MiB reached (peak 96.0 MiB, expanded from 32M)\n"
+    assert done.report["outcome"] == "memory"
+
+
+def test_events_of_the_single_command_are_told(
+    tmp_path: Path, listener: Callable[..., Callable[[], None]]
+) -> None:
+    settings = write(tmp_path, "each = { pids = 4 }")
+    done = rcon(
+        *("run", "--policy", "job", "--settings", settings, "--group", "forks", "--", "sh", "-c", FORKS),
+        before=listener(),
+    )
+    assert done.status == 0
+    event = heard(tmp_path, "pids_limit")[0]
+    assert (event["limit"], event["bound"], event["group"]) == ("each.pids", 4, "forks")
+    assert not heard(tmp_path, "pressure")  # of which there was none, also not at the end
+
+
+def test_memory_of_the_single_command_grows_without_a_plugin_too(tmp_path: Path) -> None:
+    settings = tmp_path / "rcon.toml"
+    settings.write_text(
+        '[policy.job]\neach = { memory = { limit = "32M", expand = "2x", up_to = "1G" }, swap = 0 }\n'
+    )
+    told = tmp_path / "told"
+    done = rcon(
+        *("run", "--policy", "job", "--settings", settings, "--on-event", f"cat >> {told}"),
+        *("--", "sh", "-c", f"{ALLOCATE.format(40)}; echo ${{#x}}"),
+    )
+    assert (done.status, done.err, done.out) == (0, "", f"{40 << 20}\n")
+    grown = [event for event in events(told) if event["next_bound"]]
+    assert grown
+    assert grown[0]["limit"] == "each.memory"
