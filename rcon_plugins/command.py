@@ -184,7 +184,7 @@ class _Run:
             order.configure_leaf(cgroup=self._leaf)
         if order.delegate_to is not None:
             for cgroup in (self._group, self._leaf):
-                cgroup.delegate(*order.delegate_to)
+                cgroup.delegate(*order.delegate_to, shut=True)
 
     def _start(self, attending: contextlib.ExitStack) -> int:
         """The pid of the command, which is being executed. Raises what kept it from that."""

@@ -31,6 +31,8 @@ class Branch(abc.ABC):
 
     #: Files that are chowned, beside the directory, when a cgroup is delegated.
     delegated_files: tuple[str, ...] = ()
+    #: Those of them that let nothing in from elsewhere.
+    shut_files: tuple[str, ...] = ()
 
     def __init__(self, mount: Mount, path: str, controllers: frozenset[str], threaded: bool) -> None:
         self.mount = mount
@@ -90,10 +92,10 @@ class Branch(abc.ABC):
         """Remove the directory; False where it is busy."""
         return files.remove_directory(self.directory)
 
-    def delegate(self, uid: int, gid: int) -> None:
+    def delegate(self, uid: int, gid: int, *, shut: bool = False) -> None:
         """Give the directory, and the files that processes are moved with, to another user."""
         files.change_owner(self.directory, None, uid, gid)
-        for name in self.delegated_files:
+        for name in self.shut_files if shut else self.delegated_files:
             files.change_owner(self.directory, name, uid, gid)
 
 

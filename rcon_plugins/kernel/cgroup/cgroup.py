@@ -389,11 +389,12 @@ class Cgroup:
                 return False
         return True
 
-    def delegate(self, uid: int, gid: int) -> None:
+    def delegate(self, uid: int, gid: int, *, shut: bool = False) -> None:
         """Let another user make cgroups here and move its own processes in and out.
 
         The directory and the files that processes are moved with change hands; the limits do not, nor do
-        ``cgroup.kill`` and ``cgroup.freeze``, which need no permission to signal. Raises KernelError.
+        ``cgroup.kill`` and ``cgroup.freeze``. ``shut``: nothing that user has elsewhere can come in, as always on v2;
+        on v1 nothing can then be moved here at all, only between the cgroups made below. Raises KernelError.
         """
         for branch in self._branches:
-            branch.delegate(uid, gid)
+            branch.delegate(uid, gid, shut=shut)

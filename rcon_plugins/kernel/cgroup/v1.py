@@ -129,10 +129,10 @@ class V1Branch(Branch):
         """Whether the directory is there, or need not be."""
         return super().exists() or self._io_holder is not None
 
-    def delegate(self, uid: int, gid: int) -> None:
+    def delegate(self, uid: int, gid: int, *, shut: bool = False) -> None:
         """As for others; but not where IO is limited: what entered a cgroup below would not be held to that."""
         if not (self.mount.controllers == {"blkio"} and io_is_limited(self.place())):
-            super().delegate(uid, gid)
+            super().delegate(uid, gid, shut=shut)
 
     @property
     def thread_file(self) -> str:

@@ -54,7 +54,7 @@ def _quota(cpus: object) -> str:
 class V2Branch(Branch):
     """The directory of a cgroup in the v2 hierarchy; on hybrid hosts usually one without controllers."""
 
-    delegated_files = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
+    delegated_files = shut_files = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
 
     def create(self) -> None:
         """Make the directory and those above it, and enable the controllers on the way down.

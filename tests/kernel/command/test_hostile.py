@@ -13,7 +13,7 @@ import pytest
 
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, owner
 from tests.kernel.cgroup.helpers import DISK, MIB, Running, running, sleep_forever
-from tests.kernel.command.harness import rcon
+from tests.kernel.command.harness import become_rcon, left_by, rcon, until
 
 NOBODY = 65534
 DEAD = "rcon-999999999-5"
@@ -133,3 +133,19 @@ def test_io_limits_cannot_be_left(limits_first: bool) -> None:
             assert Path(directory).stat().st_uid == (0 if flat else NOBODY), directory
     finally:
         assert group.delete()
+
+
+def test_a_command_of_the_same_user_is_no_way_out() -> None:
+    """On v1 who may write to a cgroup may move there what is its own, from anywhere."""
+    name = f"wide-{os.getpid()}"
+    words = ["run", "--user", "nobody", "--group", name, "--", "sleep", "1000"]
+    with running(None, become_rcon, words, []) as wide:
+        files = f"work/{name}/main/cgroup.procs"
+        places = until(lambda: [file for tree in left_by(wide.pid) for file in tree.glob(files)], "it runs")
+        script = "for place in $@; do (echo $$ > $place) 2>/dev/null; done; cat /proc/self/cgroup"
+        done = rcon("run", "--user", "nobody", "--pids", "20", "--", "sh", "-c", script, "sh", *places)
+        assert done.status == 0
+        assert "/rcon-" in done.out
+        assert name not in done.out
+        os.kill(wide.pid, signal.SIGTERM)
+        assert wide.wait() == 128 + signal.SIGTERM
