@@ -59,6 +59,7 @@ class Sample:
     """What one group has used at a moment: two of them make a rate.
 
     ``id`` tells groups apart from one sample to the next; ``when`` is in seconds, of a clock that only goes forward.
+    ``node`` is the worker that told of it, where that was another.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Sample:
     limits: Resources = field(default_factory=Resources)
     statistics: Statistics = field(default_factory=Statistics)
     pressure: Mapping[str, Pressure] = field(default_factory=dict)
+    node: str | None = None
 
 
 @dataclass(frozen=True)

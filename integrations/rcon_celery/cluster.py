@@ -12,6 +12,7 @@ from celery.worker.control import inspect_command
 from rcon_celery.node import Node
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups import Group, find_groups
+from rcon_plugins.samples import as_data
 
 
 def register() -> None:
@@ -69,11 +70,4 @@ def confinements(node: Node) -> dict[str, dict[str, Any]]:
 
 def usage(group: Group) -> dict[str, Any]:
     """What a confinement uses, all its tasks together, and how many processes run in it."""
-    reading = group.usage()
-    return {
-        "processes": len(group.pids()),
-        "cpu_seconds": reading.cpu_seconds,
-        "memory": reading.memory_current,
-        "memory_peak": reading.memory_peak,
-        "oom_kills": reading.oom_kills,
-    }
+    return {"processes": len(group.pids()), **as_data(group.sample())}

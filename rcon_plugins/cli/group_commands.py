@@ -64,7 +64,10 @@ def stat(group: Group, as_json: bool) -> int:
 )
 @click.option("--iterations", type=click.IntRange(1), metavar="N", help="End after so many refreshes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each refresh.")
-def top(sort: str, interval: float, iterations: int | None, as_json: bool) -> int:
+@click.option(
+    "--celery", metavar="APP", help="Those of all workers of this Celery application, as for celery -A APP."
+)
+def top(sort: str, interval: float, iterations: int | None, as_json: bool, celery: str | None) -> int:
     """Show what every group uses, and again every few seconds. Without a terminal, plain tables.
 
     CPU% of one CPU; THR% of the periods in which it waited for its CPU quota; MEM% of its memory limit; WAIT, in % of
@@ -77,10 +80,16 @@ def top(sort: str, interval: float, iterations: int | None, as_json: bool) -> in
       rcon top --sort memory
       rcon top --iterations 1 --interval 5
       rcon top --json | jq -c '.groups[] | select(.new_hits > 0)'
+      rcon top --celery proj
     """
     from rcon_plugins.cli import top as shown
 
-    return shown.top(shown.local, sort=sort, interval=interval, iterations=iterations, to_json=as_json)
+    source: shown.Source = shown.local
+    if celery is not None:
+        from rcon_plugins.cli.top_celery import workers
+
+        source = workers(celery)
+    return shown.top(source, sort=sort, interval=interval, iterations=iterations, to_json=as_json)
 
 
 @click.command("set", short_help="Set limits of a group while it runs.")

@@ -33,6 +33,7 @@ class Row:
     pids_hits: int | None = None
     oom_kills: int | None = None
     new_hits: int = 0
+    node: str | None = None
 
     @property
     def memory_share(self) -> float | None:
@@ -70,6 +71,7 @@ def _row(now: Sample, before: Sample | None) -> Row:
         throttled = waited / periods if waited is not None and periods else None
     return Row(
         name=now.name,
+        node=now.node,
         owner=now.owner,
         cpu=_rate(now, before, lambda one: one.cpu_seconds),
         throttled=throttled,

@@ -96,6 +96,7 @@ def as_json(row: Row) -> dict[str, Any]:
     return {
         "group": row.name,
         "owner": row.owner,
+        "node": row.node,
         "cpu": row.cpu,
         "throttled": row.throttled,
         "memory": row.memory,

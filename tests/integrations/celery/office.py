@@ -108,6 +108,7 @@ class Offices:
         pool: str = "prefork",
         concurrency: int = 2,
         url: str | None = None,
+        name: str = "w",
         **environ: str,
     ) -> tuple[Worker, celery.Celery, str]:
         """A worker that is starting, and its producer."""
@@ -120,7 +121,13 @@ class Offices:
             path.write_text(settings)
             environ[limited.SETTINGS] = str(path)
         worker = Worker(
-            directory, limited.__name__, *arguments, pool=pool, concurrency=concurrency, environ=environ
+            directory,
+            limited.__name__,
+            *arguments,
+            pool=pool,
+            concurrency=concurrency,
+            name=name,
+            environ=environ,
         )
         return worker, limited.make(url, accept=environ.get(limited.ACCEPT, "json")), url
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -10,9 +12,11 @@ from rich.console import Console
 from rcon_plugins.cli.group_commands import _SORTS
 from rcon_plugins.cli.top_rows import Rates, Row
 from rcon_plugins.cli.top_table import SORTS, as_json, as_text, ordered, shown, summary
+from rcon_plugins.errors import ConfinementError
 from rcon_plugins.groups import Sample
 from rcon_plugins.kernel.cgroup import MAX, Reading, Resources
 from rcon_plugins.kernel.cgroup.statistics import Pressure, Stall, Statistics
+from rcon_plugins.samples import as_data, of_data
 
 MIB = 1 << 20
 
@@ -52,6 +56,23 @@ def test_a_rate_takes_two_samples() -> None:
     assert (second.cpu, second.read, second.written, second.throttled) == (0.25, MIB, 0.0, 0.5)
     assert (second.hits, second.new_hits) == (5, 4)
     assert second.pressure == {"cpu": 0.25, "memory": None, "io": 0.0}
+
+
+def test_told_from_another_machine() -> None:
+    """What a table shows of a group is the same wherever it is looked at."""
+    here = [sample(10.0), sample(12.0, cpu=0.5, hits=4, periods=20)]
+    there = [
+        of_data(json.loads(json.dumps(as_data(one))), id="n a", name="n/a", owner="worker n", node="n")
+        for one in here
+    ]
+    told, seen = Rates(), Rates()
+    for far, near in zip(there, here, strict=True):
+        (expected,) = seen.rows([near])
+        pressure = {name: share for name, share in expected.pressure.items() if share is not None}
+        expected = replace(expected, name="n/a", owner="worker n", node="n", pressure=pressure)
+        assert told.rows([far]) == [expected]
+    with pytest.raises(ConfinementError, match=r"^n/a: what was told of it is no sample"):
+        of_data({"when": "now"}, id="n a", name="n/a", owner="", node="n")
 
 
 def test_groups_come_and_go() -> None:
@@ -135,6 +156,7 @@ def test_json() -> None:
     assert as_json(only) == {
         "group": "a",
         "owner": "python app.py",
+        "node": None,
         "cpu": None,
         "throttled": None,
         "memory": 48 * MIB,
