@@ -33,12 +33,17 @@ class CannotTake(RconError):
 
 
 class Wish(NamedTuple):
-    """What to take, and into what. ``configure`` writes the limits to its ``cgroup``."""
+    """What to take, and into what.
+
+    ``configure`` writes the limits to its ``cgroup``. ``attend`` begins, before any process is in it, what goes on in
+    threads of the watcher until the group goes, and returns what ends that.
+    """
 
     pids: tuple[int, ...]
     group: str
     configure: Callable[..., object]
     children: bool = False
+    attend: Callable[[Cgroup], Callable[[], object]] | None = None
 
 
 def check(pids: Iterable[int], hierarchy: Hierarchy) -> None:
@@ -114,7 +119,7 @@ def _become_watcher(wish: Wish, hierarchy: Hierarchy, base: str | None, pipe: in
         signal.pthread_sigmask(signal.SIG_BLOCK, watcher.HEARD)
         instance = Instance.create(hierarchy, base)
         try:
-            group, pids = _fill(wish, instance)
+            group, pids, end = _fill(wish, instance)
         except BaseException:
             origins.forget(watcher.name_of(instance))
             instance.close()
@@ -132,7 +137,7 @@ def _become_watcher(wish: Wish, hierarchy: Hierarchy, base: str | None, pipe: in
         os.close(pipe)
         for descriptor in inherited_descriptors():
             os.close(descriptor)
-        _settle(instance, group)
+        _settle(instance, group, end)
     except BaseException as error:  # noqa: BLE001 - the end of this process: who started it is told, whatever it was
         with contextlib.suppress(OSError):
             os.write(pipe, pickle.dumps(error))
@@ -140,21 +145,26 @@ def _become_watcher(wish: Wish, hierarchy: Hierarchy, base: str | None, pipe: in
         os._exit(1)
 
 
-def _fill(wish: Wish, instance: Instance) -> tuple[Cgroup, list[int]]:
+def _fill(wish: Wish, instance: Instance) -> tuple[Cgroup, list[int], Callable[[], object] | None]:
     if instance.needs_adoption:
         instance.adopt()
     group = instance.taken(wish.group)
     group.create()
     known = origins.Origins({})
+    end = None
     try:
         wish.configure(cgroup=group)
+        if wish.attend is not None:
+            end = wish.attend(group)
         _move(wish, group, known, watcher.name_of(instance))
     except BaseException as error:
+        if end is not None:
+            end()
         origins.put_back(group, known)
         if isinstance(error, KernelError) and error.errno == errno.ESRCH:
             raise CannotTake(f"{error} (none was taken)") from None
         raise
-    return group, sorted(pid for pid, _ in known.places)
+    return group, sorted(pid for pid, _ in known.places), end
 
 
 def _move(wish: Wish, group: Cgroup, known: origins.Origins, instance: str) -> None:
@@ -198,9 +208,9 @@ def _descendants(pids: set[int]) -> set[int]:
     return found - pids
 
 
-def _settle(instance: Instance, group: Cgroup) -> NoReturn:
-    """Go on as the watcher: in an interpreter that has loaded nothing else, so that it is small."""
-    if not instance.needs_adoption:
+def _settle(instance: Instance, group: Cgroup, end: Callable[[], object] | None) -> NoReturn:
+    """Go on as the watcher: in an interpreter that has loaded nothing else, so that it is small, but for ``end``."""
+    if not instance.needs_adoption and end is None:
         words = [
             sys.executable,
             "-I",
@@ -212,7 +222,7 @@ def _settle(instance: Instance, group: Cgroup) -> NoReturn:
         ]
         with contextlib.suppress(OSError):
             os.execv(sys.executable, words)  # noqa: S606  no shell, on purpose
-    watcher.watch(instance, group)
+    watcher.watch(instance, group, end)
     os._exit(0)
 
 

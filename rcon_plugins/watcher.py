@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Callable
 
 if __name__ == "__main__":  # by path, in an interpreter that knows nothing but its own library
     sys.path.insert(0, __file__.rpartition("/")[0].rpartition("/")[0])
@@ -36,8 +37,11 @@ def name_of(instance: Instance) -> str:
     return instance.path.rpartition("/")[2]
 
 
-def watch(instance: Instance, group: Cgroup) -> None:
-    """Wait until nothing is in the group, or SIGTERM comes; put back what is left, and remove all. KernelError."""
+def watch(instance: Instance, group: Cgroup, end: Callable[[], object] | None = None) -> None:
+    """Wait until nothing is in the group, or SIGTERM comes; put back what is left, and remove all. KernelError.
+
+    ``end`` ends what was done to the group in other threads meanwhile.
+    """
     bell, rope = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(rope, warn_on_full_buffer=False)
     for number in HEARD:
@@ -48,6 +52,8 @@ def watch(instance: Instance, group: Cgroup) -> None:
         _wait_for(min(pids), bell)
         with contextlib.suppress(BlockingIOError):
             heard = os.read(bell, 4096)
+    if end is not None:
+        end()
     let_go(instance, group)
 
 

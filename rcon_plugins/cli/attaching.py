@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,10 @@ from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.processes import look_at
 from rcon_plugins.plugins import limits_manager
 
+if TYPE_CHECKING:
+    from rcon_plugins.kernel.cgroup import Cgroup
+    from rcon_plugins.memory import Memory
+
 _MOST = 4194304  # PID_MAX_LIMIT, include/linux/threads.h
 
 
@@ -28,10 +32,6 @@ def attach(options: Mapping[str, Any]) -> int:
     words: tuple[str, ...] = options["what"]
     if options["release"]:
         return _release(words, options)
-    if options["expand"] is not None:
-        raise click.UsageError(
-            "--expand: only rcon run raises limits, since it is there as long as its command (set --memory alone)"
-        )
     pids = tuple(dict.fromkeys(_pid(word) for word in words))
     policy = limits_of(options)
     hook = limits_manager().hook
@@ -45,6 +45,7 @@ def attach(options: Mapping[str, Any]) -> int:
             group=group,
             configure=partial(hook.rcon_configure_cgroup, limits=policy, policy=policy),
             children=options["children"],
+            attend=_growing(policy.memory),
         )
         found = taken.take(wish, hierarchy)
     except taken.CannotTake as error:
@@ -56,6 +57,15 @@ def attach(options: Mapping[str, Any]) -> int:
         )
     click.echo(f"{group}: {len(found)} {'process' if len(found) == 1 else 'processes'}")
     return 0
+
+
+def _growing(memory: Memory | None) -> Callable[[Cgroup], Callable[[], object]] | None:
+    """What lets the memory limit of a group grow; loaded only where one shall."""
+    if memory is None or not memory.expands:
+        return None
+    from rcon_plugins.expansion import expand
+
+    return lambda cgroup: expand(cgroup, memory).close
 
 
 def _name(pid: int) -> str:

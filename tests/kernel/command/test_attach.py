@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins import taken
+from rcon_plugins.groups import find_group
 from rcon_plugins.instance import collect
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
 from tests.kernel.command.harness import Done, left_by, rcon, until
+from tests.kernel.command.test_run import ALLOCATE
 from tests.kernel.quota import judge
 
 Processes = list[subprocess.Popen[bytes]]
@@ -232,3 +234,78 @@ def test_one_that_ends_meanwhile_takes_none_of_the_others() -> None:
     cgroup = Hierarchy.discover().cgroup(base)
     until(lambda: not cgroup.children(), "the group is gone")
     assert cgroup.delete()
+
+
+@contextlib.contextmanager
+def allocating(mebibytes: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A shell that allocates when it is told to, says so, and ends when it is told again."""
+    script = f"read go; {ALLOCATE.format(mebibytes)}; echo ${{#x}}; read end; exit 5"
+    shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield shell
+    finally:
+        shell.kill()
+        shell.communicate()
+
+
+def tell(shell: subprocess.Popen[bytes]) -> bytes:
+    """Tell it, and hear what it says."""
+    assert shell.stdin is not None
+    assert shell.stdout is not None
+    shell.stdin.write(b"go\n")
+    shell.stdin.flush()
+    return shell.stdout.readline()
+
+
+GROWS = ("--memory", "32M", "--swap", "0", "--expand", "2x", "--up-to")
+
+
+def test_memory_grows_for_as_long_as_they_run() -> None:
+    with allocating(80) as shell:
+        done = attach([shell], *GROWS, "1G", "--group", "grows")
+        assert (done.status, done.out) == (0, "grows: 1 process\n")
+        mine = watcher(shell.pid)
+        assert tell(shell) == b"%d\n" % (80 << 20)
+        limits = find_group("grows").limits()
+        assert limits.memory_max == 1 << 30
+        assert not isinstance(limits.memory_high, int) or limits.memory_high > 80 << 20  # of v2
+        tell(shell)
+        assert shell.wait() == 5
+        until(lambda: not left_by(mine), "the group goes after its last process")
+
+
+def test_memory_that_grows_has_an_end() -> None:
+    with allocating(200) as shell:
+        attach([shell], *GROWS, "64M", "--group", "ends")
+        assert tell(shell) == b""
+        assert shell.wait() == -signal.SIGKILL
+
+
+def test_processes_whose_memory_grows_are_let_go() -> None:
+    with running("sleep", "1000") as one:
+        before = where(one[0].pid)
+        attach(one, *GROWS, "1G", "--group", "growing")
+        mine = watcher(one[0].pid)
+        assert len(list(Path(f"/proc/{mine}/task").iterdir())) == 2  # the one that watches memory
+        done = rcon("attach", "--release", "growing")
+        assert (done.status, done.err) == (0, "")
+        assert where(one[0].pid) == before
+        assert left_by(mine) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (GROWS[:-1], "--expand without --up-to"),
+        (("--memory", "2G", "--expand", "2x", "--up-to", "1G"), "--up-to"),
+        (("--memory", "32M", "--expand", "0.5x", "--up-to", "1G"), "--expand"),
+    ],
+)
+def test_growth_that_cannot_be_takes_nothing(options: tuple[str, ...], says: str) -> None:
+    with running("sleep", "1000") as one:
+        before = where(one[0].pid)
+        done = attach(one, *options)
+        assert (done.status, done.out) == (2, "")
+        assert says in done.err
+        assert len(done.err.splitlines()) == 1
+        assert where(one[0].pid) == before
