@@ -130,7 +130,7 @@ class Expansion:
         )
 
     def _is_news(self) -> bool:
-        """Whether nobody has raised it meanwhile: other workers of a server see the same cgroup."""
+        """Whether it is reached, and nobody has raised it meanwhile: other workers of a server see the same cgroup."""
         there = self._mark.stands_at()
         if there is None:
             return False
@@ -140,7 +140,7 @@ class Expansion:
             return False
         # Lower: somebody went back to the beginning.
         self.limit = there
-        return True
+        return self._mark.is_reached()
 
     def _ask(self, event: Event) -> Limits | None:
         if self._on_event is None:

@@ -246,10 +246,10 @@ def test_it_is_current_also_when_it_has_grown_all_the_way(group: Cgroup, watcher
 
 def test_the_smallest_steps(group: Cgroup, watcher: Watcher) -> None:
     """A notice of one step does not count for the next."""
-    expansion = expand(group, memory("40M", "1.1x", "400M"), watcher=watcher)
-    with running(group, in_steps, [42 * MIB], 0.5) as child:
+    expansion = expand(group, memory("80M", "1.1x", "400M"), watcher=watcher)
+    with running(group, in_steps, [81 * MIB], 0.5) as child:
         child.result()
-    assert (expansion.limit, expansion.times) == (44 * MIB, 1)
+    assert (expansion.limit, expansion.times) == (88 * MIB, 1)
 
 
 @pytest.mark.layout("v2")

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.cgroup import Cgroup
     from rcon_plugins.kernel.cgroup.events.watcher import Watch, Watcher
 
-#: Of the mark, what must be needed for it to count as reached on v2, where page cache fills up the rest. So much that
-#: a late notice of the mark before does not count for this one, after the smallest step of an expansion.
+#: Of the mark, what must be in use, and what of that must be more than page cache, for it to count as reached on v2: a
+#: notice may be late, and of a mark that was lower.
+_IN_USE = 0.97
 _REALLY = 15 / 16
 
 
 class Mark:
-    """Calls ``callback``, in the watcher's thread, when work in the cgroup needs as much memory as `move` said.
+    """Calls ``callback``, in the watcher's thread, when work in the cgroup needs as much memory as `move` said
+    (on v2 also when it only seems to: ask `is_reached`).
 
     Page cache that no process has mapped, which the kernel takes back by itself, does not count as need. On v2 the mark
     is ``memory.high``: work above it is slowed down until it moves. On v1 it is a notice only, and work goes on: what
@@ -96,6 +98,16 @@ class Mark:
         name = "memory.current" if self._slows else "memory.usage_in_bytes"
         return need(self._place, int(files.read_if_there(self._place, name) or 0))
 
+    def is_reached(self) -> bool:
+        """Whether it really is, when the callback was called: on v2 a notice may be late, or of page cache."""
+        if not self._slows:
+            return True
+        at = self.stands_at()
+        if at is None:
+            return False
+        usage = int(files.read_if_there(self._place, "memory.current") or 0)
+        return usage >= _IN_USE * at and need(self._place, usage) >= _REALLY * at
+
     def stands_at(self) -> int | None:
         """Where the mark is in the kernel, which another process may have moved; None where that cannot be told."""
         text = files.read_if_there(self._place, "memory.high") if self._slows else None
@@ -108,6 +120,5 @@ class Mark:
             self._watch.close()
 
     def _slowed(self, event: Event) -> None:
-        at = self._at
-        if at is not None and self.need() >= _REALLY * at:
+        if self._at is not None:
             self._callback(event)
