@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 LEAF = "main"
 #: As env(1), nohup(1) and chroot(1) have them, and a shell for a signal.
 NOT_EXECUTABLE, NOT_FOUND, SIGNALLED = 126, 127, 128
+#: By these somebody asks a command to end; no limit does.
+_ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _LONGEST_NAME = 40
 
 
@@ -261,6 +263,8 @@ class _Run:
         limit, detail = None, ""
         if late:
             ending, limit, detail = "timeout", "timeout", f"wall time limit {_seconds(order.timeout)} reached"
+        elif number in _ASKED:
+            detail = f"ended by {_name(number)}"  # whatever limit it, or what it started, met before
         elif exit_status and max(reading.oom_kills or 0, leaf.oom_kills or 0):
             ending = "memory"
             limit, bound = self._limit("memory_max", leaf.memory_peak, 0.95)

@@ -83,6 +83,13 @@ def test_a_fork_bomb_stops() -> None:
     )
 
 
+def test_what_somebody_ends_was_not_ended_by_a_limit_it_met_before() -> None:
+    script = "(sleep 0 | sleep 0 | sleep 0 | sleep 0) 2>/dev/null; kill -TERM $$"
+    done = rcon("run", "--pids", "3", "--", "sh", "-c", script)
+    assert (done.status, done.report["outcome"], done.report["limit"]) == (143, "killed", None)
+    assert done.err.splitlines()[-1] == "rcon: sh: ended by SIGTERM (Terminated)"
+
+
 def test_writes_are_held_down() -> None:
     size, most = 10, 5
     target = DISK / f"rcon-run-{os.getpid()}"
