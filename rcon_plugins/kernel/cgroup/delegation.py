@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import DelegationError, KernelError
-from rcon_plugins.kernel.cgroup import files, mounts, nested, remedies, v1
+from rcon_plugins.kernel.cgroup import files, mounts, nested, remedies, v1, v2
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.names import check_path
 
@@ -76,12 +76,22 @@ def given(hierarchy: Hierarchy) -> str | None:
     own = own_cgroup(hierarchy)
     if own is None:
         return None
-    if _is_ours(hierarchy, own, {str(os.getpid())}):
+    ours = _is_ours(hierarchy, own, {str(os.getpid())})
+    if ours and _has_controllers(hierarchy, own):
         return own
     around = os.path.dirname(own)
     if own != "/" and _is_ours(hierarchy, around, set()) and _is_given(hierarchy, around):
         return around
-    return None
+    return own if ours else None
+
+
+def _has_controllers(hierarchy: Hierarchy, path: str) -> bool:
+    """Whether the cgroup above passes any controllers on to ``path``; on v1 all are there."""
+    mount = hierarchy.unified
+    if mount is None or mount not in hierarchy.limit_mounts:
+        return True
+    wanted = {name for name in hierarchy.controllers if hierarchy.mount_of(name) == mount}
+    return bool(wanted & v2.offered(mount.directory(path)))
 
 
 def _is_given(hierarchy: Hierarchy, path: str) -> bool:

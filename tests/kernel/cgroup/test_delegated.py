@@ -77,7 +77,7 @@ def test_the_printed_remedy_is_enough(group: Cgroup, deeper: str) -> None:
 
 
 @pytest.mark.layout("v2")
-def test_without_the_setting_what_the_shell_is_in_or_what_is_around_it(group: Cgroup) -> None:
+def test_without_the_setting_what_is_around_the_shells(group: Cgroup) -> None:
     path = f"{group.path}/given"
 
     def act() -> list[str]:
@@ -88,7 +88,7 @@ def test_without_the_setting_what_the_shell_is_in_or_what_is_around_it(group: Cg
             beside_another = every_limit_in(None)[0]
         return [alone, beside_another]
 
-    assert children.in_child(act) == [f"{path}/server", path]
+    assert children.in_child(act) == [path, path]
 
 
 def test_what_root_did_not_give_is_not_taken(group: Cgroup) -> None:
