@@ -19,6 +19,7 @@ from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_name
+from rcon_plugins.kernel.cgroup.notices import notice_of_want, rings_of
 from rcon_plugins.kernel.jobs import Caller
 
 if TYPE_CHECKING:
@@ -151,11 +152,16 @@ class _Run:
         self._group = instance.together(order.group)
         self._leaf = instance.leaf(order.group, LEAF)
         self._began = time.monotonic()
+        self._want: int | None = None
 
     def run(self) -> Ended:
         self._look_ahead()
-        with contextlib.ExitStack() as attending:
-            return self._follow(self._start(attending))
+        try:
+            with contextlib.ExitStack() as attending:
+                return self._follow(self._start(attending))
+        finally:
+            if self._want is not None:
+                os.close(self._want)
 
     def _look_ahead(self) -> None:
         for refusal in self._instance.hierarchy.refusals(self._order.resources):
@@ -181,6 +187,8 @@ class _Run:
         order = self._order
         self._group.create()
         order.configure(cgroup=self._group)
+        if order.resources.memory_max is not None:
+            self._want = notice_of_want(self._group)
         self._leaf.create()
         if order.configure_leaf is not None:
             order.configure_leaf(cgroup=self._leaf)
@@ -265,13 +273,13 @@ class _Run:
             ending, limit, detail = "timeout", "timeout", f"wall time limit {_seconds(order.timeout)} reached"
         elif number in _ASKED:
             detail = f"ended by {_name(number)}"  # whatever limit it, or what it started, met before
-        elif exit_status and max(reading.oom_kills or 0, leaf.oom_kills or 0):
+        elif exit_status and (leaf.oom_kills or self._ended_within(reading, leaf, exit_status)):
             ending = "memory"
             limit, bound = self._limit("memory_max", leaf.memory_peak, 0.95)
             detail = (
                 f"memory limit {_size(bound)} reached (peak {_peak(reading.memory_peak)}{order.memory_note})"
             )
-            if bound is not None and (reading.memory_peak or bound) < 0.9 * bound:
+            if bound is None or (reading.memory_peak or bound) < 0.9 * bound:
                 limit = None
                 detail = f"memory limit of what is around it reached (peak {_peak(reading.memory_peak)})"
         elif exit_status and max(reading.pids_limit_hits or 0, leaf.pids_limit_hits or 0):
@@ -281,6 +289,26 @@ class _Run:
         elif number is not None:
             detail = f"ended by {_name(number)}"
         return Ended(ending, exit_status, number, limit, detail, wall, reading, self._group.path)
+
+    def _ended_within(self, reading: Reading, leaf: Reading, exit_status: int) -> bool:
+        """Whether the group's memory was not enough for what ran in a nested group, beside the leaf.
+
+        One that ended at a limit of its own has been told of by who made it, and is none of this group's.
+        """
+        if leaf.oom_kills is None:
+            return bool(reading.oom_kills)  # they are not accounted apart
+        bound = self._in_force(self._group, self._order.resources, "memory_max")
+        if bound is None or (reading.memory_peak or 0) < 0.95 * bound:
+            return False
+        if reading.oom_kills:
+            return True  # v2
+        if self._want is None:
+            return False
+        # v1: in the cgroups that are still there; else the kernel has told that it killed, and this is how that ends.
+        from rcon_plugins.kernel.cgroup.statistics import read_usage
+
+        killed = bool(read_usage(self._group).oom_kills)
+        return killed or (exit_status == SIGNALLED + signal.SIGKILL and rings_of(self._want) > 0)
 
     def _limit(self, name: str, reached: int | None, most: float) -> tuple[str, int | None]:
         """Which limit was hit, as a policy spells it: that of all together, or that of the single command."""

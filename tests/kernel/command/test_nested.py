@@ -29,7 +29,13 @@ ALLOCATE = ["sh", "-c", "x=$(head -c 150M /dev/zero | tr '\\0' x)"]
 
 
 def within(
-    resources: Resources, words: list[str], folder: Path, user: int | None = None, *, delegate: bool = False
+    resources: Resources,
+    words: list[str],
+    folder: Path,
+    user: int | None = None,
+    *,
+    delegate: bool = False,
+    told: Path | None = None,
 ) -> tuple[int, str, str]:
     """The status of an inner rcon in an outer one's group, and what it wrote.
 
@@ -63,7 +69,10 @@ def within(
     if child == 0:
         status = 99
         try:
-            status = run(order, hierarchy).status
+            ended = run(order, hierarchy)
+            status = ended.status
+            if told is not None:
+                told.write_text(json.dumps([ended.ending, ended.limit]))
         finally:
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -153,3 +162,32 @@ def test_a_group_that_was_not(open_path: Path) -> None:
     assert (status, out) == (125, "")
     assert err.startswith("rcon: ")
     assert "rcon run --user nobody" in err
+
+
+@pytest.mark.layout("v1", "hybrid")
+@pytest.mark.parametrize("inner", ["256M", None])
+def test_the_outer_says_that_its_own_limit_ended_what_was_nested(inner: str | None) -> None:
+    """On one machine only: the inner Python has to start. v1 counts the kill in the inner's cgroup, gone by then."""
+    limits = [] if inner is None else ["--memory", inner]
+    done = rcon("run", "--memory", "64M", "--swap", "0", "--", RCON, "run", *limits, "--", *ALLOCATE)
+    assert done.status == 137
+    assert done.err.splitlines()[-1] == "rcon: memory limit 64 MiB reached (peak 64.0 MiB)"
+    assert (done.report["outcome"], done.report["limit"]) == ("memory", "memory")
+
+
+@pytest.mark.layout("v1", "hybrid")
+def test_the_outer_claims_nothing_that_the_inners_limit_ended() -> None:
+    done = rcon(
+        "run", "--memory", "256M", "--", RCON, "run", "--memory", "32M", "--swap", "0", "--", *ALLOCATE
+    )
+    assert done.status == 137
+    assert done.err.splitlines() == ["rcon: memory limit 32 MiB reached (peak 32.0 MiB)"]
+    assert (done.report["outcome"], done.report["limit"]) == ("error", None)
+
+
+def test_the_inner_that_is_killed_at_the_outers_limit_is_told_of(open_path: Path) -> None:
+    """It cannot say so itself, and leaves its cgroups behind."""
+    resources = Resources(memory_max=64 << 20, swap_max=0)
+    status, _, _ = within(resources, ["run", "--", *ALLOCATE], open_path, told=open_path / "told")
+    assert status == 137
+    assert json.loads(open_path.joinpath("told").read_text()) == ["memory", "memory"]

@@ -5,14 +5,13 @@ Source: Documentation/admin-guide/cgroup-v1/memory.rst, chapter 9 and 10.
 
 from __future__ import annotations
 
-import os
-import posix
 import time
 from collections.abc import Iterator
 
 from rcon_plugins.kernel.cgroup import files
 from rcon_plugins.kernel.cgroup.events.event import POLLED_SECONDS, Event
 from rcon_plugins.kernel.cgroup.events.sources import Gone, Levels, PolledCounters, Source, need
+from rcon_plugins.kernel.cgroup.notices import open_notice, rings_of
 from rcon_plugins.kernel.syscalls import POLLIN
 
 
@@ -24,24 +23,11 @@ class _EventFd(Source):
     def __init__(self, cgroup: str, directory: str, name: str, argument: str = "") -> None:
         self._cgroup = cgroup
         self._directory = directory
-        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        try:
-            about = files.open_file(directory, name)
-            try:
-                order = f"{self.descriptor} {about} {argument}".strip()
-                files.write(directory, "cgroup.event_control", order)
-            finally:
-                posix.close(about)
-        except BaseException:
-            self.close()
-            raise
+        self.descriptor = open_notice(directory, name, argument)
 
     def rings(self) -> int:
         """How often it was rung. The removal of the cgroup rings too: raises `Gone`."""
-        try:
-            count = os.eventfd_read(self.descriptor)
-        except BlockingIOError:
-            count = 0
+        count = rings_of(self.descriptor)
         if not files.is_directory(self._directory):
             raise Gone
         return count
