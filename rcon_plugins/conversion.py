@@ -122,7 +122,10 @@ def _plainly(value: object, kind: Any, meta: msgspec.Meta | None, message: str) 
     """What msgspec says of ``value``, in the words of TOML, with the value and a remedy."""
     if message.startswith("Object missing required field "):
         name = message.split("`")[1]
-        example = _remedy(None, _fields(_unwrapped(kind, None)[0])[name], None)
+        fields = _fields(_unwrapped(kind, None)[0])
+        example = (
+            _remedy(None, fields[name], None) if name in fields else None
+        )  # else of a part, which is explained
         return SettingsError(f"the key {name!r} is missing", hint=example)
     if message.startswith("Invalid enum value"):
         problem = "is not one of the words for it"

@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 
 from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission, ThreadAdmission
 from rcon_plugins.attendance import Attendance
 from rcon_plugins.confinement import Confinement, ProcessConfinement, ThreadedConfinement, cgroup_name
 from rcon_plugins.defaults.log import LOGGER
 from rcon_plugins.errors import (
-    ConcurrencyLimitExceeded,
     ConfinementError,
     IdentityRefused,
     KernelError,
@@ -29,11 +27,13 @@ from rcon_plugins.identity import resolve
 from rcon_plugins.instance import Instance
 from rcon_plugins.isolation import Server
 from rcon_plugins.kernel.process import make_room_for_descriptors
+from rcon_plugins.ledger import ledger_of_machine
 from rcon_plugins.outcome import Ending, Outcome
 from rcon_plugins.plan import Plan
 from rcon_plugins.plugins import calling
 from rcon_plugins.settings import Settings
 from rcon_plugins.slots import Slots
+from rcon_plugins.turns import Purse, Turn, Turns
 
 if TYPE_CHECKING:
     from rcon_plugins.executors.fork_server import Service
@@ -41,11 +41,6 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.policy import Policy
     from rcon_plugins.work import Work
-
-_T = TypeVar("_T")
-#: How often work that waits for its turn looks whether it has come, seconds.
-_SHORTEST_WAIT = 0.01
-_LONGEST_WAIT = 0.25
 
 
 class Manager:
@@ -88,7 +83,7 @@ class Manager:
         self._on_lost = on_lost
         self._generations = generations or {}
         self._pid = 0
-        self._slots: Slots | None = None
+        self._turns: Turns | None = None
         self._pool: ExecutorPool | None = None
         #: None where nobody wants to know what happens to cgroups, and no memory expands.
         self._attendance: Attendance | None = None
@@ -129,7 +124,10 @@ class Manager:
                     LOGGER.warning("%s", warning)
                 if self.plan.wants_adoption(instance):
                     instance.adopt()
-            self._slots = Slots(instance.locks)
+            purse = self._purse()
+            self._turns = Turns(Slots(instance.locks), purse, lambda: self._pid == os.getpid())
+            if purse is not None:
+                server_files = [*server_files, purse.ledger.file]
             kept = self.settings.confinements + self.settings.threads if self.plan.uses_threads else 0
             make_room_for_descriptors(kept + (self.settings.processes if self.plan.uses_processes else 0))
             if self.plan.uses_processes and service is not None:
@@ -186,9 +184,10 @@ class Manager:
         """Let a work run under its policy; None when no route names it and the settings allow that.
 
         Raises `ConfinementError` when the work cannot be confined (`IdentityRefused` when the identity that its policy
-        gives it is not allowed), `ConcurrencyLimitExceeded` when as much of it is
-        under way as may be, `PidsLimitExceeded` when its confinement is full of processes. In each case it must not
-        run; hooks and log have been told. With ``wait`` it waits for its turn instead of `ConcurrencyLimitExceeded`.
+        gives it is not allowed), `ConcurrencyLimitExceeded` when as much of it is under way as may be or the budget has
+        no room, `PidsLimitExceeded` when its confinement is full of processes. In each case it must not run; hooks and
+        log have been told. With ``wait`` it waits for its turn instead of `ConcurrencyLimitExceeded`;
+        for the budget, with ``limit`` `BUDGET` in that error, it waits as long as the settings say, either way.
         ``memory`` may say, for its policy, how many bytes this one work has in the place of ``each.memory``.
         """
         if self._pid != os.getpid():
@@ -205,38 +204,25 @@ class Manager:
             confinement = self._hold(policy_name, key)
         except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the work does not run
             self._refuse(work, policy_name, key, error)
-        slot: int | None = None
+        turn, turns = Turn(), self._ready_turns()
         try:
-            if policy.concurrency is not None:
-                slot = self._in_turn(wait, partial(self._take_slot, confinement, policy.concurrency))
-            self._work_started(work=work, policy=policy)
             own = memory(policy) if memory is not None else None
-            return self._in_turn(wait, partial(self._make_admission, work, confinement, slot, identity, own))
+            turns.take(turn, confinement, own, wait)
+            self._work_started(work=work, policy=policy)
+            return turns.wait(wait, partial(self._make_admission, work, confinement, turn, identity, own))
         except BaseException as error:
-            self._let_go(confinement, slot)
+            self._let_go(confinement, turn)
             if not isinstance(error, Exception):
                 raise
             self._refuse(work, policy_name, key, error)
-
-    def _in_turn(self, wait: bool, action: Callable[[], _T]) -> _T:
-        """What ``action`` returns; with ``wait`` it is tried until there is room."""
-        pause = _SHORTEST_WAIT
-        while True:
-            try:
-                return action()
-            except ConcurrencyLimitExceeded:
-                if not wait or self._pid != os.getpid():
-                    raise
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_WAIT)
 
     def together(self, confinement: Confinement) -> Cgroup:
         """The cgroup that holds all the work of a confinement that runs in processes."""
         return self._ready_instance().together(confinement.name)
 
-    def concluded(self, work: Work, confinement: Confinement, slot: int | None, outcome: Outcome) -> None:
+    def concluded(self, work: Work, confinement: Confinement, turn: Turn, outcome: Outcome) -> None:
         """Take note of a work's outcome: called by its admission, once."""
-        self._let_go(confinement, slot)
+        self._let_go(confinement, turn)
         self._tell(work, outcome)
 
     def _select(self, work: Work) -> str | None:
@@ -312,35 +298,25 @@ class Manager:
         self,
         work: Work,
         confinement: Confinement,
-        slot: int | None,
+        turn: Turn,
         identity: Identity | None,
         memory: int | None,
     ) -> Admission:
         if isinstance(confinement, ThreadedConfinement):
             if confinement.isolation == "thread":
-                return ThreadAdmission(self, work, confinement, slot, identity, self._threads)
-            return InlineAdmission(self, work, confinement, slot)
+                return ThreadAdmission(self, work, confinement, turn, identity, self._threads)
+            return InlineAdmission(self, work, confinement, turn)
         if isinstance(confinement, ProcessConfinement) and self._pool is not None:
-            return ProcessAdmission(self, work, confinement, slot, identity, self._pool, memory)
+            return ProcessAdmission(self, work, confinement, turn, identity, self._pool, memory)
         raise ConfinementError(f"{confinement.name} needs a process, and there is no fork server")
 
-    def _take_slot(self, confinement: Confinement, limit: int) -> int:
-        slots = self._slots
-        slot = slots.take(confinement.first_slot, limit) if slots is not None else None
-        if slot is None:
-            raise ConcurrencyLimitExceeded(
-                f"{limit} works are under way, which is the most", limit="concurrency"
-            )
-        return slot
-
-    def _let_go(self, confinement: Confinement, slot: int | None) -> None:
+    def _let_go(self, confinement: Confinement, turn: Turn) -> None:
         with self.lock:
             confinement.users -= 1
             idle = not confinement.users
         if idle and self._attendance is not None:
             self._attendance.rest(confinement.name)
-        if slot is not None and self._slots is not None:
-            self._slots.release(slot)
+        self._ready_turns().give_back(turn)
 
     def _refuse(self, work: Work, policy: str, key: str | None, error: Exception) -> NoReturn:
         """Tell hooks and log that the work does not run, and raise that."""
@@ -367,6 +343,15 @@ class Manager:
     def _key_of(self, name: str) -> str | None:
         confinement = self._confinements.get(name)
         return None if confinement is None else confinement.key
+
+    def _purse(self) -> Purse | None:
+        budget, whole = self.settings.budget, self.plan.budget
+        return None if budget is None or whole is None else Purse(ledger_of_machine(), whole, budget.wait)
+
+    def _ready_turns(self) -> Turns:
+        if self._turns is None:
+            raise ConfinementError("the manager was not started")
+        return self._turns
 
     def _ready_instance(self) -> Instance:
         if self._instance is None:

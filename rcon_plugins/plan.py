@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from rcon_plugins.budget import promised
+from rcon_plugins.errors import SettingsError
 from rcon_plugins.identity import check as check_identity
 from rcon_plugins.isolation import Server, Verdict, caveat, judge
 from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.kernel.cgroup.machine import memory_of_machine
 from rcon_plugins.plugins import make_plugin_manager
 from rcon_plugins.settings import Settings
+from rcon_plugins.units import Size
 
 if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.instance import Instance
+    from rcon_plugins.policy import Policy
 
 
 class Plan(NamedTuple):
@@ -55,6 +60,29 @@ class Plan(NamedTuple):
         for verdict in self.verdicts.values():
             verdict.check(self.settings.file)
             check_identity(verdict.policy, self.settings.file)
+        if self.settings.budget is not None:
+            for name, policy in self.settings.policies.items():
+                memory = promised(policy)
+                if memory is not None:
+                    self.check_fits(memory, f"policy.{name}.{_where(policy)}")
+
+    @property
+    def budget(self) -> int | None:
+        """The whole budget, in bytes, on this machine; None without one. Raises KernelError."""
+        budget = self.settings.budget
+        return None if budget is None else budget.memory.of(memory_of_machine(self.hierarchy))
+
+    def check_fits(self, memory: Size, key: str) -> None:
+        """Raise `SettingsError` for a limit of memory, written as ``key``, that is above the whole budget."""
+        whole = self.budget
+        if whole is not None and memory > whole // 2**20 * 2**20:
+            raise SettingsError(
+                f"{memory} never fits: the whole budget is {whole // 2**20}M here",
+                key=key,
+                value=memory,
+                hint="lower it, or raise budget.memory",
+                file=self.settings.file,
+            )
 
     def warnings(self, uid: int | None = None) -> list[str]:
         """Where work in processes is bounded against accidents only, and why: one sentence for each reason.
@@ -67,6 +95,14 @@ class Plan(NamedTuple):
             if why is not None:
                 found.setdefault(why, []).append(name)
         warnings = [f"{', '.join(names)}: {why}" for why, names in found.items()]
+        if self.settings.budget is not None:
+            unknown = [name for name, policy in self.settings.policies.items() if promised(policy) is None]
+            if self.settings.unmatched == "allow":
+                unknown.append("work that no route names")
+            if unknown:
+                warnings.append(
+                    f"{', '.join(unknown)}: without a limit of memory, so that the budget does not count it"
+                )
         inside = [name for name, verdict in self.verdicts.items() if verdict.isolation == "inline"]
         if self.settings.unmatched == "allow":
             inside.append("work that no route names")
@@ -93,3 +129,9 @@ class Plan(NamedTuple):
     def uses_processes(self) -> bool:
         """Whether a fork server is needed."""
         return any(verdict.isolation == "process" for verdict in self.verdicts.values())
+
+
+def _where(policy: Policy) -> str:
+    """The key of the limit that is promised to one work of a policy."""
+    where, limit = ("each.memory", policy.each.memory) if policy.each.memory else ("memory", policy.memory)
+    return f"{where}.up_to" if limit is not None and limit.expands else where

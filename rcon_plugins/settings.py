@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
+from rcon_plugins.budget import Budget
 from rcon_plugins.conversion import convert, did_you_mean, dotted, explain, one_of, schema_hook
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.policy import Policy, PolicyName
@@ -47,6 +48,12 @@ class _Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Annotated[int, _COUNT],
         Meta(description="Executor threads that one worker has at most.", examples=[64]),
     ] = 64
+    budget: Annotated[
+        Budget | None,
+        Meta(
+            description="What all work on the machine may be promised at once.", examples=[{"memory": "80%"}]
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.cgroup is not None:

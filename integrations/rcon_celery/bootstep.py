@@ -42,7 +42,7 @@ def make_step(installation: Installation) -> type:
                     )
                 settings = installation.settings()
                 names, policies = installation.marked(settings)
-                node = Node.start(settings, names, policies, pool, parent.hostname)
+                node = Node.start(settings, names, policies, pool, parent.hostname, installation.most())
                 node.events = bool(parent.task_events)
                 installation.begin(node)
             except RconError as error:

@@ -21,10 +21,12 @@ from rcon_celery.pools import after_fork
 from rcon_celery.service import TaskService
 from rcon_celery.takeover import Annotations, Body, perform
 from rcon_celery.work import is_own, work_of
-from rcon_plugins.errors import ConfinementError, RconError, SettingsError
+from rcon_plugins.budget import BUDGET
+from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, RconError, SettingsError
 from rcon_plugins.manager import Manager
 from rcon_plugins.policy import Policy
 from rcon_plugins.settings import Settings, load
+from rcon_plugins.units import Size
 
 if TYPE_CHECKING:
     from rcon_plugins.admission import InlineAdmission, ProcessAdmission, ThreadAdmission
@@ -126,6 +128,14 @@ class Installation:
                 )
         return names, made
 
+    def most(self) -> dict[str, Size]:
+        """By its key in an error, the most memory that each task which learns may be given."""
+        return {
+            f"@confined of {task}: on_memory.up_to": mark.learning.on_memory.up_to
+            for task, mark in sorted(self._marks.items())
+            if mark.learning is not None and mark.learning.on_memory is not None
+        }
+
     def begin(self, node: Node) -> None:
         """In the worker: tasks are confined from here on. Raises `RconError` where that cannot be."""
         self.node = node
@@ -203,9 +213,14 @@ class Installation:
         )
 
     def _confine(self, task: Any, body: Body, args: Any, kwargs: Any, lesson: Lesson | None) -> Any:
-        admission = self._ready_manager().admit(
-            work_of(task, args, kwargs), wait=True, memory=lesson.memory if lesson is not None else None
-        )
+        try:
+            admission = self._ready_manager().admit(
+                work_of(task, args, kwargs), wait=True, memory=lesson.memory if lesson is not None else None
+            )
+        except ConcurrencyLimitExceeded as error:
+            if error.limit != BUDGET:
+                raise
+            raise learning.back_to_the_queue(task, error) from None
         if admission is None:
             return perform(task, body, args, kwargs)
         try:

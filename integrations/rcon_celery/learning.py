@@ -18,7 +18,7 @@ from celery.backends.base import BaseKeyValueStoreBackend
 from celery.exceptions import Retry
 
 from rcon_plugins.conversion import convert
-from rcon_plugins.errors import Killed, MemoryLimitExceeded, SettingsError
+from rcon_plugins.errors import ConcurrencyLimitExceeded, Killed, MemoryLimitExceeded, SettingsError
 from rcon_plugins.memory import Factor
 from rcon_plugins.policy import Policy
 from rcon_plugins.units import Size
@@ -135,22 +135,38 @@ class Lesson:
             self._bury(error)
             return error
         _log.warning("rcon: %s; it is tried again with %.1f MiB", error, more / 2**20)
-        retry: Exception = Retry(exc=error, when=0, sig=self._send({DEATHS: deaths}))
+        retry: Exception = Retry(exc=error, when=0, sig=send_again(self._task, {DEATHS: deaths}))
         return retry
 
     def _bury(self, error: Exception) -> None:
         """Send the task to its dead-letter queue, if it has one."""
         if self._learning.dead_letter is not None:
-            self._send({DEATHS: self.deaths + 1, REASON: str(error)}, queue=self._learning.dead_letter)
+            send_again(
+                self._task, {DEATHS: self.deaths + 1, REASON: str(error)}, queue=self._learning.dead_letter
+            )
 
-    def _send(self, headers: Mapping[str, Any], **options: Any) -> Any:
-        request = self._task.request
-        carried = {**(request.headers or {}), **headers}
-        signature = self._task.signature_from_request(
-            request, retries=request.retries, headers=carried, **options
-        )
-        signature.apply_async()
-        return signature
+
+def send_again(task: Any, headers: Mapping[str, Any], **options: Any) -> Any:
+    """Send the message of a task that runs once more, with more headers; it is no try of the task's own."""
+    request = task.request
+    carried = {**(request.headers or {}), **headers}
+    signature = task.signature_from_request(request, retries=request.retries, headers=carried, **options)
+    signature.apply_async()
+    return signature
+
+
+def back_to_the_queue(task: Any, error: ConcurrencyLimitExceeded) -> Exception:
+    """Send a task that was not begun to its queue, and what to raise for this run of it.
+
+    As a new message, and not by rejecting the old one: that would come back as one under which a worker died, and is
+    there no more where it was acknowledged early.
+    """
+    deaths = getattr(task.request, DEATHS, None)
+    headers = {} if deaths is None else {DEATHS: deaths}
+    pause = error.retry_after
+    _log.warning("rcon: %s: %s; it goes back to its queue", task.name, error)
+    retry: Exception = Retry(exc=error, when=pause, sig=send_again(task, headers, countdown=pause))
+    return retry
 
 
 def run(task: Any, learning: Learning, confine: Callable[[Lesson], Any]) -> Any:

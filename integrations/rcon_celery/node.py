@@ -13,9 +13,11 @@ from rcon_celery.tally import Tally
 from rcon_plugins.errors import RconError
 from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.instance import Instance
+from rcon_plugins.ledger import ledger_of_machine
 from rcon_plugins.plan import Plan
 from rcon_plugins.policy import Policy
 from rcon_plugins.settings import Settings
+from rcon_plugins.units import Size
 from rcon_plugins.work import Work
 
 _log = logging.getLogger("rcon")
@@ -47,15 +49,21 @@ class Node:
         policies: Sequence[Policy],
         pool: Pool,
         hostname: str,
+        most: Mapping[str, Size],
     ) -> Node:
         """Make sure that this machine can enforce the settings, and make the cgroups.
 
-        ``names`` and ``policies`` are those of tasks with `confined`. Raises `RconError` with what is wrong and what to
+        ``names`` and ``policies`` are those of tasks with `confined`, ``most`` by key what such tasks may be given when
+        they are tried again. Raises `RconError` with what is wrong and what to
         do.
         """
         plugins = [MarkedTasks(names, policies)]
         plan = Plan.make(settings, pool.server, plugins)
         plan.check()
+        for key, memory in most.items():
+            plan.check_fits(memory, key)
+        if settings.budget is not None:
+            ledger_of_machine()
         instance = Instance.create(plan.hierarchy, base=settings.cgroup)
         node = cls(settings, pool, plugins, instance, hostname)
         node.policies = plan.settings.policies

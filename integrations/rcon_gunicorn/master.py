@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from rcon_gunicorn.workers import server_traits
 from rcon_plugins.errors import RconError
 from rcon_plugins.instance import Instance
+from rcon_plugins.ledger import ledger_of_machine
 from rcon_plugins.plan import Plan
 from rcon_plugins.privileges import keep, needed, settle
 from rcon_plugins.settings import Settings, load
@@ -49,6 +50,8 @@ class Master:
         master = cls(plan, settings, instance)
         atexit.register(master.close)  # gunicorn calls no hook when it ends before it serves
         plan.within(instance.hierarchy).check()
+        if settings.budget is not None:
+            ledger_of_machine()  # as the user that the master is: workers may be another
         master._adopt(plan)
         server.log.info("rcon: %s confines requests, cgroups are in %s", path, instance.path)
         for warning in plan.warnings(int(server.cfg.uid)):
@@ -64,6 +67,8 @@ class Master:
         settings = load(path)
         plan = Plan.make(settings, server_traits(server.worker_class), hierarchy=self.instance.hierarchy)
         plan.check()
+        if settings.budget is not None:
+            ledger_of_machine()
         self._adopt(plan)
         if settings.cgroup != self.settings.cgroup:
             server.log.warning("rcon: a new cgroup base is taken at the next start, not at a reload")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rcon_plugins.isolation import Isolation
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.policy import Policy
+    from rcon_plugins.turns import Turn
     from rcon_plugins.work import Work
 
 
@@ -26,7 +27,7 @@ class Host(Protocol):
     def together(self, confinement: Confinement) -> Cgroup:
         """The cgroup that holds all the work of a confinement that runs in processes."""
 
-    def concluded(self, work: Work, confinement: Confinement, slot: int | None, outcome: Outcome) -> None:
+    def concluded(self, work: Work, confinement: Confinement, turn: Turn, outcome: Outcome) -> None:
         """Take note of a work's outcome, once."""
 
 
@@ -35,11 +36,11 @@ class Admission:
 
     isolation: Isolation
 
-    def __init__(self, host: Host, work: Work, confinement: Confinement, slot: int | None) -> None:
+    def __init__(self, host: Host, work: Work, confinement: Confinement, turn: Turn) -> None:
         self.work = work
         self.confinement = confinement
         self._host = host
-        self._slot = slot
+        self._turn = turn
         self._started = time.monotonic()
         self._outcome: Outcome | None = None
 
@@ -94,5 +95,5 @@ class Admission:
             detail=detail,
         )
         self._outcome = outcome
-        self._host.concluded(self.work, self.confinement, self._slot, outcome)
+        self._host.concluded(self.work, self.confinement, self._turn, outcome)
         return outcome

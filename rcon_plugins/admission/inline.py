@@ -14,6 +14,7 @@ from rcon_plugins.usage import Usage
 if TYPE_CHECKING:
     from rcon_plugins.confinement import ThreadedConfinement
     from rcon_plugins.executors.inline import InlineExecutor
+    from rcon_plugins.turns import Turn
     from rcon_plugins.work import Work
 
 
@@ -26,8 +27,8 @@ class InlineAdmission(Admission):
     isolation = "inline"
     confinement: ThreadedConfinement
 
-    def __init__(self, host: Host, work: Work, confinement: ThreadedConfinement, slot: int | None) -> None:
-        super().__init__(host, work, confinement, slot)
+    def __init__(self, host: Host, work: Work, confinement: ThreadedConfinement, turn: Turn) -> None:
+        super().__init__(host, work, confinement, turn)
         self._cpu_seconds = 0.0
         #: Whether any of the work ran.
         self.ran = False

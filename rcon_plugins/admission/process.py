@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Reading
     from rcon_plugins.kernel.cgroup.events import Event, Watch
+    from rcon_plugins.turns import Turn
     from rcon_plugins.work import Work
 
 _Number = TypeVar("_Number", int, float)
@@ -53,13 +54,13 @@ class ProcessAdmission(Admission):
         host: Host,
         work: Work,
         confinement: ProcessConfinement,
-        slot: int | None,
+        turn: Turn,
         identity: Identity | None,
         pool: ExecutorPool,
         memory: int | None = None,
     ) -> None:
         """``memory``: bytes that this one work has in the place of ``each.memory``."""
-        super().__init__(host, work, confinement, slot)
+        super().__init__(host, work, confinement, turn)
         self.on_deadline: Callable[[], object] | None = None
         self._noticed = False
         self._watch: Watch | None = None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rcon_plugins.confinement import ThreadedConfinement
     from rcon_plugins.executors.thread import ThreadExecutor, ThreadExecutors
     from rcon_plugins.kernel.capability import Identity
+    from rcon_plugins.turns import Turn
     from rcon_plugins.work import Work
 
 _Result = TypeVar("_Result")
@@ -32,11 +33,11 @@ class ThreadAdmission(Admission):
         host: Host,
         work: Work,
         confinement: ThreadedConfinement,
-        slot: int | None,
+        turn: Turn,
         identity: Identity | None,
         threads: ThreadExecutors,
     ) -> None:
-        super().__init__(host, work, confinement, slot)
+        super().__init__(host, work, confinement, turn)
         self._identity = identity
         self._threads = threads
         self._executor = self._take()

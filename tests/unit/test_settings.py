@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from rcon_plugins.budget import Budget
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.limits import Each, IoLimits
 from rcon_plugins.policy import Policy
@@ -230,13 +231,13 @@ def objects(schema: object) -> list[Mapping[str, Any]]:
 def test_the_schema_describes_the_file() -> None:
     schema = json.loads(json.dumps(json_schema()))
     assert set(schema["properties"]) == {
-        *("unmatched", "cgroup", "plugins", "confinements", "processes", "threads"),
+        *("unmatched", "cgroup", "plugins", "confinements", "processes", "threads", "budget"),
         *("policy", "route"),
     }
     assert "name" not in schema["$defs"]["Policy"]["properties"]
     assert all(found["additionalProperties"] is False for found in objects(schema))
     # memory, which may be a table, is in two of them
-    assert len(objects(schema)) == 8
+    assert len(objects(schema)) == 9
 
 
 def test_every_key_of_the_schema_has_a_description_and_an_example() -> None:
@@ -245,13 +246,15 @@ def test_every_key_of_the_schema_has_a_description_and_an_example() -> None:
             assert {"description", "examples"} <= set(schema), key
 
 
-@pytest.mark.parametrize("kind", [Policy, Each, IoLimits, Rlimits, Route])
+@pytest.mark.parametrize("kind", [Policy, Each, Budget, IoLimits, Rlimits, Route])
 def test_every_example_of_the_schema_can_be_written(kind: type[msgspec.Struct]) -> None:
     properties = json_schema()["$defs"][kind.__name__]["properties"]
     for key, schema in properties.items():
         table = {key: schema["examples"][0]}
         if kind is Route:
             from_mapping({"policy": {"tenant": {}}, "route": [{"policy": "tenant", **table}]})
+        elif kind is Budget:
+            from_mapping({"budget": {"memory": "80%", **table}, "policy": {"tenant": {}}})
         elif kind is IoLimits:
             Policy.make("p", io={"/": table})
         elif kind is Rlimits:

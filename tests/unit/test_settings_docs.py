@@ -59,6 +59,7 @@ def keys_under(heading: str) -> set[str]:
     [
         ("A policy", "Policy"),
         ("Each", "Each"),
+        ("Budget", "Budget"),
         ("IO", "IoLimits"),
         ("Rlimits", "Rlimits"),
         ("A route", "Route"),

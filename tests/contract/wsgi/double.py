@@ -23,6 +23,7 @@ from rcon_plugins.admission import ThreadAdmission
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.executors.thread import ThreadExecutors
 from rcon_plugins.outcome import Ending, Outcome
+from rcon_plugins.turns import Turn
 from rcon_plugins.work import Work
 
 GRACE = 0.5
@@ -162,12 +163,12 @@ class Manager:
                 policy=Admission.policy, key=None, name="double", settle=lambda identity: None
             )
             host: Any = self
-            return ThreadAdmission(host, work, confinement, None, None, self._threads)
+            return ThreadAdmission(host, work, confinement, Turn(), None, self._threads)
         with self._lock:
             executor = self._idle.pop() if self._idle else Executor(self._service, self._idle)
         return Admission(self, executor)
 
-    def concluded(self, work: Work, confinement: Any, slot: int | None, outcome: Outcome) -> None:
+    def concluded(self, work: Work, confinement: Any, turn: Any, outcome: Outcome) -> None:
         """A thread's own admission tells its outcome."""
         self.outcomes.append(self.verdict(outcome))
 

@@ -185,6 +185,26 @@ def define(app: celery.Celery, url: str) -> None:
             time.sleep(0.02)
         return "done"
 
+    @task(name="heavy", bind=True, max_retries=0)
+    @confined(memory="720M", timeout="60s")
+    def heavy(self: Any, number: int, seconds: float) -> list[int]:
+        return lift(number, seconds, self.request.retries)
+
+    @task(name="heavy_late", bind=True, max_retries=0, acks_late=True)
+    @confined(memory="720M", timeout="60s", max_deaths=2)
+    def heavy_late(self: Any, number: int, seconds: float) -> list[int]:
+        return lift(number, seconds, self.request.retries)
+
+    def lift(number: int, seconds: float, retries: int) -> list[int]:
+        note("heavy", "begins", number)
+        time.sleep(seconds)
+        note("heavy", "ends", number)
+        return [number, retries]
+
+    @task(name="count")
+    def count(found: list[list[int]]) -> int:
+        return len(found)
+
     @task(name="share")
     @confined(timeout="60s", together={"memory": "128M"})
     def share(size: int) -> int:
