@@ -49,7 +49,7 @@ _KINDS: Final[dict[Ending, _Kind]] = {
     "concurrency": _Kind(
         _UNAVAILABLE,
         "Too many requests at once",
-        "As many requests as the policy allows are under way. Try again later.",
+        "As many requests are under way as may be at once. Try again later.",
     ),
     "refused": _Kind(
         _UNAVAILABLE, "Request not confined", "The request was not run, because it could not be confined."
