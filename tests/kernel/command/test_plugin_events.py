@@ -119,7 +119,7 @@ def test_memory_of_the_single_command_grows_without_a_plugin_too(tmp_path: Path)
     told = tmp_path / "told"
     done = rcon(
         *("run", "--policy", "job", "--settings", settings, "--on-event", f"cat >> {told}"),
-        *("--", "sh", "-c", f"{ALLOCATE.format(40)}; echo ${{#x}}"),
+        *("--", "sh", "-c", f"{ALLOCATE.format(40)}; sleep 2; echo ${{#x}}"),
     )
     assert (done.status, done.err, done.out) == (0, "", f"{40 << 20}\n")
     grown = [event for event in events(told) if event["next_bound"]]
