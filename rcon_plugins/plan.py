@@ -60,6 +60,10 @@ class Plan(NamedTuple):
         for verdict in self.verdicts.values():
             verdict.check(self.settings.file)
             check_identity(verdict.policy, self.settings.file)
+        self.check_budget()
+
+    def check_budget(self) -> None:
+        """Raise `SettingsError` for the first policy that never fits into the budget."""
         if self.settings.budget is not None:
             for name, policy in self.settings.policies.items():
                 memory = promised(policy)

@@ -42,6 +42,7 @@ def check(file: str, server: str, as_json: bool) -> tuple[str, bool]:
     try:
         plan = Plan.make(load(file), SERVERS[server])
         _add_verdicts(found, plan)
+        plan.check_budget()
         if not _wrong(found):
             found["cgroup"] = base = find_base(plan.hierarchy, plan.settings.cgroup, systemd.enter_scope)
             # There it may have fewer controllers.

@@ -179,6 +179,16 @@ def test_a_file_that_is_wrong(name: str, write: Write, capsys: pytest.CaptureFix
     assert err.startswith(f"rcon: {file}: ")
 
 
+def test_check_finds_what_never_fits_into_the_budget(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write('[budget]\nmemory = "100M"\n[policy.p]\nmemory = "1G"\n')
+    assert run_main(["check", file]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "policy.p.memory" in said
+    assert "1G never fits: the whole budget is 100M here" in said
+
+
 def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(["check", str(tmp_path / "no.toml")]) == 1
     assert "no.toml: cannot be read: No such file or directory" in " ".join(capsys.readouterr().out.split())
