@@ -178,6 +178,11 @@ class Manager:
         """The pid of the fork server; None without one."""
         return self._pool.processes.server_pid if self._pool is not None else None
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the fork server ended before its time, so that no work that needs a process can begin."""
+        return self._pool is not None and self._pool.processes.lost
+
     def admit(
         self, work: Work, *, wait: bool = False, memory: Callable[[Policy], int | None] | None = None
     ) -> Admission | None:

@@ -181,6 +181,14 @@ def predicate_of(task: Any, how: str, payload: dict[str, Any]) -> Exception:
     return error
 
 
+def sentence(error: BaseException) -> str:
+    """An exception in words, whatever it makes of that itself: its class may be anybody's."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - its own ``__str__``
+        return f"{type(error).__name__}: {safe_repr(error.args)}"
+
+
 def _of_arguments(task: Any) -> list[str]:
     # What was pickled holds what only pickle can carry; to the executor it goes as it came.
     own = task.serializer or task.app.conf.task_serializer

@@ -50,12 +50,21 @@ class Host(Protocol):
 
 def run(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, host: Host) -> Any:
     """Have the task's body run at the other end, and return or raise what it did."""
+    # Until all is settled: what comes late must not break off the settling.
+    with _notices_passed_on(admission) if host.is_of_pool else contextlib.nullcontext():
+        head, answer = _converse(task, admission, args, kwargs, host)
+        return _Answer(task, admission, head, answer).conclude()
+
+
+def _converse(
+    task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, host: Host
+) -> tuple[wire.AnswerHead, dict[str, Any]]:
+    """Send the task, and wait for the answer."""
     number = os.urandom(wire.NUMBER_SIZE)
     try:
         body, payload = codec.encode_task(task, task.request, args, kwargs)
-        with _notices_passed_on(admission) if host.is_of_pool else contextlib.nullcontext():
-            wire.send(admission.channel, wire.TASK, wire.TaskHead(number, task.name, body), payload)
-            head, answer = _receive(admission, number, codec.accepted(task.app))
+        wire.send(admission.channel, wire.TASK, wire.TaskHead(number, task.name, body), payload)
+        return _receive(admission, number, codec.accepted(task.app))
     except ChannelClosed:
         outcome = admission.died()
         if task.acks_late and outcome.ending == "killed" and host.is_lost:
@@ -64,9 +73,8 @@ def run(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, host: Ho
         raise raised(outcome) from None
     except BaseException as error:
         # A pool that ends this process gives it a tenth of a second.
-        admission.abandon(f"{type(error).__name__}: {error}")
+        admission.abandon(codec.sentence(error))
         raise
-    return _Answer(task, admission, head, answer).conclude()
 
 
 @contextlib.contextmanager
@@ -88,7 +96,7 @@ def _receive(
     head = wire.decode_answer(admission.channel.receive())
     if head.number != number:
         raise ProtocolViolation("an answer to another task")
-    longest = admission.policy.each.memory or admission.policy.memory or _LONGEST
+    longest = admission.most_memory or _LONGEST
     if not 0 < head.body.size <= longest:
         raise ProtocolViolation(f"an answer of {head.body.size} bytes; the most is {longest}")
     payload = wire.receive_body(admission.channel, head.body.size)
@@ -114,19 +122,19 @@ class _Answer:
         try:
             value, error = self._read()
         except Exception as broken:  # noqa: BLE001 - what an executor says may be anything
-            self._admission.abort(f"its answer cannot be read: {type(broken).__name__}: {broken}")
+            self._admission.abort(f"its answer cannot be read: {codec.sentence(broken)}")
             raise Killed(f"{self._task.name}: its process gave an answer that cannot be read") from None
         if error is None or self._head.how in ("retry", "ignore", "reject"):
             outcome = self._admission.finish("ok")
         else:
-            outcome = self._admission.finish("error", f"{type(error).__name__}: {error}")
+            outcome = self._admission.finish("error", codec.sentence(error))
         if outcome.ending not in ("ok", "error"):
             raise raised(outcome) from error
         for child in self._children:
             self._task.add_trail(child)
         if isinstance(error, MemoryError):
             # Celery ends a whole worker for it.
-            told = f"{self._task.name}: {type(error).__name__}: {error}"
+            told = f"{self._task.name}: {codec.sentence(error)}"
             limit = MemoryLimitExceeded(told, policy=outcome.policy, key=outcome.key, usage=outcome.usage)
             raise limit.plain() from error.__cause__
         if error is not None:

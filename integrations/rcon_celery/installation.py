@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from celery import signals as on
 from celery._state import _task_stack
-from celery.exceptions import Reject, TaskPredicate
+from celery.exceptions import Reject, SoftTimeLimitExceeded, TaskPredicate
 
-from rcon_celery import cluster, handover, learning, place, results
+from rcon_celery import cluster, codec, handover, learning, place, results
 from rcon_celery.bootstep import make_step
 from rcon_celery.decorator import Mark, mark_of
 from rcon_celery.files import leave_log_files, server_files
@@ -29,9 +29,12 @@ from rcon_plugins.settings import Settings, load
 from rcon_plugins.units import Size
 
 if TYPE_CHECKING:
-    from rcon_plugins.admission import InlineAdmission, ProcessAdmission, ThreadAdmission
+    from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission, ThreadAdmission
 
 _log = logging.getLogger("rcon")
+
+#: How often a task is to begin whose fork server ends each time.
+_ATTEMPTS = 3
 
 
 def install(app: Any, settings: Settings | str | os.PathLike[str] | None = None) -> None:
@@ -77,6 +80,7 @@ class Installation:
         app.steps["worker"].add(make_step(self))
         on.worker_process_init.connect(self._pool_process_starts, weak=False)
         on.worker_process_shutdown.connect(self._pool_process_ends, weak=False)
+        on.worker_shutdown.connect(self._worker_ends, weak=False)
 
     # when tasks are bound
 
@@ -179,6 +183,10 @@ class Installation:
     def _pool_process_ends(self, **_: object) -> None:
         self.close()
 
+    def _worker_ends(self, **_: object) -> None:
+        if self.node is not None:
+            self.node.close_first()
+
     def close(self) -> None:
         """End all executor processes of this process."""
         if self.manager is not None and self._pid == os.getpid():
@@ -213,14 +221,7 @@ class Installation:
         )
 
     def _confine(self, task: Any, body: Body, args: Any, kwargs: Any, lesson: Lesson | None) -> Any:
-        try:
-            admission = self._ready_manager().admit(
-                work_of(task, args, kwargs), wait=True, memory=lesson.memory if lesson is not None else None
-            )
-        except ConcurrencyLimitExceeded as error:
-            if error.limit != BUDGET:
-                raise
-            raise learning.back_to_the_queue(task, error) from None
+        admission = self._admit(task, args, kwargs, lesson)
         if admission is None:
             return perform(task, body, args, kwargs)
         try:
@@ -232,13 +233,41 @@ class Installation:
                 self._ready_node().tally.add(admission.outcome)
                 results.note(task, admission.outcome, events=self._ready_node().events)
 
-    def _find_another_server(self, task: Any) -> None:
+    def _admit(self, task: Any, args: Any, kwargs: Any, lesson: Lesson | None) -> Admission | None:
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            manager = self._ready_manager()
+            try:
+                return manager.admit(
+                    work_of(task, args, kwargs),
+                    wait=True,
+                    memory=lesson.memory if lesson is not None else None,
+                )
+            except ConcurrencyLimitExceeded as error:
+                if error.limit != BUDGET:
+                    raise
+                raise learning.back_to_the_queue(task, error) from None
+            except ConfinementError as error:
+                if isinstance(error.__cause__, SoftTimeLimitExceeded):  # while it waited for its turn
+                    raise error.__cause__ from None
+                # It has not begun, so that it may begin again.
+                if not manager.is_lost or not self._find_another_server(task):
+                    raise
+                if not attempts_left:
+                    if task.acks_late:
+                        raise Reject(str(error), requeue=True) from None
+                    raise
+        raise AssertionError
+
+    def _find_another_server(self, task: Any) -> bool:
+        """False where this process cannot have another, and the task cannot go back to the queue."""
         if self._ready_node().pool.alone:
             _log.error("rcon: the fork server of this process is gone; it gets another")
             self.close()
             self._start_manager()
-        elif task.acks_late:
+            return True
+        if task.acks_late:
             raise Reject("the fork server of this worker is gone", requeue=True)
+        return False
 
     def _ready_manager(self) -> Manager:
         if self.manager is None or self._pid != os.getpid():
@@ -273,7 +302,7 @@ def here(task: Any, body: Body, admission: InlineAdmission | ThreadAdmission, ar
             admission.abort(str(error))
             raise
         ending: Literal["ok", "error"] = "ok" if isinstance(error, TaskPredicate) else "error"
-        outcome = admission.finish(ending, f"{type(error).__name__}: {error}")
+        outcome = admission.finish(ending, codec.sentence(error))
         if outcome.ran_into_limit and isinstance(error, Exception):
             raise handover.raised(outcome) from error
         raise

@@ -102,7 +102,9 @@ class Lesson:
             yield
             return
         backend = self._task.backend
-        key = f"rcon-runs-{self._task.request.id}"
+        # Of this message: what a try sends off, to be tried again, may begin before that try has ended here.
+        request = self._task.request
+        key = f"rcon-runs-{request.id}-{request.retries or 0}-{self.deaths}"
         lost = self._lost(backend, key)
         try:
             if self.deaths + lost >= self._learning.max_deaths:

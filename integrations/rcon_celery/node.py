@@ -77,6 +77,15 @@ class Node:
             _log.warning("rcon: %s", warning)
         return node
 
+    def close_first(self) -> None:
+        """Let `close` come before all else that is put off until the exit.
+
+        After a SIGHUP Celery starts itself anew there, in the same process: what it leaves then has a living owner.
+        """
+        if os.getpid() == self._pid:
+            atexit.unregister(self.close)
+            atexit.register(self.close)
+
     def close(self) -> None:
         """End all tasks and remove the cgroups. Does nothing in a process that is not the worker's main one."""
         if os.getpid() != self._pid:

@@ -33,6 +33,8 @@ class TaskService:
         self._hostname = hostname
         #: The task whose body runs now.
         self._task: str | None = None
+        #: What it is to be told when it begins.
+        self._early: Exception | None = None
 
     def __call__(self, channel: Channel, frame: Frame) -> None:
         """Run one task; ``frame`` is its first. Returns when its answer is sent."""
@@ -51,14 +53,17 @@ class TaskService:
         signal.signal(SOFT_MEMORY, self._notice_memory)
 
     def _notice_time(self, *_: object) -> None:
-        if self._task is not None:
-            raise SoftTimeLimitExceeded
+        self._notice(SoftTimeLimitExceeded())
 
     def _notice_memory(self, *_: object) -> None:
+        told = f"{self._task or 'a task'}: its memory is nearly used up"
+        self._notice(SoftMemoryLimitExceeded(told, limit="each.memory_soft"))
+
+    def _notice(self, what: Exception) -> None:
         if self._task is not None:
-            raise SoftMemoryLimitExceeded(
-                f"{self._task}: its memory is nearly used up", limit="each.memory_soft"
-            )
+            raise what
+        # Before its body begins, for which it is kept; or after its end: a process that was told serves no other.
+        self._early = what
 
     def _begin(self) -> None:
         """What a pool's process does when it starts: connections that are made then belong to one process."""
@@ -78,6 +83,8 @@ class TaskService:
             try:
                 try:
                     self._task = task.name
+                    if self._early is not None:
+                        raise self._early
                     result = perform(task, self._bodies[task.name], args, kwargs)
                 finally:
                     self._task = None

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from celery.canvas import signature
+
+from rcon_plugins.errors import ConfinementError
 from rcon_plugins.work import Work
 
 #: Celery's own tasks that run the bodies of others, in the process they are in themselves.
@@ -18,16 +21,27 @@ def is_own(cls: Any) -> bool:
 
 
 def work_of(task: Any, args: Any, kwargs: Any) -> Work:
-    """The work that a task is, by its request."""
+    """The work that a task is, by its request. Raises `ConfinementError` where nobody can say what it would run."""
     name = task.name
     if name in _RUN_OTHERS:
-        inner = kwargs.get("task", args[0] if args else None)
-        name = inner.get("task", name) if isinstance(inner, Mapping) else name
+        name = _mapped(task.app, kwargs.get("task", args[0] if args else None))
     attributes = {"task": name}
     queue = _queue(task.app, task.request.delivery_info or {})
     if queue:
         attributes["queue"] = queue
     return Work("task", name, attributes)
+
+
+def _mapped(app: Any, inner: object) -> str:
+    """The name of the task whose body is run for each item, found as Celery finds it: what was sent may be a name, or
+    say another than it comes to. Raises what Celery would, and `ConfinementError`.
+    """
+    name = str(signature(inner, app=app).type.name)
+    if name in _RUN_OTHERS:
+        raise ConfinementError(
+            f"{name} inside of another would run tasks that nobody has named; map the task itself"
+        )
+    return name
 
 
 def _queue(app: Any, delivery: Mapping[str, Any]) -> str | None:

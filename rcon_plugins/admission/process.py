@@ -102,6 +102,12 @@ class ProcessAdmission(Admission):
         """The pid of the executor process."""
         return self._executor.pid
 
+    @property
+    def most_memory(self) -> int | None:
+        """The most memory that this work may come to have, bytes; None where there is no limit."""
+        memory = self._memory("each.memory") or self._memory("memory")
+        return None if memory is None else int(memory.most)
+
     def notify(self, number: int) -> None:
         """Send the work a signal that its service expects: `SOFT_TIME`, `SOFT_MEMORY`, or one between the two.
 

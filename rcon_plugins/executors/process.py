@@ -86,6 +86,8 @@ class ProcessExecutors:
         self._dying: dict[int, Executor] = {}
         self._alarms = threading.Lock()
         self._lost = False
+        #: It does not take orders: known to who gave one before the supervisor hears of it.
+        self._deaf = False
         self._closing = False
         self._server = 0
         self._control: _socket.socket | None = None
@@ -100,6 +102,11 @@ class ProcessExecutors:
     def usable(self) -> bool:
         """Whether executor processes can be made."""
         return self._control is not None and not self._lost and not self._closing
+
+    @property
+    def lost(self) -> bool:
+        """Whether the fork server ended before its time."""
+        return self._lost or self._deaf
 
     def start(
         self,
@@ -151,6 +158,7 @@ class ProcessExecutors:
         try:
             self._order(birth, theirs.fileno())
         except OSError as error:
+            self._deaf = self._deaf or isinstance(error, BrokenPipeError | ConnectionResetError)
             executor.told = True
             self.kill(executor, "never born")
             executor.channel.close()

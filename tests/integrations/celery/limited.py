@@ -23,6 +23,7 @@ import celery
 import msgspec
 import redis
 from celery.exceptions import SoftTimeLimitExceeded
+from celery.signals import worker_process_init
 
 from rcon_celery import confined, expand, install, wire
 from rcon_plugins.errors import MemoryLimitExceeded, SoftMemoryLimitExceeded
@@ -33,6 +34,8 @@ SETTINGS = "RCON_TEST_SETTINGS"
 #: Installed or not.
 INSTALL = "RCON_TEST_INSTALL"
 ACCEPT = "RCON_TEST_ACCEPT"
+#: For how many seconds a process of the pool, and an executor process, starts.
+SLOW_START = "RCON_TEST_SLOW_START"
 
 MANY = 100_000.0
 
@@ -52,10 +55,16 @@ def make(
     )
     if "RCON_TEST_SPAWN" in os.environ:
         app.conf.worker_pool_start_method = "spawn"
+    if SLOW_START in os.environ:
+        worker_process_init.connect(start_slowly, weak=False)
     if installed:
         install(app, settings)
     define(app, url)
     return app
+
+
+def start_slowly(**_: object) -> None:
+    time.sleep(float(os.environ[SLOW_START]))
 
 
 def whereabouts() -> dict[str, Any]:
@@ -152,6 +161,11 @@ def define(app: celery.Celery, url: str) -> None:
     def raising() -> None:
         raise ValueError("mine")
 
+    @task(name="unspeakable")
+    @confined(memory="64M", timeout="60s", concurrency=1)
+    def unspeakable() -> None:
+        raise Unspeakable(5)
+
     @task(name="unencodable")
     @confined(memory="64M", timeout="60s")
     def unencodable() -> object:
@@ -167,15 +181,22 @@ def define(app: celery.Celery, url: str) -> None:
 
     @task(name="learning")
     @confined(memory="64M", timeout="60s", on_memory=expand("2x", up_to="512M"), max_deaths=4)
-    def learning(size: int) -> int:
+    def learning(size: int, answer: int = 0) -> Any:
         note("learning", "run")
-        return fill(size)
+        return fill(size) if not answer else "x" * answer
 
     @task(name="learning_in_vain")
     @confined(memory="64M", on_memory=expand("2x", up_to="1G"), max_deaths=2, dead_letter="dead")
     def learning_in_vain(size: int) -> int:
         note("learning_in_vain", "run")
         return fill(size)
+
+    @task(name="retrying_late", bind=True, acks_late=True, max_retries=20)
+    @confined(timeout="60s", max_deaths=1)
+    def retrying_late(self: Any) -> int:
+        if self.request.retries < 20:
+            raise self.retry(countdown=0)
+        return int(self.request.retries)
 
     @task(name="learning_late", acks_late=True, reject_on_worker_lost=True)
     @confined(timeout="60s", max_deaths=2, dead_letter="dead")
@@ -318,11 +339,27 @@ def define(app: celery.Celery, url: str) -> None:
     def hostile(self: Any, how: str, *arguments: Any) -> None:
         answer_as(how, *arguments)
 
+    @task(name="numbered", acks_late=True)
+    @confined(timeout="60s", max_works=1)
+    def numbered(number: int) -> int:
+        return number
+
+    @task(name="begun_late", soft_time_limit=1)
+    @confined(timeout="60s")
+    def begun_late() -> str:
+        """Where `SLOW_START` is set, its time is over before it begins."""
+        try:
+            time.sleep(MANY)
+        except SoftTimeLimitExceeded:
+            return "cleaned up"
+        return "never told"
+
     @task(name="one_at_a_time")
     @confined(timeout="60s", concurrency=1)
-    def one_at_a_time() -> list[float]:
+    def one_at_a_time(seconds: float = 0.2) -> list[float]:
         began = time.monotonic()
-        time.sleep(0.2)
+        note("one_at_a_time", "runs")
+        time.sleep(seconds)
         return [began, time.monotonic()]
 
 
@@ -373,6 +410,11 @@ def held_number() -> bytes:
         frame = frame.f_back
     number: bytes = frame.f_locals["head"].number
     return number
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        return str(len(self.args[0]))
 
 
 class Bomb:

@@ -15,6 +15,7 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
 from rcon_plugins.errors import Killed
 from tests.integrations.celery.office import Office, Offices
+from tests.integrations.celery.worker import READY
 from tests.processes import alive, children, family, until
 
 
@@ -81,6 +82,22 @@ def test_fork_server_killed(offices: Offices, gate: Gate, pool: str) -> None:
         run_late_and_kill(office, gate, "server", lambda: os.kill(fork_server(process), signal.SIGKILL))
         assert alive(process)
         assert office.get("where")["confined"]
+
+
+def test_fork_servers_killed_over_and_over(offices: Offices) -> None:
+    """Nor is a task lost that was just about to begin."""
+    with offices(concurrency=2) as office:
+        pool = office.worker.children()
+        assert office.get("numbered", -1) == -1
+        results = [office.send("numbered", number) for number in range(30)]
+        while not all(result.ready() for result in results[:25]):
+            for process in pool:
+                for server in children(process):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(server, signal.SIGKILL)
+            time.sleep(1)
+        assert [office.wait(result) for result in results] == list(range(30))
+        assert sorted(office.worker.children()) == sorted(pool)
 
 
 def test_fork_server_killed_beside_threads(offices: Offices) -> None:
@@ -184,6 +201,17 @@ def test_cold_shutdown(offices: Offices) -> None:
         nothing_runs(office, "cold")
         assert not any(map(alive, everybody))
         assert not any(path.exists() for path in directories)
+
+
+def test_restarted_by_hangup(offices: Offices) -> None:
+    """In the same process: it does not leave cgroups to itself."""
+    with offices(concurrency=1) as office:
+        assert office.get("where")["confined"]
+        before = office.worker.cgroups()
+        office.worker.signal(signal.SIGHUP)
+        until(lambda: office.worker.log().count(READY) == 2)
+        assert office.get("where")["confined"]
+        assert office.worker.cgroups() == before
 
 
 def test_pool_process_replaced(offices: Offices) -> None:

@@ -44,6 +44,18 @@ def test_more_each_time(offices: Offices) -> None:
         assert len(office.log("learning")) == 3 + 1 + 2
 
 
+def test_its_answer_may_be_as_long_as_its_own_memory(offices: Offices) -> None:
+    with offices() as office:
+        assert len(office.get("learning", 0, 70 * MIB)) == 70 * MIB
+
+
+def test_a_retry_is_no_death(offices: Offices) -> None:
+    """The next try may begin before the one that sent it has ended."""
+    with offices(concurrency=3) as office:
+        results = [office.send("retrying_late") for _ in range(6)]
+        assert [office.wait(result) for result in results] == [20] * 6
+
+
 def test_no_more_than_up_to(offices: Offices) -> None:
     with offices() as office:
         error = office.error("learning", MemoryLimitExceeded, 2000 * MIB)

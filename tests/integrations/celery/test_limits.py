@@ -11,6 +11,7 @@ import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 
 from rcon_plugins.errors import (
+    ConfinementError,
     Killed,
     LimitExceeded,
     MemoryLimitExceeded,
@@ -18,14 +19,15 @@ from rcon_plugins.errors import (
     TimeLimitExceeded,
 )
 from rcon_plugins.usage import Usage
-from tests.integrations.celery.office import Office
+from tests.integrations.celery.limited import Unspeakable
+from tests.integrations.celery.office import Office, Offices
 from tests.processes import alive, until
 
 POOLS = ("prefork", "threads", "solo", "gevent")
 
 
 @pytest.fixture(scope="module", params=POOLS)
-def office(offices: Any, request: pytest.FixtureRequest) -> Iterator[Office]:
+def office(offices: Offices, request: pytest.FixtureRequest) -> Iterator[Office]:
     """A worker with each kind of pool, which has to be the same one in the end."""
     with offices(pool=request.param, concurrency=2) as opened:
         before = opened.worker.children() if request.param == "prefork" else []
@@ -164,6 +166,41 @@ def test_map_is_the_task_it_maps(office: Office) -> None:
         [[0, True], [2, True]],
         [[4, True], [6, True]],
     ]
+
+
+@pytest.mark.parametrize("mapper", ["celery.map", "celery.starmap"])
+def test_whatever_is_mapped_is_confined(office: Office, mapper: str) -> None:
+    """By its bare name too; and not by a map that is mapped."""
+    item: Any = 4 if mapper == "celery.map" else [4]
+    assert office.wait(office.app.send_task(mapper, ("double", [item]))) == [[8, True]]
+    inner = {"task": "plain", "args": [], "kwargs": {"task": "double", "it": []}, "options": {}}
+    for named in ({**inner, "task": "celery.map"}, {**inner, "subtask_type": "xmap"}):
+        with pytest.raises(ConfinementError, match="map the task itself"):
+            office.wait(office.app.send_task(mapper, (named, [["double", [4]]])))
+
+
+def test_a_soft_limit_of_celery_while_it_waits(offices: Offices) -> None:
+    """It is the pool's, and names itself; the task has not begun."""
+    with offices(concurrency=2) as one:
+        before = one.send("one_at_a_time", 3.0)
+        until(lambda: bool(one.log("one_at_a_time")))
+        with pytest.raises(SoftTimeLimitExceeded):
+            one.get("one_at_a_time", soft_time_limit=1)
+        one.wait(before)
+        assert len(one.log("one_at_a_time")) == 1
+        one.get("one_at_a_time")
+
+
+def test_a_soft_limit_before_it_begins(offices: Offices) -> None:
+    with offices(concurrency=1, RCON_TEST_SLOW_START="2") as one:
+        assert one.get("begun_late") == "cleaned up"
+
+
+def test_an_exception_that_cannot_say_what_it_is(office: Office) -> None:
+    """It is the task's failure, which holds on to nothing: one may run at a time."""
+    for _ in range(2):
+        with pytest.raises(Unspeakable):
+            office.get("unspeakable")
 
 
 def test_others_are_as_ever(office: Office) -> None:

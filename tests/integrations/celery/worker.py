@@ -36,7 +36,8 @@ class Worker:
         self.name = f"{name}@test"
         self.log_file = directory / f"{name}.log"
         self._began = self.log_file.stat().st_size if self.log_file.exists() else 0
-        command = [sys.executable, "-m", "celery", "-A", application, "worker", "--hostname", self.name]
+        program = str(Path(sys.executable).with_name("celery"))  # what it starts itself anew with
+        command = [sys.executable, program, "-A", application, "worker", "--hostname", self.name]
         command += ["--pool", pool, "--concurrency", str(concurrency), "--loglevel", "INFO"]
         # Nothing here is about several workers getting to know each other, which takes seconds.
         command += ["--without-gossip", "--without-mingle", *arguments]
