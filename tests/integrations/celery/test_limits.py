@@ -192,8 +192,8 @@ def test_a_soft_limit_of_celery_while_it_waits(offices: Offices) -> None:
 
 
 def test_a_soft_limit_before_it_begins(offices: Offices) -> None:
-    with offices(concurrency=1, RCON_TEST_SLOW_START="2") as one:
-        assert one.get("begun_late") == "cleaned up"
+    with offices(concurrency=1, RCON_TEST_SLOW_START="2") as one, pytest.raises(SoftTimeLimitExceeded):
+        one.get("not_begun")
 
 
 def test_an_exception_that_cannot_say_what_it_is(office: Office) -> None:
