@@ -36,11 +36,13 @@ def test_ends_are_told_by_name(office: Office) -> None:
     assert office.get("where")["confined"]
 
 
+@pytest.mark.once
 def test_it_is_told_before(office: Office) -> None:
     assert office.get("soft_memory") == "cleaned up: soft_memory: its memory is nearly used up"
     assert office.get("soft_time") == "cleaned up"
 
 
+@pytest.mark.once
 def test_what_it_started_ends_with_it(office: Office) -> None:
     pid = office.get("leaving")
     until(lambda: not alive(pid))
