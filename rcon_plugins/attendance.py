@@ -73,6 +73,18 @@ class Attendance:
         )
         return Attended(executor.leaf, policy, policy.each, about, self._hook, self._watcher, together)
 
+    def change(self, policies: Mapping[str, Policy]) -> None:
+        """These policies are otherwise now. What does not expand is watched anew, with the next executor."""
+        with self._lock:
+            of_before = [name for name, one in self._confinements.items() if one.change(policies)]
+            unwatched = [
+                self._confinements.pop(name)
+                for name in of_before
+                if self._confinements[name].expansion is None
+            ]
+        for one in unwatched:
+            one.close()
+
     def rest(self, name: str) -> None:
         """No work of a confinement is under way: what it was given beyond its limit is taken back, soon."""
         with self._lock:
@@ -153,6 +165,14 @@ class Attended:
         """The limit of memory in force, of the executor (``each.memory``) or of its confinement."""
         of = self._above if limit == "memory" and self._above is not None else self
         return of.expansion.memory if of.expansion is not None else of.limits.memory
+
+    def change(self, policies: Mapping[str, Policy]) -> bool:
+        """These policies are otherwise now; whether its own is among them."""
+        policy = policies.get(self._policy.name)
+        if policy is not None:
+            self._policy = policy
+            self.limits = policy if self._above is None else policy.each
+        return policy is not None
 
     def part(self) -> None:
         """The cgroup is about to be removed: what happened last is still told."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission, ThreadAdmission
 from rcon_plugins.attendance import Attendance
+from rcon_plugins.changes import Changes, InForce
 from rcon_plugins.confinement import Confinement, ProcessConfinement, ThreadedConfinement, cgroup_name
 from rcon_plugins.defaults.log import LOGGER
 from rcon_plugins.errors import (
@@ -60,12 +61,13 @@ class Manager:
         plugins: Sequence[object] = (),
         on_lost: Callable[[], object] | None = None,
         generations: Mapping[str, int] | None = None,
+        changes: Changes | None = None,
     ) -> None:
         """Judge the policies. Raises `SettingsError` for one that this machine cannot enforce.
 
         ``on_lost`` is called, in another thread, if the fork server ends before its time: work that needs a process
         is refused from then on, so the host had best be replaced. ``generations`` says how often a policy of that name
-        was changed during the life of the instance (see `cgroup_name`).
+        was changed during the life of the instance (see `cgroup_name`). ``changes`` tells of limits changed since.
         """
         self.plan = Plan.make(settings, server, plugins)
         self.plan.check()
@@ -82,6 +84,7 @@ class Manager:
         self._instance = instance
         self._on_lost = on_lost
         self._generations = generations or {}
+        self._in_force = InForce(self.settings.policies, changes, self._renew)
         self._pid = 0
         self._turns: Turns | None = None
         self._pool: ExecutorPool | None = None
@@ -141,6 +144,7 @@ class Manager:
                     on_end=self._executor_ended,
                     on_lost=self._on_lost,
                     attendant=self._attendance,
+                    current=self._in_force.current,
                 )
                 self._pool.processes.start(service, after_fork, server_files)
         except BaseException:
@@ -203,7 +207,7 @@ class Manager:
             if selected is None:
                 return None
             policy_name = selected
-            policy = self.settings.policies[policy_name]
+            policy = self._in_force.current(self.settings.policies[policy_name])
             key = work.attributes.get(policy.per) if policy.per is not None else None
             identity = resolve(policy, work.attributes) if policy.user is not None else None
             confinement = self._hold(policy_name, key)
@@ -220,6 +224,15 @@ class Manager:
             if not isinstance(error, Exception):
                 raise
             self._refuse(work, policy_name, key, error)
+
+    def _renew(self, changed: Mapping[str, Policy]) -> None:
+        """These policies are otherwise from now on."""
+        with self._making:
+            self.settings = self.settings.with_changed(changed)
+            for confinement in list(self._confinements.values()):
+                confinement.policy = changed.get(confinement.policy.name, confinement.policy)
+        if self._pool is not None:
+            self._pool.change(changed)
 
     def together(self, confinement: Confinement) -> Cgroup:
         """The cgroup that holds all the work of a confinement that runs in processes."""

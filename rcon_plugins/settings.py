@@ -99,6 +99,10 @@ class Settings(_Bounds, frozen=True, kw_only=True):
             _check_policy(route, number, together, self.file)
         return complete
 
+    def with_changed(self, policies: Mapping[str, Policy]) -> Self:
+        """These settings with other policies of these names."""
+        return msgspec.structs.replace(self, policies={**self.policies, **policies})
+
 
 class _File(_Bounds, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The shape of a settings file."""

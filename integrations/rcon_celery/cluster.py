@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from celery.worker.control import inspect_command
+from celery.worker.control import control_command, inspect_command
 
 from rcon_celery.node import Node
-from rcon_plugins.errors import KernelError
+from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.groups import Group, find_groups
 from rcon_plugins.samples import as_data
+
+_NOT_CONFINED = {"error": "tasks are not confined: the application was not given to rcon_celery.install"}
+_log = logging.getLogger("rcon")
 
 
 def register() -> None:
     """Make the command known: to workers, and to ``celery inspect``, which loads the application too."""
     inspect_command(name="rcon", default_timeout=5.0)(rcon)
+    control_command(
+        name="rcon_set",
+        args=[("policy", str), ("key", str), ("value", str)],
+        signature="POLICY LIMIT VALUE",
+        default_timeout=5.0,
+    )(rcon_set)
 
 
 def rcon(state: Any) -> dict[str, Any]:
     """Policies, running confinements, what they use, and deaths."""
+    node = node_of(state)
+    return _NOT_CONFINED if node is None else report(node)
+
+
+def rcon_set(state: Any, policy: str, key: str, value: str) -> dict[str, Any]:
+    """Change a limit of a policy, for tasks from now on and those that run."""
+    node = node_of(state)
+    if node is None:
+        return _NOT_CONFINED
+    try:
+        made = node.change(policy, key, str(value))
+    except RconError as error:
+        return {"error": " ".join(str(error).split())}
+    told = {"policy": policy, "limit": key, "old": made.old, "new": made.new}
+    _log.warning("rcon: %s: %s is %s now, and was %s", policy, key, made.new, made.old)
+    return {"ok": {**told, "cgroups": made.cgroups, "kept": made.kept}}
+
+
+def node_of(state: Any) -> Node | None:
+    """What the worker confines, if it does."""
     installation = getattr(state.app, "rcon", None)
-    if installation is None or installation.node is None:
-        return {"error": "tasks are not confined: the application was not given to rcon_celery.install"}
-    return report(installation.node)
+    found: Node | None = None if installation is None else installation.node
+    return found
 
 
 def report(node: Node) -> dict[str, Any]:

@@ -163,12 +163,13 @@ class Installation:
             instance=node.instance,
             plugins=node.plugins,
             on_lost=self._lose,
+            changes=node.changes,
         )
         service = TaskService(self._app, self._bodies, node.hostname)
         manager.start(
             service,
             after_fork=[*after_fork(node.pool), leave_log_files, service.expect_notices],
-            server_files=[*server_files(), node.tally.file],
+            server_files=[*server_files(), node.tally.file, node.changes.file],
         )
         self.manager, self._pid, self.is_lost = manager, os.getpid(), False
 

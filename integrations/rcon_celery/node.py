@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from rcon_celery.pools import Pool
 from rcon_celery.tally import Tally
-from rcon_plugins.errors import RconError
+from rcon_plugins.changes import Change, Changes, change
+from rcon_plugins.errors import ConfinementError, RconError
 from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.instance import Instance
 from rcon_plugins.ledger import ledger_of_machine
@@ -37,6 +38,9 @@ class Node:
         #: The policies in force, those of decorators too.
         self.policies: Mapping[str, Policy] = settings.policies
         self.tally = Tally()
+        #: Limits that were changed since, for every process of the pool.
+        self.changes = Changes()
+        self._plan: Plan | None = None
         #: Whether the worker sends events.
         self.events = False
         self._pid = os.getpid()
@@ -70,6 +74,7 @@ class Node:
         atexit.register(node.close)
         plan = plan.within(instance.hierarchy)
         plan.check()
+        node._plan = plan
         if plan.wants_adoption(instance):
             instance.adopt()
         _log.info("rcon: tasks are confined, cgroups are in %s", instance.path)
@@ -85,6 +90,17 @@ class Node:
         if os.getpid() == self._pid:
             atexit.unregister(self.close)
             atexit.register(self.close)
+
+    def change(self, policy: str, key: str, value: str) -> Change:
+        """Change one limit of a policy, here and in every process of the pool. Raises `RconError`.
+
+        Call it in the worker's main process, one at a time.
+        """
+        if self._plan is None:
+            raise ConfinementError("the worker has not started yet")
+        made = change(self._plan, self.policies, self.instance, self.changes, policy, key, value)
+        self.policies = {**self.policies, policy: made.policy}
+        return made
 
     def close(self) -> None:
         """End all tasks and remove the cgroups. Does nothing in a process that is not the worker's main one."""

@@ -79,6 +79,7 @@ class ProcessAdmission(Admission):
                 self.abort("its memory cannot be set")
                 raise
         each = confinement.policy.each
+        self._timeout = each.timeout
         if each.timeout_soft is not None:
             pool.processes.arm(executor, self._started + each.timeout_soft, self._notice_time)
         else:
@@ -186,9 +187,8 @@ class ProcessAdmission(Admission):
         return first
 
     def _arm(self) -> None:
-        timeout = self.policy.each.timeout
-        if timeout is not None:
-            self._pool.processes.arm(self._executor, self._started + timeout, self._time_out)
+        if self._timeout is not None:
+            self._pool.processes.arm(self._executor, self._started + self._timeout, self._time_out)
 
     def _notice_time(self) -> None:
         """In the supervisor: the work is to come to its end."""
@@ -227,6 +227,8 @@ class ProcessAdmission(Admission):
             return _LEFT_BEHIND
         if self._noticed:
             return "was told to come to its end"
+        if executor.stale:
+            return "was made by other limits"
         if executor.works >= self.policy.max_works:
             return "served max_works"
         if self._own_memory is not None or (executor.attention is not None and executor.attention.changed):
@@ -246,7 +248,7 @@ class ProcessAdmission(Admission):
             self._pool.replace(executor, executor.fate or "died")
             usage = self._usage(self._last_reading())
             if executor.fate == "timeout":
-                limit = f"wall time limit {self.policy.each.timeout} reached"
+                limit = f"wall time limit {self._timeout} reached"
                 return self._conclude("timeout", usage, limit="each.timeout", detail=f"{work}: {limit}")
             if executor.fate == "aborted":
                 return self._conclude("aborted", usage, detail=detail)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rcon_plugins.executors.executor import Executor
     from rcon_plugins.limits import Limits
     from rcon_plugins.memory import Memory
@@ -21,6 +23,9 @@ class Attention(Protocol):
     def memory(self, limit: str) -> Memory | None:
         """The limit ``memory`` or ``each.memory`` in force; None where there is none."""
 
+    def change(self, policies: Mapping[str, Policy]) -> bool:
+        """These policies are otherwise now; whether its own is among them."""
+
     def part(self) -> None:
         """The executor has ended, and its leaf is about to be removed."""
 
@@ -30,6 +35,9 @@ class Attendant(Protocol):
 
     def limits(self, name: str, policy: Policy) -> Limits:
         """Of a confinement, for all of its work together: the policy's, unless they were changed."""
+
+    def change(self, policies: Mapping[str, Policy]) -> None:
+        """These policies are otherwise now."""
 
     def attend(self, executor: Executor) -> Attention:
         """Begin to watch a new executor, before it is born, and its confinement. Raises `KernelError`."""

@@ -63,6 +63,8 @@ class Executor:
         self.complained = False
         #: Whether what it started may outlive it: its cgroup stays until that has ended, or the host does.
         self.spared = False
+        #: Whether it was made by limits that its policy no longer has.
+        self.stale = False
         #: Whether it counts among the executor processes there may be.
         self.counted = True
         #: The deadline of the work it serves, and when the alarm that is set for it will ring.

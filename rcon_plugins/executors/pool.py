@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -39,9 +39,10 @@ class ExecutorPool:
         on_end: Callable[[str], object],
         on_lost: Callable[[], object] | None = None,
         attendant: Attendant | None = None,
+        current: Callable[[Policy], Policy] = lambda policy: policy,
     ) -> None:
         self.processes = ProcessExecutors(
-            instance, hook, on_end=self._ended, on_lost=on_lost, attendant=attendant
+            instance, hook, on_end=self._ended, on_lost=on_lost, attendant=attendant, current=current
         )
         self._most = most
         self._is_kept = is_kept
@@ -101,6 +102,16 @@ class ExecutorPool:
         with self._lock:
             keys = [key for key in self._waiting if key[0] == name]
             waiting = [executor for key in keys for executor in self._waiting.pop(key)]
+        for executor in waiting:
+            self._end_waiting(executor)
+
+    def change(self, policies: Mapping[str, Policy]) -> None:
+        """These policies are otherwise now: no executor that was made by one of before serves another work."""
+        old = self.processes.change(policies)
+        with self._lock:
+            waiting = [one for one in old if one in self._waiting.get(one.key, ())]
+            for executor in waiting:
+                self._remove(executor)
         for executor in waiting:
             self._end_waiting(executor)
 

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from rcon_plugins.executors.attention import Attendant
     from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
+    from rcon_plugins.limits import Limits
     from rcon_plugins.policy import Policy
 
 LOGGER = logging.getLogger("rcon")
@@ -73,8 +74,10 @@ class ProcessExecutors:
         on_end: Callable[[Executor], object],
         on_lost: Callable[[], object] | None = None,
         attendant: Attendant | None = None,
+        current: Callable[[Policy], Policy] = lambda policy: policy,
     ) -> None:
         self._attendant = attendant
+        self._current = current
         self._instance = instance
         self._hook = hook
         self._on_end = on_end
@@ -139,10 +142,10 @@ class ProcessExecutors:
         """
         if not self.usable:
             raise ConfinementError("the fork server has ended; restart the server process")
+        policy = self._current(policy)
         number = next(self._numbers)
         birth = Birth(number, name, f"{self._host}-{number}", policy, identity)
-        limits = policy if self._attendant is None else self._attendant.limits(name, policy)
-        leaf = make_leaf(self._instance, self._hook, birth, limits)
+        leaf = make_leaf(self._instance, self._hook, birth, self._limits(name, policy))
         with contextlib.ExitStack() as undo:
             undo.callback(leaf.delete)
             meter = leaf.meter()
@@ -156,6 +159,10 @@ class ProcessExecutors:
             undo.pop_all()
         self._living[number] = executor
         try:
+            if (now := self._current(policy)) is not policy:
+                # Changed meanwhile: what was written just now may be what was so before.
+                executor.policy, birth = now, birth._replace(policy=now)
+                make_leaf(self._instance, self._hook, birth, self._limits(name, now))
             self._order(birth, theirs.fileno())
         except OSError as error:
             self._deaf = self._deaf or isinstance(error, BrokenPipeError | ConnectionResetError)
@@ -166,6 +173,20 @@ class ProcessExecutors:
         finally:
             theirs.close()
         return executor
+
+    def _limits(self, name: str, policy: Policy) -> Limits:
+        return policy if self._attendant is None else self._attendant.limits(name, policy)
+
+    def change(self, policies: Mapping[str, Policy]) -> list[Executor]:
+        """These policies are otherwise now: those made by what was before, of which each does at most one more work."""
+        old = [one for one in list(self._living.values()) if one.policy.name in policies]
+        for executor in old:
+            executor.policy, executor.stale = policies[executor.policy.name], True
+            if executor.attention is not None:
+                executor.attention.change(policies)
+        if self._attendant is not None:
+            self._attendant.change(policies)
+        return old
 
     def wait_ready(self, executor: Executor) -> None:
         """Wait until the new executor process is confined.

@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rcon_plugins.errors import MemoryLimitExceeded, TimeLimitExceeded
+from rcon_plugins.groups import Group, find_groups
+from rcon_plugins.kernel.cgroup import read_limits
+from rcon_plugins.units import Size
 from tests.integrations.celery import limited
-from tests.integrations.celery.office import Offices
+from tests.integrations.celery.office import Office, Offices
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import ROOT, Worker
 from tests.processes import until
@@ -56,6 +62,136 @@ def test_what_runs(offices: Offices) -> None:
         result.revoke(terminate=True)
         assert stays["processes"] >= 1
         assert stays["memory"] > 0
+
+
+def rcon_set(office: Office, *arguments: str) -> dict[str, Any]:
+    """What its worker answers to `celery control rcon_set`."""
+    command = [sys.executable, "-m", "celery", "-A", limited.__name__, "control", "--json", "rcon_set"]
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env={**os.environ, limited.BROKER: office.url},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    (told,) = json.loads(done.stdout)
+    answer: dict[str, Any] = told["w@test"]
+    return answer
+
+
+def group_of(office: Office, name: str) -> Group:
+    """A confinement of its worker."""
+    instance = office.worker.cgroups()[0].name
+    (found,) = [one for one in find_groups().groups if one.instance == instance and one.name == name]
+    return found
+
+
+def test_set_while_work_runs(offices: Offices) -> None:
+    """In the cgroups at once, in each process of the pool for what begins, and in one that is made later."""
+    with offices(concurrency=2) as office:
+        for _ in range(3):  # so that both processes know the limit of before
+            assert "memory limit 64M reached" in str(office.error("hog", MemoryLimitExceeded))
+        office.send("stay", "watched")
+        until(lambda: bool(office.log("watched")))
+        stay = group_of(office, "stay")
+
+        told = rcon_set(office, "hog", "each.memory", "128M")["ok"]
+        assert (told["policy"], told["limit"], told["old"], told["new"]) == (
+            "hog",
+            "each.memory",
+            "64M",
+            "128M",
+        )
+        told = rcon_set(office, "stay", "each.pids", "32")["ok"]
+        assert (told["old"], told["new"], told["kept"]) == (64, 32, 0)
+        assert told["cgroups"] >= 1
+        leaves = [stay.cgroup.child(name) for name in stay.cgroup.children()]
+        assert {read_limits(leaf).pids_max for leaf in leaves} == {32}
+        for limit in ("160M", "200M", "180M"):
+            told = rcon_set(office, "stay", "each.memory", limit)["ok"]
+            assert told["kept"] == 0
+            assert {read_limits(leaf).memory_max for leaf in leaves} == {Size.parse(limit)}
+        told = rcon_set(office, "stay", "memory", "256M")["ok"]
+        assert (told["old"], told["new"], told["cgroups"]) == (None, "256M", 1)
+        assert stay.limits().memory_max == 256 << 20
+        assert len(stay.pids()) >= 2  # and it goes on
+
+        for _ in range(3):
+            assert "memory limit 128M reached" in str(office.error("hog", MemoryLimitExceeded))
+        before = set(office.worker.children())
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: len(set(office.worker.children()) - before) == 2)
+        for _ in range(3):
+            assert "memory limit 128M reached" in str(office.error("hog", MemoryLimitExceeded))
+        (answer,) = office.app.control.broadcast("rcon", reply=True, timeout=10, limit=1)
+        assert answer["w@test"]["policies"]["hog"]["each"]["memory"] == "128M"
+
+
+def test_set_less_than_is_in_use(offices: Offices) -> None:
+    with offices(concurrency=1) as office:
+        result = office.send("stay", "watched")
+        until(lambda: bool(office.log("watched")))
+        stay = group_of(office, "stay")
+        assert rcon_set(office, "stay", "memory", "256M")["ok"]["cgroups"] == 1
+        # Refused, and as before (v1); or in force, and what did not fit is killed (v2).
+        told = rcon_set(office, "stay", "memory", "1M")
+        assert ("error" in told) != (stay.limits().memory_max == 1 << 20)
+        if "error" in told:
+            assert "more memory is in use than that" in told["error"]
+            assert stay.limits().memory_max == 256 << 20
+        result.revoke(terminate=True)
+
+
+def test_set_of_what_is_made_anew_for_each(offices: Offices) -> None:
+    """No process writes back what was so before, at the birth of an executor process."""
+    with offices(concurrency=2) as office:
+        for limit in ("1G", "512M", "768M"):
+            for _ in range(4):
+                office.get("fresh")
+            before = [office.send("fresh") for _ in range(6)]
+            assert rcon_set(office, "fresh", "memory", limit)["ok"]["new"] == limit
+            for result in [*before, *(office.send("fresh") for _ in range(6))]:
+                office.wait(result)
+            until(lambda: bool(group_of(office, "fresh").pids()))
+            assert group_of(office, "fresh").limits().memory_max == Size.parse(limit)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_set_a_timeout_in_every_pool(offices: Offices, pool: str) -> None:
+    with offices(pool=pool, concurrency=1) as office:
+        assert "wall time limit 1s reached" in str(office.error("hang", TimeLimitExceeded))
+        assert rcon_set(office, "hang", "each.timeout", "500ms")["ok"]["old"] == "1s"
+        assert "wall time limit 500ms reached" in str(office.error("hang", TimeLimitExceeded))
+
+
+def test_set_what_cannot_be(offices: Offices) -> None:
+    with offices(concurrency=1) as office:
+        for arguments, error in (
+            (("no", "memory", "1G"), "there is no policy 'no' (one of: "),
+            (("small", "memory", "1x"), "policy.small.memory: '1x' is not a size (write"),
+            (
+                ("small", "memory", "64M"),
+                "policy.small.memory: 128M is never reached: all work of the policy",
+            ),
+            (("small", "each.memory", "2G"), "policy.small.each.memory: 2G is never reached: all work"),
+            (
+                ("small", "max_works", "1"),
+                "policy.small.max_works: is not a limit that can be set while work",
+            ),
+            (("small", "pids", "0"), "policy.small.pids: 0 is refused: expected integer >= 1"),
+            (("small", "cpus", "4000"), "policy.small.cpus: "),
+        ):
+            told = rcon_set(office, *arguments)
+            assert told["error"].startswith(error)
+            assert "\n" not in told["error"]
+        (answer,) = office.app.control.broadcast("rcon", reply=True, timeout=10, limit=1)
+        assert answer["w@test"]["policies"]["small"] == {
+            "memory": "1G",
+            "each": {"memory": "128M", "timeout": "1m"},
+        }
 
 
 RCON = "from rcon_plugins.cli.start import main; main()"
