@@ -244,7 +244,7 @@ def define(app: celery.Celery, url: str) -> None:
         time.sleep(MANY)
 
     @task(name="hang_deaf")
-    @confined(timeout="2s", timeout_soft="200ms")
+    @confined(timeout="6s", timeout_soft="2s")
     def hang_deaf() -> None:
         for _ in range(2):
             with contextlib.suppress(SoftTimeLimitExceeded):
@@ -284,7 +284,7 @@ def define(app: celery.Celery, url: str) -> None:
         return "never told"
 
     @task(name="soft_time")
-    @confined(timeout="60s", timeout_soft="300ms")
+    @confined(timeout="60s", timeout_soft="2s")
     def soft_time() -> str:
         try:
             time.sleep(MANY)
