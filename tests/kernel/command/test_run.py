@@ -315,7 +315,7 @@ def test_a_policy_of_a_settings_file(tmp_path: Path) -> None:
     settings = tmp_path / "rcon.toml"
     settings.write_text(
         '[policy.job]\nuser = "nobody"\nmemory = "64M"\ncapabilities = ["net_raw"]\numask = "027"\n'
-        'rlimits = { nofile = 77 }\neach = { timeout = "30s", pids = 9 }\nmin_uid = 100\nmin_gid = 100\n'
+        'rlimits = { nofile = 777 }\neach = { timeout = "30s", pids = 9 }\nmin_uid = 100\nmin_gid = 100\n'
     )
     script = "id -u; umask; ulimit -n; grep -E 'CapEff|NoNewPrivs' /proc/$$/status; cat /proc/self/cgroup"
     done = rcon(
@@ -323,7 +323,7 @@ def test_a_policy_of_a_settings_file(tmp_path: Path) -> None:
     )
     assert done.status == 0, done.err
     uid, umask, files, effective, privileges, *where = done.out.splitlines()
-    assert (uid, umask, files) == (str(NOBODY), "0027", "77")
+    assert (uid, umask, files) == (str(NOBODY), "0027", "777")
     assert int(effective.split()[1], 16) == 1 << 13
     assert privileges.split()[1] == "1"
     assert any("/work/by-policy/main" in line for line in where)

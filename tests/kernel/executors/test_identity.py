@@ -146,9 +146,9 @@ def test_umask_and_rlimits(tmp_path: Path) -> None:
     for directory in (tmp_path, *tmp_path.parents[:3]):
         if directory != Path("/"):
             directory.chmod(0o777 if directory == tmp_path else directory.stat().st_mode | 0o111)
-    with managing({**POLICY, "umask": "027", "rlimits": {"nofile": 64, "core": 0}}) as manager:
+    with managing({**POLICY, "umask": "027", "rlimits": {"nofile": 640, "core": 0}}) as manager:
         assert ask(manager, "create", str(tmp_path / "new"))[0] == f"{TENANT}:{TENANT} 640"
-        assert ask(manager, "rlimits", "nofile", "core")[0] == [[64, 64], [0, 0]]
+        assert ask(manager, "rlimits", "nofile", "core")[0] == [[640, 640], [0, 0]]
 
 
 def test_two_owners_under_one_policy_are_two_processes(tmp_path: Path) -> None:

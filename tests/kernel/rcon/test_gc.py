@@ -46,7 +46,7 @@ def leave(base: str, place: str = "work") -> tuple[str, int]:
 
 
 def lives(pid: int) -> bool:
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
 
