@@ -95,12 +95,16 @@ def test_without_a_cgroup_of_ones_own(tmp_path: Path, in_child: Any) -> None:
     problem = json.loads(as_json)["problem"]
     # On v2 it goes on to say why systemd gives none.
     assert problem["reason"].startswith("no cgroup is delegated to this process")
-    said = " ".join(line.strip() for line in lines[refused:])
-    assert said.replace(";", "") == f"REFUSED: rcon.toml: {problem['reason']} {problem['remedy']}".replace(
-        ";", ""
+    first = next(number for number, line in enumerate(lines) if line.startswith(" " * 8))
+    lead, *steps = lines[first - 1 :]
+    assert len(steps) > 1
+    assert f"{lead.strip()} {'; '.join(step.strip() for step in steps)}" == problem["remedy"]
+    assert (
+        " ".join(line.strip() for line in lines[refused : first - 1])
+        == f"REFUSED: rcon.toml: {problem['reason']}"
     )
-    steps = [line for line in lines[refused:] if line.startswith(" " * 8)]
-    assert steps
+    assert (lead[:4], steps[0][:8]) == (" " * 4, " " * 8)
+    assert steps[-1].startswith(("    and set cgroup = ", "    or start it with: "))
 
 
 def test_the_limit_is_named_as_the_policy_writes_it(base: Cgroup, tmp_path: Path) -> None:
