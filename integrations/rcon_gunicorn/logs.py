@@ -6,7 +6,8 @@ Source: gunicorn's ``glogging.py``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+
+from rcon_plugins.executors import log_files as files
 
 #: gunicorn's own logger of errors and events.
 _ERROR_LOG = "gunicorn.error"
@@ -43,35 +44,17 @@ def log_files(log: object) -> list[int]:
 
     Not standard output and standard error, which executor processes have too.
     """
-    streams = [handler.stream for _, handler in _file_handlers()]
-    streams.append(getattr(log, "logfile", None))  # what capture_output has opened
-    descriptors = {stream.fileno() for stream in streams if stream is not None and not stream.closed}
+    descriptors = files.open_log_files(_loggers())
+    captured = getattr(log, "logfile", None)  # what capture_output has opened
+    if captured is not None and not captured.closed:
+        descriptors.add(captured.fileno())
     return sorted(descriptor for descriptor in descriptors if descriptor > 2)
 
 
 def leave_log_files() -> None:
-    """In an executor process: let what is logged to gunicorn's logs go to standard error instead of their files.
-
-    A handler would write to what is in the place of its file, or open the file again as whoever the work is.
-    """
-    for logger, handler in list(_file_handlers()):
-        substitute = logging.StreamHandler()
-        substitute.setLevel(handler.level)
-        substitute.setFormatter(handler.formatter)
-        for condition in handler.filters:
-            substitute.addFilter(condition)
-        logger.removeHandler(handler)
-        logger.addHandler(substitute)
-        _left.append(handler)
+    """In an executor process: let what is logged to gunicorn's logs go to standard error instead of their files."""
+    files.leave_log_files(_loggers())
 
 
-#: Kept, since a file object that nobody has closes its descriptor, and Python may warn of it.
-_left: list[logging.Handler] = []
-
-
-def _file_handlers() -> Iterator[tuple[logging.Logger, logging.FileHandler]]:
-    for name in (_ERROR_LOG, _ACCESS_LOG):
-        logger = logging.getLogger(name)
-        for handler in logger.handlers:
-            if isinstance(handler, logging.FileHandler):
-                yield logger, handler
+def _loggers() -> list[logging.Logger]:
+    return [logging.getLogger(name) for name in (_ERROR_LOG, _ACCESS_LOG)]
