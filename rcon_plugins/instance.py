@@ -216,15 +216,19 @@ class Instance:
     def end_orphans(self, timeout: float = 5.0) -> None:
         """End what still runs for processes of the server that are gone: their fork servers do, in their own time.
 
-        Returns when nothing of it runs. Raises KernelError where that does not come true within ``timeout`` seconds.
+        So for the work of other servers with the same base that are gone. Returns when nothing of it runs. Raises
+        KernelError where that does not come true within ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
-        while orphans := [leaf for leaf in self._leaves() if self._is_orphaned(leaf)]:
+        while orphans := [
+            *filter(self._is_orphaned, self._leaves()),
+            *_work_of_the_dead(self.hierarchy, self.base),
+        ]:
             for leaf in orphans:
                 leaf.kill_once()
             if time.monotonic() > deadline:
                 raise KernelError(
-                    "what a process of this server left does not end", errno=errno.EBUSY, path=orphans[0].path
+                    "what a process that is gone left does not end", errno=errno.EBUSY, path=orphans[0].path
                 )
             time.sleep(0.005)
 
@@ -304,6 +308,19 @@ def collect(hierarchy: Hierarchy, base: str) -> list[str]:
             except KernelError as error:
                 report.append(f"{name}: left for the next time: {error}")
     return report
+
+
+def _work_of_the_dead(hierarchy: Hierarchy, base: str) -> list[Cgroup]:
+    """``work/`` of each instance below ``base`` whose owner is dead and in which something runs still."""
+    found = []
+    for name in hierarchy.cgroup(base).children():
+        match = INSTANCE_NAME.fullmatch(name)
+        if match and not owner.lives(int(match[1]), int(match[2])):
+            work = hierarchy.cgroup(f"{base.rstrip('/')}/{name}/work")
+            running = work.processes(subtree=True)
+            if running and 0 not in running:  # 0 is one of a PID namespace that cannot be seen from here
+                found.append(work)
+    return found
 
 
 def _collect_one(hierarchy: Hierarchy, path: str) -> str:

@@ -297,6 +297,18 @@ def test_what_a_dead_owner_left_is_removed(hierarchy: Hierarchy, instance: Insta
     assert collect(hierarchy, group.path) == []
 
 
+def test_work_of_a_dead_owner_ends_before_it_is_done_again(
+    hierarchy: Hierarchy, instance: Instance, group: Cgroup
+) -> None:
+    killed_owner(group.path, False)
+    (dead,) = set(group.children()) - {instance.path.rpartition("/")[2]}
+    work = hierarchy.cgroup(f"{group.path}/{dead}/work")
+    assert work.processes(subtree=True)
+    instance.end_orphans()
+    assert not work.processes(subtree=True)
+    assert collect(hierarchy, group.path) == [f"{dead}: removed"]
+
+
 def test_a_dead_owners_own_processes_are_never_killed(hierarchy: Hierarchy, group: Cgroup) -> None:
     killed_owner(group.path, True)
     (name,) = group.children()
