@@ -8,8 +8,8 @@ CUSTOMERS := examples/customers/show.py
 JOBS := examples/jobs/photos.py
 SOURCES := rcon_plugins integrations tests examples
 
-# What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them; a broker; systemd to ask.
-DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file redis-server systemd dbus
+# What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them; brokers; systemd to ask.
+DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file redis-server rabbitmq-server systemd dbus
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

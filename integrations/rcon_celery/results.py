@@ -25,7 +25,8 @@ def told(result: Any) -> Outcome | None:
     ``told(result).usage.memory_peak`` are bytes. Of a task that was tried again it is the last try's. The metadata
     leaves out the sentence for people, ``detail``, which is the exception's.
     """
-    facts = result.backend.get_task_meta(result.id).get(KEY)
+    # What the backend `rpc` has received once is in the result, and nowhere else.
+    facts = result._get_task_meta().get(KEY)  # noqa: SLF001 - nothing public gives all of the metadata
     return msgspec.convert(facts, Outcome) if facts is not None else None
 
 

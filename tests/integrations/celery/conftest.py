@@ -1,4 +1,4 @@
-"""What the tests of Celery share: one redis-server for all of them."""
+"""What the tests of Celery share: one redis-server for all of them, and one RabbitMQ where it is asked for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from tests.integrations.celery import application
 from tests.integrations.celery.office import Offices
+from tests.integrations.celery.rabbitmq_server import RabbitServer
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import Worker
 
@@ -20,6 +21,13 @@ from tests.integrations.celery.worker import Worker
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A redis-server of this test run; ask it for a database: ``redis_server.database()``."""
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
+    """A RabbitMQ of this test run; ask it for a virtual host: ``rabbitmq_server.host()``."""
+    with RabbitServer(tmp_path_factory.mktemp("rabbitmq")) as server:
         yield server
 
 

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,13 @@ from rcon_celery import confined, expand, install, wire
 from rcon_plugins.errors import MemoryLimitExceeded, SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel
 
+#: A Redis: result backend, for what is written down, and broker where none is named.
 BROKER = "RCON_TEST_BROKER"
+AMQP = "RCON_TEST_AMQP"
+#: Another result backend.
+BACKEND = "RCON_TEST_BACKEND"
+#: The type of the queue, where the broker has several.
+QUEUE_TYPE = "RCON_TEST_QUEUE_TYPE"
 SETTINGS = "RCON_TEST_SETTINGS"
 #: Installed or not.
 INSTALL = "RCON_TEST_INSTALL"
@@ -41,16 +48,24 @@ MANY = 100_000.0
 
 
 def make(
-    url: str, settings: str | None = None, *, installed: bool = True, accept: str = "json"
+    url: str,
+    settings: str | None = None,
+    *,
+    installed: bool = True,
+    accept: str = "json",
+    environ: Mapping[str, str] | None = None,
 ) -> celery.Celery:
-    """The application with all its tasks."""
-    backend = None if "RCON_TEST_NO_BACKEND" in os.environ else url
-    app = celery.Celery("limited", broker=url, backend=backend, set_as_current=False)
+    """The application with all its tasks; ``environ`` is the worker's, where this is another process."""
+    environ = os.environ if environ is None else environ
+    backend = None if "RCON_TEST_NO_BACKEND" in os.environ else environ.get(BACKEND, url)
+    app = celery.Celery("limited", broker=environ.get(AMQP, url), backend=backend, set_as_current=False)
+    if QUEUE_TYPE in environ:
+        app.conf.task_default_queue_type = environ[QUEUE_TYPE]
     app.conf.update(
         broker_connection_retry_on_startup=True,
         worker_prefetch_multiplier=1,
         accept_content=accept.split(","),
-        broker_transport_options={"visibility_timeout": 3600},
+        broker_transport_options={"visibility_timeout": 3600} if AMQP not in environ else {},
         task_routes={"queued": {"queue": "slow"}},
     )
     if "RCON_TEST_SPAWN" in os.environ:

@@ -129,7 +129,7 @@ class Offices:
             name=name,
             environ=environ,
         )
-        return worker, limited.make(url, accept=environ.get(limited.ACCEPT, "json")), url
+        return worker, limited.make(url, accept=environ.get(limited.ACCEPT, "json"), environ=environ), url
 
 
 Maker = Callable[..., contextlib.AbstractContextManager[Office]]

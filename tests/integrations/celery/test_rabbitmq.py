@@ -1,0 +1,148 @@
+"""Another broker than Redis: RabbitMQ, which knows itself when a worker is gone and delivers again at once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery.exceptions import TaskRevokedError
+
+from rcon_celery import told
+from rcon_plugins.errors import Killed, MemoryLimitExceeded, PidsLimitExceeded, TimeLimitExceeded
+from tests.integrations.celery import limited
+from tests.integrations.celery.office import Maker, Office, Offices
+from tests.integrations.celery.rabbitmq_server import RabbitServer
+from tests.integrations.celery.test_deaths import Gate, begins, never_two_at_once, nothing_runs
+from tests.processes import alive, until
+
+QUEUES = ("classic", "quorum")
+
+
+@pytest.fixture
+def open_office(offices: Offices, rabbitmq_server: RabbitServer) -> Maker:
+    """Opens an `Office` whose tasks come by a virtual host of this test."""
+    broker: dict[str, Any] = {limited.AMQP: rabbitmq_server.host()}
+    return functools.partial(offices, **broker)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
+
+
+def message(office: Office, queue: str) -> dict[str, Any] | None:
+    """The headers of the message that waits in a queue, which is taken out; None where there is none."""
+    with office.app.connection_for_read() as connection:
+        found: Any = connection.default_channel.basic_get(queue, no_ack=True)
+        return None if found is None else dict(found.headers)
+
+
+def test_ends_are_told_by_name(open_office: Maker) -> None:
+    with open_office(concurrency=1) as office:
+        pool = office.worker.children()
+        result = office.send("where")
+        assert office.wait(result)["confined"]
+        outcome = told(result)
+        assert outcome is not None
+        assert outcome.ending == "ok"
+        assert str(office.error("hog", MemoryLimitExceeded)).startswith("hog: memory limit 64M reached")
+        office.error("hang", TimeLimitExceeded)
+        office.error("fork", PidsLimitExceeded)
+        assert office.error("die", Killed, "kill").signal == signal.SIGKILL
+        assert office.get("soft_time") == "cleaned up"
+        # No socket of the broker's is in an executor process.
+        assert not [name for name in office.get("files") if name.startswith("TCP")]
+        assert office.worker.children() == pool
+        assert "WorkerLostError" not in office.worker.log()
+
+
+def test_results_that_come_by_the_broker(open_office: Maker) -> None:
+    with open_office(concurrency=1, **{limited.BACKEND: "rpc://"}) as office:
+        result = office.send("hog")
+        with pytest.raises(MemoryLimitExceeded, match="memory limit 64M reached") as caught:
+            office.wait(result)
+        assert caught.value.usage is not None
+        outcome = told(result)
+        assert outcome is not None
+        assert outcome.ending == "memory"
+
+
+def test_revoked(open_office: Maker) -> None:
+    with open_office(concurrency=1) as office:
+        result = office.send("stay", "revoked")
+        until(lambda: bool(office.log("revoked")))
+        result.revoke(terminate=True, signal="SIGKILL")
+        with pytest.raises(TaskRevokedError):
+            office.wait(result)
+        nothing_runs(office, "revoked")
+        assert office.get("where")["confined"]
+
+
+@pytest.mark.parametrize("queue", QUEUES)
+def test_worker_killed(open_office: Maker, gate: Gate, queue: str) -> None:
+    """Another has the message at once: sooner than the first run may have ended by itself."""
+    open_office = functools.partial(open_office, **{limited.QUEUE_TYPE: queue})
+    with open_office(concurrency=1) as office:
+        result = office.send("late", "worker", str(gate.path))
+        until(lambda: len(begins(office, "worker")) == 1)
+        everybody = office.worker.family()
+        with open_office(concurrency=1, url=office.url, name="other") as other:
+            os.kill(office.worker.pid, signal.SIGKILL)
+            office.worker.process.wait()
+            until(lambda: len(begins(other, "worker")) == 2)
+            until(lambda: not any(map(alive, everybody)))
+            gate.open()
+            assert other.wait(result) == "done"
+            never_two_at_once(other, "worker")
+            assert [confined for _, confined in begins(other, "worker")] == ["True", "True"]
+            assert sum(line.startswith("ends") for line in other.log("worker")) == 1
+
+
+def test_pool_process_killed(open_office: Maker, gate: Gate) -> None:
+    with open_office(concurrency=1) as office:
+        result = office.send("late", "pool", str(gate.path))
+        until(lambda: len(begins(office, "pool")) == 1)
+        (process,) = office.worker.children()
+        os.kill(process, signal.SIGKILL)
+        until(lambda: len(begins(office, "pool")) == 2)
+        gate.open()
+        assert office.wait(result) == "done"
+        never_two_at_once(office, "pool")
+
+
+@pytest.mark.parametrize("queue", QUEUES)
+def test_no_endless_redelivery(open_office: Maker, queue: str, tmp_path: Path) -> None:
+    """A message under which one worker after the other dies comes to rest among the dead letters."""
+    open_office = functools.partial(open_office, concurrency=1, **{limited.QUEUE_TYPE: queue})
+    with open_office() as office:
+        result = office.send("learning_late", "counted", str(tmp_path / "gate"))
+        for deaths in (1, 2):
+            with open_office(url=office.url) if deaths > 1 else contextlib.nullcontext(office) as one:
+                until(lambda deaths=deaths: len(office.log("counted")) == deaths)  # type: ignore[misc]
+                os.kill(one.worker.pid, signal.SIGKILL)
+                one.worker.process.wait()
+        with open_office(url=office.url) as last:
+            with pytest.raises(Killed, match="2 times"):
+                last.wait(result)
+            assert len(last.log("counted")) == 2
+            letter = message(last, "dead")
+            assert letter is not None
+            assert (letter["id"], letter["rcon_deaths"]) == (result.id, 1)
+            assert "2 times" in letter["rcon_reason"]
+
+
+def test_more_each_time(open_office: Maker) -> None:
+    with open_office(concurrency=1) as office:
+        assert office.get("learning", 200 * 2**20) == 200 * 2**20
+        assert len(office.log("learning")) == 3
+        office.error("learning_in_vain", MemoryLimitExceeded, 900 * 2**20)
+        letter = message(office, "dead")
+        assert letter is not None
+        assert letter["rcon_deaths"] == 2
+        assert "memory limit 128M reached" in letter["rcon_reason"]
+        assert message(office, "dead") is None
