@@ -326,14 +326,12 @@ def _work_of_the_dead(hierarchy: Hierarchy, base: str) -> list[Cgroup]:
 def _collect_one(hierarchy: Hierarchy, path: str) -> str:
     root = hierarchy.cgroup(path)
     work, host = hierarchy.cgroup(f"{path}/work"), hierarchy.cgroup(f"{path}/host")
-    if 0 in root.processes(subtree=True):
-        return "left alone: it has processes of a PID namespace that cannot be seen from here"
+    if has_unseen(hierarchy, path):
+        return UNSEEN
     work.kill()
     work.delete()
     if (uid := stranger_in_taken(hierarchy, path)) is not None:
-        return (
-            f"left alone: what is in taken/ is of uid {uid}, who can say where it was: rcon gc as that user"
-        )
+        return taken_by(uid)
     if staying := give_back(hierarchy, path):
         return f"left for the next time: processes {staying} that were taken cannot be put back"
     staying = _processes_leave(host)
@@ -342,6 +340,20 @@ def _collect_one(hierarchy: Hierarchy, path: str) -> str:
     host.delete()
     root.delete()
     return "removed"
+
+
+#: What becomes of a tree that `has_unseen`.
+UNSEEN = "left alone: it has processes of a PID namespace that cannot be seen from here"
+
+
+def has_unseen(hierarchy: Hierarchy, path: str) -> bool:
+    """Whether there are processes in the instance at ``path`` that have no number here. Raises KernelError."""
+    return 0 in hierarchy.cgroup(path).processes(subtree=True)
+
+
+def taken_by(uid: int) -> str:
+    """What becomes of a tree with processes of another user in its ``taken/``."""
+    return f"left alone: what is in taken/ is of uid {uid}, who can say where it was: rcon gc as that user"
 
 
 def stranger_in_taken(hierarchy: Hierarchy, path: str) -> int | None:

@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.instance import collect
+from rcon_plugins.instance import collect, has_unseen, stranger_in_taken
 from rcon_plugins.kernel.cgroup import Hierarchy, files, owner
 from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_path
@@ -17,6 +17,8 @@ class Left(NamedTuple):
     """The tree of a dead owner: its ``path``, the ``pid`` its owner had, and the processes that are in it still.
 
     ``work`` will be killed, ``taken`` put back to where they were, ``host`` left alone, and the tree with them.
+    ``unseen``: nothing of that will be done, for want of knowing what runs there (a PID namespace). ``stranger`` is the
+    uid of another user whose processes are in ``taken``: these are left alone, and the tree with them.
     """
 
     path: str
@@ -24,6 +26,13 @@ class Left(NamedTuple):
     work: list[int]
     taken: list[int]
     host: list[int]
+    unseen: bool = False
+    stranger: int | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether the tree will be there after that."""
+        return self.unseen or self.stranger is not None or bool(self.host)
 
 
 class Collected(NamedTuple):
@@ -54,7 +63,15 @@ def find(hierarchy: Hierarchy, below: str = "/") -> list[Left]:
                 ]
                 for kind in ("work", "taken", "host")
             }
-            found.append(Left(path, int(match[1]), **inside))
+            found.append(
+                Left(
+                    path,
+                    int(match[1]),
+                    **inside,
+                    unseen=has_unseen(hierarchy, path),
+                    stranger=stranger_in_taken(hierarchy, path),
+                )
+            )
     return found
 
 

@@ -6,6 +6,7 @@ import json
 
 from rcon_plugins import leftovers
 from rcon_plugins.cli.ending import BAD_USAGE, Refused
+from rcon_plugins.instance import UNSEEN, taken_by
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.names import check_path
 from rcon_plugins.leftovers import Left
@@ -21,7 +22,7 @@ def gc(below: str, dry_run: bool, as_json: bool) -> tuple[str, bool]:
     if dry_run:
         left = leftovers.find(hierarchy, below)
         told = [{**one._asdict(), "said": _would(one)} for one in left]
-        good = not any(one.host for one in left)
+        good = not any(one.stays for one in left)
     else:
         done = leftovers.remove(hierarchy, below)
         told = [one._asdict() for one in done]
@@ -33,16 +34,22 @@ def gc(below: str, dry_run: bool, as_json: bool) -> tuple[str, bool]:
 
 def _would(left: Left) -> str:
     """What would be done, in words."""
+    dead = f"its owner {left.pid} is dead"
+    if left.unseen:
+        return f"{dead}: would be {UNSEEN}"
     parts = []
     if left.work:
         parts.append(f"kill {_processes(left.work)}")
+    if left.stranger is not None:
+        parts.append(f"be {taken_by(left.stranger)}")
+        return f"{dead}: would {', then '.join(parts)}"
     if left.taken:
         parts.append(f"put {_processes(left.taken)} back")
     if left.host:
         parts.append(f"leave it for its server's own {_processes(left.host)}")
     else:
         parts.append("remove it")
-    return f"its owner {left.pid} is dead: would {', '.join(parts)}"
+    return f"{dead}: would {', '.join(parts)}"
 
 
 def _processes(pids: list[int]) -> str:

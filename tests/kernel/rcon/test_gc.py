@@ -212,6 +212,36 @@ def test_what_was_taken_goes_back(group: Cgroup, capsys: pytest.CaptureFixture[s
         child.end()
 
 
+def leave_taken_by_another(base: str) -> tuple[str, int, int]:
+    """In a child that then dies: make a tree with a process in it that looks like one that nobody took."""
+    instance = Instance.create(Hierarchy.discover(), base)
+    work = Running(instance.leaf("g", "main").create(), sleep_forever).pid
+    cgroup = instance.taken("held").create()
+    pid = Running(cgroup, sleep_forever).pid
+    instance.hierarchy.cgroup(f"{instance.path}/taken").delegate(NOBODY, NOBODY)
+    return instance.path, work, pid
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_of_what_another_user_took_the_same_is_first_said_and_then_done(
+    group: Cgroup, capsys: pytest.CaptureFixture[str], form: list[str]
+) -> None:
+    path, work, pid = children.in_child(leave_taken_by_another, group.path)
+    left = f"left alone: what is in taken/ is of uid {NOBODY}, who can say where it was: rcon gc as that user"
+    status, out = gc(group, capsys, "--dry-run", *form)
+    assert status == 1
+    assert f"is dead: would kill process {work}, then be {left}" in out
+    assert "back" not in out
+    status, out = gc(group, capsys, *form)
+    assert status == 1
+    assert left in out
+    assert not lives(work)
+    assert lives(pid)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not lives(pid))
+    assert gc(group, capsys) == (0, f"{path}: removed\n")
+
+
 def lives_for_nobody_who_sees_only_own(pid: int, started: int) -> tuple[bool, bool, bool]:
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.unshare(CLONE_NEWNS) == 0
