@@ -96,7 +96,7 @@ def rcon_drop(policy: Policy, place: str, identity: Identity | None) -> None:
     """Give up what the policy does not grant: identity, capabilities, resource limits, anything irreversible.
 
     Called in the new process or thread, already in its cgroup, before its first work. The built-in plugins take the
-    identity and drop the capabilities last, so that other plugins run with all the server has. In a thread, only what
+    identity, drop the capabilities and set rlimits last, so that other plugins run with all the server has. In a thread, only what
     acts on the calling thread alone may be done: the others belong to the server.
 
     :param policy: the policy that the process or thread will serve for the rest of its life.

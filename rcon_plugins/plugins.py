@@ -9,7 +9,19 @@ from typing import Any
 import pluggy
 
 from rcon_plugins import hookspecs
-from rcon_plugins.defaults import cpu, cpuset, identity, io, landlock, log, memory, pids, rlimits, umask
+from rcon_plugins.defaults import (
+    cpu,
+    cpuset,
+    identity,
+    io,
+    landlock,
+    log,
+    memory,
+    nproc,
+    pids,
+    rlimits,
+    umask,
+)
 from rcon_plugins.defaults.routing import Routing
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings import Settings
@@ -26,8 +38,9 @@ def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> plu
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    # Those that drop ask to be called last, in this order: the identity, which could not do the rest, at the end.
-    for module in (cpu, cpuset, memory, io, pids, log, rlimits, umask, landlock, identity):
+    # Those that drop ask to be called last, in this order: what takes privileges before the identity, which gives them
+    # up; then the limits, since Landlock and the identity open files themselves.
+    for module in (cpu, cpuset, memory, io, pids, log, nproc, umask, landlock, identity, rlimits):
         manager.register(module, f"rcon.{module.__name__.rpartition('.')[2]}")
     manager.register(Routing(settings), "rcon.routing")
     for name in settings.plugins:

@@ -66,7 +66,7 @@ class Rlimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     nofile: Annotated[
         Annotated[int, Meta(ge=16, le=2**31 - 1)] | None,
-        Meta(description="Open files of a process; an executor needs a few itself.", examples=[256]),
+        Meta(description="Open files of a process, those of the server's among them.", examples=[256]),
     ] = None
     nproc: Annotated[
         Annotated[int, _MANY] | None,

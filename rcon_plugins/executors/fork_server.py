@@ -298,7 +298,7 @@ def run_executor(
 
 def _be_alone() -> None:
     """Make sure that no other thread of this process still has what this one gave up. Raises `ConfinementError`."""
-    if threads := process.threads():
+    if not process.is_alone() and (threads := process.threads()):
         raise ConfinementError(
             f"a library started threads while the process was being made, which still have the server's privileges: "
             f"{', '.join(threads)}; have it start them at first use, not in a fork hook (os.register_at_fork)"

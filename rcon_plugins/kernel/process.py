@@ -122,6 +122,12 @@ def _kill_as(uid: int, pidfd: int, number: int, state: capability.State) -> None
         capability.set_capabilities(state.permitted, state.effective, state.inheritable)
 
 
+def is_alone() -> bool:
+    """Whether the calling thread is the only one of its process. Opens nothing, so that no limit is in the way."""
+    # As any directory, it has a link for each that is in it, and two: proc(5), and proc_task_getattr in the kernel.
+    return os.stat("/proc/self/task").st_nlink == 3
+
+
 def threads() -> list[str]:
     """The threads of the calling process but the calling one, by number and name."""
     own = str(threading.get_native_id())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from tests.kernel.command.harness import MOUNTS, become_rcon, left_by, rcon, unt
 from tests.kernel.quota import judge
 
 NOBODY = 65534
+BUSY = 61077
 ALLOCATE = "x=$(head -c {}M /dev/zero | tr '\\0' x)"
 
 
@@ -328,6 +330,18 @@ def test_a_policy_of_a_settings_file(tmp_path: Path) -> None:
     assert privileges.split()[1] == "1"
     assert any("/work/by-policy/main" in line for line in where)
     assert done.report["policy"] == "job"
+
+
+@pytest.mark.once
+def test_a_user_with_too_many_processes_gets_no_more_by_a_command(tmp_path: Path) -> None:
+    """The kernel looks when the user is taken, and refuses to execute: the limit has to be there before that."""
+    settings = tmp_path / "rcon.toml"
+    settings.write_text(f"[policy.job]\nuser = {BUSY}\ngroup = {BUSY}\nrlimits = {{ nproc = 0 }}\n")
+    with subprocess.Popen(["sleep", "1000"], user=BUSY) as other:
+        done = rcon("run", "--policy", "job", "--settings", settings, "--", "true")
+        other.kill()
+    assert done.status == 126
+    assert os.strerror(errno.EAGAIN) in done.err
 
 
 def test_limits_of_the_command_line_come_on_top_of_a_policy(tmp_path: Path) -> None:

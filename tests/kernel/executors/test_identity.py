@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -149,6 +151,17 @@ def test_umask_and_rlimits(tmp_path: Path) -> None:
     with managing({**POLICY, "umask": "027", "rlimits": {"nofile": 640, "core": 0}}) as manager:
         assert ask(manager, "create", str(tmp_path / "new"))[0] == f"{TENANT}:{TENANT} 640"
         assert ask(manager, "rlimits", "nofile", "core")[0] == [[640, 640], [0, 0]]
+
+
+@pytest.mark.parametrize("policy", [POLICY, {"isolation": "process"}], ids=["as the tenant", "as the server"])
+def test_fewer_files_than_the_server_has_open(policy: dict[str, Any]) -> None:
+    """What confines work opens files itself; that is not the work's to pay for."""
+    with contextlib.ExitStack() as of_the_server:
+        for _ in range(100):
+            of_the_server.callback(os.close, os.open("/", os.O_PATH))
+        with managing({**policy, "rlimits": {"nofile": 64}}) as manager:
+            assert ask(manager, "rlimits", "nofile")[0] == [[64, 64]]
+            assert ask(manager, "create", "/tmp/none")[0] == os.strerror(errno.EMFILE)
 
 
 def test_two_owners_under_one_policy_are_two_processes(tmp_path: Path) -> None:
