@@ -1,4 +1,4 @@
-"""What happens to the cgroups of a server's executor processes: told to `rcon_event`, and memory that expands."""
+"""What happens to the cgroups of a server's work: told to `rcon_event`, and memory that expands."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PRESSURE = (Pressure("memory", 0.2, 2.0, "full"), Pressure("io", 0.2, 2.0, "ful
 
 
 class Attendance:
-    """The events of the executor processes of one server process, and the growth of their memory limits. Thread-safe.
+    """The events of the work of one server process, and the growth of the memory limits of it. Thread-safe.
 
     ``key_of`` tells the key of a confinement by its name. Use it only where `is_wanted`.
     """
@@ -72,6 +72,25 @@ class Attendance:
             executor.leaf, group=name, policy=policy.name, key=self._key_of(name), limit="each."
         )
         return Attended(executor.leaf, policy, policy.each, about, self._hook, self._watcher, together)
+
+    def attend_threads(self, cgroup: Cgroup, policy: Policy, key: str | None) -> None:
+        """Begin to watch the cgroup of a confinement of threads, which was just made. Raises KernelError."""
+        if not listens(self._hook):
+            return
+        about = Event.of_group(cgroup, policy=policy.name, key=key)
+        made = Attended(cgroup, policy, policy, about, self._hook, self._watcher, None)
+        with self._lock:
+            former = self._confinements.get(cgroup.name)
+            self._confinements[cgroup.name] = made
+        if former is not None:
+            former.close()
+
+    def forget(self, name: str) -> None:
+        """A confinement is no longer kept, and its cgroup about to be removed: what happened last is still told."""
+        with self._lock:
+            found = self._confinements.pop(name, None)
+        if found is not None:
+            found.part()
 
     def change(self, policies: Mapping[str, Policy]) -> None:
         """These policies are otherwise now. What does not expand is watched anew, with the next executor."""
@@ -115,7 +134,9 @@ class Attendance:
 
 
 class Attended:
-    """One cgroup that is attended to: that of a confinement, or of one executor in it (``above`` is the other then)."""
+    """One cgroup that is attended to: that of a confinement, or of one executor process in it (``above`` is the other
+    then).
+    """
 
     def __init__(
         self,

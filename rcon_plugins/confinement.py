@@ -6,6 +6,7 @@ import errno
 import hashlib
 import re
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.kernel.cgroup import Entrance
+    from rcon_plugins.kernel.cgroup import Cgroup, Entrance
     from rcon_plugins.policy import Policy
 
 _PLAIN_KEY = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,99}")
@@ -84,8 +85,11 @@ class ThreadedConfinement(Confinement):
         instance: Instance,
         hook: pluggy.HookRelay,
         generation: int = 0,
+        attend: Callable[[Cgroup, Policy, str | None], object] | None = None,
     ) -> None:
+        """``attend`` is called with each new cgroup, this policy and key: before anything enters."""
         super().__init__(policy, key, verdict, generation)
+        self._attend = attend
         self._instance = instance
         self._hook = hook
         self._lock = threading.Lock()
@@ -110,6 +114,8 @@ class ThreadedConfinement(Confinement):
             cgroup = self._instance.threaded(self.name)
             cgroup.create(threaded=True, controllers=self._controllers)
             self._hook.rcon_configure_cgroup(cgroup=cgroup, limits=self.policy, policy=self.policy)
+            if self._attend is not None:
+                self._attend(cgroup, self.policy, self.key)
             entrance = cgroup.entrance(self._controllers)
             self.executor, former = InlineExecutor(cgroup, entrance, home), self.executor
             if former is not None:

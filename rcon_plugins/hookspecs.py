@@ -76,8 +76,8 @@ def rcon_configure_cgroup(cgroup: Cgroup, limits: Limits, policy: Policy) -> Non
 def rcon_event(event: Event) -> Limits | None:
     """Take note of what happened to the cgroup of some work, and change its limits if that is called for.
 
-    Called in the host process, in the thread that watches its cgroups, for work in executor processes, and in the
-    process of ``rcon run --policy`` for its command: when memory gets scarce (nine tenths of the limit are in use, it
+    Called in the host process, in the thread that watches its cgroups, for work in executor processes and in threads
+    of the host, and in the process of ``rcon run --policy`` for its command: when memory gets scarce (nine tenths of the limit are in use, it
     is slowed down, the limit is reached or about to be raised, a process was killed for it), when no more processes
     may be started, when CPU time was held back, and under pressure of memory or IO. It must not take long. Without a
     plugin that has this hook, and without memory that expands, nothing is watched. See docs/events.md for the kinds of
@@ -96,8 +96,8 @@ def rcon_drop(policy: Policy, place: str, identity: Identity | None) -> None:
     """Give up what the policy does not grant: identity, capabilities, resource limits, anything irreversible.
 
     Called in the new process or thread, already in its cgroup, before its first work. The built-in plugins take the
-    identity, drop the capabilities and set rlimits last, so that other plugins run with all the server has. In a thread, only what
-    acts on the calling thread alone may be done: the others belong to the server.
+    identity, drop the capabilities and set rlimits last, so that other plugins run with all the server has. In a
+    thread, only what acts on the calling thread alone may be done: the others belong to the server.
 
     :param policy: the policy that the process or thread will serve for the rest of its life.
     :param place: ``"process"``, ``"thread"``, or ``"command"``: a process that executes a program next.

@@ -133,9 +133,9 @@ class Manager:
                 server_files = [*server_files, purse.ledger.file]
             kept = self.settings.confinements + self.settings.threads if self.plan.uses_threads else 0
             make_room_for_descriptors(kept + (self.settings.processes if self.plan.uses_processes else 0))
+            if Attendance.is_wanted(self.settings.policies, self.hook):
+                self._attendance = Attendance(instance, self.hook, self._key_of)
             if self.plan.uses_processes and service is not None:
-                if Attendance.is_wanted(self.settings.policies, self.hook):
-                    self._attendance = Attendance(instance, self.hook, self._key_of)
                 self._pool = ExecutorPool(
                     instance,
                     self.hook,
@@ -286,7 +286,10 @@ class Manager:
         generation = self._generations.get(policy_name, 0)
         if verdict.isolation == "process":
             return ProcessConfinement(policy, key, verdict, generation)
-        return ThreadedConfinement(policy, key, verdict, self._ready_instance(), self.hook, generation)
+        attend = self._attendance.attend_threads if self._attendance is not None else None
+        return ThreadedConfinement(
+            policy, key, verdict, self._ready_instance(), self.hook, generation, attend
+        )
 
     def _superfluous(self) -> list[Confinement]:
         """Take out what is kept beyond the bound and unused, the longest unused first."""
@@ -296,6 +299,8 @@ class Manager:
 
     def _drop(self, confinement: Confinement) -> None:
         self._threads.forget(confinement.name)
+        if self._attendance is not None:
+            self._attendance.forget(confinement.name)
         try:
             confinement.close()
         except KernelError as error:
@@ -332,7 +337,7 @@ class Manager:
         with self.lock:
             confinement.users -= 1
             idle = not confinement.users
-        if idle and self._attendance is not None:
+        if idle and self._attendance is not None and confinement.isolation == "process":
             self._attendance.rest(confinement.name)
         self._ready_turns().give_back(turn)
 

@@ -33,7 +33,11 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 PACKAGES = "linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file util-linux"
-TESTS = ("tests/kernel", "tests/integrations/gunicorn/test_tenants.py")
+TESTS = (
+    "tests/kernel",
+    "tests/integrations/gunicorn/test_tenants.py",
+    "tests/integrations/gunicorn/test_events.py",
+)
 REQUESTS = "1200"
 #: What of this environment pytest finds in the machine.
 PASSED_ON = ("CI", "HYPOTHESIS_PROFILE", "RCON_TEST_REQUESTS")

@@ -12,8 +12,9 @@ from rcon_plugins.policy import Policy
 def rcon_drop(policy: Policy, place: str, identity: capability.Identity | None) -> None:
     """Take the identity, and keep the capabilities that the policy names, in the calling thread alone.
 
-    Last of all plugins but the rlimits: what comes before has what the server has. Without an identity the server's user stays, and
-    its capabilities go all the same. Of a command that is about to be executed they outlast that (ambient set).
+    Last of all plugins but rlimits: what comes before has what the server has. Without an identity the server's user
+    stays, and its capabilities go all the same. Of a command that is about to be executed they outlast that (ambient
+    set).
     """
     capability.drop(
         identity, kept_capabilities(policy), no_new_privs=policy.no_new_privs, ambient=place == "command"

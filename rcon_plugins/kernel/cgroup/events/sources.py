@@ -285,17 +285,19 @@ class Stall(Source):
                     path=path,
                     hint="boot with psi=1; Linux 5.2 and later can (CONFIG_PSI)",
                 ) from None
+            if error.errno == errno.EPERM:
+                raise ControllerUnavailable(
+                    f"this process may not be told {name} of {cgroup}",
+                    errno=errno.EPERM,
+                    path=path,
+                    hint="before Linux 6.4 pressure triggers take CAP_SYS_RESOURCE",
+                ) from None
             raise
         try:
             os.write(self.descriptor, f"{pressure.trigger}\0".encode())
         except OSError as error:
             self.close()
-            hint = (
-                "before Linux 6.4 pressure triggers take CAP_SYS_RESOURCE"
-                if error.errno == errno.EPERM
-                else None
-            )
-            raise files.failure(error, path, pressure.trigger, hint) from None
+            raise files.failure(error, path, pressure.trigger) from None
 
     def take(self) -> Iterator[Event]:
         if not files.is_directory(self._directory):
