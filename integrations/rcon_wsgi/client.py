@@ -5,16 +5,16 @@ from __future__ import annotations
 import enum
 import select
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
 from typing import Final
 
+from rcon_plugins.connections import cut, reset_on_close
+
 #: How often an executor that has something to say is listened to after its client has gone: what ends the work may be
 #: among it. One that never comes to an end would be listened to for ever.
 _LAST_WORDS: Final = 16
-_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
 class ClientGone(Exception):
@@ -93,15 +93,14 @@ class Client:
         """The work was ended: wake its thread up if it waits for the client. Called by another thread, once."""
         with self._lock:
             self._late = True
-            # Not the methods of the object: that of a TLS socket would go on without TLS.
             try:
                 if self._socket is None:
                     return
                 if self._stage is Stage.BODY:
+                    # Not the method of the object: that of a TLS socket would go on without TLS.
                     socket.socket.shutdown(self._socket, socket.SHUT_RD)  # the answer can still be written
                 elif self._stage is Stage.RESPONSE:
-                    self._reset_on_close(self._socket)
-                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+                    cut(self._socket)
             except OSError:
                 pass  # it is gone already
 
@@ -110,7 +109,7 @@ class Client:
         if self._socket is None:
             return
         try:
-            self._reset_on_close(self._socket)
+            reset_on_close(self._socket)
             self._socket.close()
         except OSError:
             pass  # it is gone already
@@ -149,7 +148,3 @@ class Client:
             poll.register(self._channel, events)
         poll.register(client, select.POLLRDHUP)
         return poll
-
-    @staticmethod
-    def _reset_on_close(sock: socket.socket) -> None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)

@@ -124,6 +124,18 @@ def unshare(flags: int) -> None:
         raise KernelError(f"unshare({flags:#x}): {os.strerror(number)}", errno=number, path="unshare")
 
 
+def disconnect(descriptor: int) -> None:
+    """connect(2) to nowhere (AF_UNSPEC): a TCP connection is reset at once, and who waits in it wakes up with an error.
+
+    What was not sent is dropped, and no end of the connection is sent. Raises `KernelError`: EINVAL for other kinds of
+    sockets, EBUSY from kernels that do not do it while a thread waits (6.4 to 6.6).
+    """
+    nowhere = bytes(16)  # a sockaddr, whose family is AF_UNSPEC
+    if _libc().connect(ctypes.c_int(descriptor), nowhere, ctypes.c_uint(len(nowhere))) != 0:
+        number = ctypes.get_errno()
+        raise KernelError(f"connect: {os.strerror(number)}", errno=number, path="connect")
+
+
 def poll_readable(descriptors: Iterable[int], timeout: float | None) -> set[int]:
     """poll(2): which descriptors can be read, or are at their end, within ``timeout`` seconds. See `poll`."""
     ready = poll(dict.fromkeys(descriptors, POLLIN), timeout)

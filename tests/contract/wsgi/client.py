@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tests.contract.wsgi.apps import Case
 
 ROOT = Path(__file__).resolve().parents[3]
-TIMEOUT = 20.0
+TIMEOUT = 60.0  # no answer within so many seconds is a hang
 
 
 class Served(NamedTuple):
@@ -30,7 +30,7 @@ class Served(NamedTuple):
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT)
 
-    def log_has(self, text: str, timeout: float = 5.0) -> bool:
+    def log_has(self, text: str, timeout: float = TIMEOUT) -> bool:
         """Whether the text comes up in the server's log within the time."""
         end = time.monotonic() + timeout
         while text not in self.log.read_text(errors="replace"):
