@@ -292,7 +292,6 @@ WRONG: list[tuple[dict[str, object], str, str]] = [
     ({"user": "root"}, "user", "allow_root = true"),
     ({"user": 0}, "user", "root, which work must not be"),
     ({"user": "owner:/"}, "user", "'/' is root"),
-    ({"user": "owner:/tmp"}, "user", "everybody may write to '/tmp'"),
     ({"user": "bin"}, "user", "write min_uid = 2"),
     ({"user": "nobodyy"}, "user", "did you mean 'nobody'"),
     ({"user": "no.such.user.anywhere"}, "user", "there is no user"),
@@ -323,6 +322,14 @@ def test_what_is_wrong_at_the_start_is_told_with_key_and_remedy(
     assert refused.value.key == f"policy.p.{key}"
     assert said in str(refused.value)
     assert refused.value.hint
+
+
+def test_a_directory_that_is_open_to_all_names_no_owner(sites: Path) -> None:
+    (sites / "open").mkdir()
+    (sites / "open").chmod(0o1777)
+    with pytest.raises(SettingsError, match=r"policy\.p\.user: everybody may write to '.*open'") as refused:
+        check(policy(f"owner:{sites}/open"))
+    assert refused.value.hint == "chmod o-w"
 
 
 def test_a_static_account_that_is_gone_later_is_the_machines_fault() -> None:

@@ -184,6 +184,11 @@ class Load:
         aim = self.answers[200] + more
         until(lambda: self.answers[200] >= aim)
 
+    def wait_for_answers_of_any_kind(self, more: int) -> None:
+        """Wait until so many more requests ended, however."""
+        aim = self.answers.total() + more
+        until(lambda: self.answers.total() >= aim)
+
     def _run(self) -> None:
         while not self._stop.is_set():
             status: int | str

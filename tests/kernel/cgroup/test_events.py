@@ -14,7 +14,7 @@ import pytest
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
-from rcon_plugins.kernel.cgroup.events import Event, Pressure, Watcher
+from rcon_plugins.kernel.cgroup.events import POLLED_SECONDS, Event, Pressure, Watcher
 from tests.kernel.cgroup.helpers import MIB, eventually, layout, running, sleep_forever, touch
 
 pytestmark = pytest.mark.kernel
@@ -138,6 +138,9 @@ def test_usage_thresholds(group: Cgroup, watcher: Watcher, told: Told) -> None:
         assert [event.limit for event in told.events] == [16 * MIB, 32 * MIB]
         assert all((event.usage or 0) >= (event.limit or 0) for event in told.events)
         child.end_by_signal()
+        # That it fell is seen when v2 is polled again, or not at all.
+        eventually(lambda: (group.read().memory_current or 0) < 16 * MIB)
+        time.sleep(4 * POLLED_SECONDS)
         with running(group, hold, 40 * MIB):
             eventually(lambda: [event.limit for event in told.events].count(32 * MIB) == 2)
 

@@ -27,6 +27,15 @@ def rcon_event(event):
 """
 
 
+def until_heard(folder: Path) -> str:
+    """Takes more than 32M, and pauses until the plugin was asked and its answer applied: on v1 nothing slows it down.
+
+    At no time more than 64M: a shell holds what it reads twice.
+    """
+    y, x = ALLOCATE.format(20).replace("x=", "y=", 1), ALLOCATE.format(18)
+    return f"{y}; {x}; until [ -s {folder / 'heard'} ]; do sleep 0.1; done; sleep 1"
+
+
 @pytest.fixture
 def listener(tmp_path: Path) -> Callable[..., Callable[[], None]]:
     """An installed plugin of this name, which answers events of a kind with more memory."""
@@ -66,8 +75,7 @@ def test_a_plugin_gives_more_before_memory_that_grows_ends(
     memory = '{ limit = "32M", expand = "2x", up_to = "64M" }'
     settings = write(tmp_path, f"memory = {memory}\nswap = 0")
     told = tmp_path / "told"
-    # On v1 work is not slowed down at the limit: it pauses itself.
-    script = f"{ALLOCATE.format(20)}; sleep 1; {ALLOCATE.format(60)}; echo ${{#x}}"
+    script = f"{until_heard(tmp_path)}; {ALLOCATE.format(60)}; echo ${{#x}}"
     done = rcon(
         *("run", "--policy", "job", "--settings", settings, "--group", "heard"),
         *("--on-event", f"cat >> {told}", "--", "sh", "-c", script),
@@ -87,8 +95,9 @@ def test_the_limit_that_a_plugin_gave_is_the_one_that_is_told(
     tmp_path: Path, listener: Callable[..., Callable[[], None]]
 ) -> None:
     settings = write(tmp_path, 'memory = { limit = "32M", expand = "2x", up_to = "1G" }\nswap = 0')
+    script = f"{until_heard(tmp_path)}; {ALLOCATE.format(200)}"
     done = rcon(
-        *("run", "--policy", "job", "--settings", settings, "--", "sh", "-c", ALLOCATE.format(200)),
+        *("run", "--policy", "job", "--settings", settings, "--", "sh", "-c", script),
         before=listener("memory_limit", "96M"),
     )
     assert done.status == 137

@@ -55,10 +55,11 @@ def test_a_fork_server_that_does_not_answer_hangs_no_request(monkeypatch: pytest
 
 
 def test_one_slow_death_delays_nobody_elses_deadline() -> None:
-    # Slow to die by its quota, and not too slow to be born under it: to drop takes milliseconds of CPU time.
-    slow = {"cpu": "5%", "pids": 400, "each": {"timeout": "1s"}}
+    # Slow to die by its quota, and not too slow to be born under it: to drop takes milliseconds of CPU time, which an
+    # emulated machine makes many.
+    slow = {"cpu": "5%", "pids": 400, "each": {"timeout": "6s"}}
     settings = {
-        "policy": {"slow": slow, "p": {"each": {"timeout": "1500ms"}}},
+        "policy": {"slow": slow, "p": {"each": {"timeout": "7s"}}},
         "route": [{"host": "slow", "policy": "slow"}, {"policy": "p"}],
     }
     with managing({}, settings=settings) as manager:
