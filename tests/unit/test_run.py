@@ -58,10 +58,8 @@ def test_a_clean_run_passes(run: Run) -> None:
 
 
 def test_a_process_left_behind_fails_the_run_and_is_killed(run: Run, tmp_path: Path) -> None:
-    status, output = run(
-        "def test_it():\n"
-        "    subprocess.run('setsid sh -c \"echo \\\\$\\\\$ > pid; exec sleep 1000\" & sleep 0.2', shell=True)\n"
-    )
+    command = 'setsid sh -c "echo \\$\\$ > pid; exec sleep 1000" & until [ -s pid ]; do sleep 0.1; done'
+    status, output = run(f"def test_it():\n    subprocess.run({command!r}, shell=True)\n")
     assert status == 1
     assert "1 passed, 1 error" in output
     assert "process" in output

@@ -12,7 +12,7 @@ from typing import Any
 from tests.kernel.command.harness import become_rcon, left_by, rcon, until
 from tests.kernel.command.test_run import ALLOCATE
 
-FORKS = "(for i in 1 2 3 4 5 6; do sleep 0.2 & done) 2>/dev/null; exit 0"
+FORKS = "(for i in 1 2 3 4 5 6; do sleep 5 & done) 2>/dev/null; exit 0"
 GROWS = ("--memory", "32M", "--expand", "2x", "--up-to")
 
 

@@ -155,7 +155,11 @@ def test_the_report_is_no_standard_stream_that_is_closed() -> None:
 def test_what_it_leaves_behind_ends_with_it(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     done = rcon(
-        "run", "--", "sh", "-c", f"setsid sh -c 'echo $$ > {pid}; exec sleep 1000' & sleep 0.3; exit 0"
+        "run",
+        "--",
+        "sh",
+        "-c",
+        f"setsid sh -c 'echo $$ > {pid}; exec sleep 1000' & until [ -s {pid} ]; do sleep 0.1; done",
     )
     assert done.status == 0
     assert not Path("/proc", pid.read_text().strip()).exists()
@@ -272,13 +276,13 @@ def test_a_signal_to_rcon_reaches_the_command_and_the_group_goes(
 
 def test_if_rcon_is_killed_its_command_dies_and_the_next_run_clears_up(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    script = "sh -c 'echo child $$; exec sleep 1000' & echo command $$; sleep 0.3; echo ready; wait"
+    script = "sh -c 'echo child $$; exec sleep 1000' & echo command $$; wait"
     pid = os.fork()
     if pid == 0:
         become_rcon(
             ["run", "--pids", "7", "--group", "orphans", "--", "sh", "-c", script], [out, tmp_path / "err"]
         )
-    until(lambda: out.exists() and "ready" in out.read_text(), "the command runs")
+    until(lambda: out.exists() and out.read_text().count("\n") == 2, "the command runs")
     pids = dict(line.split() for line in out.read_text().splitlines() if " " in line)
     child, command = int(pids["child"]), int(pids["command"])
     os.kill(pid, signal.SIGKILL)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,29 +27,39 @@ MAIN = "from rcon_plugins.cli.rcon import main; main()"
 class Watching:
     """``rcon watch`` beside the test."""
 
-    def __init__(self, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, "watch", *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._out, self._err = folder / "out", folder / "err"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", MAIN, "watch", *arguments], cwd=ROOT, stdout=out, stderr=err
+            )
 
     def watches(self) -> bool:
         """Whether its thread is there, and it waits."""
-        assert self.process.poll() is None, self.process.communicate()
+        assert self.process.poll() is None, self._err.read_text()
         names = [path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/comm")]
         return len(names) > 1
 
+    def wait_for(self, kind: str) -> None:
+        """Until it has told of one."""
+        eventually(lambda: kind in self._out.read_text(), 60)
+
     def ended(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out, err
+        status = self.process.wait(timeout=60)
+        return status, self._out.read_text(), self._err.read_text()
+
+
+Watch = Callable[..., contextlib.AbstractContextManager[Watching]]
+
+
+@pytest.fixture
+def watching(tmp_path: Path) -> Watch:
+    return functools.partial(_watching, tmp_path)
 
 
 @contextlib.contextmanager
-def watching(*arguments: str) -> Iterator[Watching]:
-    made = Watching(*arguments)
+def _watching(folder: Path, *arguments: str) -> Iterator[Watching]:
+    made = Watching(folder, *arguments)
     try:
         eventually(made.watches, 60)
         time.sleep(0.3)
@@ -56,7 +67,7 @@ def watching(*arguments: str) -> Iterator[Watching]:
     finally:
         if made.process.poll() is None:
             made.process.kill()
-        made.process.communicate()
+            made.process.wait()
 
 
 @pytest.fixture
@@ -74,14 +85,13 @@ def fork_too_many() -> None:
     sleep_forever()
 
 
-def test_a_line_for_each_until_the_group_is_gone(group: Cgroup, instance: Instance, own: str) -> None:
+def test_a_line_for_each_until_the_group_is_gone(group: Cgroup, own: str, watching: Watch) -> None:
     with watching(f"{own}-w", "--kind", "oom_kill,pids_limit") as it:
         # The leaf is in the way of nothing: v1 counts in the cgroup of the process itself.
         with running(group, touch, 64 * MIB) as child:
             assert child.wait() == -signal.SIGKILL
         with running(group, fork_too_many):
-            eventually(lambda: (group.read().pids_limit_hits or 0) > 0)
-            time.sleep(1)
+            it.wait_for("pids_limit")
             group.kill()
         assert group.delete()
         status, out, err = it.ended()
@@ -94,11 +104,10 @@ def test_a_line_for_each_until_the_group_is_gone(group: Cgroup, instance: Instan
     assert "a fork failed: " in lines[kinds.index("pids_limit")]
 
 
-def test_as_json_and_with_a_threshold(group: Cgroup, own: str) -> None:
+def test_as_json_and_with_a_threshold(group: Cgroup, own: str, watching: Watch) -> None:
     with watching(f"{own}-w", "--json", "--threshold", "16M", "--kind", "memory_usage") as it:
         with running(group, hold, 20 * MIB):
-            eventually(lambda: (group.read().memory_current or 0) > 16 * MIB)
-            time.sleep(1)
+            it.wait_for("memory_usage")
         assert group.delete()
         status, out, _ = it.ended()
     assert status == 0
@@ -115,7 +124,7 @@ def hold(size: int) -> None:
     sleep_forever()
 
 
-def test_interrupted(group: Cgroup, own: str) -> None:
+def test_interrupted(group: Cgroup, own: str, watching: Watch) -> None:
     with watching(f"{own}-w") as it:
         it.process.send_signal(signal.SIGINT)
         assert it.ended() == (130, "", "")
