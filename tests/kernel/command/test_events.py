@@ -34,6 +34,18 @@ def test_one_that_needs_more_than_the_last_limit_ends() -> None:
     assert (done.report["outcome"], done.report["limit"]) == ("memory", "memory")
 
 
+def test_the_figures_of_the_talk() -> None:
+    """From 64 MiB, twice as much each time, up to 1 GiB: what needs 200 MiB finishes, what needs 2 GiB is ended."""
+    grows = ("--memory", "64M", "--expand", "2x", "--up-to", "1G", "--swap", "0")
+    done = rcon("run", *grows, "--", "python3", "-c", "print(len(b'x' * (200 << 20)))")
+    assert (done.status, done.err, done.out) == (0, "", f"{200 << 20}\n")
+    assert (done.report["outcome"], done.report["usage"]["memory_peak"] > 200 << 20) == ("ok", True)
+    done = rcon("run", *grows, "--", "python3", "-c", "print(len(b'x' * (2 << 30)))")
+    assert (done.status, done.out) == (137, "")
+    assert done.err == "rcon: memory limit 1024 MiB reached (peak 1024.0 MiB, expanded from 64M)\n"
+    assert (done.report["outcome"], done.report["limit"]) == ("memory", "memory")
+
+
 def test_each_event_is_told_and_its_answer_applied(tmp_path: Path) -> None:
     told = tmp_path / "told"
     answer = '{"memory": "1G", "pids": 77}'
