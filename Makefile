@@ -38,7 +38,7 @@ test: root $(VENV)/.test debian ## lint, then all tests: on this machine, and on
 	echo "== tests on pure cgroup v2, in an emulated machine"; \
 	$(BIN)/python tests/vm.py || failed="the tests on pure cgroup v2"; \
 	echo "== unit, contract, integration and kernel tests on this machine"; \
-	RCON_TEST_BEGAN=$$began $(BIN)/python -m pytest tests || failed="$${failed:+$$failed and }the tests on this machine"; \
+	RCON_TEST_BEGAN=$$began $(BIN)/python -m pytest --reruns 1 tests || failed="$${failed:+$$failed and }the tests on this machine"; \
 	[ -z "$$failed" ] || { echo "make test: FAILED: $$failed ($$(($$(date +%s) - began)) s in all)" >&2; exit 1; }
 
 lint: $(VENV)/.test ## ruff and mypy

@@ -5,6 +5,8 @@
   `@pytest.mark.layout("v2")`, or "v1", "hybrid"; on others it is deselected. Between this machine and the emulated one
   each has to run. One that would say the same twice is marked `once`, and not run in the emulated machine.
 - In CI (`CI` in the environment) a skip is a failure, and so is an empty tier.
+- `make test` runs a test that failed once more (--reruns 1), as quotas and deadlines are tested on machines whose
+  cores others use, too. Each is named at the end with how it failed, and more than FEW of them fail the run.
 - After the run no process and no cgroup of the tests may be left (tests/leftovers.py); if one is, the run fails.
 - Irreversible acts are done in child processes: the fixture `in_child`.
 """
@@ -26,6 +28,7 @@ from tests import children, leftovers
 TESTS = Path(__file__).parent
 TIERS = ("unit", "contract", "integrations", "kernel")
 GRACE = 5.0  # seconds in which what was told to end may end
+FEW = 4  # tests of a run that may need a second attempt
 
 # Timings are never asserted, so neither by hypothesis; machines under test are slow.
 hypothesis.settings.register_profile("rcon", deadline=None)
@@ -130,15 +133,25 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     while (found := look(start)) and time.monotonic() < deadline:
         time.sleep(0.05)
     session.config.stash[left] = found
-    terminal = session.config.pluginmanager.getplugin("terminalreporter")
     if found:
-        text = "left behind by the tests: " + "; ".join(found)
-        report = pytest.TestReport(
-            "leftovers", ("tests/conftest.py", None, "leftovers"), {}, "failed", text, "teardown"
-        )
-        terminal.stats.setdefault("error", []).append(report)  # or the last line would say that all is well
-        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        fail_the_run(session, "leftovers", "left behind by the tests: " + "; ".join(found))
+    again = run_again(session.config)
+    if len(again) > FEW:
+        fail_the_run(session, "reruns", f"{len(again)} tests had to be run again, of which {FEW} may")
+
+
+def fail_the_run(session: pytest.Session, name: str, text: str) -> None:
+    report = pytest.TestReport(name, ("tests/conftest.py", None, name), {}, "failed", text, "teardown")
+    terminal = session.config.pluginmanager.getplugin("terminalreporter")
+    terminal.stats.setdefault("error", []).append(report)  # or the last line would say that all is well
+    if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def run_again(config: pytest.Config) -> list[pytest.TestReport]:
+    """The first attempts of the tests that were run a second time."""
+    terminal = config.pluginmanager.getplugin("terminalreporter")
+    return list(terminal.stats.get("rerun", ()))
 
 
 def look(start: Beginning) -> list[str]:
@@ -152,6 +165,11 @@ def look(start: Beginning) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if again := run_again(config):
+        terminalreporter.section("run again, as they failed")
+        for report in again:
+            terminalreporter.line(report.nodeid)
+            terminalreporter.line(report.longreprtext)
     if config.stash.get(left, None) == []:
         terminalreporter.line("no process and no cgroup of the tests is left")
     if "RCON_TEST_BEGAN" in os.environ:

@@ -215,7 +215,7 @@ def main() -> int:
     options, arguments = parser.parse_known_args()
     arguments = [a for a in arguments if a != "--"]
     if not any(not a.startswith("-") and (ROOT / a.split("::")[0]).exists() for a in arguments):
-        arguments = [*TESTS, "-m", "not once", *arguments]
+        arguments = [*TESTS, "-m", "not once", "--reruns", "1", *arguments]
     if options.inside:
         inside(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -67,6 +67,38 @@ def test_a_process_left_behind_fails_the_run_and_is_killed(run: Run, tmp_path: P
     assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
 
 
+ONCE_IN_TWO = """
+import pathlib
+@pytest.mark.parametrize("number", range({}))
+def test_it(number):
+    seen = pathlib.Path(f"seen-{{number}}")
+    if not seen.exists():
+        seen.touch()
+        raise OSError("not yet")
+"""
+
+
+def test_a_test_that_needs_a_second_attempt_is_named(run: Run) -> None:
+    status, output = run(ONCE_IN_TWO.format(4), "--reruns", "1", "tests/unit", ci=True)
+    assert status == 0
+    assert "4 passed, 4 rerun" in output
+    assert "tests/unit/test_it.py::test_it[3]\n" in output
+    assert 'raise OSError("not yet")' in output
+
+
+def test_many_that_need_one_fail_the_run(run: Run) -> None:
+    status, output = run(ONCE_IN_TWO.format(5), "--reruns", "1", "tests/unit", ci=True)
+    assert status == 1
+    assert "5 tests had to be run again, of which 4 may" in output
+    assert "5 passed, 1 error, 5 rerun" in output
+
+
+def test_what_fails_twice_fails(run: Run) -> None:
+    status, output = run("def test_it(): raise OSError", "--reruns", "1", "tests/unit")
+    assert status == 1
+    assert "1 failed, 1 rerun" in output
+
+
 def test_in_ci_a_skip_is_a_failure(run: Run) -> None:
     body = "def test_it(): pytest.skip('no kernel')\n@pytest.mark.xfail\ndef test_known(): raise OSError\n"
     assert run(body)[0] == 0
