@@ -207,7 +207,7 @@ def inside(arguments: list[str]) -> NoReturn:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run tests on pure cgroup v2, in an emulated machine.")
     parser.add_argument(
-        "--timeout", type=int, default=2400, help="seconds for all of it (default: %(default)s)"
+        "--timeout", type=int, default=3000, help="seconds for all of it (default: %(default)s)"
     )
     parser.add_argument("--memory", default="1G", help="memory of the machine (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show the machine's console")
