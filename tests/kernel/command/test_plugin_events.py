@@ -13,18 +13,7 @@ import pytest
 from tests.kernel.command.harness import rcon
 from tests.kernel.command.test_events import FORKS, events
 from tests.kernel.command.test_run import ALLOCATE
-
-PLUGIN = """
-import os
-from rcon_plugins import Limits, Memory, hookimpl
-
-@hookimpl
-def rcon_event(event):
-    with open(os.environ["LISTENER_FILE"], "ab") as file:
-        file.write(event.to_json() + b"\\n")
-    if event.kind == os.environ.get("LISTENER_KIND"):
-        return Limits(memory=Memory(os.environ["LISTENER_MEMORY"]))
-"""
+from tests.listener import environ, install
 
 
 def until_heard(folder: Path) -> str:
@@ -38,20 +27,13 @@ def until_heard(folder: Path) -> str:
 
 @pytest.fixture
 def listener(tmp_path: Path) -> Callable[..., Callable[[], None]]:
-    """An installed plugin of this name, which answers events of a kind with more memory."""
-    installed = tmp_path / "installed"
-    info = installed / "listener-1.dist-info"
-    info.mkdir(parents=True)
-    (installed / "listener_of_events.py").write_text(PLUGIN)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: listener\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[rcon_plugins]\nlistener = listener_of_events\n")
+    """It, installed; it answers events of a kind with more memory."""
+    installed = install(tmp_path)
 
     def make(kind: str = "", memory: str = "") -> Callable[[], None]:
         def before() -> None:
             sys.path.insert(0, str(installed))
-            os.environ.update(
-                LISTENER_FILE=str(tmp_path / "heard"), LISTENER_KIND=kind, LISTENER_MEMORY=memory
-            )
+            os.environ.update(environ(tmp_path, kind, memory))
 
         return before
 

@@ -11,23 +11,6 @@ from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 
 
-@pytest.fixture(scope="session")
-def hierarchy() -> Hierarchy:
-    return Hierarchy.discover()
-
-
-@pytest.fixture
-def base(hierarchy: Hierarchy) -> Iterator[Cgroup]:
-    """A cgroup at the root of the tree; its name is in the names of the groups, which others' tests have too."""
-    cgroup = hierarchy.cgroup(f"/rcon-tests-{os.getpid()}")
-    cgroup.create()
-    try:
-        yield cgroup
-    finally:
-        cgroup.kill()
-        assert cgroup.delete()
-
-
 @pytest.fixture
 def instance(hierarchy: Hierarchy, base: Cgroup) -> Iterator[Instance]:
     made = Instance.create(hierarchy, base=base.path)

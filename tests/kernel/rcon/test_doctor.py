@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,6 @@ CLONE_NEWCGROUP = 0x02000000
 def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """IO limits are tried on the device of the working directory."""
     monkeypatch.chdir(DISK)
-
-
-@pytest.fixture
-def group() -> Iterator[Cgroup]:
-    cgroup = Hierarchy.discover().cgroup(f"/rcon-tests-{os.getpid()}").create()
-    try:
-        yield cgroup
-    finally:
-        cgroup.kill()
-        assert cgroup.delete()
 
 
 def doctor(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,6 @@ from tests.kernel.cgroup.helpers import Running, eventually, sleep_forever
 
 NOBODY = 65534
 CLONE_NEWNS = 0x00020000
-
-
-@pytest.fixture
-def group() -> Iterator[Cgroup]:
-    """The only part of the tree in which these tests collect: others on this machine may have their own dead."""
-    cgroup = Hierarchy.discover().cgroup(f"/rcon-tests-{os.getpid()}").create()
-    try:
-        yield cgroup
-    finally:
-        cgroup.kill()
-        assert cgroup.delete()
 
 
 def leave(base: str, place: str = "work") -> tuple[str, int]:

@@ -17,8 +17,8 @@ def hierarchy() -> Hierarchy:
 
 
 @pytest.fixture
-def group(hierarchy: Hierarchy) -> Iterator[Cgroup]:
-    """An existing cgroup at the root of the tree, under a name that no instance has."""
+def base(hierarchy: Hierarchy) -> Iterator[Cgroup]:
+    """An existing cgroup at the root of the tree, under a name that no instance has and no other test run."""
     cgroup = hierarchy.cgroup(f"/rcon-tests-{os.getpid()}")
     cgroup.create()
     try:
@@ -27,3 +27,9 @@ def group(hierarchy: Hierarchy) -> Iterator[Cgroup]:
         cgroup.kill()
         assert cgroup.delete()
         assert not any(Path(directory).exists() for directory in cgroup.directories)
+
+
+@pytest.fixture
+def group(base: Cgroup) -> Cgroup:
+    """For what needs no more than a cgroup."""
+    return base
