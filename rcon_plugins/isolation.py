@@ -98,6 +98,14 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     as_process += _as_written(hierarchy.refusals(each, within=together), "each.")
     identity = privileges.refusals(policy) + _without_warning(policy, server, hierarchy)
     as_process += identity + _without_walls(policy)
+    if not server.tasks:
+        # Whatever way in: nobody else tries work again.
+        tries = [
+            Refusal(key, "only a task of Celery is tried again, and counted", "leave it out")
+            for key in policy.wants_tries
+        ]
+        as_process += tries
+        as_thread += tries
     if policy.isolation == "thread":
         as_thread += identity
     if policy.isolation in ("inline", "thread") and server.greenlets:

@@ -156,7 +156,16 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 )
 
     belongs: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("per", "isolation", "concurrency", "max_works", "leave_children"),
+        (
+            "per",
+            "isolation",
+            "concurrency",
+            "max_works",
+            "leave_children",
+            "on_memory",
+            "max_deaths",
+            "dead_letter",
+        ),
         "it belongs to the policy, not under each",
     )
 

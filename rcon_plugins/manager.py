@@ -225,6 +225,14 @@ class Manager:
                 raise
             self._refuse(work, policy_name, key, error)
 
+    def policy_of(self, work: Work) -> Policy | None:
+        """The policy that a work would be admitted under, as it is now; None where it would run without limits.
+
+        Raises `ConfinementError` where it would be refused; whatever a plugin raises.
+        """
+        selected = self._select(work)
+        return None if selected is None else self._in_force.current(self.settings.policies[selected])
+
     def _renew(self, changed: Mapping[str, Policy]) -> None:
         """These policies are otherwise from now on."""
         with self._making:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any, ClassVar, Self, SupportsFloat, TypeVar
+from typing import Annotated, Any, ClassVar, Self, SupportsFloat, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.units import Size, WrittenNumber, show
@@ -153,6 +156,21 @@ class Memory(Size):
         if self.up_to is None:
             return super().__repr__()
         return f"Memory({str(self)!r}, expand={self.expand!r}, up_to={self.up_to!r})"
+
+
+class OnMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What work that died of memory gets when it is tried again: so many times as much, and at most this."""
+
+    expand: Annotated[
+        Factor, Meta(description="How many times as much each time that it died of memory.", examples=["2x"])
+    ]
+    up_to: Annotated[
+        Size, Meta(description="The most it becomes; who dies of that is not tried again.", examples=["2G"])
+    ]
+
+    def after(self, limit: Memory, deaths: int) -> int:
+        """The memory, in bytes, after so many deaths of it, where the limit was ``limit`` to begin with."""
+        return min(int(limit * self.expand**deaths), max(self.up_to, limit))
 
 
 _Part = TypeVar("_Part", Size, Factor)

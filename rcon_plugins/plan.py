@@ -69,6 +69,8 @@ class Plan(NamedTuple):
                 memory = promised(policy)
                 if memory is not None:
                     self.check_fits(memory, f"policy.{name}.{_where(policy)}")
+                if policy.on_memory is not None:
+                    self.check_fits(policy.on_memory.up_to, f"policy.{name}.on_memory.up_to")
 
     @property
     def budget(self) -> int | None:

@@ -17,6 +17,7 @@ from rcon_plugins.accounts import Account, PathTemplate
 from rcon_plugins.conversion import convert, dotted
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.limits import Each, Limits
+from rcon_plugins.memory import OnMemory
 from rcon_plugins.rights import CapabilityName, Rlimits, Umask
 from rcon_plugins.units import Written, show
 
@@ -126,6 +127,21 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         bool,
         Meta(description="What work that ended well has started may go on.", examples=[True]),
     ] = False
+    on_memory: Annotated[
+        OnMemory | None,
+        Meta(
+            description="A task that died of memory is tried again, with more.",
+            examples=[{"expand": "2x", "up_to": "2G"}],
+        ),
+    ] = None
+    max_deaths: Annotated[
+        Annotated[int, _COUNT] | None,
+        Meta(description="Deaths after which a task is not tried again.", examples=[3]),
+    ] = None
+    dead_letter: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="Queue for tasks that died too often.", examples=["dead"]),
+    ] = None
 
     user: Annotated[
         Account | None,
@@ -205,6 +221,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         self._check_identity()
         self._check_isolation()
         self.each.check_within(self)
+        self._check_on_memory()
 
     def _check_identity(self) -> None:
         for name in ("group", "groups", "owner_must_be"):
@@ -221,6 +238,39 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 key="capabilities",
                 value=self.capabilities,
                 hint='write ["all"], or leave "all" out',
+            )
+
+    def _check_on_memory(self) -> None:
+        limit, more = self.each.memory, self.on_memory
+        if more is None:
+            return
+        if limit is None:
+            raise SettingsError(
+                "there is no each.memory to begin with",
+                key="on_memory",
+                value=more,
+                hint='each = { memory = "256M" }',
+            )
+        if limit.expands:
+            raise SettingsError(
+                "each.memory expands while the task runs: there is one way to get more",
+                key="on_memory",
+                value=more,
+                hint="leave it out, or the table of each.memory",
+            )
+        if more.up_to <= limit:
+            raise SettingsError(
+                f"{more.up_to} is not above each.memory = {limit}",
+                key="on_memory.up_to",
+                value=more.up_to,
+                hint="name more, or leave on_memory out",
+            )
+        if self.memory is not None and more.up_to > self.memory.most:
+            raise SettingsError(
+                f"{more.up_to} is never reached: all work of the policy together has {self.memory.most}",
+                key="on_memory.up_to",
+                value=more.up_to,
+                hint=f"at most {self.memory.most}",
             )
 
     def _check_isolation(self) -> None:
@@ -255,6 +305,11 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return (*super().asks(), *(f"each.{name}" for name in self.each.asks()))
 
     @property
+    def wants_tries(self) -> tuple[str, ...]:
+        """What is written of work that died: ``("on_memory", "max_deaths")``. Empty where nothing is."""
+        return tuple(name for name in _OF_TRIES if getattr(self, name) is not None)
+
+    @property
     def wants_identity(self) -> tuple[str, ...]:
         """What is written of who work is and what it may do: ``("user", "umask")``. Empty where nothing is."""
         written = [name for name in _OF_IDENTITY if getattr(self, name) is not None]
@@ -263,5 +318,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 #: Limits that belong to a process, so that a thread of the server cannot be held to them.
 _OF_A_PROCESS = frozenset({"memory", "memory_high", "swap"})
+#: What becomes of work that died.
+_OF_TRIES = ("on_memory", "max_deaths", "dead_letter")
 #: What has to be taken for good before the first work. Also rlimits, which are never None.
 _OF_IDENTITY = ("user", "group", "groups", "capabilities", "owner_must_be", "umask")

@@ -74,6 +74,7 @@ def written(policy: Any) -> dict[str, Any]:
     each = {name: plain(getattr(policy.each, name)) for name in policy.each.asks()}
     if policy.concurrency is not None:
         found["concurrency"] = policy.concurrency
+    found |= {name: msgspec.to_builtins(getattr(policy, name), enc_hook=str) for name in policy.wants_tries}
     return {**found, "each": each} if each else found
 
 

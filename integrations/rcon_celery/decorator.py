@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from celery import signals
@@ -30,10 +30,10 @@ class Mark(NamedTuple):
 
     policy: str | None
     content: Mapping[str, Any]
-    #: What becomes of it when it dies.
+    #: What becomes of it when it dies, before what its policy says.
     learning: Learning | None = None
 
-    def named(self, task: str, taken: Mapping[str, object]) -> Policy:
+    def named(self, task: str, taken: Container[str]) -> Policy:
         """The policy of a task of this name, under a name that is not taken."""
         name = policy_name(task)
         if name in taken:
@@ -53,23 +53,24 @@ def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
         @confined(memory="512M", timeout="60s", together={"cpu": "150%"}, concurrency=4)
         def render(name): ...
 
-    ``on_memory``, ``max_deaths`` and ``dead_letter``, also beside a policy's name, say what becomes of a task that
-    dies: see `rcon_celery.learning`.
+    ``on_memory``, ``max_deaths`` and ``dead_letter`` say what becomes of a task that dies: see `rcon_celery.learning`.
+    They may stand beside a policy's name too, and go before what that says.
 
     Raises `SettingsError` for what a policy file could not say either. A worker whose app was not given to `install`
     does not start.
     """
-    learning = Learning.make(limits)
-    limits = {name: value for name, value in limits.items() if name not in Learning.__struct_fields__}
-    if policy is not None and limits:
+    tries = {name: value for name, value in limits.items() if name in Learning.__struct_fields__}
+    if policy is not None and limits.keys() - tries:
         raise SettingsError("a policy's name and limits at once", key="@confined", hint="give one of them")
-    if policy is None and not limits:  # what becomes of deaths is no limit
+    if policy is None and not limits.keys() - tries:  # what becomes of deaths is no limit
         raise SettingsError(
             "says nothing", key="@confined", hint='for example memory="512M", or a policy\'s name'
         )
-    mark = Mark(policy, {} if policy is not None else _content(limits), learning)
     if policy is None:
+        mark = Mark(None, _content(limits))
         _check(mark)
+    else:
+        mark = Mark(policy, {}, Learning.make(tries))
 
     def decorate(function: _F) -> _F:
         if isinstance(function, (Task, Proxy)):

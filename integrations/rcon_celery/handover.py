@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from celery.app.task import get_actual_ignore_result
 from celery.backends.base import DisabledBackend
-from celery.exceptions import Reject
 from celery.result import result_from_tuple
 
 from rcon_celery import codec, wire
+from rcon_celery.learning import ServerLost
 from rcon_plugins.errors import Killed, LimitExceeded, MemoryLimitExceeded
 from rcon_plugins.executors.channel import ChannelClosed, ProtocolViolation
 from rcon_plugins.executors.executor import SOFT_TIME
@@ -69,7 +69,7 @@ def _converse(
         outcome = admission.died()
         if task.acks_late and outcome.ending == "killed" and host.is_lost:
             # Not its own fault; and its message was not acknowledged.
-            raise Reject(outcome.detail, requeue=True) from None
+            raise ServerLost(outcome.detail) from None
         raise raised(outcome) from None
     except BaseException as error:
         # A pool that ends this process gives it a tenth of a second.

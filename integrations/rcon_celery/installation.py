@@ -7,17 +7,19 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import msgspec
 from celery import signals as on
 from celery._state import _task_stack
 from celery.exceptions import Reject, SoftTimeLimitExceeded, TaskPredicate
 
-from rcon_celery import cluster, codec, handover, learning, place, results
+from rcon_celery import again, cluster, codec, handover, place, results
 from rcon_celery.bootstep import make_step
 from rcon_celery.decorator import Mark, mark_of
 from rcon_celery.files import leave_log_files, server_files
-from rcon_celery.learning import Lesson
+from rcon_celery.learning import Learning, Lesson, ServerLost
 from rcon_celery.node import Node
 from rcon_celery.pools import after_fork
+from rcon_celery.runs import Runs
 from rcon_celery.service import TaskService
 from rcon_celery.takeover import Annotations, Body, perform
 from rcon_celery.work import is_own, work_of
@@ -73,6 +75,9 @@ class Installation:
         self.is_lost = False
         #: Why this process of the pool has no manager.
         self._fault = "it was not set up"
+        self._runs = Runs()
+        #: Whether a policy says what becomes of tasks that died.
+        self._policies_try = False
         cluster.register()
         app.on_after_configure.connect(self._annotate, weak=False)
         if app.configured:
@@ -121,6 +126,7 @@ class Installation:
                 names[task] = policy.name
             elif mark.policy in settings.policies or settings.plugins:
                 names[task] = mark.policy
+                _check_tries(task, mark, settings)
             else:
                 raise SettingsError(
                     f"there is no policy {mark.policy!r}",
@@ -134,11 +140,12 @@ class Installation:
 
     def most(self) -> dict[str, Size]:
         """By its key in an error, the most memory that each task which learns may be given."""
-        return {
-            f"@confined of {task}: on_memory.up_to": mark.learning.on_memory.up_to
-            for task, mark in sorted(self._marks.items())
-            if mark.learning is not None and mark.learning.on_memory is not None
-        }
+        found = {}
+        for task, mark in sorted(self._marks.items()):
+            says = mark.learning if mark.policy is not None else mark.named(task, ())
+            if says is not None and says.on_memory is not None:
+                found[f"@confined of {task}: on_memory.up_to"] = says.on_memory.up_to
+        return found
 
     def begin(self, node: Node) -> None:
         """In the worker: tasks are confined from here on. Raises `RconError` where that cannot be."""
@@ -172,6 +179,7 @@ class Installation:
             server_files=[*server_files(), node.tally.file, node.changes.file],
         )
         self.manager, self._pid, self.is_lost = manager, os.getpid(), False
+        self._policies_try = any(policy.wants_tries for policy in manager.settings.policies.values())
 
     def _lose(self) -> None:
         """In another thread: the fork server is gone."""
@@ -210,18 +218,23 @@ class Installation:
         self._ready_manager()
         if self.is_lost:
             self._find_another_server(task)
-        if (task.request.delivery_info or {}).get("redelivered"):
+        if again.is_redelivered(task):
             self._ready_node().instance.end_orphans()  # it may still run for a process that is gone
-        mark = self._marks.get(task.name)
-        if mark is None or mark.learning is None:
-            return self._confine(task, body, args, kwargs, None)
-        return learning.run(
-            task,
-            mark.learning,
-            lambda lesson: self._confine(task, body, args, kwargs, lesson),
-        )
+        lesson = Lesson(task, self._learning_of(task, args, kwargs))
+        return lesson.run(self._runs, lambda lesson: self._confine(task, body, args, kwargs, lesson))
 
-    def _confine(self, task: Any, body: Body, args: Any, kwargs: Any, lesson: Lesson | None) -> Any:
+    def _learning_of(self, task: Any, args: Any, kwargs: Any) -> Learning | None:
+        mark = self._marks.get(task.name)
+        own = mark.learning if mark is not None else None
+        if not self._policies_try:
+            return own
+        try:
+            policy = self._ready_manager().policy_of(work_of(task, args, kwargs))
+        except Exception:  # noqa: BLE001 - whatever a plugin raises: it is told when the task is refused for it
+            return own
+        return Learning.of(policy, own)
+
+    def _confine(self, task: Any, body: Body, args: Any, kwargs: Any, lesson: Lesson) -> Any:
         admission = self._admit(task, args, kwargs, lesson)
         if admission is None:
             return perform(task, body, args, kwargs)
@@ -234,19 +247,19 @@ class Installation:
                 self._ready_node().tally.add(admission.outcome)
                 results.note(task, admission.outcome, events=self._ready_node().events)
 
-    def _admit(self, task: Any, args: Any, kwargs: Any, lesson: Lesson | None) -> Admission | None:
+    def _admit(self, task: Any, args: Any, kwargs: Any, lesson: Lesson) -> Admission | None:
         for attempts_left in reversed(range(_ATTEMPTS)):
             manager = self._ready_manager()
             try:
                 return manager.admit(
                     work_of(task, args, kwargs),
                     wait=True,
-                    memory=lesson.memory if lesson is not None else None,
+                    memory=lesson.memory,
                 )
             except ConcurrencyLimitExceeded as error:
                 if error.limit != BUDGET:
                     raise
-                raise learning.back_to_the_queue(task, error) from None
+                raise lesson.back_to_the_queue(error) from None
             except ConfinementError as error:
                 if isinstance(error.__cause__, SoftTimeLimitExceeded):  # while it waited for its turn
                     raise error.__cause__ from None
@@ -255,7 +268,7 @@ class Installation:
                     raise
                 if not attempts_left:
                     if task.acks_late:
-                        raise Reject(str(error), requeue=True) from None
+                        raise ServerLost(str(error)) from None
                     raise
         raise AssertionError
 
@@ -263,6 +276,7 @@ class Installation:
         """False where this process cannot have another, and the task cannot go back to the queue."""
         if self._ready_node().pool.alone:
             _log.error("rcon: the fork server of this process is gone; it gets another")
+            self._runs.pulse.stop()  # no fork beside other threads
             self.close()
             self._start_manager()
             return True
@@ -279,6 +293,17 @@ class Installation:
         if self.node is None:
             raise ConfinementError("no worker runs here")
         return self.node
+
+
+def _check_tries(task: str, mark: Mark, settings: Settings) -> None:
+    """Raise `SettingsError` where what a task says of its deaths does not go with the policy that it names."""
+    policy = settings.policies.get(mark.policy or "")
+    if policy is None or mark.learning is None:
+        return
+    try:
+        msgspec.structs.replace(policy, **mark.learning.said())
+    except SettingsError as error:
+        raise SettingsError(error.problem, key=f"@confined of {task}: {error.key}", hint=error.hint) from None
 
 
 def _perform_as(request: Any, task: Any, body: Body, args: Any, kwargs: Any) -> Any:

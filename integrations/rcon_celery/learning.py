@@ -1,181 +1,185 @@
 """Retry that learns: a task that died of memory is tried again with more, and not for ever.
 
 How often it died is in the headers of its message, so that any worker and any broker carries it on. A worker that dies
-under a task writes no headers: so a task that is acknowledged late is counted in the result backend while it runs, and
-what is found there by its next run are deaths too; kept as long as results are (``result_expires``). With a backend
-that keeps no keys and values (``rpc``, a database) all that is known is that a message was delivered again: one death.
+under a task writes no headers: so a task that is acknowledged late is noted in the result backend while it runs (see
+`rcon_celery.runs`), and what is found there by its next run are deaths too. With a backend that keeps no keys and
+values (``rpc``, a database), or none, all that is known is that a message was delivered again: it is sent once more,
+with that as a death in its headers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final
 
 import msgspec
-from celery.backends.base import BaseKeyValueStoreBackend
-from celery.exceptions import Retry
+from celery.exceptions import Ignore, Retry
+from msgspec import Meta
 
+from rcon_celery import again
+from rcon_celery.runs import Runs
 from rcon_plugins.conversion import convert
-from rcon_plugins.errors import ConcurrencyLimitExceeded, Killed, MemoryLimitExceeded, SettingsError
-from rcon_plugins.memory import Factor
+from rcon_plugins.errors import ConcurrencyLimitExceeded, Killed, MemoryLimitExceeded
+from rcon_plugins.memory import OnMemory
 from rcon_plugins.policy import Policy
-from rcon_plugins.units import Size
 
 _log = logging.getLogger("rcon")
 
-#: The header, and the attribute of a request, that says how often the task died.
-DEATHS: Final = "rcon_deaths"
-#: The header of a message in a dead-letter queue that says why it is there.
-REASON: Final = "rcon_reason"
+#: Where nothing else is said.
 _DEFAULT_DEATHS: Final = 3
+#: How often a task may be sent once more whose fork server was ended under it, where nobody counts its deaths.
+_MOST_LOST: Final = 10
 
 
-class OnMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a task that died of memory gets: so many times as much, and at most this. See `expand`."""
-
-    expand: Factor
-    up_to: Size
+class ServerLost(Exception):
+    """Raised where the fork server ended under a task that is acknowledged late: by no fault of its own, may be."""
 
 
-class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `confined` says of deaths: its keywords ``on_memory``, ``max_deaths`` and ``dead_letter``."""
+class Learning(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes of a task that died: the keys ``on_memory``, ``max_deaths`` and ``dead_letter`` of its policy.
+
+    Those that `confined` says beside the name of a policy go before the policy's.
+    """
 
     on_memory: OnMemory | None = None
-    max_deaths: int = _DEFAULT_DEATHS
-    dead_letter: str | None = None
+    max_deaths: Annotated[int, Meta(ge=1)] | None = None
+    dead_letter: Annotated[str, Meta(min_length=1)] | None = None
 
     @classmethod
     def make(cls, keywords: Mapping[str, Any]) -> Learning | None:
         """From those keywords of `confined` that are its own; None without any. Raises `SettingsError`."""
         given = {name: value for name, value in keywords.items() if name in cls.__struct_fields__}
-        if not given:
-            return None
-        expansion = given.get("on_memory")
-        if isinstance(expansion, Mapping) and not {*OnMemory.__struct_fields__} <= {*expansion}:
-            raise SettingsError(
-                "says too little", key="@confined: on_memory", hint='on_memory=expand("2x", up_to="2G")'
-            )
-        learning = convert(given, cls, "@confined")
-        if learning.max_deaths < 1:
-            raise SettingsError(
-                f"{learning.max_deaths} deaths are none", key="@confined: max_deaths", hint="at least 1"
-            )
-        return learning
+        return convert(given, cls, "@confined") if given else None
+
+    @classmethod
+    def of(cls, policy: Policy | None, own: Learning | None) -> Learning | None:
+        """What a policy says, and before it what a task says itself; None where nobody says anything."""
+        if policy is None or not policy.wants_tries:
+            return own
+        said = {name: getattr(policy, name) for name in cls.__struct_fields__}
+        return cls(**said) if own is None else cls(**{**said, **own.said()})
+
+    def said(self) -> dict[str, Any]:
+        """What is said, by its key."""
+        return {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
+
+    @property
+    def most_deaths(self) -> int:
+        """After how many deaths the task is not tried again."""
+        return self.max_deaths or _DEFAULT_DEATHS
 
     def memory(self, policy: Policy, deaths: int) -> int | None:
         """The memory, in bytes, that a task gets after so many deaths of it; None for what its policy says."""
         limit = policy.each.memory
         if self.on_memory is None or limit is None or not deaths:
             return None
-        return min(int(limit * self.on_memory.expand**deaths), max(self.on_memory.up_to, limit))
+        return self.on_memory.after(limit, deaths)
 
 
 def expand(factor: str, *, up_to: str | int) -> Mapping[str, Any]:
-    """For `confined`: ``on_memory=expand("2x", up_to="2G")``; a policy file would write a table of the two."""
+    """For `confined`: ``on_memory=expand("2x", up_to="2G")``; a policy file writes a table of the two."""
     return {"expand": factor, "up_to": up_to}
 
 
 class Lesson:
-    """One delivery of a task that learns."""
+    """One delivery of a task: how often it died so far, and what that comes to."""
 
-    def __init__(self, task: Any, learning: Learning) -> None:
+    def __init__(self, task: Any, learning: Learning | None) -> None:
         self._task = task
         self._learning = learning
         #: Those that its message tells of: each was one of memory.
-        self.deaths = int(getattr(task.request, DEATHS, None) or 0)
+        self.deaths = again.count(task, again.DEATHS)
+        #: How often the process that ran it ended.
+        self.lost = again.count(task, again.LOST)
         self._policy: Policy | None = None
 
     def memory(self, policy: Policy) -> int | None:
         """The memory of this run under its policy, in bytes; None for what that says."""
         self._policy = policy
-        return self._learning.memory(policy, self.deaths)
+        return self._learning.memory(policy, self.deaths) if self._learning is not None else None
 
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count this run, as long as it is under way, where its message is not acknowledged before.
-
-        Raises `Killed` where it has died often enough.
-        """
+    def run(self, runs: Runs, confine: Callable[[Lesson], Any]) -> Any:
+        """Run the task by ``confine``, if it did not die too often, and act on its death."""
         if not self._task.acks_late:
-            yield
-            return
-        backend = self._task.backend
-        # Of this message: what a try sends off, to be tried again, may begin before that try has ended here.
-        request = self._task.request
-        key = f"rcon-runs-{request.id}-{request.retries or 0}-{self.deaths}"
-        lost = self._lost(backend, key)
-        try:
-            if self.deaths + lost >= self._learning.max_deaths:
-                error = Killed(
-                    f"{self._task.name}: {lost} times the process that ran it ended, and it is not run again"
-                )
-                self._bury(error)
-                raise error.plain()
-            yield
-        finally:
-            if isinstance(backend, BaseKeyValueStoreBackend):
-                backend.delete(key)
+            return self._try(confine)
+        delivery = runs.delivered(self._task, counts=self._learning is not None)
+        self.lost += delivery.lost
+        if self._learning is not None and self.deaths + self.lost >= self._learning.most_deaths:
+            delivery.forget()
+            raise self._too_often()
+        if delivery.lost and not delivery.is_noted:
+            # The message alone can keep the count, so that another one has to.
+            raise self._once_more("it was delivered again")
+        with delivery.under_way():
+            try:
+                return self._try(confine)
+            except ServerLost as error:
+                raise self._after_loss(str(error)) from None
 
-    def _lost(self, backend: Any, key: str) -> int:
-        """How many runs of this task never came to an end of any kind."""
-        if not isinstance(backend, BaseKeyValueStoreBackend):
-            return int(bool((self._task.request.delivery_info or {}).get("redelivered")))
-        lost = int(backend.get(key) or 0)  # by now there is no other run of it
-        backend.set(key, str(lost + 1))
-        return lost
+    def back_to_the_queue(self, error: ConcurrencyLimitExceeded) -> Exception:
+        """Send a task that was not begun to its queue, and what to raise for this run of it.
 
-    def after(self, error: MemoryLimitExceeded) -> Exception:
-        """What to raise for a task that died of memory: `Retry` where it is tried again, else the error."""
-        policy, deaths = self._policy, self.deaths + 1
-        if self._learning.on_memory is None or policy is None:
-            return error
-        more = self._learning.memory(policy, deaths)
-        had = self._learning.memory(policy, self.deaths) or policy.each.memory
-        if more is None or had is None or more <= had or deaths >= self._learning.max_deaths:
-            self._bury(error)
-            return error
-        _log.warning("rcon: %s; it is tried again with %.1f MiB", error, more / 2**20)
-        retry: Exception = Retry(exc=error, when=0, sig=send_again(self._task, {DEATHS: deaths}))
+        As a new message, and not by rejecting the old one: that would come back as one under which a worker died, and
+        is there no more where it was acknowledged early.
+        """
+        pause = error.retry_after
+        _log.warning("rcon: %s: %s; it goes back to its queue", self._task.name, error)
+        retry: Exception = Retry(exc=error, when=pause, sig=self._sent(countdown=pause))
         return retry
 
-    def _bury(self, error: Exception) -> None:
-        """Send the task to its dead-letter queue, if it has one."""
-        if self._learning.dead_letter is not None:
-            send_again(
-                self._task, {DEATHS: self.deaths + 1, REASON: str(error)}, queue=self._learning.dead_letter
-            )
+    def _sent(self, **options: Any) -> Any:
+        """Its message, sent once more, with what is known."""
+        return again.send_again(self._task, self.deaths, self.lost, **options)
 
-
-def send_again(task: Any, headers: Mapping[str, Any], **options: Any) -> Any:
-    """Send the message of a task that runs once more, with more headers; it is no try of the task's own."""
-    request = task.request
-    carried = {**(request.headers or {}), **headers}
-    signature = task.signature_from_request(request, retries=request.retries, headers=carried, **options)
-    signature.apply_async()
-    return signature
-
-
-def back_to_the_queue(task: Any, error: ConcurrencyLimitExceeded) -> Exception:
-    """Send a task that was not begun to its queue, and what to raise for this run of it.
-
-    As a new message, and not by rejecting the old one: that would come back as one under which a worker died, and is
-    there no more where it was acknowledged early.
-    """
-    deaths = getattr(task.request, DEATHS, None)
-    headers = {} if deaths is None else {DEATHS: deaths}
-    pause = error.retry_after
-    _log.warning("rcon: %s: %s; it goes back to its queue", task.name, error)
-    retry: Exception = Retry(exc=error, when=pause, sig=send_again(task, headers, countdown=pause))
-    return retry
-
-
-def run(task: Any, learning: Learning, confine: Callable[[Lesson], Any]) -> Any:
-    """Have a task run by ``confine``, with what its deaths so far have taught, and act on the next one."""
-    lesson = Lesson(task, learning)
-    with lesson.counted():
+    def _try(self, confine: Callable[[Lesson], Any]) -> Any:
         try:
-            return confine(lesson)
+            return confine(self)
         except MemoryLimitExceeded as error:
-            raise lesson.after(error) from None
+            raise self._after(error) from None
+
+    def _after(self, error: MemoryLimitExceeded) -> Exception:
+        """What to raise for a task that died of memory: `Retry` where it is tried again, else the error."""
+        learning, policy, deaths = self._learning, self._policy, self.deaths + 1
+        if learning is None or learning.on_memory is None or policy is None:
+            return error
+        more = learning.memory(policy, deaths)
+        had = learning.memory(policy, self.deaths) or policy.each.memory
+        if more is None or had is None or more <= had or deaths + self.lost >= learning.most_deaths:
+            self._bury(error, deaths)
+            return error
+        _log.warning("rcon: %s; it is tried again with %.1f MiB", error, more / 2**20)
+        self.deaths = deaths
+        retry: Exception = Retry(exc=error, when=0, sig=self._sent())
+        return retry
+
+    def _after_loss(self, detail: str) -> Exception:
+        """What to raise for a task whose fork server ended."""
+        self.lost += 1
+        most = _MOST_LOST if self._learning is None else self._learning.most_deaths
+        if self.deaths + self.lost >= most:
+            return self._too_often()
+        return self._once_more(detail)
+
+    def _too_often(self) -> Exception:
+        error = Killed(
+            f"{self._task.name}: {self.lost} times the process that ran it ended, and it is not run again"
+        )
+        self._bury(error, self.deaths)
+        return error.plain()
+
+    def _once_more(self, why: str) -> Exception:
+        """Send the message again, with what is known, and what to raise for this run."""
+        self._sent()
+        _log.warning("rcon: %s: %s; it is tried again", self._task.name, why)
+        ignore: Exception = Ignore(why)
+        return ignore
+
+    def _bury(self, error: Exception, deaths: int) -> None:
+        """Send the task to its dead-letter queue, if it has one and does not come from there."""
+        if self._learning is None or self._learning.dead_letter is None:
+            return
+        if again.was_buried(self._task):
+            _log.error("rcon: %s; it has been in a dead-letter queue, and does not go there again", error)
+            return
+        again.send_again(self._task, deaths, self.lost, str(error), queue=self._learning.dead_letter)

@@ -63,9 +63,9 @@ class Node:
         """
         plugins = [MarkedTasks(names, policies)]
         plan = Plan.make(settings, pool.server, plugins)
-        plan.check()
         for key, memory in most.items():
             plan.check_fits(memory, key)
+        plan.check()
         if settings.budget is not None:
             ledger_of_machine()
         instance = Instance.create(plan.hierarchy, base=settings.cgroup)

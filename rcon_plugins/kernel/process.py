@@ -128,6 +128,16 @@ def is_alone() -> bool:
     return os.stat("/proc/self/task").st_nlink == 3
 
 
+def system() -> str:
+    """What is the same for all processes that can see each other by their numbers, and for no others.
+
+    This boot of this machine, and the PID namespace (pid_namespaces(7)). Raises `OSError`.
+    """
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
 def threads() -> list[str]:
     """The threads of the calling process but the calling one, by number and name."""
     own = str(threading.get_native_id())

@@ -7,7 +7,7 @@ import pytest
 
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.limits import Each, IoLimits, Limits
-from rcon_plugins.memory import Memory
+from rcon_plugins.memory import Factor, Memory, OnMemory
 from rcon_plugins.policy import Per, Policy, PolicyName
 from rcon_plugins.units import CpuList, Cpus, Duration, Size
 
@@ -232,6 +232,61 @@ def test_what_cannot_be_is_refused_with_key_and_remedy(key: str, said: str, aske
     assert refused.value.key == f"policy.p.{key}"
     assert said in str(refused.value)
     assert refused.value.hint
+
+
+def test_what_becomes_of_the_dead() -> None:
+    policy = Policy.make(
+        "p",
+        memory="4G",
+        each={"memory": "256M"},
+        on_memory={"expand": "2x", "up_to": "2G"},
+        max_deaths=5,
+        dead_letter="dead",
+    )
+    assert policy.wants_tries == ("on_memory", "max_deaths", "dead_letter")
+    assert policy.on_memory == OnMemory(Factor.parse("2x"), Size("2G"))
+    assert policy.asks() == ("memory", "each.memory")
+    assert Policy.make("p", each={"memory": "256M"}).wants_tries == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "said", "asked"),
+    [
+        ("on_memory", "no each.memory", {"on_memory": {"expand": "2x", "up_to": "2G"}}),
+        (
+            "on_memory.up_to",
+            "2G is not above each.memory = 2G",
+            {"each": {"memory": "2G"}, "on_memory": {"expand": "2x", "up_to": "2G"}},
+        ),
+        (
+            "on_memory.up_to",
+            "2G is never reached",
+            {"memory": "1G", "each": {"memory": "1M"}, "on_memory": {"expand": "2x", "up_to": "2G"}},
+        ),
+        (
+            "on_memory",
+            "expands while",
+            {
+                "each": {"memory": {"limit": "1M", "expand": "2x", "up_to": "1G"}},
+                "on_memory": {"expand": "2x", "up_to": "2G"},
+            },
+        ),
+        ("on_memory", "'up_to' is missing", {"each": {"memory": "1M"}, "on_memory": {"expand": "2x"}}),
+        (
+            "on_memory.expand",
+            "is not between 1.1x",
+            {"each": {"memory": "1M"}, "on_memory": {"expand": "1.0x", "up_to": "1G"}},
+        ),
+        ("max_deaths", ">= 1", {"max_deaths": 0}),
+        ("dead_letter", "length >= 1", {"dead_letter": ""}),
+        ("each.max_deaths", "unknown key", {"each": {"max_deaths": 2}}),
+    ],
+)
+def test_what_cannot_become_of_the_dead(key: str, said: str, asked: dict[str, object]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Policy.make("p", **asked)
+    assert caught.value.key == f"policy.p.{key}"
+    assert said in caught.value.problem
 
 
 def test_a_single_work_may_have_all_that_the_policy_has() -> None:

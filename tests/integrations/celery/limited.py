@@ -41,6 +41,8 @@ SETTINGS = "RCON_TEST_SETTINGS"
 #: Installed or not.
 INSTALL = "RCON_TEST_INSTALL"
 ACCEPT = "RCON_TEST_ACCEPT"
+#: After how many seconds a message that was not acknowledged is delivered again.
+VISIBILITY = "RCON_TEST_VISIBILITY"
 #: For how many seconds a process of the pool, and an executor process, starts.
 SLOW_START = "RCON_TEST_SLOW_START"
 
@@ -65,7 +67,7 @@ def make(
         broker_connection_retry_on_startup=True,
         worker_prefetch_multiplier=1,
         accept_content=accept.split(","),
-        broker_transport_options={"visibility_timeout": 3600} if AMQP not in environ else {},
+        broker_transport_options=of_redis(environ) if AMQP not in environ else {},
         task_routes={"queued": {"queue": "slow"}},
     )
     if "RCON_TEST_SPAWN" in os.environ:
@@ -76,6 +78,15 @@ def make(
         install(app, settings)
     define(app, url)
     return app
+
+
+def of_redis(environ: Mapping[str, str]) -> dict[str, int]:
+    """When the transport gives messages back that nobody acknowledged; it looks each second."""
+    return {
+        "visibility_timeout": int(environ.get(VISIBILITY, "3600")),
+        "unacked_restore_interval": 1,
+        "unacked_restore_throttle": 1,
+    }
 
 
 def start_slowly(**_: object) -> None:
@@ -206,12 +217,31 @@ def define(app: celery.Celery, url: str) -> None:
         note("learning_in_vain", "run")
         return fill(size)
 
+    @task(name="eat")
+    def eat(size: int) -> int:
+        """Has what a route says."""
+        note("eat", "run")
+        return fill(size)
+
+    @task(name="eat_twice")
+    @confined("small", max_deaths=2)
+    def eat_twice(size: int) -> int:
+        note("eat_twice", "run")
+        return fill(size)
+
     @task(name="retrying_late", bind=True, acks_late=True, max_retries=20)
     @confined(timeout="60s", max_deaths=1)
     def retrying_late(self: Any) -> int:
         if self.request.retries < 20:
             raise self.retry(countdown=0)
         return int(self.request.retries)
+
+    @task(name="replacing_late", bind=True, acks_late=True)
+    @confined(timeout="60s", max_deaths=1)
+    def replacing_late(self: Any, times: int) -> str:
+        if times:
+            raise self.replace(self.s(times - 1))
+        return "done"
 
     @task(name="learning_late", acks_late=True, reject_on_worker_lost=True)
     @confined(timeout="60s", max_deaths=2, dead_letter="dead")

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import redis
 
-from rcon_celery import told
+from rcon_celery import confined, told
 from rcon_celery.learning import Learning
 from rcon_plugins.errors import Killed, MemoryLimitExceeded, SettingsError
 from rcon_plugins.policy import Policy
+from tests.integrations.celery import limited
 from tests.integrations.celery.office import Office, Offices
-from tests.integrations.celery.test_deaths import put_back
-from tests.processes import until
+from tests.integrations.celery.test_deaths import begins, fork_server, never_two_at_once, put_back
+from tests.integrations.celery.test_start import refused
+from tests.processes import family, until
 
 MIB = 2**20
 
@@ -105,14 +107,172 @@ def test_deaths_of_workers_are_counted(offices: Offices, tmp_path: Path) -> None
                 until(lambda: not client.keys("rcon-runs-*"))
 
 
+def test_deaths_are_counted_without_a_backend(offices: Offices, tmp_path: Path) -> None:
+    """Where only the broker says that it delivered a message before."""
+
+    def open_another(url: str | None = None) -> Office:
+        office = later.enter_context(offices(concurrency=1, url=url, RCON_TEST_NO_BACKEND="1"))
+        put_back(office)
+        return office
+
+    def die(office: Office, runs: int) -> None:
+        until(lambda: len(office.log("unkept")) == runs)
+        os.kill(office.worker.pid, signal.SIGKILL)
+        office.worker.process.wait()
+
+    with contextlib.ExitStack() as later:
+        first = open_another()
+        first.send("learning_late", "unkept", str(tmp_path / "gate"))
+        die(first, 1)
+        second = open_another(first.url)
+        die(second, 2)
+        third = open_another(first.url)
+        until(lambda: bool(dead_letters(third)))
+        (letter,) = dead_letters(third)
+        assert (letter["rcon_deaths"], letter["rcon_lost"]) == (0, 2)
+        assert "2 times the process that ran it ended" in letter["rcon_reason"]
+        assert len(third.log("unkept")) == 2
+
+
+def test_a_dead_letter_is_tried_anew_and_goes_there_once(offices: Offices) -> None:
+    """By a worker that takes them: not for ever, even where it is the one that sends them there."""
+    with offices("-Q", "celery,dead", concurrency=1) as office:
+        office.send("learning_in_vain", 900 * MIB)
+        until(lambda: "does not go there again" in office.worker.log())
+        assert len(office.log("learning_in_vain")) == 2 + 2
+        assert office.get("where")["confined"]
+        assert len(office.log("learning_in_vain")) == 2 + 2
+        assert dead_letters(office) == []
+
+
+def test_a_task_replaced_by_itself_is_no_death(offices: Offices) -> None:
+    """The next one of the same id may begin before the one that sent it has ended."""
+    with offices(concurrency=3) as office:
+        results = [office.send("replacing_late", 12) for _ in range(6)]
+        assert [office.wait(result) for result in results] == ["done"] * 6
+
+
+@pytest.mark.parametrize("name", ["late", "learning_late"])
+def test_redelivered_while_it_runs(offices: Offices, tmp_path: Path, name: str) -> None:
+    """When the visibility timeout of Redis is over: that is no death, and nothing runs twice."""
+    gate = tmp_path / "gate"
+    with offices(concurrency=2, **{limited.VISIBILITY: "2"}) as office:
+        result = office.send(name, "slow", str(gate))
+        until(lambda: "was delivered again while it runs" in office.worker.log())
+        gate.touch()
+        assert office.wait(result) == "done"
+        until(lambda: "was delivered again; it was done before" in office.worker.log())
+        assert len(begins(office, "slow")) == 1
+        assert office.get("where")["confined"]
+
+
+def test_lost_after_it_was_redelivered(offices: Offices, tmp_path: Path) -> None:
+    """The message that waits is the only one there is."""
+    gate = tmp_path / "gate"
+    with offices(concurrency=2, **{limited.VISIBILITY: "2"}) as office:
+        result = office.send("late", "slow", str(gate))
+        until(lambda: "was delivered again while it runs" in office.worker.log())
+        ((executor, _),) = begins(office, "slow")
+        (process,) = [pid for pid in office.worker.children() if int(executor) in family(pid)]
+        os.kill(process, signal.SIGKILL)
+        until(lambda: len(begins(office, "slow")) == 2)
+        gate.touch()
+        assert office.wait(result) == "done"
+        never_two_at_once(office, "slow")
+
+
+@pytest.mark.parametrize(("name", "most"), [("learning_late", 2), ("late", 10)])
+def test_fork_server_killed_at_each_delivery(offices: Offices, tmp_path: Path, name: str, most: int) -> None:
+    with offices(concurrency=1) as office:
+        result = office.send(name, "poison", str(tmp_path / "gate"))
+        (process,) = office.worker.children()
+
+        def kill(runs: int) -> None:
+            until(lambda: len(begins(office, "poison")) == runs)
+            os.kill(fork_server(process), signal.SIGKILL)
+
+        for runs in range(1, most + 1):
+            kill(runs)
+        with pytest.raises(Killed, match=f"{most} times the process that ran it ended"):
+            office.wait(result)
+        assert len(begins(office, "poison")) == most
+        assert len(dead_letters(office)) == (name == "learning_late")
+        assert office.get("where")["confined"]
+        assert office.worker.children() == [process]
+
+
+TRIES = """
+unmatched = "allow"
+
+[policy.small]
+each = { memory = "64M", timeout = "60s" }
+on_memory = { expand = "2x", up_to = "512M" }
+max_deaths = 4
+dead_letter = "dead"
+
+[[route]]
+task = "eat"
+policy = "small"
+"""
+
+
+def test_a_policy_says_it(offices: Offices) -> None:
+    """For tasks whose code knows nothing of it."""
+    with offices(settings=TRIES) as office:
+        assert office.get("eat", 200 * MIB) == 200 * MIB
+        assert len(office.log("eat")) == 3  # with 64, 128 and 256 MiB
+        error = office.error("eat", MemoryLimitExceeded, 2000 * MIB)
+        assert "memory limit 512M reached" in str(error)
+        assert len(office.log("eat")) == 3 + 4
+        (letter,) = dead_letters(office)
+        assert (letter["task"], letter["rcon_deaths"]) == ("eat", 4)
+        (answer,) = office.app.control.broadcast("rcon", reply=True, timeout=10, limit=1)
+        told = answer["w@test"]["policies"]["small"]
+        assert told["on_memory"] == {"expand": "2x", "up_to": "512M"}
+        assert (told["max_deaths"], told["dead_letter"]) == (4, "dead")
+
+
+def test_a_task_says_otherwise_than_its_policy(offices: Offices) -> None:
+    with offices(settings=TRIES) as office:
+        assert "memory limit 128M" in str(office.error("eat_twice", MemoryLimitExceeded, 2000 * MIB))
+        assert len(office.log("eat_twice")) == 2
+        assert [letter["task"] for letter in dead_letters(office)] == ["eat_twice"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"512M"', '"512MB"', "policy.small.on_memory.up_to: '512MB' is not a size"),
+        (
+            '"64M"',
+            '"512M"',
+            "policy.small.on_memory.up_to: 512M is not above each.memory = 512M (name more, or leave on_memory out)",
+        ),
+    ],
+)
+def test_a_policy_says_it_wrongly(offices: Offices, old: str, new: str, told: str) -> None:
+    assert told in refused(offices, settings=TRIES.replace(old, new))
+
+
 def test_what_it_gets() -> None:
-    learning = Learning.make({"on_memory": {"expand": "2x", "up_to": "300M"}, "timeout": "1s"})
+    policy = Policy.make("small", each={"memory": "64M"}, on_memory={"expand": "2x", "up_to": "300M"})
+    learning = Learning.of(policy, None)
     assert learning is not None
-    policy = Policy.make("small", each={"memory": "64M"})
+    assert learning.most_deaths == 3
     given = [learning.memory(policy, deaths) for deaths in range(5)]
     assert given == [None, 128 * MIB, 256 * MIB, 300 * MIB, 300 * MIB]
     assert learning.memory(Policy.make("free", pids=1), 2) is None
-    assert Learning.make({"memory": "64M"}) is None
+    assert Learning.of(Policy.make("free", pids=1), None) is None
+
+
+def test_what_a_task_says_goes_before_its_policy() -> None:
+    policy = Policy.make("small", max_deaths=5, dead_letter="dead")
+    own = Learning.make({"max_deaths": 2, "on_memory": {"expand": "2x", "up_to": "300M"}})
+    learning = Learning.of(policy, own)
+    assert learning is not None
+    assert (learning.most_deaths, learning.dead_letter) == (2, "dead")
+    assert learning.on_memory is not None
+    assert Learning.of(Policy.make("free", pids=1), own) == own
 
 
 @pytest.mark.parametrize(
@@ -121,10 +281,13 @@ def test_what_it_gets() -> None:
         ({"max_deaths": 0}, "max_deaths"),
         ({"max_deaths": "many"}, "max_deaths"),
         ({"on_memory": {"expand": "0.5x", "up_to": "1G"}}, "on_memory.expand"),
-        ({"on_memory": {"expand": "2x"}}, "up_to="),
+        ({"on_memory": {"expand": "2x"}}, "on_memory: the key 'up_to' is missing"),
         ({"on_memory": {"expand": "2x", "up_to": "1GB"}}, "on_memory.up_to"),
     ],
 )
 def test_faults(keywords: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        Learning.make(keywords)
+    """Of a task that names a policy, and of one that says its limits itself."""
+    with pytest.raises(SettingsError, match=f"^@confined.*{message}"):
+        confined("small", **keywords)
+    with pytest.raises(SettingsError, match=f"^@confined: {message}"):
+        confined(memory="64M", **keywords)

@@ -50,6 +50,16 @@ def test_auto_takes_the_cheapest_that_enforces_all(
     assert found.refusals == ()
 
 
+@pytest.mark.parametrize("isolation", ["auto", "inline", "thread", "process"])
+def test_only_a_task_is_tried_again(isolation: str) -> None:
+    asked = {"isolation": isolation, "max_deaths": 2, "dead_letter": "dead"}
+    found = verdict(ALONE, **asked)
+    assert [refusal.limit for refusal in found.refusals] == ["max_deaths", "dead_letter"]
+    with pytest.raises(SettingsError, match=r"policy\.p\.max_deaths: .*only a task of Celery.*leave it out"):
+        found.check()
+    assert verdict(Server(threads=False, tasks=True), **asked).refusals == ()
+
+
 @pytest.mark.layout("v2")
 def test_io_needs_a_process_on_v2() -> None:
     found = verdict(ALONE, io={DISK: {"write": "5M"}}, isolation="auto")

@@ -1,0 +1,275 @@
+"""The runs of tasks that are acknowledged late, as other deliveries of their messages have to know of them.
+
+A broker delivers a message again when the worker died that had it; but also while that still runs the task: when
+Redis' visibility timeout is over, or when the connection broke. So a run is noted in the result backend, where that is
+a store of keys and values: by which process, and when that last said so. Whoever gets the message again finds there
+
+- a run that is under way: it lets the message wait until that is over, and runs the task only if that is lost;
+- one that is lost, since its process has gone, or has said nothing for so long: it runs the task;
+- one that is over: the task was done.
+
+What takes less than a second is noted only for tasks whose deaths are counted, and costs the others nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+from celery import states
+from celery.backends.base import BaseKeyValueStoreBackend
+from celery.exceptions import Ignore
+
+from rcon_celery import again
+from rcon_plugins.presence import Presence
+
+_log = logging.getLogger("rcon")
+
+#: A run that takes so long is noted, and after its end it still is: as long as results are, seconds.
+_LASTING: Final = 1.0
+#: How often a run says that it is under way, and after how long without that it is lost, seconds. The clocks of
+#: workers may differ by what is between the two.
+_BEAT, _VALID = 5.0, 20.0
+#: How long a message waits before it looks again whether the other run is over, seconds.
+_PAUSE: Final = 10.0
+#: So long after its time a message that waits is taken for lost, seconds.
+_LATE: Final = 3600.0
+#: How long the thread may take to come to its end, seconds.
+_STOP: Final = 5.0
+
+
+class Run(msgspec.Struct, frozen=True):
+    """What is noted of a run. ``lost`` runs before it never came to an end; ``beat`` is by the clock of its machine."""
+
+    lost: int
+    by: Presence
+    beat: float
+    over: bool = False
+
+    def is_lost(self) -> bool:
+        """Whether its process has gone, or has said nothing for too long."""
+        return self.by.has_gone() or time.time() > self.beat + _VALID
+
+
+class Heir(msgspec.Struct, frozen=True):
+    """The one message that waits for the end of a run, among all that are the same."""
+
+    number: str
+    due: float
+
+
+class Runs:
+    """Those of one process. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.pulse = Pulse()
+
+    def delivered(self, task: Any, *, counts: bool) -> Delivery:
+        """A message of a task, which is acknowledged late, was delivered here. ``counts``: its deaths are counted.
+
+        Raises `Ignore` where it must not be run, or not now.
+        """
+        return Delivery(task, self.pulse, counts=counts)
+
+
+class Delivery:
+    """One message, delivered here. ``lost``: how many runs of it never came to an end."""
+
+    def __init__(self, task: Any, pulse: Pulse, *, counts: bool) -> None:
+        self._task = task
+        self._pulse = pulse
+        self._counts = counts
+        self._key = f"rcon-runs-{again.identity(task)}"
+        self._number: str | None = getattr(task.request, again.HEIR, None)
+        self.again = again.is_redelivered(task) or self._number is not None
+        #: Whether the backend can keep what is noted.
+        self.is_noted = isinstance(task.backend, BaseKeyValueStoreBackend)
+        self.lost = 0
+        self._began = self._said = 0.0
+        self._lock = threading.Lock()
+        self._written = self._over = False
+        if self.is_noted and (counts or self.again):
+            self._look()
+        elif counts and self.again:
+            self.lost = 1
+
+    def _look(self) -> None:
+        before = _decoded(self._task.backend.get(self._key), Run)
+        if before is None:
+            return
+        self._counts = True  # there is something to be overwritten
+        if before.over:
+            if self.again and self._was_done(before):
+                raise self._superfluous("it was done before")
+            self.lost = before.lost + 1 if self.again else 0
+        elif before.is_lost():
+            self.lost = before.lost + 1
+        elif self.again:
+            raise self._wait()
+        else:
+            self.lost = before.lost  # another message, with an id that somebody uses again
+
+    def _was_done(self, before: Run) -> bool:
+        """Whether what comes after the body was done too: Celery stores the result last."""
+        if self._task.request.ignore_result or self._task.ignore_result:
+            return not before.by.has_gone()
+        state = self._task.backend.get_task_meta(self._task.request.id)["status"]
+        return state in states.READY_STATES or state == states.RETRY
+
+    def _wait(self) -> Exception:
+        """Let the message wait, if no other of the same does. What to raise."""
+        backend, key, now = self._task.backend, f"{self._key}-heir", time.time()
+        heir = _decoded(backend.get(key), Heir)
+        if heir is not None and heir.number != self._number and now < heir.due + _LATE:
+            return self._superfluous("it runs, and another message waits for its end")
+        number = os.urandom(8).hex()
+        backend.set(key, _encoded(Heir(number, now + _PAUSE)))
+        again.send_heir(self._task, number, _PAUSE)
+        told = _log.info if self._number is not None else _log.warning
+        told(
+            "rcon: %s[%s] was delivered again while it runs; the message waits",
+            self._task.name,
+            self._task.request.id,
+        )
+        return _ignored("it runs already")
+
+    def _superfluous(self, why: str) -> Exception:
+        _log.warning("rcon: %s[%s] was delivered again; %s", self._task.name, self._task.request.id, why)
+        return _ignored(why)
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Note the run, as long as it is under way."""
+        if not self.is_noted:
+            yield
+            return
+        self._began = time.monotonic()
+        if self._counts:
+            self._write(over=False)
+        self._pulse.add(self)
+        ended = False
+        try:
+            yield
+            ended = True
+        except Exception:
+            ended = True
+            raise
+        finally:
+            self._pulse.remove(self)
+            with self._lock:
+                self._over = True
+            if self._written:
+                if ended and time.monotonic() > self._began + _LASTING:
+                    self._write(over=True)
+                else:
+                    self.forget()
+
+    def say(self) -> None:
+        """In the thread that does so: that it is under way, where that is to be said by now."""
+        now = time.monotonic()
+        if now < (self._said + _BEAT if self._written else self._began + _LASTING):
+            return
+        with self._lock:
+            if not self._over:
+                self._write(over=False)
+
+    def forget(self) -> None:
+        """Leave no note of it."""
+        if self.is_noted:
+            self._task.backend.delete(self._key)
+
+    def _write(self, *, over: bool) -> None:
+        self._written = True
+        self._said = time.monotonic()
+        run = Run(self.lost, self._pulse.presence(), time.time(), over)
+        self._task.backend.set(self._key, _encoded(run))
+
+
+class Pulse:
+    """The one thread of a process that says of all its runs that they are under way. It is made when it is needed."""
+
+    def __init__(self) -> None:
+        self._runs: set[Delivery] = set()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._pid = 0
+        self._presence: Presence | None = None
+        self._idle = self._stopping = self._failing = False
+
+    def presence(self) -> Presence:
+        """This process."""
+        if self._presence is None or self._presence.pid != os.getpid():
+            self._presence = Presence.here()
+        return self._presence
+
+    def add(self, run: Delivery) -> None:
+        """A run begins."""
+        with self._changed:
+            self._runs.add(run)
+            if self._thread is None or self._pid != os.getpid():
+                self._stopping = False
+                self._pid = os.getpid()
+                self._thread = threading.Thread(target=self._beat, name="rcon-pulse", daemon=True)
+                self._thread.start()
+            elif self._idle:
+                self._changed.notify()
+
+    def remove(self, run: Delivery) -> None:
+        """A run has ended."""
+        with self._changed:
+            self._runs.discard(run)
+
+    def stop(self) -> None:
+        """End the thread, before this process forks; the next run makes another."""
+        with self._changed:
+            thread, self._thread = self._thread, None
+            self._stopping = True
+            self._changed.notify()
+        if thread is not None and self._pid == os.getpid():
+            thread.join(_STOP)
+
+    def _beat(self) -> None:
+        while True:
+            with self._changed:
+                while not self._runs and not self._stopping:
+                    self._idle = True
+                    self._changed.wait()
+                self._idle = False
+                self._changed.wait_for(lambda: self._stopping, _LASTING / 2)
+                if self._stopping:
+                    return
+                runs = list(self._runs)
+            for run in runs:
+                self._say(run)
+
+    def _say(self, run: Delivery) -> None:
+        try:
+            run.say()
+            self._failing = False
+        except Exception as error:  # noqa: BLE001 - a backend raises what it likes; it may be there again soon
+            if not self._failing:
+                _log.warning("rcon: the result backend cannot be told of tasks that run: %s", error)
+            self._failing = True
+
+
+def _ignored(why: str) -> Exception:
+    error: Exception = Ignore(why)
+    return error
+
+
+def _encoded(what: msgspec.Struct) -> str:
+    return msgspec.json.encode(what).decode()
+
+
+def _decoded(data: Any, kind: type[Any]) -> Any:
+    """What is in the backend; None where nothing of that kind is."""
+    try:
+        return None if data is None else msgspec.json.decode(data, type=kind)
+    except msgspec.MsgspecError:
+        return None
