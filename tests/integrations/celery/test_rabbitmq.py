@@ -132,7 +132,7 @@ def test_no_endless_redelivery(open_office: Maker, queue: str, tmp_path: Path) -
             assert len(last.log("counted")) == 2
             letter = message(last, "dead")
             assert letter is not None
-            assert (letter["id"], letter["rcon_deaths"]) == (result.id, 1)
+            assert (letter["id"], letter["rcon_deaths"], letter["rcon_lost"]) == (result.id, 0, 2)
             assert "2 times" in letter["rcon_reason"]
 
 
