@@ -93,15 +93,14 @@ class Attendance:
             found.part()
 
     def change(self, policies: Mapping[str, Policy]) -> None:
-        """These policies are otherwise now. What does not expand is watched anew, with the next executor."""
+        """These policies are otherwise now. But for memory that goes on expanding, they are watched anew, with the next
+        executor.
+        """
         with self._lock:
             of_before = [name for name, one in self._confinements.items() if one.change(policies)]
-            unwatched = [
-                self._confinements.pop(name)
-                for name in of_before
-                if self._confinements[name].expansion is None
-            ]
+            unwatched = [self._confinements.pop(name) for name in of_before]
         for one in unwatched:
+            one.lift()
             one.close()
 
     def rest(self, name: str) -> None:
@@ -188,12 +187,14 @@ class Attended:
         return of.expansion.memory if of.expansion is not None else of.limits.memory
 
     def change(self, policies: Mapping[str, Policy]) -> bool:
-        """These policies are otherwise now; whether its own is among them."""
+        """These policies are otherwise now; whether its own is among them, and is to be watched anew."""
         policy = policies.get(self._policy.name)
-        if policy is not None:
-            self._policy = policy
-            self.limits = policy if self._above is None else policy.each
-        return policy is not None
+        if policy is None:
+            return False
+        before = self.limits.memory
+        self._policy = policy
+        self.limits = policy if self._above is None else policy.each
+        return self.expansion is None or self.limits.memory != before
 
     def part(self) -> None:
         """The cgroup is about to be removed: what happened last is still told."""
@@ -211,6 +212,15 @@ class Attended:
                     LOGGER.error(
                         "the memory limit of %s could not be taken back: %s", self.cgroup.path, error
                     )
+
+    def lift(self) -> None:
+        """Take away what slows it down at a limit that expands; the bound stays."""
+        if self.expansion is not None:
+            try:
+                self.expansion.lift()
+            except KernelError as error:
+                if self.cgroup.exists():
+                    LOGGER.error("%s stays slowed down at its limit of before: %s", self.cgroup.path, error)
 
     def close(self) -> None:
         """Watch it no more. Again is harmless."""

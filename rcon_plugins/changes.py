@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -12,18 +13,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from rcon_plugins.budget import promised
-from rcon_plugins.conversion import convert
+from rcon_plugins.conversion import convert, one_of
 from rcon_plugins.errors import KernelError, SettingsError
 from rcon_plugins.isolation import asked_resources, judge
-from rcon_plugins.kernel.cgroup import Resources, change_limits, read_limits
-from rcon_plugins.limits import Each, Limits
-from rcon_plugins.memory import Memory
+from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources, change_limits, read_limits
+from rcon_plugins.limit_words import NO_LIMIT, as_written, device_and_key, is_lifted, value_of
+from rcon_plugins.limits import Each, IoLimits, Limits
 from rcon_plugins.policy import Policy
 
 if TYPE_CHECKING:
     from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.plan import Plan
+
+
+#: How often limits of IO are tried to be written while work begins beside them.
+_ATTEMPTS = 10
+_UNLIMITED = IoMax(MAX, MAX, MAX, MAX)
 
 
 class Changes:
@@ -146,49 +152,91 @@ def change(
 
 
 def changed(policy: Policy, key: str, value: str) -> Policy:
-    """The policy with one limit changed; ``key`` such as ``memory`` or ``each.timeout``. Raises `SettingsError`."""
-    table, _, name = key.rpartition(".")
-    limits: Limits = policy.each if table == "each" else policy
-    kinds = {field.name: field.type for field in msgspec.structs.fields(Each if table == "each" else Limits)}
-    del kinds["io"]
-    if table not in ("", "each") or name not in kinds:
-        settable = [*(one.name for one in msgspec.structs.fields(Limits) if one.name != "io"), "each.…"]
-        raise SettingsError(
-            "is not a limit that can be set while work runs",
-            key=f"policy.{policy.name}.{key}",
-            hint=f"one of: {', '.join(settable)}, each.timeout",
-        )
+    """The policy with one limit changed, or without it (``max``).
+
+    ``key`` is such as ``memory``, ``each.timeout`` or ``io./srv.read``. Raises `SettingsError`.
+    """
+    in_each = key.startswith("each.")
+    name = key.removeprefix("each.")
+    limits: Limits = policy.each if in_each else policy
+    kinds = {field.name: field.type for field in msgspec.structs.fields(Each if in_each else Limits)}
     where = f"policy.{policy.name}.{key}"
-    now = getattr(limits, name)
-    if isinstance(now, Memory) and now.expands:
-        raise SettingsError(
-            "memory that expands is set by who watches it",
-            key=where,
-            hint="change the settings and restart it",
-        )
-    made = convert(int(value) if value.isdecimal() and name != "cpus" else value, kinds[name], where)
     try:
-        if table:
+        if name.startswith("io."):
+            name, made = "io", _changed_io(limits.io, name.removeprefix("io."), value, where)
+        elif name not in kinds or name == "io":
+            raise SettingsError("is not a limit that can be set while work runs", hint=one_of(_settable()))
+        elif is_lifted(name, value):
+            made = None
+        else:
+            made = convert(value_of(name, value), kinds[name], where)
+        if in_each:
             return msgspec.structs.replace(policy, each=msgspec.structs.replace(policy.each, **{name: made}))
         return msgspec.structs.replace(policy, **{name: made})
     except SettingsError as error:
+        if (error.key or "").startswith(where):
+            raise
         raise SettingsError(error.problem, key=where, value=error.value, hint=error.hint) from None
 
 
+def _changed_io(now: Mapping[str, IoLimits], name: str, value: str, where: str) -> dict[str, IoLimits]:
+    """The limits of all devices with one changed: a key of it, or all of them by a table."""
+    device, key = device_and_key(name)
+    devices = dict(now)
+    if key is None and value != NO_LIMIT:
+        devices[device] = convert(value_of("io", value), IoLimits, where)
+        return devices
+    before = devices.pop(device, None)
+    said = {} if before is None or key is None else as_written(before)
+    if key is not None and is_lifted(key, value):
+        said.pop(key, None)
+    elif key is not None:
+        said[key] = value_of(key, value)
+    if said:
+        devices[device] = convert(said, IoLimits, where)
+    return devices
+
+
+def _settable() -> list[str]:
+    return [
+        *(one.name for one in msgspec.structs.fields(Limits) if one.name != "io"),
+        *("io.DEVICE.read", "each.…", "each.timeout"),
+    ]
+
+
 def _limit(policy: Policy, key: str) -> Any:
-    table, _, name = key.rpartition(".")
-    value = getattr(policy.each if table else policy, name)
-    return value if value is None or type(value) is int else str(value)
+    """The limit as it is, spelled as in the settings."""
+    limits: Limits = policy.each if key.startswith("each.") else policy
+    name = key.removeprefix("each.")
+    if not name.startswith("io."):
+        return as_written(getattr(limits, name))
+    device, part = device_and_key(name.removeprefix("io."))
+    found = limits.io.get(device)
+    return as_written(found if found is None or part is None else getattr(found, part))
 
 
 def _differing(was: Resources, wanted: Resources) -> Resources:
-    """Of ``wanted``, what was otherwise."""
-    news = {
-        name: value
-        for name, value in wanted._asdict().items()
-        if value != getattr(was, name) and value is not None
+    """Of ``wanted``, what was otherwise; `MAX` for what had a limit and has none."""
+    news: dict[str, Any] = {}
+    for name in Resources._fields:
+        before, after = getattr(was, name), getattr(wanted, name)
+        if name not in ("io", "oom_group") and before != after:
+            news[name] = MAX if after is None else after
+    if wanted.oom_group and not was.oom_group:
+        news["oom_group"] = True
+    io = {
+        device: IoMax(*map(_changed_rate, was.io.get(device, IoMax()), wanted.io.get(device, IoMax())))
+        for device in {*was.io, *wanted.io}
+        if was.io.get(device) != wanted.io.get(device)
     }
-    return Resources(**news)
+    return Resources(**news, io=io)
+
+
+def _changed_rate(before: Any, after: Any) -> Any:
+    """What is to be written of one rate; None to leave it as it is."""
+    if before == after:
+        return None
+    return MAX if after is None else after
 
 
 def _change_all(
@@ -205,7 +253,7 @@ def _change_all(
             if of_each and _has_its_own(before, was, news):
                 kept += 1
                 continue
-            change_limits(cgroup, news)
+            _write(cgroup, news, of_each=of_each)
         except KernelError:
             if not cgroup.exists():
                 continue
@@ -217,6 +265,17 @@ def _change_all(
             raise
         done.append((cgroup, before))
     return len(done), kept
+
+
+def _write(cgroup: Cgroup, news: Resources, *, of_each: bool) -> None:
+    """Write limits to a cgroup in use. Of IO on v1, work that is born meanwhile is gathered too. Raises KernelError."""
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        try:
+            change_limits(cgroup, news, gather=not of_each)
+            return
+        except KernelError as error:
+            if of_each or not news.io or error.errno != errno.EBUSY or not attempts_left:
+                raise
 
 
 def _cgroups(instance: Instance, policy: str, *, of_each: bool) -> list[Cgroup]:
@@ -236,10 +295,9 @@ def _has_its_own(now: Resources, was: Resources, news: Resources) -> bool:
 
 def _of_before(before: Resources, news: Resources) -> Resources:
     """Of ``before``, what ``news`` may have changed."""
-    return Resources(
-        **{
-            name: getattr(before, name)
-            for name in Resources._fields
-            if name not in ("io", "oom_group") and getattr(news, name) is not None
-        }
-    )
+    kept = {
+        name: getattr(before, name)
+        for name in Resources._fields
+        if name not in ("io", "oom_group") and getattr(news, name) is not None
+    }
+    return Resources(**kept, io={device: before.io.get(device, _UNLIMITED) for device in news.io})

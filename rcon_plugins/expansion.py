@@ -98,6 +98,11 @@ class Expansion:
                 self.times = 0
                 self._mark.move(self.limit)
 
+    def lift(self) -> None:
+        """Leave the bound alone, which is the kernel's: nothing is slowed down below it. Raises KernelError."""
+        with self._lock:
+            self._mark.move(None)
+
     def close(self) -> None:
         """Raise it no more. Work above the limit stays slowed down on v2: close it when the work is over."""
         with self._lock:

@@ -133,8 +133,7 @@ class Manager:
                 server_files = [*server_files, purse.ledger.file]
             kept = self.settings.confinements + self.settings.threads if self.plan.uses_threads else 0
             make_room_for_descriptors(kept + (self.settings.processes if self.plan.uses_processes else 0))
-            if Attendance.is_wanted(self.settings.policies, self.hook):
-                self._attendance = Attendance(instance, self.hook, self._key_of)
+            self._attend(self.settings.policies)
             if self.plan.uses_processes and service is not None:
                 self._pool = ExecutorPool(
                     instance,
@@ -226,10 +225,7 @@ class Manager:
             self._refuse(work, policy_name, key, error)
 
     def policy_of(self, work: Work) -> Policy | None:
-        """The policy that a work would be admitted under, as it is now; None where it would run without limits.
-
-        Raises `ConfinementError` where it would be refused; whatever a plugin raises.
-        """
+        """The policy that a work would have, as it is now; None without limits. Raises where it would be refused."""
         selected = self._select(work)
         return None if selected is None else self._in_force.current(self.settings.policies[selected])
 
@@ -240,7 +236,13 @@ class Manager:
             for confinement in list(self._confinements.values()):
                 confinement.policy = changed.get(confinement.policy.name, confinement.policy)
         if self._pool is not None:
+            self._attend(changed)
+            self._pool.processes.attendant = self._attendance
             self._pool.change(changed)
+
+    def _attend(self, policies: Mapping[str, Policy]) -> None:
+        if self._attendance is None and Attendance.is_wanted(policies, self.hook):
+            self._attendance = Attendance(self._ready_instance(), self.hook, self._key_of)
 
     def together(self, confinement: Confinement) -> Cgroup:
         """The cgroup that holds all the work of a confinement that runs in processes."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 from celery.worker.control import control_command, inspect_command
 
 from rcon_celery.node import Node
 from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.groups import Group, find_groups
+from rcon_plugins.limit_words import as_written
 from rcon_plugins.samples import as_data
 
 _NOT_CONFINED = {"error": "tasks are not confined: the application was not given to rcon_celery.install"}
@@ -70,19 +69,12 @@ def report(node: Node) -> dict[str, Any]:
 
 def written(policy: Any) -> dict[str, Any]:
     """The limits of a policy as a settings file spells them, without what is not set."""
-    found = {name: plain(getattr(policy, name)) for name in policy.asks() if "." not in name}
-    each = {name: plain(getattr(policy.each, name)) for name in policy.each.asks()}
+    found = {name: as_written(getattr(policy, name)) for name in policy.asks() if "." not in name}
+    each = {name: as_written(getattr(policy.each, name)) for name in policy.each.asks()}
     if policy.concurrency is not None:
         found["concurrency"] = policy.concurrency
-    found |= {name: msgspec.to_builtins(getattr(policy, name), enc_hook=str) for name in policy.wants_tries}
+    found |= {name: as_written(getattr(policy, name)) for name in policy.wants_tries}
     return {**found, "each": each} if each else found
-
-
-def plain(value: Any) -> Any:
-    """A limit as the settings file has it."""
-    if isinstance(value, Mapping):
-        return {key: msgspec.to_builtins(limits, enc_hook=str) for key, limits in value.items()}
-    return value if type(value) is int else str(value)
 
 
 def confinements(node: Node) -> dict[str, dict[str, Any]]:

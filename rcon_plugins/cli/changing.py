@@ -12,18 +12,18 @@ import click
 from rcon_plugins.cli.columns import NOT_TOLD, cut, limits_as_json, limits_in_words, printable, size
 from rcon_plugins.cli.ending import say
 from rcon_plugins.cli.limit_options import limits_of, policy_keys
-from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
+from rcon_plugins.cli.limit_table import FLAGS, LIMIT_OPTIONS
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups import Group, is_gone
 from rcon_plugins.isolation import asked_resources
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, Resources, change_limits, device_of
+from rcon_plugins.limit_words import is_lifted
 from rcon_plugins.plugins import limits_manager
 from rcon_plugins.units import Size
 
 #: How long processes that were killed are waited for, in seconds.
 _KILL_SECONDS = 10.0
 
-_NO_LIMIT = "max"
 #: Options that take ``max``, with the field of Resources, or of IoMax.
 _LIFTED = {
     "cpu": "cpu_quota",
@@ -33,17 +33,6 @@ _LIFTED = {
     "pids": "pids_max",
 }
 _LIFTED_IO = {"read": "rbps", "write": "wbps", "read_iops": "riops", "write_iops": "wiops"}
-#: By field of Resources, the flag.
-_FLAGS = {
-    "cpu_quota": "--cpu",
-    "cpu_weight": "--cpu-weight",
-    "cpus": "--cpus",
-    "memory_max": "--memory",
-    "memory_high": "--memory-high",
-    "swap_max": "--swap",
-    "io": "--device",
-    "pids_max": "--pids",
-}
 
 
 def set_limits(group: Group, options: Mapping[str, Any], as_json: bool) -> int:
@@ -82,7 +71,7 @@ def _asked_for(options: Mapping[str, Any], before: Resources) -> Resources:
         raise click.UsageError(
             "--expand needs somebody who watches: use it with rcon run or rcon attach, or in a policy"
         )
-    lifted = {name for name, value in given.items() if value == _NO_LIMIT and name in {*_LIFTED, *_LIFTED_IO}}
+    lifted = {name for name, value in given.items() if is_lifted(name, value)}
     kept = {name: value for name, value in given.items() if name not in lifted}
     if lifted & _LIFTED_IO.keys() and not kept.keys() & _LIFTED_IO.keys():
         kept.pop("device", None)
@@ -123,7 +112,7 @@ def _check(group: Group, wanted: Resources) -> None:
             f"{', '.join(sorted(missing))}: change the policy of its server, pid {group.owner.pid}"
         )
     for refusal in here.refusals(wanted, threaded=threaded):
-        raise click.UsageError(f"{_FLAGS[refusal.limit]}: {refusal.reason} ({refusal.remedy})")
+        raise click.UsageError(f"{FLAGS[refusal.limit]}: {refusal.reason} ({refusal.remedy})")
 
 
 def _squeezed(group: Group, wanted: Resources, used: int | None, killed_before: int | None) -> list[str]:

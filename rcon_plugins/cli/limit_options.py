@@ -19,12 +19,10 @@ import click
 
 from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
 from rcon_plugins.errors import SettingsError
+from rcon_plugins.limit_words import OF_IO, value_of
 from rcon_plugins.policy import Policy
 
-_IO = ("read", "write", "read_iops", "write_iops")
 _EXPANSION = ("expand", "up_to")
-#: Keys of a policy that are numbers; a command line has text.
-_NUMBERS = frozenset({"cpu_weight", "pids", "read_iops", "write_iops"})
 _BY_KEY = {option.key: option for option in LIMIT_OPTIONS}
 #: Policies that commands make have this name; it is not shown.
 _POLICY = "command"
@@ -56,7 +54,7 @@ def policy_keys(options: Mapping[str, Any]) -> dict[str, object]:
         for option in LIMIT_OPTIONS
         if options.get(option.parameter) is not None
     }
-    limits = {key: given.pop(key) for key in _IO if key in given}
+    limits = {key: given.pop(key) for key in OF_IO if key in given}
     device = given.pop("device", None)
     if limits:
         given["io"] = {_device(device): limits}
@@ -89,7 +87,7 @@ def _flag(key: str, others: Mapping[str, str]) -> str | None:
         return others[key]
     if key.startswith("io."):
         last = key.rpartition(".")[2]
-        return _BY_KEY[last].flag if last in _IO else "--device"
+        return _BY_KEY[last].flag if last in OF_IO else "--device"
     if key.startswith("memory.") and (last := key.rpartition(".")[2]) in _EXPANSION:
         return _BY_KEY[last].flag
     first = key.partition(".")[0].partition("[")[0]
@@ -97,11 +95,10 @@ def _flag(key: str, others: Mapping[str, str]) -> str | None:
 
 
 def _value(key: str, text: str) -> object:
-    if key not in _NUMBERS:
-        return text
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise click.UsageError(f"{_BY_KEY[key].flag}: {text!r} is not a whole number (for example 100)")
-    return int(text)
+    try:
+        return text if key in ("device", *_EXPANSION) else value_of(key, text)
+    except SettingsError as error:
+        raise click.UsageError(f"{_BY_KEY[key].flag}: {error}") from None
 
 
 def _device(named: object) -> str:

@@ -37,3 +37,15 @@ LIMIT_OPTIONS = (
     ),
     LimitOption("--pids", "pids", "N", "Most processes and threads at once."),
 )  # fmt: skip
+
+#: The flags that ask for what `rcon_plugins.kernel.cgroup.Resources` calls otherwise.
+FLAGS = {
+    "cpu_quota": "--cpu",
+    "cpu_weight": "--cpu-weight",
+    "cpus": "--cpus",
+    "memory_max": "--memory",
+    "memory_high": "--memory-high",
+    "swap_max": "--swap",
+    "io": "--read and --write",
+    "pids_max": "--pids",
+}

@@ -13,6 +13,7 @@ from rcon_plugins import privileges
 from rcon_plugins.cli.asked import Asked
 from rcon_plugins.cli.hand_over import find, take, variables_of
 from rcon_plugins.cli.limit_options import limits_of, policy_keys, refused
+from rcon_plugins.cli.limit_table import FLAGS
 from rcon_plugins.cli.running import execute, open_report
 from rcon_plugins.command import Ended, Order, check_group_name, group_name
 from rcon_plugins.conversion import did_you_mean, one_of
@@ -32,18 +33,6 @@ if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.policy import Policy
-
-#: As `Resources` calls them: what an option is called that sets them.
-_FLAGS = {
-    "cpu_quota": "--cpu",
-    "cpu_weight": "--cpu-weight",
-    "cpus": "--cpus",
-    "memory_max": "--memory",
-    "memory_high": "--memory-high",
-    "swap_max": "--swap",
-    "io": "--read and --write",
-    "pids_max": "--pids",
-}
 
 
 def run(options: Mapping[str, Any]) -> int:
@@ -138,7 +127,7 @@ def resources_of(hook: pluggy.HookRelay, policy: Policy) -> Resources:
 def check_enforceable(hierarchy: Hierarchy, resources: Resources) -> None:
     """Raise `click.UsageError`, with the remedy, for the first limit that this machine cannot enforce."""
     for refusal in hierarchy.refusals(resources):
-        flag = _FLAGS[refusal.limit]
+        flag = FLAGS[refusal.limit]
         raise click.UsageError(
             f"{flag}: cannot be enforced on this machine: {refusal.reason} ({refusal.remedy})"
         )

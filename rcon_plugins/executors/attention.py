@@ -24,7 +24,7 @@ class Attention(Protocol):
         """The limit ``memory`` or ``each.memory`` in force; None where there is none."""
 
     def change(self, policies: Mapping[str, Policy]) -> bool:
-        """These policies are otherwise now; whether its own is among them."""
+        """These policies are otherwise now; whether its own is among them, and is to be watched anew."""
 
     def part(self) -> None:
         """The executor has ended, and its leaf is about to be removed."""

@@ -76,7 +76,7 @@ class ProcessExecutors:
         attendant: Attendant | None = None,
         current: Callable[[Policy], Policy] = lambda policy: policy,
     ) -> None:
-        self._attendant = attendant
+        self.attendant = attendant
         self._current = current
         self._instance = instance
         self._hook = hook
@@ -154,8 +154,8 @@ class ProcessExecutors:
             undo.callback(theirs.close)
             undo.callback(ours.close)
             executor = Executor(number, name, policy, identity, leaf, meter, Channel(ours))
-            if self._attendant is not None:
-                executor.attention = self._attendant.attend(executor)
+            if self.attendant is not None:
+                executor.attention = self.attendant.attend(executor)
             undo.pop_all()
         self._living[number] = executor
         try:
@@ -175,7 +175,7 @@ class ProcessExecutors:
         return executor
 
     def _limits(self, name: str, policy: Policy) -> Limits:
-        return policy if self._attendant is None else self._attendant.limits(name, policy)
+        return policy if self.attendant is None else self.attendant.limits(name, policy)
 
     def change(self, policies: Mapping[str, Policy]) -> list[Executor]:
         """These policies are otherwise now: those made by what was before, of which each does at most one more work."""
@@ -184,8 +184,8 @@ class ProcessExecutors:
             executor.policy, executor.stale = policies[executor.policy.name], True
             if executor.attention is not None:
                 executor.attention.change(policies)
-        if self._attendant is not None:
-            self._attendant.change(policies)
+        if self.attendant is not None:
+            self.attendant.change(policies)
         return old
 
     def wait_ready(self, executor: Executor) -> None:

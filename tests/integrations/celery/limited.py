@@ -217,6 +217,18 @@ def define(app: celery.Celery, url: str) -> None:
         note("learning_in_vain", "run")
         return fill(size)
 
+    @task(name="write")
+    @confined(timeout="100s")
+    def write(path: str, stop: str) -> str:
+        """Writes past the page cache, until it is told to stop, and notes the time of each MiB."""
+        block = mmap.mmap(-1, 2**20)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        while not Path(stop).exists():
+            os.pwrite(file, block, 0)
+            note("writes", time.monotonic())
+        os.close(file)
+        return "done"
+
     @task(name="eat")
     def eat(size: int) -> int:
         """Has what a route says."""

@@ -15,7 +15,7 @@ import pytest
 
 from rcon_plugins.errors import MemoryLimitExceeded, TimeLimitExceeded
 from rcon_plugins.groups import Group, find_groups
-from rcon_plugins.kernel.cgroup import read_limits
+from rcon_plugins.kernel.cgroup import MAX, read_limits
 from rcon_plugins.units import Size
 from tests.integrations.celery import limited
 from tests.integrations.celery.office import Office, Offices
@@ -159,6 +159,100 @@ def test_set_of_what_is_made_anew_for_each(offices: Offices) -> None:
             assert group_of(office, "fresh").limits().memory_max == Size.parse(limit)
 
 
+def test_set_no_limit(offices: Offices) -> None:
+    """``max``, for work that runs too."""
+    with offices(concurrency=2) as office:
+        office.send("stay", "watched")
+        until(lambda: bool(office.log("watched")))
+        stay = group_of(office, "stay")
+        assert rcon_set(office, "stay", "memory", "1G")["ok"]["new"] == "1G"
+        assert rcon_set(office, "stay", "cpu", "150%")["ok"]["cgroups"] == 1
+        leaves = [stay.cgroup.child(name) for name in stay.cgroup.children()]
+        for key in ("memory", "cpu", "each.pids"):
+            told = rcon_set(office, "stay", key, "max")["ok"]
+            assert told["new"] is None
+            assert told["cgroups"] >= 1
+        assert (stay.limits().memory_max, stay.limits().cpu_quota) == (MAX, MAX)
+        assert {read_limits(leaf).pids_max for leaf in leaves} == {MAX}
+        # And for what begins: no process of the pool writes the old limit again.
+        for _ in range(3):
+            assert "memory limit 64M" in str(office.error("hog", MemoryLimitExceeded))
+        assert rcon_set(office, "hog", "each.memory", "max")["ok"]["old"] == "64M"
+        assert [office.get("hog") for _ in range(3)] == [256 << 20] * 3
+
+
+def test_set_memory_that_expands(offices: Offices) -> None:
+    """To what it was not, to another, and back: each for what begins then, in both processes."""
+    table = '{ limit = "64M", expand = "2x", up_to = "%s" }'
+    with offices(concurrency=2) as office:
+        for _ in range(3):
+            assert "memory limit 64M" in str(office.error("hog", MemoryLimitExceeded))
+        told = rcon_set(office, "hog", "each.memory", table % "1G")["ok"]
+        assert (told["old"], told["new"]) == ("64M", {"limit": "64M", "expand": "2x", "up_to": "1G"})
+        assert [office.get("hog") for _ in range(3)] == [256 << 20] * 3
+        assert rcon_set(office, "hog", "each.memory", table % "128M")["ok"]["old"]["up_to"] == "1G"
+        for _ in range(3):
+            assert "memory limit 128M (up_to" in str(office.error("hog", MemoryLimitExceeded))
+        assert rcon_set(office, "hog", "each.memory", "96M")["ok"]["new"] == "96M"
+        for _ in range(3):
+            assert "memory limit 96M" in str(office.error("hog", MemoryLimitExceeded))
+        # Of all work together, while it runs.
+        office.send("stay", "watched")
+        until(lambda: bool(office.log("watched")))
+        assert rcon_set(office, "stay", "memory", table % "1G")["ok"]["cgroups"] == 1
+        assert group_of(office, "stay").limits().memory_max == 1 << 30
+        assert rcon_set(office, "stay", "memory", table % "512M")["ok"]["cgroups"] == 1
+        assert group_of(office, "stay").limits().memory_max == 512 << 20
+        assert rcon_set(office, "stay", "memory", "max")["ok"]["new"] is None
+        assert group_of(office, "stay").limits().memory_max == MAX
+
+
+def test_set_limits_of_io(offices: Offices, tmp_path: Path) -> None:
+    """On the disk there is: of a task that writes, while it does; and of the next."""
+    with offices(concurrency=2) as office:
+        slow = 2 << 20
+
+        def rate(after: int) -> float:
+            """Bytes a second of the last lines of the log, each of 1 MiB, when there are so many more."""
+            until(lambda: len(office.log("writes")) >= after + 8)
+            times = [float(line) for line in office.log("writes")[after:]]
+            return (len(times) - 1) * (1 << 20) / (times[-1] - times[0])
+
+        disk = disk_of(tmp_path)
+        result = office.send("write", str(tmp_path / "file"), str(tmp_path / "stop"))
+        until(lambda: len(office.log("writes")) >= 8)
+        told = rcon_set(office, "write", f"io.{disk}.write", "2M")["ok"]
+        assert (told["old"], told["new"], told["cgroups"], told["kept"]) == (None, "2M", 1, 0)
+        group = group_of(office, "write")
+        assert [most.wbps for most in group.limits().io.values()] == [slow]
+        assert rate(len(office.log("writes")) + 2) < 2 * slow
+        # Another value, more keys, and none again.
+        table = '{ write = "1M", write_iops = 500 }'
+        assert rcon_set(office, "write", f"io.{disk}", table)["ok"]["old"] == {"write": "2M"}
+        (most,) = group.limits().io.values()
+        assert (most.wbps, most.wiops) == (1 << 20, 500)
+        assert rcon_set(office, "write", f'io."{disk}".write', "max")["ok"]["old"] == "1M"
+        (most,) = group.limits().io.values()
+        assert (most.wbps, most.wiops) in ((MAX, 500), (None, 500))
+        assert rcon_set(office, "write", f"io.{disk}", "max")["ok"]["new"] is None
+        assert not group.limits().io
+        (tmp_path / "stop").touch()
+        assert office.wait(result) == "done"
+        # What begins after it is set, in every process.
+        rcon_set(office, "write", f"each.io.{disk}.write", "2M")
+        for name in ("one", "two"):
+            office.send("write", str(tmp_path / name), str(tmp_path / "never"))
+        until(lambda: len(group_of(office, "write").pids()) >= 2)
+        leaves = [group.cgroup.child(name) for name in group.cgroup.children()]
+        until(lambda: all([m.wbps for m in read_limits(leaf).io.values()] == [slow] for leaf in leaves))
+        (tmp_path / "never").touch()
+
+
+def disk_of(path: Path) -> str:
+    """A path on the disk that holds this one; the emulated machine says which."""
+    return os.environ.get("RCON_TEST_DISK", str(path))
+
+
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_set_a_timeout_in_every_pool(offices: Offices, pool: str) -> None:
     with offices(pool=pool, concurrency=1) as office:
@@ -183,6 +277,15 @@ def test_set_what_cannot_be(offices: Offices) -> None:
             ),
             (("small", "pids", "0"), "policy.small.pids: 0 is refused: expected integer >= 1"),
             (("small", "cpus", "4000"), "policy.small.cpus: "),
+            (("small", "io./nowhere.read", "1M"), "/nowhere"),
+            (
+                ("small", "io.read", "1M"),
+                "policy.small.io.read: no device is named (io.DEVICE.KEY, the KEY one",
+            ),
+            (("small", "io./.read", "fast"), "policy.small.io./.read: 'fast' is not a size"),
+            (("small", "memory", "{ limit = 1"), "policy.small.memory: '{ limit = 1' is no table (as in"),
+            (("small", "memory", '{ limit = "1G" }'), "policy.small.memory: the key 'expand' is missing"),
+            (("small", "cpu_weight", "max"), "policy.small.cpu_weight: 'max' is not a whole number"),
         ):
             told = rcon_set(office, *arguments)
             assert told["error"].startswith(error)

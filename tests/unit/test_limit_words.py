@@ -1,0 +1,87 @@
+"""Limits in words, where there is nothing but text."""
+
+from __future__ import annotations
+
+import pytest
+
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.limit_words import as_written, device_and_key, is_lifted, value_of
+from rcon_plugins.policy import Policy
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("memory", "512M", "512M"),
+        ("memory", "4096", "4096"),
+        ("pids", "64", 64),
+        ("cpus", "1", "1"),
+        ("timeout", "20s", "20s"),
+        ("memory", '{ limit = "1M", expand = "2x" }', {"limit": "1M", "expand": "2x"}),
+    ],
+)
+def test_what_a_settings_file_would_hold(key: str, text: str, value: object) -> None:
+    assert value_of(key, text) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "said"),
+    [
+        ("pids", "many", "'many' is not a whole number (for example 100)"),
+        ("pids", "²", "is not a whole number"),
+        ("pids", "9" * 20, "is not a whole number"),
+        ("cpu_weight", "max", "'max' is not a whole number"),
+        ("memory", "{ limit = 1", "is no table (as in a settings file: {"),
+    ],
+)
+def test_what_no_settings_file_would_hold(key: str, text: str, said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        value_of(key, text)
+    assert said in str(caught.value)
+
+
+def test_what_can_be_without_a_limit() -> None:
+    assert is_lifted("memory", "max")
+    assert is_lifted("write_iops", "max")
+    assert is_lifted("timeout", "max")
+    assert not is_lifted("cpus", "max")
+    assert not is_lifted("memory", "512M")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("/srv.read", ("/srv", "read")),
+        ('"/srv/a.b".write_iops', ("/srv/a.b", "write_iops")),
+        ("/srv/a.b", ("/srv/a.b", None)),
+        ("254:0.write", ("254:0", "write")),
+        ("254:0", ("254:0", None)),
+    ],
+)
+def test_devices(name: str, found: tuple[str, str | None]) -> None:
+    assert device_and_key(name) == found
+
+
+@pytest.mark.parametrize("name", ["read", "", '"".read', ".read"])
+def test_no_device(name: str) -> None:
+    with pytest.raises(
+        SettingsError, match=r"no device is named \(io\.DEVICE\.KEY, the KEY one of: read, write"
+    ):
+        device_and_key(name)
+
+
+def test_as_it_is_written() -> None:
+    policy = Policy.make(
+        "p",
+        cpu="30%",
+        pids=3,
+        memory={"limit": "1M", "expand": "2x", "up_to": "1G"},
+        io={"/srv": {"read": "1M", "write_iops": 5}},
+        each={"timeout": "20s"},
+    )
+    assert as_written(policy.cpu) == "30%"
+    assert as_written(policy.pids) == 3
+    assert as_written(policy.memory) == {"limit": "1M", "expand": "2x", "up_to": "1G"}
+    assert as_written(policy.io) == {"/srv": {"read": "1M", "write_iops": 5}}
+    assert as_written(policy.each.timeout) == "20s"
+    assert as_written(policy.swap) is None
