@@ -59,13 +59,12 @@ class Report(NamedTuple):
         return [finding for finding in self.findings if finding.state == "missing"]
 
 
-def examine() -> Report:
-    """Look at this machine, and try each limit on a process of our own. Nothing of it stays.
+def examine(base: str | None = None) -> Report:
+    """Look at this machine, and try each limit on a process of our own, in ``base`` or what is found. Nothing stays.
 
     May move this process into a scope of systemd, as all that makes cgroups may. Meant for a process with one thread.
     """
     findings: list[Finding] = []
-    base = None
     hierarchy = None
     try:
         hierarchy = Hierarchy.discover()
@@ -73,7 +72,7 @@ def examine() -> Report:
         findings.append(Finding("machine", "cgroups", "missing", error.problem, error.hint))
     else:
         findings += _mounts(hierarchy)
-        base, found = _try(hierarchy)
+        base, found = _try(hierarchy, base)
         findings += found
     findings += [*_machine(), *_process()]
     return Report(
@@ -81,7 +80,7 @@ def examine() -> Report:
         kernel=os.uname().release,
         layout=hierarchy.layout if hierarchy else None,
         controllers=sorted(hierarchy.controllers) if hierarchy else [],
-        base=base,
+        base=base if hierarchy else None,
         capabilities=list(read_state().effective.names()),
         landlock=features.landlock_brings()[0],
         container=features.container(),
@@ -109,10 +108,10 @@ def _mounts(hierarchy: Hierarchy) -> Iterator[Finding]:
             )
 
 
-def _try(hierarchy: Hierarchy) -> tuple[str | None, list[Finding]]:
+def _try(hierarchy: Hierarchy, base: str | None) -> tuple[str | None, list[Finding]]:
     """Make a tree as a server would, and everything in it; the base, and what worked."""
     try:
-        instance = Instance.create(hierarchy)
+        instance = Instance.create(hierarchy, base)
     except KernelError as error:
         return None, [Finding("limits", "cgroup", "missing", error.problem, error.hint)]
     findings = [Finding("limits", "cgroup", "there", f"cgroups can be made in {instance.base}")]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import Cgroup, files, mounts, owner
+from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
 
 #: How long processes that go on forking are moved again, seconds.
 _SECONDS = 2.0
@@ -85,7 +86,12 @@ def put_back(group: Cgroup, origins: Origins, pids: Iterable[int] | None = None)
 
 
 def put_back_one(pid: int, group: Cgroup, origin: Place) -> None:
-    """Move one process to its place in each hierarchy. One that ended meanwhile is fine. Raises KernelError."""
+    """Move one process to its place in each hierarchy. One that ended meanwhile is fine. Raises KernelError.
+
+    Where this user may not (v1 lets it take what is its own from anywhere, and put it only where it may write), it is
+    left in the base of the group, whose limits are not ours.
+    """
+    base = _base_of(group)
     for mount in group.mounts:
         path = origin.get(mount.path, "/")
         while True:
@@ -95,9 +101,19 @@ def put_back_one(pid: int, group: Cgroup, origin: Place) -> None:
             except KernelError as error:
                 if error.errno == errno.ESRCH:
                     return
+                if error.errno in (errno.EACCES, errno.EPERM) and path != base:
+                    path = base
+                    continue
                 if error.errno not in _NO_PLACE or path == "/":
                     raise
                 path = path.rpartition("/")[0] or "/"
+
+
+def _base_of(group: Cgroup) -> str:
+    """The cgroup that the instance of a group was made in."""
+    parts = group.path.split("/")
+    instances = [index for index, part in enumerate(parts) if INSTANCE_NAME.fullmatch(part)]
+    return "/".join(parts[: max(instances, default=1)]) or "/"
 
 
 def save(instance: str, origins: Origins) -> None:

@@ -57,7 +57,7 @@ class _Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         if self.cgroup is not None:
-            _check_cgroup(self.cgroup)
+            check_cgroup(self.cgroup)
         for number, plugin in enumerate(self.plugins, 1):
             if not plugin or plugin in self.plugins[: number - 1]:
                 problem = "is named twice" if plugin else "is not the name of a plugin"
@@ -216,7 +216,8 @@ def _check_policy(route: Route, number: int, policies: Mapping[str, Policy], fil
         )
 
 
-def _check_cgroup(path: str) -> None:
+def check_cgroup(path: str) -> None:
+    """Raise `SettingsError` for what is not the path of a cgroup to work under."""
     name = path.strip("/")
     if path.startswith("/sys/fs/cgroup"):
         problem, hint = "begins with the mount", "leave the mount out: as /proc/self/cgroup shows it"

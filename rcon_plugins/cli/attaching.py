@@ -10,6 +10,7 @@ import click
 
 from rcon_plugins import taken
 from rcon_plugins.cli.asked import is_number
+from rcon_plugins.cli.base_option import named_base
 from rcon_plugins.cli.ending import say
 from rcon_plugins.cli.limit_options import limits_of, policy_keys
 from rcon_plugins.cli.run_options import check_enforceable, named_group, resources_of
@@ -47,7 +48,7 @@ def attach(options: Mapping[str, Any]) -> int:
             children=options["children"],
             attend=_growing(policy.memory),
         )
-        found = taken.take(wish, hierarchy)
+        found = taken.take(wish, hierarchy, named_base(options["cgroup"]))
     except taken.CannotTake as error:
         raise click.UsageError(str(error)) from None
     if policy.memory is not None:
@@ -81,7 +82,8 @@ def _pid(word: str) -> int:
 
 
 def _release(words: tuple[str, ...], options: Mapping[str, Any]) -> int:
-    if policy_keys(options) or options["group"] is not None or options["children"]:
+    named = options["group"] is not None or options["cgroup"] is not None
+    if policy_keys(options) or named or options["children"]:
         raise click.UsageError(
             "--release takes nothing but groups and processes (leave the other options out)"
         )

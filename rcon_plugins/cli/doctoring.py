@@ -24,9 +24,9 @@ _AREAS = {
 }
 
 
-def doctor(user: str | None, as_json: bool) -> tuple[str, bool]:
-    """What was found, as text or JSON, and whether every limit can be set."""
-    report = examine() if user is None else _as_user(user)
+def doctor(user: str | None, as_json: bool, base: str | None = None) -> tuple[str, bool]:
+    """What was found, as text or JSON, and whether every limit can be set; in ``base``, where one is named."""
+    report = examine(base) if user is None else _as_user(user, base)
     good = not report.missing
     if as_json:
         found: dict[str, Any] = {"good": good, **report._asdict()}
@@ -36,7 +36,7 @@ def doctor(user: str | None, as_json: bool) -> tuple[str, bool]:
     return _as_text(report), good
 
 
-def _as_user(name: str) -> Report:
+def _as_user(name: str, base: str | None) -> Report:
     """The report of a child that became the user for good."""
     account = userdb.user(int(name) if name.isdigit() else name)
     if account is None:
@@ -52,7 +52,7 @@ def _as_user(name: str) -> Report:
         try:
             os.close(reading)
             drop(Identity(account.uid, account.gid, userdb.groups(account.name, account.gid)))
-            report = examine()
+            report = examine(base)
             with os.fdopen(writing, "wb") as pipe:
                 pipe.write(msgspec.json.encode(report))
             status = 0

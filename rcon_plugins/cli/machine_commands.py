@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from rcon_plugins.cli.base_option import base_option, named_base
+
 #: doctor: something that limits need is missing. gc: something could not be removed.
 NOT_ALL = 1
 
@@ -12,8 +14,9 @@ _json = click.option("--json", "as_json", is_flag=True, help="As JSON.")
 
 @click.command(short_help="Say what this machine offers, what works here, and what would mend the rest.")
 @click.option("--user", metavar="NAME", help="As this user, as far as root can tell (needs root).")
+@base_option
 @_json
-def doctor(user: str | None, as_json: bool) -> int:
+def doctor(user: str | None, cgroup: str | None, as_json: bool) -> int:
     """Say what this machine offers, what works on it for this user, and for each thing missing the remedy.
 
     A process is really put under limits, for a moment; nothing of it stays. Lines begin with
@@ -37,7 +40,7 @@ def doctor(user: str | None, as_json: bool) -> int:
     """
     from rcon_plugins.cli import doctoring
 
-    text, good = doctoring.doctor(user, as_json)
+    text, good = doctoring.doctor(user, as_json, named_base(cgroup))
     click.echo(text)
     return 0 if good else NOT_ALL
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from rcon_plugins.cli.base_option import base_option
 from rcon_plugins.cli.limit_options import limit_options
 from rcon_plugins.cli.words import Word, capability_names, user_names
 
@@ -42,6 +43,7 @@ from rcon_plugins.cli.words import Word, capability_names, user_names
     metavar="FILE",
     help="Write there how it ended and what it used; - is standard output.",
 )
+@base_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def run(**options: Any) -> int:
     """Run COMMAND within limits that hold before its first instruction; all it starts is within them too.
@@ -77,6 +79,7 @@ def run(**options: Any) -> int:
 )
 @click.option("--children", is_flag=True, help="Take what they have started too, and what that has started.")
 @click.option("--release", is_flag=True, help="Put processes, or all of a group, back where they were.")
+@base_option
 @click.argument("what", metavar="PID...", nargs=-1, required=True)
 def attach(**options: Any) -> int:
     """Take the running processes PID... into a group with limits; what they start from now on is in it too.

@@ -11,6 +11,7 @@ import click
 
 from rcon_plugins import privileges
 from rcon_plugins.cli.asked import Asked
+from rcon_plugins.cli.base_option import named_base
 from rcon_plugins.cli.hand_over import find, take, variables_of
 from rcon_plugins.cli.limit_options import limits_of, policy_keys, refused
 from rcon_plugins.cli.limit_table import FLAGS
@@ -74,7 +75,8 @@ def run(options: Mapping[str, Any]) -> int:
         timeout=timeout,
         **_attended(policy, manager, options["on_event"]),
     )
-    return execute(order, hierarchy, report=_report(options["json"]))
+    base = named_base(options["cgroup"])
+    return execute(order, hierarchy, base, report=_report(options["json"]))
 
 
 def _attended(policy: Policy, manager: pluggy.PluginManager, on_event: str | None) -> dict[str, Any]:
@@ -193,13 +195,14 @@ def _run_policy(
         timeout=limit,
         **_attended(policy, manager, options["on_event"]),
     )
+    base = named_base(options["cgroup"], settings.cgroup)
     report = _report(options["json"])
     hook.rcon_work_started(work=work, policy=policy)
 
     def finished(ended: Ended) -> None:
         hook.rcon_work_finished(work=work, outcome=ended.outcome(policy.name))
 
-    return execute(order, hierarchy, settings.cgroup, report=report, policy=policy.name, finished=finished)
+    return execute(order, hierarchy, base, report=report, policy=policy.name, finished=finished)
 
 
 def _policy(options: Mapping[str, Any]) -> tuple[Settings, pluggy.PluginManager, Policy]:

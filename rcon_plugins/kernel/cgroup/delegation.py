@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rcon_plugins.errors import DelegationError, KernelError
 from rcon_plugins.kernel.cgroup import files, mounts, nested, remedies, v1, v2
 from rcon_plugins.kernel.cgroup.mounts import Mount
-from rcon_plugins.kernel.cgroup.names import check_path
+from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_path
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
@@ -26,8 +26,8 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
     In this order: ``setting``; the cgroup this process is in, if it is alone there and may write it (or,
     where it is in the tree of a server, the base of that, if it may write it; or, in a unit with
     DelegateSubgroup=, that of the unit); on v2, what ``ask`` has this process moved into, which raises
-    DelegationError where that cannot be; for root ``/rcon``. In a group that holds it to limits, only
-    inside of that: see :mod:`.nested`.
+    DelegationError where that cannot be; for root ``/rcon``; on v1, the one that root gave this user. In a
+    group that holds it to limits, only inside of that: see :mod:`.nested`.
     Raises DelegationError with the exact remedy, ValueError for a setting that is no path.
     """
     if setting is None and any(mount.root.startswith("/..") for mount in hierarchy.limit_mounts):
@@ -59,6 +59,16 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
                 return own
     if os.geteuid() == 0:
         return _prepare(hierarchy, ROOT_BASE)
+    if owned := owned_on_v1(hierarchy):
+        if len(owned) == 1:
+            return owned[0]
+        raise DelegationError(
+            f"{len(owned)} cgroups belong to this user: {', '.join(owned)}",
+            errno=errno.ENOTUNIQ,
+            path=owned[0],
+            hint=f"name one: rcon run --cgroup {owned[0]}; or RCON_CGROUP={owned[0]} in the environment of rcon; "
+            f'or, of a server, cgroup = "{owned[0]}"',
+        )
     raise DelegationError(
         "no cgroup is delegated to this process" + (f"; {refused.problem}" if refused else ""),
         errno=errno.EROFS if _read_only(hierarchy) else errno.EACCES,
@@ -83,6 +93,35 @@ def given(hierarchy: Hierarchy) -> str | None:
     if own != "/" and _is_ours(hierarchy, around, set()) and _is_given(hierarchy, around):
         return around
     return own if ours else None
+
+
+def owned_on_v1(hierarchy: Hierarchy) -> list[str]:
+    """The cgroups that root gave to this user by name (chown), where all limits are v1's; none below another of them.
+
+    There a process may enter them from wherever it is. Each is this user's, and may be written, in every hierarchy that
+    carries limits. Not those within the tree of a server or command, whose limits would hold.
+    """
+    there = hierarchy.limit_mounts
+    if any(mount.version == 2 for mount in there):
+        return []
+    uid, found, waiting = os.geteuid(), [], ["/"]
+    while waiting:
+        above = waiting.pop()
+        try:
+            names = files.subdirectories(there[0].directory(above))
+        except KernelError:
+            continue  # what this user may not look into is not its own either
+        for name in names:
+            path = f"{above.rstrip('/')}/{name}"
+            if INSTANCE_NAME.fullmatch(name):
+                continue
+            if all(files.owner_of(mount.directory(path)) == uid for mount in there) and _is_writable(
+                hierarchy, path
+            ):
+                found.append(path)
+            else:
+                waiting.append(path)
+    return sorted(found)
 
 
 def _has_controllers(hierarchy: Hierarchy, path: str) -> bool:

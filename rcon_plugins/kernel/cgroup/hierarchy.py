@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
@@ -66,8 +67,9 @@ class Hierarchy(NamedTuple):
     def narrowed(self, base: str) -> Hierarchy:
         """The same with the controllers that the existing cgroup ``base`` has.
 
-        A hierarchy without limits (the v2 side of a hybrid) is left out where ``base`` is not there, that
-        of v1's IO where ``base`` has IO limits: what is below stays in that cgroup, or they would not hold.
+        A hierarchy without limits (the v2 side of a hybrid) is left out where ``base`` is not there, or this
+        process may not go there; that of v1's IO where ``base`` has IO limits: what is below stays in that
+        cgroup, or they would not hold.
         Raises KernelError (ENOENT) where it is not in one with limits.
         """
         limiting = {self.mount_of(name) for name in self.controllers}
@@ -83,6 +85,8 @@ class Hierarchy(NamedTuple):
                     raise KernelError(f"there is no {directory}", errno=errno.ENOENT, path=directory)
                 continue
             if mount.version == 2:
+                if mount not in limiting and not _may_go(mount, base):
+                    continue
                 mount = mount._replace(controllers=v2.offered(directory))
             kept.append(mount)
         return Hierarchy.of(kept)._replace(io_holder=holder)
@@ -157,3 +161,14 @@ class Hierarchy(NamedTuple):
         Nothing is written.
         """
         return refusals(self, resources, threaded=threaded, within=within)
+
+
+def _may_go(mount: Mount, base: str) -> bool:
+    """Whether this process may move itself below ``base`` of a v2 hierarchy: it has to be allowed to write the cgroup
+    around both. Source: cgroup-v2.rst, Delegation Containment.
+    """
+    own = mounts.membership(mount, mounts.parse_membership(files.read_own("cgroup")))
+    if own is None:
+        return False
+    common = os.path.commonpath([own, base])
+    return os.access(f"{mount.directory(common)}/cgroup.procs", os.W_OK)

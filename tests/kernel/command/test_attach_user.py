@@ -1,10 +1,11 @@
-"""rcon attach as an ordinary user, in a cgroup that was given to it."""
+"""rcon attach and rcon run as an ordinary user, in a cgroup that was given to it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,11 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from tests.children import in_child
 from tests.kernel.command.harness import rcon, until
 
-NOBODY = 65534
+#: A user that owns nothing: what is found to be its own is this test's, also where others test on the same machine.
+SOMEBODY = 1_000_000 + os.getpid()
+#: No report, which that user could not write where the tests have it.
+QUIET = ("--json", "/dev/null")
+V1 = pytest.mark.layout("v1", "hybrid")
 
 
 def become(uid: int) -> None:
@@ -27,23 +32,29 @@ def become(uid: int) -> None:
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Where nobody, who has not logged in, can keep where processes came from."""
+    """Where one who has not logged in can keep where processes came from."""
     with tempfile.TemporaryDirectory(prefix="rcon-runtime-", dir="/tmp") as folder:
-        os.chown(folder, NOBODY, NOBODY)
+        os.chown(folder, SOMEBODY, SOMEBODY)
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
         yield
 
 
-@pytest.fixture
-def given() -> Iterator[Cgroup]:
-    """A cgroup of nobody's."""
-    cgroup = Hierarchy.discover().cgroup(f"/rcon-test-{os.getpid()}-user").create()
+@contextlib.contextmanager
+def giving(name: str, hierarchy: Hierarchy | None = None) -> Iterator[Cgroup]:
+    """A cgroup of that user's, in all hierarchies or in some."""
+    cgroup = (hierarchy or Hierarchy.discover()).cgroup(f"/rcon-test-{os.getpid()}-{name}").create()
     try:
-        cgroup.delegate(NOBODY, NOBODY)
+        cgroup.delegate(SOMEBODY, SOMEBODY)
         yield cgroup
     finally:
         cgroup.kill()
         cgroup.delete()
+
+
+@pytest.fixture
+def given() -> Iterator[Cgroup]:
+    with giving("user") as cgroup:
+        yield cgroup
 
 
 def within(cgroup: Cgroup, uid: int) -> Callable[[], None]:
@@ -54,6 +65,11 @@ def within(cgroup: Cgroup, uid: int) -> Callable[[], None]:
         become(uid)
 
     return enter
+
+
+def outside() -> None:
+    """What a process does to be that user where it is."""
+    become(SOMEBODY)
 
 
 @contextlib.contextmanager
@@ -74,11 +90,27 @@ def instances(cgroup: Cgroup) -> list[str]:
     return [name for name in cgroup.children() if name.startswith("rcon-")]
 
 
-@pytest.mark.layout("v1", "hybrid")
+def take_and_let_go(base: Cgroup, enter: Callable[[], None], *options: str) -> None:
+    """A process of that user's, by the command line, into a group below ``base`` and back."""
+    name = f"mine-{os.getpid()}"
+    with sleeping(enter) as pid:
+        before = where(pid)
+        done = rcon("attach", *options, "--pids", "9", "--group", name, str(pid), before=enter)
+        assert (done.status, done.err, done.out) == (0, "", f"{name}: 1 process\n")
+        assert f"{base.path}/rcon-" in where(pid)
+        assert f"/taken/{name}" in where(pid)
+        done = rcon("attach", "--release", name, before=enter)
+        assert (done.status, done.err) == (0, "")
+        # Only root may put a process where it was, if that is outside of what is this user's.
+        assert "rcon-" not in where(pid).replace(base.path, "")
+        assert enter is outside or where(pid) == before
+    until(lambda: not instances(base), "nothing is left")
+
+
+@V1
 @pytest.mark.usefixtures("runtime")
 def test_ones_own_processes_are_taken_and_let_go(given: Cgroup) -> None:
-    """With the base named: on v1 none is found by what is around the shell."""
-    enter = within(given, NOBODY)
+    enter = within(given, SOMEBODY)
 
     def take(pid: int) -> list[int]:
         enter()
@@ -96,24 +128,98 @@ def test_ones_own_processes_are_taken_and_let_go(given: Cgroup) -> None:
         until(lambda: not instances(given), "nothing is left")
 
 
-@pytest.mark.layout("v1", "hybrid")
-def test_where_no_base_is_found_the_remedy_is_said(given: Cgroup) -> None:
-    enter = within(given, NOBODY)
-    with sleeping(enter) as pid:
+@V1
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_on_v1_what_root_gave_is_found_from_anywhere(given: Cgroup, place: str) -> None:
+    take_and_let_go(given, within(given, SOMEBODY) if place == "inside" else outside)
+
+
+@V1
+@pytest.mark.usefixtures("runtime")
+def test_what_root_gave_in_the_hierarchies_of_v1_alone() -> None:
+    hierarchy = Hierarchy.discover()
+    alone = Hierarchy.of([mount for mount in hierarchy.mounts if mount.version == 1])
+    with giving("alone", alone) as given:
+        take_and_let_go(given, outside)
+        done = rcon("run", *QUIET, "--pids", "9", "--", "cat", "/proc/self/cgroup", before=outside)
+        assert (done.status, done.err) == (0, "")
+        assert f"{given.path}/rcon-" in done.out
+        assert instances(given) == []
+
+
+@V1
+@pytest.mark.usefixtures("runtime")
+def test_of_several_one_is_named(given: Cgroup) -> None:
+    with giving("other") as other, sleeping(outside) as pid:
+        for words in (("attach", "--pids", "9", str(pid)), ("run", *QUIET, "--pids", "9", "--", "true")):
+            done = rcon(*words, before=outside)
+            assert (done.status, done.out) == (125, "")
+            assert f"2 cgroups belong to this user: {', '.join(sorted((given.path, other.path)))}" in done.err
+            assert "--cgroup" in done.err
+            assert len(done.err.splitlines()) == 1
+            assert instances(given) + instances(other) == []
+        for chosen in (given, other):
+            take_and_let_go(chosen, outside, "--cgroup", chosen.path)
+            done = rcon(
+                "run", *QUIET, "--cgroup", chosen.path, "--", "cat", "/proc/self/cgroup", before=outside
+            )
+            assert (done.status, done.err) == (0, "")
+            assert f"{chosen.path}/rcon-" in done.out
+
+
+@V1
+@pytest.mark.usefixtures("runtime")
+def test_the_environment_may_name_it(given: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    with giving("other") as other:
+        monkeypatch.setenv("RCON_CGROUP", other.path)
+        take_and_let_go(other, outside)
+        for words in ([], ["--group", f"named-{os.getpid()}"]):  # with and without what is quickly read
+            done = rcon("run", *QUIET, *words, "--", "cat", "/proc/self/cgroup", before=outside)
+            assert (done.status, done.err) == (0, "")
+            assert f"{other.path}/rcon-" in done.out
+        done = rcon("run", *QUIET, "--cgroup", given.path, "--", "cat", "/proc/self/cgroup", before=outside)
+        assert f"{given.path}/rcon-" in done.out
+
+
+def test_the_environment_names_nothing_inside_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was meant for outside: rcon run in rcon run goes on to work."""
+    base = f"/rcon-test-{os.getpid()}-named"
+    monkeypatch.setenv("RCON_CGROUP", base)
+    inner = "import sys; from rcon_plugins.cli.rcon import run_main; sys.exit(run_main(sys.argv[1:]))"
+    words = ["--pids", "9", "--", "cat", "/proc/self/cgroup"]
+    done = rcon("run", "--pids", "20", "--", sys.executable, "-c", inner, "run", *words)
+    assert (done.status, done.err) == (0, "")
+    _, *deeper = [part for part in done.out.split("/rcon-")[1:] if "/work/" in part]
+    assert deeper
+    Hierarchy.discover().cgroup(base).delete()
+
+
+@V1
+def test_where_none_was_given_the_remedy_is_said() -> None:
+    with sleeping(outside) as pid:
         before = where(pid)
-        done = rcon("attach", "--pids", "9", str(pid), before=enter)
+        done = rcon("attach", "--pids", "9", str(pid), before=outside)
         assert (done.status, done.out) == (125, "")
         assert "run the server as root, or as root once: " in done.err
         assert len(done.err.splitlines()) == 1
         assert where(pid) == before
-        assert instances(given) == []
 
 
-@pytest.mark.parametrize("uid", [0, 65533])
+@pytest.mark.layout("v2")
+@pytest.mark.usefixtures("runtime")
+def test_on_v2_what_is_around_the_shell(given: Cgroup) -> None:
+    """As the remedy has root do it: the shell is in a cgroup of its own, in the one that is given."""
+    server = given.child("server").create()
+    server.delegate(SOMEBODY, SOMEBODY)
+    take_and_let_go(given, within(server, SOMEBODY))
+
+
+@pytest.mark.parametrize("uid", [0, SOMEBODY + 1])
 def test_those_of_others_are_not(given: Cgroup, uid: int) -> None:
     with sleeping(within(given, uid)) as pid:
         before = where(pid)
-        done = rcon("attach", "--pids", "9", str(pid), before=within(given, NOBODY))
+        done = rcon("attach", "--pids", "9", str(pid), before=within(given, SOMEBODY))
         assert (done.status, done.out) == (2, "")
         assert f"{pid} is another user's (run rcon as root)" in done.err
         assert len(done.err.splitlines()) == 1

@@ -127,3 +127,19 @@ def test_a_user_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "no-such-user" in err
+
+
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_a_cgroup_that_is_named(
+    group: Cgroup, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    options = ["--cgroup", group.path]
+    if by == "environment":
+        monkeypatch.setenv("RCON_CGROUP", group.path)
+        options = []
+    status, out = doctor(capsys, *options)
+    assert status == 0
+    assert out.endswith(f"every limit can be set here, below the cgroup {group.path}\n")
+    status, out = doctor(capsys, *options, "--user", "nobody")
+    assert status == 1
+    assert f"{group.path} is not ours to write" in out

@@ -29,8 +29,10 @@ LIMITS = {
     "--device": ["", "/"],
 }
 NAMES = ["", ".", "..", "a/b", "/", "nul\0", "-x", "rcon-1-2", "cpu.max", "tasks", "x" * 300, "line\nfeed"]
+BASES = ["", "rcon", "/", "/a/../b", "/a//b", "/sys/fs/cgroup/rcon", "/nul\0", "/line\nfeed"]
 RUN = {
     **LIMITS,
+    "--cgroup": BASES,
     "--user": ["", "no-such-user", "4294967295", "70000"],
     "--cap": ["no_such_capability", "64", "net_raw,x"],
     "--group": NAMES,
@@ -40,7 +42,7 @@ RUN = {
     "--on-event": ["", " "],
     "--json": ["", "/no/such/folder/file", "/"],
 }
-ATTACH = {**LIMITS, "--group": NAMES}
+ATTACH = {**LIMITS, "--cgroup": BASES, "--group": NAMES}
 
 
 def one_line(capfd: pytest.CaptureFixture[str]) -> str:
@@ -74,6 +76,16 @@ def test_junk_for_each_option_of_attach(flag: str, value: str, capfd: pytest.Cap
         finally:
             sleeper.kill()
     assert "(" in one_line(capfd)
+
+
+def test_junk_in_the_environment(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "made"
+    monkeypatch.setenv("RCON_CGROUP", "rcon")
+    assert run_main(["run", "--", "touch", str(made)]) == 2
+    assert one_line(capfd).startswith("rcon: RCON_CGROUP: 'rcon' is not the path of a cgroup (")
+    assert not made.exists()
 
 
 def test_every_option_is_tried() -> None:
