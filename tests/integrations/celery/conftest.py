@@ -12,6 +12,7 @@ import pytest
 
 from tests.integrations.celery import application
 from tests.integrations.celery.office import Offices
+from tests.integrations.celery.producers import closing
 from tests.integrations.celery.rabbitmq_server import RabbitServer
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import Worker
@@ -66,7 +67,7 @@ class Shop:
         )
         records = application.Records(url)
         app = application.make(url, serializer=serializer)
-        with contextlib.closing(app), contextlib.closing(records), worker:
+        with closing(app), contextlib.closing(records), worker:
             yield Open(worker, app, records, url)
 
 

@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from tests.integrations.celery import limited
+from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import Worker
 
@@ -98,7 +99,7 @@ class Offices:
         worker, app, url = self.make(
             *arguments, settings=settings, pool=pool, concurrency=concurrency, url=url, **environ
         )
-        with contextlib.closing(app), worker:
+        with closing(app), worker:
             yield Office(worker, app, url)
 
     def make(

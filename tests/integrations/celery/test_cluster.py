@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from rcon_plugins.kernel.cgroup import MAX, read_limits
 from rcon_plugins.units import Size
 from tests.integrations.celery import limited
 from tests.integrations.celery.office import Office, Offices
+from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import ROOT, Worker
 from tests.processes import until
@@ -318,7 +318,7 @@ def test_top_of_all_workers(offices: Offices) -> None:
     """Two workers of one application; a task in each, one of which is busy."""
     with offices("-Q", "one", concurrency=2) as one:
         other, producer, _ = offices.make("-Q", "two", concurrency=1, url=one.url, name="other")
-        with contextlib.closing(producer), other:
+        with closing(producer), other:
             staying = [one.send("stay", queue, queue=queue) for queue in ("one", "two")]
             until(lambda: bool(one.log("one")) and bool(one.log("two")))
             one.get("where", queue="one")

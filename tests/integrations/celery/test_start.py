@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import pwd
 from typing import Any
 
@@ -14,6 +13,7 @@ from rcon_celery import confined, install
 from rcon_plugins.errors import ConfinementError, MemoryLimitExceeded, SettingsError
 from tests.integrations.celery import limited
 from tests.integrations.celery.office import SETTINGS, Offices
+from tests.integrations.celery.producers import closing
 from tests.processes import until
 
 ROUTES = """
@@ -111,7 +111,7 @@ def test_a_user_of_its_own(offices: Offices) -> None:
 
 def refused(offices: Offices, *arguments: str, **options: Any) -> str:
     worker, app, _ = offices.make(*arguments, **options)
-    with contextlib.closing(app):
+    with closing(app):
         try:
             until(lambda: worker.process.poll() is not None)
             assert worker.process.returncode == 1, worker.log()

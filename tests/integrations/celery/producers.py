@@ -1,0 +1,24 @@
+"""The applications with which tests send tasks, and their connections."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import celery
+from celery.backends.redis import RedisBackend
+
+
+@contextlib.contextmanager
+def closing(app: celery.Celery) -> Iterator[celery.Celery]:
+    """Close an application with its connections, which its own ``close()`` leaves open for good."""
+    try:
+        yield app
+    finally:
+        if isinstance(app.backend, RedisBackend):
+            app.backend.result_consumer.stop()
+            app.backend.client.connection_pool.disconnect()
+        app.producer_pool.force_close_all(close_pool=False)  # of one with the same broker, too
+        app.pool.force_close_all(close_pool=False)
+        app.pool.connection.release()
+        app.close()
