@@ -24,15 +24,14 @@ def make_leaf(instance: Instance, hook: pluggy.HookRelay, birth: Birth, limits: 
     """Make ``work/<name>/<leaf>`` with all limits in force: ``limits`` are those of all work together.
 
     Until there is a leaf in it, another worker of the server, which has no use for it any more, may remove
-    ``work/<name>``, and the limits with it: so they are written again once the leaf holds it in place.
+    ``work/<name>``, and the limits with it: so they are written once the leaf holds it in place.
     """
     together, leaf = instance.together(birth.name), instance.leaf(birth.name, birth.leaf)
     configure = partial(hook.rcon_configure_cgroup, policy=birth.policy)
     for attempts_left in reversed(range(_ATTEMPTS)):
         try:
-            for cgroup in (together, leaf):
-                cgroup.create()
-                configure(cgroup=together, limits=limits)
+            leaf.create()
+            configure(cgroup=together, limits=limits)
             configure(cgroup=leaf, limits=birth.policy.each)
             break
         except BaseException as error:

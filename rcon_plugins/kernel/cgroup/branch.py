@@ -51,8 +51,8 @@ class Branch(abc.ABC):
         """Write those of the limits whose controllers are in this branch."""
 
     @abc.abstractmethod
-    def enter_process(self) -> None:
-        """The calling process moves itself in."""
+    def enter_process(self, *, alone: bool) -> None:
+        """The calling process moves itself in; ``alone``: it has a single thread."""
 
     @property
     @abc.abstractmethod

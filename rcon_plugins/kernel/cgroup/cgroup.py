@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel.cgroup import files, meter, v1, v2
-from rcon_plugins.kernel.cgroup.branch import Branch
+from rcon_plugins.kernel.cgroup.branch import Branch, is_single_threaded
 from rcon_plugins.kernel.cgroup.entrance import Entrance
 from rcon_plugins.kernel.cgroup.meter import Meter, Reading
 from rcon_plugins.kernel.cgroup.mounts import Mount
@@ -153,8 +153,9 @@ class Cgroup:
         Raises KernelError; the process may then be in some hierarchies and not in others, and must not
         run what was to be confined.
         """
+        alone = is_single_threaded()
         for branch in self._branches:
-            branch.enter_process()
+            branch.enter_process(alone=alone)
 
     def entrance(
         self, controllers: Iterable[str] | None = None, home: Mapping[str, str] | None = None
@@ -208,8 +209,7 @@ class Cgroup:
     def _ids(self, name: str | None, subtree: bool) -> set[int]:
         found: set[int] = set()
         for branch in self._branches:
-            if branch.exists():
-                found |= branch.ids(name or branch.thread_file, subtree=subtree)
+            found |= branch.ids(name or branch.thread_file, subtree=subtree)
         return found
 
     # -- usage --------------------------------------------------------------------------------
@@ -381,10 +381,13 @@ class Cgroup:
 
     def _remove_once(self, deep: bool) -> bool:
         for branch in self._branches:
-            if deep:
-                for directory in files.subtree(branch.directory)[:-1]:
-                    if not files.remove_directory(directory):
-                        return False
+            if branch.remove():
+                continue
+            if not deep:
+                return False
+            for directory in files.subtree(branch.directory)[:-1]:
+                if not files.remove_directory(directory):
+                    return False
             if not branch.remove():
                 return False
         return True

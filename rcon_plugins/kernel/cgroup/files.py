@@ -14,12 +14,14 @@ import os
 import posix
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rcon_plugins.errors import KernelError
 
 #: Larger than any file read here; a kernel file is read until it ends in any case.
 _CHUNK = 65536
+#: How many links a cgroup's directory has that has no child.
+_LINKS_WITHOUT_CHILDREN = 2
 #: In characters, of up to four bytes each, for one system call.
 _LONGEST_PATH = 1000
 
@@ -50,16 +52,39 @@ def open_file(directory: str, name: str, flags: int = os.O_RDONLY) -> int:
 
     Raises KernelError (ENOENT, EACCES, EROFS ...).
     """
+    try:
+        at = _open_directory(directory)
+    except OSError as error:
+        raise failure(error, f"{directory}/{name}") from None
+    try:
+        return _open_in(at, directory, name, flags)
+    finally:
+        posix.close(at)  # gevent's os.close() of what is no regular file waits for an event loop
+
+
+def _open_in(at: int, directory: str, name: str, flags: int) -> int:
     if not name or "/" in name:
         raise ValueError(f"not the name of a kernel file: {name!r}")
     try:
-        at = _open_directory(directory)
-        try:
-            return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=at)
-        finally:
-            posix.close(at)  # gevent's os.close() of what is no regular file waits for an event loop
+        return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=at)
     except OSError as error:
         raise failure(error, f"{directory}/{name}") from None
+
+
+@contextlib.contextmanager
+def opening(directory: str) -> Iterator[Callable[[str, int], int]]:
+    """For several files of one directory: what opens one, by its name and flags, as :func:`open_file` does.
+
+    Raises KernelError (ENOENT ...).
+    """
+    try:
+        at = _open_directory(directory)
+    except OSError as error:
+        raise failure(error, directory) from None
+    try:
+        yield lambda name, flags: _open_in(at, directory, name, flags)
+    finally:
+        posix.close(at)
 
 
 def _open_directory(directory: str, flags: int = os.O_RDONLY) -> int:
@@ -122,13 +147,29 @@ def _read_to_the_end(fd: int, path: str) -> str:
 
 def read_if_there(directory: str, name: str) -> str | None:
     """Like :func:`read`; None where the file or its directory does not exist."""
-    try:
+    with _unless_gone():
         return read(directory, name)
+    return None
+
+
+def read_those_there(directory: str, names: Iterable[str]) -> dict[str, str]:
+    """The texts of those of these files that exist, as :func:`read_if_there` has them; none without the directory."""
+    found: dict[str, str] = {}
+    with _unless_gone(), opening(directory) as open_one:
+        for name in names:
+            with _unless_gone():
+                found[name] = _read_to_the_end(open_one(name, os.O_RDONLY), f"{directory}/{name}")
+    return found
+
+
+@contextlib.contextmanager
+def _unless_gone() -> Iterator[None]:
+    """Pass over what does not exist. ENODEV: the cgroup was removed between the open and the read."""
+    try:
+        yield
     except KernelError as error:
-        # ENODEV: the cgroup was removed between the open and the read.
-        if error.errno in (errno.ENOENT, errno.ENODEV):
-            return None
-        raise
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
 
 
 def write(directory: str, name: str, value: str, hint: str | None = None) -> None:
@@ -240,6 +281,9 @@ def locked(directory: str) -> Iterator[None]:
 def subdirectories(directory: str) -> list[str]:
     """The names of the child cgroups; none where the directory is gone."""
     try:
+        # Each child counts as a link to its parent (fs/kernfs/inode.c): without any, as most are, one call will do.
+        if len(directory) <= _LONGEST_PATH and os.lstat(directory).st_nlink == _LINKS_WITHOUT_CHILDREN:
+            return []
         at = _open_directory(directory)
         try:
             with os.scandir(at) as entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Callable
 from types import TracebackType
@@ -161,25 +162,27 @@ class Meter:
         self._files: list[tuple[int, str, Parser]] = []
         self._peak: tuple[int, str, bytes] | None = None
         try:
-            for directory, name, parser in places:
-                self._open(directory, name, parser)
+            for directory, some in itertools.groupby(places, lambda place: place[0]):
+                with files.opening(directory) as open_one:
+                    for _, name, parser in some:
+                        self._open(open_one, directory, name, parser)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, directory: str, name: str, parser: Parser) -> None:
+    def _open(self, open_one: Callable[[str, int], int], directory: str, name: str, parser: Parser) -> None:
         path = f"{directory}/{name}"
         fd: int | None = None
         if name in _PEAKS:
             # To be reset, a peak has to be read through the fd that reset it (v2, kernel 6.12).
             try:
-                fd = files.open_file(directory, name, os.O_RDWR)
+                fd = open_one(name, os.O_RDWR)
                 self._peak = (fd, path, _PEAKS[name])
             except KernelError:
                 fd = None
         if fd is None:
             try:
-                fd = files.open_file(directory, name)
+                fd = open_one(name, os.O_RDONLY)
             except KernelError as error:
                 if error.errno == errno.ENOENT and files.is_directory(directory):
                     return

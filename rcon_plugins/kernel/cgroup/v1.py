@@ -8,7 +8,7 @@ import time
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel.cgroup import files
-from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, is_single_threaded, levels
+from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, levels
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.resources import (
     CPU_PERIOD_MICROSECONDS,
@@ -110,11 +110,26 @@ class V1Branch(Branch):
             # If it was made before the one above got its limits, nobody has entered it since.
             files.remove_directory(self.directory)
             return
+        if self._create_below():
+            return
         for parent, child in create_levels(self):
             if files.make_directory(child) and self.has("memory"):
                 _account_hierarchically(child)
             if self.has("cpuset"):
                 _inherit_cpuset(parent, child)
+
+    def _create_below(self) -> bool:
+        """Make the directory alone; whether that was all that is needed."""
+        try:
+            if not files.make_directory(self.directory):
+                return False
+            if self.has("memory"):
+                _account_hierarchically(self.directory)
+            return not self.has("cpuset") or _inherit_cpuset(os.path.dirname(self.directory), self.directory)
+        except KernelError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            return False
 
     @property
     def _io_holder(self) -> str | None:
@@ -139,9 +154,15 @@ class V1Branch(Branch):
         """``tasks``."""
         return "tasks"
 
-    def enter_process(self) -> None:
+    def enter_process(self, *, alone: bool) -> None:
         """Write ``0``: to ``tasks``, which is cheap, or with several threads to ``cgroup.procs``."""
-        files.write(self.place(), "tasks" if is_single_threaded() else "cgroup.procs", "0")
+        name = self.thread_file if alone else "cgroup.procs"
+        try:
+            files.write(self.directory, name, "0")
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            files.write(self.place(), name, "0")
 
     def freeze(self, frozen: bool) -> bool:
         """Stop or continue the subtree (cgroup-v1/freezer-subsystem.rst)."""
@@ -239,7 +260,7 @@ def io_holder(mount: Mount, path: str) -> str | None:
 
 def io_is_limited(directory: str) -> bool:
     """Whether a blkio cgroup has a throttling rule."""
-    return any(files.read_if_there(directory, name) for name in IO_FILES.values())
+    return any(files.read_those_there(directory, IO_FILES.values()).values())
 
 
 def gather_io(directory: str, seconds: float = 2.0) -> None:
@@ -270,11 +291,16 @@ def _account_hierarchically(directory: str) -> None:
         files.write(directory, "memory.use_hierarchy", "1")
 
 
-def _inherit_cpuset(parent: str, child: str) -> None:
+def _inherit_cpuset(parent: str, child: str) -> bool:
+    """Let a cpuset have what the one above has; False where that has nothing itself."""
     # A new v1 cpuset is empty, and nothing can enter an empty one (cgroup-v1/cpusets.rst).
+    had = True
     for name in ("cpuset.cpus", "cpuset.mems"):
         if not files.read(child, name):
-            files.write(child, name, files.read(parent, name))
+            above = files.read(parent, name)
+            had = had and bool(above)
+            files.write(child, name, above)
+    return had
 
 
 def _set_quota(directory: str, quota: int) -> None:

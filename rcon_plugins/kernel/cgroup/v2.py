@@ -61,6 +61,8 @@ class V2Branch(Branch):
 
         Raises ControllerUnavailable where one of them does not arrive.
         """
+        if not self.threaded and self._create_below():
+            return
         # All directories first: one that has a child cannot be removed by others.
         for _, child in create_levels(self):
             files.make_directory(child)
@@ -85,6 +87,15 @@ class V2Branch(Branch):
                 hint="a cgroup above does not pass it on in cgroup.subtree_control; under systemd: "
                 f"Delegate={' '.join(sorted(missing))}",
             )
+
+    def _create_below(self) -> bool:
+        """Make the directory alone; whether that was all that is needed."""
+        try:
+            return files.make_directory(self.directory) and self.controllers <= offered(self.directory)
+        except KernelError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            return False
 
     def configure(self, resources: Resources) -> None:
         """Write the limits; afterwards check that a cpuset is really in force."""
@@ -115,7 +126,7 @@ class V2Branch(Branch):
         """``cgroup.threads`` (kernel 4.14)."""
         return "cgroup.threads"
 
-    def enter_process(self) -> None:
+    def enter_process(self, *, alone: bool) -> None:  # noqa: ARG002 - it makes no difference here
         """Write ``0`` to ``cgroup.procs``: takes all threads of the caller along."""
         files.write_patiently(self.directory, "cgroup.procs", "0")
 
