@@ -92,6 +92,19 @@ def rcon_event(event: Event) -> Limits | None:
 
 
 @hookspec
+def rcon_prepare(policy: Policy) -> None:
+    """Make ahead of need what each new executor process would else make for itself.
+
+    Called in the fork server, which has a single thread and all that the server may do, before each process that it
+    makes; what it makes has to be kept by the plugin, and is there in the new process, for `rcon_drop`. It must not
+    take long, nor start threads, nor leave open what confined code must not have.
+
+    :param policy: the policy that the process will serve for the rest of its life.
+    :raises Exception: anything raised means that the process ends and the work does not run.
+    """
+
+
+@hookspec
 def rcon_drop(policy: Policy, place: str, identity: Identity | None) -> None:
     """Give up what the policy does not grant: identity, capabilities, resource limits, anything irreversible.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any
 
 import pluggy
@@ -14,7 +15,6 @@ from rcon_plugins.defaults import (
     cpuset,
     identity,
     io,
-    landlock,
     log,
     memory,
     nproc,
@@ -22,6 +22,7 @@ from rcon_plugins.defaults import (
     rlimits,
     umask,
 )
+from rcon_plugins.defaults.landlock import Landlock
 from rcon_plugins.defaults.routing import Routing
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings import Settings
@@ -40,8 +41,11 @@ def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> plu
     manager.add_hookspecs(hookspecs)
     # Those that drop ask to be called last, in this order: what takes privileges before the identity, which gives them
     # up; then the limits, since Landlock and the identity open files themselves.
-    for module in (cpu, cpuset, memory, io, pids, log, nproc, umask, landlock, identity, rlimits):
-        manager.register(module, f"rcon.{module.__name__.rpartition('.')[2]}")
+    for module in (cpu, cpuset, memory, io, pids, log, nproc, umask):
+        _register_built_in(manager, module)
+    manager.register(Landlock(), "rcon.landlock")
+    for module in (identity, rlimits):
+        _register_built_in(manager, module)
     manager.register(Routing(settings), "rcon.routing")
     for name in settings.plugins:
         _register(manager, _load(name, settings.file), name, settings.file)
@@ -85,6 +89,10 @@ def calling(hook: pluggy.HookCaller) -> Callable[..., Any]:
     if len(implementations) == 1 and is_plain and hook.spec and only.argnames == hook.spec.argnames:
         return only.function
     return hook
+
+
+def _register_built_in(manager: pluggy.PluginManager, module: ModuleType) -> None:
+    manager.register(module, f"rcon.{module.__name__.rpartition('.')[2]}")
 
 
 def _nobody(**_: object) -> None:

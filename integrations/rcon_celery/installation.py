@@ -172,7 +172,7 @@ class Installation:
             on_lost=self._lose,
             changes=node.changes,
         )
-        service = TaskService(self._app, self._bodies, node.hostname)
+        service = TaskService(self._app, self._bodies, node.hostname, greenlets=node.pool.server.greenlets)
         manager.start(
             service,
             after_fork=[*after_fork(node.pool), leave_log_files, service.expect_notices],

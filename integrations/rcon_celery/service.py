@@ -27,7 +27,9 @@ _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
 class TaskService:
     """Serves the tasks of an application in executor processes; give it to `Manager.start`."""
 
-    def __init__(self, app: Any, bodies: Mapping[str, Body], hostname: str) -> None:
+    def __init__(self, app: Any, bodies: Mapping[str, Body], hostname: str, *, greenlets: bool) -> None:
+        """``greenlets``: the worker has a loop of gevent's."""
+        self._greenlets = greenlets
         self._app = app
         self._bodies = bodies
         self._hostname = hostname
@@ -68,7 +70,8 @@ class TaskService:
     def _begin(self) -> None:
         """What a pool's process does when it starts: connections that are made then belong to one process."""
         place.become_executor()
-        time.sleep(0.001)  # gevent closes files when its loop gets its turn
+        if self._greenlets:
+            time.sleep(0.001)  # gevent closes files when its loop gets its turn
         signals.worker_process_init.send(sender=self._hostname)
 
     def _perform(self, task: Any, order: Mapping[str, Any]) -> tuple[wire.How, str, tuple[wire.Body, bytes]]:

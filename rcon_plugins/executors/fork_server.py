@@ -195,9 +195,10 @@ class ForkServer:
     def _give_birth(self, birth: Birth, channel_end: int) -> None:
         # gevent's os.close() waits for an event loop, which runs nowhere here; posix.close() is the real one.
         try:
+            fault = self._prepare(birth.policy)
             pid = process.fork()
             if pid == 0:
-                self._become_executor(birth, channel_end)
+                self._become_executor(birth, channel_end, fault)
             try:
                 self._children[os.pidfd_open(pid)] = (birth, pid)
             except OSError:
@@ -208,6 +209,14 @@ class ForkServer:
             self._tell(Death(birth.number, 0, error.errno or errno.EIO))
         finally:
             posix.close(channel_end)
+
+    def _prepare(self, policy: Policy) -> BaseException | None:
+        """Have plugins prepare a birth; what went wrong is the new process's to tell."""
+        try:
+            self._hook.rcon_prepare(policy=policy)
+        except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
+            return error
+        return None
 
     def _signal(self, executor: int, number: int) -> None:
         for pidfd, (birth, pid) in self._children.items():
@@ -228,20 +237,18 @@ class ForkServer:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._control.send(_DEATH.pack(*death))
 
-    def _become_executor(self, birth: Birth, channel_end: int) -> NoReturn:
+    def _become_executor(self, birth: Birth, channel_end: int, fault: BaseException | None) -> NoReturn:
         try:
             self._control.close()
             for pidfd in (self._host_pidfd, *self._children):
                 posix.close(pidfd)
             os.setsid()
-            process.take_default_signals()
-            process.blank(self._bell)
-            process.blank(self._rope)
+            process.forget_bell(self._bell, self._rope)
             for renew in self._after_fork:
                 renew()
             end = socket.socket(fileno=channel_end)
             end.setblocking(True)
-            run_executor(Channel(end), birth, self._pid, self._instance, self._hook, self._service)
+            run_executor(Channel(end), birth, self._pid, self._instance, self._hook, self._service, fault)
         except BaseException:  # noqa: BLE001 - the end of this process: say why, whatever it was
             traceback.print_exc()
         finally:
@@ -255,13 +262,18 @@ def run_executor(
     instance: Instance,
     hook: pluggy.HookRelay,
     service: Service,
+    fault: BaseException | None = None,
 ) -> NoReturn:
     """The life of an executor process: get confined for good, say so, serve one work after the other, end.
+
+    ``fault``: why it cannot be confined, known before it was made.
 
     A fork that confined code made may come back here through the service: it ends at once, in silence.
     """
     me = os.getpid()
     try:
+        if fault is not None:
+            raise fault
         if not _enter(birth, instance):
             channel.send(
                 (FULL, f"{birth.policy.pids} processes and threads are running, which is the most".encode())

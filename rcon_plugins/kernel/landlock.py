@@ -92,17 +92,51 @@ def forbid_writing_below(paths: Iterable[str], *, signals: bool = False) -> None
     Raises `CapabilityError` where the kernel has no Landlock, without no_new_privs and CAP_SYS_ADMIN, and in the
     seventeenth layer; `KernelError` where a path cannot be read. Then nothing has changed.
     """
-    version = _need()
-    handled = _known(_WRITE, version)
-    scoped = _SCOPE_SIGNAL if signals and version >= 6 else 0
-    ruleset = _create(handled, scoped, version)
+    wall = Wall(paths, signals=signals)
     try:
-        forbidden = [_parts(path) for path in paths]
-        for path in _beside("/", forbidden):
-            _allow_if_there(ruleset, path, handled)
-        _restrict_self(ruleset)
+        wall.put_up()
     finally:
-        os.close(ruleset)
+        wall.close()
+
+
+class Wall:
+    """What `forbid_writing_below` forbids, made ahead of need; for one thread after the other, of forks too.
+
+    It is an open file, to be closed before anything runs in a process that might loosen it for others.
+    """
+
+    def __init__(self, paths: Iterable[str], *, signals: bool = False) -> None:
+        """Raises as `forbid_writing_below`."""
+        version = _need()
+        handled = _known(_WRITE, version)
+        scoped = _SCOPE_SIGNAL if signals and version >= 6 else 0
+        self._looked_into: dict[str, tuple[int, int]] = {}
+        self._ruleset = _create(handled, scoped, version)
+        try:
+            forbidden = [_parts(path) for path in paths]
+            for path in _beside("/", forbidden, self._looked_into):
+                _allow_if_there(self._ruleset, path, handled)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the directories that lead to the paths still have the names in them that they had.
+
+        Of what is mounted since then it knows nothing.
+        """
+        return all(_state(path) == state for path, state in self._looked_into.items())
+
+    def put_up(self) -> None:
+        """Put it around the calling thread, for good. Raises as `forbid_writing_below`."""
+        _restrict_self(self._ruleset)
+
+    def close(self) -> None:
+        """Close the file; what it was put around stays inside. Again is harmless."""
+        ruleset, self._ruleset = self._ruleset, -1
+        if ruleset >= 0:
+            os.close(ruleset)
 
 
 def restrict(read: Iterable[str], write: Iterable[str]) -> None:
@@ -161,8 +195,21 @@ def _parts(path: str) -> tuple[str, ...]:
     return tuple(part for part in real.split("/") if part)
 
 
-def _beside(directory: str, forbidden: list[tuple[str, ...]]) -> Iterator[str]:
-    """What in ``directory`` is not among ``forbidden``, paths relative to it, nor leads to them."""
+def _state(directory: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(directory)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _beside(
+    directory: str, forbidden: list[tuple[str, ...]], looked_into: dict[str, tuple[int, int]]
+) -> Iterator[str]:
+    """What in ``directory`` is not among ``forbidden``, paths relative to it, nor leads to them.
+
+    Takes note in ``looked_into`` of the directories in which there is a choice, as they were.
+    """
     if () in forbidden:
         return
     inside: dict[str, list[tuple[str, ...]]] = {}
@@ -172,6 +219,7 @@ def _beside(directory: str, forbidden: list[tuple[str, ...]]) -> Iterator[str]:
         yield directory
         return
     try:
+        looked_into[directory] = _state(directory) or (0, 0)
         names = os.listdir(directory)
     except OSError as error:
         raise KernelError.from_oserror(
@@ -180,7 +228,7 @@ def _beside(directory: str, forbidden: list[tuple[str, ...]]) -> Iterator[str]:
     for name in names:
         path = os.path.join(directory, name)
         if name in inside:
-            yield from _beside(path, inside[name])
+            yield from _beside(path, inside[name], looked_into)
         else:
             yield path
 

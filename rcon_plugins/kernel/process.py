@@ -61,6 +61,18 @@ def take_default_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
+def forget_bell(bell: int, rope: int) -> None:
+    """In a new process: give SIGCHLD its default action, unblock all signals, and blank the parent's bell.
+
+    For a child of one that took default signals, and then made no more of its own than `bell_of_children`.
+    """
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    blank(bell)
+    blank(rope)
+
+
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when ``parent``, its parent's pid, ends (PR_SET_PDEATHSIG).
 

@@ -15,7 +15,7 @@ from rcon_plugins.kernel.cgroup.entrance import Entrance
 from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS, Hierarchy
 from rcon_plugins.kernel.cgroup.in_force import read_limits
 from rcon_plugins.kernel.cgroup.meter import Meter, Reading
-from rcon_plugins.kernel.cgroup.mounts import mount_points
+from rcon_plugins.kernel.cgroup.mounts import mount_points, mount_table
 from rcon_plugins.kernel.cgroup.refusals import Refusal
 from rcon_plugins.kernel.cgroup.resources import MAX, IoMax, Resources
 
@@ -35,5 +35,6 @@ __all__ = [
     "device_of",
     "find_base",
     "mount_points",
+    "mount_table",
     "read_limits",
 ]

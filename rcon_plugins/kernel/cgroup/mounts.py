@@ -142,9 +142,14 @@ def _below(root: str, path: str) -> str | None:
     return path[len(root) :] if path.startswith(f"{root}/") else None
 
 
-def mount_points() -> list[str]:
-    """Where cgroup file systems of any version are mounted, as this process sees it: named hierarchies too."""
-    entries = parse_mountinfo(files.read_own("mountinfo"))
+def mount_table() -> str:
+    """All mounts as this process sees them: another text after each change (``/proc/self/mountinfo``)."""
+    return files.read_own("mountinfo")
+
+
+def mount_points(table: str) -> list[str]:
+    """Where cgroup file systems of any version are mounted, by `mount_table`: named hierarchies too."""
+    entries = parse_mountinfo(table)
     return sorted({entry.path for entry in entries if entry.filesystem in ("cgroup", "cgroup2")})
 
 

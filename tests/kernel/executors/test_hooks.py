@@ -79,6 +79,41 @@ def test_rcon_drop_acts_in_the_new_process() -> None:
     assert seen == ["environment p", "environment ok", "pid p", "pid ok"]
 
 
+def test_rcon_prepare_is_called_in_the_fork_server_and_what_it_made_is_there_in_the_new_process() -> None:
+    class Baker:
+        def __init__(self) -> None:
+            self.made: list[str] = []
+
+        @hookimpl
+        def rcon_prepare(self, policy: Policy) -> None:
+            self.made.append(f"{policy.name} {os.getpid()}")
+
+        @hookimpl
+        def rcon_drop(self) -> None:
+            os.environ["MADE"] = ", ".join(self.made)
+
+    baker = Baker()
+    with managing({"max_works": 1, "pids": 9, "each": {"timeout": "30s"}}, plugins=[baker]) as manager:
+        call = f"p {manager.fork_server_pid}"
+        assert ask(manager, "environment", "MADE")[0] == call
+        made = ask(manager, "environment", "MADE")[0].split(", ")
+        assert len(made) >= 2  # of its predecessors', too, and perhaps of a successor's
+        assert set(made) == {call}
+    assert baker.made == []
+
+
+def test_an_error_in_rcon_prepare_means_that_the_work_does_not_run() -> None:
+    class Empty:
+        @hookimpl
+        def rcon_prepare(self) -> None:
+            raise LookupError("no flour")
+
+    with managing({"each": {"timeout": "30s"}}, plugins=[Empty()]) as manager:
+        for _ in range(2):
+            with pytest.raises(ConfinementError, match="LookupError: no flour"):
+                ask(manager, "pid")
+
+
 def test_an_error_in_rcon_work_started_means_that_the_work_does_not_run() -> None:
     class Closed:
         @hookimpl

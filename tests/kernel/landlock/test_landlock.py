@@ -362,6 +362,32 @@ def test_signals_are_scoped_where_asked_and_the_kernel_can(in_child: Any) -> Non
         assert in_child(tried, victim, False) == ("ok", "ok")
 
 
+def test_a_wall_made_ahead_is_for_one_process_after_the_other(folders: Path, in_child: Any) -> None:
+    def tried() -> tuple[str, str]:
+        wall.put_up()
+        wall.close()
+        return answer(write, folders / "free/file"), answer(write, folders / "shut/file")
+
+    wall = landlock.Wall([str(folders / "shut")])
+    try:
+        assert in_child(tried) == in_child(tried) == ("ok", "PermissionError")
+        assert answer(write, folders / "shut/file") == "ok"
+    finally:
+        wall.close()
+
+
+def test_a_wall_is_out_of_date_where_there_are_other_names_beside_the_paths(folders: Path) -> None:
+    wall = landlock.Wall([str(folders / "shut")])
+    try:
+        write(folders / "free/new")
+        write(folders / "shut/new")
+        assert wall.is_current
+        write(folders / "new")
+        assert not wall.is_current
+    finally:
+        wall.close()
+
+
 def test_only_the_calling_thread_is_restricted(folders: Path, in_child: Any) -> None:
     def tried() -> tuple[str, str, str]:
         restricted, over = threading.Event(), threading.Event()
