@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.policy import Policy
+
+
+#: How many executors may wait that serve one work each, beyond those at work, while that many are needed.
+MOST_AHEAD = 3
+#: After how long without work all but one of them end, seconds.
+IDLE_SECONDS = 5.0
 
 
 class ExecutorPool:
@@ -51,6 +58,10 @@ class ExecutorPool:
         self._lock = threading.Lock()
         #: Waiting executors, those of the confinement and identity used longest ago first.
         self._waiting: OrderedDict[Key, list[Executor]] = OrderedDict()
+        #: How many are to wait where each serves one work only: more than one, while they are not ready in time.
+        self._ahead: dict[Key, int] = {}
+        self._last_taken: dict[Key, float] = {}
+        self._trims = False
 
     def take(self, name: str, policy: Policy, identity: Identity | None = None) -> Executor:
         """A confined, waiting executor process of this confinement and identity; makes one where none waits.
@@ -62,6 +73,8 @@ class ExecutorPool:
         if executor is None:
             self._make_room()
             executor = self._birth(name, policy, identity)
+        if executor.works + 1 >= policy.max_works and policy.pids is None and policy.memory is None:
+            self._look_ahead(executor)
         if executor.pid == 0:
             try:
                 self.processes.wait_ready(executor)
@@ -126,13 +139,52 @@ class ExecutorPool:
             for executor in waiting:
                 executor.channel.close()
 
+    def _look_ahead(self, executor: Executor) -> None:
+        """Have successors made while the executor serves its last work.
+
+        They count as none: nothing of their confinement's is spent on them but the CPU time that they take in any case.
+        Where they would take up memory or a place that the work under way may need, they are made after it instead.
+        """
+        key = executor.key
+        late = executor.pid == 0 and executor.channel.quiet
+        with self._lock:
+            waiting = self._waiting.get(key, [])
+            wanted = self._ahead.get(key, 1)
+            if late and key in self._ahead:  # the first of all cannot have been made ahead
+                wanted = min(wanted + 1, MOST_AHEAD)
+            elif waiting and not waiting[0].channel.quiet:
+                wanted = max(wanted - 1, 1)
+            self._ahead[key] = wanted
+            self._last_taken[key] = time.monotonic()
+            lacking = wanted - len(waiting)
+            trims, self._trims = self._trims, self._trims or wanted > 1
+        for _ in range(lacking):
+            self.processes.submit(partial(self._succeed, executor))
+        if self._trims and not trims:
+            self.processes.submit(self._trim, time.monotonic() + IDLE_SECONDS)
+
+    def _trim(self) -> None:
+        """Let no more than one wait where nobody has come for a while. In the supervisor."""
+        long_ago = time.monotonic() - IDLE_SECONDS
+        superfluous: list[Executor] = []
+        with self._lock:
+            for key in [key for key, when in self._last_taken.items() if when <= long_ago]:
+                del self._last_taken[key], self._ahead[key]
+                superfluous += [self._remove(executor) for executor in self._waiting.get(key, [])[1:]]
+            self._trims = any(wanted > 1 for wanted in self._ahead.values())
+        for executor in superfluous:
+            self._end_waiting(executor)
+        if self._trims:
+            self.processes.submit(self._trim, time.monotonic() + IDLE_SECONDS)
+
     def _take_waiting(self, key: Key) -> Executor | None:
         while True:
             with self._lock:
                 waiting = self._waiting.get(key)
                 if not waiting:
                     return None
-                executor = self._remove(waiting[-1])
+                # The one that served last, or of those that never did the one made first.
+                executor = self._remove(waiting[-1] if waiting[-1].pid else waiting[0])
             if executor.pid == 0 or executor.channel.quiet:
                 return executor
             # It died, or what an earlier work left in it still speaks: not to the next client.
@@ -173,7 +225,8 @@ class ExecutorPool:
     def _succeed(self, executor: Executor) -> None:
         """Make the successor of an executor, if there is room and nobody waits there already."""
         with self._lock:
-            superfluous = self._count >= self._most or self._waiting.get(executor.key)
+            wanted = self._ahead.get(executor.key, 1)
+            superfluous = self._count >= self._most or len(self._waiting.get(executor.key, ())) >= wanted
             if superfluous or not self.processes.usable or not self._is_kept(executor.name):
                 return
             self._count += 1

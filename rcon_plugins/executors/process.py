@@ -126,9 +126,8 @@ class ProcessExecutors:
         pid = process.fork()
         if pid == 0:
             ours.close()
-            ForkServer(
-                theirs, self._host, self._instance, self._hook, service, after_fork, server_files
-            ).run()
+            hook, instance = self._hook, self._instance
+            ForkServer(theirs, self._host, instance, hook, service, after_fork, server_files).run()
         theirs.close()
         self._server = pid
         self._control = ours
@@ -229,10 +228,11 @@ class ProcessExecutors:
         """The work is over: its deadline is none any more."""
         executor.deadline = None
 
-    def submit(self, job: Callable[[], object]) -> None:
-        """Have ``job`` called by the supervisor soon: what must not keep a request waiting."""
-        if self._supervisor is not None:
-            self._supervisor.submit(job)
+    def submit(self, job: Callable[[], object], when: float | None = None) -> None:
+        """Have ``job`` called by the supervisor soon, or at ``when``: what must not keep a request waiting."""
+        supervisor = self._supervisor
+        if supervisor is not None:
+            supervisor.submit(job) if when is None else supervisor.at(when, job)
 
     def kill(self, executor: Executor, fate: str) -> None:
         """Kill the executor process and all it started. Does not wait: ``executor.ended`` tells when it is gone.

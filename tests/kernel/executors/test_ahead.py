@@ -1,0 +1,94 @@
+"""Processes that serve one work each are made while the one before is at work."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from rcon_plugins import Manager
+from rcon_plugins.admission import ProcessAdmission
+from rcon_plugins.executors import pool
+from tests.kernel.executors.service import alive, ask, begin, end, managing, soon
+
+FRESH: dict[str, Any] = {"max_works": 1, "each": {"memory": "256M", "timeout": "5m"}}
+PATIENCE = 60.0
+
+
+def others(manager: Manager, admission: ProcessAdmission) -> list[int]:
+    """The processes of a confinement but the one that serves this work."""
+    found = manager.together(admission.confinement).processes(subtree=True)
+    return [pid for pid in found if pid != admission.executor_pid]
+
+
+def supervisor_has_done_its_jobs(manager: Manager) -> bool:
+    done = threading.Event()
+    assert manager._pool is not None
+    manager._pool.processes.submit(done.set)
+    return done.wait(PATIENCE)
+
+
+def test_a_successor_waits_before_the_work_is_over_and_serves_the_next() -> None:
+    with managing(FRESH) as manager:
+        first = begin(manager, "sleep", 0.1)
+        assert soon(lambda: len(others(manager, first)) == 1, PATIENCE)
+        successor = others(manager, first)[0]
+        assert end(first)[1].ending == "ok"
+        assert soon(lambda: not alive(first.executor_pid), PATIENCE)
+        assert ask(manager, "pid")[0] == successor
+        assert soon(lambda: not alive(successor), PATIENCE)
+
+
+def test_so_does_that_of_one_at_its_last_work() -> None:
+    with managing({**FRESH, "max_works": 3}) as manager:
+        pids = [ask(manager, "pid")[0] for _ in range(2)]
+        assert supervisor_has_done_its_jobs(manager)
+        last = begin(manager, "sleep", 0.1)
+        assert soon(lambda: len(others(manager, last)) == 1, PATIENCE)
+        successor = others(manager, last)[0]
+        assert [last.executor_pid, end(last)[1].ending] == [pids[0], "ok"]
+        assert pids[0] == pids[1]
+        assert ask(manager, "pid")[0] == successor
+
+
+@pytest.mark.parametrize("together", [{"pids": 8}, {"memory": "512M"}])
+def test_none_takes_a_place_or_memory_that_the_work_may_need(together: dict[str, Any]) -> None:
+    with managing({**FRESH, **together}) as manager:
+        first = begin(manager, "sleep", 0.1)
+        assert supervisor_has_done_its_jobs(manager)
+        assert others(manager, first) == []
+        end(first)
+        assert ask(manager, "pid")[1].ending == "ok"
+
+
+def test_a_successor_is_no_work() -> None:
+    """It takes no slot of those that may be under way, and no process from a work that needs one."""
+    with managing({**FRESH, "concurrency": 2}, settings={"processes": 2}) as manager:
+        first = begin(manager, "sleep", 0.1)
+        assert soon(lambda: len(others(manager, first)) == 1, PATIENCE)
+        second = begin(manager, "sleep", 0.1)
+        assert supervisor_has_done_its_jobs(manager)
+        assert others(manager, first) == [second.executor_pid]
+        assert [end(one)[1].ending for one in (first, second)] == ["ok", "ok"]
+
+
+def test_one_makes_room_for_another_confinement() -> None:
+    with managing({**FRESH, "per": "host"}, settings={"processes": 2}) as manager:
+        first = begin(manager, "sleep", 0.1, host="a")
+        assert soon(lambda: len(others(manager, first)) == 1, PATIENCE)
+        second = begin(manager, "sleep", 0.1, host="b")
+        assert soon(lambda: others(manager, first) == [], PATIENCE)
+        assert [end(one)[1].ending for one in (first, second)] == ["ok", "ok"]
+
+
+def test_after_a_run_of_works_all_but_one_of_those_that_wait_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "IDLE_SECONDS", 0.5)
+    with managing(FRESH) as manager:
+        pids = [ask(manager, "pid")[0] for _ in range(20)]
+        assert len(set(pids)) == 20
+        work = manager.together(next(iter(manager._confinements.values())))
+        assert soon(lambda: len(work.processes(subtree=True)) == len(work.children()) == 1, PATIENCE)
+        assert supervisor_has_done_its_jobs(manager)
+        assert manager._pool is not None
+        assert manager._pool._count == 1
