@@ -26,7 +26,10 @@ _NOT_SENT = frozenset({"args", "kwargs", "called_directly", STAGE})
 
 
 def accepted(app: Any) -> set[str]:
-    """The content types that the application reads, from its broker or its result backend."""
+    """The content types that the application reads, from its broker or its result backend.
+
+    To be asked once in a process: it takes longer than to encode what is usual.
+    """
     names = {*app.conf.accept_content, *(app.conf.result_accept_content or ())}
     return set(serialization.prepare_accept_content(names))
 
@@ -57,12 +60,12 @@ def decode(body: Body, payload: bytes, accept: set[str]) -> Any:
         raise ProtocolViolation(f"a body that cannot be read: {type(error).__name__}: {error}") from None
 
 
-def encode_task(task: Any, request: Any, args: Any, kwargs: Any) -> tuple[Body, bytes]:
-    """A task's arguments and its request, without what only has a meaning in the host."""
+def encode_task(task: Any, request: Any, args: Any, kwargs: Any, accept: set[str]) -> tuple[Body, bytes]:
+    """A task's arguments and its request, without what only has a meaning in the host. ``accept``: `accepted`."""
     context = {
         name: value for name, value in vars(request).items() if name[0] != "_" and name not in _NOT_SENT
     }
-    serializers = _of_arguments(task)
+    serializers = _of_arguments(task, accept)
     try:
         return encode({"args": args, "kwargs": kwargs, "request": context}, serializers)
     except Exception:  # noqa: BLE001 - as in encode
@@ -189,10 +192,11 @@ def sentence(error: BaseException) -> str:
         return f"{type(error).__name__}: {safe_repr(error.args)}"
 
 
-def _of_arguments(task: Any) -> list[str]:
+def _of_arguments(task: Any, accept: set[str]) -> list[str]:
     # What was pickled holds what only pickle can carry; to the executor it goes as it came.
-    own = task.serializer or task.app.conf.task_serializer
-    return ["pickle"] if "application/x-python-serialize" in accepted(task.app) else [own]
+    if "application/x-python-serialize" in accept:
+        return ["pickle"]
+    return [task.serializer or task.app.conf.task_serializer]
 
 
 def _of_results(task: Any) -> list[str]:

@@ -47,11 +47,50 @@ class Host(Protocol):
     def is_of_pool(self) -> bool:
         """Whether it is one of the pool's, which tells it of a task's soft time limit."""
 
+    @property
+    def notices(self) -> Notices:
+        """Passes that on."""
+
+    @property
+    def accepted(self) -> set[str]:
+        """The content types that the application reads."""
+
+
+class Notices:
+    """Lets the signal of a task's soft time limit go to where its body runs.
+
+    The pool sends it to the process that has the task; its own handler raises there. Set once, for that takes longer
+    than to pass a task on; call it in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._admission: ProcessAdmission | None = None
+        self._former: Any = None
+        self._is_set = False
+
+    @contextlib.contextmanager
+    def passed_on(self, admission: ProcessAdmission) -> Iterator[None]:
+        """Those that come meanwhile are this work's."""
+        if not self._is_set:
+            self._former, self._is_set = signal.signal(SOFT_TIME, self._hear), True
+        self._admission = admission
+        try:
+            yield
+        finally:
+            self._admission = None
+
+    def _hear(self, number: int, frame: Any) -> None:
+        admission = self._admission
+        if admission is not None:
+            admission.notify(SOFT_TIME)
+        elif callable(self._former):
+            self._former(number, frame)
+
 
 def run(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, host: Host) -> Any:
     """Have the task's body run at the other end, and return or raise what it did."""
     # Until all is settled: what comes late must not break off the settling.
-    with _notices_passed_on(admission) if host.is_of_pool else contextlib.nullcontext():
+    with host.notices.passed_on(admission) if host.is_of_pool else contextlib.nullcontext():
         head, answer = _converse(task, admission, args, kwargs, host)
         return _Answer(task, admission, head, answer).conclude()
 
@@ -62,9 +101,9 @@ def _converse(
     """Send the task, and wait for the answer."""
     number = os.urandom(wire.NUMBER_SIZE)
     try:
-        body, payload = codec.encode_task(task, task.request, args, kwargs)
+        body, payload = codec.encode_task(task, task.request, args, kwargs, host.accepted)
         wire.send(admission.channel, wire.TASK, wire.TaskHead(number, task.name, body), payload)
-        return _receive(admission, number, codec.accepted(task.app))
+        return _receive(admission, number, host.accepted)
     except ChannelClosed:
         outcome = admission.died()
         if task.acks_late and outcome.ending == "killed" and host.is_lost:
@@ -75,19 +114,6 @@ def _converse(
         # A pool that ends this process gives it a tenth of a second.
         admission.abandon(codec.sentence(error))
         raise
-
-
-@contextlib.contextmanager
-def _notices_passed_on(admission: ProcessAdmission) -> Iterator[None]:
-    """Let the signal of a task's soft time limit go to where its body runs.
-
-    The pool sends it to the process that has the task; its own handler raises there.
-    """
-    former = signal.signal(SOFT_TIME, lambda *_: admission.notify(SOFT_TIME))
-    try:
-        yield
-    finally:
-        signal.signal(SOFT_TIME, former)
 
 
 def _receive(

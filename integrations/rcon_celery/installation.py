@@ -71,6 +71,8 @@ class Installation:
         self.node: Node | None = None
         self.manager: Manager | None = None
         self._pid = 0
+        self.notices = handover.Notices()
+        self.accepted: set[str] = set()
         #: The fork server has ended before its time.
         self.is_lost = False
         #: Why this process of the pool has no manager.
@@ -164,6 +166,7 @@ class Installation:
 
     def _start_manager(self) -> None:
         node = self._ready_node()
+        self.accepted = codec.accepted(self._app)
         manager = Manager(
             node.settings,
             server=node.pool.server,

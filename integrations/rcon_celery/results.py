@@ -12,11 +12,13 @@ import msgspec
 from celery.app.backends import by_name
 
 from rcon_plugins.outcome import Outcome
+from rcon_plugins.usage import Usage
 
 #: The key in a result's metadata, and the attribute of a request that it is made from.
 KEY: Final = "rcon"
 ATTRIBUTE: Final = "rcon_outcome"
 EVENT: Final = "rcon-task"
+_FACTS: Final = tuple(name for name in Outcome.__struct_fields__ if name not in ("detail", "usage"))
 
 
 def told(result: Any) -> Outcome | None:
@@ -32,9 +34,13 @@ def told(result: Any) -> Outcome | None:
 
 def facts(outcome: Outcome) -> dict[str, Any]:
     """An outcome as plain data, without what is not known."""
-    plain = msgspec.to_builtins(msgspec.structs.replace(outcome, detail=""))
-    usage = {name: value for name, value in plain.pop("usage").items() if value is not None}
-    return {**{name: value for name, value in plain.items() if value not in (None, "")}, "usage": usage}
+    known: dict[str, Any] = {
+        name: value for name in _FACTS if (value := getattr(outcome, name)) not in (None, "")
+    }
+    known["usage"] = {
+        name: value for name in Usage.__struct_fields__ if (value := getattr(outcome.usage, name)) is not None
+    }
+    return known
 
 
 def note(task: Any, outcome: Outcome, *, events: bool) -> None:
