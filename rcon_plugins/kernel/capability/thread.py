@@ -30,6 +30,7 @@ from rcon_plugins.kernel.syscalls import (
     PR_SET_KEEPCAPS,
     PR_SET_NO_NEW_PRIVS,
     PR_SET_SECUREBITS,
+    prctl,
     syscall,
 )
 
@@ -94,7 +95,7 @@ def drop_bounding(keep: Capabilities) -> None:
     """
     for number in read_state().bounding - keep:
         try:
-            syscall("prctl", PR_CAPBSET_DROP, number)
+            prctl(PR_CAPBSET_DROP, number)
         except KernelError as error:
             _refuse(
                 error,

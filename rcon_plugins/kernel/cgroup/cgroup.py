@@ -383,12 +383,8 @@ class Cgroup:
         for branch in self._branches:
             if branch.remove():
                 continue
-            if not deep:
-                return False
-            for directory in files.subtree(branch.directory)[:-1]:
-                if not files.remove_directory(directory):
-                    return False
-            if not branch.remove():
+            below = files.subtree(branch.directory)[:-1] if deep else []
+            if not (below and all(map(files.remove_directory, below)) and branch.remove()):
                 return False
         return True
 

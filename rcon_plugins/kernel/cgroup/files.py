@@ -281,8 +281,7 @@ def locked(directory: str) -> Iterator[None]:
 def subdirectories(directory: str) -> list[str]:
     """The names of the child cgroups; none where the directory is gone."""
     try:
-        # Each child counts as a link to its parent (fs/kernfs/inode.c): without any, as most are, one call will do.
-        if len(directory) <= _LONGEST_PATH and os.lstat(directory).st_nlink == _LINKS_WITHOUT_CHILDREN:
+        if _is_childless(directory):
             return []
         at = _open_directory(directory)
         try:
@@ -296,8 +295,20 @@ def subdirectories(directory: str) -> list[str]:
         raise failure(error, directory) from None
 
 
+def _is_childless(directory: str) -> bool:
+    """Whether it is a directory without any in it, as far as one call can tell. Most are."""
+    try:
+        status = os.lstat(directory)
+    except OSError:
+        return False
+    # Each child counts as a link to its parent: fs/kernfs/inode.c.
+    return stat.S_ISDIR(status.st_mode) and status.st_nlink == _LINKS_WITHOUT_CHILDREN
+
+
 def subtree(directory: str) -> list[str]:
     """``directory`` and all directories below it, each after those it contains (deepest first)."""
+    if _is_childless(directory):
+        return [directory]
     found = [directory] if is_directory(directory) else []
     for here in found:
         found.extend(f"{here}/{name}" for name in subdirectories(here))

@@ -24,7 +24,10 @@ THREADED = frozenset({"cpu", "cpuset", "io", "pids"})
 #: The kernel's names of our controllers.
 KERNEL_NAMES = {"cpu": "cpu", "cpuset": "cpuset", "memory": "memory", "io": "blkio", "pids": "pids"}
 
+#: The one hierarchy in which a cgroup may have to do without a directory: see `io_holder`.
+_ONLY_IO = frozenset({"blkio"})
 _UNLIMITED = "-1"
+_CPUSET = ("cpuset.cpus", "cpuset.mems")
 IO_FILES = {
     "rbps": "blkio.throttle.read_bps_device",
     "wbps": "blkio.throttle.write_bps_device",
@@ -125,7 +128,7 @@ class V1Branch(Branch):
                 return False
             if self.has("memory"):
                 _account_hierarchically(self.directory)
-            return not self.has("cpuset") or _inherit_cpuset(os.path.dirname(self.directory), self.directory)
+            return not self.has("cpuset") or _pass_cpuset_on(self.directory)
         except KernelError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
@@ -138,7 +141,9 @@ class V1Branch(Branch):
 
     def place(self) -> str:
         """The directory that processes enter: the one above, where that one's IO limits are to hold."""
-        return self.directory if super().exists() else self._io_holder or self.directory
+        if self.mount.controllers != _ONLY_IO or super().exists():
+            return self.directory
+        return self._io_holder or self.directory
 
     def exists(self) -> bool:
         """Whether the directory is there, or need not be."""
@@ -249,7 +254,7 @@ def io_holder(mount: Mount, path: str) -> str | None:
     On v1 a throttled cgroup does not count what its child cgroups do: blk-throttle is flat there
     (cgroup-v1/blkio-controller.rst, "Hierarchical Cgroups"). So below it nothing may have a directory.
     """
-    if mount.controllers != {"blkio"}:
+    if mount.controllers != _ONLY_IO:
         return None
     for level in levels(path)[:0:-1]:
         directory = mount.directory(level)
@@ -291,16 +296,21 @@ def _account_hierarchically(directory: str) -> None:
         files.write(directory, "memory.use_hierarchy", "1")
 
 
-def _inherit_cpuset(parent: str, child: str) -> bool:
-    """Let a cpuset have what the one above has; False where that has nothing itself."""
+def _inherit_cpuset(parent: str, child: str) -> None:
     # A new v1 cpuset is empty, and nothing can enter an empty one (cgroup-v1/cpusets.rst).
-    had = True
-    for name in ("cpuset.cpus", "cpuset.mems"):
+    for name in _CPUSET:
         if not files.read(child, name):
-            above = files.read(parent, name)
-            had = had and bool(above)
-            files.write(child, name, above)
-    return had
+            files.write(child, name, files.read(parent, name))
+
+
+def _pass_cpuset_on(directory: str) -> bool:
+    """The same for one that is new; False where the one above has nothing itself."""
+    above = files.read_those_there(os.path.dirname(directory), _CPUSET)
+    if not all(above.get(name) for name in _CPUSET):
+        return False
+    for name, value in above.items():
+        files.write(directory, name, value)
+    return True
 
 
 def _set_quota(directory: str, quota: int) -> None:
