@@ -1,4 +1,4 @@
-"""A plain ``rcon run``: limits, a timeout, a report and a command, all well-formed, and nothing else.
+"""A plain ``rcon run``: limits, a timeout, a report, a new group and a command, all well-formed, and nothing else.
 
 Whatever is not that is left to `rcon_plugins.cli.run_options`, which knows all options and says what is wrong with
 them. What it would make of a plain command line is made here too, by the same types (a test compares the two), without
@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rcon_plugins.cli.running import execute, open_report
-from rcon_plugins.command import Order, group_name
+from rcon_plugins.command import Order, check_group_name, group_name
 from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.kernel import environment
 from rcon_plugins.kernel.cgroup import Hierarchy, IoMax, Resources, device_of
@@ -84,6 +84,7 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--device": ("device", str),
     "--timeout": ("timeout", _seconds),
     "--json": ("json", str),
+    "--group": ("group", check_group_name),
 }
 
 
@@ -99,7 +100,12 @@ def run(words: list[str]) -> int | None:
         resources = resources_of(options)
         program = find_program(arguments[0])
         hierarchy = Hierarchy.discover()
-        if program is None or hierarchy.refusals(resources):
+        group = options.get("group")
+        if (
+            program is None
+            or hierarchy.refusals(resources)
+            or not (group is None or _is_new(group, hierarchy))
+        ):
             return None
         report = open_report(options["json"]) if "json" in options else None
     except (RconError, ValueError, OSError):
@@ -108,12 +114,20 @@ def run(words: list[str]) -> int | None:
         program=program,
         arguments=tuple(arguments),
         variables=environment.given(),
-        group=group_name(arguments[0]),
+        group=group or group_name(arguments[0]),
         resources=resources,
         configure=partial(_configure, resources=resources),
         timeout=options.get("timeout"),
     )
     return execute(order, hierarchy, report=report)
+
+
+def _is_new(group: str, hierarchy: Hierarchy) -> bool:
+    """Whether no group of this name is there, of whomever. Raises KernelError."""
+    from rcon_plugins.kernel.cgroup.survey import survey
+
+    kinds = [f"{path}/{kind}" for path in survey(hierarchy).instances for kind in ("work", "host", "taken")]
+    return not any(group in hierarchy.cgroup(kind).children() for kind in kinds)
 
 
 def parse(words: list[str]) -> tuple[dict[str, Any], list[str]] | None:

@@ -20,6 +20,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
         "python3 -c pass": [sys.executable, "-c", "pass"],
         "rcon run -- true": [str(script), "run", "--", "true"],
         "rcon run --group": [str(script), "run", "--group", f"bench-{os.getpid()}", "--", "true"],
+        "rcon run --user": [str(script), "run", "--user", str(os.geteuid()), "--", "true"],
     }
     if Path("/run/systemd/system").is_dir() and (scope := shutil.which("systemd-run")):
         commands["systemd-run"] = [scope, "--scope", "--quiet", "true"]
@@ -29,7 +30,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
     for _ in range(rounds):
         for name, words in commands.items():
             began = time.perf_counter()
-            pid = os.posix_spawn(words[0], words, os.environ)
+            pid = os.posix_spawn(words[0], words, variables)
             _, _, used = os.wait4(pid, 0)
             taken[name].append((time.perf_counter() - began, used.ru_utime + used.ru_stime))
     found = {

@@ -22,6 +22,7 @@ PLAIN = [
     ["--memory", "64M", "--memory", "128M"],
     ["--timeout", "1.5m", "--memory", "4096"],
     ["--write", "5M", "--read", "1M", "--read-iops", "7", "--write-iops", "9", "--device", DISK],
+    ["--group", "nobody-has-this-name", "--memory", "64M"],
 ]
 NOT_PLAIN = [
     ["--help"],
@@ -38,7 +39,10 @@ NOT_PLAIN = [
     ["--write", "1M", "--device", "/no/such/file"],
     ["--memory", "64M", "--memory-high", "32M"],
     ["--user", "nobody"],
-    ["--group", "x"],
+    ["--group", "-x"],
+    ["--group", "a/b"],
+    ["--group="],
+    ["--group", "rcon-1-2"],
     ["--no-such"],
     ["--timeout", "20"],
     ["--json", "/no/such/folder/x"],
