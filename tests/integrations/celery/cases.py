@@ -109,7 +109,7 @@ class Producer:
         return path
 
     def now_running(self, result: AsyncResult[Any]) -> None:
-        self.wait_for(result.id, "prerun")
+        self.wait_for(result.id, "before_start")  # of the signals and handlers before the body, the last
 
 
 def play(cases: list[Case], app: celery.Celery, records: Records, directory: Path) -> dict[str, Any]:
