@@ -122,25 +122,32 @@ def test_fork_server_killed_without_late_acknowledgement(offices: Offices) -> No
         assert office.worker.children() == [process]
 
 
-def test_worker_killed(offices: Offices, gate: Gate) -> None:
-    """All of it ends by itself, and a message that was not acknowledged comes back when its time is over."""
-    with offices(concurrency=1) as office:
-        result = office.send("late", "worker", str(gate.path))
-        until(lambda: len(begins(office, "worker")) == 1)
-        first = int(begins(office, "worker")[0][0])
+@pytest.mark.parametrize(
+    ("pool", "names"), [("prefork", "a"), ("threads", "ab"), ("solo", "a"), ("gevent", "ab")]
+)
+def test_worker_killed(offices: Offices, gate: Gate, pool: str, names: str) -> None:
+    """All of it ends by itself, and messages that were not acknowledged come back when their time is over."""
+    with offices(pool=pool, concurrency=len(names)) as office:
+        results = [office.send("late", name, str(gate.path)) for name in names]
+        until(lambda: all(begins(office, name) for name in names))
+        first = {int(begins(office, name)[0][0]) for name in names}
         everybody, directories = office.worker.family(), office.worker.cgroups()
-        assert first in everybody
+        assert len(first) == len(names)
+        assert first < set(everybody)
         assert directories
         os.kill(office.worker.pid, signal.SIGKILL)
         office.worker.process.wait()
         until(lambda: not any(map(alive, everybody)))
-        with offices(concurrency=1, url=office.url) as again:
+        with offices(pool=pool, concurrency=len(names), url=office.url) as again:
             assert not any(path.exists() for path in directories)
             put_back(again)
-            until(lambda: len(begins(again, "worker")) == 2)
+            until(lambda: all(len(begins(again, name)) == 2 for name in names))
             gate.open()
-            assert result.get(timeout=60) == "done"
-            never_two_at_once(again, "worker")
+            assert [result.get(timeout=60) for result in results] == ["done"] * len(names)
+            for name in names:
+                never_two_at_once(again, name)
+                assert [confined for _, confined in begins(again, name)] == ["True", "True"]
+                assert sum(line.startswith("ends") for line in again.log(name)) == 1
 
 
 def put_back(office: Office) -> None:
