@@ -18,6 +18,7 @@
         ├── SoftMemoryLimitExceeded
         ├── TimeLimitExceeded
         ├── PidsLimitExceeded
+        ├── AnswerLimitExceeded
         └── ConcurrencyLimitExceeded
 """
 
@@ -242,6 +243,10 @@ class TimeLimitExceeded(LimitExceeded):
 
 class PidsLimitExceeded(LimitExceeded):
     """Raised when work failed because it may start no more processes or threads."""
+
+
+class AnswerLimitExceeded(LimitExceeded):
+    """Raised when what a task has returned, or raised, is longer than its policy allows."""
 
 
 class ConcurrencyLimitExceeded(LimitExceeded):

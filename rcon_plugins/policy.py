@@ -19,7 +19,7 @@ from rcon_plugins.errors import SettingsError
 from rcon_plugins.limits import Each, Limits
 from rcon_plugins.memory import OnMemory
 from rcon_plugins.rights import CapabilityName, Rlimits, Umask
-from rcon_plugins.units import Written, show
+from rcon_plugins.units import Size, Written, show
 
 #: How work gets into a confinement. ``"auto"`` is the cheapest that enforces all the policy asks for.
 Isolation = Literal["auto", "inline", "thread", "process"]
@@ -123,6 +123,12 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
             examples=[1],
         ),
     ] = 1000
+    answer: Annotated[
+        Size | None,
+        Meta(
+            description="The longest answer of a task, encoded: what it returns or raises.", examples=["16M"]
+        ),
+    ] = None
     leave_children: Annotated[
         bool,
         Meta(description="What work that ended well has started may go on.", examples=[True]),
@@ -220,6 +226,13 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         PolicyName.parse(self.name)
         self._check_identity()
         self._check_isolation()
+        if self.longest_answer < _SHORTEST_ANSWER:
+            raise SettingsError(
+                f"{show(str(self.answer))} is too short: that anything is wrong could not be told",
+                key="answer",
+                value=self.answer,
+                hint=f"at least {_SHORTEST_ANSWER}",
+            )
         self.each.check_within(self)
         self._check_on_memory()
 
@@ -310,12 +323,18 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(name for name in _OF_TRIES if getattr(self, name) is not None)
 
     @property
+    def longest_answer(self) -> Size:
+        """How long the answer of a task may be, bytes, also where nothing is written of it."""
+        return _ANSWER if self.answer is None else self.answer
+
+    @property
     def wants_identity(self) -> tuple[str, ...]:
         """What is written of who work is and what it may do: ``("user", "umask")``. Empty where nothing is."""
         written = [name for name in _OF_IDENTITY if getattr(self, name) is not None]
         return (*written, "rlimits") if self.rlimits.written() else tuple(written)
 
 
+_ANSWER, _SHORTEST_ANSWER = Size(16 * 2**20), 4096
 #: Limits that belong to a process, so that a thread of the server cannot be held to them.
 _OF_A_PROCESS = frozenset({"memory", "memory_high", "swap"})
 #: What becomes of work that died.

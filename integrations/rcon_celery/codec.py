@@ -8,6 +8,8 @@ from typing import Any
 
 import celery.exceptions
 from billiard.einfo import RemoteTraceback
+from celery.app.task import get_actual_ignore_result
+from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry
 from celery.result import ResultBase, result_from_tuple
 from celery.utils.serialization import UnpickleableExceptionWrapper, create_exception_cls
@@ -106,6 +108,16 @@ def encode_predicate(task: Any, error: Exception, children: Iterable[Any]) -> tu
     else:
         payload["args"] = [_data(value, serializers) for value in error.args]
     return encode(payload, serializers)
+
+
+def is_ignored(task: Any, request: Any) -> bool:
+    """Whether nobody is to get the result, so that it need not be data, nor short."""
+    return bool(get_actual_ignore_result(task, request)) or isinstance(task.backend, DisabledBackend)
+
+
+def encode_nothing(task: Any) -> tuple[Body, bytes]:
+    """In the place of an answer that is too long. Runs in the executor."""
+    return encode({"children": []}, _of_results(task))
 
 
 def value_of(app: Any, payload: dict[str, Any]) -> Any:

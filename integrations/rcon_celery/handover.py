@@ -6,10 +6,8 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from celery.app.task import get_actual_ignore_result
-from celery.backends.base import DisabledBackend
 from celery.result import result_from_tuple
 
 from rcon_celery import codec, wire
@@ -21,9 +19,6 @@ from rcon_plugins.executors.executor import SOFT_TIME
 if TYPE_CHECKING:
     from rcon_plugins.admission import ProcessAdmission
     from rcon_plugins.outcome import Outcome
-
-#: The longest answer of a task without a memory limit, bytes; one with a limit cannot make a longer one than that.
-_LONGEST: Final = 1024**3
 
 
 class Unencoded:
@@ -102,7 +97,8 @@ def _converse(
     number = os.urandom(wire.NUMBER_SIZE)
     try:
         body, payload = codec.encode_task(task, task.request, args, kwargs, host.accepted)
-        wire.send(admission.channel, wire.TASK, wire.TaskHead(number, task.name, body), payload)
+        head = wire.TaskHead(number, task.name, body, int(admission.policy.longest_answer))
+        wire.send(admission.channel, wire.TASK, head, payload)
         return _receive(admission, number, host.accepted)
     except ChannelClosed:
         outcome = admission.died()
@@ -122,7 +118,7 @@ def _receive(
     head = wire.decode_answer(admission.channel.receive())
     if head.number != number:
         raise ProtocolViolation("an answer to another task")
-    longest = admission.most_memory or _LONGEST
+    longest = admission.policy.longest_answer
     if not 0 < head.body.size <= longest:
         raise ProtocolViolation(f"an answer of {head.body.size} bytes; the most is {longest}")
     payload = wire.receive_body(admission.channel, head.body.size)
@@ -145,12 +141,16 @@ class _Answer:
 
     def conclude(self) -> Any:
         """Settle the work, and return or raise what the task did."""
+        if self._head.busy:
+            self._admission.leaves_threads()
         try:
             value, error = self._read()
         except Exception as broken:  # noqa: BLE001 - what an executor says may be anything
             self._admission.abort(f"its answer cannot be read: {codec.sentence(broken)}")
             raise Killed(f"{self._task.name}: its process gave an answer that cannot be read") from None
-        if error is None or self._head.how in ("retry", "ignore", "reject"):
+        if self._head.how == "too long":
+            outcome = self._admission.finish("answer", self._too_long())
+        elif error is None or self._head.how in ("retry", "ignore", "reject"):
             outcome = self._admission.finish("ok")
         else:
             outcome = self._admission.finish("error", codec.sentence(error))
@@ -174,11 +174,21 @@ class _Answer:
             return codec.value_of(task.app, answer), None
         if how == "error":
             return None, codec.exception_of(answer["error"], self._head.text)
+        if how == "too long":
+            int(self._head.text)
+            return None, None
         if how == "unencodable":
-            if get_actual_ignore_result(task, task.request) or isinstance(task.backend, DisabledBackend):
+            if codec.is_ignored(task, task.request):
                 return Unencoded(self._head.text), None
             return None, codec.exception_of(answer["error"], self._head.text)
         return None, codec.predicate_of(task, how, answer)
+
+    def _too_long(self) -> str:
+        longest = self._admission.policy.longest_answer
+        return (
+            f"{self._task.name}: its answer has {int(self._head.text) / 2**20:.1f} MiB, and the policy takes "
+            f'{longest}: return less, say where the rest is kept, or write a larger one (answer = "64M")'
+        )
 
 
 def raised(outcome: Outcome) -> Exception:

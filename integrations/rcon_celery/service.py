@@ -13,7 +13,7 @@ from celery import signals
 from celery._state import _task_stack
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
-from rcon_celery import codec, place, takeover, wire
+from rcon_celery import codec, place, takeover, threads, wire
 from rcon_celery.takeover import Body, perform
 from rcon_plugins.errors import SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
@@ -46,8 +46,12 @@ class TaskService:
         payload = wire.receive_body(channel, head.body.size)
         order = codec.decode(head.body, payload, {head.body.content_type})
         task = self._app.tasks[head.name]
-        how, text, (body, answer) = self._perform(task, order)
-        wire.send(channel, wire.ANSWER, wire.AnswerHead(head.number, how, text, body), answer)
+        before = threads.alive()
+        how, text, (body, answer) = self._perform(task, order, head.longest)
+        if len(answer) > head.longest:
+            how, text, (body, answer) = "too long", str(len(answer)), codec.encode_nothing(task)
+        busy = threads.go_on(before)
+        wire.send(channel, wire.ANSWER, wire.AnswerHead(head.number, how, text, body, busy), answer)
 
     def expect_notices(self) -> None:
         """In a new executor process: what the signals mean that its host sends it."""
@@ -74,7 +78,9 @@ class TaskService:
             time.sleep(0.001)  # gevent closes files when its loop gets its turn
         signals.worker_process_init.send(sender=self._hostname)
 
-    def _perform(self, task: Any, order: Mapping[str, Any]) -> tuple[wire.How, str, tuple[wire.Body, bytes]]:
+    def _perform(
+        self, task: Any, order: Mapping[str, Any], longest: int
+    ) -> tuple[wire.How, str, tuple[wire.Body, bytes]]:
         args, kwargs = order["args"], order["kwargs"]
         _task_stack.push(task)
         task.push_request(order["request"], args=args, kwargs=kwargs, called_directly=False)
@@ -105,7 +111,10 @@ class TaskService:
                 )
                 return "error", wire.shortened(text), codec.encode_exception(task, error, request.children)
             try:
-                return "ok", "", codec.encode_result(task, result, request.children)
+                body, answer = codec.encode_result(task, result, request.children)
+                if len(answer) <= longest or not codec.is_ignored(task, request):
+                    return "ok", "", (body, answer)
+                return "unencodable", wire.shortened(repr(result)), codec.encode_nothing(task)
             except Exception as error:  # noqa: BLE001 - serializers raise what they like
                 return "unencodable", wire.shortened(repr(result)), codec.encode_exception(task, error, [])
         finally:

@@ -29,7 +29,7 @@ ANSWER: Final = TASK + 2
 NUMBER_SIZE: Final = 8
 _TEXT_CHARACTERS: Final = 64 * 1024
 
-How = Literal["ok", "error", "retry", "ignore", "reject", "unencodable"]
+How = Literal["ok", "error", "retry", "ignore", "reject", "unencodable", "too long"]
 
 
 class Body(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
@@ -41,20 +41,25 @@ class Body(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=T
 
 
 class TaskHead(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """A task to be run: its name, and how its arguments and request are encoded."""
+    """A task to be run: its name, how its arguments and request are encoded, and how long its answer may be."""
 
     number: bytes
     name: str
     body: Body
+    longest: int
 
 
 class AnswerHead(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """How a task ended. ``text``: a traceback, or why its result could not be encoded."""
+    """How a task ended. ``text``: a traceback, or why its result could not be encoded, or how long it is.
+
+    ``busy``: threads go on that it has started.
+    """
 
     number: bytes
     how: How
     text: str
     body: Body
+    busy: bool = False
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from rcon_plugins.work import Work
 
 
+#: How work ends that its service is done with.
+Finished = Literal["ok", "error", "answer"]
+
+
 class Host(Protocol):
     """What an admission needs of the manager that made it."""
 
@@ -64,8 +68,8 @@ class Admission:
         """The name of its confinement, which is that of its cgroup."""
         return self.confinement.name
 
-    def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
-        """The work ran to its end, or its own code raised."""
+    def finish(self, ending: Finished = "ok", detail: str = "") -> Outcome:
+        """The work ran to its end, or its own code raised; ``"answer"``: it did, and says more than is taken."""
         raise NotImplementedError
 
     def died(self) -> Outcome:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rcon_plugins.admission.base import Admission, Host
+from rcon_plugins.admission.base import Admission, Finished, Host
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.usage import Usage
 
@@ -46,7 +46,7 @@ class InlineAdmission(Admission):
             self.ran = True
             return function(*arguments)
 
-    def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
+    def finish(self, ending: Finished = "ok", detail: str = "") -> Outcome:
         return self._outcome or self._conclude(ending, self._usage(), detail=detail)
 
     def died(self) -> Outcome:

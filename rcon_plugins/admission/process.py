@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from rcon_plugins.admission.base import Admission, Host
+from rcon_plugins.admission.base import Admission, Finished, Host
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 from rcon_plugins.executors.process import DEATH_SECONDS, LOGGER
@@ -63,6 +63,7 @@ class ProcessAdmission(Admission):
         super().__init__(host, work, confinement, turn)
         self.on_deadline: Callable[[], object] | None = None
         self._noticed = False
+        self._threads_left = False
         self._watch: Watch | None = None
         self._pool = pool
         self._settled = False
@@ -103,11 +104,9 @@ class ProcessAdmission(Admission):
         """The pid of the executor process."""
         return self._executor.pid
 
-    @property
-    def most_memory(self) -> int | None:
-        """The most memory that this work may come to have, bytes; None where there is no limit."""
-        memory = self._memory("each.memory") or self._memory("memory")
-        return None if memory is None else int(memory.most)
+    def leaves_threads(self) -> None:
+        """Note that threads go on which the work started in its process: they are left behind, like processes."""
+        self._threads_left = True
 
     def notify(self, number: int) -> None:
         """Send the work a signal that its service expects: `SOFT_TIME`, `SOFT_MEMORY`, or one between the two.
@@ -118,7 +117,7 @@ class ProcessAdmission(Admission):
             self._noticed = True
             self._pool.processes.notify(self._executor, number)
 
-    def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
+    def finish(self, ending: Finished = "ok", detail: str = "") -> Outcome:
         if self._outcome is not None:
             return self._outcome
         if not self._settle():
@@ -140,7 +139,8 @@ class ProcessAdmission(Admission):
                 limit=self._limit("pids"),
                 detail=detail or f"{self.work.name}: no more processes or threads may be started",
             )
-        return self._conclude(ending, self._usage(reading), detail=detail)
+        limit = "answer" if ending == "answer" else None
+        return self._conclude(ending, self._usage(reading), limit=limit, detail=detail)
 
     def died(self) -> Outcome:
         self._settle()
@@ -223,7 +223,7 @@ class ProcessAdmission(Admission):
     def _why_unfit(self, reading: Reading) -> str | None:
         """Why the executor process must not serve again; None if it may. Raises `KernelError`."""
         executor = self._executor
-        if not executor.is_alone(reading):
+        if self._threads_left or not executor.is_alone(reading):
             return _LEFT_BEHIND
         if self._noticed:
             return "was told to come to its end"

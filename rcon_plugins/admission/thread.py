@@ -8,7 +8,7 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from rcon_plugins.admission.base import Admission, Host
+from rcon_plugins.admission.base import Admission, Finished, Host
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.usage import Usage
 
@@ -76,7 +76,7 @@ class ThreadAdmission(Admission):
             if executor.busy:  # the call was left, and goes on in this context, which nothing else can enter
                 self._context = context.copy()
 
-    def finish(self, ending: Literal["ok", "error"] = "ok", detail: str = "") -> Outcome:
+    def finish(self, ending: Finished = "ok", detail: str = "") -> Outcome:
         return self._outcome or self._give_back(ending, detail)
 
     def died(self) -> Outcome:
@@ -89,7 +89,7 @@ class ThreadAdmission(Admission):
         key = (self.confinement.name, self._identity)
         return self._threads.take(key, partial(self.confinement.settle, self._identity))
 
-    def _give_back(self, ending: Literal["ok", "error", "aborted"], detail: str) -> Outcome:
+    def _give_back(self, ending: Finished | Literal["aborted"], detail: str) -> Outcome:
         executor = self._executor
         usage = Usage(
             wall_seconds=time.monotonic() - self._started, cpu_seconds=executor.cpu_seconds - self._before

@@ -76,8 +76,11 @@ class Channel:
 
     @property
     def drained(self) -> bool:
-        """Whether all that was read from the socket has been received. Does not look at the socket."""
-        return not self._buffer
+        """Whether all of the service's frames that were read from the socket have been received.
+
+        The executor's own may follow them. Does not look at the socket.
+        """
+        return not self._buffer or self._buffer[self._position] < FIRST_SERVICE_KIND
 
     @property
     def quiet(self) -> bool:
@@ -143,12 +146,12 @@ class Channel:
         return frame
 
     def receive_within(self, seconds: float) -> Frame:
-        """The next frame, if it comes in time. Raises as `receive`, and `ChannelTimeout`."""
+        """The next frame, if it comes in time; 0: if it is here. Raises as `receive`, and `ChannelTimeout`."""
         self._socket.settimeout(seconds)
         try:
             return self.receive()
         except ChannelClosed as error:
-            if isinstance(error.__cause__, TimeoutError):
+            if isinstance(error.__cause__, TimeoutError | BlockingIOError):
                 raise ChannelTimeout(f"no word within {seconds:g} s") from error
             raise
         finally:

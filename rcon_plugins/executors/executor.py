@@ -61,6 +61,10 @@ class Executor:
         self.dying_since: float | None = None
         #: Whether the log was told that it does not end.
         self.complained = False
+        #: Whether it has served a work, and has not said yet that it waits for another.
+        self.away = False
+        #: When it was given back last (`time.monotonic`).
+        self.given_back = 0.0
         #: Whether what it started may outlive it: its cgroup stays until that has ended, or the host does.
         self.spared = False
         #: Whether it was made by limits that its policy no longer has.
@@ -92,6 +96,7 @@ class Executor:
             if self.works and self._meter is not None:
                 self._meter.reset_peak()
         self.works += 1
+        self.away = True
         return self.reading
 
     def shut(self) -> None:

@@ -23,6 +23,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 #: What an executor process does with each work: called with the work's first frame.
 Service = Callable[[Channel, Frame], None]
 
-#: First frame of a new executor process: it is confined and waits for work. Payload: its pid.
+#: First frame of a new executor process, and last after each work: it is confined and waits for work. Payload: its pid.
 READY = 1
 #: First frame of a new executor process: it could not be confined. Payload: why, as text.
 FAILED = 2
@@ -297,8 +298,11 @@ def run_executor(
             if os.getpid() != me:
                 break
             _flush()
+            channel.send((READY, PID.pack(me)))
     except ChannelClosed:
         status = 0
+        if birth.policy.leave_children and os.getpid() == me:
+            _let_threads_go_on()
     except BaseException:  # noqa: BLE001 - the end of this process: say why, whatever it was
         if os.getpid() == me:
             traceback.print_exc()
@@ -306,6 +310,13 @@ def run_executor(
         if os.getpid() == me:
             _flush()
         os._exit(status)
+
+
+def _let_threads_go_on() -> None:
+    """Wait for the threads that work has left, as Python does at its exit. The host may end them before."""
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
 
 
 def _be_alone() -> None:

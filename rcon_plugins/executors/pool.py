@@ -10,7 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
+from rcon_plugins.executors.channel import ChannelClosed, ChannelTimeout
 from rcon_plugins.executors.executor import Executor, Key
+from rcon_plugins.executors.fork_server import READY
 from rcon_plugins.executors.process import LOGGER, ProcessExecutors
 
 if TYPE_CHECKING:
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
     from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.policy import Policy
+
+#: How long the next work waits for an executor process that has just served another, seconds.
+SOON_SECONDS = 0.05
+#: After how long one that does not wait for work again is ended: something of its last work holds it up.
+LATE_SECONDS = 2.0
 
 
 #: How many executors may wait that serve one work each, beyond those at work, while that many are needed.
@@ -62,6 +69,8 @@ class ExecutorPool:
         self._ahead: dict[Key, int] = {}
         self._last_taken: dict[Key, float] = {}
         self._trims = False
+        #: Whether it will be looked whether those that were given back wait again.
+        self._looks = False
 
     def take(self, name: str, policy: Policy, identity: Identity | None = None) -> Executor:
         """A confined, waiting executor process of this confinement and identity; makes one where none waits.
@@ -86,12 +95,10 @@ class ExecutorPool:
 
     def give_back(self, executor: Executor) -> None:
         """Put an executor that finished its work back to wait for the next."""
-        with self._lock:
-            if executor.counted:
-                self._waiting.setdefault(executor.key, []).append(executor)
-                self._waiting.move_to_end(executor.key)
-                return
-        executor.channel.close()  # it died just now
+        executor.given_back = now = time.monotonic()
+        if self._put_back(executor) and executor.away and not self._looks:
+            self._looks = True
+            self.processes.submit(self._end_those_that_are_late, now + LATE_SECONDS)
 
     def discard(self, executor: Executor, fate: str) -> None:
         """End an executor that must not be used again. Does not wait; the caller closes its channel."""
@@ -178,17 +185,70 @@ class ExecutorPool:
             self.processes.submit(self._trim, time.monotonic() + IDLE_SECONDS)
 
     def _take_waiting(self, key: Key) -> Executor | None:
-        while True:
-            with self._lock:
-                waiting = self._waiting.get(key)
-                if not waiting:
-                    return None
-                # The one that served last, or of those that never did the one made first.
-                executor = self._remove(waiting[-1] if waiting[-1].pid else waiting[0])
-            if executor.pid == 0 or executor.channel.quiet:
-                return executor
-            # It died, or what an earlier work left in it still speaks: not to the next client.
-            self._end_waiting(executor)
+        late: list[Executor] = []
+        try:
+            while (executor := self._pop_waiting(key)) is not None and executor.pid != 0:
+                is_back = self._is_back(executor, 0.0 if late else SOON_SECONDS)
+                if is_back:
+                    break
+                if is_back is None and time.monotonic() < executor.given_back + LATE_SECONDS:
+                    late.append(executor)
+                else:
+                    # It died, or what an earlier work left in it still speaks or holds it up: not to the next client.
+                    self._end_waiting(executor)
+            return executor
+        finally:
+            for one in reversed(late):
+                self._put_back(one)
+
+    def _pop_waiting(self, key: Key) -> Executor | None:
+        with self._lock:
+            waiting = self._waiting.get(key)
+            if not waiting:
+                return None
+            # The one that served last, or of those that never did the one made first.
+            return self._remove(waiting[-1] if waiting[-1].pid else waiting[0])
+
+    @staticmethod
+    def _is_back(executor: Executor, seconds: float) -> bool | None:
+        """Whether an executor waits for work, after so many seconds at most; None: not yet, False: it never will."""
+        if executor.away:
+            try:
+                frame = executor.channel.receive_within(seconds)
+            except ChannelTimeout:
+                return None
+            except ChannelClosed:
+                return False
+            if frame.kind != READY:
+                return False
+            executor.away = False
+        return executor.channel.quiet
+
+    def _put_back(self, executor: Executor) -> bool:
+        with self._lock:
+            if executor.counted:
+                self._waiting.setdefault(executor.key, []).append(executor)
+                self._waiting.move_to_end(executor.key)
+                return True
+        executor.channel.close()  # it died just now
+        return False
+
+    def _end_those_that_are_late(self) -> None:
+        """In the supervisor: an executor that says nothing after its work uses the machine for nobody."""
+        self._looks = False
+        latest = time.monotonic() - LATE_SECONDS
+        with self._lock:
+            away = [one for some in self._waiting.values() for one in some if one.away and one.channel.quiet]
+            late = [one for one in away if one.given_back <= latest]
+            for executor in late:
+                self._remove(executor)
+        for executor in late:
+            LOGGER.warning("%s: what a work left in its process holds it up; it is ended", executor.name)
+            self.replace(executor, "held up")
+            executor.channel.close()
+        if len(away) > len(late):
+            self._looks = True
+            self.processes.submit(self._end_those_that_are_late, time.monotonic() + LATE_SECONDS)
 
     def _remove(self, executor: Executor) -> Executor:
         """Take one of those that wait out. With the lock held."""

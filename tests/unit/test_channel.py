@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcon_plugins.executors.channel import MAX_PAYLOAD, Channel, ChannelClosed, Frame, ProtocolViolation
+from rcon_plugins.executors.channel import (
+    FIRST_SERVICE_KIND,
+    MAX_PAYLOAD,
+    Channel,
+    ChannelClosed,
+    ChannelTimeout,
+    Frame,
+    ProtocolViolation,
+)
 from tests.children import in_child
 
 
@@ -123,6 +131,20 @@ def test_quiet_means_that_nothing_waits_here_or_in_the_socket(ends: tuple[Channe
     other.receive()
     one.close()
     assert not other.quiet  # nobody is there
+
+
+def test_what_the_executor_says_itself_is_none_of_the_service(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    one.send((FIRST_SERVICE_KIND, b"the last"), (1, b"its own"))
+    assert other.receive().payload == b"the last"
+    assert other.drained
+    assert not other.quiet
+    assert other.receive_within(0) == (1, b"its own")
+    with pytest.raises(ChannelTimeout):
+        other.receive_within(0)
+    one.send((1, b"its own"), (FIRST_SERVICE_KIND, b"one more"))
+    other.receive()
+    assert not other.drained
 
 
 def test_quiet_sees_half_a_frame() -> None:

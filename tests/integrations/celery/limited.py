@@ -5,6 +5,7 @@ What it does is said by the environment; what happens is written down in Redis, 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import encodings.idna  # noqa: F401 - work that is somebody else may not read where Python is
 import gc
@@ -15,6 +16,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -206,7 +208,7 @@ def define(app: celery.Celery, url: str) -> None:
         return sorted(self.request.headers or {})
 
     @task(name="learning")
-    @confined(memory="64M", timeout="60s", on_memory=expand("2x", up_to="512M"), max_deaths=4)
+    @confined(memory="64M", timeout="60s", on_memory=expand("2x", up_to="512M"), max_deaths=4, answer="128M")
     def learning(size: int, answer: int = 0) -> Any:
         note("learning", "run")
         return fill(size) if not answer else "x" * answer
@@ -363,6 +365,25 @@ def define(app: celery.Celery, url: str) -> None:
             raise ValueError("left something")
         return pid
 
+    @task(name="lengthy", bind=True, max_retries=3)
+    @confined(timeout="60s", answer="1M")
+    def lengthy(self: Any, how: str, size: int) -> list[Any]:
+        if how == "raise":
+            raise ValueError("x" * size)
+        if how == "retry":
+            raise self.retry(args=["return", size], kwargs={}, countdown=0)
+        return [os.getpid(), "x" * size]
+
+    @task(name="threads")
+    @confined(timeout="60s", pids=64)
+    def leave_threads(how: str, gate: str = "") -> int:
+        return start_threads(how, gate)
+
+    @task(name="threads_on_purpose")
+    @confined(timeout="60s", pids=64, leave_children=True)
+    def leave_threads_on_purpose(gate: str) -> int:
+        return start_threads("wait", gate)
+
     @task(name="late", acks_late=True, reject_on_worker_lost=True)
     @confined(timeout="60s", pids=64)
     def late(name: str, gate: str) -> str:
@@ -395,6 +416,12 @@ def define(app: celery.Celery, url: str) -> None:
     @confined(memory="64M", timeout="2s", max_works=1)
     def hostile(self: Any, how: str, *arguments: Any) -> None:
         answer_as(how, *arguments)
+
+    @task(name="hostile_on")
+    @confined(timeout="60s")
+    def hostile_on(how: str) -> None:
+        if how:
+            answer_as(how)
 
     @task(name="numbered", acks_late=True)
     @confined(timeout="60s", max_works=1)
@@ -476,6 +503,25 @@ class Bomb:
 
     def __reduce__(self) -> Any:
         return Path.write_text, (Path(self.path), "unpickled")
+
+
+def start_threads(how: str, gate: str) -> int:
+    """Threads that go on when their task has ended."""
+
+    def wait() -> None:
+        while not Path(gate).exists():
+            time.sleep(0.02)
+        Path(f"{gate}-done").touch()
+
+    if how == "pool":
+        pool = POOLS.setdefault("kept", concurrent.futures.ThreadPoolExecutor(2))
+        pool.submit(int).result()
+    elif how:
+        threading.Thread(target=wait, daemon=how == "daemon").start()
+    return os.getpid()
+
+
+POOLS: dict[str, concurrent.futures.ThreadPoolExecutor] = {}
 
 
 def start_child() -> int:

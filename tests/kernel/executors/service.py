@@ -28,6 +28,8 @@ def serve(channel: Channel, frame: Frame) -> None:
     _channel[:] = [channel]
     try:
         result = getattr(Acts, name)(*arguments)
+    except SystemExit:
+        return  # it has answered
     except Exception as error:
         channel.send((RAISED, repr(error).encode()))
     else:
@@ -130,6 +132,14 @@ class Acts:
             channel.send((ANSWER, b'"forged"'))
 
         threading.Thread(target=speak).start()
+
+    @staticmethod
+    def go_on(path: str) -> None:
+        """Answer, and do not come back before there is this file."""
+        _channel[0].send((ANSWER, json.dumps(os.getpid()).encode()))
+        while not Path(path).exists():
+            time.sleep(0.01)
+        raise SystemExit
 
     @staticmethod
     def end(status: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from rcon_plugins import hookimpl
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, LimitExceeded
-from rcon_plugins.executors import process
+from rcon_plugins.executors import pool, process
 from rcon_plugins.kernel.cgroup import Hierarchy
 from tests.kernel.executors.service import alive, ask, begin, end, managing, soon, take_out_of_its_cgroups
 
@@ -52,6 +52,30 @@ def test_a_fork_server_that_does_not_answer_hangs_no_request(monkeypatch: pytest
             os.kill(manager.fork_server_pid, signal.SIGCONT)
             monkeypatch.undo()  # half a second is short for an emulated machine
         assert ask(manager, "pid")[1].ending == "ok"
+
+
+def test_a_process_that_goes_on_after_its_answer_serves_no_other(tmp_path: Path) -> None:
+    with managing({"each": {"timeout": "60s"}}) as manager:
+        first, outcome = ask(manager, "go_on", str(tmp_path / "never"))
+        assert outcome.ending == "ok"
+        other, outcome = ask(manager, "pid")
+        assert (outcome.ending, other != first) == ("ok", True)
+        assert soon(lambda: not alive(first), 60)  # it uses the machine for nobody
+        assert ask(manager, "pid")[0] == other
+
+
+def test_a_process_that_comes_back_late_serves_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pool, "LATE_SECONDS", 600.0)
+    gate = tmp_path / "gate"
+    with managing({"concurrency": 2, "each": {"timeout": "60s"}}) as manager:
+        first, _ = ask(manager, "go_on", str(gate))
+        other, _ = ask(manager, "pid")
+        assert other != first
+        gate.touch()
+        held = begin(manager, "pid")  # by whichever
+        assert soon(lambda: {ask(manager, "pid")[0], held.executor_pid} == {first, other}, 60)
+        end(held)
+        assert alive(first)
 
 
 def test_one_slow_death_delays_nobody_elses_deadline() -> None:

@@ -1,0 +1,81 @@
+"""What a task answers is bounded, and what goes on after its answer holds up nobody."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rcon_celery import told
+from rcon_plugins.errors import AnswerLimitExceeded
+from tests.integrations.celery.office import Office, Offices
+from tests.processes import alive, until
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def office(offices: Offices) -> Iterator[Office]:
+    with offices(concurrency=1) as opened:
+        (process,) = opened.worker.children()
+        yield opened
+        assert opened.worker.children() == [process]
+
+
+@pytest.mark.parametrize("how", ["return", "raise", "retry"])
+def test_a_longer_answer_than_its_policy_takes(office: Office, how: str) -> None:
+    pid, _ = office.get("lengthy", "return", MIB // 2)
+    result = office.send("lengthy", how, 3 * MIB)
+    with pytest.raises(AnswerLimitExceeded) as caught:
+        office.wait(result)
+    error = caught.value
+    assert re.match(
+        r"lengthy: its answer has [36]\.0 MiB, and the policy takes 1M: return less, ", str(error)
+    )
+    assert (error.limit, error.policy) == ("answer", "lengthy")
+    assert error.usage is not None
+    outcome = told(result)
+    assert outcome is not None
+    assert outcome.ending == "answer"
+    # It is an end like others: its process serves on.
+    assert office.get("lengthy", "return", 1)[0] == pid
+
+
+def test_a_long_answer_that_nobody_is_to_get(office: Office) -> None:
+    result = office.send("lengthy", "return", 3 * MIB, ignore_result=True)
+    until(lambda: f"lengthy[{result.id}] succeeded" in office.worker.log())
+
+
+def test_threads_that_it_has_left_end_with_it(office: Office, tmp_path: Path) -> None:
+    for _ in range(2):
+        pid = office.get("threads", "wait", str(tmp_path / "never"))
+        assert office.get("threads", "") != pid
+        until(lambda pid=pid: not alive(pid))  # type: ignore[misc]
+
+
+def test_threads_that_it_has_left_on_purpose(office: Office, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    pid = office.get("threads_on_purpose", str(gate))
+    other = office.get("threads_on_purpose", str(gate))
+    assert other != pid
+    assert alive(pid)
+    gate.touch()
+    until(lambda: not alive(pid) and not alive(other))
+    assert (tmp_path / "gate-done").exists()
+
+
+@pytest.mark.parametrize("how", ["daemon", "pool"])
+def test_threads_of_libraries_stay(office: Office, how: str, tmp_path: Path) -> None:
+    """Helpers that are daemons, and pools that wait for something to do: for the next task."""
+    gate = tmp_path / "gate"
+    pid = office.get("threads", how, str(gate))
+    assert office.get("threads", "") == pid
+    gate.touch()
+
+
+def test_who_does_not_come_back_holds_up_nobody(office: Office) -> None:
+    """It has answered, and goes on: the next task does not wait for it."""
+    assert office.get("hostile_on", "value") == 1
+    assert office.get("hostile_on", "") is None
