@@ -14,7 +14,7 @@ DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs f
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo demo-customers demo-jobs redis serve test lint bench bench-vm clean root debian \
-	test-unit test-contract test-integrations test-kernel test-vm
+	test-unit test-contract test-integrations test-kernel test-vm test-systemd
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,11 +32,13 @@ serve: $(VENV)/.run ## leave the demo's confined server running, until Ctrl-C
 	@$(BIN)/python $(DEMO) --serve
 
 # Host tiers come last and in one pytest run, so that the last line is pytest's own count.
-test: root $(VENV)/.test debian ## lint, then all tests: on this machine, and on pure cgroup v2 in an emulated one (root)
+test: root $(VENV)/.test debian ## lint, then all tests: on this machine, and on pure cgroup v2 in emulated ones (root)
 	@began=$$(date +%s); failed=; \
 	$(MAKE) --no-print-directory lint || exit 1; \
 	echo "== tests on pure cgroup v2, in an emulated machine"; \
 	$(BIN)/python tests/vm.py || failed="the tests on pure cgroup v2"; \
+	echo "== tests under systemd, in another emulated machine"; \
+	$(BIN)/python -m tests.vm_systemd || failed="$${failed:+$$failed and }the tests under systemd"; \
 	echo "== unit, contract, integration and kernel tests on this machine"; \
 	RCON_TEST_BEGAN=$$began $(BIN)/python -m pytest --reruns 1 tests || failed="$${failed:+$$failed and }the tests on this machine"; \
 	[ -z "$$failed" ] || { echo "make test: FAILED: $$failed ($$(($$(date +%s) - began)) s in all)" >&2; exit 1; }
@@ -54,6 +56,9 @@ test-unit test-contract test-integrations test-kernel: test-%: $(VENV)/.test
 
 test-vm: $(VENV)/.test debian ## what tests/vm.py names, on pure cgroup v2; ARGS= are pytest's (so for test-unit and the other tiers)
 	@$(BIN)/python tests/vm.py $(ARGS)
+
+test-systemd: $(VENV)/.test debian ## what needs systemd as PID 1, in an emulated machine that it boots; ARGS= are pytest's
+	@$(BIN)/python -m tests.vm_systemd $(ARGS)
 
 bench: $(VENV)/.run $(VENV)/.jobs redis ## throughput and latency with and without confinement; prints, asserts nothing
 	@$(BIN)/python tests/benchmarks $(ARGS)

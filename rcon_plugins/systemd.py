@@ -12,13 +12,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from rcon_plugins.errors import DelegationError
+from rcon_plugins.kernel.cgroup import files
 
 if TYPE_CHECKING:
     from jeepney import Message
     from jeepney.io.blocking import DBusConnection
 
-#: For all of it: connecting, asking, and the move of this process.
-TIMEOUT_SECONDS = 10.0
+#: For all of it: connecting, asking, and the move of this process. A machine that is busy booting is slow to answer.
+TIMEOUT_SECONDS = 30.0
 _BOOTED = "/run/systemd/system"
 _SYSTEM_BUS = "/run/dbus/system_bus_socket"
 _EXTRA = "pip install 'rcon-plugins[systemd]'"
@@ -142,6 +143,8 @@ def _start(connection: DBusConnection, address: str, name: str, deadline: float)
         ("Delegate", ("b", True)),
         ("CollectMode", ("s", "inactive-or-failed")),
     ]
+    if (ours := own_slice(files.read_own("cgroup"))) is not None:
+        properties.append(("Slice", ("s", ours)))
     _reply(connection, message_bus.AddMatch(removed), address, deadline)
     # Signals are sent only while somebody has subscribed.
     _reply(connection, new_method_call(systemd, "Subscribe"), address, deadline)
@@ -153,6 +156,22 @@ def _start(connection: DBusConnection, address: str, name: str, deadline: float)
             _, path, _, result = signal.body
             if path == job:
                 return str(result)
+
+
+def own_slice(membership: str) -> str | None:
+    """The slice that the scope is to be in, so that the limits of that go on to hold; None: the manager's own choice.
+
+    ``membership`` is the text of ``/proc/self/cgroup``. It is the slice this process is in, where the manager asked has
+    made that. Not that of root's logins: what ``systemd-run`` starts is not in it either, and outlives them.
+    """
+    path = next((line.partition("::")[2] for line in membership.splitlines() if line.startswith("0::")), "")
+    uid = os.geteuid()
+    if uid != 0:
+        _, inside, path = path.partition(f"/user@{uid}.service/")
+        if not inside:
+            return None
+    found = next((part for part in reversed(path.split("/")[:-1]) if part.endswith(".slice")), None)
+    return None if found is None or found.startswith("user-") else found
 
 
 def _reply(connection: DBusConnection, call: Message, address: str, deadline: float) -> tuple[Any, ...]:

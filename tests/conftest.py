@@ -3,7 +3,8 @@
 - The kernel tier needs root and a cgroup hierarchy, and is run again on pure cgroup v2 (tests/vm.py), where some of the
   integrations are run, too. Its tests are marked `kernel` here. One that only makes sense on some hierarchies says so:
   `@pytest.mark.layout("v2")`, or "v1", "hybrid"; on others it is deselected. Between this machine and the emulated one
-  each has to run. One that would say the same twice is marked `once`, and not run in the emulated machine.
+  each has to run. `@pytest.mark.init("systemd")` is for the one that systemd has booted (tests/vm_systemd.py). One that
+  would say the same twice is marked `once`, and not run in the emulated machine.
 - In CI (`CI` in the environment) a skip is a failure, and so is an empty tier.
 - `make test` runs a test that failed once more (--reruns 1), as quotas and deadlines are tested on machines whose
   cores others use, too. Each is named at the end with how it failed, and more than FEW of them fail the run.
@@ -83,8 +84,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if tier(item) == "kernel":
             item.add_marker("kernel")
-    here = layout()
-    elsewhere = [item for item in items if (m := item.get_closest_marker("layout")) and here not in m.args]
+    here = {"layout": layout(), "init": os.environ.get("RCON_TEST_INIT", "")}
+    elsewhere = [
+        item
+        for item in items
+        if any((m := item.get_closest_marker(name)) and value not in m.args for name, value in here.items())
+    ]
     if elsewhere:
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in elsewhere]

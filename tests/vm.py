@@ -104,9 +104,7 @@ def boot(arguments: list[str], *, timeout: int, memory: str, verbose: bool) -> i
     for program in ("qemu-system-x86_64", "busybox", "virtme-run"):
         need(program)
     print(f"Booting {kernel.name} in an emulated machine (about 15 s) ...", flush=True)
-    # There the root is read-only: every interpreter that starts would compile the project's own modules again.
-    for folder in SOURCES:
-        compileall.compile_dir(ROOT / folder, quiet=2)
+    compile_sources()
     with tempfile.TemporaryDirectory(prefix="rcon-vm-") as scratch:
         disk = Path(scratch, "disk.img")
         make_disk(disk)
@@ -119,21 +117,7 @@ def boot(arguments: list[str], *, timeout: int, memory: str, verbose: bool) -> i
         # Not --disk, which leaves QEMU to guess the format.
         command += [f"--qemu-opts=-drive file={disk},format=raw,if=virtio"]
         command += ["--verbose"] * verbose + ["--", shlex.join(inside)]
-        # setpriv: killed with this process, even by SIGKILL. timeout: leads a process group of its own, passes
-        # signals on to all of it, and bounds the run.
-        guard = [need("setpriv"), "--pdeathsig", "TERM", need("timeout"), "--kill-after=10", str(timeout)]
-        path = os.pathsep.join(
-            [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin:/sbin"]
-        )
-        # Pipes, not our own stdout: QEMU opens it again by name, and would truncate a file.
-        machine = subprocess.Popen(
-            guard + command,
-            cwd=ROOT,
-            env={**os.environ, "PATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        machine = guarded(command, timeout)
         try:
             pass_through(machine)
             status = machine.wait()
@@ -144,6 +128,29 @@ def boot(arguments: list[str], *, timeout: int, memory: str, verbose: bool) -> i
     if status == 255:
         fail("the emulated machine ended before pytest did; see --verbose for its console")
     return status
+
+
+def compile_sources() -> None:
+    """In the machine the root is read-only: every interpreter that starts would compile our modules again."""
+    for folder in SOURCES:
+        compileall.compile_dir(ROOT / folder, quiet=2)
+
+
+def guarded(command: list[str], timeout: int) -> subprocess.Popen[bytes]:
+    """Start what is a machine: it ends with this process, and after that many seconds; its output is a pipe."""
+    # setpriv: killed with this process, even by SIGKILL. timeout: leads a process group of its own, passes
+    # signals on to all of it, and bounds the run.
+    guard = [need("setpriv"), "--pdeathsig", "TERM", need("timeout"), "--kill-after=10", str(timeout)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin:/sbin"])
+    # Pipes, not our own stdout: QEMU opens it again by name, and would truncate a file.
+    return subprocess.Popen(
+        guard + command,
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def pass_through(machine: subprocess.Popen[bytes]) -> None:

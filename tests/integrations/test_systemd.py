@@ -126,10 +126,44 @@ def test_without_jeepney_the_extra_is_named(runtime: Path, monkeypatch: pytest.M
     assert hint == "pip install 'rcon-plugins[systemd]'"
 
 
-def test_root_without_systemd_is_told_that_it_needs_none() -> None:
+def test_root_without_systemd_is_told_that_it_needs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(systemd, "_BOOTED", str(tmp_path / "nothing"))
     assert not systemd.is_init()
     problem, _ = refusal()
     assert problem == "systemd is not the init of this machine"
+
+
+@pytest.mark.parametrize(
+    ("membership", "found"),
+    [
+        ("0::/system.slice/site.service\n", "system.slice"),
+        (
+            "1:name=systemd:/\n0::/machines.slice/machines-held.slice/site.service/inner\n",
+            "machines-held.slice",
+        ),
+        ("0::/user.slice/user-0.slice/session-3.scope\n", None),
+        ("0::/init.scope\n", None),
+        ("0::/\n", None),
+        ("4:memory:/system.slice/site.service\n", None),
+    ],
+)
+def test_the_slice_of_roots_scope(membership: str, found: str | None) -> None:
+    assert systemd.own_slice(membership) == found
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("user@65534.service/app.slice/app-held.slice/a.scope", "app-held.slice"),
+        ("user@65534.service/init.scope", None),
+        ("session-3.scope", None),
+    ],
+)
+def test_the_slice_of_a_users_scope(path: str, found: str | None) -> None:
+    membership = f"0::/user.slice/user-{NOBODY}.slice/{path}\n"
+    assert as_nobody(None, lambda: systemd.own_slice(membership)) == found
 
 
 @pytest.mark.parametrize("name", ["gunicorn", "celery"])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import DelegationError, KernelError
 from rcon_plugins.kernel.cgroup import files, mounts, nested, remedies, v1, v2
+from rcon_plugins.kernel.cgroup.in_force import read_limits
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_path
 
@@ -26,8 +27,9 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
     In this order: ``setting``; the cgroup this process is in, if it is alone there and may write it (or,
     where it is in the tree of a server, the base of that, if it may write it; or, in a unit with
     DelegateSubgroup=, that of the unit); on v2, what ``ask`` has this process moved into, which raises
-    DelegationError where that cannot be; for root ``/rcon``; on v1, the one that root gave this user. In a
-    group that holds it to limits, only inside of that: see :mod:`.nested`.
+    DelegationError where that cannot be; for root ``/rcon``; on v1, the one that root gave this user. The
+    scope and ``/rcon`` not out of a unit of systemd's that has limits. In a group that holds it to limits,
+    only inside of that: see :mod:`.nested`.
     Raises DelegationError with the exact remedy, ValueError for a setting that is no path.
     """
     if setting is None and any(mount.root.startswith("/..") for mount in hierarchy.limit_mounts):
@@ -49,6 +51,7 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
         return found
     own, refused = own_cgroup(hierarchy), None
     if ask is not None and place is None and hierarchy.layout == "v2" and not _read_only(hierarchy):
+        _check_may_leave(hierarchy, own)
         try:
             ask()
         except DelegationError as error:
@@ -145,6 +148,28 @@ def _is_given(hierarchy: Hierarchy, path: str) -> bool:
     if uid == 0 or f"/user@{uid}.service" in path:
         return False
     return all(os.stat(directory).st_uid == uid for directory in directories)
+
+
+def _check_may_leave(hierarchy: Hierarchy, own: str | None) -> None:
+    """That a scope elsewhere, or ``/rcon``, does not take this process out of what limits its unit of systemd's has.
+
+    Its slices do not count, since the scope is in them, too; nor does TasksMax=, which every unit has.
+    """
+    unit = own or "/"
+    while _is_booted() and (name := os.path.basename(unit)) and not name.endswith(".slice"):
+        if nested.limits_something(read_limits(hierarchy.cgroup(unit)), but_pids=True):
+            raise DelegationError(
+                f"{name} has limits of its own, and a cgroup elsewhere would be outside of them",
+                errno=errno.EACCES,
+                path=unit,
+                hint=remedies.remedy(hierarchy, ROOT_BASE, own),
+            )
+        unit = os.path.dirname(unit)
+
+
+def _is_booted() -> bool:
+    """Whether systemd manages the tree, as sd_booted(3) tells."""
+    return os.path.isdir("/run/systemd/system")
 
 
 def _read_only(hierarchy: Hierarchy) -> bool:
@@ -261,7 +286,7 @@ def _was_delegated(mount: Mount, path: str) -> bool:
     then that of the user's manager itself has none that a user can see either.
     """
     if os.geteuid() == 0:
-        managed = os.path.isdir("/run/systemd/system")
+        managed = _is_booted()
     else:
         above, name, _ = path.partition(f"/user@{os.geteuid()}.service/")
         managed = bool(name) and _is_marked(mount.directory(above + name.rstrip("/")))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rcon_plugins.kernel.cgroup import files, mounts
 from rcon_plugins.kernel.cgroup.in_force import read_limits
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
-from rcon_plugins.kernel.cgroup.resources import Resources
+from rcon_plugins.kernel.cgroup.resources import Max, Resources
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
@@ -64,16 +64,19 @@ def own_place(hierarchy: Hierarchy) -> Place | None:
         return place
     main = f"{place.base}/{MAIN}"
     here = hierarchy.where(main)
-    if here is not None and _limits_something(read_limits(here.cgroup(main))):
+    if here is not None and limits_something(read_limits(here.cgroup(main))):
         # The limits of a single command beside those of its group: they would not hold beside it.
         return Place(main, main)
     return place
 
 
-def _limits_something(resources: Resources) -> bool:
-    numbers = (
-        resources.cpu_quota, resources.memory_max, resources.memory_high, resources.swap_max, resources.pids_max
-    )  # fmt: skip
+def limits_something(resources: Resources, *, but_pids: bool = False) -> bool:
+    """Whether these limits, read from a cgroup, hold anything back (``but_pids``: but the number of processes)."""
+    numbers: list[float | Max | None] = [
+        resources.cpu_quota, resources.memory_max, resources.memory_high, resources.swap_max
+    ]  # fmt: skip
+    if not but_pids:
+        numbers.append(resources.pids_max)
     return bool(resources.cpus or resources.io) or any(isinstance(number, int | float) for number in numbers)
 
 

@@ -1,0 +1,190 @@
+"""Boot an emulated machine whose PID 1 is Debian's systemd, and run there the tests that need one.
+
+`python -m tests.vm_systemd [pytest arguments]` boots, as tests/vm.py does, Debian's own kernel under QEMU with this
+host's file system underneath (read-only), on pure cgroup v2; but what the kernel starts is /lib/systemd/systemd. It
+finds no units but those that are put there: the system's bus, what units depend on, managers of users, and a service
+that runs pytest, in a cgroup that is not delegated, and ends the machine. What else this host starts at boot is not
+started there, and costs no time.
+
+In the machine the tests find `RCON_TEST_INIT=systemd`, by which those marked `init("systemd")` are selected; a loopback
+network; `TMPDIR`, the whole of /tmp and /run on a tmpfs; two CPUs and 1 GiB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.vm import ROOT, compile_sources, fail, guarded, need, newest_kernel, pass_through, stop
+
+TESTS = "tests/kernel/systemd"
+SYSTEMD = Path("/lib/systemd/systemd")
+UNITS = SYSTEMD.parent / "system"
+#: Where systemd looks for units, in the machine, and nowhere else.
+UNIT_PATH = Path("/run/systemd/system")
+#: Of the system's own, what the tests' units need; nothing of it starts anything else.
+OF_THE_SYSTEM = (
+    *("basic.target", "sysinit.target", "shutdown.target", "sockets.target", "umount.target", "final.target"),
+    *("slices.target", "user.slice", "user@.service", "user-runtime-dir@.service"),
+    *("dbus.service", "dbus.socket"),
+)
+SERVICE = """\
+[Unit]
+Description=the tests
+DefaultDependencies=no
+Requires=dbus.socket
+After=dbus.socket
+[Service]
+Type=exec
+WorkingDirectory={root}
+StandardInput=null
+StandardOutput=file:/dev/ttyS0
+StandardError=inherit
+Environment={environment}
+ExecStart={command}
+ExecStopPost=/bin/sh -c 'echo $EXIT_STATUS >/dev/ttyS1; sleep 0.1; echo o >/proc/sysrq-trigger'
+"""
+#: Everything takes longer in an emulated machine.
+MANAGER = "[Manager]\nDefaultTimeoutStartSec=280s\nDefaultTimeoutStopSec=280s\n"
+#: What is PAM's and logind's business elsewhere: neither is needed for a manager of a user.
+USER_MANAGER = "[Service]\nPAMName=\nEnvironment=XDG_RUNTIME_DIR=/run/user/%i\n"
+#: The bus of a user's session, as the package dbus-user-session has it.
+USER_BUS = {
+    "dbus.socket": "[Socket]\nListenStream=%t/bus\n",
+    "dbus.service": "[Unit]\nRequires=dbus.socket\n[Service]\nType=notify\n"
+    "ExecStart=/usr/bin/dbus-daemon --session --address=systemd: --nofork --nopidfile --systemd-activation\n",
+}
+
+
+def beginning(prepared: Path) -> str:
+    """What PID 1 does before it is systemd, in sh. The file system below is read-only, and its /tmp is the host's.
+
+    What leads to the project and to its Python may be root's alone; services of ordinary users have to get there, and
+    through nothing else that is private.
+    """
+    lines = [
+        "set -e",
+        "export PATH=/usr/sbin:/usr/bin:/sbin:/bin",
+        "mount -t tmpfs -o mode=755 run /run",
+        f"cp -r {prepared} /run/systemd",
+    ]
+    covered = {Path("/tmp"): 0o1777}
+    shown: list[tuple[str, Path]] = []
+    for wanted in (ROOT, Path(sys.base_prefix)):
+        above = list(reversed(wanted.parents))[1:]
+        private = next((one for one in above if not one.stat().st_mode & 0o001), None)
+        if private is not None and not any(private.is_relative_to(one) for one in covered):
+            covered[private] = 0o755
+        if any(one in covered for one in above):
+            place = f"/run/shown-{len(shown)}"
+            shown.append((place, wanted))
+            lines += [f"mkdir {place}", f"mount --bind {wanted} {place}"]
+    lines += [f"mount -t tmpfs -o mode={mode:o} tmp {one}" for one, mode in covered.items()]
+    for place, wanted in shown:
+        lines += [f"mkdir -p {wanted}", f"mount --move {place} {wanted}"]
+    lines += [f"exec {SYSTEMD} --log-level=warning --show-status=no --unit=tests.service"]
+    return "\n".join([*lines, ""])
+
+
+def prepare(directory: Path, arguments: list[str]) -> None:
+    """What is to be /run/systemd in the machine."""
+    units = directory / "system"
+    for name in ("system/user@.service.d", "user/sockets.target.wants", "system.conf.d", "user.conf.d"):
+        directory.joinpath(name).mkdir(parents=True)
+    for name in OF_THE_SYSTEM:
+        if not UNITS.joinpath(name).exists():
+            fail(f"{UNITS / name} is missing. As root: apt-get install systemd dbus")
+        units.joinpath(name).symlink_to(UNITS / name)
+    units.joinpath("user@.service.d/tests.conf").write_text(USER_MANAGER)
+    for name in ("system.conf.d", "user.conf.d"):
+        directory.joinpath(name, "tests.conf").write_text(MANAGER)
+    for name, text in USER_BUS.items():
+        directory.joinpath("user", name).write_text(text)
+    directory.joinpath("user/sockets.target.wants/dbus.socket").symlink_to("../dbus.socket")
+    environment = {
+        "RCON_TEST_INIT": "systemd",
+        "HOME": "/tmp",
+        "TMPDIR": "/tmp",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
+        **{name: os.environ[name] for name in ("CI",) if name in os.environ},
+    }
+    options = ["-p", "no:cacheprovider", "-o", "timeout=300", "--basetemp", "/tmp/pytest"]
+    units.joinpath("tests.service").write_text(
+        SERVICE.format(
+            root=ROOT,
+            environment=shlex.join(f"{name}={value}" for name, value in environment.items()),
+            command=shlex.join([sys.executable, "-m", "pytest", *options, *arguments]),
+        )
+    )
+
+
+def machine(kernel: Path, scratch: Path, memory: str) -> list[str]:
+    """The command that boots it: its first serial port is our output, the second takes the exit status."""
+    initramfs, prepared = scratch / "initramfs", scratch / "systemd"
+    version = kernel.name.removeprefix("vmlinuz-")
+    subprocess.run(
+        [need("virtme-mkinitramfs"), "--mod-kversion", version, "--outfile", str(initramfs)], check=True
+    )
+    script = scratch / "beginning"
+    script.write_text(beginning(prepared))
+    options = ["console=ttyS2", "quiet", "loglevel=1", "panic=-1", "luks=no", "audit=0"]
+    options += [f"SYSTEMD_UNIT_PATH={UNIT_PATH}", "init=/bin/sh", "--", str(script)]
+    command = [need("qemu-system-x86_64"), "-machine", "q35", "-cpu", "max", "-smp", "2", "-m", memory]
+    command += ["-nodefaults", "-display", "none", "-no-reboot"]
+    command += ["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]
+    command += ["-device", "virtio-9p-pci,fsdev=root,mount_tag=/dev/root"]
+    command += ["-chardev", "stdio,id=out,signal=off", "-serial", "chardev:out"]
+    command += ["-serial", f"file:{scratch / 'status'}", "-serial", f"file:{scratch / 'console'}"]
+    return [*command, "-kernel", str(kernel), "-initrd", str(initramfs), "-append", " ".join(options)]
+
+
+def boot(arguments: list[str], *, timeout: int, memory: str) -> int:
+    """Boot, run pytest in the machine, and return its exit status. Nothing is left running, however this ends."""
+    kernel = newest_kernel()
+    print(f"Booting {kernel.name} with systemd as PID 1 in an emulated machine (about 20 s) ...", flush=True)
+    compile_sources()
+    with tempfile.TemporaryDirectory(prefix="rcon-vm-") as directory:
+        scratch = Path(directory)
+        prepare(scratch / "systemd", arguments)
+        running = guarded(machine(kernel, scratch, memory), timeout)
+        try:
+            pass_through(running)
+            status = running.wait()
+        finally:
+            stop(running)
+        told = scratch.joinpath("status").read_text().strip()
+        if status == 124:
+            fail(f"the emulated machine was stopped after {timeout} s (--timeout)")
+        if not told.isdigit():
+            print(scratch.joinpath("console").read_text(errors="replace")[-10000:], file=sys.stderr)
+            fail("the emulated machine ended before pytest did")
+    return int(told)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run tests in a machine that systemd has booted.")
+    parser.add_argument(
+        "--timeout", type=int, default=1200, help="seconds for all of it (default: %(default)s)"
+    )
+    parser.add_argument("--memory", default="1G", help="memory of the machine (default: %(default)s)")
+    options, arguments = parser.parse_known_args()
+    arguments = [a for a in arguments if a != "--"]
+    if not any(not a.startswith("-") and (ROOT / a.split("::")[0]).exists() for a in arguments):
+        arguments = [TESTS, "-m", "init", *arguments]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    try:
+        return boot(arguments, timeout=options.timeout, memory=options.memory)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
