@@ -79,6 +79,23 @@ def _check_place(pid: int, hierarchy: Hierarchy) -> None:
         )
 
 
+def staying(pids: Iterable[int], hierarchy: Hierarchy) -> list[int]:
+    """Those that this user may take, and not put back to where they are now."""
+    if os.geteuid() == 0:
+        return []
+    mounts = {mount.path: mount for mount in hierarchy.limit_mounts}
+    found = []
+    for pid in pids:
+        try:
+            place = origins.place_of(pid, hierarchy.cgroup("/"))
+        except KernelError:
+            continue  # it has ended, as who takes it will find
+        places = [f"{mounts[at].directory(path)}/cgroup.procs" for at, path in place.items() if at in mounts]
+        if not all(os.access(file, os.W_OK) for file in places):
+            found.append(pid)
+    return found
+
+
 def take(wish: Wish, hierarchy: Hierarchy, base: str | None = None) -> list[int]:
     """Take them all, or none, and leave a watcher behind; those that were taken.
 

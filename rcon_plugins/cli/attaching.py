@@ -48,6 +48,7 @@ def attach(options: Mapping[str, Any]) -> int:
             children=options["children"],
             attend=_growing(policy.memory),
         )
+        staying = taken.staying(pids, hierarchy)
         found = taken.take(wish, hierarchy, named_base(options["cgroup"]))
     except taken.CannotTake as error:
         raise click.UsageError(str(error)) from None
@@ -55,6 +56,12 @@ def attach(options: Mapping[str, Any]) -> int:
         say(
             "rcon",
             "--memory: memory they have already stays where it was, and is not counted; what they add is",
+        )
+    if staying:
+        say(
+            "rcon",
+            f"--release will leave {' '.join(map(str, staying))} in this user's own cgroup: "
+            "only root can put processes back to where these were",
         )
     click.echo(f"{group}: {len(found)} {'process' if len(found) == 1 else 'processes'}")
     return 0
