@@ -9,6 +9,7 @@ import errno
 import itertools
 import os
 import pwd
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rcon_plugins.kernel.cgroup import files
@@ -33,13 +34,7 @@ def remedy(
     ``asked`` what systemd answered, if it was asked.
     """
     if number == errno.EROFS:
-        return (
-            "in a container, start it with a writable cgroup of its own: "
-            "docker run --cgroupns=private --security-opt writable-cgroups=true ...; "
-            "or podman run --cgroupns=private --security-opt unmask=/sys/fs/cgroup ...; "
-            "or, where neither is known, docker run --privileged --cgroupns=private ...; outside of one: "
-            + "; ".join(f"mount -o remount,rw {mount.path}" for mount in hierarchy.limit_mounts)
-        )
+        return writable(hierarchy.limit_mounts)
     if number == errno.EBUSY:
         return (
             "a cgroup that has processes passes no controllers on: let the server be the only process of the "
@@ -50,6 +45,17 @@ def remedy(
     used = hierarchy.cgroup(path).mounts
     commands = [command for mount in used for command in _by_hand(hierarchy, mount, path)]
     return f'run the server as root, or as root once: {"; ".join(commands)}; and set cgroup = "{path}"'
+
+
+def writable(mounts: Iterable[Mount]) -> str:
+    """What makes hierarchies writable that are mounted read-only."""
+    return (
+        "in a container, start it with a writable cgroup of its own: "
+        "docker run --cgroupns=private --security-opt writable-cgroups=true ...; "
+        "or podman run --cgroupns=private --security-opt unmask=/sys/fs/cgroup ...; "
+        "or, where neither is known, docker run --privileged --cgroupns=private ...; outside of one: "
+        + "; ".join(f"mount -o remount,rw {mount.path}" for mount in mounts)
+    )
 
 
 def _from_systemd(hierarchy: Hierarchy, own: str, asked: DelegationError | None) -> str:

@@ -87,6 +87,7 @@ def test_a_container() -> None:
     assert membership(mount, parse_membership("4:memory:/docker/4fa2b\n")) is None
     (refusal,) = Hierarchy.of([mount]).refusals(Resources(memory_max=1))
     assert "read-only" in refusal.reason
+    assert "podman run --cgroupns=private --security-opt unmask=/sys/fs/cgroup" in refusal.remedy
 
 
 def test_the_widest_writable_mount_wins() -> None:
