@@ -45,8 +45,8 @@ def test_cgroup_that_is_deleted(group: Cgroup) -> None:
         with running(doomed, time.sleep, 60):
             pass
         doomed.delete()
-        eventually(lambda: first.gone)
-        assert gone == [1]
+        eventually(lambda: gone == [1])
+        assert first.gone
         with running(staying, touch, 64 * MIB) as child:
             assert child.wait() == -signal.SIGKILL
         eventually(lambda: told)
