@@ -71,6 +71,7 @@ def demonstrate(app: Celery, jobs: list[Job], worker: Worker) -> int:
     status = worker.stop()
     left = worker.left_behind()
     write(rows, sys.stdout)
+    print("  cpu and time are those of the middle one of its kind, memory is that of the largest")
     print(f"\n  {len(jobs)} jobs in {seconds:.0f} s on {PROCESSES} processes of one worker", flush=True)
     print(f"  pool processes replaced: {replaced}; WorkerLostError: {lost}; left behind: {left or 'nothing'}")
     good = all(row.good for row in rows) and not replaced and not lost and not left and status == 0
@@ -81,18 +82,20 @@ def demonstrate(app: Celery, jobs: list[Job], worker: Worker) -> int:
 
 
 def wait(results: list[Any], began: float) -> None:
-    """Show how far they are until all have ended."""
-    shown = -1
+    """Show how far they are until all have ended: in one line that moves, or, in a file, a line now and then."""
+    shown, moves = -1, sys.stderr.isatty()
     while time.monotonic() - began < PATIENCE:
         ended = sum(result.ready() for result in results)
-        if ended != shown:
-            shown = ended
+        steps = ended if moves else 4 * ended // len(results)
+        if steps != shown:
+            shown = steps
             line = f"  {'█' * (30 * ended // len(results)):30}  {ended} of {len(results)} jobs"
-            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            print(f"\r{line}" if moves else line, end="" if moves else "\n", file=sys.stderr, flush=True)
         if ended == len(results):
             break
         time.sleep(0.2)
-    print(file=sys.stderr)
+    if moves:
+        print(file=sys.stderr)
 
 
 def gather(sent: list[tuple[Job, Any]]) -> list[Row]:
