@@ -96,6 +96,8 @@ class Nodes:
             *self._connection.connection_errors,
             *self._connection.channel_errors,
         ) as error:
+            self._connection.close()
+            self._connection = self._app.connection_for_write()
             raise NoAnswer(f"the broker {self._connection.as_uri()} cannot be reached: {error}") from error
         if searching:
             self._searched = time.monotonic()

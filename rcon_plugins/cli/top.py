@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from rcon_plugins.cli import screen
+from rcon_plugins.cli.asking import Asked
 from rcon_plugins.cli.ending import interrupted
-from rcon_plugins.cli.top_rows import Rates
+from rcon_plugins.cli.top_rows import Rates, Row
 from rcon_plugins.cli.top_table import SORTS, as_json, as_text, ordered, shown, summary
-from rcon_plugins.errors import KernelError
+from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.groups import Sample, find_groups, is_gone
 
 #: Gives a sample of each group, whenever it is called.
@@ -21,6 +22,8 @@ Source = Callable[[], Iterable[Sample]]
 
 #: How soon a terminal shows rates for the first time, in seconds.
 _SOON = 0.25
+#: How often it is looked for an answer, and for how long one is waited for without a word, in seconds.
+_LOOK, _SILENT = 0.05, 3.0
 
 
 def local() -> Iterator[Sample]:
@@ -93,26 +96,50 @@ class _Live:
         self._backwards = False
         self._first = 0
         self._rates = Rates()
-        self._rows = self._rates.rows(source())
+        self._rows: list[Row] = []
+        self._asked = Asked(source)
+        #: What is wrong with the source, once it has answered; and whether it has.
+        self._fault = ""
+        self._answered = False
 
     def run(self) -> None:
         """Until q, or so often as was asked for."""
-        due = time.monotonic() + min(_SOON, self._interval)
-        self._draw()
+        due = time.monotonic()
         while True:
             happened = self._screen.wait(screen.wait_until(due))
             if "q" in happened:
                 return
             for one in happened:
                 self._react(one)
-            if screen.wait_until(due) <= 0:
-                if self._left is not None:
+            if self._asked.waits is None and screen.wait_until(due) <= 0:
+                if self._left is not None and self._answered:
                     if self._left <= 0:
                         return
                     self._left -= 1
-                self._rows = self._rates.rows(self._source())
-                due = time.monotonic() + self._interval
+                self._asked.ask()
+            first = not self._answered
+            if self._hear():
+                due = time.monotonic() + (min(_SOON, self._interval) if first else self._interval)
+            elif self._asked.waits is not None:
+                silent = self._asked.waits >= _SILENT
+                due = time.monotonic() + (_LOOK * 10 if silent else _LOOK)
+                if not happened and not silent:
+                    continue
             self._draw()
+
+    def _hear(self) -> bool:
+        """Take the answer of the source, if there is one. What is wrong at first is raised, later it is shown."""
+        try:
+            samples = self._asked.answer()
+        except RconError as error:
+            if not self._answered:
+                raise
+            self._fault = " ".join(str(error).split())
+            return True
+        if samples is None:
+            return False
+        self._rows, self._fault, self._answered = self._rates.rows(samples), "", True
+        return True
 
     def _react(self, key: str) -> None:
         letters = {sort.letter: name for name, sort in SORTS.items()}
@@ -131,5 +158,9 @@ class _Live:
         width, height = self._screen.size
         rows = ordered(self._rows, self._sort, self._backwards)
         self._first = max(0, min(self._first, len(rows) - 1))
-        title = summary(rows, self._sort, self._interval)
+        title, waits = summary(rows, self._sort, self._interval), self._asked.waits or 0
+        if self._fault or (waits >= _SILENT and self._answered):
+            title = f"as it was: {self._fault or f'no answer for {waits:.0f} s'}"
+        elif not self._answered:
+            title = "no answer yet"
         self._screen.draw(shown(rows, self._sort, title, self._first, width, height))

@@ -81,6 +81,9 @@ def summary(rows: Sequence[Row], by: str, interval: float) -> str:
     cpu = sum(row.cpu or 0 for row in rows)
     memory = sum(row.memory or 0 for row in rows)
     groups = f"{len(rows)} group{'' if len(rows) == 1 else 's'}"
+    nodes = {row.node for row in rows} - {None}
+    if nodes:
+        groups += f" of {len(nodes)} worker{'' if len(nodes) == 1 else 's'}"
     return f"{groups}, cpu {percent(cpu)} %, memory {size(memory)}; sorted by {by}, every {interval:g} s"
 
 
@@ -135,7 +138,7 @@ def shown(rows: Sequence[Row], by: str, title: str, first: int, width: int, heig
     for row in rows[first : first + room]:
         cells = [Text(column.cell(row), style=_style(column, row)) for column in columns]
         owner = [Text(printable(row.owner), style="dim")] if wide else []
-        made.add_row(Text(cut_left(printable(row.name), name_width)), *cells, *owner)
+        made.add_row(Text(_name(row, name_width)), *cells, *owner)
     left = len(rows) - first - room
     below = f"{left} more below (arrow keys)" if left > 0 else LEGEND
     keys = " ".join(f"{sort.letter}:{sort.label}" for sort in SORTS.values())
@@ -152,6 +155,16 @@ def shown(rows: Sequence[Row], by: str, title: str, first: int, width: int, heig
 #: From this width on the owner is shown, in so many columns at least.
 _WITH_OWNER, _LEAST_OWNER = 110, 20
 _LEAST_NAME = 12
+
+
+def _name(row: Row, width: int) -> str:
+    """As much of a name as fits: of a worker and of a group of its own, where it has both."""
+    name = printable(row.name)
+    if len(name) <= width or not row.node:
+        return cut_left(name, width)
+    node, group = printable(row.node).removeprefix("celery@"), printable(row.name[len(row.node) + 1 :])
+    group = cut_left(group, width - 1 - min(len(node), max(width // 3, 1)))
+    return f"{cut_left(node, width - 1 - len(group))}/{group}"
 
 
 def _columns_width(columns: Sequence[Column]) -> int:

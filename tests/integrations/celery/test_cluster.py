@@ -22,6 +22,7 @@ from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import ROOT, Worker
 from tests.processes import until
+from tests.terminals import terminal
 
 
 def test_inspect(offices: Offices) -> None:
@@ -340,6 +341,46 @@ def test_top_of_all_workers(offices: Offices) -> None:
             assert "celery worker other@test" in done.stdout
             for result in staying:
                 result.revoke(terminate=True)
+
+
+def test_top_on_a_terminal(offices: Offices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live table, whose keys are heard also while the broker says nothing, and which outlives the broker."""
+    with RedisServer(tmp_path) as server:
+        url = server.database()
+        with offices(concurrency=1, url=url) as office:
+            monkeypatch.setenv(limited.BROKER, url)
+            office.send("stay", "shown")
+            until(lambda: bool(office.log("shown")))
+            with terminal("top", "--interval", "0.5", "--celery", limited.__name__, program=RCON) as it:
+                it.until(lambda: it.shows("w@test/stay") and it.shows("1 group of 1 worker"))
+                it.resize(12, 120)
+                it.until(lambda: it.shows("celery worker w@test"))
+                os.kill(server.process.pid, signal.SIGSTOP)
+                try:
+                    it.until(lambda: it.shows("as it was: no answer for "))
+                    it.keys("m")
+                    it.until(lambda: it.shows("w@test/stay"))
+                finally:
+                    os.kill(server.process.pid, signal.SIGCONT)
+                it.until(lambda: it.shows("sorted by memory"))
+                os.kill(server.process.pid, signal.SIGSTOP)
+                try:
+                    it.until(lambda: it.shows("as it was: no answer for "))
+                    it.keys("q")
+                    assert it.status() == 0
+                    assert it.is_clean()
+                finally:
+                    os.kill(server.process.pid, signal.SIGCONT)
+            with terminal("top", "--interval", "0.5", "--celery", limited.__name__, program=RCON) as it:
+                it.until(lambda: it.shows("w@test/stay"))
+                server.process.kill()
+                it.until(lambda: it.shows("as it was: the broker "))
+                it.keys("\x03")
+                assert it.status() == 0
+                assert it.is_clean()
+            office.worker.kill()  # without a broker it would not end for long
+    with offices(concurrency=1):
+        pass  # what the one that was killed has left is removed
 
 
 def test_top_without_workers(offices: Offices, redis_server: RedisServer) -> None:

@@ -197,6 +197,16 @@ def test_it_fits_the_terminal(size: tuple[int, int]) -> None:
     assert ("OWNER" in lines[1]) == (width >= 110)
 
 
+def test_the_same_group_of_several_workers_is_told_apart() -> None:
+    rows = [
+        Row(name=f"{node}/reports-render", owner="o", pressure={}, node=node)
+        for node in ("celery@web-1", "celery@web-2", "w")
+    ]
+    shown_names = [line.split()[0] for line in screenful(rows, 80, 24)[2:5]]
+    assert shown_names == ["web-1/…orts-render", "web-2/…orts-render", "w/reports-render"]
+    assert summary(rows, "cpu", 2.0).startswith("3 groups of 3 workers, cpu ")
+
+
 def test_the_end_of_a_long_name_is_what_tells_groups_apart() -> None:
     line = screenful([row("rcon-123456-7890123/tenant~a.example", cpu=1)], 80, 24)[2]
     assert line.startswith("…")
