@@ -24,12 +24,15 @@ from typing import Any, Final
 import msgspec
 from celery import states
 from celery.backends.base import BaseKeyValueStoreBackend
-from celery.exceptions import Ignore
+from celery.backends.redis import RedisBackend
+from celery.exceptions import Ignore, Reject
+from kombu.utils.encoding import bytes_to_str as _bytes_to_str
 
 from rcon_celery import again
 from rcon_plugins.presence import Presence
 
 _log = logging.getLogger("rcon")
+bytes_to_str: Any = _bytes_to_str  # has no types
 
 #: A run that takes so long is noted, and after its end it still is: as long as results are, seconds.
 _LASTING: Final = 1.0
@@ -40,6 +43,8 @@ _BEAT, _VALID = 5.0, 20.0
 _PAUSE: Final = 10.0
 #: So long after its time a message that waits is taken for lost, seconds.
 _LATE: Final = 3600.0
+#: How long several may take to write what one of them is to read, seconds.
+_SETTLED: Final = 1.0
 #: How long the thread may take to come to its end, seconds.
 _STOP: Final = 5.0
 
@@ -94,6 +99,7 @@ class Delivery:
         self._began = self._said = 0.0
         self._lock = threading.Lock()
         self._written = self._over = False
+        self._claimed: str | None = None
         if self.is_noted and (counts or self.again):
             self._look()
         elif counts and self.again:
@@ -101,19 +107,32 @@ class Delivery:
 
     def _look(self) -> None:
         before = _decoded(self._task.backend.get(self._key), Run)
-        if before is None:
-            return
-        self._counts = True  # there is something to be overwritten
-        if before.over:
-            if self.again and self._was_done(before):
+        if before is not None:
+            if before.over and self.again and self._was_done(before):
                 raise self._superfluous("it was done before")
-            self.lost = before.lost + 1 if self.again else 0
-        elif before.is_lost():
-            self.lost = before.lost + 1
-        elif self.again:
+            lives = not before.over and not before.is_lost()
+            if lives and self.again:
+                raise self._wait()
+            if not lives and (self.again or not before.over):
+                self.lost = before.lost + 1
+            # Else another message, with an id that somebody uses again.
+        if self.again and not self._claim(before):
             raise self._wait()
-        else:
-            self.lost = before.lost  # another message, with an id that somebody uses again
+        self._counts = True  # it is known, or there is something to be overwritten
+
+    def _claim(self, before: Run | None) -> bool:
+        """Whether this is the one that runs it, of several that come at the same time and find the same.
+
+        As those do that waited beyond the visibility timeout, which are several by then.
+        """
+        backend, number = self._task.backend, os.urandom(8).hex()
+        self._claimed = key = f"{self._key}-claim-{before.beat if before is not None else 0}"
+        if isinstance(backend, RedisBackend):
+            return bool(backend.client.set(key, number, nx=True, ex=int(_VALID)))
+        # Nothing is at once with other backends: of several the last one counts, when each has had its time to write.
+        backend.set(key, number)
+        time.sleep(_SETTLED)
+        return bool(bytes_to_str(backend.get(key)) == number)
 
     def _was_done(self, before: Run) -> bool:
         """Whether what comes after the body was done too: Celery stores the result last."""
@@ -157,6 +176,8 @@ class Delivery:
         try:
             yield
             ended = True
+        except Reject:
+            raise  # the task has its message delivered again, which is no death
         except Exception:
             ended = True
             raise
@@ -169,6 +190,8 @@ class Delivery:
                     self._write(over=True)
                 else:
                     self.forget()
+            if self._claimed is not None:
+                self._task.backend.delete(self._claimed)
 
     def say(self) -> None:
         """In the thread that does so: that it is under way, where that is to be said by now."""

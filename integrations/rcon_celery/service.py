@@ -14,6 +14,7 @@ from celery._state import _task_stack
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from rcon_celery import codec, place, takeover, threads, wire
+from rcon_celery.ground import Ground
 from rcon_celery.takeover import Body, perform
 from rcon_plugins.errors import SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
@@ -37,11 +38,16 @@ class TaskService:
         self._task: str | None = None
         #: What it is to be told when it begins.
         self._early: Exception | None = None
+        self._handlers = {SOFT_TIME: self._notice_time, SOFT_MEMORY: self._notice_memory}
+        #: What each task finds; None before the first.
+        self._ground: Ground | None = None
 
     def __call__(self, channel: Channel, frame: Frame) -> None:
         """Run one task; ``frame`` is its first. Returns when its answer is sent."""
-        if not place.is_executor():
+        if self._ground is None:
             self._begin()
+            self._ground = Ground(self._handlers)
+        self._ground.restore()
         head = wire.decode_task(frame)
         payload = wire.receive_body(channel, head.body.size)
         order = codec.decode(head.body, payload, {head.body.content_type})
@@ -55,8 +61,8 @@ class TaskService:
 
     def expect_notices(self) -> None:
         """In a new executor process: what the signals mean that its host sends it."""
-        signal.signal(SOFT_TIME, self._notice_time)
-        signal.signal(SOFT_MEMORY, self._notice_memory)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _notice_time(self, *_: object) -> None:
         self._notice(SoftTimeLimitExceeded())

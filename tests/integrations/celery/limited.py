@@ -25,7 +25,7 @@ from typing import Any
 import celery
 import msgspec
 import redis
-from celery.exceptions import SoftTimeLimitExceeded
+from celery.exceptions import Reject, SoftTimeLimitExceeded
 from celery.signals import worker_process_init
 
 from rcon_celery import confined, expand, install, wire
@@ -231,6 +231,27 @@ def define(app: celery.Celery, url: str) -> None:
         os.close(file)
         return "done"
 
+    @task(name="untidy")
+    @confined(timeout="60s", timeout_soft="3s")
+    def untidy(do: str, path: str = "") -> Any:
+        """Leaves its process otherwise than it found it; or says how that is."""
+        umask = os.umask(0o22)
+        os.umask(umask)
+        found = [os.getpid(), str(Path.cwd()), umask, os.environ.get("UNTIDY")]
+        if do == "change":
+            os.umask(0o77)
+            os.chdir(path)
+            os.environ["UNTIDY"] = "yes"
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+            signal.setitimer(signal.ITIMER_REAL, 1.0)
+        elif do == "wait":
+            try:
+                time.sleep(MANY)
+            except SoftTimeLimitExceeded:
+                found.append("told")
+        return found
+
     @task(name="eat")
     def eat(size: int) -> int:
         """Has what a route says."""
@@ -255,6 +276,18 @@ def define(app: celery.Celery, url: str) -> None:
     def replacing_late(self: Any, times: int) -> str:
         if times:
             raise self.replace(self.s(times - 1))
+        return "done"
+
+    @task(name="rejecting_late", bind=True, acks_late=True)
+    @confined(timeout="60s", max_deaths=2)
+    def rejecting_late(self: Any, times: int) -> str:
+        note("rejecting_late", "run")
+        with contextlib.closing(redis.Redis.from_url(url)) as client:
+            runs = int(client.llen("log:rejecting_late"))
+        if runs % 2:
+            time.sleep(1.2)  # longer than what is not noted
+        if runs < times:
+            raise Reject("not now", requeue=True)
         return "done"
 
     @task(name="learning_late", acks_late=True, reject_on_worker_lost=True)

@@ -175,10 +175,21 @@ def test_lost_after_it_was_redelivered(offices: Offices, tmp_path: Path) -> None
         ((executor, _),) = begins(office, "slow")
         (process,) = [pid for pid in office.worker.children() if int(executor) in family(pid)]
         os.kill(process, signal.SIGKILL)
-        until(lambda: len(begins(office, "slow")) == 2)
+        until(lambda: len(begins(office, "slow")) >= 2)
+        until(lambda: office.worker.log().count("it runs, and another message waits for its end") >= 3)
         gate.touch()
         assert office.wait(result) == "done"
+        assert len(begins(office, "slow")) == 2
         never_two_at_once(office, "slow")
+
+
+def test_rejected_by_itself_is_no_death(offices: Offices) -> None:
+    """A task that puts itself back into the queue, as often as it likes, has its turn each time at once."""
+    with offices(concurrency=1) as office:
+        result = office.send("rejecting_late", 6)
+        assert office.wait(result) == "done"
+        assert len(office.log("rejecting_late")) == 6
+        assert "waits" not in office.worker.log()
 
 
 @pytest.mark.parametrize(("name", "most"), [("learning_late", 2), ("late", 10)])

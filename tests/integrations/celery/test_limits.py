@@ -210,3 +210,14 @@ def test_others_are_as_ever(office: Office) -> None:
 def test_all_errors_tell_of_a_task() -> None:
     assert issubclass(MemoryLimitExceeded, LimitExceeded)
     assert issubclass(SoftTimeLimitExceeded, Exception)
+
+
+def test_what_a_task_leaves_behind(offices: Offices, tmp_path: Path) -> None:
+    """Not its directory, umask and alarm; and the next in its process is told of its soft limit."""
+    with offices(concurrency=1) as office:
+        pid, directory, umask, _ = office.get("untidy", "look")
+        left = tmp_path / "left"
+        left.mkdir()
+        assert office.get("untidy", "change", str(left))[0] == pid
+        left.rmdir()
+        assert office.get("untidy", "wait") == [pid, directory, umask, "yes", "told"]
