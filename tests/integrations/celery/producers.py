@@ -18,7 +18,8 @@ def closing(app: celery.Celery) -> Iterator[celery.Celery]:
         if isinstance(app.backend, RedisBackend):
             app.backend.result_consumer.stop()
             app.backend.client.connection_pool.disconnect()
-        app.producer_pool.force_close_all(close_pool=False)  # of one with the same broker, too
-        app.pool.force_close_all(close_pool=False)
+        for pool in (app.producer_pool, app.pool):  # which are those of one with the same broker, too
+            pool.force_close_all(close_pool=False)
+            pool.setup()  # or that one would wait for ever
         app.pool.connection.release()
         app.close()
