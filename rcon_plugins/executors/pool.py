@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rcon_plugins.policy import Policy
 
 #: How long the next work waits for an executor process that has just served another, seconds.
-SOON_SECONDS = 0.05
+SOON_SECONDS = 0.25
 #: After how long one that does not wait for work again is ended: something of its last work holds it up.
 LATE_SECONDS = 2.0
 
