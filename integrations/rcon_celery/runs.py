@@ -90,7 +90,7 @@ class Delivery:
         self._task = task
         self._pulse = pulse
         self._counts = counts
-        self._key = f"rcon-runs-{again.identity(task)}"
+        self._name = f"rcon-runs-{again.identity(task)}"
         self._number: str | None = getattr(task.request, again.HEIR, None)
         self.again = again.is_redelivered(task) or self._number is not None
         #: Whether the backend can keep what is noted.
@@ -106,7 +106,7 @@ class Delivery:
             self.lost = 1
 
     def _look(self) -> None:
-        before = _decoded(self._task.backend.get(self._key), Run)
+        before = _decoded(self._task.backend.get(self._key()), Run)
         if before is not None:
             if before.over and self.again and self._was_done(before):
                 raise self._superfluous("it was done before")
@@ -126,7 +126,8 @@ class Delivery:
         As those do that waited beyond the visibility timeout, which are several by then.
         """
         backend, number = self._task.backend, os.urandom(8).hex()
-        self._claimed = key = f"{self._key}-claim-{before.beat if before is not None else 0}"
+        self._claimed = f"-claim-{before.beat if before is not None else 0}"
+        key = self._key(self._claimed)
         if isinstance(backend, RedisBackend):
             return bool(backend.client.set(key, number, nx=True, ex=int(_VALID)))
         # Nothing is at once with other backends: of several the last one counts, when each has had its time to write.
@@ -143,7 +144,7 @@ class Delivery:
 
     def _wait(self) -> Exception:
         """Let the message wait, if no other of the same does. What to raise."""
-        backend, key, now = self._task.backend, f"{self._key}-heir", time.time()
+        backend, key, now = self._task.backend, self._key("-heir"), time.time()
         heir = _decoded(backend.get(key), Heir)
         if heir is not None and heir.number != self._number and now < heir.due + _LATE:
             return self._superfluous("it runs, and another message waits for its end")
@@ -185,33 +186,44 @@ class Delivery:
             self._pulse.remove(self)
             with self._lock:
                 self._over = True
-            if self._written:
-                if ended and time.monotonic() > self._began + _LASTING:
-                    self._write(over=True)
-                else:
-                    self.forget()
-            if self._claimed is not None:
-                self._task.backend.delete(self._claimed)
+            try:
+                self._conclude(ended=ended)
+            except Exception as error:  # noqa: BLE001 - of any backend; what the task did counts all the same
+                _log.warning("rcon: %s: the result backend cannot be told of its end: %s", self._name, error)
 
-    def say(self) -> None:
-        """In the thread that does so: that it is under way, where that is to be said by now."""
+    def _conclude(self, *, ended: bool) -> None:
+        if self._written:
+            if ended and time.monotonic() > self._began + _LASTING:
+                self._write(over=True)
+            else:
+                self.forget()
+        if self._claimed is not None:
+            self._task.backend.delete(self._key(self._claimed))
+
+    def say(self) -> bool:
+        """In the thread that does so: that it is under way, where that is to be said by now; whether it was."""
         now = time.monotonic()
         if now < (self._said + _BEAT if self._written else self._began + _LASTING):
-            return
+            return False
         with self._lock:
             if not self._over:
                 self._write(over=False)
+        return True
 
     def forget(self) -> None:
         """Leave no note of it."""
         if self.is_noted:
-            self._task.backend.delete(self._key)
+            self._task.backend.delete(self._key())
+
+    def _key(self, suffix: str = "") -> Any:
+        """Where the backend keeps it: some want text, and some bytes."""
+        return self._task.backend.key_t(self._name + suffix)
 
     def _write(self, *, over: bool) -> None:
         self._written = True
         self._said = time.monotonic()
         run = Run(self.lost, self._pulse.presence(), time.time(), over)
-        self._task.backend.set(self._key, _encoded(run))
+        self._task.backend.set(self._key(), _encoded(run))
 
 
 class Pulse:
@@ -273,8 +285,8 @@ class Pulse:
 
     def _say(self, run: Delivery) -> None:
         try:
-            run.say()
-            self._failing = False
+            if run.say():
+                self._failing = False
         except Exception as error:  # noqa: BLE001 - a backend raises what it likes; it may be there again soon
             if not self._failing:
                 _log.warning("rcon: the result backend cannot be told of tasks that run: %s", error)

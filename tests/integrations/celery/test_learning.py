@@ -166,10 +166,15 @@ def test_redelivered_while_it_runs(offices: Offices, tmp_path: Path, name: str) 
         assert office.get("where")["confined"]
 
 
-def test_lost_after_it_was_redelivered(offices: Offices, tmp_path: Path) -> None:
-    """The message that waits is the only one there is."""
-    gate = tmp_path / "gate"
-    with offices(concurrency=2, **{limited.VISIBILITY: "2"}) as office:
+@pytest.mark.parametrize("backend", ["redis", "files"])
+def test_lost_after_it_was_redelivered(offices: Offices, tmp_path: Path, backend: str) -> None:
+    """The message that waits is the only one there is, if as several copies by then, of which one is run."""
+    gate, results = tmp_path / "gate", tmp_path / "results"
+    results.mkdir()
+    environ = {limited.VISIBILITY: "2"} | (
+        {limited.BACKEND: f"file://{results}"} if backend == "files" else {}
+    )
+    with offices(concurrency=2, **environ) as office:
         result = office.send("late", "slow", str(gate))
         until(lambda: "was delivered again while it runs" in office.worker.log())
         ((executor, _),) = begins(office, "slow")
