@@ -17,7 +17,7 @@ from rcon_plugins.errors import Killed, MemoryLimitExceeded, PidsLimitExceeded, 
 from tests.integrations.celery import limited
 from tests.integrations.celery.office import Maker, Office, Offices
 from tests.integrations.celery.rabbitmq_server import RabbitServer
-from tests.integrations.celery.test_deaths import Gate, begins, never_two_at_once, nothing_runs
+from tests.integrations.celery.test_deaths import Gate, begins, fork_server, never_two_at_once, nothing_runs
 from tests.processes import alive, until
 
 QUEUES = ("classic", "quorum")
@@ -101,6 +101,29 @@ def test_worker_killed(open_office: Maker, gate: Gate, queue: str) -> None:
             never_two_at_once(other, "worker")
             assert [confined for _, confined in begins(other, "worker")] == ["True", "True"]
             assert sum(line.startswith("ends") for line in other.log("worker")) == 1
+
+
+def test_it_does_not_begin_again_before_the_first_run_is_dead(open_office: Maker, gate: Gate) -> None:
+    """Also where the fork server, which ends what ran for the worker, comes to it late."""
+    with open_office(concurrency=1) as office:
+        result = office.send("late", "slow", str(gate.path))
+        until(lambda: len(begins(office, "slow")) == 1)
+        first = int(begins(office, "slow")[0][0])
+        server = fork_server(office.worker.children()[0])
+        with open_office(concurrency=1, url=office.url, name="other") as other:
+            os.kill(server, signal.SIGSTOP)
+            try:
+                os.kill(office.worker.pid, signal.SIGKILL)
+                office.worker.process.wait()
+                until(lambda: len(begins(other, "slow")) == 2)
+                assert not alive(first)
+                assert alive(server)
+            finally:
+                os.kill(server, signal.SIGCONT)
+            gate.open()
+            assert other.wait(result) == "done"
+            never_two_at_once(other, "slow")
+            until(lambda: not alive(server))
 
 
 def test_pool_process_killed(open_office: Maker, gate: Gate) -> None:
