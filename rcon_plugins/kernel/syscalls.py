@@ -145,15 +145,32 @@ def poll_readable(descriptors: Iterable[int], timeout: float | None) -> set[int]
 def poll(wanted: Mapping[int, int], timeout: float | None) -> dict[int, int]:
     """poll(2): what has happened, within ``timeout`` seconds, to descriptors; ``wanted`` gives for each what counts.
 
-    The real system call, for code that must not depend on what a library such as gevent has made of
-    `select.poll`. An interrupted call is an empty answer. Raises `KernelError`.
+    See `Poll`. Raises `KernelError`.
     """
-    array = (_PollFd * len(wanted))(*(_PollFd(descriptor, mask, 0) for descriptor, mask in wanted.items()))
-    milliseconds = -1 if timeout is None else max(0, math.ceil(timeout * 1000))
-    count = _libc().poll(array, ctypes.c_ulong(len(wanted)), milliseconds)
-    if count < 0:
-        number = ctypes.get_errno()
-        if number == errno.EINTR:  # a signal handler ran
-            return {}
-        raise KernelError(f"poll: {os.strerror(number)}", errno=number, path="poll")
-    return {entry.fd: entry.revents for entry in array if entry.revents}
+    return Poll(wanted).wait(timeout)
+
+
+class Poll:
+    """poll(2) on descriptors that stay the same; ``wanted`` gives for each what counts.
+
+    The real system call, for code that must not depend on what a library such as gevent has made of `select.poll`.
+    """
+
+    def __init__(self, wanted: Mapping[int, int]) -> None:
+        self._count = len(wanted)
+        self._array = (_PollFd * self._count)(*(_PollFd(fd, mask, 0) for fd, mask in wanted.items()))
+        self._call = _libc().poll
+
+    def wait(self, timeout: float | None) -> dict[int, int]:
+        """What has happened to which, within ``timeout`` seconds (None: however long it takes).
+
+        An interrupted call is an empty answer. Raises `KernelError`.
+        """
+        milliseconds = -1 if timeout is None else max(0, math.ceil(timeout * 1000))
+        count = self._call(self._array, ctypes.c_ulong(self._count), milliseconds)
+        if count < 0:
+            number = ctypes.get_errno()
+            if number == errno.EINTR:  # a signal handler ran
+                return {}
+            raise KernelError(f"poll: {os.strerror(number)}", errno=number, path="poll")
+        return {entry.fd: entry.revents for entry in self._array if entry.revents} if count else {}

@@ -134,9 +134,14 @@ def _memory(
 
 def _memory_v2(opening: _Opening, there: str, kinds: frozenset[str]) -> None:
     path = opening.path
+    if not kinds:
+        return
+    limits = {"memory_high": "memory.high", "memory_limit": "memory.max", "oom_kill": "memory.max"}
+    numbers = sources.Numbers(there, "memory.current", *{limits[kind] for kind in kinds})
+    opening.sources.append(numbers)
 
     def levels(name: str) -> Levels:
-        return lambda: (_number(there, name), _number(there, "memory.current"))
+        return lambda: (numbers.read(name), numbers.read("memory.current"))
 
     own: dict[str, tuple[Kind, Levels]] = {}
     if "memory_high" in kinds:

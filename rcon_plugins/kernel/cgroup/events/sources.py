@@ -73,6 +73,36 @@ class Source:
             raise Gone from error
 
 
+class Numbers(Source):
+    """Files of one number each, kept open: an event need not wait until they are. Tells nothing itself."""
+
+    def __init__(self, directory: str, *names: str) -> None:
+        self._open: dict[str, int] = {}
+        try:
+            for name in names:
+                self._open[name] = files.open_file(directory, name)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str) -> int | None:
+        """The number; None for "max", and where the cgroup is gone."""
+        try:
+            text = os.pread(self._open[name], 64, 0)
+        except (KeyError, OSError):  # closed; removed
+            return None
+        return None if text == b"max\n" else int(text)
+
+    def take(self) -> Iterator[Event]:
+        """Nothing, ever."""
+        return iter(())
+
+    def close(self) -> None:
+        """Close them. Again is harmless."""
+        while self._open:
+            posix.close(self._open.popitem()[1])
+
+
 class Counters(Source):
     """A flat keyed file of counters whose changes are told (v2): ``memory.events``, ``pids.events``."""
 

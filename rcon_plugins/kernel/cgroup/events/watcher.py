@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import posix
 import select
@@ -19,7 +20,7 @@ from rcon_plugins.kernel.cgroup import files
 from rcon_plugins.kernel.cgroup.events.event import Event, Pressure
 from rcon_plugins.kernel.cgroup.events.opening import open_sources
 from rcon_plugins.kernel.cgroup.events.sources import Gone, Source
-from rcon_plugins.kernel.syscalls import POLLIN, poll
+from rcon_plugins.kernel.syscalls import POLLIN, Poll
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.cgroup import Cgroup
@@ -248,24 +249,30 @@ class Watcher:
             if not watched:
                 posix.close(wake)
                 return
-            self._turn(wake, watched)
+            wanted = {source.descriptor: source.mask for source, _ in watched if source.descriptor >= 0}
+            waiting = _Waiting({**wanted, wake: POLLIN})
+            # Whoever adds, removes or submits wakes the thread; until then everything stays as it is.
+            while not self._turn(waiting, wake, watched):
+                pass
 
-    def _turn(self, wake: int, watched: list[tuple[Source, Watch]]) -> None:
-        wanted = {source.descriptor: source.mask for source, _ in watched if source.descriptor >= 0}
+    def _turn(self, waiting: _Waiting, wake: int, watched: list[tuple[Source, Watch]]) -> bool:
+        """Wait once, and pass on what there is to tell; whether the thread was woken."""
         dues = [source.due for source, _ in watched if source.due is not None]
         try:
-            ready = _wait({**wanted, wake: POLLIN}, min(dues) if dues else None)
-        except KernelError:
+            ready = waiting.wait(min(dues) if dues else None)
+        except OSError:
             LOGGER.exception("the watcher of cgroups cannot wait for events")
             time.sleep(1)
-            return
-        if wake in ready:
+            return True
+        woken = wake in ready
+        if woken:
             os.eventfd_read(wake)
         now = time.monotonic()
         for source, watch in watched:
             source.told = source.descriptor in ready
-            if not watch.closed and (source.told or (source.due is not None and source.due <= now)):
+            if (source.told or (source.due is not None and source.due <= now)) and not watch.closed:
                 watch.attend(source)
+        return woken
 
 
 class _OfProcess:
@@ -295,19 +302,34 @@ def watcher_of_process() -> Watcher:
         return _of_process.watcher
 
 
-def _wait(wanted: dict[int, int], until: float | None) -> dict[int, int]:
-    def remaining() -> float | None:
-        return None if until is None else max(0.0, until - time.monotonic())
+class _Waiting:
+    """poll(2) on what stays the same between two changes of what is watched."""
 
-    # A cooperative library replaces it by one that would not wake up for these files, or takes it away.
-    if getattr(getattr(select, "poll", None), "__module__", "") == "select":
-        return poll(wanted, remaining())
-    while True:
-        ready = poll(wanted, 0)
-        rest = remaining()
-        if ready or rest == 0:
-            return ready
-        time.sleep(COOPERATIVE_SECONDS if rest is None else min(COOPERATIVE_SECONDS, rest))
+    def __init__(self, wanted: dict[int, int]) -> None:
+        self._poll: select.poll | None = None
+        # A cooperative library replaces it by one that would not wake up for these files, or takes it away.
+        if getattr(getattr(select, "poll", None), "__module__", "") == "select":
+            self._poll = select.poll()
+            for descriptor, mask in wanted.items():
+                self._poll.register(descriptor, mask)
+        else:
+            self._system = Poll(wanted)
+
+    def wait(self, until: float | None) -> dict[int, int]:
+        """What is ready, as soon as anything is, or at that time (`time.monotonic`). Raises KernelError, OSError."""
+
+        def remaining() -> float | None:
+            return None if until is None else max(0.0, until - time.monotonic())
+
+        if self._poll is not None:
+            rest = remaining()
+            return dict(self._poll.poll(None if rest is None else math.ceil(rest * 1000)))
+        while True:
+            ready = self._system.wait(0)
+            rest = remaining()
+            if ready or rest == 0:
+                return ready
+            time.sleep(COOPERATIVE_SECONDS if rest is None else min(COOPERATIVE_SECONDS, rest))
 
 
 def _identity(cgroup: Cgroup) -> int | None:
