@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from shlex import quote
 
 from tests.vm import ROOT, compile_sources, fail, guarded, need, newest_kernel, pass_through, stop
 
@@ -72,7 +73,7 @@ def beginning(prepared: Path) -> str:
         "set -e",
         "export PATH=/usr/sbin:/usr/bin:/sbin:/bin",
         "mount -t tmpfs -o mode=755 run /run",
-        f"cp -r {prepared} /run/systemd",
+        f"cp -r {quote(str(prepared))} /run/systemd",
     ]
     covered = {Path("/tmp"): 0o1777}
     shown: list[tuple[str, Path]] = []
@@ -84,10 +85,10 @@ def beginning(prepared: Path) -> str:
         if any(one in covered for one in above):
             place = f"/run/shown-{len(shown)}"
             shown.append((place, wanted))
-            lines += [f"mkdir {place}", f"mount --bind {wanted} {place}"]
-    lines += [f"mount -t tmpfs -o mode={mode:o} tmp {one}" for one, mode in covered.items()]
+            lines += [f"mkdir {place}", f"mount --bind {quote(str(wanted))} {place}"]
+    lines += [f"mount -t tmpfs -o mode={mode:o} tmp {quote(str(one))}" for one, mode in covered.items()]
     for place, wanted in shown:
-        lines += [f"mkdir -p {wanted}", f"mount --move {place} {wanted}"]
+        lines += [f"mkdir -p {quote(str(wanted))}", f"mount --move {place} {quote(str(wanted))}"]
     lines += [f"exec {SYSTEMD} --log-level=warning --show-status=no --unit=tests.service"]
     return "\n".join([*lines, ""])
 
@@ -115,7 +116,7 @@ def prepare(directory: Path, arguments: list[str]) -> None:
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
         **{name: os.environ[name] for name in ("CI",) if name in os.environ},
     }
-    options = ["-p", "no:cacheprovider", "-o", "timeout=300", "--basetemp", "/tmp/pytest"]
+    options = ["--color=no", "-p", "no:cacheprovider", "-o", "timeout=300", "--basetemp", "/tmp/pytest"]
     units.joinpath("tests.service").write_text(
         SERVICE.format(
             root=ROOT,
