@@ -10,7 +10,7 @@ In the machine the tests find:
 - cgroup v2 alone, with all of its controllers, at /sys/fs/cgroup;
 - `RCON_TEST_DISK`: a directory on a block device of its own (ext4 on a partition, O_DIRECT works), for IO limits;
 - `RCON_TEST_REQUESTS`: how many requests a test under load makes, fewer than elsewhere; see `PASSED_ON`;
-- `TMPDIR` on a tmpfs, two CPUs, 1 GiB of memory, no swap, no network, everything as root.
+- `TMPDIR` on a tmpfs, two CPUs, 1.5 GiB of memory, no swap, no network, everything as root.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def main() -> int:
     parser.add_argument(
         "--timeout", type=int, default=3000, help="seconds for all of it (default: %(default)s)"
     )
-    parser.add_argument("--memory", default="1G", help="memory of the machine (default: %(default)s)")
+    parser.add_argument("--memory", default="1536M", help="memory of the machine (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show the machine's console")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options, arguments = parser.parse_known_args()

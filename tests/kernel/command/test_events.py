@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.kernel.command.harness import become_rcon, left_by, rcon, until
 from tests.kernel.command.test_run import ALLOCATE
 
@@ -36,7 +34,6 @@ def test_one_that_needs_more_than_the_last_limit_ends() -> None:
     assert (done.report["outcome"], done.report["limit"]) == ("memory", "memory")
 
 
-@pytest.mark.once  # the emulated machine has no GiB to spare; there the two tests above say the same with less
 def test_the_figures_of_the_talk() -> None:
     """From 64 MiB, twice as much each time, up to 1 GiB: what needs 200 MiB finishes, what needs 2 GiB is ended."""
     grows = ("--memory", "64M", "--expand", "2x", "--up-to", "1G", "--swap", "0")
