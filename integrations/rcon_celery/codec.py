@@ -75,30 +75,35 @@ def encode_task(task: Any, request: Any, args: Any, kwargs: Any, accept: set[str
         return encode({"args": args, "kwargs": kwargs, "request": plain}, serializers)
 
 
-def encode_result(task: Any, result: object, children: Iterable[Any]) -> tuple[Body, bytes]:
-    """A task's result, and what it sent off. Runs in the executor. Raises what serializers raise."""
+def encode_result(task: Any, result: object, children: Iterable[Any], serializer: str) -> tuple[Body, bytes]:
+    """A task's result, and what it sent off. Runs in the executor. Raises what serializers raise.
+
+    ``serializer``, here and below, is that of its result backend.
+    """
     payload: dict[str, Any] = {"children": [child.as_tuple() for child in children]}
     if isinstance(result, ResultBase):
         payload["tuple"] = result.as_tuple()
     else:
         payload["value"] = result
-    return encode(payload, _of_results(task))
+    return encode(payload, _of_results(task, serializer))
 
 
-def encode_exception(task: Any, error: BaseException, children: Iterable[Any]) -> tuple[Body, bytes]:
+def encode_exception(error: BaseException, children: Iterable[Any], serializer: str) -> tuple[Body, bytes]:
     """An exception, as far as the serializer of the result backend carries it. Runs in the executor."""
-    payload = {"error": _told(task, error), "children": [child.as_tuple() for child in children]}
-    return encode(payload, (task.backend.serializer,))
+    payload = {"error": _told(error, serializer), "children": [child.as_tuple() for child in children]}
+    return encode(payload, (serializer,))
 
 
-def encode_predicate(task: Any, error: Exception, children: Iterable[Any]) -> tuple[Body, bytes]:
+def encode_predicate(
+    task: Any, error: Exception, children: Iterable[Any], serializer: str
+) -> tuple[Body, bytes]:
     """A `Retry`, `Ignore` or `Reject`. Runs in the executor."""
     payload: dict[str, Any] = {"children": [child.as_tuple() for child in children]}
-    serializers = _of_results(task)
+    serializers = _of_results(task, serializer)
     if isinstance(error, Retry):
         payload |= {
             "message": _data(error.message, serializers),
-            "error": _told(task, error.exc) if error.exc is not None else None,
+            "error": _told(error.exc, serializer) if error.exc is not None else None,
             "text": error.excs,
             "when": _data(error.when, serializers),
             "sig": error.sig if _is_data(error.sig, serializers) else None,
@@ -115,9 +120,9 @@ def is_ignored(task: Any, request: Any) -> bool:
     return bool(get_actual_ignore_result(task, request)) or isinstance(task.backend, DisabledBackend)
 
 
-def encode_nothing(task: Any) -> tuple[Body, bytes]:
+def encode_nothing(task: Any, serializer: str) -> tuple[Body, bytes]:
     """In the place of an answer that is too long. Runs in the executor."""
-    return encode({"children": []}, _of_results(task))
+    return encode({"children": []}, _of_results(task, serializer))
 
 
 def value_of(app: Any, payload: dict[str, Any]) -> Any:
@@ -211,13 +216,12 @@ def _of_arguments(task: Any, accept: set[str]) -> list[str]:
     return [task.serializer or task.app.conf.task_serializer]
 
 
-def _of_results(task: Any) -> list[str]:
-    own = task.serializer or task.app.conf.task_serializer
-    return [task.backend.serializer, own]
+def _of_results(task: Any, serializer: str) -> list[str]:
+    return [serializer, task.serializer or task.app.conf.task_serializer]
 
 
-def _told(task: Any, error: BaseException) -> dict[str, Any]:
-    cls, serializers = type(error), (task.backend.serializer,)
+def _told(error: BaseException, serializer: str) -> dict[str, Any]:
+    cls, serializers = type(error), (serializer,)
     try:
         reduced = error.__reduce__()
     except Exception:  # noqa: BLE001 - one of its own
@@ -228,16 +232,16 @@ def _told(task: Any, error: BaseException) -> dict[str, Any]:
     return {
         "module": cls.__module__,
         "type": cls.__qualname__,
-        "args": [_argument(task, value) for value in error.args],
-        "made_of": [_argument(task, value) for value in made_of],
+        "args": [_argument(value, serializer) for value in error.args],
+        "made_of": [_argument(value, serializer) for value in made_of],
         "state": {name: value for name, value in state.items() if _is_data(value, serializers)},
     }
 
 
-def _argument(task: Any, value: object) -> list[Any]:
-    serializers = (task.backend.serializer,)
+def _argument(value: object, serializer: str) -> list[Any]:
+    serializers = (serializer,)
     if isinstance(value, Exception) and not _is_data(value, serializers):
-        return [True, _told(task, value)]
+        return [True, _told(value, serializer)]
     return [False, _data(value, serializers)]
 
 

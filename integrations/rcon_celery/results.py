@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import msgspec
-from celery.app.backends import by_name
+from celery.app.backends import by_name, by_url
 
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.usage import Usage
@@ -72,6 +72,18 @@ def _name_and_url(written: str) -> tuple[str, str, str]:
         name, _, url = written.partition("+")
         return name, "+", url
     return scheme, "+", written
+
+
+def serializer_of(app: Any) -> str | None:
+    """The serializer of the application's result backend; None where there can be no backend.
+
+    Of one that is made and thrown away: forks of this process are to make their own.
+    """
+    try:
+        cls, url = by_url(app.backend_cls or app.conf.result_backend, app.loader)
+        return str(cls(app=app, url=url).serializer)
+    except Exception:  # noqa: BLE001 - a backend may raise anything; who needs one will be told
+        return None
 
 
 class _Keeping:

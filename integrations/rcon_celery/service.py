@@ -11,9 +11,10 @@ from typing import Any, Final
 
 from celery import signals
 from celery._state import _task_stack
+from celery.app.task import Task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
-from rcon_celery import codec, place, takeover, threads, wire
+from rcon_celery import codec, place, results, takeover, threads, wire
 from rcon_celery.ground import Ground
 from rcon_celery.takeover import Body, perform
 from rcon_plugins.errors import SoftMemoryLimitExceeded
@@ -31,6 +32,8 @@ class TaskService:
     def __init__(self, app: Any, bodies: Mapping[str, Body], hostname: str, *, greenlets: bool) -> None:
         """``greenlets``: the worker has a loop of gevent's."""
         self._greenlets = greenlets
+        # Known here, for it takes a new process longer to make a backend than all else of its first task.
+        self._serializer = results.serializer_of(app)
         self._app = app
         self._bodies = bodies
         self._hostname = hostname
@@ -55,7 +58,8 @@ class TaskService:
         before = threads.alive()
         how, text, (body, answer) = self._perform(task, order, head.longest)
         if len(answer) > head.longest:
-            how, text, (body, answer) = "too long", str(len(answer)), codec.encode_nothing(task)
+            nothing = codec.encode_nothing(task, self._serializer_of(task))
+            how, text, (body, answer) = "too long", str(len(answer)), nothing
         busy = threads.go_on(before)
         wire.send(channel, wire.ANSWER, wire.AnswerHead(head.number, how, text, body, busy), answer)
 
@@ -84,6 +88,11 @@ class TaskService:
             time.sleep(0.001)  # gevent closes files when its loop gets its turn
         signals.worker_process_init.send(sender=self._hostname)
 
+    def _serializer_of(self, task: Any) -> str:
+        """That of its result backend."""
+        has_own = type(task).backend is not Task.backend or vars(task).get("_backend") is not None
+        return str(task.backend.serializer) if has_own or self._serializer is None else self._serializer
+
     def _perform(
         self, task: Any, order: Mapping[str, Any], longest: int
     ) -> tuple[wire.How, str, tuple[wire.Body, bytes]]:
@@ -93,6 +102,7 @@ class TaskService:
         request = task.request_stack.top
         request.headers = order["request"].get("headers")  # not what Celery makes of what it does not know
         takeover.begin(request)
+        serializer = self._serializer_of(task)
         vars(task).pop("run", None)  # what autoretry_for puts around it does its part in the host
         try:
             try:
@@ -106,23 +116,31 @@ class TaskService:
             except _ENDS_THE_PROCESS:
                 raise
             except Retry as error:
-                return "retry", "", codec.encode_predicate(task, error, request.children)
+                return "retry", "", codec.encode_predicate(task, error, request.children, serializer)
             except Reject as error:
-                return "reject", "", codec.encode_predicate(task, error, request.children)
+                return "reject", "", codec.encode_predicate(task, error, request.children, serializer)
             except Ignore as error:
-                return "ignore", "", codec.encode_predicate(task, error, request.children)
+                return "ignore", "", codec.encode_predicate(task, error, request.children, serializer)
             except BaseException as error:  # noqa: BLE001 - whatever the task raised belongs to its host
                 text = "".join(
                     traceback.format_exception(type(error), error, _of_the_task(error.__traceback__))
                 )
-                return "error", wire.shortened(text), codec.encode_exception(task, error, request.children)
+                return (
+                    "error",
+                    wire.shortened(text),
+                    codec.encode_exception(error, request.children, serializer),
+                )
             try:
-                body, answer = codec.encode_result(task, result, request.children)
+                body, answer = codec.encode_result(task, result, request.children, serializer)
                 if len(answer) <= longest or not codec.is_ignored(task, request):
                     return "ok", "", (body, answer)
-                return "unencodable", wire.shortened(repr(result)), codec.encode_nothing(task)
+                return "unencodable", wire.shortened(repr(result)), codec.encode_nothing(task, serializer)
             except Exception as error:  # noqa: BLE001 - serializers raise what they like
-                return "unencodable", wire.shortened(repr(result)), codec.encode_exception(task, error, [])
+                return (
+                    "unencodable",
+                    wire.shortened(repr(result)),
+                    codec.encode_exception(error, [], serializer),
+                )
         finally:
             task.pop_request()
             _task_stack.pop()
