@@ -6,7 +6,7 @@ Sockets and pipes they never have.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rcon_plugins.executors import log_files
@@ -21,9 +21,9 @@ def server_files() -> list[int]:
     return sorted({number for number in {*logs, *_shared_by_pool()} if number > 2})
 
 
-def leave_log_files() -> None:
-    """In an executor process: let what is logged to files go to standard error."""
-    log_files.leave_log_files(_loggers())
+def leaving_log_files() -> Callable[[], None]:
+    """What, in an executor process, lets what is logged to files go to standard error."""
+    return log_files.leaving_log_files(_loggers())
 
 
 def _shared_by_pool() -> Iterator[int]:

@@ -15,7 +15,7 @@ from celery.exceptions import Reject, SoftTimeLimitExceeded, TaskPredicate
 from rcon_celery import again, cluster, codec, handover, place, results
 from rcon_celery.bootstep import make_step
 from rcon_celery.decorator import Mark, mark_of
-from rcon_celery.files import leave_log_files, server_files
+from rcon_celery.files import leaving_log_files, server_files
 from rcon_celery.learning import Learning, Lesson, ServerLost
 from rcon_celery.node import Node
 from rcon_celery.pools import after_fork
@@ -178,7 +178,7 @@ class Installation:
         service = TaskService(self._app, self._bodies, node.hostname, greenlets=node.pool.server.greenlets)
         manager.start(
             service,
-            after_fork=[*after_fork(node.pool), leave_log_files, service.expect_notices],
+            after_fork=[*after_fork(node.pool), leaving_log_files(), service.expect_notices],
             server_files=[*server_files(), node.tally.file, node.changes.file],
         )
         self.manager, self._pid, self.is_lost = manager, os.getpid(), False

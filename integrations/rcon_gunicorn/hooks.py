@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from rcon_gunicorn.logs import join_error_log, leave_log_files, log_files
+from rcon_gunicorn.logs import join_error_log, leaving_log_files, log_files
 from rcon_gunicorn.master import Master
 from rcon_gunicorn.workers import after_fork, refusal, server_traits
 from rcon_plugins.errors import ConfinementError, RconError
@@ -156,7 +156,7 @@ class Hooks:
         )
         manager.start(
             WsgiService(worker.wsgi),
-            after_fork=[*after_fork(traits), leave_log_files],
+            after_fork=[*after_fork(traits), leaving_log_files()],
             # The heartbeat: who has it keeps a worker that hangs alive. Who has a log file may empty it.
             server_files=[worker.tmp.fileno(), *log_files(worker.log)],
         )

@@ -6,6 +6,7 @@ Source: gunicorn's ``glogging.py``.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from rcon_plugins.executors import log_files as files
 
@@ -51,9 +52,9 @@ def log_files(log: object) -> list[int]:
     return sorted(descriptor for descriptor in descriptors if descriptor > 2)
 
 
-def leave_log_files() -> None:
-    """In an executor process: let what is logged to gunicorn's logs go to standard error instead of their files."""
-    files.leave_log_files(_loggers())
+def leaving_log_files() -> Callable[[], None]:
+    """What, in an executor process, lets what is logged to gunicorn's logs go to standard error instead of files."""
+    return files.leaving_log_files(_loggers())
 
 
 def _loggers() -> list[logging.Logger]:

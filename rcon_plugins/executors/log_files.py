@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 #: Kept, since a file object that nobody has closes its descriptor, and Python may warn of it.
 _left: list[logging.Handler] = []
@@ -15,12 +16,17 @@ def open_log_files(loggers: Iterable[logging.Logger]) -> set[int]:
     return {stream.fileno() for stream in streams if stream is not None and not stream.closed}
 
 
-def leave_log_files(loggers: Iterable[logging.Logger]) -> None:
-    """In an executor process: let what these loggers write to files go to standard error.
+def leaving_log_files(loggers: Iterable[logging.Logger]) -> Callable[[], None]:
+    """What, in an executor process, lets what these loggers write to files go to standard error.
 
-    A handler would write to what is in the place of its file, or open the file again as whoever the work is.
+    A handler would write to what is in the place of its file, or open the file again as whoever the work is. Which
+    there are is seen here: to look at each logger there is takes a new process a while.
     """
-    for logger, handler in list(_file_handlers(loggers)):
+    return partial(_leave, list(_file_handlers(loggers)))
+
+
+def _leave(found: Iterable[tuple[logging.Logger, logging.FileHandler]]) -> None:
+    for logger, handler in found:
         substitute = logging.StreamHandler()
         substitute.setLevel(handler.level)
         substitute.setFormatter(handler.formatter)

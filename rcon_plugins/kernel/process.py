@@ -62,15 +62,16 @@ def take_default_signals() -> None:
 
 
 def forget_bell(bell: int, rope: int) -> None:
-    """In a new process: give SIGCHLD its default action, unblock all signals, and blank the parent's bell.
+    """In a new process: give SIGCHLD its default action, unblock all signals, and close the parent's bell.
 
-    For a child of one that took default signals, and then made no more of its own than `bell_of_children`.
+    For a child of one that took default signals, and then made no more of its own than `bell_of_children`; nobody else
+    knows the bell's descriptors.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    blank(bell)
-    blank(rope)
+    posix.close(bell)
+    posix.close(rope)
 
 
 def die_with_parent(parent: int) -> None:
@@ -178,7 +179,7 @@ def own_session_keyring() -> None:
 def bell_of_children() -> tuple[int, int]:
     """A descriptor that becomes readable when a child of this process ends (SIGCHLD), and the one that rings it.
 
-    `take_default_signals` in a new process undoes it there; both are to be blanked.
+    `forget_bell` in a new process undoes it there.
     """
     end, ringer = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     ringer.setblocking(False)

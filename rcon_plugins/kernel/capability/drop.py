@@ -16,6 +16,7 @@ from rcon_plugins.kernel.capability.state import (
     SECBIT_NO_SETUID_FIXUP,
     Ids,
     State,
+    read_securebits,
     read_state,
 )
 from rcon_plugins.kernel.capability.thread import (
@@ -73,7 +74,7 @@ def drop(
         if before.gids != Ids.all(identity.gid):
             set_gids(identity.gid, identity.gid, identity.gid)
     if CAP_SETPCAP in before.permitted:
-        drop_bounding(keep)
+        drop_bounding(keep, before.bounding)
     if identity is not None and before.uids != Ids.all(identity.uid):
         if _would_lose(before, identity, keep):
             set_keep_capabilities(True)
@@ -164,7 +165,7 @@ def _would_lose(now: State, identity: Identity, keep: Capabilities) -> bool:
 
 def _forget_keeping() -> None:
     """But where it is locked: then it matters to nobody, for there is no uid 0 to leave."""
-    securebits = read_state().securebits or 0
+    securebits = read_securebits()
     if securebits & SECBIT_KEEP_CAPS and not securebits & SECBIT_KEEP_CAPS_LOCKED:
         set_keep_capabilities(False)
 

@@ -62,7 +62,12 @@ def read_state(tid: int | None = None) -> State:
     """
     own = tid is None or tid == threading.get_native_id()
     path = "/proc/thread-self/status" if own else f"/proc/{tid}/status"
-    return parse_status(_read(path, tid), syscall("prctl", PR_GET_SECUREBITS) if own else None)
+    return parse_status(_read(path, tid), read_securebits() if own else None)
+
+
+def read_securebits() -> int:
+    """prctl(PR_GET_SECUREBITS): the securebits flags of the calling thread, as ``SECBIT_*``."""
+    return syscall("prctl", PR_GET_SECUREBITS)
 
 
 def parse_status(text: bytes, securebits: int | None = None) -> State:

@@ -88,12 +88,12 @@ def set_ambient(capabilities: Capabilities) -> None:
             _refuse_ambient(error, number)
 
 
-def drop_bounding(keep: Capabilities) -> None:
-    """Take all but ``keep`` out of the bounding set of the calling thread, for good.
+def drop_bounding(keep: Capabilities, held: Capabilities | None = None) -> None:
+    """Take all but ``keep`` out of the bounding set of the calling thread, for good. ``held``: that set, where known.
 
     Needs CAP_SETPCAP in the effective set where there is anything to take out. Raises `CapabilityError`.
     """
-    for number in read_state().bounding - keep:
+    for number in (read_state().bounding if held is None else held) - keep:
         try:
             prctl(PR_CAPBSET_DROP, number)
         except KernelError as error:
