@@ -333,14 +333,11 @@ def _enter(birth: Birth, instance: Instance) -> bool:
 
     One at a time, in all workers of the server, so that no two take the last place. Source: cgroup-v2.rst, pids.
     """
-    leaf, together, pids = (
-        instance.leaf(birth.name, birth.leaf),
-        instance.together(birth.name),
-        birth.policy.pids,
-    )
+    leaf, pids = instance.leaf(birth.name, birth.leaf), birth.policy.pids
     if pids is None:
         leaf.enter_process()
         return True
+    together = instance.together(birth.name)
     with entering(instance.locks, birth.name):
         if (together.read().pids_current or 0) >= pids:
             return False

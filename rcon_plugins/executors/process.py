@@ -371,14 +371,12 @@ class ProcessExecutors:
 
     def _is_gone(self, executor: Executor) -> bool:
         """Whether the executor process has ended, with all it started; its cgroup is removed then."""
+        late = time.monotonic() > executor.killed_at + KILL_AGAIN_SECONDS
         try:
-            lingering = bool(executor.leaf.processes(subtree=True))
-            if executor.spared and executor.fate is None and executor.told and lingering:
-                return False
+            lingering = (executor.told or late) and bool(executor.leaf.processes(subtree=True))
             if lingering or not executor.told:
-                if time.monotonic() > executor.killed_at + KILL_AGAIN_SECONDS:
-                    self._kill_once(executor)
-                self._complain(executor)
+                if not (executor.told and executor.spared and executor.fate is None):
+                    self._kill_again(executor, late)
                 return False
             if executor.attention is not None:
                 executor.attention.part()
@@ -391,7 +389,9 @@ class ProcessExecutors:
                 LOGGER.error("the cgroup of an executor process could not be removed: %s", error)
         return True
 
-    def _complain(self, executor: Executor) -> None:
+    def _kill_again(self, executor: Executor, late: bool) -> None:
+        if late:
+            self._kill_once(executor)
         if executor.dies() > CLOSE_SECONDS and not executor.complained:
             executor.complained = True
             LOGGER.error(
