@@ -82,7 +82,7 @@ class ExecutorPool:
         if executor is None:
             self._make_room()
             executor = self._birth(name, policy, identity)
-        if executor.works + 1 >= policy.max_works and policy.pids is None and policy.memory is None:
+        if executor.works + 1 >= policy.max_works and not _is_shared(policy):
             self._look_ahead(executor)
         if executor.pid == 0:
             try:
@@ -315,3 +315,8 @@ class ExecutorPool:
         if was_waiting:
             executor.channel.close()
         self._on_end(executor.name)
+
+
+def _is_shared(policy: Policy) -> bool:
+    """Whether a process that waits takes from the work under way what that may need."""
+    return policy.pids is not None or policy.memory is not None or policy.rlimits.nproc is not None

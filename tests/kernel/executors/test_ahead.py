@@ -52,7 +52,7 @@ def test_so_does_that_of_one_at_its_last_work() -> None:
         assert ask(manager, "pid")[0] == successor
 
 
-@pytest.mark.parametrize("together", [{"pids": 8}, {"memory": "512M"}])
+@pytest.mark.parametrize("together", [{"pids": 8}, {"memory": "512M"}, {"rlimits": {"nproc": 100}}])
 def test_none_takes_a_place_or_memory_that_the_work_may_need(together: dict[str, Any]) -> None:
     with managing({**FRESH, **together}) as manager:
         first = begin(manager, "sleep", 0.1)
