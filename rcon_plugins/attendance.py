@@ -184,7 +184,7 @@ class Attended:
     def memory(self, limit: str) -> Memory | None:
         """The limit of memory in force, of the executor (``each.memory``) or of its confinement."""
         of = self._above if limit == "memory" and self._above is not None else self
-        return of.expansion.memory if of.expansion is not None else of.limits.memory
+        return of.limits.memory
 
     def change(self, policies: Mapping[str, Policy]) -> bool:
         """These policies are otherwise now; whether its own is among them, and is to be watched anew."""

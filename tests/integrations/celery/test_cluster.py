@@ -220,7 +220,7 @@ def test_set_limits_of_io(offices: Offices, tmp_path: Path) -> None:
             return (len(times) - 1) * (1 << 20) / (times[-1] - times[0])
 
         disk = disk_of(tmp_path)
-        result = office.send("write", str(tmp_path / "file"), str(tmp_path / "stop"))
+        result = office.send("write", f"{disk}/file", str(tmp_path / "stop"))
         until(lambda: len(office.log("writes")) >= 8)
         told = rcon_set(office, "write", f"io.{disk}.write", "2M")["ok"]
         assert (told["old"], told["new"], told["cgroups"], told["kept"]) == (None, "2M", 1, 0)
@@ -242,7 +242,7 @@ def test_set_limits_of_io(offices: Offices, tmp_path: Path) -> None:
         # What begins after it is set, in every process.
         rcon_set(office, "write", f"each.io.{disk}.write", "2M")
         for name in ("one", "two"):
-            office.send("write", str(tmp_path / name), str(tmp_path / "never"))
+            office.send("write", f"{disk}/{name}", str(tmp_path / "never"))
         until(lambda: len(group_of(office, "write").pids()) >= 2)
         leaves = [group.cgroup.child(name) for name in group.cgroup.children()]
         until(lambda: all([m.wbps for m in read_limits(leaf).io.values()] == [slow] for leaf in leaves))
@@ -250,7 +250,7 @@ def test_set_limits_of_io(offices: Offices, tmp_path: Path) -> None:
 
 
 def disk_of(path: Path) -> str:
-    """A path on the disk that holds this one; the emulated machine says which."""
+    """A directory on a disk: this one, or the one that the emulated machine names."""
     return os.environ.get("RCON_TEST_DISK", str(path))
 
 

@@ -51,6 +51,11 @@ class Acts:
         time.sleep(seconds)
 
     @staticmethod
+    def wait_for(path: str) -> None:
+        while not Path(path).exists():
+            time.sleep(0.01)
+
+    @staticmethod
     def burn(seconds: float, processes: int = 1) -> None:
         children = [pid for _ in range(processes - 1) if (pid := _forked(lambda: _spin(seconds)))]
         _spin(seconds)
