@@ -43,6 +43,7 @@ class Beginning(NamedTuple):
 
 beginning = pytest.StashKey[Beginning]()
 left = pytest.StashKey[list[str]]()
+patience = pytest.StashKey[Any]()
 
 
 @pytest.fixture
@@ -106,6 +107,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     missing = [name for name in TIERS if name not in present]
     if "CI" in os.environ and everything and missing:
         raise pytest.UsageError(f"in CI every tier is run, and no test was found in: {', '.join(missing)}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
+    """Take note of the timeout; pytest-timeout then sets it."""
+    item.stash[patience] = settings
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A second attempt has the time of the first: pytest-timeout sets it once for both, and it is over by a timeout."""
+    if getattr(item, "execution_count", 1) > 1 and patience in item.stash:
+        item.config.hook.pytest_timeout_cancel_timer(item=item)
+        item.config.hook.pytest_timeout_set_timer(item=item, settings=item.stash[patience])
 
 
 @pytest.hookimpl(wrapper=True)

@@ -99,6 +99,13 @@ def test_what_fails_twice_fails(run: Run) -> None:
     assert "1 failed, 1 rerun" in output
 
 
+def test_a_second_attempt_that_hangs_is_ended_too(run: Run) -> None:
+    body = "def test_it(): time.sleep(30)"
+    status, output = run(body, "--reruns", "1", "-o", "timeout=1", "tests/unit")
+    assert status == 1
+    assert "1 failed, 1 rerun" in output
+
+
 def test_in_ci_a_skip_is_a_failure(run: Run) -> None:
     body = "def test_it(): pytest.skip('no kernel')\n@pytest.mark.xfail\ndef test_known(): raise OSError\n"
     assert run(body)[0] == 0
