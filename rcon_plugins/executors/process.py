@@ -159,13 +159,9 @@ class ProcessExecutors:
         self._living[number] = executor
         try:
             if (now := self._current(policy)) is not policy:
-                # Changed meanwhile: what was written just now may be what was so before.
-                executor.policy, birth = now, birth._replace(policy=now)
+                self.change({now.name: now})  # what was written just now may be what was so before
+                birth = birth._replace(policy=now)
                 make_leaf(self._instance, self._hook, birth, self._limits(name, now))
-                if executor.attention is not None:
-                    executor.attention.part()
-                if self.attendant is not None:
-                    executor.attention = self.attendant.attend(executor)
             self._order(birth, theirs.fileno())
         except OSError as error:
             self._deaf = self._deaf or isinstance(error, BrokenPipeError | ConnectionResetError)
