@@ -19,6 +19,7 @@ from rcon_plugins.plan import Plan
 from rcon_plugins.policy import Policy
 from rcon_plugins.settings import from_mapping
 from tests.children import in_child
+from tests.places import let_others_in
 
 WHOLE = 10 * UNIT
 
@@ -231,7 +232,5 @@ def test_one_for_a_process_also_as_another_user(tmp_path: Path, monkeypatch: pyt
         share = second.take(UNIT, WHOLE)
         return first is second, share is not None, (tmp_path / "rcon").stat().st_uid == 12345
 
-    for parent in tmp_path.parents:
-        if parent.stat().st_uid == 0 and str(parent).startswith("/tmp/pytest"):
-            parent.chmod(0o755)
+    let_others_in(tmp_path.parent)
     assert in_child(program) == (True, True, True)

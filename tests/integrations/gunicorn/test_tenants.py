@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.integrations.gunicorn.server import Gunicorn
-from tests.integrations.gunicorn.tenants import TENANTS, ids, is_right, readable, settings
+from tests.integrations.gunicorn.tenants import TENANTS, ids, is_right, settings
+from tests.places import let_others_in
 from tests.processes import PATIENCE
 
 REQUESTS = int(os.environ.get("RCON_TEST_REQUESTS", "10000"))
@@ -97,7 +98,7 @@ def test_eight_tenants_in_one_worker(
 ) -> None:
     arguments = ["--worker-class", "gthread", "--workers", "1", "--threads", "8", "--keep-alive", "60"]
     if user != "root":
-        readable(tmp_path)
+        let_others_in(tmp_path)
         arguments += ["--user", user, "--group", user]
     with Gunicorn(tmp_path, settings(homes, isolation), *arguments) as server:
         (worker,) = server.workers()

@@ -35,6 +35,7 @@ from rcon_plugins.settings import from_mapping
 from tests.children import in_child
 from tests.kernel.executors import ways_back
 from tests.kernel.executors.service import alive, ask, begin, end, managing, soon, status
+from tests.places import let_others_in
 
 TENANT, OTHER = 61001, 61002
 GROUPS = [61011, 61012]
@@ -47,9 +48,7 @@ def setuid_root(tmp_path: Path) -> Iterator[str]:
     """A program that is setuid root, where everybody may execute it."""
     program = Path(shutil.copy(shutil.which("id") or "id", tmp_path / "id"))
     program.chmod(0o4755)
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        if directory.owner() == "root" and directory != Path("/"):
-            directory.chmod(directory.stat().st_mode | 0o111)
+    let_others_in(tmp_path)
     yield str(program)
     program.unlink()
 
@@ -145,9 +144,8 @@ def test_what_is_kept_is_kept_and_no_more(setuid_root: str) -> None:
 
 
 def test_umask_and_rlimits(tmp_path: Path) -> None:
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        if directory != Path("/"):
-            directory.chmod(0o777 if directory == tmp_path else directory.stat().st_mode | 0o111)
+    let_others_in(tmp_path)
+    tmp_path.chmod(0o777)
     with managing({**POLICY, "umask": "027", "rlimits": {"nofile": 640, "core": 0}}) as manager:
         assert ask(manager, "create", str(tmp_path / "new"))[0] == f"{TENANT}:{TENANT} 640"
         assert ask(manager, "rlimits", "nofile", "core")[0] == [[640, 640], [0, 0]]

@@ -20,6 +20,7 @@ from rcon_plugins.errors import ConfinementError, IdentityRefused, SettingsError
 from rcon_plugins.identity import check, resolve
 from rcon_plugins.kernel.capability import Identity
 from rcon_plugins.policy import Policy
+from tests.places import let_others_in
 
 ANNA, BERTA, DEPLOY = 54001, 54002, 54003  # without entries in the user database
 STAFF = 54100
@@ -28,8 +29,7 @@ STAFF = 54100
 @pytest.fixture
 def sites(tmp_path: Path) -> Path:
     """Two tenants, each with a directory of its own, below one that is root's."""
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)  # what another user is to look at
+    let_others_in(tmp_path)
     home = tmp_path / "sites"
     for name, uid in [("anna", ANNA), ("berta", BERTA)]:
         (home / name / "app").mkdir(parents=True)

@@ -16,6 +16,7 @@ import pytest
 from rcon_plugins.cli import checking
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from tests.places import let_others_in
 
 ROOT = Path(__file__).resolve().parents[3]
 NOBODY = 65534
@@ -83,8 +84,7 @@ def test_without_a_cgroup_of_ones_own(tmp_path: Path, in_child: Any) -> None:
         file = "rcon.toml"
         return (*checking.check(file, "gthread", False), *checking.check(file, "gthread", True))
 
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    let_others_in(tmp_path)
     try:
         text, good, as_json, good_too = in_child(of_nobody)
     finally:

@@ -31,6 +31,7 @@ from tests.integrations.celery.redis_server import RedisServer
 from tests.kernel.cgroup.helpers import running, sleep_forever
 from tests.kernel.command.harness import become_rcon, rcon, until
 from tests.kernel.systemd.test_user_manager import a_server
+from tests.places import let_others_in
 
 pytestmark = [pytest.mark.kernel, pytest.mark.layout("v2"), pytest.mark.init("systemd")]
 
@@ -209,8 +210,8 @@ def test_a_command_of_a_users(login: Path, tmp_path: Path) -> None:
             become_rcon(["run", "--memory", "64M", "--swap", "0", "--", *GREEDY], streams)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        directory.chmod(0o777)
+    let_others_in(tmp_path)
+    tmp_path.chmod(0o777)
     assert in_session(login, act) == 137
     assert streams[1].read_text() == "rcon: memory limit 64 MiB reached (peak 64.0 MiB)\n"
 
