@@ -193,7 +193,7 @@ def _changed_io(now: Mapping[str, IoLimits], name: str, value: str, where: str) 
     elif key is not None:
         said[key] = value_of(key, value)
     if said:
-        devices[device] = convert(said, IoLimits, where)
+        devices[device] = convert(said, IoLimits, where if key is None else where.removesuffix(f".{key}"))
     return devices
 
 
