@@ -1,4 +1,4 @@
-"""One limit of a policy, changed by a key and a text as `celery control rcon_set` has them: what is refused, and how."""
+"""One limit of a policy, changed by a key and a text as `celery control rcon_set` has it: what is refused."""
 
 from __future__ import annotations
 
