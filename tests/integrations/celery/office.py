@@ -20,7 +20,7 @@ from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import Worker
 
 #: No result within so many seconds is a hang.
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 SETTINGS = """
 unmatched = "allow"

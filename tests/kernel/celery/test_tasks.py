@@ -1,45 +1,75 @@
-"""The core of what a confined task is promised, on whatever cgroups this machine has: Redis and a worker are real."""
+"""The core of what a confined task is promised, on whatever cgroups this machine has: Redis and workers are real.
+
+Workers take long to start in an emulated machine, so there are two of them, and the last test kills the first.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from celery.exceptions import TaskRevokedError
 
+from rcon_celery import told
 from rcon_plugins.errors import Killed, MemoryLimitExceeded, PidsLimitExceeded, TimeLimitExceeded
-from tests.integrations.celery.office import Office, Offices
+from tests.integrations.celery.office import SETTINGS, Office, Offices
 from tests.integrations.celery.redis_server import RedisServer
+from tests.integrations.celery.test_deaths import begins, never_two_at_once, nothing_runs, put_back
 from tests.processes import alive, until
 
 pytestmark = pytest.mark.timeout(600)  # an emulated machine is slow
 
+MIB = 2**20
+#: A task ``heavy`` has most of it.
+BUDGET = """
+[budget]
+memory = "1200M"
+wait = "60s"
+"""
+
 
 @pytest.fixture(scope="module")
-def office(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
+def offices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offices]:
     directory = tmp_path_factory.mktemp("celery")
-    with RedisServer(directory) as server, Offices(server, directory)(concurrency=1) as opened:
-        processes = opened.worker.children()
+    with RedisServer(directory) as server:
+        yield Offices(server, directory)
+
+
+@pytest.fixture(scope="module")
+def office(offices: Offices) -> Iterator[Office]:
+    with offices(concurrency=1) as opened:
         yield opened
-        assert opened.worker.children() == processes
-        assert "WorkerLostError" not in opened.worker.log()
 
 
 def test_ends_are_told_by_name(office: Office) -> None:
+    processes = office.worker.children()
     assert office.get("where")["confined"]
     error = office.error("hog", MemoryLimitExceeded)
     assert str(error).startswith("hog: memory limit 64M reached, peak 6")
     assert error.usage is not None
     office.error("hang", TimeLimitExceeded)
     office.error("fork", PidsLimitExceeded)
-    assert office.error("die", Killed, "kill").signal == 9
+    assert office.error("die", Killed, "kill").signal == signal.SIGKILL
     assert office.get("where")["confined"]
+    assert office.worker.children() == processes
+    assert "WorkerLostError" not in office.worker.log()
 
 
-@pytest.mark.once
 def test_it_is_told_before(office: Office) -> None:
     assert office.get("soft_memory") == "cleaned up: soft_memory: its memory is nearly used up"
     assert office.get("soft_time") == "cleaned up"
+
+
+def test_more_memory_each_time(office: Office) -> None:
+    result = office.send("learning", 100 * MIB)
+    assert office.wait(result) == 100 * MIB
+    assert len(office.log("learning")) == 2
+    outcome = told(result)
+    assert outcome is not None
+    assert 100 * MIB < (outcome.usage.memory_peak or 0) <= 128 * MIB
 
 
 @pytest.mark.once
@@ -53,3 +83,32 @@ def test_what_it_started_ends_with_it(office: Office) -> None:
         assert "/work/" in Path(f"/proc/{left}/cgroup").read_text()
     finally:
         office.end(left)
+
+
+def test_what_is_killed_comes_back(office: Office, offices: Offices, tmp_path: Path) -> None:
+    """A task that is revoked, a worker that is killed, and the next one, with a budget. Nothing is left over of any."""
+    gate = tmp_path / "gate"
+    revoked = office.send("stay", "revoked")
+    until(lambda: bool(office.log("revoked")))
+    revoked.revoke(terminate=True)
+    with pytest.raises(TaskRevokedError):
+        office.wait(revoked)
+    nothing_runs(office, "revoked")
+    result = office.send("late", "late", str(gate))
+    until(lambda: len(begins(office, "late")) == 1)
+    everybody, directories = office.worker.family(), office.worker.cgroups()
+    os.kill(office.worker.pid, signal.SIGKILL)
+    office.worker.process.wait()
+    until(lambda: not any(map(alive, everybody)))
+    with offices(concurrency=2, settings=SETTINGS + BUDGET, url=office.url) as again:
+        assert directories
+        assert not any(path.exists() for path in directories)
+        put_back(again)
+        until(lambda: len(begins(again, "late")) == 2)
+        gate.touch()
+        assert again.wait(result) == "done"
+        never_two_at_once(again, "late")
+        # Two that do not fit into the budget at once: one waits, whatever the pool has room for.
+        heavy = [again.send("heavy", number, 0.5) for number in range(2)]
+        assert sorted(again.wait(one) for one in heavy) == [[0, 0], [1, 0]]
+        assert [line.split()[0] for line in again.log("heavy")] == ["begins", "ends"] * 2
