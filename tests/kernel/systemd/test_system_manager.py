@@ -236,7 +236,8 @@ def test_a_service_to_which_its_cgroup_is_left(user: str) -> None:
 
 
 def test_a_service_without_is_told_the_line_that_it_lacks() -> None:
-    done = as_service(str(BIN / "rcon"), "run", "--memory", "64M", "--", "true", User=USER)
+    # A user who has no manager of its own to ask, which the other has while it is logged in.
+    done = as_service(str(BIN / "rcon"), "run", "--memory", "64M", "--", "true", User="daemon")
     assert done.returncode == 125
     unit = re.search(r"systemctl edit (run-\w+\.service): \[Service\] (Delegate=[a-z ]+)", done.stderr)
     assert unit, done.stderr
