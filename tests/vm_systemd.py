@@ -178,7 +178,7 @@ def main() -> int:
     options, arguments = parser.parse_known_args()
     arguments = [a for a in arguments if a != "--"]
     if not any(not a.startswith("-") and (ROOT / a.split("::")[0]).exists() for a in arguments):
-        arguments = [TESTS, "-m", "init", *arguments]
+        arguments = [TESTS, "-m", "init", "--reruns", "1", *arguments]
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
