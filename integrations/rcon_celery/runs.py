@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,6 @@ from typing import Any, Final
 import msgspec
 from celery import states
 from celery.backends.base import BaseKeyValueStoreBackend
-from celery.backends.redis import RedisBackend
 from celery.exceptions import Ignore, Reject
 from kombu.utils.encoding import bytes_to_str as _bytes_to_str
 
@@ -128,7 +128,7 @@ class Delivery:
         backend, number = self._task.backend, os.urandom(8).hex()
         self._claimed = f"-claim-{before.beat if before is not None else 0}"
         key = self._key(self._claimed)
-        if isinstance(backend, RedisBackend):
+        if _is_redis(backend):
             return bool(backend.client.set(key, number, nx=True, ex=int(_VALID)))
         # Nothing is at once with other backends: of several the last one counts, when each has had its time to write.
         backend.set(key, number)
@@ -300,6 +300,12 @@ def _ignored(why: str) -> Exception:
 
 def _encoded(what: msgspec.Struct) -> str:
     return msgspec.json.encode(what).decode()
+
+
+def _is_redis(backend: Any) -> bool:
+    """Whether results are in Redis; found without an import, which takes a package that only its users have."""
+    module = sys.modules.get("celery.backends.redis")
+    return module is not None and isinstance(backend, module.RedisBackend)
 
 
 def _decoded(data: Any, kind: type[Any]) -> Any:

@@ -124,7 +124,7 @@ def refused(offices: Offices, *arguments: str, **options: Any) -> str:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (None, "Error: @confined of named: there is no policy 'small' (write it, or its limits)"),
+        (None, ": there is no policy 'small' (write it, or its limits)"),
         (SETTINGS + "[policy.x]\nmemroy = '1G'\n", "policy.x.memroy: unknown key (did you mean 'memory'?)"),
         (SETTINGS + "[policy.x]\nio.'/nowhere' = { read = '1M' }\n", "/nowhere"),
     ],
