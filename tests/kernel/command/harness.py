@@ -70,6 +70,7 @@ def become_rcon(
             os.fdopen(2, "w", closefd=False),
         )
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
         os.chdir(cwd)
         if before:
             before()
