@@ -194,6 +194,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for report in again:
             terminalreporter.line(report.nodeid)
             terminalreporter.line(report.longreprtext)
+            for title, text in report.sections:
+                terminalreporter.line(f"{title}:\n{text}")
     if config.stash.get(left, None) == []:
         terminalreporter.line("no process and no cgroup of the tests is left")
     if "RCON_TEST_BEGAN" in os.environ:

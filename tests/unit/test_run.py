@@ -74,6 +74,7 @@ def test_it(number):
     seen = pathlib.Path(f"seen-{{number}}")
     if not seen.exists():
         seen.touch()
+        print("said " + "before")
         raise OSError("not yet")
 """
 
@@ -84,6 +85,7 @@ def test_a_test_that_needs_a_second_attempt_is_named(run: Run) -> None:
     assert "4 passed, 4 rerun" in output
     assert "tests/unit/test_it.py::test_it[3]\n" in output
     assert 'raise OSError("not yet")' in output
+    assert "said before" in output
 
 
 def test_many_that_need_one_fail_the_run(run: Run) -> None:
