@@ -205,22 +205,19 @@ class Attended:
     def rest(self) -> None:
         """Take back what was given beyond the limit, if it is not needed any more."""
         if self.expansion is not None:
-            try:
-                self.expansion.reset()
-            except KernelError as error:
-                if self.cgroup.exists():
-                    LOGGER.error(
-                        "the memory limit of %s could not be taken back: %s", self.cgroup.path, error
-                    )
+            self._or_say(self.expansion.reset, "the memory limit of %s could not be taken back: %s")
 
     def lift(self) -> None:
         """Take away what slows it down at a limit that expands; the bound stays."""
         if self.expansion is not None:
-            try:
-                self.expansion.lift()
-            except KernelError as error:
-                if self.cgroup.exists():
-                    LOGGER.error("%s stays slowed down at its limit of before: %s", self.cgroup.path, error)
+            self._or_say(self.expansion.lift, "%s stays slowed down at its limit of before: %s")
+
+    def _or_say(self, act: Callable[[], object], problem: str) -> None:
+        try:
+            act()
+        except KernelError as error:
+            if self.cgroup.exists():
+                LOGGER.error(problem, self.cgroup.path, error)
 
     def close(self) -> None:
         """Watch it no more. Again is harmless."""

@@ -156,9 +156,8 @@ def changed(policy: Policy, key: str, value: str) -> Policy:
 
     ``key`` is such as ``memory``, ``each.timeout`` or ``io./srv.read``. Raises `SettingsError`.
     """
-    in_each = key.startswith("each.")
-    name = key.removeprefix("each.")
-    limits: Limits = policy.each if in_each else policy
+    limits, name = _limits(policy, key)
+    in_each = limits is policy.each
     kinds = {field.name: field.type for field in msgspec.structs.fields(Each if in_each else Limits)}
     where = f"policy.{policy.name}.{key}"
     try:
@@ -177,6 +176,11 @@ def changed(policy: Policy, key: str, value: str) -> Policy:
         if (error.key or "").startswith(where):
             raise
         raise SettingsError(error.problem, key=where, value=error.value, hint=error.hint) from None
+
+
+def _limits(policy: Policy, key: str) -> tuple[Limits, str]:
+    """What ``each.memory`` is a limit of, and its name there."""
+    return (policy.each, key.removeprefix("each.")) if key.startswith("each.") else (policy, key)
 
 
 def _changed_io(now: Mapping[str, IoLimits], name: str, value: str, where: str) -> dict[str, IoLimits]:
@@ -206,8 +210,7 @@ def _settable() -> list[str]:
 
 def _limit(policy: Policy, key: str) -> Any:
     """The limit as it is, spelled as in the settings."""
-    limits: Limits = policy.each if key.startswith("each.") else policy
-    name = key.removeprefix("each.")
+    limits, name = _limits(policy, key)
     if not name.startswith("io."):
         return as_written(getattr(limits, name))
     device, part = device_and_key(name.removeprefix("io."))

@@ -14,6 +14,7 @@ from rcon_plugins.kernel import features, process
 from rcon_plugins.kernel.capability import CAP_SETGID, CAP_SETUID, Capabilities, read_state
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, v1
 from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS
+from rcon_plugins.kernel.cgroup.mounts import is_systemds
 
 #: ``there``: it is, or works. ``missing``: a limit cannot be set without it. ``absent``: not there, no limit needs it.
 State = Literal["there", "missing", "absent"]
@@ -84,7 +85,7 @@ def examine(base: str | None = None) -> Report:
         capabilities=list(read_state().effective.names()),
         landlock=features.landlock_brings()[0],
         container=features.container(),
-        systemd=systemd.is_init(),
+        systemd=is_systemds(),
         findings=findings,
     )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcon_plugins.errors import DelegationError
 from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel.cgroup.mounts import is_systemds, parse_membership
 
 if TYPE_CHECKING:
     from jeepney import Message
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 #: For all of it: connecting, asking, and the move of this process. A machine that is busy booting is slow to answer.
 TIMEOUT_SECONDS = 30.0
-_BOOTED = "/run/systemd/system"
 _SYSTEM_BUS = "/run/dbus/system_bus_socket"
 _EXTRA = "pip install 'rcon-plugins[systemd]'"
 
@@ -67,11 +67,6 @@ def _who_can_be_asked() -> str:
     return address
 
 
-def is_init() -> bool:
-    """Whether systemd is the init of this machine, as sd_booted(3) tells."""
-    return os.path.isdir(_BOOTED)
-
-
 def manager() -> str:
     """The manager that would be asked, for people."""
     return "systemd" if os.geteuid() == 0 else "systemd --user"
@@ -81,8 +76,8 @@ def _bus() -> str:
     """The address of the bus on which the manager of this user is. Raises DelegationError where there is none."""
     uid = os.geteuid()
     if uid == 0:
-        if not is_init() or not os.path.exists(_SYSTEM_BUS):
-            problem = "systemd has no bus" if is_init() else "systemd is not the init of this machine"
+        if not is_systemds() or not os.path.exists(_SYSTEM_BUS):
+            problem = "systemd has no bus" if is_systemds() else "systemd is not the init of this machine"
             raise DelegationError(
                 problem, errno=errno.ENOENT, path=_SYSTEM_BUS, hint="root needs no systemd for a cgroup"
             )
@@ -164,7 +159,7 @@ def own_slice(membership: str) -> str | None:
     ``membership`` is the text of ``/proc/self/cgroup``. It is the slice this process is in, where the manager asked has
     made that. Not that of root's logins: what ``systemd-run`` starts is not in it either, and outlives them.
     """
-    path = next((line.partition("::")[2] for line in membership.splitlines() if line.startswith("0::")), "")
+    path = parse_membership(membership).get(frozenset(), "")
     uid = os.geteuid()
     if uid != 0:
         _, inside, path = path.partition(f"/user@{uid}.service/")

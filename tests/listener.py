@@ -1,10 +1,15 @@
-"""A third-party plugin that writes down the events it hears of, and can answer one kind with more memory."""
+"""Plugins that take note of the events they hear of, and can answer a kind of them.
+
+`Listener` is one for a manager of the test's own; what `install` installs is a third party's, which writes them down.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from rcon_plugins import Event, Limits, hookimpl
 
 #: Its name in settings: ``plugins = ["listener"]``.
 NAME = "listener"
@@ -20,6 +25,23 @@ def rcon_event(event):
     if event.kind == os.environ.get("LISTENER_KIND"):
         return Limits(memory=Memory(os.environ["LISTENER_MEMORY"]))
 """
+
+
+class Listener:
+    """Takes note of all events, and answers with what it was given for a kind."""
+
+    def __init__(self, **answers: Limits) -> None:
+        self.events: list[Event] = []
+        self._answers = answers
+
+    @hookimpl
+    def rcon_event(self, event: Event) -> Limits | None:
+        self.events.append(event)
+        return self._answers.get(event.kind)
+
+    def of(self, kind: str, limit: str | None = None) -> list[Event]:
+        """What it has heard of that kind, and of that limit where one is named."""
+        return [event for event in self.events if event.kind == kind and limit in (None, event.limit)]
 
 
 def install(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from rcon_celery.files import leaving_log_files, server_files
 from rcon_celery.learning import Learning, Lesson, ServerLost
 from rcon_celery.node import Node
 from rcon_celery.pools import after_fork
-from rcon_celery.runs import Runs
+from rcon_celery.runs import Pulse
 from rcon_celery.service import TaskService
 from rcon_celery.takeover import Annotations, Body, perform
 from rcon_celery.work import is_own, work_of
@@ -32,6 +32,7 @@ from rcon_plugins.units import Size
 
 if TYPE_CHECKING:
     from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission, ThreadAdmission
+    from rcon_plugins.work import Work
 
 _log = logging.getLogger("rcon")
 
@@ -77,7 +78,7 @@ class Installation:
         self.is_lost = False
         #: Why this process of the pool has no manager.
         self._fault = "it was not set up"
-        self._runs = Runs()
+        self._pulse = Pulse()
         #: Whether a policy says what becomes of tasks that died.
         self._policies_try = False
         cluster.register()
@@ -223,22 +224,23 @@ class Installation:
             self._find_another_server(task)
         if again.is_redelivered(task):
             self._ready_node().instance.end_orphans()  # it may still run for a process that is gone
-        lesson = Lesson(task, self._learning_of(task, args, kwargs))
-        return lesson.run(self._runs, lambda lesson: self._confine(task, body, args, kwargs, lesson))
+        work = work_of(task, args, kwargs)
+        lesson = Lesson(task, self._learning_of(task, work))
+        return lesson.run(self._pulse, lambda lesson: self._confine(task, body, args, kwargs, work, lesson))
 
-    def _learning_of(self, task: Any, args: Any, kwargs: Any) -> Learning | None:
+    def _learning_of(self, task: Any, work: Work) -> Learning | None:
         mark = self._marks.get(task.name)
         own = mark.learning if mark is not None else None
         if not self._policies_try:
             return own
         try:
-            policy = self._ready_manager().policy_of(work_of(task, args, kwargs))
+            policy = self._ready_manager().policy_of(work)
         except Exception:  # noqa: BLE001 - whatever a plugin raises: it is told when the task is refused for it
             return own
         return Learning.of(policy, own)
 
-    def _confine(self, task: Any, body: Body, args: Any, kwargs: Any, lesson: Lesson) -> Any:
-        admission = self._admit(task, args, kwargs, lesson)
+    def _confine(self, task: Any, body: Body, args: Any, kwargs: Any, work: Work, lesson: Lesson) -> Any:
+        admission = self._admit(task, work, lesson)
         if admission is None:
             return perform(task, body, args, kwargs)
         try:
@@ -250,15 +252,11 @@ class Installation:
                 self._ready_node().tally.add(admission.outcome)
                 results.note(task, admission.outcome, events=self._ready_node().events)
 
-    def _admit(self, task: Any, args: Any, kwargs: Any, lesson: Lesson) -> Admission | None:
+    def _admit(self, task: Any, work: Work, lesson: Lesson) -> Admission | None:
         for attempts_left in reversed(range(_ATTEMPTS)):
             manager = self._ready_manager()
             try:
-                return manager.admit(
-                    work_of(task, args, kwargs),
-                    wait=True,
-                    memory=lesson.memory,
-                )
+                return manager.admit(work, wait=True, memory=lesson.memory)
             except ConcurrencyLimitExceeded as error:
                 if error.limit != BUDGET:
                     raise
@@ -279,7 +277,7 @@ class Installation:
         """False where this process cannot have another, and the task cannot go back to the queue."""
         if self._ready_node().pool.alone:
             _log.error("rcon: the fork server of this process is gone; it gets another")
-            self._runs.pulse.stop()  # no fork beside other threads
+            self._pulse.stop()  # no fork beside other threads
             self.close()
             self._start_manager()
             return True

@@ -18,7 +18,7 @@ from celery.exceptions import Ignore, Retry
 from msgspec import Meta
 
 from rcon_celery import again
-from rcon_celery.runs import Runs
+from rcon_celery.runs import Delivery, Pulse
 from rcon_plugins.conversion import convert
 from rcon_plugins.errors import ConcurrencyLimitExceeded, Killed, MemoryLimitExceeded
 from rcon_plugins.memory import OnMemory
@@ -48,9 +48,8 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def make(cls, keywords: Mapping[str, Any]) -> Learning | None:
-        """From those keywords of `confined` that are its own; None without any. Raises `SettingsError`."""
-        given = {name: value for name, value in keywords.items() if name in cls.__struct_fields__}
-        return convert(given, cls, "@confined") if given else None
+        """From the keywords of `confined` that are its own; None without any. Raises `SettingsError`."""
+        return convert(dict(keywords), cls, "@confined") if keywords else None
 
     @classmethod
     def of(cls, policy: Policy | None, own: Learning | None) -> Learning | None:
@@ -99,11 +98,11 @@ class Lesson:
         self._policy = policy
         return self._learning.memory(policy, self.deaths) if self._learning is not None else None
 
-    def run(self, runs: Runs, confine: Callable[[Lesson], Any]) -> Any:
+    def run(self, pulse: Pulse, confine: Callable[[Lesson], Any]) -> Any:
         """Run the task by ``confine``, if it did not die too often, and act on its death."""
         if not self._task.acks_late:
             return self._try(confine)
-        delivery = runs.delivered(self._task, counts=self._learning is not None)
+        delivery = Delivery(self._task, pulse, counts=self._learning is not None)
         self.lost += delivery.lost
         if self._learning is not None and self.deaths + self.lost >= self._learning.most_deaths:
             delivery.forget()

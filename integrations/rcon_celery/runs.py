@@ -69,24 +69,11 @@ class Heir(msgspec.Struct, frozen=True):
     due: float
 
 
-class Runs:
-    """Those of one process. Thread-safe."""
-
-    def __init__(self) -> None:
-        self.pulse = Pulse()
-
-    def delivered(self, task: Any, *, counts: bool) -> Delivery:
-        """A message of a task, which is acknowledged late, was delivered here. ``counts``: its deaths are counted.
-
-        Raises `Ignore` where it must not be run, or not now.
-        """
-        return Delivery(task, self.pulse, counts=counts)
-
-
 class Delivery:
-    """One message, delivered here. ``lost``: how many runs of it never came to an end."""
+    """One message of a task that is acknowledged late, delivered here. ``lost``: how many runs never came to an end."""
 
     def __init__(self, task: Any, pulse: Pulse, *, counts: bool) -> None:
+        """``counts``: its deaths are counted. Raises `Ignore` where it must not be run, or not now."""
         self._task = task
         self._pulse = pulse
         self._counts = counts

@@ -321,7 +321,7 @@ def _let_threads_go_on() -> None:
 
 def _be_alone() -> None:
     """Make sure that no other thread of this process still has what this one gave up. Raises `ConfinementError`."""
-    if not process.is_alone() and (threads := process.threads()):
+    if threads := process.threads():
         raise ConfinementError(
             f"a library started threads while the process was being made, which still have the server's privileges: "
             f"{', '.join(threads)}; have it start them at first use, not in a fork hook (os.register_at_fork)"

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 SOON_SECONDS = 0.25
 #: After how long one that does not wait for work again is ended: something of its last work holds it up.
 LATE_SECONDS = 2.0
-
-
 #: How many executors may wait that serve one work each, beyond those at work, while that many are needed.
 MOST_AHEAD = 3
 #: After how long without work all but one of them end, seconds.

@@ -21,6 +21,7 @@ from collections.abc import Collection
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import capability
+from rcon_plugins.kernel.cgroup.branch import is_single_threaded
 from rcon_plugins.kernel.syscalls import CLONE_FS, PR_SET_PDEATHSIG, prctl, syscall, unshare
 
 _KEYCTL_JOIN_SESSION_KEYRING = 1
@@ -136,12 +137,6 @@ def _kill_as(uid: int, pidfd: int, number: int, state: capability.State) -> None
         capability.set_capabilities(state.permitted, state.effective, state.inheritable)
 
 
-def is_alone() -> bool:
-    """Whether the calling thread is the only one of its process. Opens nothing, so that no limit is in the way."""
-    # As any directory, it has a link for each that is in it, and two: proc(5), and proc_task_getattr in the kernel.
-    return os.stat("/proc/self/task").st_nlink == 3
-
-
 def system() -> str:
     """What is the same for all processes that can see each other by their numbers, and for no others.
 
@@ -153,7 +148,9 @@ def system() -> str:
 
 
 def threads() -> list[str]:
-    """The threads of the calling process but the calling one, by number and name."""
+    """The threads of the calling process but the calling one, by number and name. Opens nothing where it is alone."""
+    if is_single_threaded():
+        return []
     own = str(threading.get_native_id())
     found = []
     for number in os.listdir("/proc/self/task"):

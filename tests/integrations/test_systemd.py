@@ -20,6 +20,7 @@ import pytest
 
 from rcon_plugins import systemd
 from rcon_plugins.errors import DelegationError
+from rcon_plugins.kernel.cgroup import mounts
 from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS
 from tests import children
 
@@ -129,8 +130,8 @@ def test_without_jeepney_the_extra_is_named(runtime: Path, monkeypatch: pytest.M
 def test_root_without_systemd_is_told_that_it_needs_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(systemd, "_BOOTED", str(tmp_path / "nothing"))
-    assert not systemd.is_init()
+    monkeypatch.setattr(mounts, "_BOOTED", str(tmp_path / "nothing"))
+    assert not mounts.is_systemds()
     problem, _ = refusal()
     assert problem == "systemd is not the init of this machine"
 

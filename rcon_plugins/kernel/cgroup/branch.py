@@ -46,6 +46,19 @@ class Branch(abc.ABC):
     def create(self) -> None:
         """Make the directory and those above it. KernelError ENOENT: somebody removed one meanwhile."""
 
+    def create_alone(self) -> bool:
+        """Make the directory, and none above it; whether that was all that is needed for it to be entered."""
+        try:
+            return files.make_directory(self.directory) and self.complete()
+        except KernelError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            return False
+
+    @abc.abstractmethod
+    def complete(self) -> bool:
+        """Get the directory ready, which was just made; False where those above it have to be, first."""
+
     @abc.abstractmethod
     def configure(self, resources: Resources) -> None:
         """Write those of the limits whose controllers are in this branch."""
@@ -106,5 +119,6 @@ def create_levels(branch: Branch) -> Iterable[tuple[str, str]]:
 
 
 def is_single_threaded() -> bool:
-    """Whether the calling process has one thread (a zombie leader counts)."""
-    return len(os.listdir("/proc/self/task")) == 1
+    """Whether the calling process has one thread (a zombie leader counts). Opens nothing: no limit is in the way."""
+    # As any directory, it has a link for each that is in it, and two: proc(5), and proc_task_getattr in the kernel.
+    return os.stat("/proc/self/task").st_nlink == 3

@@ -156,7 +156,7 @@ def _check_may_leave(hierarchy: Hierarchy, own: str | None) -> None:
     Its slices do not count, since the scope is in them, too; nor does TasksMax=, which every unit has.
     """
     unit = own or "/"
-    while _is_booted() and (name := os.path.basename(unit)) and not name.endswith(".slice"):
+    while mounts.is_systemds() and (name := os.path.basename(unit)) and not name.endswith(".slice"):
         if nested.limits_something(read_limits(hierarchy.cgroup(unit)), but_pids=True):
             raise DelegationError(
                 f"{name} has limits of its own, and a cgroup elsewhere would be outside of them",
@@ -165,11 +165,6 @@ def _check_may_leave(hierarchy: Hierarchy, own: str | None) -> None:
                 hint=remedies.remedy(hierarchy, ROOT_BASE, own),
             )
         unit = os.path.dirname(unit)
-
-
-def _is_booted() -> bool:
-    """Whether systemd manages the tree, as sd_booted(3) tells."""
-    return os.path.isdir("/run/systemd/system")
 
 
 def _read_only(hierarchy: Hierarchy) -> bool:
@@ -286,7 +281,7 @@ def _was_delegated(mount: Mount, path: str) -> bool:
     then that of the user's manager itself has none that a user can see either.
     """
     if os.geteuid() == 0:
-        managed = _is_booted()
+        managed = mounts.is_systemds()
     else:
         above, name, _ = path.partition(f"/user@{os.geteuid()}.service/")
         managed = bool(name) and _is_marked(mount.directory(above + name.rstrip("/")))

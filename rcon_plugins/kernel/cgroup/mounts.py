@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from rcon_plugins.kernel.cgroup import files
 
+_BOOTED = "/run/systemd/system"
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 #: Names of v1 controllers this project uses, in the order in which directories are made and removed.
@@ -108,6 +110,11 @@ def _merit(entry: MountEntry) -> tuple[int, bool]:
 def _order(mount: Mount) -> tuple[int, int]:
     places = [V1_CONTROLLERS.index(name) for name in mount.controllers if name in V1_CONTROLLERS]
     return (mount.version, min(places, default=0))
+
+
+def is_systemds() -> bool:
+    """Whether systemd is the init of this machine, and manages its cgroups, as sd_booted(3) tells."""
+    return os.path.isdir(_BOOTED)
 
 
 def parse_membership(text: str) -> dict[frozenset[str], str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rcon_plugins.kernel.cgroup import files
 from rcon_plugins.kernel.cgroup.branch import levels
+from rcon_plugins.kernel.cgroup.mounts import is_systemds
 
 if TYPE_CHECKING:
     from rcon_plugins.errors import DelegationError
@@ -40,7 +41,7 @@ def remedy(
             "a cgroup that has processes passes no controllers on: let the server be the only process of the "
             'container (CMD ["gunicorn", ...] without a shell), or set cgroup = "..." to one without processes'
         )
-    if hierarchy.layout == "v2" and os.path.isdir("/run/systemd/system"):
+    if hierarchy.layout == "v2" and is_systemds():
         return _from_systemd(hierarchy, own or "", asked)
     used = hierarchy.cgroup(path).mounts
     commands = [command for mount in used for command in _by_hand(hierarchy, mount, path)]

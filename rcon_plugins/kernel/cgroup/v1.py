@@ -113,7 +113,7 @@ class V1Branch(Branch):
             # If it was made before the one above got its limits, nobody has entered it since.
             files.remove_directory(self.directory)
             return
-        if self._create_below():
+        if self.create_alone():
             return
         for parent, child in create_levels(self):
             if files.make_directory(child) and self.has("memory"):
@@ -121,18 +121,11 @@ class V1Branch(Branch):
             if self.has("cpuset"):
                 _inherit_cpuset(parent, child)
 
-    def _create_below(self) -> bool:
-        """Make the directory alone; whether that was all that is needed."""
-        try:
-            if not files.make_directory(self.directory):
-                return False
-            if self.has("memory"):
-                _account_hierarchically(self.directory)
-            return not self.has("cpuset") or _pass_cpuset_on(self.directory)
-        except KernelError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):
-                raise
-            return False
+    def complete(self) -> bool:
+        """Its memory counts above it too, and it has the CPUs of the one above, where that has any."""
+        if self.has("memory"):
+            _account_hierarchically(self.directory)
+        return not self.has("cpuset") or _pass_cpuset_on(self.directory)
 
     @property
     def _io_holder(self) -> str | None:

@@ -61,7 +61,7 @@ class V2Branch(Branch):
 
         Raises ControllerUnavailable where one of them does not arrive.
         """
-        if not self.threaded and self._create_below():
+        if not self.threaded and self.create_alone():
             return
         # All directories first: one that has a child cannot be removed by others.
         for _, child in create_levels(self):
@@ -88,14 +88,9 @@ class V2Branch(Branch):
                 f"Delegate={' '.join(sorted(missing))}",
             )
 
-    def _create_below(self) -> bool:
-        """Make the directory alone; whether that was all that is needed."""
-        try:
-            return files.make_directory(self.directory) and self.controllers <= offered(self.directory)
-        except KernelError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):
-                raise
-            return False
+    def complete(self) -> bool:
+        """Whether those above pass all of its controllers on."""
+        return self.controllers <= offered(self.directory)
 
     def configure(self, resources: Resources) -> None:
         """Write the limits; afterwards check that a cpuset is really in force."""

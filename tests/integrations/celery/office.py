@@ -102,6 +102,14 @@ class Offices:
         with closing(app), worker:
             yield Office(worker, app, url)
 
+    @contextlib.contextmanager
+    def of_one_process(self) -> Iterator[Office]:
+        """One whose pool has a single process, and keeps it whatever its tasks do."""
+        with self(concurrency=1) as office:
+            (process,) = office.worker.children()
+            yield office
+            assert office.worker.children() == [process]
+
     def make(
         self,
         *arguments: str,

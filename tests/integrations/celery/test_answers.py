@@ -18,10 +18,8 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def office(offices: Offices) -> Iterator[Office]:
-    with offices(concurrency=1) as opened:
-        (process,) = opened.worker.children()
+    with offices.of_one_process() as opened:
         yield opened
-        assert opened.worker.children() == [process]
 
 
 @pytest.mark.parametrize("how", ["return", "raise", "retry"])

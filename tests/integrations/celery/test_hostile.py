@@ -17,10 +17,8 @@ UNREADABLE = "hostile: its process gave an answer that cannot be read"
 
 @pytest.fixture(scope="module")
 def office(offices: Offices) -> Iterator[Office]:
-    with offices(concurrency=1) as opened:
-        (process,) = opened.worker.children()
+    with offices.of_one_process() as opened:
         yield opened
-        assert opened.worker.children() == [process]
         assert opened.get("where")["confined"]
 
 

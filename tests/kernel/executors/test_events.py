@@ -17,26 +17,11 @@ from rcon_plugins.kernel.cgroup import MAX, Hierarchy, read_limits
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import MIB, eventually
 from tests.kernel.executors.service import alive, ask, begin, end, managing
+from tests.listener import Listener
 
 
 def growing(limit: str, up_to: str, expand: str = "2x") -> dict[str, object]:
     return {"limit": limit, "expand": expand, "up_to": up_to}
-
-
-class Listener:
-    """Takes note of all events, and answers with what it was given for a kind."""
-
-    def __init__(self, **answers: Limits) -> None:
-        self.events: list[Event] = []
-        self._answers = answers
-
-    @hookimpl
-    def rcon_event(self, event: Event) -> Limits | None:
-        self.events.append(event)
-        return self._answers.get(event.kind)
-
-    def of(self, kind: str, limit: str | None = None) -> list[Event]:
-        return [event for event in self.events if event.kind == kind and limit in (None, event.limit)]
 
 
 @pytest.fixture

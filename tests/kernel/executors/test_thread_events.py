@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins import Event, Limits, Manager, Server, Work, hookimpl
+from rcon_plugins import Limits, Manager, Server, Work
 from rcon_plugins.admission import InlineAdmission, ThreadAdmission
 from rcon_plugins.kernel.capability import CAP_SYS_RESOURCE, Capabilities, read_state, set_capabilities
 from rcon_plugins.kernel.cgroup import read_limits
@@ -20,25 +20,10 @@ from rcon_plugins.settings import from_mapping
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import eventually
 from tests.kernel.executors.service import ask, managing
+from tests.listener import Listener
 
 PATIENCE = 60.0
 ISOLATIONS = ("inline", "thread")
-
-
-class Listener:
-    """Takes note of all events, and answers with what it was given for a kind."""
-
-    def __init__(self, **answers: Limits) -> None:
-        self.events: list[Event] = []
-        self._answers = answers
-
-    @hookimpl
-    def rcon_event(self, event: Event) -> Limits | None:
-        self.events.append(event)
-        return self._answers.get(event.kind)
-
-    def of(self, kind: str, host: str | None = "a.example") -> list[Event]:
-        return [event for event in self.events if (event.kind, event.key) == (kind, host)]
 
 
 def managed(
@@ -227,7 +212,7 @@ def test_who_may_not_be_told_of_pressure_is_told_of_the_rest() -> None:
         set_capabilities(less, less, state.inheritable & less)
         with managing({"pids": 8, "each": {"timeout": "100s"}}, plugins=[listener]) as manager:
             ask(manager, "fork_bomb", 0.5)
-            eventually(lambda: listener.of("pids_limit", host=None), PATIENCE)
+            eventually(lambda: listener.of("pids_limit"), PATIENCE)
         return [event.kind for event in listener.events]
 
     assert "pids_limit" in in_child(program, timeout=4 * PATIENCE)
