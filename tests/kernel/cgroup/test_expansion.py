@@ -146,9 +146,10 @@ def test_callback_that_fails_holds_nobody_up(
         raise RuntimeError("of the callback")
 
     expand(group, memory("32M", "2x", "256M"), watcher=watcher, on_event=fail)
-    with running(group, touch, 100 * MIB) as child:
-        assert child.result() == 100 * MIB
-    assert "of the callback" in caplog.text
+    # It stays: on v1, where nothing slows it down, it could be gone before the watcher looks.
+    with running(group, in_steps, [100 * MIB], 60.0):
+        eventually(lambda: (group.read().memory_current or 0) >= 100 * MIB)
+        eventually(lambda: "of the callback" in caplog.text)
 
 
 def test_two_levels_at_once(group: Cgroup, watcher: Watcher) -> None:
