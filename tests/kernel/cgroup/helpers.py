@@ -93,7 +93,7 @@ def settings_of(cgroup: Cgroup, name: str) -> str:
     return found[0].read_text().strip()
 
 
-def eventually(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not come true in time"

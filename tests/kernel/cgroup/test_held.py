@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from rcon_plugins.kernel.cgroup import Cgroup, IoMax, Resources, device_of
 from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, touch, write_directly
+from tests.processes import alive
 
 pytestmark = pytest.mark.kernel
 
@@ -161,11 +161,4 @@ def test_a_fork_bomb_is_held_and_gone(group: Cgroup, again: int) -> None:
         assert (meter.read().pids_limit_hits or 0) >= 1
     for pid in pids:
         # A zombie may wait for its parent; nobody of them lives.
-        eventually(partial(_is_dead, pid))
-
-
-def _is_dead(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
+        eventually(lambda pid=pid: not alive(pid))  # type: ignore[misc]

@@ -16,6 +16,7 @@ import pytest
 from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.command.harness import MOUNTS, become_rcon, left_by, rcon, until
 from tests.kernel.quota import judge
+from tests.processes import alive
 
 NOBODY = 65534
 BUSY = 61077
@@ -137,7 +138,7 @@ def test_a_timeout_ends_the_command_and_all_it_started(tmp_path: Path) -> None:
     assert done.report["outcome"] == "timeout"
     numbers = pids.read_text().split()
     assert len(numbers) == 2
-    assert not any(Path("/proc", number).exists() for number in numbers)
+    assert not any(alive(int(number)) for number in numbers)
 
 
 def test_a_timeout_ends_what_has_stopped_itself(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_a_timeout_ends_what_has_stopped_itself(tmp_path: Path) -> None:
     script = f"setsid sh -c 'echo $$ > {pid}; exec sleep 1000' & until [ -s {pid} ]; do sleep 0.1; done; kill -STOP $$"
     done = rcon("run", "--timeout", "5s", "--", "sh", "-c", script)
     assert (done.status, done.report["outcome"]) == (137, "timeout")
-    assert not Path("/proc", pid.read_text().strip()).exists()
+    assert not alive(int(pid.read_text()))
 
 
 def test_where_the_caller_ignores_how_children_end() -> None:
@@ -175,7 +176,7 @@ def test_what_it_leaves_behind_ends_with_it(tmp_path: Path) -> None:
         f"setsid sh -c 'echo $$ > {pid}; exec sleep 1000' & until [ -s {pid} ]; do sleep 0.1; done",
     )
     assert done.status == 0
-    assert not Path("/proc", pid.read_text().strip()).exists()
+    assert not alive(int(pid.read_text()))
 
 
 def test_the_environment_and_open_files_are_the_callers(tmp_path: Path) -> None:
@@ -308,13 +309,6 @@ def test_if_rcon_is_killed_its_command_dies_and_the_next_run_clears_up(tmp_path:
     assert rcon("run", "--", "true").status == 0
     until(lambda: not alive(child), "the next run ends what is left")
     assert left_by(pid) == []
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_a_pipe_closes_when_the_command_closes_it() -> None:

@@ -77,6 +77,14 @@ class Acts:
         return len(held)
 
     @staticmethod
+    def allocate_and_wait(mebibytes: int, path: str, more: int = 0) -> int:
+        """Hold memory until there is such a file, then take more."""
+        held = [bytearray(os.urandom(4096) * 256) for _ in range(mebibytes)]
+        Acts.wait_for(path)
+        held += [bytearray(os.urandom(4096) * 256) for _ in range(more)]
+        return len(held)
+
+    @staticmethod
     def allocate(mebibytes: int) -> int:
         held = [bytearray(os.urandom(4096) * 256) for _ in range(mebibytes)]
         return len(held)
@@ -309,15 +317,7 @@ def status(path: Path) -> dict[str, Any]:
     }
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
-def soon(condition: Any, seconds: float = 10.0) -> bool:
+def soon(condition: Any, seconds: float = 30.0) -> bool:
     """Whether a condition comes true in time."""
     end_of_patience = time.monotonic() + seconds
     while not condition():

@@ -10,7 +10,8 @@ import pytest
 from rcon_plugins import Manager
 from rcon_plugins.admission import ProcessAdmission
 from rcon_plugins.executors import pool
-from tests.kernel.executors.service import alive, ask, begin, end, managing, soon
+from tests.kernel.executors.service import ask, begin, end, managing, soon
+from tests.processes import alive
 
 FRESH: dict[str, Any] = {"max_works": 1, "each": {"memory": "256M", "timeout": "5m"}}
 PATIENCE = 60.0

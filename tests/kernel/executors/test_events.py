@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,8 +17,9 @@ from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, read_limits
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import MIB, eventually
-from tests.kernel.executors.service import alive, ask, begin, end, managing
+from tests.kernel.executors.service import ask, begin, end, managing
 from tests.listener import Listener
+from tests.processes import alive
 
 
 def growing(limit: str, up_to: str, expand: str = "2x") -> dict[str, object]:
@@ -115,11 +117,16 @@ def test_rcon_event_tells_of_the_limit_of_all() -> None:
     assert {event.limit for event in listener.of("oom_kill")} == {"memory"}
 
 
-def test_rcon_event_tells_before_the_limit_is_reached_and_gives_more() -> None:
+def test_rcon_event_tells_before_the_limit_is_reached_and_gives_more(tmp_path: Path) -> None:
     """Fixed limits, too, can be raised in time."""
+    go_on = tmp_path / "go on"
     listener = Listener(memory_usage=Limits(memory=Memory("400M")))
     with managing({"each": {"memory": "128M"}}, plugins=[listener]) as manager:
-        assert ask(manager, "allocate_slowly", 200, 0.01)[1].ending == "ok"
+        work = begin(manager, "allocate_and_wait", 120, str(go_on), 80)
+        leaf = manager.together(work.confinement).child(f"{os.getpid()}-0")
+        eventually(lambda: read_limits(leaf).memory_max == 400 * MIB)
+        go_on.touch()
+        assert end(work)[1].ending == "ok"
         event = listener.of("memory_usage")[0]
         assert (event.limit, event.bound) == ("each.memory", int(128 * MIB * 0.9))
         # That was for one work: no other begins with it.
@@ -129,12 +136,13 @@ def test_rcon_event_tells_before_the_limit_is_reached_and_gives_more() -> None:
         end(work)
 
 
-def test_rcon_event_decides_instead_of_the_policy() -> None:
+def test_rcon_event_decides_instead_of_the_policy(tmp_path: Path) -> None:
+    go_on = tmp_path / "go on"
     listener = Listener(memory_limit=Limits(memory=Memory("120M"), pids=50))
     with managing(
         {"memory": growing("60M", "400M"), "each": {"timeout": "100s"}}, plugins=[listener]
     ) as manager:
-        work = begin(manager, "allocate_and_hold", 80, 1.0)
+        work = begin(manager, "allocate_and_wait", 80, str(go_on))
         eventually(lambda: listener.of("memory_limit"))
         group = manager.together(work.confinement)
         eventually(lambda: read_limits(group).pids_max == 50)
@@ -143,6 +151,7 @@ def test_rcon_event_decides_instead_of_the_policy() -> None:
         # Another executor is made there meanwhile, and does not write the former limits back.
         assert ask(manager, "pid")[1].ending == "ok"
         assert read_limits(group).memory_max == 120 * MIB
+        go_on.touch()
         assert end(work)[1].ending == "ok"
         outcome = ask(manager, "allocate", 300)[1]
         assert outcome.ending == "memory"

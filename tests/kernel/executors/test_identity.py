@@ -34,8 +34,9 @@ from rcon_plugins.kernel.process import kill
 from rcon_plugins.settings import from_mapping
 from tests.children import in_child
 from tests.kernel.executors import ways_back
-from tests.kernel.executors.service import alive, ask, begin, end, managing, soon, status
+from tests.kernel.executors.service import ask, begin, end, managing, soon, status
 from tests.places import let_others_in
+from tests.processes import alive
 
 TENANT, OTHER = 61001, 61002
 GROUPS = [61011, 61012]

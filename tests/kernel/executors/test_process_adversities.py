@@ -16,7 +16,8 @@ from rcon_plugins import hookimpl
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, LimitExceeded
 from rcon_plugins.executors import pool, process
 from rcon_plugins.kernel.cgroup import Hierarchy
-from tests.kernel.executors.service import alive, ask, begin, end, managing, soon, take_out_of_its_cgroups
+from tests.kernel.executors.service import ask, begin, end, managing, soon, take_out_of_its_cgroups
+from tests.processes import alive
 
 
 def test_a_closed_way_into_a_cgroup_is_an_error_and_no_way_past_it() -> None:

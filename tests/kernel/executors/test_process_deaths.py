@@ -14,7 +14,8 @@ from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, Kill
 from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Hierarchy
 from tests.children import in_child
-from tests.kernel.executors.service import alive, ask, begin, end, managing, soon
+from tests.kernel.executors.service import ask, begin, end, managing, soon
+from tests.processes import alive
 
 
 def test_kill_9_of_an_executor_at_work() -> None:

@@ -15,8 +15,9 @@ import pytest
 from rcon_plugins.errors import MemoryLimitExceeded, PidsLimitExceeded, TimeLimitExceeded
 from rcon_plugins.kernel.cgroup import Cgroup
 from tests.kernel.cgroup.helpers import DISK
-from tests.kernel.executors.service import alive, ask, begin, end, managing, soon
+from tests.kernel.executors.service import ask, begin, end, managing, soon
 from tests.kernel.quota import judge
+from tests.processes import alive
 
 MIB = 1024 * 1024
 

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
 from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE
 from tests import children
 from tests.kernel.cgroup.helpers import Running, eventually, sleep_forever
+from tests.processes import alive
 
 NOBODY = 65534
 CLONE_NEWNS = 0x00020000
@@ -31,12 +31,6 @@ def leave(base: str, place: str = "work") -> tuple[str, int]:
     instance = Instance.create(Hierarchy.discover(), base)
     cgroup = instance.host if place == "host" else instance.leaf("g", "main").create()
     return instance.path, Running(cgroup, sleep_forever).pid
-
-
-def lives(pid: int) -> bool:
-    with suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
 
 
 def there(path: str) -> bool:
@@ -55,12 +49,12 @@ def test_first_said_then_done(group: Cgroup, capsys: pytest.CaptureFixture[str])
     owner = path.rpartition("/")[2].split("-")[1]
     status, out = gc(group, capsys, "--dry-run")
     assert (status, out) == (0, f"{path}: its owner {owner} is dead: would kill process {pid}, remove it\n")
-    assert lives(pid)
+    assert alive(pid)
     assert there(path)
 
     status, out = gc(group, capsys)
     assert (status, out) == (0, f"{path}: removed\n")
-    eventually(lambda: not lives(pid))
+    eventually(lambda: not alive(pid))
     assert not there(path)
     assert gc(group, capsys) == (0, "")
 
@@ -71,7 +65,7 @@ def test_the_living_are_left_alone(group: Cgroup, capsys: pytest.CaptureFixture[
     try:
         path, _ = children.in_child(leave, f"{group.path}/other")
         assert gc(group, capsys) == (0, f"{path}: removed\n")
-        assert lives(child.pid)
+        assert alive(child.pid)
         assert there(instance.path)
     finally:
         child.end()
@@ -86,9 +80,9 @@ def test_a_servers_own_processes_are_left_alone(group: Cgroup, capsys: pytest.Ca
     status, out = gc(group, capsys)
     assert status == 1
     assert f"processes [{pid}] of its server still run" in out
-    assert lives(pid)
+    assert alive(pid)
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not lives(pid))
+    eventually(lambda: not alive(pid))
     assert gc(group, capsys) == (0, f"{path}: removed\n")
 
 
@@ -168,7 +162,7 @@ def test_what_is_not_ours_stays(group: Cgroup, capsys: pytest.CaptureFixture[str
     assert status == 1
     assert out.startswith(f"{path}: left for the next time: ")
     assert os.strerror(errno.EACCES) in out or os.strerror(errno.EPERM) in out
-    assert lives(pid)
+    assert alive(pid)
     assert gc(group, capsys)[0] == 0
 
 
@@ -182,7 +176,7 @@ def test_what_was_taken_goes_back(group: Cgroup, capsys: pytest.CaptureFixture[s
         assert held.pids() == [child.pid]
         path = held.cgroup.path.partition("/taken/")[0]
         os.kill(held.owner.pid, signal.SIGKILL)
-        eventually(lambda: not lives(held.owner.pid))
+        eventually(lambda: not alive(held.owner.pid))
 
         run_main(["gc", "--below", ROOT_BASE, "--dry-run"])
         out = capsys.readouterr().out
@@ -194,7 +188,7 @@ def test_what_was_taken_goes_back(group: Cgroup, capsys: pytest.CaptureFixture[s
         out = capsys.readouterr().out
         assert f"{path}: removed\n" in out
         assert not there(path)
-        assert lives(child.pid)
+        assert alive(child.pid)
         assert child.pid in group.processes()
     finally:
         child.end()
@@ -223,10 +217,10 @@ def test_of_what_another_user_took_the_same_is_first_said_and_then_done(
     status, out = gc(group, capsys, *form)
     assert status == 1
     assert left in out
-    assert not lives(work)
-    assert lives(pid)
+    assert not alive(work)
+    assert alive(pid)
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not lives(pid))
+    eventually(lambda: not alive(pid))
     assert gc(group, capsys) == (0, f"{path}: removed\n")
 
 
