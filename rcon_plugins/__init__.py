@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from rcon_plugins.hookspecs import hookimpl
     from rcon_plugins.isolation import Server, Verdict
     from rcon_plugins.kernel.cgroup.events import Pressure
-    from rcon_plugins.limits import Each, IoLimits, Limits
     from rcon_plugins.manager import Manager
-    from rcon_plugins.memory import Memory
     from rcon_plugins.outcome import Outcome
     from rcon_plugins.plan import Plan
-    from rcon_plugins.policy import Policy
-    from rcon_plugins.settings import Settings, load
+    from rcon_plugins.settings.file import Settings, load
+    from rcon_plugins.settings.limits import Each, IoLimits, Limits
+    from rcon_plugins.settings.memory import Memory
+    from rcon_plugins.settings.policy import Policy
     from rcon_plugins.usage import Usage
     from rcon_plugins.work import Work
 
@@ -58,27 +58,27 @@ __all__ = [
 _HOMES = {
     "Admission": "admission",
     "Confined": "confined",
-    "Each": "limits",
+    "Each": "settings.limits",
     "Event": "events",
     "Events": "events",
     "Expansion": "expansion",
-    "IoLimits": "limits",
-    "Limits": "limits",
+    "IoLimits": "settings.limits",
+    "Limits": "settings.limits",
     "Manager": "manager",
-    "Memory": "memory",
+    "Memory": "settings.memory",
     "Outcome": "outcome",
     "Plan": "plan",
-    "Policy": "policy",
+    "Policy": "settings.policy",
     "Pressure": "events",
     "Server": "isolation",
-    "Settings": "settings",
+    "Settings": "settings.file",
     "Usage": "usage",
     "Verdict": "isolation",
     "Work": "work",
     "confine": "confined",
     "expand": "expansion",
     "hookimpl": "hookspecs",
-    "load": "settings",
+    "load": "settings.file",
     "watch": "events",
 }
 

@@ -13,17 +13,17 @@ from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.events import Event
 from rcon_plugins.expansion import Expansion, expand
 from rcon_plugins.kernel.cgroup.events import Pressure, Watch, Watcher, watcher_of_process
-from rcon_plugins.limits import Limits
+from rcon_plugins.settings.limits import Limits
 
 if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.executors.executor import Executor
-    from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.kernel.cgroup.events import Event as KernelEvent
-    from rcon_plugins.memory import Memory
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.memory import Memory
+    from rcon_plugins.settings.policy import Policy
+    from rcon_plugins.tree.instance import Instance
 
 LOGGER = logging.getLogger("rcon")
 

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rcon_plugins.budget import promised
-from rcon_plugins.conversion import convert, one_of
 from rcon_plugins.errors import KernelError, SettingsError
 from rcon_plugins.isolation import asked_resources, judge
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources, change_limits, read_limits
-from rcon_plugins.limit_words import NO_LIMIT, as_written, device_and_key, is_lifted, value_of
-from rcon_plugins.limits import Each, IoLimits, Limits
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.budget import promised
+from rcon_plugins.settings.conversion import convert, one_of
+from rcon_plugins.settings.limit_words import NO_LIMIT, as_written, device_and_key, is_lifted, value_of
+from rcon_plugins.settings.limits import Each, IoLimits, Limits
+from rcon_plugins.settings.policy import Policy
 
 if TYPE_CHECKING:
-    from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.plan import Plan
+    from rcon_plugins.tree.instance import Instance
 
 
 #: How often limits of IO are tried to be written while work begins beside them.

@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_name
 from rcon_plugins.kernel.cgroup.notices import notice_of_want, rings_of
 from rcon_plugins.kernel.jobs import Caller
+from rcon_plugins.tree.instance import Instance
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -122,7 +122,7 @@ def run(order: Order, hierarchy: Hierarchy, base: str | None = None) -> Ended:
     Terminal, job control and signals reach the command as if it had been executed in place of the calling process,
     whose standard input and output are closed when this returns (and all it was given but ``order.keep``). If the
     calling process is killed, the kernel kills the command; what else is in the group stays within its limits until
-    `rcon_plugins.instance.collect` ends it.
+    `rcon_plugins.tree.instance.collect` ends it.
 
     Raises `NotRun`, `KernelError`, `DelegationError`, and what ``become`` raises: nothing ran then, nothing is left.
     """

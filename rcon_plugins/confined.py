@@ -12,12 +12,12 @@ import msgspec
 from rcon_plugins.confinement import ThreadedConfinement
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.executors.inline import InlineExecutor
-from rcon_plugins.instance import Instance
 from rcon_plugins.isolation import Server, judge
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.plugins import make_plugin_manager
-from rcon_plugins.policy import Policy
-from rcon_plugins.settings import Settings
+from rcon_plugins.settings.file import Settings
+from rcon_plugins.settings.policy import Policy
+from rcon_plugins.tree.instance import Instance
 
 
 def confine(policy: Policy | None = None, /, **limits: object) -> Confined:

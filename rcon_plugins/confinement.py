@@ -13,15 +13,15 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.inline import InlineExecutor
 from rcon_plugins.isolation import Isolation, Verdict, asked_resources
 from rcon_plugins.kernel.process import own_session_keyring
-from rcon_plugins.slots import first_slot
+from rcon_plugins.waiting.slots import first_slot
 
 if TYPE_CHECKING:
     import pluggy
 
-    from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup, Entrance
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.policy import Policy
+    from rcon_plugins.tree.instance import Instance
 
 _PLAIN_KEY = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,99}")
 

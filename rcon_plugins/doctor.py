@@ -9,12 +9,12 @@ from typing import Literal, NamedTuple
 
 from rcon_plugins import systemd
 from rcon_plugins.errors import KernelError
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel import features, process
 from rcon_plugins.kernel.capability import CAP_SETGID, CAP_SETUID, Capabilities, read_state
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, v1
 from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS
 from rcon_plugins.kernel.cgroup.mounts import is_systemds
+from rcon_plugins.tree.instance import Instance
 
 #: ``there``: it is, or works. ``missing``: a limit cannot be set without it. ``absent``: not there, no limit needs it.
 State = Literal["there", "missing", "absent"]

@@ -16,13 +16,13 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.events import Event
 from rcon_plugins.kernel.cgroup import Resources, read_limits
 from rcon_plugins.kernel.cgroup.events import Mark, Watcher, watcher_of_process
-from rcon_plugins.memory import Memory
-from rcon_plugins.units import Size
+from rcon_plugins.settings.memory import Memory
+from rcon_plugins.settings.units import Size
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.kernel.cgroup.events import Event as KernelEvent
-    from rcon_plugins.limits import Limits
+    from rcon_plugins.settings.limits import Limits
 
 LOGGER = logging.getLogger("rcon")
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from rcon_plugins.events import Event
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup
-    from rcon_plugins.limits import Limits
     from rcon_plugins.outcome import Outcome
-    from rcon_plugins.policy import Policy
-    from rcon_plugins.settings import Settings
+    from rcon_plugins.settings.file import Settings
+    from rcon_plugins.settings.limits import Limits
+    from rcon_plugins.settings.policy import Policy
     from rcon_plugins.work import Work
 
 PROJECT = "rcon"

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from rcon_plugins import privileges
 from rcon_plugins.errors import RconError, SettingsError
-from rcon_plugins.identity import resolve
+from rcon_plugins.identity import privileges
+from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, read_state
 from rcon_plugins.kernel.cgroup import Hierarchy, Refusal, Resources
-from rcon_plugins.limits import Limits
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.limits import Limits
+from rcon_plugins.settings.policy import Policy
 
 if TYPE_CHECKING:
     import pluggy

@@ -24,23 +24,23 @@ from rcon_plugins.errors import (
 )
 from rcon_plugins.executors.pool import ExecutorPool
 from rcon_plugins.executors.thread import ThreadExecutors
-from rcon_plugins.identity import resolve
-from rcon_plugins.instance import Instance
+from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.isolation import Server
 from rcon_plugins.kernel.process import make_room_for_descriptors
-from rcon_plugins.ledger import ledger_of_machine
 from rcon_plugins.outcome import Ending, Outcome
 from rcon_plugins.plan import Plan
 from rcon_plugins.plugins import calling
-from rcon_plugins.settings import Settings
-from rcon_plugins.slots import Slots
-from rcon_plugins.turns import Purse, Turn, Turns
+from rcon_plugins.settings.file import Settings
+from rcon_plugins.tree.instance import Instance
+from rcon_plugins.waiting.ledger import ledger_of_machine
+from rcon_plugins.waiting.slots import Slots
+from rcon_plugins.waiting.turns import Purse, Turn, Turns
 
 if TYPE_CHECKING:
     from rcon_plugins.executors.fork_server import Service
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.policy import Policy
     from rcon_plugins.work import Work
 
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from rcon_plugins.budget import promised
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.identity import check as check_identity
+from rcon_plugins.identity.resolution import check as check_identity
 from rcon_plugins.isolation import Server, Verdict, caveat, judge
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.machine import memory_of_machine
 from rcon_plugins.plugins import make_plugin_manager
-from rcon_plugins.settings import Settings
-from rcon_plugins.units import Size
+from rcon_plugins.settings.budget import promised
+from rcon_plugins.settings.file import Settings
+from rcon_plugins.settings.units import Size
 
 if TYPE_CHECKING:
     import pluggy
 
-    from rcon_plugins.instance import Instance
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.policy import Policy
+    from rcon_plugins.tree.instance import Instance
 
 
 class Plan(NamedTuple):

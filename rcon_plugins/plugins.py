@@ -25,7 +25,7 @@ from rcon_plugins.defaults import (
 from rcon_plugins.defaults.landlock import Landlock
 from rcon_plugins.defaults.routing import Routing
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings import Settings
+from rcon_plugins.settings.file import Settings
 
 ENTRY_POINTS = "rcon_plugins"
 

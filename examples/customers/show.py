@@ -35,7 +35,7 @@ from rcon_plugins import Plan
 from rcon_plugins import Server as Traits
 from rcon_plugins.errors import RconError
 from rcon_plugins.kernel.cgroup import Hierarchy, find_base
-from rcon_plugins.settings import from_mapping
+from rcon_plugins.settings.file import from_mapping
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("anna", "berta", "clara")

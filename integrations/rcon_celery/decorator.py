@@ -15,7 +15,7 @@ from celery.local import Proxy
 
 from rcon_celery.learning import Learning
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 LOGGER = logging.getLogger("rcon")

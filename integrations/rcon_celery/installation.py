@@ -23,12 +23,12 @@ from rcon_celery.runs import Pulse
 from rcon_celery.service import TaskService
 from rcon_celery.takeover import Annotations, Body, perform
 from rcon_celery.work import is_own, work_of
-from rcon_plugins.budget import BUDGET
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, RconError, SettingsError
 from rcon_plugins.manager import Manager
-from rcon_plugins.policy import Policy
-from rcon_plugins.settings import Settings, load
-from rcon_plugins.units import Size
+from rcon_plugins.settings.budget import BUDGET
+from rcon_plugins.settings.file import Settings, load
+from rcon_plugins.settings.policy import Policy
+from rcon_plugins.settings.units import Size
 
 if TYPE_CHECKING:
     from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission, ThreadAdmission

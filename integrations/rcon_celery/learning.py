@@ -19,10 +19,10 @@ from msgspec import Meta
 
 from rcon_celery import again
 from rcon_celery.runs import Delivery, Pulse
-from rcon_plugins.conversion import convert
 from rcon_plugins.errors import ConcurrencyLimitExceeded, Killed, MemoryLimitExceeded
-from rcon_plugins.memory import OnMemory
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.conversion import convert
+from rcon_plugins.settings.memory import OnMemory
+from rcon_plugins.settings.policy import Policy
 
 _log = logging.getLogger("rcon")
 

@@ -13,12 +13,12 @@ from rcon_celery.tally import Tally
 from rcon_plugins.changes import Change, Changes, change
 from rcon_plugins.errors import ConfinementError, RconError
 from rcon_plugins.hookspecs import hookimpl
-from rcon_plugins.instance import Instance
-from rcon_plugins.ledger import ledger_of_machine
 from rcon_plugins.plan import Plan
-from rcon_plugins.policy import Policy
-from rcon_plugins.settings import Settings
-from rcon_plugins.units import Size
+from rcon_plugins.settings.file import Settings
+from rcon_plugins.settings.policy import Policy
+from rcon_plugins.settings.units import Size
+from rcon_plugins.tree.instance import Instance
+from rcon_plugins.waiting.ledger import ledger_of_machine
 from rcon_plugins.work import Work
 
 _log = logging.getLogger("rcon")

@@ -12,7 +12,7 @@ from rcon_plugins.errors import IdentityRefused, LimitExceeded, RconError
 from rcon_plugins.isolation import Server
 from rcon_plugins.manager import Manager
 from rcon_plugins.outcome import Outcome
-from rcon_plugins.settings import Settings, load
+from rcon_plugins.settings.file import Settings, load
 from rcon_wsgi import inprocess, problem
 from rcon_wsgi.exchange import Exchange
 from rcon_wsgi.request import work_of

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
-from rcon_plugins.routing import normalise_host
+from rcon_plugins.settings.routing import normalise_host
 from rcon_plugins.work import Work
 
 Environ = dict[str, Any]

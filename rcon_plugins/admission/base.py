@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rcon_plugins.confinement import Confinement
     from rcon_plugins.isolation import Isolation
     from rcon_plugins.kernel.cgroup import Cgroup
-    from rcon_plugins.policy import Policy
-    from rcon_plugins.turns import Turn
+    from rcon_plugins.settings.policy import Policy
+    from rcon_plugins.waiting.turns import Turn
     from rcon_plugins.work import Work
 
 

@@ -14,7 +14,7 @@ from rcon_plugins.usage import Usage
 if TYPE_CHECKING:
     from rcon_plugins.confinement import ThreadedConfinement
     from rcon_plugins.executors.inline import InlineExecutor
-    from rcon_plugins.turns import Turn
+    from rcon_plugins.waiting.turns import Turn
     from rcon_plugins.work import Work
 
 

@@ -16,8 +16,8 @@ from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 from rcon_plugins.executors.process import DEATH_SECONDS, LOGGER
 from rcon_plugins.kernel.cgroup import Resources
 from rcon_plugins.kernel.cgroup.events import watcher_of_process
-from rcon_plugins.memory import Memory
 from rcon_plugins.outcome import Outcome
+from rcon_plugins.settings.memory import Memory
 from rcon_plugins.usage import Usage
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Reading
     from rcon_plugins.kernel.cgroup.events import Event, Watch
-    from rcon_plugins.turns import Turn
+    from rcon_plugins.waiting.turns import Turn
     from rcon_plugins.work import Work
 
 _Number = TypeVar("_Number", int, float)

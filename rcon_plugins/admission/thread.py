@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rcon_plugins.confinement import ThreadedConfinement
     from rcon_plugins.executors.thread import ThreadExecutor, ThreadExecutors
     from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.turns import Turn
+    from rcon_plugins.waiting.turns import Turn
     from rcon_plugins.work import Work
 
 _Result = TypeVar("_Result")

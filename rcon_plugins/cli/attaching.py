@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rcon_plugins import taken
 from rcon_plugins.cli.asked import is_number
 from rcon_plugins.cli.base_option import named_base
 from rcon_plugins.cli.ending import say
@@ -20,10 +19,11 @@ from rcon_plugins.groups import Group, find_group, find_groups
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.processes import look_at
 from rcon_plugins.plugins import limits_manager
+from rcon_plugins.tree import taken
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Cgroup
-    from rcon_plugins.memory import Memory
+    from rcon_plugins.settings.memory import Memory
 
 _MOST = 4194304  # PID_MAX_LIMIT, include/linux/threads.h
 

@@ -22,7 +22,7 @@ from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.isolation import asked_resources
 from rcon_plugins.kernel.cgroup import change_limits
 from rcon_plugins.kernel.cgroup.events import Watch, watcher_of_process
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 
 if TYPE_CHECKING:
     import pluggy

@@ -11,7 +11,7 @@ import click
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.nested import own_place
-from rcon_plugins.settings import check_cgroup
+from rcon_plugins.settings.file import check_cgroup
 
 #: The variable that names it for all commands of a shell; an option, or a settings file, comes before it.
 VARIABLE = "RCON_CGROUP"

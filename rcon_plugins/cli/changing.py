@@ -17,9 +17,9 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.groups import Group, is_gone
 from rcon_plugins.isolation import asked_resources
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, Resources, change_limits, device_of
-from rcon_plugins.limit_words import is_lifted
 from rcon_plugins.plugins import limits_manager
-from rcon_plugins.units import Size
+from rcon_plugins.settings.limit_words import is_lifted
+from rcon_plugins.settings.units import Size
 
 #: How long processes that were killed are waited for, in seconds.
 _KILL_SECONDS = 10.0

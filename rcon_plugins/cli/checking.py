@@ -9,16 +9,17 @@ from typing import Any
 
 import click
 
-from rcon_plugins import systemd, userdb
+from rcon_plugins import systemd
 from rcon_plugins.confinement import cgroup_name
 from rcon_plugins.errors import ConfinementError, KernelError, RconError, SettingsError
-from rcon_plugins.identity import check as check_identity
-from rcon_plugins.identity import resolve
+from rcon_plugins.identity import userdb
+from rcon_plugins.identity.resolution import check as check_identity
+from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.isolation import Server
 from rcon_plugins.kernel.cgroup import find_base
 from rcon_plugins.plan import Plan
-from rcon_plugins.routing import Router, normalise_host
-from rcon_plugins.settings import Settings, load
+from rcon_plugins.settings.file import Settings, load
+from rcon_plugins.settings.routing import Router, normalise_host
 from rcon_plugins.work import Work
 
 SERVERS = {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from rcon_plugins import leftovers
 from rcon_plugins.cli.ending import BAD_USAGE, Refused
-from rcon_plugins.instance import UNSEEN, taken_by
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.names import check_path
-from rcon_plugins.leftovers import Left
+from rcon_plugins.tree import leftovers
+from rcon_plugins.tree.instance import UNSEEN, taken_by
+from rcon_plugins.tree.leftovers import Left
 
 
 def gc(below: str, dry_run: bool, as_json: bool) -> tuple[str, bool]:

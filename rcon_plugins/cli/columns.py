@@ -9,7 +9,7 @@ from unicodedata import east_asian_width
 
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources
 from rcon_plugins.kernel.cgroup.resources import Max
-from rcon_plugins.units import Cpus, Size
+from rcon_plugins.settings.units import Cpus, Size
 
 #: What stands for a value that the kernel does not tell.
 NOT_TOLD = "-"

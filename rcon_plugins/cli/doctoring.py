@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from rcon_plugins import userdb
 from rcon_plugins.cli.ending import BAD_USAGE, Refused
 from rcon_plugins.doctor import Finding, Report, examine
+from rcon_plugins.identity import userdb
 from rcon_plugins.kernel.capability import Identity, drop
 
 #: How those steps of a remedy begin that are words, not commands.

@@ -19,8 +19,8 @@ import click
 
 from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.limit_words import OF_IO, value_of
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.limit_words import OF_IO, value_of
+from rcon_plugins.settings.policy import Policy
 
 _EXPANSION = ("expand", "up_to")
 _BY_KEY = {option.key: option for option in LIMIT_OPTIONS}

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from rcon_plugins import userdb
 from rcon_plugins.cli.columns import (
     NOT_TOLD,
     count,
@@ -24,6 +23,7 @@ from rcon_plugins.cli.columns import (
 from rcon_plugins.cli.ending import say
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups import Found, Group, Owner, find_groups, is_gone
+from rcon_plugins.identity import userdb
 from rcon_plugins.kernel.cgroup import Reading
 from rcon_plugins.kernel.cgroup.statistics import Pressure, Stall
 

@@ -69,7 +69,7 @@ def schema() -> int:
     """Print the JSON schema of a policy file, for editors and pipelines."""
     import json
 
-    from rcon_plugins.settings import json_schema
+    from rcon_plugins.settings.file import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
     return 0

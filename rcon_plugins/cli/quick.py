@@ -39,7 +39,7 @@ def _count(name: str) -> Callable[[str], int]:
 
 
 def _bytes(text: str) -> int:
-    from rcon_plugins.units import Size
+    from rcon_plugins.settings.units import Size
 
     return int(Size.parse(text))
 
@@ -52,19 +52,19 @@ def _memory(text: str) -> int:
 
 
 def _cpus(text: str) -> str:
-    from rcon_plugins.units import CpuList
+    from rcon_plugins.settings.units import CpuList
 
     return str(CpuList.parse(text))
 
 
 def _share(text: str) -> float:
-    from rcon_plugins.units import Cpus
+    from rcon_plugins.settings.units import Cpus
 
     return float(Cpus.parse(text))
 
 
 def _seconds(text: str) -> float:
-    from rcon_plugins.units import Duration
+    from rcon_plugins.settings.units import Duration
 
     return float(Duration.parse(text))
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rcon_plugins import privileges
 from rcon_plugins.cli.asked import Asked
 from rcon_plugins.cli.base_option import named_base
 from rcon_plugins.cli.hand_over import find, take, variables_of
@@ -17,23 +16,24 @@ from rcon_plugins.cli.limit_options import limits_of, policy_keys, refused
 from rcon_plugins.cli.limit_table import FLAGS
 from rcon_plugins.cli.running import execute, open_report
 from rcon_plugins.command import Ended, Order, check_group_name, group_name
-from rcon_plugins.conversion import did_you_mean, one_of
 from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
-from rcon_plugins.identity import check as check_identity
-from rcon_plugins.identity import resolve
+from rcon_plugins.identity import privileges
+from rcon_plugins.identity.resolution import check as check_identity
+from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.isolation import asked_resources
 from rcon_plugins.kernel import environment
 from rcon_plugins.kernel.capability import Identity
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
 from rcon_plugins.plugins import limits_manager, make_plugin_manager
-from rcon_plugins.settings import Settings, load
-from rcon_plugins.units import Duration
+from rcon_plugins.settings.conversion import did_you_mean, one_of
+from rcon_plugins.settings.file import Settings, load
+from rcon_plugins.settings.units import Duration
 from rcon_plugins.work import Work
 
 if TYPE_CHECKING:
     import pluggy
 
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.policy import Policy
 
 
 def run(options: Mapping[str, Any]) -> int:

@@ -16,7 +16,7 @@ from rcon_plugins.errors import ControllerUnavailable, RconError, SettingsError
 from rcon_plugins.events import Event, Pressure, watch
 from rcon_plugins.groups import Group
 from rcon_plugins.kernel.cgroup.events import KINDS
-from rcon_plugins.units import Cpus, Duration, Size
+from rcon_plugins.settings.units import Cpus, Duration, Size
 
 _PRESSURE = re.compile(r"(?P<resource>cpu|memory|io)(?::(?P<stall>[^/]+)/(?P<window>.+))?")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rcon_plugins.units import Size
+from rcon_plugins.settings.units import Size
 
 
 def in_bytes(size: Size | None) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.kernel.cgroup import Cgroup, Resources
-from rcon_plugins.limits import Limits
+from rcon_plugins.settings.limits import Limits
 
 
 @hookimpl

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rcon_plugins.hookspecs import hookimpl
-from rcon_plugins.identity import kept_capabilities
+from rcon_plugins.identity.resolution import kept_capabilities
 from rcon_plugins.kernel import capability
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 
 
 @hookimpl(trylast=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rcon_plugins.defaults import in_bytes
 from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.kernel.cgroup import Cgroup, IoMax, Resources, device_of
-from rcon_plugins.limits import Limits
+from rcon_plugins.settings.limits import Limits
 
 
 @hookimpl

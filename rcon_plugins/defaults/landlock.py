@@ -9,7 +9,7 @@ from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import set_no_new_privs
 from rcon_plugins.kernel.cgroup import mount_points, mount_table
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 
 
 class Landlock:

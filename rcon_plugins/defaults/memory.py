@@ -5,8 +5,8 @@ from __future__ import annotations
 from rcon_plugins.defaults import in_bytes
 from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.kernel.cgroup import Cgroup, Resources
-from rcon_plugins.limits import Limits
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.limits import Limits
+from rcon_plugins.settings.policy import Policy
 
 
 @hookimpl

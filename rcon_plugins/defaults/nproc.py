@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rcon_plugins.defaults.rlimits import OF_THE_USER, limit
 from rcon_plugins.hookspecs import hookimpl
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 
 
 @hookimpl(trylast=True)

@@ -6,7 +6,7 @@ import resource
 
 from rcon_plugins.errors import ConfinementError
 from rcon_plugins.hookspecs import hookimpl
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 
 #: What is judged when a process becomes its user, and when that executes a program next: see `defaults.nproc`.
 OF_THE_USER = "nproc"

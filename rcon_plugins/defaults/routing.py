@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rcon_plugins.hookspecs import hookimpl
-from rcon_plugins.routing import Router
-from rcon_plugins.settings import Settings
+from rcon_plugins.settings.file import Settings
+from rcon_plugins.settings.routing import Router
 from rcon_plugins.work import Work
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from rcon_plugins.hookspecs import hookimpl
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 
 
 @hookimpl(trylast=True)

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rcon_plugins.executors.executor import Executor
-    from rcon_plugins.limits import Limits
-    from rcon_plugins.memory import Memory
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.limits import Limits
+    from rcon_plugins.settings.memory import Memory
+    from rcon_plugins.settings.policy import Policy
 
 
 class Attention(Protocol):

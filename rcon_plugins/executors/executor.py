@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rcon_plugins.executors.attention import Attention
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup, Meter, Reading
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.policy import Policy
 
 #: Tells work that its time, or its memory, will soon be over. Only for services that expect it.
 SOFT_TIME = signal.SIGUSR1

@@ -32,14 +32,14 @@ from rcon_plugins.errors import ConfinementError, KernelError
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.syscalls import poll_readable
-from rcon_plugins.slots import entering
+from rcon_plugins.waiting.slots import entering
 
 if TYPE_CHECKING:
     import pluggy
 
-    from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.policy import Policy
+    from rcon_plugins.tree.instance import Instance
 
 #: What an executor process does with each work: called with the work's first frame.
 Service = Callable[[Channel, Frame], None]

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.executors.fork_server import Birth
-    from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.cgroup import Cgroup
-    from rcon_plugins.limits import Limits
+    from rcon_plugins.settings.limits import Limits
+    from rcon_plugins.tree.instance import Instance
 
 #: How often a leaf is tried to be made while other workers remove what holds it.
 _ATTEMPTS = 20

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.executors.attention import Attendant
-    from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.policy import Policy
+    from rcon_plugins.tree.instance import Instance
 
 #: How long the next work waits for an executor process that has just served another, seconds.
 SOON_SECONDS = 0.25

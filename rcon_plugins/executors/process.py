@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.executors.attention import Attendant
-    from rcon_plugins.instance import Instance
     from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.limits import Limits
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.limits import Limits
+    from rcon_plugins.settings.policy import Policy
+    from rcon_plugins.tree.instance import Instance
 
 LOGGER = logging.getLogger("rcon")
 

@@ -13,7 +13,7 @@ import pytest
 
 import rcon_plugins
 from rcon_plugins import Manager
-from rcon_plugins.settings import from_mapping
+from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.executors.service import ask, serve
 

@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 
-from rcon_plugins.accounts import Account, PathTemplate
-from rcon_plugins.policy import Policy
-from rcon_plugins.rights import CapabilityName, Rlimits, Umask
-from rcon_plugins.units import Duration, Size
+from rcon_plugins.settings.accounts import Account, PathTemplate
+from rcon_plugins.settings.policy import Policy
+from rcon_plugins.settings.rights import CapabilityName, Rlimits, Umask
+from rcon_plugins.settings.units import Duration, Size
 
 
 @pytest.mark.parametrize(

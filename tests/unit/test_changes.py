@@ -6,7 +6,7 @@ import pytest
 
 from rcon_plugins.changes import changed
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 
 POLICY = Policy.make("small", memory="1G", each={"memory": "128M"}, io={"/": {"read": "1M"}})
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rcon_plugins.confinement import cgroup_name
 from rcon_plugins.kernel.cgroup.names import check_name
-from rcon_plugins.slots import Slots, first_slot
+from rcon_plugins.waiting.slots import Slots, first_slot
 from tests.children import in_child
 
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from rcon_plugins import hookspecs, settings
+from rcon_plugins import hookspecs
+from rcon_plugins.settings import file as settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]

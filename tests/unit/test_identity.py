@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from rcon_plugins import userdb
 from rcon_plugins.errors import ConfinementError, IdentityRefused, KernelError, SettingsError
-from rcon_plugins.identity import check, kept_capabilities, resolve
+from rcon_plugins.identity import userdb
+from rcon_plugins.identity.resolution import check, kept_capabilities, resolve
 from rcon_plugins.kernel import paths
 from rcon_plugins.kernel.capability import Capabilities, Identity, read_state
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 
 #: So that these tests can be run by whoever owns the files they make.
 ANYBODY: dict[str, Any] = {"min_uid": 1, "min_gid": 1, "allow_root": True}
@@ -361,7 +361,7 @@ def test_capabilities_that_are_kept() -> None:
 def test_the_databases_are_asked_seldom_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     clock = [100.0]
-    monkeypatch.setattr("rcon_plugins.userdb.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("rcon_plugins.identity.userdb.time.monotonic", lambda: clock[0])
 
     @userdb._for_a_while
     def question(word: str) -> str | None:

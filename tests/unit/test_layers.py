@@ -27,14 +27,18 @@ LONGEST = 400
 FORBIDDEN = {
     "rcon_plugins": ("rcon_wsgi", "rcon_gunicorn", "rcon_celery"),
     "rcon_plugins.kernel": ("rcon_plugins",),
+    "rcon_plugins.settings": ("rcon_plugins",),
     "rcon_plugins.defaults": ("rcon_plugins.manager", "rcon_plugins.executors", "rcon_plugins.cli"),
     "rcon_plugins.executors": ("rcon_plugins.manager", "rcon_plugins.defaults", "rcon_plugins.cli"),
     "rcon_wsgi": ("rcon_plugins.kernel", "rcon_plugins.cli", "rcon_gunicorn", "rcon_celery"),
     "rcon_gunicorn": ("rcon_plugins.kernel", "rcon_plugins.cli", "rcon_celery"),
     "rcon_celery": ("rcon_plugins.kernel", "rcon_plugins.cli", "rcon_wsgi", "rcon_gunicorn"),
 }
-# The exceptions: the errors stand below everything.
-ALLOWED = {"rcon_plugins.kernel": ("rcon_plugins.kernel", "rcon_plugins.errors")}
+# The exceptions: the errors stand below everything; a route is asked for a work.
+ALLOWED = {
+    "rcon_plugins.kernel": ("rcon_plugins.kernel", "rcon_plugins.errors"),
+    "rcon_plugins.settings": ("rcon_plugins.settings", "rcon_plugins.errors", "rcon_plugins.work"),
+}
 # Who may import what is not in the standard library.
 ROOMS = {
     "pluggy": ("rcon_plugins",),
@@ -49,7 +53,7 @@ ROOMS = {
     "jeepney": ("rcon_plugins.systemd",),
 }
 # Paths of the kernel that are only recognised, in what a person wrote, to tell them what to write instead.
-SPOKEN_OF = {("rcon_plugins.settings", "/sys/fs/cgroup")}
+SPOKEN_OF = {("rcon_plugins.settings.file", "/sys/fs/cgroup")}
 
 
 class Import(NamedTuple):

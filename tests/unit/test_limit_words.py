@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.limit_words import as_written, device_and_key, is_lifted, value_of
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.limit_words import as_written, device_and_key, is_lifted, value_of
+from rcon_plugins.settings.policy import Policy
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 
 from rcon_plugins import Limits, Memory, Policy
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.memory import Factor
-from rcon_plugins.settings import from_mapping, json_schema
-from rcon_plugins.units import Size
+from rcon_plugins.settings.file import from_mapping, json_schema
+from rcon_plugins.settings.memory import Factor
+from rcon_plugins.settings.units import Size
 
 MIB = 2**20
 GROWING = {"limit": "64M", "expand": "2x", "up_to": "1G"}

@@ -6,10 +6,10 @@ import msgspec
 import pytest
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.limits import Each, IoLimits, Limits
-from rcon_plugins.memory import Factor, Memory, OnMemory
-from rcon_plugins.policy import Per, Policy, PolicyName
-from rcon_plugins.units import CpuList, Cpus, Duration, Size
+from rcon_plugins.settings.limits import Each, IoLimits, Limits
+from rcon_plugins.settings.memory import Factor, Memory, OnMemory
+from rcon_plugins.settings.policy import Per, Policy, PolicyName
+from rcon_plugins.settings.units import CpuList, Cpus, Duration, Size
 
 TENANT = Policy.make(
     "tenant",

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.routing import Route, Router, normalise_host
+from rcon_plugins.settings.routing import Route, Router, normalise_host
 from rcon_plugins.work import Work
 
 

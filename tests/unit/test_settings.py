@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from rcon_plugins.budget import Budget
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.limits import Each, IoLimits
-from rcon_plugins.policy import Policy
-from rcon_plugins.rights import Rlimits
-from rcon_plugins.routing import Route, Router
-from rcon_plugins.settings import Settings, from_mapping, json_schema, load
+from rcon_plugins.settings.budget import Budget
+from rcon_plugins.settings.file import Settings, from_mapping, json_schema, load
+from rcon_plugins.settings.limits import Each, IoLimits
+from rcon_plugins.settings.policy import Policy
+from rcon_plugins.settings.rights import Rlimits
+from rcon_plugins.settings.routing import Route, Router
 from rcon_plugins.work import Work
 
 WHOLE = """

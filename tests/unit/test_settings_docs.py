@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rcon_plugins.accounts import PathTemplate
-from rcon_plugins.policy import Per
-from rcon_plugins.settings import json_schema, load
+from rcon_plugins.settings.accounts import PathTemplate
+from rcon_plugins.settings.file import json_schema, load
+from rcon_plugins.settings.policy import Per
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/settings.md").read_text()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.units import CpuList, Cpus, Duration, Size, Written, show
+from rcon_plugins.settings.units import CpuList, Cpus, Duration, Size, Written, show
 
 MEANT = [
     (Cpus, "30%", 0.3, "30%"),

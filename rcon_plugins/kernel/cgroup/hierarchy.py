@@ -37,7 +37,7 @@ class Hierarchy(NamedTuple):
         """Look at ``/proc/self/mountinfo``.
 
         ``controllers`` are those at the root of the tree. The cgroup this process is in may have fewer, and
-        one that it is given yet may have more than that: :class:`~rcon_plugins.instance.Instance` narrows
+        one that it is given yet may have more than that: :class:`~rcon_plugins.tree.instance.Instance` narrows
         them to what its base has. Raises ControllerUnavailable where no cgroup file system is mounted.
         """
         found = mounts.cgroup_mounts(mounts.parse_mountinfo(files.read_own("mountinfo")))

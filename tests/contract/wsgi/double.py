@@ -23,7 +23,7 @@ from rcon_plugins.admission import ThreadAdmission
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.executors.thread import ThreadExecutors
 from rcon_plugins.outcome import Ending, Outcome
-from rcon_plugins.turns import Turn
+from rcon_plugins.waiting.turns import Turn
 from rcon_plugins.work import Work
 
 GRACE = 0.5

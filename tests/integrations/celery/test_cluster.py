@@ -15,7 +15,7 @@ import pytest
 from rcon_plugins.errors import MemoryLimitExceeded, TimeLimitExceeded
 from rcon_plugins.groups import Group, find_groups
 from rcon_plugins.kernel.cgroup import MAX, read_limits
-from rcon_plugins.units import Size
+from rcon_plugins.settings.units import Size
 from tests.integrations.celery import limited
 from tests.integrations.celery.office import Office, Offices
 from tests.integrations.celery.producers import closing

@@ -15,7 +15,7 @@ import redis
 from rcon_celery import confined, told
 from rcon_celery.learning import Learning
 from rcon_plugins.errors import Killed, MemoryLimitExceeded, SettingsError
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 from tests.integrations.celery import limited
 from tests.integrations.celery.office import Office, Offices
 from tests.integrations.celery.test_deaths import begins, fork_server, never_two_at_once, put_back

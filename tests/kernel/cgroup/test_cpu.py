@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
+from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import running
 from tests.kernel.quota import judge
 

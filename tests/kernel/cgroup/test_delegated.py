@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.errors import DelegationError
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources, find_base
 from rcon_plugins.kernel.cgroup.delegation import own_cgroup
 from rcon_plugins.kernel.cgroup.remedies import remedy
+from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import layout, running, settings_of, sleep_forever
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from rcon_plugins.errors import DelegationError
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, find_base, owner
 from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE
 from rcon_plugins.kernel.syscalls import unshare
+from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import DISK, layout, running, settings_of, sleep_forever
 

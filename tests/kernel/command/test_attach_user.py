@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rcon_plugins import taken
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
+from rcon_plugins.tree import taken
 from tests.children import in_child
 from tests.kernel.command.harness import rcon, until
 

@@ -13,10 +13,10 @@ import pytest
 from rcon_plugins import Manager
 from rcon_plugins.changes import Change, Changes, change
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, read_limits
-from rcon_plugins.policy import Policy
-from rcon_plugins.settings import from_mapping
+from rcon_plugins.settings.file import from_mapping
+from rcon_plugins.settings.policy import Policy
+from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import DISK, eventually
 from tests.kernel.executors.service import ask, begin, end, serve
 

@@ -13,8 +13,8 @@ import pytest
 
 from rcon_plugins import Event, Limits, Memory, hookimpl, watch
 from rcon_plugins.errors import MemoryLimitExceeded, UnknownGroup
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, read_limits
+from rcon_plugins.tree.instance import Instance
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import MIB, eventually
 from tests.kernel.executors.service import ask, begin, end, managing

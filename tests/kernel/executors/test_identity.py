@@ -31,7 +31,7 @@ from rcon_plugins.kernel.capability import (
     set_uids,
 )
 from rcon_plugins.kernel.process import kill
-from rcon_plugins.settings import from_mapping
+from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.executors import ways_back
 from tests.kernel.executors.service import ask, begin, end, managing, soon, status

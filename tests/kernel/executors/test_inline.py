@@ -13,7 +13,7 @@ import pytest
 from rcon_plugins import Manager, Policy, Server, Work, confine
 from rcon_plugins.admission import InlineAdmission
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings import from_mapping
+from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import running
 from tests.kernel.quota import judge

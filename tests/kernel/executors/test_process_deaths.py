@@ -11,8 +11,8 @@ import pytest
 
 from rcon_plugins import hookimpl
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, Killed
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.tree.instance import Instance
 from tests.children import in_child
 from tests.kernel.executors.service import ask, begin, end, managing, soon
 from tests.processes import alive

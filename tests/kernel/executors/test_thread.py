@@ -23,7 +23,7 @@ from rcon_plugins import Manager, Server, Work, hookimpl
 from rcon_plugins.admission import ThreadAdmission
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, SettingsError
 from rcon_plugins.kernel.capability import CAP_SETUID, Capabilities, read_state, set_capabilities
-from rcon_plugins.settings import from_mapping
+from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.executors import ways_back
 from tests.kernel.executors.service import soon, status

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from rcon_plugins.tree.instance import Instance
 
 
 @pytest.fixture

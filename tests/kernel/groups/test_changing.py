@@ -14,8 +14,8 @@ import pytest
 
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import KernelError
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import MAX, Cgroup, IoMax, Resources, change_limits, device_of, read_limits
+from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import (
     DISK,
     MIB,

@@ -14,8 +14,8 @@ import pytest
 from rcon_plugins.cli import listing, top
 from rcon_plugins.errors import KernelError, UnknownGroup
 from rcon_plugins.groups import Group, find_group, find_groups, is_gone
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, IoMax, Resources, device_of, read_limits
+from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, sleep_forever, touch
 
 NOBODY = 65534

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rcon_plugins.cli.rcon import rcon, run_main
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
+from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import MIB, eventually, layout, running, sleep_forever, touch
 
 

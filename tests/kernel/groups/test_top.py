@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rcon_plugins.cli.rcon import run_main
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Resources
+from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import MIB, eventually, running
 from tests.terminals import MAIN, terminal
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.cli.rcon import run_main
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Resources
+from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import MIB, eventually, running, sleep_forever, touch
 
 ROOT = Path(__file__).parents[3]

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins import userdb
 from rcon_plugins.errors import ConfinementError, IdentityRefused, SettingsError
-from rcon_plugins.identity import check, resolve
+from rcon_plugins.identity import userdb
+from rcon_plugins.identity.resolution import check, resolve
 from rcon_plugins.kernel.capability import Identity
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 from tests.places import let_others_in
 
 ANNA, BERTA, DEPLOY = 54001, 54002, 54003  # without entries in the user database
@@ -313,8 +313,9 @@ def test_a_group_that_is_not_known_here(sites: Path, keys: dict[str, Any], key: 
 @pytest.mark.once
 def test_whom_a_user_namespace_does_not_map_nobody_is(sites: Path) -> None:
     code = (
-        "import sys; from rcon_plugins.errors import IdentityRefused; from rcon_plugins.identity import resolve\n"
-        "from rcon_plugins.policy import Policy\n"
+        "import sys; from rcon_plugins.errors import IdentityRefused\n"
+        "from rcon_plugins.identity.resolution import resolve\n"
+        "from rcon_plugins.settings.policy import Policy\n"
         "try: resolve(Policy.make('p', user='owner:' + sys.argv[1] + '/{host}'), {'host': 'anna'})\n"
         "except IdentityRefused as refused: print(refused)"
     )
@@ -402,8 +403,8 @@ def test_groups_are_those_of_the_group_database(tmp_path: Path, sites: Path) -> 
         GROUP,
         f"""
         from rcon_plugins.errors import IdentityRefused, SettingsError
-        from rcon_plugins.identity import check, resolve
-        from rcon_plugins.policy import Policy
+        from rcon_plugins.identity.resolution import check, resolve
+        from rcon_plugins.settings.policy import Policy
 
         def ask(**keys):
             policy = Policy.make("p", **keys)
@@ -444,10 +445,10 @@ def test_a_user_who_is_removed_is_missed_when_the_answer_is_old(tmp_path: Path) 
         GROUP,
         f"""
         from pathlib import Path
-        from rcon_plugins import userdb
+        from rcon_plugins.identity import userdb
         from rcon_plugins.errors import ConfinementError
-        from rcon_plugins.identity import resolve
-        from rcon_plugins.policy import Policy
+        from rcon_plugins.identity.resolution import resolve
+        from rcon_plugins.settings.policy import Policy
 
         policy = Policy.make("p", user="anna", groups=[])
         print(resolve(policy, {{}}).uid)

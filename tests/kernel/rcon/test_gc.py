@@ -15,9 +15,9 @@ import pytest
 
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.groups import find_groups
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
 from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE
+from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import Running, eventually, sleep_forever
 from tests.processes import alive

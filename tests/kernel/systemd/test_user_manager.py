@@ -21,9 +21,9 @@ from rcon_plugins.admission import ProcessAdmission
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import DelegationError
 from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources, find_base
-from rcon_plugins.settings import from_mapping
+from rcon_plugins.settings.file import from_mapping
+from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import DISK, eventually, running, settings_of, sleep_forever
 from tests.kernel.command.harness import become_rcon

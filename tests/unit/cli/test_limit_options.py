@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 from rcon_plugins.cli.limit_options import flags_of, limit_options, limits_of
 from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
-from rcon_plugins.limits import Limits
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.limits import Limits
+from rcon_plugins.settings.policy import Policy
 
 
 def parsed(*arguments: str) -> Policy:

@@ -15,7 +15,7 @@ import pytest
 from rcon_plugins.cli import checking
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import DelegationError, SettingsError
-from rcon_plugins.settings import json_schema
+from rcon_plugins.settings.file import json_schema
 
 Write = Callable[[str], str]
 ROUTES = """

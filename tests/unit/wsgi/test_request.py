@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcon_plugins.policy import Per
+from rcon_plugins.settings.policy import Per
 from rcon_wsgi import work_of
 
 

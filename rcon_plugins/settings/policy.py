@@ -13,13 +13,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from msgspec import Meta
 
-from rcon_plugins.accounts import Account, PathTemplate
-from rcon_plugins.conversion import convert, dotted
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.limits import Each, Limits
-from rcon_plugins.memory import OnMemory
-from rcon_plugins.rights import CapabilityName, Rlimits, Umask
-from rcon_plugins.units import Size, Written, show
+from rcon_plugins.settings.accounts import Account, PathTemplate
+from rcon_plugins.settings.conversion import convert, dotted
+from rcon_plugins.settings.limits import Each, Limits
+from rcon_plugins.settings.memory import OnMemory
+from rcon_plugins.settings.rights import CapabilityName, Rlimits, Umask
+from rcon_plugins.settings.units import Size, Written, show
 
 #: How work gets into a confinement. ``"auto"`` is the cheapest that enforces all the policy asks for.
 Isolation = Literal["auto", "inline", "thread", "process"]
@@ -97,7 +97,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     The limits here hold for all the work under the policy together: per value of the attribute ``per``
     where that is set. ``each`` holds for every single work, and so does all that is said of its identity:
-    `rcon_plugins.identity` finds the accounts. ``None`` is "not written".
+    `rcon_plugins.identity.resolution` finds the accounts. ``None`` is "not written".
     """
 
     name: str

@@ -10,10 +10,10 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.units import Duration, Size, Written, show
+from rcon_plugins.settings.units import Duration, Size, Written, show
 
 if TYPE_CHECKING:
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.policy import Policy
 
 #: The limit that is named where work does not fit.
 BUDGET = "budget.memory"

@@ -12,10 +12,10 @@ from typing import Annotated, ClassVar
 import msgspec
 from msgspec import Meta
 
-from rcon_plugins.conversion import dotted
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.memory import Memory
-from rcon_plugins.units import CpuList, Cpus, Duration, Size, show
+from rcon_plugins.settings.conversion import dotted
+from rcon_plugins.settings.memory import Memory
+from rcon_plugins.settings.units import CpuList, Cpus, Duration, Size, show
 
 _PAGE = 4096
 _COUNT = Meta(ge=1, le=2**63 - 1)

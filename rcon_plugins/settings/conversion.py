@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import msgspec
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.units import Written, show
+from rcon_plugins.settings.units import Written, show
 
 T = TypeVar("T")
 
@@ -36,14 +36,14 @@ def convert(value: object, kind: type[T], key: str = "") -> T:
 
 
 def dec_hook(kind: type, value: object) -> object:
-    """msgspec's ``dec_hook`` for the types of `rcon_plugins.units`."""
+    """msgspec's ``dec_hook`` for the types of `rcon_plugins.settings.units`."""
     if issubclass(kind, Written):
         return kind.parse(value)
     raise NotImplementedError(kind)
 
 
 def schema_hook(kind: type) -> dict[str, Any]:
-    """msgspec's ``schema_hook`` for the types of `rcon_plugins.units`."""
+    """msgspec's ``schema_hook`` for the types of `rcon_plugins.settings.units`."""
     if issubclass(kind, Written):
         return dict(kind.schema)
     raise NotImplementedError(kind)

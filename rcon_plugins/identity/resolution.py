@@ -14,16 +14,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
-from rcon_plugins import userdb
-from rcon_plugins.conversion import did_you_mean
 from rcon_plugins.errors import ConfinementError, IdentityRefused, KernelError, SettingsError
+from rcon_plugins.identity import userdb
 from rcon_plugins.kernel import paths
 from rcon_plugins.kernel.capability import Capabilities, Identity, read_state
-from rcon_plugins.units import show
+from rcon_plugins.settings.conversion import did_you_mean
+from rcon_plugins.settings.units import show
 
 if TYPE_CHECKING:
-    from rcon_plugins.accounts import Account, PathTemplate
-    from rcon_plugins.policy import Policy
+    from rcon_plugins.settings.accounts import Account, PathTemplate
+    from rcon_plugins.settings.policy import Policy
 
 #: What the kernel says of a path for which the work is to blame; anything else is for the machine to mend.
 _OF_THE_PATH = frozenset(

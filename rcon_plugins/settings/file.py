@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from rcon_plugins.budget import Budget
-from rcon_plugins.conversion import convert, did_you_mean, dotted, explain, one_of, schema_hook
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.policy import Policy, PolicyName
-from rcon_plugins.routing import Route
-from rcon_plugins.units import show
+from rcon_plugins.settings.budget import Budget
+from rcon_plugins.settings.conversion import convert, did_you_mean, dotted, explain, one_of, schema_hook
+from rcon_plugins.settings.policy import Policy, PolicyName
+from rcon_plugins.settings.routing import Route
+from rcon_plugins.settings.units import show
 
 _COUNT = Meta(ge=1, le=2**31 - 1)
 

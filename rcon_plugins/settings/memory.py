@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.units import Size, WrittenNumber, show
+from rcon_plugins.settings.units import Size, WrittenNumber, show
 
 _PAGE = 4096
 _TIMES = r"\d{1,3}(?:\.\d{1,3})?x"

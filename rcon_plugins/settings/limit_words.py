@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import msgspec
 
-from rcon_plugins.conversion import one_of
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.memory import Memory
+from rcon_plugins.settings.conversion import one_of
+from rcon_plugins.settings.memory import Memory
 
 #: For what is to have no limit any more.
 NO_LIMIT: Final = "max"

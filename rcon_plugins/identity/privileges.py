@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rcon_plugins.identity import kept_capabilities
+from rcon_plugins.identity.resolution import kept_capabilities
 from rcon_plugins.kernel.capability import (
     CAP_SETGID,
     CAP_SETPCAP,
@@ -25,7 +25,7 @@ from rcon_plugins.kernel.capability import (
     set_securebits,
 )
 from rcon_plugins.kernel.cgroup import Refusal
-from rcon_plugins.policy import Policy
+from rcon_plugins.settings.policy import Policy
 
 _TO_CHANGE_BITS = Capabilities.of(CAP_SETPCAP)
 _TO_BECOME_OTHERS = Capabilities.of(CAP_SETUID, CAP_SETGID, CAP_SETPCAP)

@@ -1,6 +1,6 @@
 """How settings name an account: by name, by number, or as the owner of a path that the work fills in.
 
-What becomes of it on this machine is the business of `rcon_plugins.identity`.
+What becomes of it on this machine is the business of `rcon_plugins.identity.resolution`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import re
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
-from rcon_plugins.conversion import did_you_mean
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.units import Written, show
+from rcon_plugins.settings.conversion import did_you_mean
+from rcon_plugins.settings.units import Written, show
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _OWNER = "owner:"

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.units import Duration, Size, Written, WrittenNumber, show
+from rcon_plugins.settings.units import Duration, Size, Written, WrittenNumber, show
 
 _PAGE = 4096
 _MANY = Meta(ge=0, le=2**31 - 1)

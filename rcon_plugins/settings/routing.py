@@ -16,9 +16,9 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 import msgspec
 from msgspec import Meta
 
-from rcon_plugins.conversion import convert
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.units import Written, show
+from rcon_plugins.settings.conversion import convert
+from rcon_plugins.settings.units import Written, show
 from rcon_plugins.work import Work
 
 _GLOB = frozenset("*?[")

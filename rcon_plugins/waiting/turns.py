@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from rcon_plugins.budget import BUDGET, promised
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
-from rcon_plugins.units import Size
+from rcon_plugins.settings.budget import BUDGET, promised
+from rcon_plugins.settings.units import Size
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement import Confinement
-    from rcon_plugins.ledger import Ledger, Share
-    from rcon_plugins.slots import Slots
+    from rcon_plugins.waiting.ledger import Ledger, Share
+    from rcon_plugins.waiting.slots import Slots
 
 _T = TypeVar("_T")
 #: How often work that waits for its turn looks whether it has come, seconds.

@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, NoReturn
 
-from rcon_plugins import origins, watcher
 from rcon_plugins.errors import KernelError, RconError
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
 from rcon_plugins.kernel.jobs import inherited_descriptors
 from rcon_plugins.kernel.processes import is_kernel_thread, look_at, parents, process_of
+from rcon_plugins.tree import origins, watcher
+from rcon_plugins.tree.instance import Instance
 
 #: How long processes that go on forking are taken in again.
 _TRIES = 20

@@ -359,12 +359,12 @@ def taken_by(uid: int) -> str:
 def stranger_in_taken(hierarchy: Hierarchy, path: str) -> int | None:
     """The uid of another user whose processes are in ``taken/`` of the instance at ``path``; None where there are none.
 
-    They are not put back: see :func:`~rcon_plugins.origins.stranger`. Raises KernelError.
+    They are not put back: see :func:`~rcon_plugins.tree.origins.stranger`. Raises KernelError.
     """
     taken = hierarchy.cgroup(f"{path}/taken")
     if not taken.processes(subtree=True):
         return None
-    from rcon_plugins import origins
+    from rcon_plugins.tree import origins
 
     return origins.stranger(taken)
 
@@ -374,7 +374,7 @@ def give_back(hierarchy: Hierarchy, path: str) -> list[int]:
     taken = hierarchy.cgroup(f"{path}/taken")
     if not any(files.is_directory(directory) for directory in taken.directories):
         return []
-    from rcon_plugins import origins
+    from rcon_plugins.tree import origins
 
     instance = path.rpartition("/")[2]
     staying = origins.put_back(taken, origins.load(instance))

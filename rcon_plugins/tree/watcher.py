@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable
 
 if __name__ == "__main__":  # by path, in an interpreter that knows nothing but its own library
-    sys.path.insert(0, __file__.rpartition("/")[0].rpartition("/")[0])
+    sys.path.insert(0, __file__.rsplit("/", 3)[0])
 
-from rcon_plugins import origins
-from rcon_plugins.instance import Instance
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from rcon_plugins.tree import origins
+from rcon_plugins.tree.instance import Instance
 
 #: SIGTERM asks it to put all back and end, SIGUSR1 to look again. Blocked in who becomes it.
 HEARD = (signal.SIGTERM, signal.SIGUSR1)

@@ -1,0 +1,1 @@
+"""Who work becomes, and what a server must hold for that."""
