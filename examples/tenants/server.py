@@ -13,11 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rcon_plugins import load as load_settings
 from rcon_plugins.errors import RconError
 from rcon_plugins.isolation import Server as Traits
 from rcon_plugins.kernel.cgroup import Hierarchy, find_base
 from rcon_plugins.plan import Plan
-from rcon_plugins.settings.file import load as load_settings
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = HERE / "rcon.toml"
