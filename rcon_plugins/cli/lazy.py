@@ -2,7 +2,7 @@
 
 Printing a usage, completing a word or running one subcommand loads no other::
 
-    @click.group(cls=LazyGroup, subcommands={"run": Lazy("rcon_plugins.cli.run_command:run", "Run a command.")})
+    @click.group(cls=LazyGroup, subcommands={"run": Lazy("rcon_plugins.cli.run.commands:run", "Run a command.")})
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from rcon_plugins.cli.ending import finish
 from rcon_plugins.cli.lazy import Lazy, LazyGroup
 from rcon_plugins.errors import RconError
 
-_GROUPS = "rcon_plugins.cli.group_commands"
-_RUN = "rcon_plugins.cli.run_command"
-_POLICY = "rcon_plugins.cli.policy_commands"
-_MACHINE = "rcon_plugins.cli.machine_commands"
+_GROUPS = "rcon_plugins.cli.groups.commands"
+_RUN = "rcon_plugins.cli.run.commands"
+_POLICY = "rcon_plugins.cli.machine.policy_commands"
+_MACHINE = "rcon_plugins.cli.machine.commands"
 #: By name: where it is, and its short help. Only the one that is called is imported.
 SUBCOMMANDS = {
     "attach": Lazy(f"{_RUN}:attach", "Put running processes in a group with limits; --release lets them go."),

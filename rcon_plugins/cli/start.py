@@ -26,7 +26,7 @@ def main() -> NoReturn:
 def _start() -> NoReturn:
     if sys.argv[1:2] == ["run"] and "_RCON_COMPLETE" not in os.environ:
         gc.disable()
-        from rcon_plugins.cli import quick
+        from rcon_plugins.cli.run import quick
 
         status = quick.run(sys.argv[2:])
         if status is not None:

@@ -51,13 +51,13 @@ def test_the_terminal_is_clean_after(end: Callable[[Terminal], object], status: 
 def test_the_terminal_is_clean_after_a_crash() -> None:
     """And the message comes after that, where it can be read."""
     broken = (
-        "from rcon_plugins.cli import top\n"
+        "from rcon_plugins.cli.top import live\n"
         "calls = []\n"
         "def source():\n"
         "    calls.append(1)\n"
         "    if len(calls) > 1: raise RuntimeError('on purpose')\n"
         "    return []\n"
-        "top.top(source, interval=0.2)\n"
+        "live.show(source, interval=0.2)\n"
     )
     with terminal(program=broken) as it:
         assert it.status() == 1

@@ -46,7 +46,7 @@ def everybodys(python: str) -> Iterator[Path]:
         script = f"""#!{python} -IB
 import sys
 sys.path.insert(0, "{folder}/lib")
-from rcon_plugins.cli.capcon import main
+from rcon_plugins.cli.capcon.commands import main
 main()
 """
         (folder / "capcon").write_text(script)

@@ -228,7 +228,7 @@ def test_the_environment_is_the_callers_but_for_the_account(everybodys: Path, py
     script = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
-from rcon_plugins.cli.capcon import run_main
+from rcon_plugins.cli.capcon.commands import run_main
 for options in json.loads(sys.argv[2]):
     pid = os.fork()
     if pid == 0:

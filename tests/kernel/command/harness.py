@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from rcon_plugins.cli import (
-    run_options as run_options,
-)  # loaded once, here: Python starts slowly where it is emulated
 from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.cli.run import (
+    from_options as from_options,
+)  # loaded once, here: Python starts slowly where it is emulated
 
 MOUNTS = Path("/sys/fs/cgroup")
 PATIENCE = 60.0

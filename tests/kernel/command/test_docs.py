@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
-from rcon_plugins.cli.run_command import attach, run
+from rcon_plugins.cli.run.commands import attach, run
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "rcon-run.md").read_text()

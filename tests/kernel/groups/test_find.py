@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins.cli import listing, top
+from rcon_plugins.cli.groups import listing
+from rcon_plugins.cli.top import live
 from rcon_plugins.errors import KernelError, UnknownGroup
 from rcon_plugins.groups import Group, find_group, find_groups, is_gone
 from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, IoMax, Resources, device_of, read_limits
@@ -220,7 +221,7 @@ def test_an_ordinary_user_sees_them_too(instance: Instance, own: str, in_child: 
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             assert listing.ls(as_json=False) == 0
-            assert top.top(top.local, iterations=1, interval=0.1) == 0
+            assert live.show(live.local, iterations=1, interval=0.1) == 0
         assert f"{own}-a  " in out.getvalue()
         return (
             mine[0].limits().pids_max,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins.cli import checking
+from rcon_plugins.cli.machine import checking
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from tests.places import let_others_in

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rcon_plugins.cli import hand_over, showing
 from rcon_plugins.cli.asked import Asked, look_up
-from rcon_plugins.cli.capcon import run_main
+from rcon_plugins.cli.capcon import hand_over, showing
+from rcon_plugins.cli.capcon.commands import run_main
 from rcon_plugins.cli.ending import Refused
 from rcon_plugins.kernel.capability import Capabilities, Identity, Ids, State, read_state
 
@@ -98,7 +98,7 @@ def test_options_after_the_command_are_the_commands(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "from rcon_plugins.cli.capcon import main; main()",
+            "from rcon_plugins.cli.capcon.commands import main; main()",
             "run",
             "echo",
             "--user",
@@ -134,11 +134,11 @@ def test_words_are_completed(
 
 
 def test_a_usage_is_printed_without_loading_the_rest() -> None:
-    script = "import sys; from rcon_plugins.cli import capcon; print(*sys.modules)"
+    script = "import sys; from rcon_plugins.cli.capcon import commands; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
     loaded = set(done.stdout.split())
     assert {"click", "rcon_plugins.errors"} <= loaded
-    heavy = {"msgspec", "pluggy", "ctypes", "rcon_plugins.kernel", "rcon_plugins.cli.hand_over"}
+    heavy = {"msgspec", "pluggy", "ctypes", "rcon_plugins.kernel", "rcon_plugins.cli.capcon.hand_over"}
     assert loaded & heavy == set()
 
 
@@ -226,7 +226,7 @@ def test_show_is_of_this_process(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
-    script = "from rcon_plugins.cli.capcon import main; main()"
+    script = "from rcon_plugins.cli.capcon.commands import main; main()"
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(

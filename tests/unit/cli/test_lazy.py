@@ -42,7 +42,9 @@ def test_a_command_that_is_added_stands_beside_them() -> None:
     @click.command(short_help="Added.")
     def added() -> None: ...
 
-    group = LazyGroup("g", subcommands={"which": Lazy("rcon_plugins.cli.policy_commands:which", "Known.")})
+    group = LazyGroup(
+        "g", subcommands={"which": Lazy("rcon_plugins.cli.machine.policy_commands:which", "Known.")}
+    )
     group.add_command(added)
     context = click.Context(group)
     assert group.list_commands(context) == ["added", "which"]

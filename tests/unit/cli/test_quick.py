@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins.cli import quick, run_options
-from rcon_plugins.cli.run_command import run
+from rcon_plugins.cli.run import from_options, quick
+from rcon_plugins.cli.run.commands import run
 from rcon_plugins.command import Order
 
 DISK = "/var/tmp"
@@ -60,7 +60,7 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Caught(order)
 
     monkeypatch.setattr(quick, "execute", catch)
-    monkeypatch.setattr(run_options, "execute", catch)
+    monkeypatch.setattr(from_options, "execute", catch)
 
 
 @pytest.mark.parametrize("options", PLAIN, ids=" ".join)
@@ -99,7 +99,7 @@ def test_no_command_is_left_to_the_whole(words: list[str]) -> None:
 
 
 def test_the_quick_way_loads_little() -> None:
-    code = "import sys, rcon_plugins.cli.quick; print(*sys.modules)"
+    code = "import sys, rcon_plugins.cli.run.quick; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {
         "click",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins.cli import checking
+from rcon_plugins.cli.machine import checking
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import DelegationError, SettingsError
 from rcon_plugins.settings.file import json_schema
@@ -431,6 +431,6 @@ main()
         "ctypes",
         "rcon_plugins.manager",
         "rcon_plugins.kernel",
-        "rcon_plugins.cli.checking",
+        "rcon_plugins.cli.machine.checking",
     }
     assert modules & heavy == set()

@@ -10,7 +10,7 @@ import pytest
 
 from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
 from rcon_plugins.cli.rcon import run_main
-from rcon_plugins.cli.run_command import attach, run
+from rcon_plugins.cli.run.commands import attach, run
 
 LIMITS = {
     "--cpu": ["", "x", "30", "0%"],

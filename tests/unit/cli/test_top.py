@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from rcon_plugins.cli.group_commands import _SORTS
-from rcon_plugins.cli.top_rows import Rates, Row
-from rcon_plugins.cli.top_table import SORTS, as_json, as_text, ordered, shown, summary
+from rcon_plugins.cli.groups.commands import _SORTS
+from rcon_plugins.cli.top.rows import Rates, Row
+from rcon_plugins.cli.top.table import SORTS, as_json, as_text, ordered, shown, summary
 from rcon_plugins.errors import ConfinementError
 from rcon_plugins.groups import Sample
 from rcon_plugins.kernel.cgroup import MAX, Reading, Resources

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rcon_plugins.cli.group_argument import GROUP
+from rcon_plugins.cli.groups.argument import GROUP
 from rcon_plugins.cli.limit_options import limit_options
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def ls(as_json: bool) -> int:
       rcon ls
       rcon ls --json | jq '.[] | select(.usage.oom_kills > 0) | .group'
     """
-    from rcon_plugins.cli import listing
+    from rcon_plugins.cli.groups import listing
 
     return listing.ls(as_json)
 
@@ -45,7 +45,7 @@ def stat(group: Group, as_json: bool) -> int:
       rcon stat tenant~a.example
       rcon stat --json sleep-1234 | jq .usage.memory_peak
     """
-    from rcon_plugins.cli import listing
+    from rcon_plugins.cli.groups import listing
 
     return listing.stat(group, as_json)
 
@@ -82,14 +82,14 @@ def top(sort: str, interval: float, iterations: int | None, as_json: bool, celer
       rcon top --json | jq -c '.groups[] | select(.new_hits > 0)'
       rcon top --celery proj
     """
-    from rcon_plugins.cli import top as shown
+    from rcon_plugins.cli.top import live
 
-    source: shown.Source = shown.local
+    source: live.Source = live.local
     if celery is not None:
-        from rcon_plugins.cli.top_celery import workers
+        from rcon_plugins.cli.top.celery_source import workers
 
         source = workers(celery)
-    return shown.top(source, sort=sort, interval=interval, iterations=iterations, to_json=as_json)
+    return live.show(source, sort=sort, interval=interval, iterations=iterations, to_json=as_json)
 
 
 @click.command("set", short_help="Set limits of a group while it runs.")
@@ -110,7 +110,7 @@ def set_command(group: Group, as_json: bool, **options: Any) -> int:
       rcon set tenant~a.example --pids max
       rcon set backup --write 5M --device /srv
     """
-    from rcon_plugins.cli import changing
+    from rcon_plugins.cli.groups import changing
 
     return changing.set_limits(group, options, as_json)
 
@@ -125,7 +125,7 @@ def freeze(group: Group) -> int:
     \b
       rcon freeze backup-1234
     """
-    from rcon_plugins.cli import changing
+    from rcon_plugins.cli.groups import changing
 
     return changing.freeze(group)
 
@@ -138,7 +138,7 @@ def thaw(group: Group) -> int:
     \b
       rcon thaw backup-1234
     """
-    from rcon_plugins.cli import changing
+    from rcon_plugins.cli.groups import changing
 
     return changing.thaw(group)
 
@@ -156,7 +156,7 @@ def kill(group: Group, as_json: bool) -> int:
       rcon kill sleep-1234
       rcon kill --json tenant~a.example | jq '.ended[].pid'
     """
-    from rcon_plugins.cli import changing
+    from rcon_plugins.cli.groups import changing
 
     return changing.kill(group, as_json)
 
@@ -193,6 +193,6 @@ def watch(
       rcon watch nightly --kind oom_kill,memory_limit --json
       rcon watch nightly --threshold 900M --pressure memory:500ms/2s
     """
-    from rcon_plugins.cli import watching
+    from rcon_plugins.cli.groups import watching
 
     return watching.watch_group(group, kinds, thresholds, pressure, as_json)

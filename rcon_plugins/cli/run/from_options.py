@@ -11,10 +11,10 @@ import click
 
 from rcon_plugins.cli.asked import Asked
 from rcon_plugins.cli.base_option import named_base
-from rcon_plugins.cli.hand_over import find, take, variables_of
+from rcon_plugins.cli.capcon.hand_over import find, take, variables_of
 from rcon_plugins.cli.limit_options import limits_of, policy_keys, refused
 from rcon_plugins.cli.limit_table import FLAGS
-from rcon_plugins.cli.running import execute, open_report
+from rcon_plugins.cli.run.execution import execute, open_report
 from rcon_plugins.command import Ended, Order, check_group_name, group_name
 from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
 from rcon_plugins.identity import privileges
@@ -89,7 +89,7 @@ def _attended(policy: Policy, manager: pluggy.PluginManager, on_event: str | Non
     told = each_expands or bool(manager.hook.rcon_event.get_hookimpls())
     if on_event is None and not expands and not told:
         return {}
-    from rcon_plugins.cli.attendant import attend
+    from rcon_plugins.cli.run.attendant import attend
 
     note = f", expanded from {memory}" if expands else ""
     return {

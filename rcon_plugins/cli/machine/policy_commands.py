@@ -29,7 +29,7 @@ def check(file: str, server: str, as_json: bool) -> int:
       rcon check /etc/rcon.toml
       sudo -u www-data rcon check --server sync /etc/rcon.toml
     """
-    from rcon_plugins.cli import checking
+    from rcon_plugins.cli.machine import checking
 
     text, good = checking.check(file, server, as_json)
     click.echo(text)
@@ -57,7 +57,7 @@ def which(file: str, as_json: bool, attribute: tuple[str, ...], **named: str | N
       rcon which /etc/rcon.toml --host shop.example --path /img/logo.png
       rcon which /etc/rcon.toml --task reports.monthly
     """
-    from rcon_plugins.cli import checking
+    from rcon_plugins.cli.machine import checking
 
     text, good = checking.which(file, checking.attributes_of(named, attribute), as_json)
     click.echo(text)

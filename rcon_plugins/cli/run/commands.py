@@ -67,9 +67,9 @@ def run(**options: Any) -> int:
       126  the command cannot be executed
       127  the command was not found
     """
-    from rcon_plugins.cli import run_options
+    from rcon_plugins.cli.run import from_options
 
-    return run_options.run(options)
+    return from_options.run(options)
 
 
 @click.command(short_help="Put running processes in a group with limits; --release lets them go.")
@@ -100,6 +100,6 @@ def attach(**options: Any) -> int:
       2    bad usage, a process that cannot be taken, or a limit that this machine cannot enforce; none was taken
       125  rcon itself failed
     """
-    from rcon_plugins.cli import attaching
+    from rcon_plugins.cli.run import attaching
 
     return attaching.attach(options)

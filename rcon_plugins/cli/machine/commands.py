@@ -38,7 +38,7 @@ def doctor(user: str | None, cgroup: str | None, as_json: bool) -> int:
       sudo rcon doctor --user www-data
       rcon doctor --json | jq '.missing[].remedy'
     """
-    from rcon_plugins.cli import doctoring
+    from rcon_plugins.cli.machine import doctoring
 
     text, good = doctoring.doctor(user, as_json, named_base(cgroup))
     click.echo(text)
@@ -69,7 +69,7 @@ def gc(below: str, dry_run: bool, as_json: bool) -> int:
       rcon gc --dry-run
       rcon gc
     """
-    from rcon_plugins.cli import collecting
+    from rcon_plugins.cli.machine import collecting
 
     text, good = collecting.gc(below, dry_run, as_json)
     if text:

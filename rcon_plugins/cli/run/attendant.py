@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rcon_plugins.attendance import Attended
-from rcon_plugins.cli.running import say
+from rcon_plugins.cli.run.execution import say
 from rcon_plugins.errors import RconError, SettingsError
 from rcon_plugins.events import Event
 from rcon_plugins.expansion import Expansion, expand

@@ -11,8 +11,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from rcon_plugins.cli import hand_over, showing
 from rcon_plugins.cli.asked import Asked
+from rcon_plugins.cli.capcon import hand_over, showing
 from rcon_plugins.errors import CapabilityError
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import Capabilities, State, read_state

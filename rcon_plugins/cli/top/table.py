@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rcon_plugins.cli.columns import NOT_TOLD, count, cut_left, percent, printable, size, table
-from rcon_plugins.cli.top_rows import Row
+from rcon_plugins.cli.top.rows import Row
 
 #: What a terminal says below the table.
 LEGEND = "WAIT: % of time, for cpu/memory/io   HITS: of memory/pids limits, OOM kills"

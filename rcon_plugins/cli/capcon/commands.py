@@ -132,7 +132,7 @@ def run(**options: Any) -> int:
     Without any privilege: a build that can change nothing but its own folder:
       capcon run --drop-all --no-new-privs --read-only / --write ./work -- make -C work
     """
-    from rcon_plugins.cli import hand_over
+    from rcon_plugins.cli.capcon import hand_over
 
     return hand_over.run(_asked(options))
 
@@ -148,7 +148,7 @@ def explain(as_json: bool, **options: Any) -> int:
     \b
       capcon explain --user nobody --cap net_raw -- ping -c 1 127.0.0.1
     """
-    from rcon_plugins.cli import explaining
+    from rcon_plugins.cli.capcon import explaining
 
     text, as_asked = explaining.explain(_asked(options), as_json)
     click.echo(text)
@@ -166,7 +166,7 @@ def show(pid: int | None, as_json: bool) -> int:
     \b
       capcon show 1
     """
-    from rcon_plugins.cli import showing
+    from rcon_plugins.cli.capcon import showing
 
     click.echo(showing.show(pid, as_json))
     return 0

@@ -12,7 +12,7 @@ from rcon_plugins.cli.asked import is_number
 from rcon_plugins.cli.base_option import named_base
 from rcon_plugins.cli.ending import say
 from rcon_plugins.cli.limit_options import limits_of, policy_keys
-from rcon_plugins.cli.run_options import check_enforceable, named_group, resources_of
+from rcon_plugins.cli.run.from_options import check_enforceable, named_group, resources_of
 from rcon_plugins.command import group_name
 from rcon_plugins.errors import KernelError, UnknownGroup
 from rcon_plugins.groups import Group, find_group, find_groups

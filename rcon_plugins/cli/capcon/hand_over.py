@@ -9,8 +9,8 @@ import stat
 from pathlib import Path
 
 from rcon_plugins.cli.asked import Asked, find_account
+from rcon_plugins.cli.capcon.showing import listed
 from rcon_plugins.cli.ending import NOT_EXECUTABLE, NOT_FOUND, Refused, say
-from rcon_plugins.cli.showing import listed
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import environment, landlock
 from rcon_plugins.kernel.capability import State, drop, read_state, set_no_new_privs

@@ -9,11 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from rcon_plugins.cli import screen
-from rcon_plugins.cli.asking import Asked
 from rcon_plugins.cli.ending import interrupted
-from rcon_plugins.cli.top_rows import Rates, Row
-from rcon_plugins.cli.top_table import SORTS, as_json, as_text, ordered, shown, summary
+from rcon_plugins.cli.top import screen
+from rcon_plugins.cli.top.asking import Asked
+from rcon_plugins.cli.top.rows import Rates, Row
+from rcon_plugins.cli.top.table import SORTS, as_json, as_text, ordered, shown, summary
 from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.groups import Sample, find_groups, is_gone
 
@@ -38,7 +38,7 @@ def local() -> Iterator[Sample]:
         yield sample
 
 
-def top(
+def show(
     source: Source,
     *,
     sort: str = "cpu",

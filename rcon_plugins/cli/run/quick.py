@@ -1,6 +1,6 @@
 """A plain ``rcon run``: limits, a timeout, a report, a new group and a command, all well-formed, and nothing else.
 
-Whatever is not that is left to `rcon_plugins.cli.run_options`, which knows all options and says what is wrong with
+Whatever is not that is left to `rcon_plugins.cli.run.from_options`, which knows all options and says what is wrong with
 them. What it would make of a plain command line is made here too, by the same types (a test compares the two), without
 loading what reads policies.
 """
@@ -11,7 +11,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rcon_plugins.cli.running import execute, open_report
+from rcon_plugins.cli.run.execution import execute, open_report
 from rcon_plugins.command import Order, check_group_name, group_name
 from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.kernel import environment
@@ -109,7 +109,7 @@ def run(words: list[str]) -> int | None:
             return None
         report = open_report(options["json"]) if "json" in options else None
     except (RconError, ValueError, OSError):
-        return None  # run_options says what is wrong
+        return None  # from_options says what is wrong
     order = Order(
         program=program,
         arguments=tuple(arguments),

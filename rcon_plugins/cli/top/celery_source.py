@@ -9,7 +9,7 @@ import click
 
 from rcon_plugins.cli.columns import printable
 from rcon_plugins.cli.ending import Refused, say
-from rcon_plugins.cli.top import Source
+from rcon_plugins.cli.top.live import Source
 from rcon_plugins.errors import SettingsError
 
 

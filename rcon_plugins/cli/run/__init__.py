@@ -1,0 +1,1 @@
+"""``rcon run`` and ``rcon attach``: a command, or running processes, under limits."""

@@ -1,0 +1,1 @@
+"""``rcon top``: what every group uses, again and again."""
