@@ -14,7 +14,7 @@ from rcon_plugins.settings.accounts import PathTemplate
 from rcon_plugins.settings.file import json_schema, load
 from rcon_plugins.settings.policy import Per
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs/settings.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 FILES = [text for language, text in BLOCKS if language == "toml"]
