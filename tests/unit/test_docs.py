@@ -125,6 +125,34 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_tables(page: Path) -> None:
+    """Each begins with its heads, and each row has as many cells: else it is shown as text, or cut."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    wrong = []
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        cells = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+        if len(set(cells)) > 1 or not re.fullmatch(r"\|.*\n\|[-|: ]+\|\n(?:.*\n)+", table):
+            wrong.append(table.splitlines()[0])
+    assert wrong == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of its headings, as GitHub and MyST make them."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", page.read_text())
+    assert [
+        f"{name}#{anchor}"
+        for name, anchor in links
+        if anchor not in anchors(page.parent / name if name else page)
+    ] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+(?: [a-z-]+)*):", (ROOT / "Makefile").read_text(), re.M))
     targets = {name for names in targets for name in names.split()}
