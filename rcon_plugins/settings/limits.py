@@ -15,9 +15,8 @@ from msgspec import Meta
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.conversion import dotted
 from rcon_plugins.settings.memory import Memory
-from rcon_plugins.settings.units import CpuList, Cpus, Duration, Size, show
+from rcon_plugins.settings.units import CpuList, Cpus, Duration, Size, check_a_page, show
 
-_PAGE = 4096
 _COUNT = Meta(ge=1, le=2**63 - 1)
 
 
@@ -89,11 +88,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             # A plain number of bytes, from whoever calls the constructor itself.
             msgspec.structs.force_setattr(self, "memory", Memory(self.memory))
         for name in ("memory", "memory_high"):
-            size = getattr(self, name)
-            if size is not None and size < _PAGE:
-                raise SettingsError(
-                    f"{size} bytes are less than one page", key=name, value=size, hint=f'write "{size}M"?'
-                )
+            check_a_page(getattr(self, name), name)
         if self.memory_high is not None:
             self._check_memory_high(self.memory_high)
         for device in self.io:

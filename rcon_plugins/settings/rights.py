@@ -9,9 +9,8 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.units import Duration, Size, Written, WrittenNumber, show
+from rcon_plugins.settings.units import Duration, Size, Written, WrittenNumber, check_a_page, show
 
-_PAGE = 4096
 _MANY = Meta(ge=0, le=2**31 - 1)
 
 
@@ -96,11 +95,7 @@ class Rlimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         for name in ("as", "stack", "data"):
-            size = self.written().get(name)
-            if size is not None and size < _PAGE:
-                raise SettingsError(
-                    f"{size} bytes are less than one page", key=name, value=size, hint=f'write "{size}M"?'
-                )
+            check_a_page(self.written().get(name), name)
         if self.cpu is not None and self.cpu % 1:
             raise SettingsError(
                 f"{self.cpu} is not a whole number of seconds",

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self, SupportsFloat
 from rcon_plugins.errors import SettingsError
 
 _DECIMAL = r"\d{1,12}(?:\.\d{1,6})?"
+_PAGE = 4096
 _PERCENT = r"\d{1,7}(?:\.\d{1,6})?%"  # the kernel takes no quota of 10**5 CPUs and more
 
 
@@ -127,6 +128,14 @@ class Size(WrittenNumber, int):
             if number and number % unit == 0:
                 return f"{number // unit}{letter}"
         return "0"
+
+
+def check_a_page(size: int | None, key: str) -> None:
+    """Raise `SettingsError` for a limit of memory under which nothing could run; None is "not set"."""
+    if size is not None and size < _PAGE:
+        text = str(size)
+        hint = f'write "{text}M"?' if text.isdigit() else 'at least "4K"'
+        raise SettingsError(f"{int(size)} bytes are less than one page", key=key, value=size, hint=hint)
 
 
 class Duration(WrittenNumber, float):
