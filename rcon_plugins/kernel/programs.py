@@ -1,7 +1,8 @@
-"""Which file a command is."""
+"""Which file a command is, and why the kernel did not execute it."""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -17,3 +18,17 @@ def find_program(name: str) -> str | None:
         if regular and os.access(path, os.X_OK):
             return path
     return None
+
+
+def why_not_executed(number: int | None, *, as_another: bool = False) -> str:
+    """What to do about a program that was there and that execve(2) refused, by errno; empty where that says it.
+
+    ``as_another``: it was to be executed by another user than who looked for it.
+    """
+    if number == errno.ENOENT:
+        return "the interpreter or loader that it names is missing: install it, or mend the line that begins with #!"
+    if number == errno.ENOEXEC:
+        return "it is no program for this machine, or a script whose first line does not begin with #!"
+    if number == errno.EACCES and as_another:
+        return "its user must be allowed to execute it, and to enter each folder above it"
+    return ""

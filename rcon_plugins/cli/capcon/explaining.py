@@ -7,6 +7,7 @@ execve itself, is predicted.
 from __future__ import annotations
 
 import errno
+import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from rcon_plugins.cli.capcon import hand_over, showing
 from rcon_plugins.errors import CapabilityError
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import Capabilities, State, read_state
-from rcon_plugins.kernel.capability.exec_rule import Prediction, predict
+from rcon_plugins.kernel.capability.exec_rule import File, Prediction, predict
+from rcon_plugins.kernel.programs import why_not_executed
 
 
 def explain(asked: Asked, as_json: bool) -> tuple[str, bool]:
@@ -30,7 +32,11 @@ def explain(asked: Asked, as_json: bool) -> tuple[str, bool]:
     before = read_state()
     prediction = predict(before, file)
     if prediction.error is None:
-        problems = [*hand_over.problems(asked, prediction.state), *file_problems(asked)]
+        problems = [
+            *hand_over.problems(asked, prediction.state),
+            *access_problems(asked, program, file),
+            *file_problems(asked),
+        ]
     else:
         problems = [f"cannot be executed so: {prediction.steps[-1].why}"]
     if as_json:
@@ -45,6 +51,17 @@ def refused(asked: Asked, program: str, error: CapabilityError, as_json: bool) -
     if as_json:
         return showing.as_text({**asked_data(asked, program), "problems": [str(error)], "as_asked": False})
     return "\n".join([*asked_rows(asked, program), answer([f"cannot be run so: {error}"])])
+
+
+def access_problems(asked: Asked, program: str, file: File) -> list[str]:
+    """Which of the files that execve(2) opens the user that was asked for, who this process is now, may not execute."""
+    if asked.identity is None:
+        return []
+    paths = dict.fromkeys((program, *(script.path for script in file.scripts), file.path))
+    closed = next((path for path in paths if not os.access(path, os.X_OK, effective_ids=True)), None)
+    if closed is None:
+        return []
+    return [f"cannot be executed: {closed}: {why_not_executed(errno.EACCES, as_another=True)}"]
 
 
 def file_problems(asked: Asked) -> list[str]:

@@ -15,6 +15,7 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import environment, landlock
 from rcon_plugins.kernel.capability import State, drop, read_state, set_no_new_privs
 from rcon_plugins.kernel.capability.exec_rule import File, predict
+from rcon_plugins.kernel.programs import why_not_executed
 
 #: Devices that hold nothing and that nearly every program writes to: allowed along with any --read-only and --write.
 HARMLESS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/tty")
@@ -124,15 +125,11 @@ def problems(asked: Asked, after: State) -> list[str]:
 def not_executed(asked: Asked, program: str, error: OSError) -> Refused:
     """What to say of a program that was there and that the kernel did not execute."""
     reason = os.strerror(error.errno or errno.EIO)
-    hint, status = "", NOT_EXECUTABLE
-    if error.errno == errno.ENOENT:
-        hint, status = "the loader that it names is missing: it may be built for another C library", NOT_FOUND
-    elif error.errno == errno.ENOEXEC:
-        hint = "it is no program for this machine, or a script whose first line does not begin with #!"
-    elif error.errno in (errno.EACCES, errno.EPERM) and asked.read is not None:
+    status = NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
+    if error.errno in (errno.EACCES, errno.EPERM) and asked.read is not None:
         hint = "add --read-only with its folder and those of its interpreter and libraries, or --read-only /"
-    elif error.errno == errno.EACCES and asked.identity is not None:
-        hint = f"uid {asked.identity.uid} must be allowed to execute it, and to enter each folder above it"
     elif error.errno == errno.EPERM:
         hint = "its file capabilities are more than this process may hold: see capcon explain"
+    else:
+        hint = why_not_executed(error.errno, as_another=asked.identity is not None)
     return Refused(f"{program}: {reason}" + (f" ({hint})" if hint else ""), status)

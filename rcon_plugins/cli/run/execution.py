@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rcon_plugins import command
 from rcon_plugins.command import Ended, NotRun, Order
 from rcon_plugins.errors import RconError
+from rcon_plugins.kernel.programs import why_not_executed
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Hierarchy
@@ -51,7 +52,9 @@ def execute(
     try:
         ended = command.run(order, hierarchy, base)
     except NotRun as error:
-        return _not_run(order, report, policy, error.status, f"{order.program}: {error}")
+        hint = why_not_executed(error.errno, as_another=order.become is not None)
+        problem = f"{order.program}: {error}" + (f" ({hint})" if hint else "")
+        return _not_run(order, report, policy, error.status, problem)
     except RconError as error:
         return _not_run(order, report, policy, OWN_FAILURE, str(error))
     if finished is not None:

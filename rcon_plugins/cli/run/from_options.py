@@ -219,6 +219,7 @@ def _policy(options: Mapping[str, Any]) -> tuple[Settings, pluggy.PluginManager,
     try:
         settings = load(file)
         manager = make_plugin_manager(settings)
+        manager.unregister(name="rcon.log")  # how it ended is said in one line for people, and in --json
         contributed = [one for some in manager.hook.rcon_policies(settings=settings) for one in some]
         settings = settings.with_policies(contributed)
     except SettingsError as error:

@@ -108,6 +108,28 @@ def test_what_will_not_be_held_and_why(programs: Path) -> None:
     assert "yes the command will hold what was asked" in " ".join(done.out.split())
 
 
+def test_explain_says_what_the_user_may_not_execute(tmp_path: Path) -> None:
+    """Nor the interpreter of a script."""
+    cat = tmp_path / "cat"
+    shutil.copy(shutil.which("cat") or "", cat)
+    cat.chmod(0o700)
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        script = Path(name, "script")
+        script.write_text(f"#!{cat}\n")
+        script.chmod(0o755)
+        remedy = "its user must be allowed to execute it, and to enter each folder above it"
+        for program in (cat, script):
+            done = capcon("explain", "--json", "--user", "nobody", "--", program)
+            assert done.status == 1
+            assert json.loads(done.out)["problems"] == [f"the command cannot be executed: {cat}: {remedy}"]
+            assert capcon("run", "--user", "nobody", "--", program).status == 126
+        may_read_all = ("--user", "nobody", "--cap", "dac_override,dac_read_search")
+        for program in (cat, script):
+            assert capcon("explain", *may_read_all, "--", program).status == 0
+        assert capcon("run", *may_read_all, "--", script).out == script.read_text()
+
+
 def test_explain_says_what_the_caller_may_not_give() -> None:
     options = ("--user", "daemon", "--cap", "net_raw", "--", "true")
     done = capcon("explain", *options, before=become_nobody)

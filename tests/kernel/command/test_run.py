@@ -212,14 +212,26 @@ def test_another_user(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "status", "said"),
-    [("#!/no/such/interpreter\n", 127, "No such file or directory"), ("\x7fELF", 126, "Exec format error")],
+    [
+        (
+            "#!/no/such/interpreter\n",
+            127,
+            "No such file or directory (the interpreter or loader that it names is",
+        ),
+        (
+            "\x7fELF",
+            126,
+            "Exec format error (it is no program for this machine, or a script whose first line",
+        ),
+    ],
 )
 def test_what_turns_out_not_to_be_executable(content: str, status: int, said: str, tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text(content)
     program.chmod(0o755)
     done = rcon("run", "--", program)
-    assert (done.status, done.err) == (status, f"rcon: {program}: {said}\n")
+    assert (done.status, done.err.count("\n")) == (status, 1)
+    assert done.err.startswith(f"rcon: {program}: {said} ")
     assert (done.report["outcome"], done.report["status"]) == ("refused", status)
 
 
@@ -230,7 +242,8 @@ def test_what_another_user_cannot_execute_is_said(tmp_path: Path) -> None:
     code = "from rcon_plugins.cli.start import main; main()"  # with nothing loaded yet, as a shell has it
     words = [sys.executable, "-c", code, "run", "--user", "nobody", "--", str(program)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (126, f"rcon: {program}: Permission denied\n")
+    remedy = "its user must be allowed to execute it, and to enter each folder above it"
+    assert (done.returncode, done.stderr) == (126, f"rcon: {program}: Permission denied ({remedy})\n")
 
 
 def test_a_user_may_make_cgroups_inside_but_not_change_the_limits() -> None:
@@ -367,3 +380,12 @@ def test_limits_of_the_command_line_come_on_top_of_a_policy(tmp_path: Path) -> N
     )
     assert done.err == "rcon: memory limit 32 MiB reached (peak 32.0 MiB)\n"
     assert (done.status, done.report["outcome"]) == (137, "memory")
+
+
+def test_that_a_limit_of_a_policy_was_reached_is_said_in_one_line(tmp_path: Path) -> None:
+    settings = tmp_path / "rcon.toml"
+    settings.write_text('[policy.job]\neach = { timeout = "100ms" }\n')
+    code = "from rcon_plugins.cli.start import main; main()"  # as a shell has it: nobody has set up a log
+    words = ["run", "--policy", "job", "--settings", str(settings), "--", "sleep", "1000"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (137, "rcon: wall time limit 0.1 s reached\n")
