@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,12 @@ from rcon_plugins.settings.units import Cpus, Size
 #: What stands for a value that the kernel does not tell.
 NOT_TOLD = "-"
 _GAP = "  "
+_PYTHON = re.compile(r"(?:.*/)?python[0-9.]*")
+_WATCHER = "/rcon_plugins/watcher.py"
+#: Options of Python's that take no word after them, and say nothing of what it runs.
+_PLAIN_OPTIONS = frozenset(
+    {"-B", "-E", "-I", "-O", "-OO", "-P", "-S", "-b", "-d", "-q", "-s", "-u", "-v", "-x"}
+)
 _UNITS = ("", "K", "M", "G", "T", "P")
 
 
@@ -45,6 +52,26 @@ def terminal_width() -> int | None:
 def printable(text: str) -> str:
     """``text`` with a ``?`` for all that could do something to a terminal, or that it could not encode."""
     return "".join(one if one.isprintable() and not "\ud800" <= one <= "\udfff" else "?" for one in text)
+
+
+def short_command(words: str) -> str:
+    """A command line as people know it: without the folder of its program, and without the Python that runs that.
+
+    ``/opt/site/bin/python /opt/site/bin/gunicorn app:app`` is ``gunicorn app:app``; what watches over a group that
+    ``rcon attach`` made is that.
+    """
+    first, *rest = words.split(" ")
+    if not first.startswith(("/", "./", "../")) and not _PYTHON.fullmatch(first):
+        return words
+    program = first.rpartition("/")[2]
+    while _PYTHON.fullmatch(program) and rest and rest[0] in _PLAIN_OPTIONS:
+        del rest[0]
+    if _PYTHON.fullmatch(program) and rest and rest[0].startswith("/"):
+        script = rest.pop(0)
+        if script.endswith(_WATCHER):
+            return "rcon attach"
+        program = script.rpartition("/")[2]
+    return " ".join([program or first, *rest])
 
 
 def columns_of(text: str) -> int:

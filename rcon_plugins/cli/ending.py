@@ -38,11 +38,19 @@ def interrupted() -> int:
     return INTERRUPTED
 
 
+def _is_help(error: click.UsageError) -> bool:
+    """Whether it is no fault but the help of a command that was called without a word; click has that from 8.2 on."""
+    return isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ()))
+
+
 def finish(group: click.Group, program: str, arguments: list[str]) -> int:
     """Do what the arguments say, and return the exit status; what goes wrong is one line on standard error."""
     try:
         status = group.main(arguments, prog_name=program, standalone_mode=False)
     except click.UsageError as error:
+        if _is_help(error):
+            click.echo(error.format_message(), err=True)
+            return BAD_USAGE
         path = error.ctx.command_path if error.ctx else program
         say(program, f"{error.format_message().rstrip('.')} ({path} --help)")
         return BAD_USAGE

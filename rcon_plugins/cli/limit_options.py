@@ -11,7 +11,7 @@ option::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,19 @@ _POLICY = "command"
 
 def limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a click command all of `LIMIT_OPTIONS`, as text and None where not given."""
+    return _with_options(function, hidden=())
+
+
+def limit_options_at_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same where nobody watches: those that expand are taken, to be refused with a reason, and are in no help."""
+    return _with_options(function, hidden=_EXPANSION)
+
+
+def _with_options(function: Callable[..., Any], hidden: Collection[str]) -> Callable[..., Any]:
     for option in reversed(LIMIT_OPTIONS):
-        function = click.option(option.flag, metavar=option.metavar, help=option.help)(function)
+        function = click.option(
+            option.flag, metavar=option.metavar, help=option.help, hidden=option.key in hidden
+        )(function)
     return function
 
 

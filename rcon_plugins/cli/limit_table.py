@@ -25,7 +25,7 @@ LIMIT_OPTIONS = (
     LimitOption("--cpus", "cpus", "LIST", "Run on these CPUs only: 0-1,3."),
     LimitOption("--memory", "memory", "SIZE", "Most memory: 512M, 2G (1024-based); beyond it, killed."),
     LimitOption("--memory-high", "memory_high", "SIZE", "Slow it down above this; needs --memory."),
-    LimitOption("--expand", "expand", "FACTOR", "At the memory limit raise it by this, 2x; needs --up-to."),
+    LimitOption("--expand", "expand", "FACTOR", "At the memory limit, raise it so: 2x; with --up-to."),
     LimitOption("--up-to", "up_to", "SIZE", "... until it is this."),
     LimitOption("--swap", "swap", "SIZE", "Most swap, besides the memory; 0 is none."),
     LimitOption("--read", "read", "SIZE", "Bytes a second read from --device: 10M."),

@@ -23,14 +23,12 @@ _POLICY = "rcon_plugins.cli.machine.policy_commands"
 _MACHINE = "rcon_plugins.cli.machine.commands"
 #: By name: where it is, and its short help. Only the one that is called is imported.
 SUBCOMMANDS = {
-    "attach": Lazy(f"{_RUN}:attach", "Put running processes in a group with limits; --release lets them go."),
+    "attach": Lazy(f"{_RUN}:attach", "Put running processes in a group with limits, and let them go."),
     "check": Lazy(f"{_POLICY}:check", "Say how each policy of FILE would be enforced here, and why."),
     "freeze": Lazy(f"{_GROUPS}:freeze", "Stop the processes of a group, until thaw."),
     "kill": Lazy(f"{_GROUPS}:kill", "End all processes of a group, double forks and new sessions too."),
     "ls": Lazy(f"{_GROUPS}:ls", "List the groups: who made them, within which limits, what they use."),
-    "doctor": Lazy(
-        f"{_MACHINE}:doctor", "Say what this machine offers, what works here, and what would mend the rest."
-    ),
+    "doctor": Lazy(f"{_MACHINE}:doctor", "Say what works on this machine, and what would mend the rest."),
     "gc": Lazy(f"{_MACHINE}:gc", "Remove what dead owners left in the cgroup tree."),
     "run": Lazy(f"{_RUN}:run", "Run a command within limits."),
     "schema": Lazy(f"{_POLICY}:schema", "Print the JSON schema of a policy file."),

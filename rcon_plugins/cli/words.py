@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,35 @@ class Word(_Word):
     ) -> list[CompletionItem]:
         before, comma, last = incomplete.rpartition(",") if self._several else ("", "", incomplete)
         return [CompletionItem(before + comma + name) for name in self._known() if name.startswith(last)]
+
+
+class Command(_Word):
+    """A word of a command that is run: completed, as in a shell, to programs first and to files then."""
+
+    name = "command"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        if ctx.params.get(param.name or "") or "/" in incomplete:
+            return [CompletionItem(incomplete, type="file")]
+        return [CompletionItem(name) for name in program_names() if name.startswith(incomplete)]
+
+
+def program_names() -> list[str]:
+    """The programs in the folders of PATH that may be executed."""
+    found = set()
+    for folder in os.get_exec_path():
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            found |= {entry.name for entry in entries if os.access(entry, os.X_OK) and not entry.is_dir()}
+    return sorted(found)
+
+
+def event_kinds() -> list[str]:
+    """The kinds of events that a group may tell."""
+    from rcon_plugins.kernel.cgroup.events import KINDS
+
+    return sorted(KINDS)
 
 
 def capability_names() -> list[str]:

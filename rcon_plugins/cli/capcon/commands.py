@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from rcon_plugins.cli.ending import finish
-from rcon_plugins.cli.words import Word, capability_names, group_names, user_names
+from rcon_plugins.cli.words import Command, Word, capability_names, group_names, user_names
 
 if TYPE_CHECKING:
     from rcon_plugins.cli.asked import Asked
@@ -86,7 +86,7 @@ def _asking(function: Any) -> Any:
             help="... change what is below PATH, and do nothing with any other file (Landlock).",
         ),
         click.option("--keep-env", is_flag=True, help="Leave HOME, USER, LOGNAME and SHELL as they are."),
-        click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True),
+        click.argument("command", nargs=-1, type=Command(), required=True),
     ]
     for option in reversed(options):
         function = option(function)
@@ -118,7 +118,10 @@ def capcon() -> None:
     """
 
 
-@capcon.command(context_settings={"allow_interspersed_args": False})
+@capcon.command(
+    context_settings={"allow_interspersed_args": False},
+    short_help="Run a command with just these capabilities and files.",
+)
 @_asking
 def run(**options: Any) -> int:
     """Run COMMAND, in place of capcon: signals, terminal and exit status are its own.
@@ -137,7 +140,10 @@ def run(**options: Any) -> int:
     return hand_over.run(_asked(options))
 
 
-@capcon.command(context_settings={"allow_interspersed_args": False})
+@capcon.command(
+    context_settings={"allow_interspersed_args": False},
+    short_help="Say what a command would hold, step by step; run nothing.",
+)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @_asking
 def explain(as_json: bool, **options: Any) -> int:
@@ -155,7 +161,7 @@ def explain(as_json: bool, **options: Any) -> int:
     return 0 if as_asked else NOT_AS_ASKED
 
 
-@capcon.command()
+@capcon.command(short_help="Show the identity and the capabilities of a process.")
 @click.argument("pid", type=click.IntRange(min=1), required=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def show(pid: int | None, as_json: bool) -> int:

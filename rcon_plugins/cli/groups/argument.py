@@ -31,6 +31,7 @@ class GroupArgument(click.ParamType):  # type: ignore[type-arg]  # generic in ne
         self, _ctx: click.Context, _param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         """The names of the groups that begin so, with what their owner is."""
+        from rcon_plugins.cli.columns import short_command
         from rcon_plugins.groups import find_groups
 
         try:
@@ -38,7 +39,7 @@ class GroupArgument(click.ParamType):  # type: ignore[type-arg]  # generic in ne
         except RconError:
             return []  # no cgroups, no groups: nothing to complete, and no place for a message
         return [
-            CompletionItem(group.label, help=group.owner.command or "")
+            CompletionItem(group.label, help=short_command(group.owner.command or ""))
             for group in groups
             if group.label.startswith(incomplete)
         ]

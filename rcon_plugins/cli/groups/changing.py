@@ -9,7 +9,15 @@ from typing import Any
 
 import click
 
-from rcon_plugins.cli.columns import NOT_TOLD, cut, limits_as_json, limits_in_words, printable, size
+from rcon_plugins.cli.columns import (
+    NOT_TOLD,
+    cut,
+    limits_as_json,
+    limits_in_words,
+    printable,
+    short_command,
+    size,
+)
 from rcon_plugins.cli.ending import say
 from rcon_plugins.cli.limit_options import limits_of, policy_keys
 from rcon_plugins.cli.limit_table import FLAGS, LIMIT_OPTIONS
@@ -132,7 +140,8 @@ def _squeezed(group: Group, wanted: Resources, used: int | None, killed_before: 
 def _rewritten(group: Group) -> list[str]:
     if not group.is_of_server():
         return []
-    server = f"the group is of a server, pid {group.owner.pid} ({cut(group.owner.command or NOT_TOLD, 60)})"
+    command = cut(short_command(group.owner.command or NOT_TOLD), 60)
+    server = f"the group is of a server, pid {group.owner.pid} ({command})"
     again = "may write the limits of its policy again when it starts work in it"
     return [f"{server}, which {again}: change the policy to keep these"]
 

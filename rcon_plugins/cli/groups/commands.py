@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rcon_plugins.cli.groups.argument import GROUP
-from rcon_plugins.cli.limit_options import limit_options
+from rcon_plugins.cli.limit_options import limit_options_at_once
+from rcon_plugins.cli.words import Word, event_kinds
 
 if TYPE_CHECKING:
     from rcon_plugins.groups import Group
@@ -94,7 +95,7 @@ def top(sort: str, interval: float, iterations: int | None, as_json: bool, celer
 
 @click.command("set", short_help="Set limits of a group while it runs.")
 @_group
-@limit_options
+@limit_options_at_once
 @_json
 def set_command(group: Group, as_json: bool, **options: Any) -> int:
     """Set limits of GROUP while it runs: all that are given, or, if one cannot be, none. The others stay as they are.
@@ -164,7 +165,12 @@ def kill(group: Group, as_json: bool) -> int:
 @click.command(short_help="Print a line for each event of a group.")
 @_group
 @click.option(
-    "--kind", "kinds", multiple=True, metavar="KIND[,KIND]", help="These kinds only; without it, all."
+    "--kind",
+    "kinds",
+    type=Word("kinds", event_kinds, several=True),
+    multiple=True,
+    metavar="KIND[,KIND]",
+    help="These kinds only; without it, all.",
 )
 @click.option(
     "--threshold", "thresholds", multiple=True, metavar="SIZE", help="Tell when memory reaches this."

@@ -16,6 +16,7 @@ from rcon_plugins.cli.columns import (
     percent,
     printable,
     seconds,
+    short_command,
     size,
     table,
     terminal_width,
@@ -101,7 +102,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         seconds(usage["cpu_seconds"]),
         ", ".join(row["limits_in_words"]) or NOT_TOLD,
         str(owner["pid"]),
-        owner["command"] or ("?" if owner["alive"] else "(has ended)"),
+        short_command(owner["command"] or "") or ("?" if owner["alive"] else "(has ended)"),
     ]
 
 

@@ -12,7 +12,7 @@ NOT_ALL = 1
 _json = click.option("--json", "as_json", is_flag=True, help="As JSON.")
 
 
-@click.command(short_help="Say what this machine offers, what works here, and what would mend the rest.")
+@click.command(short_help="Say what works on this machine, and what would mend the rest.")
 @click.option("--user", metavar="NAME", help="As this user, as far as root can tell (needs root).")
 @base_option
 @_json

@@ -8,7 +8,7 @@ import click
 
 from rcon_plugins.cli.base_option import base_option
 from rcon_plugins.cli.limit_options import limit_options
-from rcon_plugins.cli.words import Word, capability_names, user_names
+from rcon_plugins.cli.words import Command, Word, capability_names, user_names
 
 
 @click.command(short_help="Run a command within limits.", context_settings={"allow_interspersed_args": False})
@@ -44,7 +44,7 @@ from rcon_plugins.cli.words import Word, capability_names, user_names
     help="Write there how it ended and what it used; - is standard output.",
 )
 @base_option
-@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+@click.argument("command", nargs=-1, type=Command(), required=True)
 def run(**options: Any) -> int:
     """Run COMMAND within limits that hold before its first instruction; all it starts is within them too.
 
@@ -72,7 +72,7 @@ def run(**options: Any) -> int:
     return from_options.run(options)
 
 
-@click.command(short_help="Put running processes in a group with limits; --release lets them go.")
+@click.command(short_help="Put running processes in a group with limits, and let them go.")
 @limit_options
 @click.option(
     "--group", "-g", metavar="NAME", help="Call the group so; else by the first command and its number."

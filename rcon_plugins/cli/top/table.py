@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from rcon_plugins.cli.columns import NOT_TOLD, count, cut_left, percent, printable, size, table
+from rcon_plugins.cli.columns import (
+    NOT_TOLD,
+    count,
+    cut,
+    cut_left,
+    percent,
+    printable,
+    short_command,
+    size,
+    table,
+)
 from rcon_plugins.cli.top.rows import Row
 
 #: What a terminal says below the table.
@@ -90,7 +100,7 @@ def summary(rows: Sequence[Row], by: str, interval: float) -> str:
 def as_text(rows: Sequence[Row]) -> str:
     """Columns as wide as they need to be, with the owner at the end."""
     heads = ("GROUP", *(f">{column.head}" for column in COLUMNS), "OWNER")
-    cells = [[row.name, *(column.cell(row) for column in COLUMNS), row.owner] for row in rows]
+    cells = [[row.name, *(column.cell(row) for column in COLUMNS), short_command(row.owner)] for row in rows]
     return table(heads, cells)
 
 
@@ -135,10 +145,11 @@ def shown(rows: Sequence[Row], by: str, title: str, first: int, width: int, heig
     if wide:
         made.add_column(Text("OWNER"), no_wrap=True, width=width - name_width - _columns_width(columns) - 1)
     room = max(1, height - 4)
-    for row in rows[first : first + room]:
+    names = _names(rows, name_width)
+    for row, name in list(zip(rows, names, strict=True))[first : first + room]:
         cells = [Text(column.cell(row), style=_style(column, row)) for column in columns]
-        owner = [Text(printable(row.owner), style="dim")] if wide else []
-        made.add_row(Text(_name(row, name_width)), *cells, *owner)
+        owner = [Text(printable(short_command(row.owner)), style="dim")] if wide else []
+        made.add_row(Text(name), *cells, *owner)
     left = len(rows) - first - room
     below = f"{left} more below (arrow keys)" if left > 0 else LEGEND
     keys = " ".join(f"{sort.letter}:{sort.label}" for sort in SORTS.values())
@@ -157,12 +168,22 @@ _WITH_OWNER, _LEAST_OWNER = 110, 20
 _LEAST_NAME = 12
 
 
-def _name(row: Row, width: int) -> str:
-    """As much of a name as fits: of a worker and of a group of its own, where it has both."""
-    name = printable(row.name)
-    if len(name) <= width or not row.node:
-        return cut_left(name, width)
-    node, group = printable(row.node).removeprefix("celery@"), printable(row.name[len(row.node) + 1 :])
+def _names(rows: Sequence[Row], width: int) -> list[str]:
+    """Their names, as much of them as fits: the end, or the beginning where more of them differ in that."""
+    whole = [printable(row.name) for row in rows]
+    if all(len(name) <= width for name in whole):
+        return whole
+    ends = [_of_worker(row, width) if row.node else cut_left(printable(row.name), width) for row in rows]
+    beginnings = [
+        end if row.node else cut(name, width) for row, name, end in zip(rows, whole, ends, strict=True)
+    ]
+    return max(ends, beginnings, key=lambda names: len(set(names)))
+
+
+def _of_worker(row: Row, width: int) -> str:
+    """As much of the name of a worker, and of a group of its own, as fits."""
+    node = printable(row.node or "").removeprefix("celery@")
+    group = printable(row.name[len(row.node or "") + 1 :])
     group = cut_left(group, width - 1 - min(len(node), max(width // 3, 1)))
     return f"{cut_left(node, width - 1 - len(group))}/{group}"
 

@@ -89,6 +89,7 @@ def test_help_has_examples(subcommand: list[str], capsys: pytest.CaptureFixture[
     out, err = capsys.readouterr()
     assert err == ""
     assert f"Usage: {' '.join(['capcon', *subcommand])} " in out
+    assert "..." not in out.partition("\nCommands:")[2]  # each fits in its line
     assert "      capcon " in out or "    capcon " in out or "capcon run" in out or "_CAPCON_COMPLETE" in out
 
 
@@ -119,6 +120,7 @@ def test_options_after_the_command_are_the_commands(tmp_path: Path) -> None:
         ("capcon run --cap chown,net_bi", ["chown,net_bind_service"]),
         ("capcon run --user nobo", ["nobody"]),
         ("capcon run --groups mail,daem", ["mail,daemon"]),
+        ("capcon run --user nobody -- printen", ["printenv"]),
         ("capcon ex", ["explain"]),
     ],
 )

@@ -12,6 +12,7 @@ from rcon_plugins.cli.columns import (
     percent,
     printable,
     seconds,
+    short_command,
     size,
     table,
 )
@@ -108,3 +109,24 @@ def test_limits() -> None:
     }
     nothing = Resources(cpu_quota=MAX, cpu_weight=100, memory_max=MAX, pids_max=MAX)
     assert limits_in_words(nothing) == limits_in_words(Resources()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "short"),
+    [
+        ("/usr/bin/python3 /usr/local/bin/rcon run -- make -C /srv", "rcon run -- make -C /srv"),
+        ("/srv/.venv/bin/python3.11 -I -u /srv/.venv/bin/gunicorn app:app", "gunicorn app:app"),
+        ("/srv/bin/python -m gunicorn /x", "python -m gunicorn /x"),
+        ("python app.py /x", "python app.py /x"),
+        ("python -W error /srv/app.py", "python -W error /srv/app.py"),
+        ("/usr/bin/python3", "python3"),
+        ("/x/python -I -S /x/rcon_plugins/watcher.py /rcon rcon-1-2 backup", "rcon attach"),
+        ("gunicorn: master [app:app]", "gunicorn: master [app:app]"),
+        ("./job /srv", "job /srv"),
+        ("[kthreadd]", "[kthreadd]"),
+        ("/", "/"),
+        ("", ""),
+    ],
+)
+def test_a_command_as_people_know_it(words: str, short: str) -> None:
+    assert short_command(words) == short

@@ -69,6 +69,20 @@ def test_commands_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"\n    {status} " in out for status in (0, 1, 2, 125))
 
 
+def test_without_a_word_it_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("Usage: rcon [OPTIONS] COMMAND")
+    assert "\n  check   Say how " in err
+
+
+def test_an_option_that_is_always_refused_is_in_no_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, there in (("run", True), ("attach", True), ("set", False)):
+        assert run_main([command, "--help"]) == 0
+        assert ("--expand" in capsys.readouterr().out) == there
+
+
 @pytest.mark.parametrize(
     ("subcommand", "words"),
     [
@@ -434,3 +448,24 @@ main()
         "rcon_plugins.cli.machine.checking",
     }
     assert modules & heavy == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("rcon watch --kind oom_kill,memory_h", ["plain,oom_kill,memory_high"]),
+        ("rcon run --cpu 30% -- printen", ["plain,printenv"]),
+        ("rcon run printenv rc", ["file,rc"]),
+        ("rcon run -- ./jo", ["file,./jo"]),
+        ("rcon set --exp", []),
+    ],
+)
+def test_words_are_completed(
+    words: str, completed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_RCON_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    with pytest.raises(SystemExit):
+        run_main([])
+    assert capsys.readouterr().out.split() == completed

@@ -213,6 +213,12 @@ def test_the_end_of_a_long_name_is_what_tells_groups_apart() -> None:
     assert "~a.example " in line
 
 
+def test_names_that_end_alike_are_cut_at_their_end() -> None:
+    rows = [row(f"tenant~{name}.customers.example") for name in ("anna", "berta")] + [row("nightly")]
+    names = [line.split()[0] for line in screenful(rows, 80, 24)[2:5]]
+    assert names == ["tenant~anna.custo…", "tenant~berta.cust…", "nightly"]
+
+
 def test_rows_further_down() -> None:
     rows = [row(f"g{n:02}") for n in range(40)]
     lines = screenful(rows, 80, 14, first=35)
