@@ -88,6 +88,8 @@ def test_release_puts_them_back() -> None:
     with running("sleep", "1000", count=3) as three:
         before = [where(process.pid) for process in three]
         attach(three, "--pids", "50", "--group", "three")
+        (listed,) = [line for line in rcon("ls").out.splitlines() if line.startswith("three ")]
+        assert listed.endswith("  rcon attach")
         mine = watcher(three[0].pid)
         assert rcon("attach", "--release", str(three[0].pid)).status == 0
         assert where(three[0].pid) == before[0]
