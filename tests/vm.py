@@ -98,9 +98,9 @@ def make_disk(path: Path) -> None:
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
 
-def boot(arguments: list[str], *, timeout: int, memory: str, verbose: bool) -> int:
+def boot(arguments: list[str], *, kernel: Path | None, timeout: int, memory: str, verbose: bool) -> int:
     """Boot, run pytest in the machine, and return its exit status. Nothing is left running, however this ends."""
-    kernel = newest_kernel()
+    kernel = kernel or newest_kernel()
     for program in ("qemu-system-x86_64", "busybox", "virtme-run"):
         need(program)
     print(f"Booting {kernel.name} in an emulated machine (about 15 s) ...", flush=True)
@@ -216,6 +216,12 @@ def main() -> int:
     parser.add_argument(
         "--timeout", type=int, default=3000, help="seconds for all of it (default: %(default)s)"
     )
+    parser.add_argument(
+        "--kernel",
+        type=Path,
+        metavar="VMLINUZ",
+        help="the kernel, whose modules are in /lib/modules (default: the newest in /boot)",
+    )
     parser.add_argument("--memory", default="1536M", help="memory of the machine (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show the machine's console")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -228,7 +234,13 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
-        return boot(arguments, timeout=options.timeout, memory=options.memory, verbose=options.verbose)
+        return boot(
+            arguments,
+            kernel=options.kernel,
+            timeout=options.timeout,
+            memory=options.memory,
+            verbose=options.verbose,
+        )
     except KeyboardInterrupt:
         return 130
 
