@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from rcon_plugins import systemd
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, files, find_base, mounts, owner, v2
-from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE, own_cgroup
+from rcon_plugins.kernel.cgroup.delegation import own_cgroup, remove_root_base
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
 
 #: How long processes in a host/, which are ending in most cases, are waited for.
@@ -284,9 +284,8 @@ class Instance:
         if self._root.child("taken").processes(subtree=True):
             return False
         gone = self._root.delete(recursive=True)
-        if gone and self.base == ROOT_BASE:
-            # We may have made it; it stays while others have something in it.
-            self.hierarchy.cgroup(self.base, shared=True).delete()
+        if gone:
+            remove_root_base(self.hierarchy, self.base)
         return gone
 
 

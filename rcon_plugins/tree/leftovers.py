@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import Hierarchy, files, owner
-from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE
+from rcon_plugins.kernel.cgroup.delegation import remove_root_base
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_path
 from rcon_plugins.kernel.cgroup.survey import survey
 from rcon_plugins.tree.instance import collect, has_unseen, stranger_in_taken
@@ -93,8 +93,8 @@ def remove(hierarchy: Hierarchy, below: str = "/") -> list[Collected]:
                 report.append(
                     Collected(one.path, gone, said.get(one.path.rpartition("/")[2], "removed meanwhile"))
                 )
-    if any(_base_of(one.path) == ROOT_BASE for one in report):
-        hierarchy.cgroup(ROOT_BASE, shared=True).delete()
+    for base in {_base_of(one.path) for one in report}:
+        remove_root_base(hierarchy, base)
     return report
 
 

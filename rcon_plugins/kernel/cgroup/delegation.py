@@ -80,6 +80,18 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
     )
 
 
+def remove_root_base(hierarchy: Hierarchy, base: str) -> None:
+    """Remove ``base`` where it is ``/rcon``, root's, and this process root's too, which may have made it.
+
+    It stays while others have something in it, and where root has given it to a user. Raises KernelError.
+    """
+    if base != ROOT_BASE or os.geteuid() != 0:
+        return
+    cgroup = hierarchy.cgroup(base, shared=True)
+    if all(files.owner_of(directory) in (0, None) for directory in cgroup.directories):
+        cgroup.delete()
+
+
 def given(hierarchy: Hierarchy) -> str | None:
     """What was given to this process with the cgroup it is in: that itself, or what is around it.
 

@@ -100,7 +100,10 @@ def _by_hand(hierarchy: Hierarchy, mount: Mount, path: str) -> list[str]:
 
 
 def _fill_cpuset(mount: Mount, path: str) -> list[str]:
-    """A new v1 cpuset is empty, and nothing can enter an empty one (cgroup-v1/cpusets.rst)."""
+    """A new v1 cpuset is empty, and nothing can enter an empty one (cgroup-v1/cpusets.rst).
+
+    One that is there already may be new when the commands are typed: root's own goes with the last that uses it.
+    """
     if "cpuset" not in mount.controllers:
         return []
     above = [mount.directory(level) for level in levels(path)]
@@ -109,6 +112,7 @@ def _fill_cpuset(mount: Mount, path: str) -> list[str]:
         for parent, child in itertools.pairwise(above)
         for name in ("cpuset.cpus", "cpuset.mems")
         if not (files.read_if_there(child, name) or "").strip()
+        or (child == above[-1] and files.owner_of(child) != os.geteuid())
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.errors import DelegationError
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources, find_base
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources, delegation, find_base
 from rcon_plugins.kernel.cgroup.delegation import own_cgroup
 from rcon_plugins.kernel.cgroup.remedies import remedy
 from rcon_plugins.tree.instance import Instance
@@ -74,6 +74,34 @@ def test_the_printed_remedy_is_enough(group: Cgroup, deeper: str) -> None:
     assert base == path
     assert tree.startswith(f"{path}/rcon-")
     assert pids == "9"
+
+
+def test_what_root_gave_to_a_user_stays_when_root_has_used_it(
+    group: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The printed remedy names root's own base, which root takes away after its last use: not then."""
+    path = f"{group.path}/base"
+    monkeypatch.setattr(delegation, "ROOT_BASE", path)
+    hierarchy = Hierarchy.discover()
+    base = hierarchy.cgroup(path, shared=True)
+    assert Instance.create(hierarchy, path).close()
+    assert not base.exists()
+
+    in_use = Instance.create(hierarchy, path)
+    printed = children.in_child(remedy_for_nobody, path)
+    assert in_use.close()
+    assert not base.exists()
+
+    def act() -> list[str]:
+        follow(printed)
+        assert Instance.create(hierarchy, path).close()
+        become_nobody()
+        return [every_limit_in(path)[0], every_limit_in(path)[0]]
+
+    assert children.in_child(act) == [path, path]
+    assert all(Path(directory).stat().st_uid == NOBODY for directory in base.directories)
+    assert Instance.create(hierarchy, path).close()
+    assert base.exists()
 
 
 @pytest.mark.layout("v2")
