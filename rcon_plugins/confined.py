@@ -148,7 +148,7 @@ class _ThisProcess:
             if instance is None:
                 instance = Instance.create(Hierarchy.discover())
                 try:
-                    if instance.needs_adoption or instance.hierarchy.layout == "v2":
+                    if instance.threads_need_adoption():
                         instance.adopt()
                 except BaseException:
                     instance.close()

@@ -14,6 +14,7 @@ from rcon_plugins.kernel.capability import CAP_SETGID, CAP_SETUID, Capabilities,
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, v1
 from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS
 from rcon_plugins.kernel.cgroup.mounts import is_systemds
+from rcon_plugins.tree import origins
 from rcon_plugins.tree.instance import Instance
 
 #: ``there``: it is, or works. ``missing``: a limit cannot be set without it. ``absent``: not there, no limit needs it.
@@ -117,7 +118,7 @@ def _try(hierarchy: Hierarchy, base: str | None) -> tuple[str | None, list[Findi
         return None, [Finding("limits", "cgroup", "missing", error.problem, error.hint)]
     findings = [Finding("limits", "cgroup", "there", f"cgroups can be made in {instance.base}")]
     try:
-        if instance.needs_adoption or instance.hierarchy.layout == "v2":
+        if instance.threads_need_adoption():
             instance.adopt()
         leaf = instance.leaf("doctor", "main").create()
         findings += _limits(instance, leaf)
@@ -188,7 +189,12 @@ def _ways_in(instance: Instance, leaf: Cgroup) -> Iterator[Finding]:
         "works", "process", lambda: _in_a_child(leaf.enter_process), "rcon run, isolation = process"
     )
     yield _attempt("works", "inline", lambda: _inline(instance), "isolation = inline and thread, confine()")
-    yield _attempt("works", "attach", lambda: _attach(leaf), "rcon attach, " + _whose(instance))
+    try:
+        origins.check_room()
+    except KernelError as error:
+        yield Finding("works", "attach", "absent", f"rcon attach: {error.problem}", error.hint)
+    else:
+        yield _attempt("works", "attach", lambda: _attach(leaf), "rcon attach, " + _whose(instance))
 
 
 def _whose(instance: Instance) -> str:

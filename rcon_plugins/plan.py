@@ -126,10 +126,7 @@ class Plan(NamedTuple):
 
     def wants_adoption(self, instance: Instance) -> bool:
         """Whether the server's own processes must live in the instance (`Instance.adopt`) for this plan to work."""
-        # v2 moves threads within one domain only; v1 does not care, but another user may not go back to where root had
-        # put the server.
-        elsewhere = instance.hierarchy.layout == "v2" or instance.user is not None
-        return instance.needs_adoption or (self.uses_threads and elsewhere)
+        return instance.needs_adoption or (self.uses_threads and instance.threads_need_adoption())
 
     @property
     def uses_processes(self) -> bool:

@@ -15,10 +15,9 @@ from rcon_plugins import systemd
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, files, find_base, mounts, owner, v2
 from rcon_plugins.kernel.cgroup.delegation import own_cgroup, remove_root_base
-from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
+from rcon_plugins.tree.dead import collect, processes_leave, work_of_the_dead
 
-#: How long processes in a host/, which are ending in most cases, are waited for.
-_HOST_SECONDS = 1.0
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 #: How often to begin again because another server's end took the base away.
 _ATTEMPTS = 20
 
@@ -101,6 +100,28 @@ class Instance:
         """
         return self._in_base or (self.user is not None and self.hierarchy.unified is not None)
 
+    def threads_need_adoption(self) -> bool:
+        """Whether :meth:`adopt` has to be called before threads can enter cgroups of this tree, and come back.
+
+        v2 moves threads within one domain only. v1 does not care; but an ordinary user may not go back to where root
+        had put the server, and no more may workers that will be another user. Raises KernelError.
+        """
+        return (
+            self.needs_adoption
+            or self.hierarchy.layout == "v2"
+            or self.user is not None
+            or not self._may_come_back()
+        )
+
+    def _may_come_back(self) -> bool:
+        try:
+            with self.exit():
+                return True
+        except KernelError as error:
+            if error.errno not in _NOT_ALLOWED:
+                raise
+            return False
+
     @property
     def path(self) -> str:
         """The path of the tree, for people."""
@@ -152,7 +173,10 @@ class Instance:
             self._make()
 
     def release(self) -> None:
-        """Put the calling process back to where :meth:`adopt` took it from. Raises KernelError."""
+        """Put the calling process back to where :meth:`adopt` took it from. Raises KernelError.
+
+        On v1, where this user may not, into the base.
+        """
         if self._origins is None:
             return
         if self._in_base:
@@ -165,8 +189,13 @@ class Instance:
                 )
             self._pass_nothing_on()
         origins, self._origins = self._origins, None
-        for directory in origins:
-            files.write_patiently(directory, "cgroup.procs", str(os.getpid()))
+        for directory, mount in zip(origins, self._host.mounts, strict=True):
+            try:
+                files.write_patiently(directory, "cgroup.procs", str(os.getpid()))
+            except KernelError as error:
+                if error.errno not in _NOT_ALLOWED or mount.version == 2:
+                    raise
+                files.write_patiently(mount.directory(self.base), "cgroup.procs", str(os.getpid()))
 
     def _whereabouts(self) -> list[str]:
         own = mounts.parse_membership(files.read_own("cgroup"))
@@ -222,7 +251,7 @@ class Instance:
         deadline = time.monotonic() + timeout
         while orphans := [
             *filter(self._is_orphaned, self._leaves()),
-            *_work_of_the_dead(self.hierarchy, self.base),
+            *work_of_the_dead(self.hierarchy, self.base),
         ]:
             for leaf in orphans:
                 leaf.kill_once()
@@ -278,7 +307,7 @@ class Instance:
         self._work.kill(timeout)
         self._work.delete(recursive=True)
         self.release()
-        if _processes_leave(self._host):
+        if processes_leave(self._host):
             return False
         self._host.delete(recursive=True)
         if self._root.child("taken").processes(subtree=True):
@@ -287,107 +316,3 @@ class Instance:
         if gone:
             remove_root_base(self.hierarchy, self.base)
         return gone
-
-
-def collect(hierarchy: Hierarchy, base: str) -> list[str]:
-    """Remove what instances below ``base`` left whose owner is dead; one sentence for each.
-
-    What runs in their ``work/`` is killed. What runs in their ``host/``, a server's own processes, never:
-    it gets a second to end, then the instance is left for the next time. Nor what is in their ``taken/``: it is put
-    back to where it was. Everything else below ``base`` is left alone. Raises KernelError only where ``base``
-    cannot be read.
-    """
-    report = []
-    for name in hierarchy.cgroup(base).children():
-        match = INSTANCE_NAME.fullmatch(name)
-        if match and not owner.lives(int(match[1]), int(match[2])):
-            try:
-                done = _collect_one(hierarchy, f"{base.rstrip('/')}/{name}")
-                report.append(f"{name}: {done}")
-            except KernelError as error:
-                report.append(f"{name}: left for the next time: {error}")
-    return report
-
-
-def _work_of_the_dead(hierarchy: Hierarchy, base: str) -> list[Cgroup]:
-    """``work/`` of each instance below ``base`` whose owner is dead and in which something runs still."""
-    found = []
-    for name in hierarchy.cgroup(base).children():
-        match = INSTANCE_NAME.fullmatch(name)
-        if match and not owner.lives(int(match[1]), int(match[2])):
-            work = hierarchy.cgroup(f"{base.rstrip('/')}/{name}/work")
-            running = work.processes(subtree=True)
-            if running and 0 not in running:  # 0 is one of a PID namespace that cannot be seen from here
-                found.append(work)
-    return found
-
-
-def _collect_one(hierarchy: Hierarchy, path: str) -> str:
-    root = hierarchy.cgroup(path)
-    work, host = hierarchy.cgroup(f"{path}/work"), hierarchy.cgroup(f"{path}/host")
-    if has_unseen(hierarchy, path):
-        return UNSEEN
-    work.kill()
-    work.delete()
-    if (uid := stranger_in_taken(hierarchy, path)) is not None:
-        return taken_by(uid)
-    if staying := give_back(hierarchy, path):
-        return f"left for the next time: processes {staying} that were taken cannot be put back"
-    staying = _processes_leave(host)
-    if staying:
-        return f"left for the next time: processes {staying} of its server still run"
-    host.delete()
-    root.delete()
-    return "removed"
-
-
-#: What becomes of a tree that `has_unseen`.
-UNSEEN = "left alone: it has processes of a PID namespace that cannot be seen from here"
-
-
-def has_unseen(hierarchy: Hierarchy, path: str) -> bool:
-    """Whether there are processes in the instance at ``path`` that have no number here. Raises KernelError."""
-    return 0 in hierarchy.cgroup(path).processes(subtree=True)
-
-
-def taken_by(uid: int) -> str:
-    """What becomes of a tree with processes of another user in its ``taken/``."""
-    return f"left alone: what is in taken/ is of uid {uid}, who can say where it was: rcon gc as that user"
-
-
-def stranger_in_taken(hierarchy: Hierarchy, path: str) -> int | None:
-    """The uid of another user whose processes are in ``taken/`` of the instance at ``path``; None where there are none.
-
-    They are not put back: see :func:`~rcon_plugins.tree.origins.stranger`. Raises KernelError.
-    """
-    taken = hierarchy.cgroup(f"{path}/taken")
-    if not taken.processes(subtree=True):
-        return None
-    from rcon_plugins.tree import origins
-
-    return origins.stranger(taken)
-
-
-def give_back(hierarchy: Hierarchy, path: str) -> list[int]:
-    """Put what is in ``taken/`` of the instance at ``path`` back to where it was; those that stay. KernelError."""
-    taken = hierarchy.cgroup(f"{path}/taken")
-    if not any(files.is_directory(directory) for directory in taken.directories):
-        return []
-    from rcon_plugins.tree import origins
-
-    instance = path.rpartition("/")[2]
-    staying = origins.put_back(taken, origins.load(instance))
-    if not staying:
-        taken.delete()
-        origins.forget(instance)
-    return staying
-
-
-def _processes_leave(host: Cgroup) -> list[int]:
-    """Wait a moment for the processes in ``host``; those that stay."""
-    deadline = time.monotonic() + _HOST_SECONDS
-    while staying := host.processes(subtree=True):
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(0.01)
-    return staying

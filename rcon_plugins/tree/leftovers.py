@@ -10,7 +10,7 @@ from rcon_plugins.kernel.cgroup import Hierarchy, files, owner
 from rcon_plugins.kernel.cgroup.delegation import remove_root_base
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_path
 from rcon_plugins.kernel.cgroup.survey import survey
-from rcon_plugins.tree.instance import collect, has_unseen, stranger_in_taken
+from rcon_plugins.tree.dead import collect, has_unseen, stranger_in_taken
 
 
 class Left(NamedTuple):
@@ -76,7 +76,7 @@ def find(hierarchy: Hierarchy, below: str = "/") -> list[Left]:
 
 
 def remove(hierarchy: Hierarchy, below: str = "/") -> list[Collected]:
-    """Remove the trees of dead owners; what became of each. See :func:`~rcon_plugins.tree.instance.collect`.
+    """Remove the trees of dead owners; what became of each. See :func:`~rcon_plugins.tree.dead.collect`.
 
     Living owners' are never touched. Raises KernelError where the tree cannot be read.
     """

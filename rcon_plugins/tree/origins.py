@@ -116,6 +116,12 @@ def _base_of(group: Cgroup) -> str:
     return "/".join(parts[: max(instances, default=1)]) or "/"
 
 
+_HINT = (
+    "where processes came from is kept there: as an ordinary user, set XDG_RUNTIME_DIR to a directory of this user's "
+    "own"
+)
+
+
 def save(instance: str, origins: Origins) -> None:
     """Write them down; whatever happens, those of before are there or these. Raises KernelError."""
     path = _path(instance)
@@ -130,9 +136,18 @@ def save(instance: str, origins: Origins) -> None:
             os.close(descriptor)
         os.rename(new, path)  # noqa: PTH104
     except OSError as error:
-        raise KernelError.from_oserror(
-            error, path=path, hint="where processes came from is kept there"
-        ) from None
+        raise KernelError.from_oserror(error, path=path, hint=_HINT) from None
+
+
+def check_room() -> None:
+    """That something could be written down here, without doing it. Raises KernelError."""
+    folder = _folder()
+    there = folder
+    while not os.path.isdir(there):  # noqa: PTH112
+        there = os.path.dirname(there)  # noqa: PTH120
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+        refused = OSError(errno.EACCES, os.strerror(errno.EACCES))
+        raise KernelError.from_oserror(refused, path=folder, hint=_HINT)
 
 
 def load(instance: str) -> Origins:

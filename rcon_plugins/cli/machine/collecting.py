@@ -8,7 +8,7 @@ from rcon_plugins.cli.ending import BAD_USAGE, Refused
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.names import check_path
 from rcon_plugins.tree import leftovers
-from rcon_plugins.tree.instance import UNSEEN, taken_by
+from rcon_plugins.tree.dead import UNSEEN, taken_by
 from rcon_plugins.tree.leftovers import Left
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from rcon_plugins import Manager, Server, Work, confine
+from rcon_plugins.admission import InlineAdmission
 from rcon_plugins.errors import DelegationError
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources, delegation, find_base
 from rcon_plugins.kernel.cgroup.delegation import own_cgroup
 from rcon_plugins.kernel.cgroup.remedies import remedy
+from rcon_plugins.settings.file import from_mapping
 from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import layout, running, settings_of, sleep_forever
@@ -102,6 +105,50 @@ def test_what_root_gave_to_a_user_stays_when_root_has_used_it(
     assert all(Path(directory).stat().st_uid == NOBODY for directory in base.directories)
     assert Instance.create(hierarchy, path).close()
     assert base.exists()
+
+
+@pytest.mark.layout("v1", "hybrid")
+def test_threads_of_an_ordinary_user_come_back_on_v1(group: Cgroup) -> None:
+    """Not to where root had put the server: to the tree, and in the end to what root gave."""
+    uid = 1_000_000 + os.getpid()  # to whom nobody else gives anything
+    given = group.child("given").create()
+    given.delegate(uid, uid)
+    path = given.path
+
+    def where() -> str:
+        lines = Path("/proc/thread-self/cgroup").read_text().splitlines()
+        return next(line.split(":", 2)[2] for line in lines if ":pids:" in line)
+
+    def act() -> list[str]:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        seen = [where()]
+        settings = from_mapping({"cgroup": path, "policy": {"default": {"pids": 50}}})
+        manager = Manager(settings, server=Server(threads=False))
+        manager.start()
+        admission = manager.admit(Work("call", "x"))
+        assert isinstance(admission, InlineAdmission)
+        for _ in range(2):
+            with admission.entered():
+                seen.append(where())
+            seen.append(where())
+        admission.finish()
+        manager.close()
+        for _ in range(2):
+            with confine(pids=40):
+                seen.append(where())
+            seen.append(where())
+        return seen
+
+    before, inside, out, again, out_again, *blocks = children.in_child(act)
+    tree = out.removesuffix("/host")
+    assert not before.startswith(path)
+    assert tree.startswith(f"{path}/rcon-")
+    assert (inside, again, out_again) == (f"{tree}/host/default", inside, out)
+    assert "/host/confine~" in blocks[0]
+    assert blocks[1::2] == [path, path]
+    assert given.children() == []
 
 
 @pytest.mark.layout("v2")

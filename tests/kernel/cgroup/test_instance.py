@@ -16,7 +16,8 @@ import pytest
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
-from rcon_plugins.tree.instance import Instance, collect
+from rcon_plugins.tree.dead import collect
+from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import eventually, layout, running, settings_of, sleep_forever
 
 pytestmark = pytest.mark.kernel

@@ -16,7 +16,7 @@ import pytest
 from rcon_plugins.groups import find_group
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
 from rcon_plugins.tree import taken
-from rcon_plugins.tree.instance import collect
+from rcon_plugins.tree.dead import collect
 from tests.kernel.command.harness import Done, left_by, rcon, until
 from tests.kernel.command.test_run import ALLOCATE
 from tests.kernel.quota import judge

@@ -138,6 +138,23 @@ def test_on_v1_what_root_gave_is_found_from_anywhere(given: Cgroup, place: str) 
 
 
 @V1
+def test_without_a_place_to_note_where_they_came_from(given: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has logged in, so there is no /run/user/UID: nothing else is missing."""
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    said = f"/run/user/{SOMEBODY}/rcon"
+    with sleeping(outside) as pid:
+        done = rcon("attach", "--cgroup", given.path, "--pids", "9", str(pid), before=outside)
+        assert (done.status, done.out, done.err.count("\n")) == (125, "", 1)
+        assert said in done.err
+        assert "set XDG_RUNTIME_DIR to a directory of this user's own" in done.err
+        assert given.path not in where(pid)
+    until(lambda: not instances(given), "nothing is left")
+    done = rcon("doctor", "--cgroup", given.path, before=outside)
+    assert done.status == 0, done.out
+    assert f"  --  attach: rcon attach: {said}: " in done.out
+
+
+@V1
 @pytest.mark.usefixtures("runtime")
 def test_what_root_gave_in_the_hierarchies_of_v1_alone() -> None:
     hierarchy = Hierarchy.discover()
