@@ -74,5 +74,5 @@ def _send(task: Any, headers: Mapping[str, Any], without: Collection[str], **opt
     signature = task.signature_from_request(
         request, retries=request.retries, headers={**carried, **headers}, **options
     )
-    signature.apply_async()
+    signature.apply_async(add_to_parent=False)  # it is the task itself, and no child of it
     return signature

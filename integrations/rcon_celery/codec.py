@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeGuard
 
 import celery.exceptions
 from billiard.einfo import RemoteTraceback
@@ -42,12 +43,10 @@ def encode(value: object, serializers: Iterable[str | None]) -> tuple[Body, byte
     for name in dict.fromkeys(serializers):
         try:
             content_type, encoding, data = serialization.dumps(value, serializer=name)
+            payload = data if not isinstance(data, str) else data.encode(_charset(encoding))
         except Exception as failed:  # noqa: BLE001 - serializers are the application's own, and raise what they like
             error = failed
             continue
-        payload = (
-            data.encode(encoding if encoding != "binary" else "utf-8") if isinstance(data, str) else data
-        )
         return Body(content_type, encoding, len(payload)), payload
     raise error or TypeError("no serializer")
 
@@ -138,6 +137,13 @@ def exception_of(told: dict[str, Any], text: str) -> Exception:
     The same rule as that of Celery for what a result backend holds: nothing is imported because an executor process
     named it, and a class that is not found is made. Raises `ProtocolViolation`.
     """
+    error = _made_again(told)
+    if text:
+        error.__cause__ = RemoteTraceback(f"\n{text}")
+    return error
+
+
+def _made_again(told: dict[str, Any]) -> Exception:
     cls = _class(told["module"], told["type"])
     args = tuple(_argument_of(each) for each in told["args"])
     made_of = tuple(_argument_of(each) for each in told["made_of"])
@@ -147,22 +153,32 @@ def exception_of(told: dict[str, Any], text: str) -> Exception:
             *(name if name in sys.modules else celery.exceptions.__name__ for name in args[:1]),
             *args[1:],
         )
-    try:
-        error = cls(*made_of)
-    except Exception:  # noqa: BLE001 - it is made of something else
-        error = cls.__new__(cls, *args)
+    error = _constructed(cls, made_of, args)
+    if error is None:
+        named = f"{cls.__name__}({', '.join(map(safe_repr, args))})"
+        stands_for_it: Exception = UnpickleableExceptionWrapper(cls.__module__, cls.__name__, args, named)
+        return stands_for_it
     error.args = args
     vars(error).update(
         {name: value for name, value in told["state"].items() if not callable(getattr(cls, name, None))}
     )
-    if text:
-        error.__cause__ = RemoteTraceback(f"\n{text}")
     return error
+
+
+def _constructed(cls: type[Exception], made_of: tuple[Any, ...], args: tuple[Any, ...]) -> Exception | None:
+    """An exception of this class; None where it takes more than is known of it to make one."""
+    with contextlib.suppress(Exception):
+        return cls(*made_of)
+    with contextlib.suppress(Exception):
+        return cls.__new__(cls, *args)
+    return None
 
 
 def _argument_of(told: list[Any]) -> Any:
     is_exception, value = told
-    return exception_of(value, "") if is_exception else value
+    if is_exception and isinstance(value, list):
+        return [_made_again(each) for each in value]
+    return _made_again(value) if is_exception else value
 
 
 def _class(module: str | None, name: str) -> type[Exception]:
@@ -210,10 +226,12 @@ def sentence(error: BaseException) -> str:
 
 
 def _of_arguments(task: Any, accept: set[str]) -> list[str]:
-    # What was pickled holds what only pickle can carry; to the executor it goes as it came.
-    if "application/x-python-serialize" in accept:
-        return ["pickle"]
-    return [task.serializer or task.app.conf.task_serializer]
+    own = task.serializer or task.app.conf.task_serializer
+    if len(accept) == 1:
+        return [own]
+    # A message may have come by another than the task's own, and hold what only that carries. Pickle carries all; it is
+    # the host that pickles here, what it has decoded already.
+    return ["pickle", own]
 
 
 def _of_results(task: Any, serializer: str) -> list[str]:
@@ -242,7 +260,17 @@ def _argument(value: object, serializer: str) -> list[Any]:
     serializers = (serializer,)
     if isinstance(value, Exception) and not _is_data(value, serializers):
         return [True, _told(value, serializer)]
+    if _are_exceptions(value) and not _is_data(value, serializers):  # of an ExceptionGroup
+        return [True, [_told(each, serializer) for each in value]]
     return [False, _data(value, serializers)]
+
+
+def _are_exceptions(value: object) -> TypeGuard[Sequence[BaseException]]:
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(isinstance(each, BaseException) for each in value)
+    )
 
 
 def _is_data(value: object, serializers: Iterable[str]) -> bool:
@@ -251,6 +279,10 @@ def _is_data(value: object, serializers: Iterable[str]) -> bool:
     except Exception:  # noqa: BLE001 - as in encode
         return False
     return True
+
+
+def _charset(encoding: str) -> str:
+    return encoding if encoding != "binary" else "utf-8"
 
 
 def _data(value: object, serializers: Iterable[str]) -> Any:

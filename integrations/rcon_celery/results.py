@@ -6,6 +6,7 @@ type ``rcon-task`` are sent where the worker sends events (``celery worker -E``)
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Final
 
 import msgspec
@@ -13,6 +14,8 @@ from celery.app.backends import by_name, by_url
 
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.usage import Usage
+
+_log = logging.getLogger("rcon")
 
 #: The key in a result's metadata, and the attribute of a request that it is made from.
 KEY: Final = "rcon"
@@ -46,9 +49,13 @@ def facts(outcome: Outcome) -> dict[str, Any]:
 def note(task: Any, outcome: Outcome, *, events: bool) -> None:
     """Have the outcome of a task stored with its result, and told by an event."""
     setattr(task.request, ATTRIBUTE, outcome)
-    if events:
-        known = facts(outcome)
+    if not events:
+        return
+    known = facts(outcome)
+    try:
         task.send_event(EVENT, name=task.name, **known.pop("usage"), **known)
+    except Exception as error:  # noqa: BLE001 - of any transport; the task ended as it did, whoever hears of it
+        _log.warning("rcon: %s[%s]: its event cannot be sent: %s", task.name, task.request.id, error)
 
 
 def add_to_backend(app: Any) -> None:

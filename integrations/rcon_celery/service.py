@@ -134,11 +134,15 @@ class TaskService:
                 body, answer = codec.encode_result(task, result, request.children, serializer)
                 if len(answer) <= longest or not codec.is_ignored(task, request):
                     return "ok", "", (body, answer)
-                return "unencodable", wire.shortened(repr(result)), codec.encode_nothing(task, serializer)
+                return (
+                    "unencodable",
+                    wire.shortened(codec.safe_repr(result)),
+                    codec.encode_nothing(task, serializer),
+                )
             except Exception as error:  # noqa: BLE001 - serializers raise what they like
                 return (
                     "unencodable",
-                    wire.shortened(repr(result)),
+                    wire.shortened(codec.safe_repr(result)),
                     codec.encode_exception(error, [], serializer),
                 )
         finally:

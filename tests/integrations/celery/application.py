@@ -6,6 +6,7 @@ The tasks are the same with and without confinement. What happens to each is wri
 
 from __future__ import annotations
 
+import ast
 import codecs
 import json
 import os
@@ -96,15 +97,21 @@ def rot13_loads(text: str | bytes) -> object:
     return json.loads(codecs.decode(text if isinstance(text, str) else text.decode(), "rot13"))
 
 
+def literal_loads(text: str | bytes) -> object:
+    """Of what Python writes: carries more than JSON does."""
+    return ast.literal_eval(text if isinstance(text, str) else bytes(text).decode())
+
+
 def make(url: str, *, confined: bool = False, serializer: str = "json") -> celery.Celery:
     """The application with all its tasks."""
     register: Any = kombu.serialization.register
+    register("literal", repr, literal_loads, "application/x-literal", "utf-8")
     register("rot13", rot13_dumps, rot13_loads, "application/x-rot13", "utf-8")
     app = celery.Celery("shop", broker=url, backend=url, set_as_current=False)
     app.conf.update(
         task_serializer=serializer,
         result_serializer=serializer,
-        accept_content=["json", "rot13", *({serializer} - {"json"})],
+        accept_content=["json", "rot13", "literal", *({serializer} - {"json"})],
         result_extended=True,
         result_expires=600,
         worker_prefetch_multiplier=4,
@@ -241,6 +248,10 @@ def define(app: celery.Celery, confined: Callable[..., Any], records: Records) -
             raise OutOfPaper("laser", 3)
         if kind == "stubborn":
             raise Stubborn(reason="because")
+        if kind == "group":
+            raise ExceptionGroup(
+                "several", [ValueError(1), ExceptionGroup("inner", [OutOfPaper("laser", 3)])]
+            )
         if kind == "cause":
             try:
                 raise KeyError("inner")
@@ -375,8 +386,12 @@ def define(app: celery.Celery, confined: Callable[..., Any], records: Records) -
         return [type(point).__name__, numbers]
 
     @task(name="unserializable", base=Recording)
-    def unserializable() -> object:
-        return object()
+    def unserializable(kind: str = "object") -> object:
+        return object() if kind == "object" else 10**5000  # which no text can be made of
+
+    @task(name="spelled")
+    def spelled(what: Any) -> str:
+        return repr(what)
 
 
 def write_down_signals(records: Records) -> None:

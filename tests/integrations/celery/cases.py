@@ -215,6 +215,12 @@ def another_serializer_for_this_call(producer: Producer) -> object:
     return producer.get("add", "a", "b", serializer="rot13")
 
 
+@case()
+def what_only_another_serializer_carries(producer: Producer) -> None:
+    for what in ({1: "one"}, (1, 2), [b"bytes"]):
+        assert producer.get("spelled", what, serializer="literal") == repr(what)
+
+
 @case(serializer="pickle")
 def pickled(producer: Producer) -> None:
     point, numbers = producer.get("pointed", Point(1, 2), {3, 1, 2})
@@ -237,6 +243,11 @@ def pickled_exception_that_does_not(producer: Producer) -> object:
 @case()
 def unserializable_result(producer: Producer) -> object:
     return type(failure(producer.send("unserializable"))).__name__
+
+
+@case()
+def unspeakable_result(producer: Producer) -> object:
+    return type(failure(producer.send("unserializable", "number"))).__name__
 
 
 # --- what a task sees -----------------------------------------------------------------------------------------
@@ -280,6 +291,11 @@ def exceptions(producer: Producer) -> object:
 @case()
 def exception_that_cannot_be_made_again(producer: Producer) -> object:
     return failure(producer.send("raising", "stubborn"))
+
+
+@case()
+def group_of_exceptions(producer: Producer) -> object:
+    return failure(producer.send("raising", "group"))
 
 
 @case()

@@ -56,6 +56,15 @@ def test_no_module_is_imported(office: Office) -> None:
     assert "Namespaces are one honking great idea" not in office.worker.log()
 
 
+def test_one_that_cannot_be_made(office: Office) -> None:
+    """Something stands for an exception of a class that takes more than its arguments, which is not told as a death."""
+    error = office.error(
+        "hostile", UnpickleableExceptionWrapper, "error", "builtins", "ExceptionGroup", "five"
+    )
+    assert (error.exc_cls_name, error.exc_args) == ("ExceptionGroup", ("five",))
+    assert str(error) == "ExceptionGroup('five')"
+
+
 @pytest.mark.parametrize("name", ["SystemExit", "KeyboardInterrupt", "GeneratorExit"])
 def test_no_exception_ends_the_worker(office: Office, name: str) -> None:
     error = office.error("hostile", UnpickleableExceptionWrapper, "error", "builtins", name, "five")

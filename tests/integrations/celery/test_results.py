@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from rcon_celery import told
 from rcon_celery.results import add_to_backend
 from rcon_plugins.errors import MemoryLimitExceeded
 from tests.integrations.celery.office import Offices
+from tests.integrations.celery.redis_server import RedisServer
 from tests.processes import until
 
 
@@ -83,3 +85,18 @@ def test_every_backend(written: str, backend: str) -> None:
     assert f"{plain.__module__}:{plain.__qualname__}" == backend
     assert url == plain_url or f"{url}" == written
     app.close()
+
+
+def test_an_event_that_cannot_be_sent(offices: Offices, redis_server: RedisServer, tmp_path: Path) -> None:
+    """The broker is gone when a task ends, and results are elsewhere: the task did what it did."""
+    gate = tmp_path / "gate"
+    with RedisServer(tmp_path) as broker:
+        results = redis_server.database()
+        with offices("-E", url=broker.database(), RCON_TEST_BACKEND=results) as office:
+            result = office.send("learning_late", "begun", str(gate))
+            until(lambda: bool(office.log("begun")))
+            broker.process.kill()
+            broker.process.wait()
+            gate.touch()
+            assert office.wait(result) == "done"
+            assert "its event cannot be sent" in office.worker.log()
