@@ -155,7 +155,7 @@ def _without_warning(policy: Policy, server: Server, hierarchy: Hierarchy) -> li
         Refusal(
             f"each.{limit}",
             "only a task of Celery can be told to come to its end",
-            f"leave it out; each.{limit.partition('_')[0]} is enforced",
+            f"leave it out, each.{limit.partition('_')[0]} is enforced",
         )
         for limit in SOFT_LIMITS
         if getattr(policy.each, limit) is not None

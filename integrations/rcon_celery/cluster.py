@@ -35,17 +35,19 @@ def rcon(state: Any) -> dict[str, Any]:
     return _NOT_CONFINED if node is None else report(node)
 
 
-def rcon_set(state: Any, policy: str, key: str, value: str) -> dict[str, Any]:
+def rcon_set(state: Any, policy: str = "", key: str = "", value: str = "") -> dict[str, Any]:
     """Change a limit of a policy, for tasks from now on and those that run."""
     node = node_of(state)
     if node is None:
         return _NOT_CONFINED
+    if not (policy and key and value):
+        return {"error": "say POLICY LIMIT VALUE, all three: rcon_set reports each.memory 512M"}
     try:
         made = node.change(policy, key, str(value))
     except RconError as error:
         return {"error": " ".join(str(error).split())}
     told = {"policy": policy, "limit": key, "old": made.old, "new": made.new}
-    _log.warning("rcon: %s: %s is %s now, and was %s", policy, key, made.new, made.old)
+    _log.warning("rcon: %s: %s is %s now, and was %s", policy, key, made.new, made.old or "not set")
     return {"ok": {**told, "cgroups": made.cgroups, "kept": made.kept}}
 
 

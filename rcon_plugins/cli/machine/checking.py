@@ -30,7 +30,7 @@ SERVERS = {
 }
 _WIDTH = 100
 #: How those steps of a remedy begin that are words, not commands.
-_NO_COMMAND = ("and ", "or ", "outside ")
+_NO_COMMAND = ("and ", "or ", "else ", "outside ")
 
 
 def check(file: str, server: str, as_json: bool) -> tuple[str, bool]:

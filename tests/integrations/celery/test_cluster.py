@@ -273,6 +273,7 @@ def test_set_what_cannot_be(offices: Offices) -> None:
             ),
             (("small", "cpus", "4000"), "policy.small.cpus: "),
             (("small", "io./nowhere.read", "1M"), "/nowhere"),
+            (("small", "memory"), "say POLICY LIMIT VALUE, all three"),
         ):
             told = rcon_set(office, *arguments)
             assert told["error"].startswith(error)
