@@ -18,14 +18,14 @@ class GroupArgument(click.ParamType):  # type: ignore[type-arg]  # generic in ne
 
     name = "group"
 
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Group:
+    def convert(self, value: str, _param: click.Parameter | None, ctx: click.Context | None) -> Group:
         """Find it. Bad usage where it is unknown, or names several."""
         from rcon_plugins.groups import find_group
 
         try:
             return find_group(value)
         except UnknownGroup as error:
-            self.fail(str(error), param, ctx)
+            raise click.UsageError(str(error), ctx) from None
 
     def shell_complete(
         self, _ctx: click.Context, _param: click.Parameter, incomplete: str

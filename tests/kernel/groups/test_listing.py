@@ -77,7 +77,7 @@ def test_names_that_two_have(
         assert run_main(["stat", own]) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert f"'{own}' names 2 groups (one of: {', '.join(labels)})" in err
+        assert err == f"rcon: '{own}' names 2 groups (one of: {', '.join(labels)}) (rcon stat --help)\n"
         assert run_main(["stat", labels[0]]) == 0
     finally:
         assert second.close()
