@@ -259,7 +259,7 @@ class Manager:
             if self.settings.unmatched == "allow":
                 return None
             raise ConfinementError(
-                f"no route names {work.name!r}; add a route or a policy named `default`, "
+                f"no route names {work.quoted()}; add a route or a policy named `default`, "
                 'or set unmatched = "allow" to let such work run without limits'
             )
         if selected not in self.settings.policies:

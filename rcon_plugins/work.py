@@ -21,3 +21,8 @@ class Work(NamedTuple):
     kind: str
     name: str
     attributes: Mapping[str, str] = _NOTHING
+
+    def quoted(self) -> str:
+        """The name in quotes, with the host of a request: routes look at that first, and its name does not tell it."""
+        host = self.attributes.get("host")
+        return repr(self.name) if host is None else f"{self.name!r} of the host {host!r}"

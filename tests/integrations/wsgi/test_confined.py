@@ -182,7 +182,8 @@ def test_no_route(served: Served) -> None:
     answer = get(served, "nobody.invalid", "who")
     assert answer.status == 503
     assert answer.problem["type"] == "urn:problem-type:rcon:refused"
-    assert any(line["event"] == "refused" for line in lines(served))
+    refused = [line["detail"] for line in lines(served) if line["event"] == "refused"]
+    assert any("no route names 'GET /who' of the host 'nobody.invalid'; " in detail for detail in refused)
 
 
 @pytest.mark.parametrize(

@@ -321,3 +321,10 @@ def test_conditions_that_could_never_hold_are_refused(condition: str, pattern: s
         Route.make("p", **{condition: pattern})
     assert refused.value.key == f"route.{condition}"
     assert remedy in (refused.value.hint or "")
+
+
+def test_a_work_that_no_route_names_is_told_with_its_host() -> None:
+    assert Work("request", "GET /", {"host": "b.example", "path": "/"}).quoted() == (
+        "'GET /' of the host 'b.example'"
+    )
+    assert Work("task", "reports.render", {"task": "reports.render"}).quoted() == "'reports.render'"
