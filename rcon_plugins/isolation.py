@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from rcon_plugins.errors import RconError, SettingsError
+from rcon_plugins.errors import KernelError, RconError, SettingsError
 from rcon_plugins.identity import privileges
 from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.kernel import landlock
@@ -91,8 +91,11 @@ def asked_resources(hook: pluggy.HookRelay, limits: Limits, policy: Policy) -> R
 
 def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.HookRelay) -> Verdict:
     """Choose the isolation of a policy and find what of it this machine cannot enforce."""
-    together = asked_resources(hook, policy, policy)
-    each = asked_resources(hook, policy.each, policy)
+    try:
+        together = asked_resources(hook, policy, policy)
+        each = asked_resources(hook, policy.each, policy)
+    except KernelError as error:
+        return _of_no_disk(policy, error)
     as_thread = _as_written(hierarchy.refusals(together, threaded=True))
     as_process = _as_written(hierarchy.refusals(together))
     as_process += _as_written(hierarchy.refusals(each, within=together), "each.")
@@ -125,6 +128,17 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     if policy.isolation == "process":
         return Verdict(policy, "process", why, tuple(as_process), caveat(policy))
     return Verdict(policy, policy.isolation, why, tuple(as_thread), _SHARED)
+
+
+def _of_no_disk(policy: Policy, error: KernelError) -> Verdict:
+    """The verdict where the disk of an IO limit cannot be found; other errors are raised again."""
+    limits, table = (policy.each, "each.") if error.path in policy.each.io else (policy, "")
+    if not limits.io and not policy.each.io:
+        raise error
+    key = f"{table}io.{error.path}" if error.path in limits.io else "io"
+    refusal = Refusal(key, error.problem, error.hint or "name a path on a disk")
+    isolation: Isolation = "process" if policy.isolation == "auto" else policy.isolation
+    return Verdict(policy, isolation, "the disk of its IO limits is not found", (refusal,))
 
 
 def _as_written(refusals: list[Refusal], table: str = "") -> list[Refusal]:

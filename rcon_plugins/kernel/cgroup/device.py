@@ -80,5 +80,5 @@ def _behind_anonymous(path: str, device: Device) -> Device:
         f"no block device is behind {path} (file system: {kind})",
         errno=errno.ENODEV,
         path=path,
-        hint="only traffic to a block device can be limited; name a path on a disk, or the disk as MAJ:MIN",
+        hint="only traffic to a block device can be limited: name a path on a disk, or the disk as MAJ:MIN",
     )

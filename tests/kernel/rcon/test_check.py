@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from rcon_plugins import Plan, load
 from rcon_plugins.cli.machine import checking
 from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.errors import SettingsError
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from tests.places import let_others_in
 
@@ -67,6 +69,27 @@ def test_nothing_is_made_for_what_cannot_be_enforced(
     assert run_main(["check", str(file)]) == 1
     assert "REFUSED: cpus: CPUs 4000 are not there" in capsys.readouterr().out
     assert not any(Path(directory).exists() for directory in base.directories)
+
+
+def test_a_disk_that_is_not_there_is_told_of_the_policy_that_names_it(
+    base: Cgroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rcon.toml"
+    file.write_text(
+        f'cgroup = "/rcon-check-{os.getpid()}"\n[policy.web]\npids = 8\n'
+        '[policy.a]\nio."/no/such" = { write = "5M" }\n'
+        '[policy.b]\neach = { io."/proc" = { read = "5M" } }\n'
+    )
+    assert run_main(["check", "--json", str(file)]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["problem"] is None
+    told = {name: [one["limit"] for one in policy["problems"]] for name, policy in found["policies"].items()}
+    assert told == {"web": [], "a": ["io./no/such"], "b": ["each.io./proc"]}
+    assert not any(Path(directory).exists() for directory in base.directories)
+    with pytest.raises(
+        SettingsError, match=r": policy\.a\.io\./no/such: cannot be enforced on this machine: "
+    ):
+        Plan.make(load(file)).check()
 
 
 def test_without_a_cgroup_of_ones_own(tmp_path: Path, in_child: Any) -> None:
