@@ -15,10 +15,12 @@ REASON: Final = "rcon_reason"
 _BURIED: Final = "rcon_buried"
 #: The number of a message that waits for the end of a run that is under way.
 HEIR: Final = "rcon_heir"
+#: When the run that it waits for last said that it is under way.
+SEEN: Final = "rcon_seen"
 #: How often the task was sent once more, by us.
 _SENT: Final = "rcon_sent"
 #: Of one message, and not of the next.
-_NOT_CARRIED: Final = frozenset({HEIR, "redelivered"})
+_NOT_CARRIED: Final = frozenset({HEIR, SEEN, "redelivered"})
 
 
 def count(task: Any, name: str) -> int:
@@ -63,9 +65,12 @@ def send_again(task: Any, deaths: int, lost: int, reason: str | None = None, **o
     return _send(task, headers, _NOT_CARRIED | {REASON}, **options)
 
 
-def send_heir(task: Any, number: str, countdown: float) -> None:
-    """Send the same message once more, as one that waits."""
-    _send(task, {HEIR: number}, _NOT_CARRIED, countdown=countdown)
+def send_heir(task: Any, number: str, countdown: float, seen: float | None) -> None:
+    """Send the same message once more, as one that waits. ``seen``: when the run last said that it is under way."""
+    headers: dict[str, Any] = {HEIR: number}
+    if seen is not None:
+        headers[SEEN] = seen
+    _send(task, headers, _NOT_CARRIED, countdown=countdown)
 
 
 def _send(task: Any, headers: Mapping[str, Any], without: Collection[str], **options: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
@@ -38,6 +39,8 @@ _log = logging.getLogger("rcon")
 
 #: How often a task is to begin whose fork server ends each time.
 _ATTEMPTS = 3
+#: How long a process that cannot confine tasks waits before it tries again, seconds.
+_PAUSE = 1.0
 
 
 def install(app: Any, settings: Settings | str | os.PathLike[str] | None = None) -> None:
@@ -219,6 +222,8 @@ class Installation:
 
     def hand_over(self, task: Any, body: Body, args: Any, kwargs: Any) -> Any:
         """Run a task's body confined, and return or raise what it does."""
+        if self.manager is None and self._ready_node().pool.alone:
+            self._set_up(task)
         self._ready_manager()
         if self.is_lost:
             self._find_another_server(task)
@@ -256,11 +261,7 @@ class Installation:
         for attempts_left in reversed(range(_ATTEMPTS)):
             manager = self._ready_manager()
             try:
-                return manager.admit(work, wait=True, memory=lesson.memory)
-            except ConcurrencyLimitExceeded as error:
-                if error.limit != BUDGET:
-                    raise
-                raise lesson.back_to_the_queue(error) from None
+                return _wait_for_budget(manager, work, lesson)
             except ConfinementError as error:
                 if isinstance(error.__cause__, SoftTimeLimitExceeded):  # while it waited for its turn
                     raise error.__cause__ from None
@@ -277,13 +278,30 @@ class Installation:
         """False where this process cannot have another, and the task cannot go back to the queue."""
         if self._ready_node().pool.alone:
             _log.error("rcon: the fork server of this process is gone; it gets another")
-            self._pulse.stop()  # no fork beside other threads
             self.close()
-            self._start_manager()
+            self._set_up(task)
             return True
         if task.acks_late:
             raise Reject("the fork server of this worker is gone", requeue=True)
         return False
+
+    def _set_up(self, task: Any) -> None:
+        """Get another fork server, or one at last where this process could not have one when it started.
+
+        Where it cannot be had for some seconds, either, the task goes back to its queue if it is acknowledged late.
+        Raises `Reject`, `ConfinementError`.
+        """
+        self._pulse.stop()  # no fork beside other threads
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            try:
+                self._start_manager()
+                return
+            except (RconError, OSError) as error:
+                self._fault = str(error)
+                _log.error("rcon: this process of the pool cannot confine tasks: %s", error)
+            time.sleep(_PAUSE)  # also so that it does not take the tasks of those that can
+            if not attempts_left and task.acks_late:
+                raise Reject(f"this process cannot confine tasks: {self._fault}", requeue=True)
 
     def _ready_manager(self) -> Manager:
         if self.manager is None or self._pid != os.getpid():
@@ -294,6 +312,19 @@ class Installation:
         if self.node is None:
             raise ConfinementError("no worker runs here")
         return self.node
+
+
+def _wait_for_budget(manager: Manager, work: Work, lesson: Lesson) -> Admission | None:
+    """Admit a task; where it does not fit into the budget in time, it goes back to its queue, or waits if it cannot."""
+    while True:
+        try:
+            return manager.admit(work, wait=True, memory=lesson.memory)
+        except ConcurrencyLimitExceeded as error:
+            if error.limit != BUDGET:
+                raise
+            back = lesson.back_to_the_queue(error)
+            if back is not None:
+                raise back from None
 
 
 def _check_tries(task: str, mark: Mark, settings: Settings) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final
 
 import msgspec
-from celery.exceptions import Ignore, Retry
+from celery.exceptions import Ignore, Reject, Retry
+from kombu.exceptions import OperationalError
 from msgspec import Meta
 
 from rcon_celery import again
@@ -116,20 +117,31 @@ class Lesson:
             except ServerLost as error:
                 raise self._after_loss(str(error)) from None
 
-    def back_to_the_queue(self, error: ConcurrencyLimitExceeded) -> Exception:
-        """Send a task that was not begun to its queue, and what to raise for this run of it.
+    def back_to_the_queue(self, error: ConcurrencyLimitExceeded) -> Exception | None:
+        """Send a task that was not begun to its queue, and what to raise for this run of it; None if it cannot be sent.
 
         As a new message, and not by rejecting the old one: that would come back as one under which a worker died, and
         is there no more where it was acknowledged early.
         """
         pause = error.retry_after
         _log.warning("rcon: %s: %s; it goes back to its queue", self._task.name, error)
-        retry: Exception = Retry(exc=error, when=pause, sig=self._sent(countdown=pause))
+        try:
+            retry: Exception = Retry(exc=error, when=pause, sig=self._sent(countdown=pause))
+        except OperationalError as problem:
+            return self._not_sent(problem)
         return retry
 
     def _sent(self, **options: Any) -> Any:
         """Its message, sent once more, with what is known."""
         return again.send_again(self._task, self.deaths, self.lost, **options)
+
+    def _not_sent(self, problem: Exception) -> Exception | None:
+        """What to raise where the broker cannot be reached, which still has the message of a late acknowledgement."""
+        _log.warning("rcon: %s[%s] cannot be sent: %s", self._task.name, self._task.request.id, problem)
+        if not self._task.acks_late:
+            return None
+        reject: Exception = Reject(str(problem), requeue=True)
+        return reject
 
     def _try(self, confine: Callable[[Lesson], Any]) -> Any:
         try:
@@ -149,7 +161,10 @@ class Lesson:
             return error
         _log.warning("rcon: %s; it is tried again with %.1f MiB", error, more / 2**20)
         self.deaths = deaths
-        retry: Exception = Retry(exc=error, when=0, sig=self._sent())
+        try:
+            retry: Exception = Retry(exc=error, when=0, sig=self._sent())
+        except OperationalError as problem:
+            return self._not_sent(problem) or error
         return retry
 
     def _after_loss(self, detail: str) -> Exception:
@@ -169,7 +184,10 @@ class Lesson:
 
     def _once_more(self, why: str) -> Exception:
         """Send the message again, with what is known, and what to raise for this run."""
-        self._sent()
+        try:
+            self._sent()
+        except OperationalError as problem:
+            return self._not_sent(problem) or problem
         _log.warning("rcon: %s: %s; it is tried again", self._task.name, why)
         ignore: Exception = Ignore(why)
         return ignore
@@ -181,4 +199,7 @@ class Lesson:
         if again.was_buried(self._task):
             _log.error("rcon: %s; it has been in a dead-letter queue, and does not go there again", error)
             return
-        again.send_again(self._task, deaths, self.lost, str(error), queue=self._learning.dead_letter)
+        try:
+            again.send_again(self._task, deaths, self.lost, str(error), queue=self._learning.dead_letter)
+        except OperationalError as problem:
+            self._not_sent(problem)

@@ -19,7 +19,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -43,6 +44,8 @@ _BEAT, _VALID = 5.0, 20.0
 _PAUSE: Final = 10.0
 #: So long after its time a message that waits is taken for lost, seconds.
 _LATE: Final = 3600.0
+#: How long a task waits in its process for a backend that cannot be reached, and how often it looks, seconds.
+_PATIENCE, _LOOK = 20.0, 1.0
 #: How long several may take to write what one of them is to read, seconds.
 _SETTLED: Final = 1.0
 #: How long the thread may take to come to its end, seconds.
@@ -57,9 +60,9 @@ class Run(msgspec.Struct, frozen=True):
     beat: float
     over: bool = False
 
-    def is_lost(self) -> bool:
-        """Whether its process has gone, or has said nothing for too long."""
-        return self.by.has_gone() or time.time() > self.beat + _VALID
+    def is_fresh(self) -> bool:
+        """Whether it was said just now."""
+        return time.time() <= self.beat + _VALID
 
 
 class Heir(msgspec.Struct, frozen=True):
@@ -88,7 +91,7 @@ class Delivery:
         self._written = self._over = False
         self._claimed: str | None = None
         if self.is_noted and (counts or self.again):
-            self._look()
+            self._patiently(self._look)
         elif counts and self.again:
             self.lost = 1
 
@@ -97,15 +100,51 @@ class Delivery:
         if before is not None:
             if before.over and self.again and self._was_done(before):
                 raise self._superfluous("it was done before")
-            lives = not before.over and not before.is_lost()
+            lives = self._lives(before) if self.again else not before.by.has_gone() and before.is_fresh()
             if lives and self.again:
-                raise self._wait()
+                raise self._wait(before)
             if not lives and (self.again or not before.over):
                 self.lost = before.lost + 1
             # Else another message, with an id that somebody uses again.
         if self.again and not self._claim(before):
-            raise self._wait()
+            raise self._wait(before)
         self._counts = True  # it is known, or there is something to be overwritten
+
+    def _lives(self, before: Run) -> bool:
+        """Whether the run may still be under way, or what Celery does after it.
+
+        Where nobody has said so for long, that has to be seen twice: the backend may have been gone, or clocks changed.
+        """
+        if before.by.has_gone():
+            return False
+        return before.is_fresh() or (
+            not before.over and getattr(self._task.request, again.SEEN, None) != before.beat
+        )
+
+    def _patiently(self, act: Callable[[], object]) -> None:
+        """Do something with the backend, and give it time to come back. Raises `Reject` where it does not.
+
+        The task has not begun: what it was told by then would pass for its own end.
+        """
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                act()
+            except (Ignore, Reject):
+                raise
+            except Exception as error:
+                # Backends and brokers raise what they like.
+                if time.monotonic() < until:
+                    time.sleep(_LOOK)
+                    continue
+                _log.warning(
+                    "rcon: %s[%s]: whether it runs elsewhere cannot be told, and it goes back to its queue: %s",
+                    self._task.name,
+                    self._task.request.id,
+                    error,
+                )
+                raise Reject(str(error), requeue=True) from error
+            return
 
     def _claim(self, before: Run | None) -> bool:
         """Whether this is the one that runs it, of several that come at the same time and find the same.
@@ -129,7 +168,7 @@ class Delivery:
         state = self._task.backend.get_task_meta(self._task.request.id)["status"]
         return state in states.READY_STATES or state == states.RETRY
 
-    def _wait(self) -> Exception:
+    def _wait(self, before: Run | None) -> Exception:
         """Let the message wait, if no other of the same does. What to raise."""
         backend, key, now = self._task.backend, self._key("-heir"), time.time()
         heir = _decoded(backend.get(key), Heir)
@@ -137,7 +176,7 @@ class Delivery:
             return self._superfluous("it runs, and another message waits for its end")
         number = os.urandom(8).hex()
         backend.set(key, _encoded(Heir(number, now + _PAUSE)))
-        again.send_heir(self._task, number, _PAUSE)
+        again.send_heir(self._task, number, _PAUSE, before.beat if before is not None else None)
         told = _log.info if self._number is not None else _log.warning
         told(
             "rcon: %s[%s] was delivered again while it runs; the message waits",
@@ -158,7 +197,7 @@ class Delivery:
             return
         self._began = time.monotonic()
         if self._counts:
-            self._write(over=False)
+            self._patiently(partial(self._write, over=False))
         self._pulse.add(self)
         ended = False
         try:
@@ -208,9 +247,9 @@ class Delivery:
 
     def _write(self, *, over: bool) -> None:
         self._written = True
-        self._said = time.monotonic()
         run = Run(self.lost, self._pulse.presence(), time.time(), over)
         self._task.backend.set(self._key(), _encoded(run))
+        self._said = time.monotonic()
 
 
 class Pulse:

@@ -209,8 +209,10 @@ def define(app: celery.Celery, url: str) -> None:
 
     @task(name="learning")
     @confined(memory="64M", timeout="60s", on_memory=expand("2x", up_to="512M"), max_deaths=4, answer="128M")
-    def learning(size: int, answer: int = 0) -> Any:
+    def learning(size: int, answer: int = 0, gate: str = "") -> Any:
         note("learning", "run")
+        while gate and not Path(gate).exists():
+            time.sleep(0.02)
         return fill(size) if not answer else "x" * answer
 
     @task(name="learning_in_vain")

@@ -28,8 +28,8 @@ class RedisServer:
         self._databases = itertools.count()
         for _ in range(10):
             self.port = free_port()
-            self.process = start(program, directory, self.port, self.log_file)
-            if self._answers():
+            self._command = (program, directory, self.port, self.log_file)
+            if self.begin():
                 return
             self.stop()  # somebody else took the port in the meantime, or it does not start at all
         raise AssertionError(f"redis-server did not start:\n{self.log_file.read_text()}")
@@ -43,6 +43,11 @@ class RedisServer:
     def database(self) -> str:
         """The URL of a database that nobody has used yet."""
         return f"redis://127.0.0.1:{self.port}/{next(self._databases) % DATABASES}"
+
+    def begin(self) -> bool:
+        """Start it, for the first time or again, on the same port; whether it answers."""
+        self.process = start(*self._command)
+        return self._answers()
 
     def stop(self) -> None:
         """End it; there is nothing on disk to save."""

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
-from rcon_plugins.errors import Killed
+from rcon_plugins.errors import ConfinementError, Killed
 from tests.integrations.celery.office import Office, Offices
+from tests.integrations.celery.producers import closing
 from tests.integrations.celery.worker import READY
 from tests.processes import alive, children, family, until
 
@@ -228,3 +229,42 @@ def test_pool_process_replaced(offices: Offices) -> None:
         assert all(place["confined"] for place in places)
         assert len({place["pid"] for place in places}) == 3
         until(lambda: len(office.executors()) <= 1)
+
+
+FAULTY = """
+import os
+from pathlib import Path
+import billiard
+from rcon_plugins.errors import ConfinementError
+from rcon_plugins.hookspecs import hookimpl
+
+@hookimpl
+def rcon_policies():
+    if billiard.current_process().name != "MainProcess" and Path(os.environ["FAULT"]).exists():
+        raise ConfinementError("the test says so")
+    return []
+"""
+
+
+def test_pool_process_that_cannot_confine_at_first(offices: Offices, tmp_path: Path) -> None:
+    """It loses no task that is acknowledged late, and confines when it can."""
+    fault, gate, info = tmp_path / "fault", tmp_path / "gate", tmp_path / "faulty-1.dist-info"
+    fault.touch()
+    gate.touch()
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[rcon_plugins]\nfaulty = faulty\n")
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    settings = 'unmatched = "allow"\nplugins = ["faulty"]\n[policy.small]\nmemory = "1G"\n'
+    environ = {"PYTHONPATH": str(tmp_path), "FAULT": str(fault)}
+    worker, app, url = offices.make(settings=settings, concurrency=1, **environ)
+    with closing(app), worker:
+        office = Office(worker, app, url)
+        result = office.send("late", "faulty", str(gate))
+        with pytest.raises(ConfinementError, match="the test says so"):
+            office.get("where")
+        assert not begins(office, "faulty")
+        fault.unlink()
+        assert office.wait(result) == "done"
+        assert begins(office, "faulty")[0][1] == "True"
+        assert office.get("where")["confined"]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rcon_plugins.errors import Killed, MemoryLimitExceeded, SettingsError
 from rcon_plugins.settings.policy import Policy
 from tests.integrations.celery import limited
 from tests.integrations.celery.office import Office, Offices
+from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.test_deaths import begins, fork_server, never_two_at_once, put_back
 from tests.integrations.celery.test_start import refused
 from tests.processes import family, until
@@ -165,6 +167,86 @@ def test_redelivered_while_it_runs(offices: Offices, tmp_path: Path, name: str) 
         until(lambda: "was delivered again; it was done before" in office.worker.log())
         assert len(begins(office, "slow")) == 1
         assert office.get("where")["confined"]
+
+
+def notes(office: Office) -> dict[str, dict[str, Any]]:
+    """What the backend knows of runs."""
+    with contextlib.closing(redis.Redis.from_url(office.url)) as client:
+        keys: Any = client.keys("rcon-runs-*-0-0-0")
+        found: dict[str, Any] = {key: client.get(key) for key in keys}
+        return {key: json.loads(note) for key, note in found.items() if note}
+
+
+def change_notes(office: Office, **changes: Any) -> None:
+    with contextlib.closing(redis.Redis.from_url(office.url)) as client:
+        for key, note in notes(office).items():
+            client.set(key, json.dumps({**note, **changes}))
+
+
+def test_a_run_that_could_not_say_that_it_is_under_way(offices: Offices, tmp_path: Path) -> None:
+    """The backend was gone, or a clock has changed: it is not lost for that."""
+    gate = tmp_path / "gate"
+    with offices(concurrency=2, RCON_TEST_VISIBILITY="2") as office:
+        result = office.send("late", "late", str(gate))
+
+        def is_heard_of() -> bool:
+            change_notes(office, beat=time.time() - 1000)
+            return len(begins(office, "late")) > 1 or "again while it runs" in office.worker.log()
+
+        until(is_heard_of)
+        gate.touch()
+        assert office.wait(result) == "done"
+        assert len(begins(office, "late")) == 1
+
+
+def test_lost_on_another_machine(offices: Offices, tmp_path: Path) -> None:
+    """Where nobody knows its process, it is lost when it was seen twice that nobody says anything of it."""
+    gate = tmp_path / "gate"
+    with offices(concurrency=1) as office:
+        result = office.send("late", "far", str(gate))
+        until(lambda: len(begins(office, "far")) == 1 and bool(notes(office)))
+        os.kill(office.worker.pid, signal.SIGKILL)
+        office.worker.process.wait()
+        change_notes(office, beat=time.time() - 1000, by=["another machine", 1, 1])
+        with offices(concurrency=1, url=office.url) as second:
+            put_back(second)
+            until(lambda: len(begins(second, "far")) == 2)
+            assert "was delivered again while it runs" in second.worker.log()
+            gate.touch()
+            assert second.wait(result) == "done"
+
+
+def test_the_backend_is_gone_when_it_begins(offices: Offices, tmp_path: Path) -> None:
+    """It waits for that, in its process and then in its queue."""
+    gate = tmp_path / "gate"
+    with (
+        RedisServer(tmp_path) as backend,
+        offices(concurrency=1, RCON_TEST_BACKEND=backend.database()) as office,
+    ):
+        backend.process.kill()
+        backend.process.wait()
+        office.send("learning_late", "begun", str(gate), ignore_result=True)
+        until(lambda: "it goes back to its queue" in office.worker.log())
+        assert office.log("begun") == []
+        backend.begin()
+        until(lambda: len(office.log("begun")) == 1)
+        gate.touch()
+        until(lambda: " succeeded in " in office.worker.log())
+
+
+def test_the_broker_is_gone_when_it_died(offices: Offices, redis_server: RedisServer, tmp_path: Path) -> None:
+    """It cannot be tried again, and ends by what it died of."""
+    gate = tmp_path / "gate"
+    with RedisServer(tmp_path) as broker:
+        results = redis_server.database()
+        with offices(url=broker.database(), RCON_TEST_BACKEND=results) as office:
+            result = office.send("learning", 200 * MIB, 0, str(gate))
+            until(lambda: len(office.log("learning")) == 1)
+            broker.process.kill()
+            broker.process.wait()
+            gate.touch()
+            with pytest.raises(MemoryLimitExceeded, match="64M"):
+                office.wait(result)
 
 
 @pytest.mark.parametrize("backend", ["redis", "files"])
