@@ -162,10 +162,10 @@ class ExecutorPool:
             self._ahead[key] = wanted
             self._last_taken[key] = time.monotonic()
             lacking = wanted - len(waiting)
-            trims, self._trims = self._trims, self._trims or wanted > 1
+            trims, self._trims = self._trims, True
         for _ in range(lacking):
             self.processes.submit(partial(self._succeed, executor))
-        if self._trims and not trims:
+        if not trims:
             self.processes.submit(self._trim, time.monotonic() + IDLE_SECONDS)
 
     def _trim(self) -> None:
@@ -176,7 +176,7 @@ class ExecutorPool:
             for key in [key for key, when in self._last_taken.items() if when <= long_ago]:
                 del self._last_taken[key], self._ahead[key]
                 superfluous += [self._remove(executor) for executor in self._waiting.get(key, [])[1:]]
-            self._trims = any(wanted > 1 for wanted in self._ahead.values())
+            self._trims = bool(self._ahead)
         for executor in superfluous:
             self._end_waiting(executor)
         if self._trims:

@@ -14,7 +14,6 @@ import signal
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -296,12 +295,9 @@ class ProcessExecutors:
     def _set_alarm(self, executor: Executor, when: float) -> None:
         executor.alarm = when
         if self._supervisor is not None:
-            self._supervisor.at(when, partial(self._ring, weakref.ref(executor)))
+            self._supervisor.at(when, self._ring, executor)
 
-    def _ring(self, reference: weakref.ref[Executor]) -> None:
-        executor = reference()
-        if executor is None:
-            return
+    def _ring(self, executor: Executor) -> None:
         with self._alarms:
             executor.alarm = None
             if executor.deadline is None:

@@ -13,10 +13,16 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 LOGGER = logging.getLogger("rcon")
+
+#: So many deadlines may be kept before those are looked for that nobody needs.
+_FEW = 1000
 
 
 class Supervisor:
@@ -40,7 +46,8 @@ class Supervisor:
         self._lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._jobs: deque[Callable[[], object]] = deque()
-        self._deadlines: list[tuple[float, int, Callable[[], object]]] = []
+        self._deadlines: list[tuple[float, int, Callable[..., object], weakref.ref[Any] | None]] = []
+        self._many = _FEW
         self._order = itertools.count()
         self._ending = False
         self._closed = False
@@ -55,11 +62,20 @@ class Supervisor:
         self._jobs.append(job)
         self._wake_up()
 
-    def at(self, when: float, action: Callable[[], object]) -> None:
-        """Have ``action`` called in the thread at ``when`` (`time.monotonic`) or shortly after."""
+    def at(self, when: float, action: Callable[..., object], of: Any = None) -> None:
+        """Have ``action`` called in the thread at ``when`` (`time.monotonic`) or shortly after.
+
+        ``of`` is what it is called with, and is not kept alive for it: if that is gone by then, nothing is called.
+        """
         with self._lock:
+            if len(self._deadlines) >= self._many:
+                # A deadline may be a day away, and thousands of processes come and go before it.
+                self._deadlines = [one for one in self._deadlines if one[3] is None or one[3]() is not None]
+                heapq.heapify(self._deadlines)
+                self._many = max(_FEW, 2 * len(self._deadlines))
             earliest = not self._deadlines or when < self._deadlines[0][0]
-            heapq.heappush(self._deadlines, (when, next(self._order), action))
+            reference = None if of is None else weakref.ref(of)
+            heapq.heappush(self._deadlines, (when, next(self._order), action, reference))
         if earliest:
             self._wake_up()
 
@@ -113,8 +129,11 @@ class Supervisor:
             with self._lock:
                 if not self._deadlines or self._deadlines[0][0] > time.monotonic():
                     return
-                action = heapq.heappop(self._deadlines)[2]
-            self._do(action)
+                _, _, action, reference = heapq.heappop(self._deadlines)
+            if reference is None:
+                self._do(action)
+            elif (of := reference()) is not None:
+                self._do(partial(action, of))
 
     @staticmethod
     def _do(action: Callable[[], object]) -> object:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+import tracemalloc
+import weakref
 from collections.abc import Iterator
 from functools import partial
 
@@ -35,6 +37,36 @@ def test_deadlines_come_in_their_order_and_not_before_their_time(pipe: tuple[int
     assert [name for name, _ in seen] == ["early", "late"]
     assert seen[0][1] >= began + 0.05
     assert seen[1][1] >= began + 0.2
+
+
+class Thing:
+    """What a deadline may be of."""
+
+
+def test_deadlines_of_what_is_gone_are_forgotten(pipe: tuple[int, int]) -> None:
+    """However far away they are: a server makes thousands of processes in a day."""
+    supervisor = Supervisor(pipe[0], lambda: True)
+    supervisor.start()
+    day = time.monotonic() + 86400
+    kept = Thing()
+    seen: list[Thing] = []
+    over = threading.Event()
+    supervisor.at(day, seen.append, kept)
+    gone = weakref.WeakSet[Thing]()
+    tracemalloc.start()
+    for _ in range(20_000):
+        thing = Thing()
+        gone.add(thing)
+        supervisor.at(day, seen.append, thing)
+    del thing
+    assert tracemalloc.get_traced_memory()[0] < 1_000_000
+    tracemalloc.stop()
+    assert not gone
+    supervisor.at(time.monotonic() + 0.01, seen.append, kept)
+    supervisor.at(time.monotonic() + 0.02, over.set)
+    assert over.wait(10)
+    supervisor.close()
+    assert seen == [kept]
 
 
 def test_one_failing_job_does_not_end_the_watch(
