@@ -26,7 +26,7 @@ from typing import Any, Final
 import msgspec
 from celery import states
 from celery.backends.base import BaseKeyValueStoreBackend
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from kombu.utils.encoding import bytes_to_str as _bytes_to_str
 
 from rcon_celery import again
@@ -130,7 +130,7 @@ class Delivery:
         while True:
             try:
                 act()
-            except (Ignore, Reject):
+            except (Ignore, Reject, SoftTimeLimitExceeded):
                 raise
             except Exception as error:
                 # Backends and brokers raise what they like.

@@ -234,6 +234,20 @@ def test_the_backend_is_gone_when_it_begins(offices: Offices, tmp_path: Path) ->
         until(lambda: " succeeded in " in office.worker.log())
 
 
+def test_a_soft_time_limit_while_the_backend_is_gone(offices: Offices, tmp_path: Path) -> None:
+    """Celery's own ends a task that waits for the backend, too."""
+    with (
+        RedisServer(tmp_path) as backend,
+        offices(concurrency=1, RCON_TEST_BACKEND=backend.database()) as office,
+    ):
+        backend.process.kill()
+        backend.process.wait()
+        office.send("learning_late", "begun", "", ignore_result=True, soft_time_limit=2)
+        until(lambda: "SoftTimeLimitExceeded" in office.worker.log())
+        assert "it goes back to its queue" not in office.worker.log()
+        assert office.log("begun") == []
+
+
 def test_the_broker_is_gone_when_it_died(offices: Offices, redis_server: RedisServer, tmp_path: Path) -> None:
     """It cannot be tried again, and ends by what it died of."""
     gate = tmp_path / "gate"
