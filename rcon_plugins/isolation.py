@@ -132,9 +132,9 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
 
 def _of_no_disk(policy: Policy, error: KernelError) -> Verdict:
     """The verdict where the disk of an IO limit cannot be found; other errors are raised again."""
-    limits, table = (policy.each, "each.") if error.path in policy.each.io else (policy, "")
-    if not limits.io and not policy.each.io:
+    if not policy.io and not policy.each.io:
         raise error
+    limits, table = (policy.each, "each.") if error.path in policy.each.io else (policy, "")
     key = f"{table}io.{error.path}" if error.path in limits.io else "io"
     refusal = Refusal(key, error.problem, error.hint or "name a path on a disk")
     isolation: Isolation = "process" if policy.isolation == "auto" else policy.isolation

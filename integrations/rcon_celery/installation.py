@@ -162,11 +162,16 @@ class Installation:
     def _pool_process_starts(self, **_: object) -> None:
         if place.is_executor() or self.node is None or not self.node.pool.children:
             return
+        self._try_to_start()  # Celery would go on, whatever is raised; it is tried again when a task comes
+
+    def _try_to_start(self) -> bool:
         try:
             self._start_manager()
-        except (RconError, OSError) as error:  # Celery would go on, whatever is raised; no task runs then
+        except (RconError, OSError) as error:
             self._fault = str(error)
-            _log.error("rcon: this process of the pool cannot confine tasks, so that they fail: %s", error)
+            _log.error("rcon: this process of the pool cannot confine tasks: %s", error)
+            return False
+        return True
 
     def _start_manager(self) -> None:
         node = self._ready_node()
@@ -292,16 +297,12 @@ class Installation:
         Raises `Reject`, `ConfinementError`.
         """
         self._pulse.stop()  # no fork beside other threads
-        for attempts_left in reversed(range(_ATTEMPTS)):
-            try:
-                self._start_manager()
+        for _ in range(_ATTEMPTS):
+            if self._try_to_start():
                 return
-            except (RconError, OSError) as error:
-                self._fault = str(error)
-                _log.error("rcon: this process of the pool cannot confine tasks: %s", error)
             time.sleep(_PAUSE)  # also so that it does not take the tasks of those that can
-            if not attempts_left and task.acks_late:
-                raise Reject(f"this process cannot confine tasks: {self._fault}", requeue=True)
+        if task.acks_late:
+            raise Reject(f"this process cannot confine tasks: {self._fault}", requeue=True)
 
     def _ready_manager(self) -> Manager:
         if self.manager is None or self._pid != os.getpid():

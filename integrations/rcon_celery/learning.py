@@ -125,8 +125,12 @@ class Lesson:
         """
         pause = error.retry_after
         _log.warning("rcon: %s: %s; it goes back to its queue", self._task.name, error)
+        return self._retry(error, pause, countdown=pause)
+
+    def _retry(self, error: Exception, pause: float, **options: Any) -> Exception | None:
+        """Send its message once more, and what to raise for this run of it; None if it cannot be sent."""
         try:
-            retry: Exception = Retry(exc=error, when=pause, sig=self._sent(countdown=pause))
+            retry: Exception = Retry(exc=error, when=pause, sig=self._sent(**options))
         except OperationalError as problem:
             return self._not_sent(problem)
         return retry
@@ -161,11 +165,7 @@ class Lesson:
             return error
         _log.warning("rcon: %s; it is tried again with %.1f MiB", error, more / 2**20)
         self.deaths = deaths
-        try:
-            retry: Exception = Retry(exc=error, when=0, sig=self._sent())
-        except OperationalError as problem:
-            return self._not_sent(problem) or error
-        return retry
+        return self._retry(error, 0) or error
 
     def _after_loss(self, detail: str) -> Exception:
         """What to raise for a task whose fork server ended."""

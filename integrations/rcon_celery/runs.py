@@ -130,21 +130,20 @@ class Delivery:
         while True:
             try:
                 act()
+                return
             except (Ignore, Reject, SoftTimeLimitExceeded):
                 raise
             except Exception as error:
                 # Backends and brokers raise what they like.
-                if time.monotonic() < until:
-                    time.sleep(_LOOK)
-                    continue
-                _log.warning(
-                    "rcon: %s[%s]: whether it runs elsewhere cannot be told, and it goes back to its queue: %s",
-                    self._task.name,
-                    self._task.request.id,
-                    error,
-                )
-                raise Reject(str(error), requeue=True) from error
-            return
+                if time.monotonic() >= until:
+                    _log.warning(
+                        "rcon: %s[%s]: whether it runs elsewhere cannot be told, and it goes back to its queue: %s",
+                        self._task.name,
+                        self._task.request.id,
+                        error,
+                    )
+                    raise Reject(str(error), requeue=True) from error
+            time.sleep(_LOOK)
 
     def _claim(self, before: Run | None) -> bool:
         """Whether this is the one that runs it, of several that come at the same time and find the same.

@@ -66,7 +66,6 @@ class ExecutorPool:
         #: How many are to wait where each serves one work only: more than one, while they are not ready in time.
         self._ahead: dict[Key, int] = {}
         self._last_taken: dict[Key, float] = {}
-        self._trims = False
         #: Whether it will be looked whether those that were given back wait again.
         self._looks = False
 
@@ -159,10 +158,10 @@ class ExecutorPool:
                 wanted = min(wanted + 1, MOST_AHEAD)
             elif waiting and not waiting[0].channel.quiet:
                 wanted = max(wanted - 1, 1)
+            trims = bool(self._ahead)  # as long as there is something to forget
             self._ahead[key] = wanted
             self._last_taken[key] = time.monotonic()
             lacking = wanted - len(waiting)
-            trims, self._trims = self._trims, True
         for _ in range(lacking):
             self.processes.submit(partial(self._succeed, executor))
         if not trims:
@@ -176,10 +175,10 @@ class ExecutorPool:
             for key in [key for key, when in self._last_taken.items() if when <= long_ago]:
                 del self._last_taken[key], self._ahead[key]
                 superfluous += [self._remove(executor) for executor in self._waiting.get(key, [])[1:]]
-            self._trims = bool(self._ahead)
+            goes_on = bool(self._ahead)
         for executor in superfluous:
             self._end_waiting(executor)
-        if self._trims:
+        if goes_on:
             self.processes.submit(self._trim, time.monotonic() + IDLE_SECONDS)
 
     def _take_waiting(self, key: Key) -> Executor | None:

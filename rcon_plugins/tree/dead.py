@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, files, owner
@@ -21,28 +22,32 @@ def collect(hierarchy: Hierarchy, base: str) -> list[str]:
     cannot be read.
     """
     report = []
-    for name in hierarchy.cgroup(base).children():
-        match = INSTANCE_NAME.fullmatch(name)
-        if match and not owner.lives(int(match[1]), int(match[2])):
-            try:
-                done = _collect_one(hierarchy, f"{base.rstrip('/')}/{name}")
-                report.append(f"{name}: {done}")
-            except KernelError as error:
-                report.append(f"{name}: left for the next time: {error}")
+    for path in _of_the_dead(hierarchy, base):
+        try:
+            done = _collect_one(hierarchy, path)
+        except KernelError as error:
+            done = f"left for the next time: {error}"
+        report.append(f"{path.rpartition('/')[2]}: {done}")
     return report
 
 
 def work_of_the_dead(hierarchy: Hierarchy, base: str) -> list[Cgroup]:
     """``work/`` of each instance below ``base`` whose owner is dead and in which something runs still."""
     found = []
+    for path in _of_the_dead(hierarchy, base):
+        work = hierarchy.cgroup(f"{path}/work")
+        running = work.processes(subtree=True)
+        if running and 0 not in running:  # 0 is one of a PID namespace that cannot be seen from here
+            found.append(work)
+    return found
+
+
+def _of_the_dead(hierarchy: Hierarchy, base: str) -> Iterator[str]:
+    """The paths of the instances below ``base`` whose owner is dead. Raises KernelError."""
     for name in hierarchy.cgroup(base).children():
         match = INSTANCE_NAME.fullmatch(name)
         if match and not owner.lives(int(match[1]), int(match[2])):
-            work = hierarchy.cgroup(f"{base.rstrip('/')}/{name}/work")
-            running = work.processes(subtree=True)
-            if running and 0 not in running:  # 0 is one of a PID namespace that cannot be seen from here
-                found.append(work)
-    return found
+            yield f"{base.rstrip('/')}/{name}"
 
 
 def _collect_one(hierarchy: Hierarchy, path: str) -> str:
