@@ -10,16 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rcon_plugins.admission import Admission
-    from rcon_plugins.confined import Confined, confine
-    from rcon_plugins.events import Event, Events, watch
-    from rcon_plugins.expansion import Expansion, expand
+    from rcon_plugins.confinement.admission import Admission
+    from rcon_plugins.confinement.confine import Confined, confine
+    from rcon_plugins.confinement.expansion import Expansion, expand
+    from rcon_plugins.confinement.isolation import Server, Verdict
+    from rcon_plugins.confinement.manager import Manager
+    from rcon_plugins.confinement.plan import Plan
+    from rcon_plugins.groups.events import Event, Events, watch
     from rcon_plugins.hookspecs import hookimpl
-    from rcon_plugins.isolation import Server, Verdict
-    from rcon_plugins.kernel.cgroup.events import Pressure
-    from rcon_plugins.manager import Manager
+    from rcon_plugins.kernel.events import Pressure
     from rcon_plugins.outcome import Outcome
-    from rcon_plugins.plan import Plan
     from rcon_plugins.settings.file import Settings, load
     from rcon_plugins.settings.limits import Each, IoLimits, Limits
     from rcon_plugins.settings.memory import Memory
@@ -56,30 +56,30 @@ __all__ = [
 
 # Imported when first asked for, so that a command pays for what it uses, and the kernel layer for nothing above it.
 _HOMES = {
-    "Admission": "admission",
-    "Confined": "confined",
+    "Admission": "confinement.admission",
+    "Confined": "confinement.confine",
     "Each": "settings.limits",
-    "Event": "events",
-    "Events": "events",
-    "Expansion": "expansion",
+    "Event": "groups.events",
+    "Events": "groups.events",
+    "Expansion": "confinement.expansion",
     "IoLimits": "settings.limits",
     "Limits": "settings.limits",
-    "Manager": "manager",
+    "Manager": "confinement.manager",
     "Memory": "settings.memory",
     "Outcome": "outcome",
-    "Plan": "plan",
+    "Plan": "confinement.plan",
     "Policy": "settings.policy",
-    "Pressure": "events",
-    "Server": "isolation",
+    "Pressure": "groups.events",
+    "Server": "confinement.isolation",
     "Settings": "settings.file",
     "Usage": "usage",
-    "Verdict": "isolation",
+    "Verdict": "confinement.isolation",
     "Work": "work",
-    "confine": "confined",
-    "expand": "expansion",
+    "confine": "confinement.confine",
+    "expand": "confinement.expansion",
     "hookimpl": "hookspecs",
     "load": "settings.file",
-    "watch": "events",
+    "watch": "groups.events",
 }
 
 

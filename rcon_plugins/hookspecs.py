@@ -2,7 +2,7 @@
 
 A plugin is a module or an object with functions of these names, each marked with `rcon_plugins.hookimpl`. It may
 take any subset of a hook's parameters. Installed plugins (entry-point group ``rcon_plugins``) become active
-by being named in the settings: ``plugins = ["name"]``. The built-in behaviour, in `rcon_plugins.defaults`,
+by being named in the settings: ``plugins = ["name"]``. The built-in behaviour, in `rcon_plugins.builtin`,
 stands on the same hooks.
 """
 
@@ -16,7 +16,7 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
-    from rcon_plugins.events import Event
+    from rcon_plugins.groups.events import Event
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.outcome import Outcome

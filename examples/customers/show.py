@@ -34,8 +34,9 @@ from typing import Any
 from rcon_plugins import Plan
 from rcon_plugins import Server as Traits
 from rcon_plugins.errors import RconError
-from rcon_plugins.kernel.cgroup import Hierarchy, find_base
+from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.settings.file import from_mapping
+from rcon_plugins.tree.base import find_base
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("anna", "berta", "clara")

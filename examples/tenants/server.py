@@ -14,10 +14,11 @@ import tempfile
 from pathlib import Path
 
 from rcon_plugins import load as load_settings
+from rcon_plugins.confinement.isolation import Server as Traits
+from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import RconError
-from rcon_plugins.isolation import Server as Traits
-from rcon_plugins.kernel.cgroup import Hierarchy, find_base
-from rcon_plugins.plan import Plan
+from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.tree.base import find_base
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = HERE / "rcon.toml"

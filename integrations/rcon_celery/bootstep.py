@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from celery import bootsteps
 from celery.exceptions import CeleryCommandException
 
-from rcon_celery.node import Node
 from rcon_celery.pools import pool_of, refusal
+from rcon_celery.worker import Node
 from rcon_plugins.errors import ConfinementError, RconError
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any
 
 from celery.worker.control import control_command, inspect_command
 
-from rcon_celery.node import Node
+from rcon_celery.worker import Node
 from rcon_plugins.errors import KernelError, RconError
-from rcon_plugins.groups import Group, find_groups
-from rcon_plugins.samples import as_data
+from rcon_plugins.groups.find import Group, find_groups
+from rcon_plugins.groups.sample import as_data
 from rcon_plugins.settings.limit_words import as_written
 
 _NOT_CONFINED = {"error": "tasks are not confined: the application was not given to rcon_celery.install"}

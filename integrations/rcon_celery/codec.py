@@ -17,7 +17,7 @@ from celery.utils.serialization import UnpickleableExceptionWrapper, create_exce
 from kombu import serialization as _serialization
 from kombu.utils.encoding import safe_repr as _safe_repr
 
-from rcon_celery.takeover import STAGE
+from rcon_celery.task_annotations import STAGE
 from rcon_celery.wire import Body
 from rcon_plugins.executors.channel import ProtocolViolation
 

@@ -13,7 +13,7 @@ from celery.app.task import Task
 from celery.exceptions import WorkerTerminate
 from celery.local import Proxy
 
-from rcon_celery.learning import Learning
+from rcon_celery.retry.attempt import Learning
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.policy import Policy
 
@@ -53,8 +53,8 @@ def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
         @confined(memory="512M", timeout="60s", together={"cpu": "150%"}, concurrency=4)
         def render(name): ...
 
-    ``on_memory``, ``max_deaths`` and ``dead_letter`` say what becomes of a task that dies: see `rcon_celery.learning`.
-    They may stand beside a policy's name too, and go before what that says.
+    ``on_memory``, ``max_deaths`` and ``dead_letter`` say what becomes of a task that dies: see
+    `rcon_celery.retry.attempt`. They may stand beside a policy's name too, and go before what that says.
 
     Raises `SettingsError` for what a policy file could not say either. A worker whose app was not given to `install`
     does not start.

@@ -13,26 +13,32 @@ from celery import signals as on
 from celery._state import _task_stack
 from celery.exceptions import Reject, SoftTimeLimitExceeded, TaskPredicate
 
-from rcon_celery import again, cluster, codec, handover, place, results
+from rcon_celery import cluster, codec, place, remote_call, results
 from rcon_celery.bootstep import make_step
 from rcon_celery.decorator import Mark, mark_of
 from rcon_celery.files import leaving_log_files, server_files
-from rcon_celery.learning import Learning, Lesson, ServerLost
-from rcon_celery.node import Node
 from rcon_celery.pools import after_fork
-from rcon_celery.runs import Pulse
+from rcon_celery.retry import redelivery
+from rcon_celery.retry.attempt import Learning, Lesson, ServerLost
+from rcon_celery.retry.lease import Pulse
 from rcon_celery.service import TaskService
-from rcon_celery.takeover import Annotations, Body, perform
+from rcon_celery.task_annotations import Annotations, Body, perform
 from rcon_celery.work import is_own, work_of
+from rcon_celery.worker import Node
+from rcon_plugins.confinement.manager import Manager
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, RconError, SettingsError
-from rcon_plugins.manager import Manager
 from rcon_plugins.settings.budget import BUDGET
 from rcon_plugins.settings.file import Settings, load
 from rcon_plugins.settings.policy import Policy
 from rcon_plugins.settings.units import Size
 
 if TYPE_CHECKING:
-    from rcon_plugins.admission import Admission, InlineAdmission, ProcessAdmission, ThreadAdmission
+    from rcon_plugins.confinement.admission import (
+        Admission,
+        InlineAdmission,
+        ProcessAdmission,
+        ThreadAdmission,
+    )
     from rcon_plugins.work import Work
 
 _log = logging.getLogger("rcon")
@@ -75,7 +81,7 @@ class Installation:
         self.node: Node | None = None
         self.manager: Manager | None = None
         self._pid = 0
-        self.notices = handover.Notices()
+        self.notices = remote_call.Notices()
         self.accepted: set[str] = set()
         #: The fork server has ended before its time.
         self.is_lost = False
@@ -232,7 +238,7 @@ class Installation:
         self._ready_manager()
         if self.is_lost:
             self._find_another_server(task)
-        if again.is_redelivered(task):
+        if redelivery.is_redelivered(task):
             self._ready_node().instance.end_orphans()  # it may still run for a process that is gone
         work = work_of(task, args, kwargs)
         lesson = Lesson(task, self._learning_of(task, work))
@@ -255,7 +261,7 @@ class Installation:
             return perform(task, body, args, kwargs)
         try:
             if admission.isolation == "process":
-                return handover.run(task, cast("ProcessAdmission", admission), args, kwargs, self)
+                return remote_call.run(task, cast("ProcessAdmission", admission), args, kwargs, self)
             return here(task, body, cast("InlineAdmission | ThreadAdmission", admission), args, kwargs)
         finally:
             if admission.outcome is not None:
@@ -363,7 +369,7 @@ def here(task: Any, body: Body, admission: InlineAdmission | ThreadAdmission, ar
         ending: Literal["ok", "error"] = "ok" if isinstance(error, TaskPredicate) else "error"
         outcome = admission.finish(ending, codec.sentence(error))
         if outcome.ran_into_limit and isinstance(error, Exception):
-            raise handover.raised(outcome) from error
+            raise remote_call.raised(outcome) from error
         raise
     admission.finish("ok")
     return result

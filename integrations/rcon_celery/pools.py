@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from rcon_plugins.isolation import Server
+from rcon_plugins.confinement.isolation import Server
 
 
 class Pool(NamedTuple):

@@ -11,8 +11,8 @@ from celery.app.utils import find_app
 from kombu.exceptions import OperationalError
 
 from rcon_plugins.errors import RconError, SettingsError
-from rcon_plugins.groups import Sample
-from rcon_plugins.samples import of_data
+from rcon_plugins.groups.find import Sample
+from rcon_plugins.groups.sample import of_data
 
 #: How long answers are waited for when all workers are asked, and when those are that answered before, in seconds.
 _FIRST_WAIT, _WAIT = 2.0, 1.0

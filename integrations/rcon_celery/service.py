@@ -14,14 +14,14 @@ from celery._state import _task_stack
 from celery.app.task import Task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
-from rcon_celery import codec, place, results, takeover, threads, wire
-from rcon_celery.ground import Ground
-from rcon_celery.takeover import Body, perform
+from rcon_celery import codec, place, results, task_annotations, threads, wire
+from rcon_celery.process_state import Ground
+from rcon_celery.task_annotations import Body, perform
 from rcon_plugins.errors import SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 
-_OURS: Final = frozenset({__file__, takeover.__file__})
+_OURS: Final = frozenset({__file__, task_annotations.__file__})
 #: These end the executor process: its host is gone, or the task asked the process to end.
 _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
 
@@ -101,7 +101,7 @@ class TaskService:
         task.push_request(order["request"], args=args, kwargs=kwargs, called_directly=False)
         request = task.request_stack.top
         request.headers = order["request"].get("headers")  # not what Celery makes of what it does not know
-        takeover.begin(request)
+        task_annotations.begin(request)
         serializer = self._serializer_of(task)
         vars(task).pop("run", None)  # what autoretry_for puts around it does its part in the host
         try:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from rcon_gunicorn.logs import join_error_log, leaving_log_files, log_files
 from rcon_gunicorn.master import Master
 from rcon_gunicorn.workers import after_fork, refusal, server_traits
+from rcon_plugins.confinement.manager import Manager
 from rcon_plugins.errors import ConfinementError, RconError
-from rcon_plugins.manager import Manager
 from rcon_wsgi import ConfineMiddleware, WsgiService
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ import os
 from typing import Any, Protocol
 
 from rcon_gunicorn.workers import server_traits
+from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import RconError
 from rcon_plugins.identity.privileges import keep, needed, settle
-from rcon_plugins.plan import Plan
 from rcon_plugins.settings.file import Settings, load
 from rcon_plugins.tree.instance import Instance
-from rcon_plugins.waiting.ledger import ledger_of_machine
+from rcon_plugins.tree.ledger import ledger_of_machine
 
 
 class _Arbiter(Protocol):

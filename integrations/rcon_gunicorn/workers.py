@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rcon_plugins.isolation import Server
+from rcon_plugins.confinement.isolation import Server
 
 _GEVENT = Server(threads=False, greenlets=True)
 

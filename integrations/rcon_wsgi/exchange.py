@@ -19,7 +19,7 @@ from rcon_wsgi.measure import LINE, LOG_CHARACTERS, LOT, SMALL, ErrorLog, Pace, 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
 
-    from rcon_plugins.admission import ProcessAdmission
+    from rcon_plugins.confinement.admission import ProcessAdmission
 
 _CLIENT_GONE: Final = "the client went away"
 #: A response of status 500 is held back up to this size, to learn whether a limit was the cause.

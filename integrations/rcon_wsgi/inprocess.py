@@ -15,7 +15,7 @@ from rcon_wsgi import problem
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication
 
-    from rcon_plugins.admission import InlineAdmission, ThreadAdmission
+    from rcon_plugins.confinement.admission import InlineAdmission, ThreadAdmission
 
 
 def run(

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
+from rcon_plugins.confinement.isolation import Server
+from rcon_plugins.confinement.manager import Manager
 from rcon_plugins.errors import IdentityRefused, LimitExceeded, RconError
-from rcon_plugins.isolation import Server
-from rcon_plugins.manager import Manager
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.file import Settings, load
 from rcon_wsgi import inprocess, problem
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIApplication
 
-    from rcon_plugins.admission import InlineAdmission, ProcessAdmission, ThreadAdmission
+    from rcon_plugins.confinement.admission import InlineAdmission, ProcessAdmission, ThreadAdmission
 
 _log = logging.getLogger("rcon.wsgi")
 

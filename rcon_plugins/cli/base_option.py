@@ -10,8 +10,8 @@ import click
 
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.kernel.cgroup import Hierarchy
-from rcon_plugins.kernel.cgroup.nested import own_place
 from rcon_plugins.settings.file import check_cgroup
+from rcon_plugins.tree.nested import own_place
 
 #: The variable that names it for all commands of a shell; an option, or a settings file, comes before it.
 VARIABLE = "RCON_CGROUP"

@@ -16,7 +16,7 @@ from rcon_plugins.settings.units import Cpus, Size
 NOT_TOLD = "-"
 _GAP = "  "
 _PYTHON = re.compile(r"(?:.*/)?python[0-9.]*")
-_WATCHER = "/rcon_plugins/tree/watcher.py"
+_WATCHER = "/rcon_plugins/tree/attach_watcher.py"
 #: Options of Python's that take no word after them, and say nothing of what it runs.
 _PLAIN_OPTIONS = frozenset(
     {"-B", "-E", "-I", "-O", "-OO", "-P", "-S", "-b", "-d", "-q", "-s", "-u", "-v", "-x"}

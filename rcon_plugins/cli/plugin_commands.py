@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 
 import click
 
+from rcon_plugins.builtin.plugins import commands_manager
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.plugins import commands_manager
 
 VARIABLE = "RCON_PLUGINS"
 

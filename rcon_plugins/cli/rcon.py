@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from rcon_plugins.cli.ending import finish
+from rcon_plugins.cli.exit import finish
 from rcon_plugins.cli.lazy import Lazy, LazyGroup
 from rcon_plugins.errors import RconError
 

@@ -26,9 +26,9 @@ def main() -> NoReturn:
 def _start() -> NoReturn:
     if sys.argv[1:2] == ["run"] and "_RCON_COMPLETE" not in os.environ:
         gc.disable()
-        from rcon_plugins.cli.run import quick
+        from rcon_plugins.cli.run import fast_path
 
-        status = quick.run(sys.argv[2:])
+        status = fast_path.run(sys.argv[2:])
         if status is not None:
             # Nothing is buffered, and there is nobody left to tidy up for.
             os._exit(status)

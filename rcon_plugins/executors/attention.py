@@ -1,4 +1,4 @@
-"""What a manager wants to know of the cgroups of executors: see `rcon_plugins.attendance`."""
+"""What a manager wants to know of the cgroups of executors: see `rcon_plugins.confinement.monitor`."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from rcon_plugins.errors import ConfinementError, KernelError
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.syscalls import poll_readable
-from rcon_plugins.waiting.slots import entering
+from rcon_plugins.tree.slots import entering
 
 if TYPE_CHECKING:
     import pluggy

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import landlock
-from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel import files, landlock
 
 
 class Feature(NamedTuple):

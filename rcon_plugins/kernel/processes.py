@@ -7,7 +7,7 @@ import os
 from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import files, owner
+from rcon_plugins.kernel import files, proc
 
 _PF_KTHREAD = 0x00200000
 
@@ -63,7 +63,7 @@ def process_of(thread: int) -> int | None:
 
 def is_kernel_thread(pid: int) -> bool:
     """Whether it is a thread of the kernel (stat, flags, PF_KTHREAD in include/linux/sched.h)."""
-    fields = owner.stat_fields(pid)
+    fields = proc.stat_fields(pid)
     return bool(fields) and bool(int(fields[6]) & _PF_KTHREAD)
 
 
@@ -71,7 +71,7 @@ def parents() -> dict[int, int]:
     """By process the one that started it, or that took it over; of all that can be seen."""
     found = {}
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and (fields := owner.stat_fields(int(entry))):
+        if entry.isdigit() and (fields := proc.stat_fields(int(entry))):
             found[int(entry)] = int(fields[1])
     return found
 

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, files, owner
+from rcon_plugins.kernel import files, proc
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
 
 #: How long processes in a host/, which are ending in most cases, are waited for.
@@ -46,7 +47,7 @@ def _of_the_dead(hierarchy: Hierarchy, base: str) -> Iterator[str]:
     """The paths of the instances below ``base`` whose owner is dead. Raises KernelError."""
     for name in hierarchy.cgroup(base).children():
         match = INSTANCE_NAME.fullmatch(name)
-        if match and not owner.lives(int(match[1]), int(match[2])):
+        if match and not proc.lives(int(match[1]), int(match[2])):
             yield f"{base.rstrip('/')}/{name}"
 
 
@@ -86,14 +87,14 @@ def taken_by(uid: int) -> str:
 def stranger_in_taken(hierarchy: Hierarchy, path: str) -> int | None:
     """The uid of another user whose processes are in ``taken/`` of the instance at ``path``; None where there are none.
 
-    They are not put back: see :func:`~rcon_plugins.tree.origins.stranger`. Raises KernelError.
+    They are not put back: see :func:`~rcon_plugins.tree.previous_cgroups.stranger`. Raises KernelError.
     """
     taken = hierarchy.cgroup(f"{path}/taken")
     if not taken.processes(subtree=True):
         return None
-    from rcon_plugins.tree import origins
+    from rcon_plugins.tree import previous_cgroups
 
-    return origins.stranger(taken)
+    return previous_cgroups.stranger(taken)
 
 
 def give_back(hierarchy: Hierarchy, path: str) -> list[int]:
@@ -101,13 +102,13 @@ def give_back(hierarchy: Hierarchy, path: str) -> list[int]:
     taken = hierarchy.cgroup(f"{path}/taken")
     if not any(files.is_directory(directory) for directory in taken.directories):
         return []
-    from rcon_plugins.tree import origins
+    from rcon_plugins.tree import previous_cgroups
 
     instance = path.rpartition("/")[2]
-    staying = origins.put_back(taken, origins.load(instance))
+    staying = previous_cgroups.put_back(taken, previous_cgroups.load(instance))
     if not staying:
         taken.delete()
-        origins.forget(instance)
+        previous_cgroups.forget(instance)
     return staying
 
 

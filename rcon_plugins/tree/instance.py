@@ -11,10 +11,11 @@ import os
 import time
 from collections.abc import Callable, Iterable
 
-from rcon_plugins import systemd
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, files, find_base, mounts, owner, v2
-from rcon_plugins.kernel.cgroup.delegation import own_cgroup, remove_root_base
+from rcon_plugins.kernel import files, proc
+from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, mounts, v2
+from rcon_plugins.tree import systemd
+from rcon_plugins.tree.base import find_base, own_cgroup, remove_root_base
 from rcon_plugins.tree.dead import collect, processes_leave, work_of_the_dead
 
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM)
@@ -67,7 +68,7 @@ class Instance:
     def _create_in(cls, hierarchy: Hierarchy, base: str, user: tuple[int, int] | None) -> Instance:
         collect(hierarchy, base)
         taken = hierarchy.cgroup(base).children()
-        first = name = f"rcon-{os.getpid()}-{owner.start_time(os.getpid())}"
+        first = name = f"rcon-{os.getpid()}-{proc.start_time(os.getpid())}"
         number = 1
         while name in taken:
             number += 1
@@ -272,7 +273,7 @@ class Instance:
     @staticmethod
     def _is_orphaned(leaf: Cgroup) -> bool:
         pid = leaf.path.rpartition("/")[2].partition("-")[0]
-        return pid.isdigit() and owner.start_time(int(pid)) is None and bool(leaf.processes(subtree=True))
+        return pid.isdigit() and proc.start_time(int(pid)) is None and bool(leaf.processes(subtree=True))
 
     def _sweep(self, wanted: Callable[[str], bool], timeout: float) -> None:
         failed: KernelError | None = None

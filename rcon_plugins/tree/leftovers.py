@@ -6,11 +6,12 @@ import os
 from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import Hierarchy, files, owner
-from rcon_plugins.kernel.cgroup.delegation import remove_root_base
+from rcon_plugins.kernel import files, proc
+from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_path
-from rcon_plugins.kernel.cgroup.survey import survey
+from rcon_plugins.tree.base import remove_root_base
 from rcon_plugins.tree.dead import collect, has_unseen, stranger_in_taken
+from rcon_plugins.tree.survey import survey
 
 
 class Left(NamedTuple):
@@ -54,7 +55,7 @@ def find(hierarchy: Hierarchy, below: str = "/") -> list[Left]:
         match = INSTANCE_NAME.fullmatch(path.rpartition("/")[2])
         if match is None or any(path.startswith(f"{left.path}/work/") for left in found):
             continue
-        if not owner.lives(int(match[1]), int(match[2])):
+        if not proc.lives(int(match[1]), int(match[2])):
             inside = {
                 kind: [
                     pid

@@ -18,10 +18,10 @@ from typing import Any
 import jeepney.io.blocking
 import pytest
 
-from rcon_plugins import systemd
 from rcon_plugins.errors import DelegationError
 from rcon_plugins.kernel.cgroup import mounts
 from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS
+from rcon_plugins.tree import systemd
 from tests import children
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rcon_plugins.changes import changed
+from rcon_plugins.confinement.live_policies import changed
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.policy import Policy
 

@@ -8,9 +8,9 @@ import threading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcon_plugins.confinement import cgroup_name
+from rcon_plugins.confinement.confinement import cgroup_name
 from rcon_plugins.kernel.cgroup.names import check_name
-from rcon_plugins.waiting.slots import Slots, first_slot
+from rcon_plugins.tree.slots import Slots, first_slot
 from tests.children import in_child
 
 

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from rcon_plugins import Event, Pressure, events
-from rcon_plugins.events import Events
-from rcon_plugins.kernel.cgroup.events import Event as KernelEvent
+from rcon_plugins import Event, Pressure
+from rcon_plugins.groups import events
+from rcon_plugins.groups.events import Events
+from rcon_plugins.kernel.events import Event as KernelEvent
 
 
 def event(number: int = 1) -> Event:

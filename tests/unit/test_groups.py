@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcon_plugins.confinement import cgroup_name
+from rcon_plugins.confinement.confinement import cgroup_name
 from rcon_plugins.errors import KernelError, UnknownGroup
-from rcon_plugins.groups import Group, Kind, Owner, find_group, is_gone, labelled, split_name
+from rcon_plugins.groups.find import Group, Kind, Owner, find_group, is_gone, labelled, split_name
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.mounts import Mount
 

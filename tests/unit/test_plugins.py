@@ -9,8 +9,8 @@ import pluggy
 import pytest
 
 from rcon_plugins import hookspecs
+from rcon_plugins.builtin.plugins import calling
 from rcon_plugins.hookspecs import hookimpl
-from rcon_plugins.plugins import calling
 from rcon_plugins.work import Work
 
 WORK = Work("call", "x")

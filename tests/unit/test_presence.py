@@ -6,9 +6,9 @@ import os
 import subprocess
 import sys
 
-from rcon_plugins.presence import Presence
+from rcon_plugins.tree.presence import Presence
 
-TOLD = "from rcon_plugins.presence import Presence; print(*Presence.here(), flush=True); input()"
+TOLD = "from rcon_plugins.tree.presence import Presence; print(*Presence.here(), flush=True); input()"
 
 
 def test_this_process_is_here() -> None:

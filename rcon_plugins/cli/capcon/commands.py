@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from rcon_plugins.cli.ending import finish
-from rcon_plugins.cli.words import Command, Word, capability_names, group_names, user_names
+from rcon_plugins.cli.completion import Command, Word, capability_names, group_names, user_names
+from rcon_plugins.cli.exit import finish
 
 if TYPE_CHECKING:
-    from rcon_plugins.cli.asked import Asked
+    from rcon_plugins.cli.request import Asked
 
 #: explain: the command would not hold what was asked.
 NOT_AS_ASKED = 1
@@ -94,7 +94,7 @@ def _asking(function: Any) -> Any:
 
 
 def _asked(options: dict[str, Any]) -> Asked:
-    from rcon_plugins.cli.asked import Asked
+    from rcon_plugins.cli.request import Asked
 
     return Asked.of(**options)
 
@@ -135,9 +135,9 @@ def run(**options: Any) -> int:
     Without any privilege: a build that can change nothing but its own folder:
       capcon run --drop-all --no-new-privs --read-only / --write ./work -- make -C work
     """
-    from rcon_plugins.cli.capcon import hand_over
+    from rcon_plugins.cli.capcon import run
 
-    return hand_over.run(_asked(options))
+    return run.run(_asked(options))
 
 
 @capcon.command(
@@ -154,9 +154,9 @@ def explain(as_json: bool, **options: Any) -> int:
     \b
       capcon explain --user nobody --cap net_raw -- ping -c 1 127.0.0.1
     """
-    from rcon_plugins.cli.capcon import explaining
+    from rcon_plugins.cli.capcon import explain
 
-    text, as_asked = explaining.explain(_asked(options), as_json)
+    text, as_asked = explain.explain(_asked(options), as_json)
     click.echo(text)
     return 0 if as_asked else NOT_AS_ASKED
 
@@ -172,7 +172,7 @@ def show(pid: int | None, as_json: bool) -> int:
     \b
       capcon show 1
     """
-    from rcon_plugins.cli.capcon import showing
+    from rcon_plugins.cli.capcon import show
 
-    click.echo(showing.show(pid, as_json))
+    click.echo(show.show(pid, as_json))
     return 0

@@ -10,17 +10,17 @@ from click.shell_completion import CompletionItem
 from rcon_plugins.errors import RconError, UnknownGroup
 
 if TYPE_CHECKING:
-    from rcon_plugins.groups import Group
+    from rcon_plugins.groups.find import Group
 
 
 class GroupArgument(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
-    """The name of a group, as `rcon_plugins.groups.find_group` takes it."""
+    """The name of a group, as `rcon_plugins.groups.find.find_group` takes it."""
 
     name = "group"
 
     def convert(self, value: str, _param: click.Parameter | None, ctx: click.Context | None) -> Group:
         """Find it. Bad usage where it is unknown, or names several."""
-        from rcon_plugins.groups import find_group
+        from rcon_plugins.groups.find import find_group
 
         try:
             return find_group(value)
@@ -32,7 +32,7 @@ class GroupArgument(click.ParamType):  # type: ignore[type-arg]  # generic in ne
     ) -> list[CompletionItem]:
         """The names of the groups that begin so, with what their owner is."""
         from rcon_plugins.cli.columns import short_command
-        from rcon_plugins.groups import find_groups
+        from rcon_plugins.groups.find import find_groups
 
         try:
             groups = find_groups().groups

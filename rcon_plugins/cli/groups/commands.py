@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rcon_plugins.cli.completion import Word, event_kinds
 from rcon_plugins.cli.groups.argument import GROUP
 from rcon_plugins.cli.limit_options import limit_options_at_once
-from rcon_plugins.cli.words import Word, event_kinds
 
 if TYPE_CHECKING:
-    from rcon_plugins.groups import Group
+    from rcon_plugins.groups.find import Group
 
 _SORTS = ("cpu", "throttled", "memory", "share", "read", "write", "pids", "pressure", "hits", "name")
 
@@ -31,9 +31,9 @@ def ls(as_json: bool) -> int:
       rcon ls
       rcon ls --json | jq '.[] | select(.usage.oom_kills > 0) | .group'
     """
-    from rcon_plugins.cli.groups import listing
+    from rcon_plugins.cli.groups import ls
 
-    return listing.ls(as_json)
+    return ls.ls(as_json)
 
 
 @click.command(short_help="Show all about one group: limits, usage, pressure, processes.")
@@ -46,9 +46,9 @@ def stat(group: Group, as_json: bool) -> int:
       rcon stat tenant~a.example
       rcon stat --json sleep-1234 | jq .usage.memory_peak
     """
-    from rcon_plugins.cli.groups import listing
+    from rcon_plugins.cli.groups import ls
 
-    return listing.stat(group, as_json)
+    return ls.stat(group, as_json)
 
 
 @click.command(short_help="Show what every group uses, live.")
@@ -87,7 +87,7 @@ def top(sort: str, interval: float, iterations: int | None, as_json: bool, celer
 
     source: live.Source = live.local
     if celery is not None:
-        from rcon_plugins.cli.top.celery_source import workers
+        from rcon_plugins.cli.top.celery import workers
 
         source = workers(celery)
     return live.show(source, sort=sort, interval=interval, iterations=iterations, to_json=as_json)
@@ -111,9 +111,9 @@ def set_command(group: Group, as_json: bool, **options: Any) -> int:
       rcon set tenant~a.example --pids max
       rcon set backup --write 5M --device /srv
     """
-    from rcon_plugins.cli.groups import changing
+    from rcon_plugins.cli.groups import change
 
-    return changing.set_limits(group, options, as_json)
+    return change.set_limits(group, options, as_json)
 
 
 @click.command(short_help="Stop the processes of a group, until thaw.")
@@ -126,9 +126,9 @@ def freeze(group: Group) -> int:
     \b
       rcon freeze backup-1234
     """
-    from rcon_plugins.cli.groups import changing
+    from rcon_plugins.cli.groups import change
 
-    return changing.freeze(group)
+    return change.freeze(group)
 
 
 @click.command(short_help="Let the processes of a frozen group go on.")
@@ -139,9 +139,9 @@ def thaw(group: Group) -> int:
     \b
       rcon thaw backup-1234
     """
-    from rcon_plugins.cli.groups import changing
+    from rcon_plugins.cli.groups import change
 
-    return changing.thaw(group)
+    return change.thaw(group)
 
 
 @click.command(short_help="End all processes of a group, double forks and new sessions too.")
@@ -157,9 +157,9 @@ def kill(group: Group, as_json: bool) -> int:
       rcon kill sleep-1234
       rcon kill --json tenant~a.example | jq '.ended[].pid'
     """
-    from rcon_plugins.cli.groups import changing
+    from rcon_plugins.cli.groups import change
 
-    return changing.kill(group, as_json)
+    return change.kill(group, as_json)
 
 
 @click.command(short_help="Print a line for each event of a group.")
@@ -199,6 +199,6 @@ def watch(
       rcon watch nightly --kind oom_kill,memory_limit --json
       rcon watch nightly --threshold 900M --pressure memory:500ms/2s
     """
-    from rcon_plugins.cli.groups import watching
+    from rcon_plugins.cli.groups import watch
 
-    return watching.watch_group(group, kinds, thresholds, pressure, as_json)
+    return watch.watch_group(group, kinds, thresholds, pressure, as_json)

@@ -38,9 +38,9 @@ def doctor(user: str | None, cgroup: str | None, as_json: bool) -> int:
       sudo rcon doctor --user www-data
       rcon doctor --json | jq '.missing[].remedy'
     """
-    from rcon_plugins.cli.machine import doctoring
+    from rcon_plugins.cli.machine import doctor
 
-    text, good = doctoring.doctor(user, as_json, named_base(cgroup))
+    text, good = doctor.doctor(user, as_json, named_base(cgroup))
     click.echo(text)
     return 0 if good else NOT_ALL
 
@@ -69,9 +69,9 @@ def gc(below: str, dry_run: bool, as_json: bool) -> int:
       rcon gc --dry-run
       rcon gc
     """
-    from rcon_plugins.cli.machine import collecting
+    from rcon_plugins.cli.machine import gc
 
-    text, good = collecting.gc(below, dry_run, as_json)
+    text, good = gc.gc(below, dry_run, as_json)
     if text:
         click.echo(text)
     return 0 if good else NOT_ALL

@@ -29,9 +29,9 @@ def check(file: str, server: str, as_json: bool) -> int:
       rcon check /etc/rcon.toml
       sudo -u www-data rcon check --server sync /etc/rcon.toml
     """
-    from rcon_plugins.cli.machine import checking
+    from rcon_plugins.cli.machine import check
 
-    text, good = checking.check(file, server, as_json)
+    text, good = check.check(file, server, as_json)
     click.echo(text)
     return 0 if good else NOT_AS_ASKED
 
@@ -57,9 +57,9 @@ def which(file: str, as_json: bool, attribute: tuple[str, ...], **named: str | N
       rcon which /etc/rcon.toml --host shop.example --path /img/logo.png
       rcon which /etc/rcon.toml --task reports.monthly
     """
-    from rcon_plugins.cli.machine import checking
+    from rcon_plugins.cli.machine import check
 
-    text, good = checking.which(file, checking.attributes_of(named, attribute), as_json)
+    text, good = check.which(file, check.attributes_of(named, attribute), as_json)
     click.echo(text)
     return 0 if good else NOT_AS_ASKED
 

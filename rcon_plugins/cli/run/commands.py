@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from rcon_plugins.cli.base_option import base_option
+from rcon_plugins.cli.completion import Command, Word, capability_names, user_names
 from rcon_plugins.cli.limit_options import limit_options
-from rcon_plugins.cli.words import Command, Word, capability_names, user_names
 
 
 @click.command(short_help="Run a command within limits.", context_settings={"allow_interspersed_args": False})
@@ -67,9 +67,9 @@ def run(**options: Any) -> int:
       126  the command cannot be executed
       127  the command was not found
     """
-    from rcon_plugins.cli.run import from_options
+    from rcon_plugins.cli.run import run
 
-    return from_options.run(options)
+    return run.run(options)
 
 
 @click.command(short_help="Put running processes in a group with limits, and let them go.")
@@ -100,6 +100,6 @@ def attach(**options: Any) -> int:
       2    bad usage, a process that cannot be taken, or a limit that this machine cannot enforce; none was taken
       125  rcon itself failed
     """
-    from rcon_plugins.cli.run import attaching
+    from rcon_plugins.cli.run import attach
 
-    return attaching.attach(options)
+    return attach.attach(options)

@@ -7,8 +7,8 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rcon_plugins import command
-from rcon_plugins.command import Ended, NotRun, Order
+from rcon_plugins.command import run
+from rcon_plugins.command.run import Ended, NotRun, Order
 from rcon_plugins.errors import RconError
 from rcon_plugins.kernel.programs import why_not_executed
 
@@ -50,7 +50,7 @@ def execute(
     if report is not None:
         order = order._replace(keep=(*order.keep, report))
     try:
-        ended = command.run(order, hierarchy, base)
+        ended = run.run(order, hierarchy, base)
     except NotRun as error:
         hint = why_not_executed(error.errno, as_another=order.become is not None)
         problem = f"{order.program}: {error}" + (f" ({hint})" if hint else "")

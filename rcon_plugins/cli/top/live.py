@@ -9,13 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from rcon_plugins.cli.ending import interrupted
+from rcon_plugins.cli.exit import interrupted
 from rcon_plugins.cli.top import screen
-from rcon_plugins.cli.top.asking import Asked
+from rcon_plugins.cli.top.request import Asked
 from rcon_plugins.cli.top.rows import Rates, Row
 from rcon_plugins.cli.top.table import SORTS, as_json, as_text, ordered, shown, summary
 from rcon_plugins.errors import KernelError, RconError
-from rcon_plugins.groups import Sample, find_groups, is_gone
+from rcon_plugins.groups.find import Sample, find_groups, is_gone
 
 #: Gives a sample of each group, whenever it is called.
 Source = Callable[[], Iterable[Sample]]

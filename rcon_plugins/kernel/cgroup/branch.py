@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.resources import Resources
 

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
-from rcon_plugins.kernel.cgroup import files, meter, v1, v2
+from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup import meter, v1, v2
 from rcon_plugins.kernel.cgroup.branch import Branch, is_single_threaded
 from rcon_plugins.kernel.cgroup.entrance import Entrance
 from rcon_plugins.kernel.cgroup.meter import Meter, Reading

@@ -9,7 +9,8 @@ import stat
 from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import files, mounts
+from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup import mounts
 
 _NUMBERS = re.compile(r"(\d{1,4}):(\d{1,7})")
 

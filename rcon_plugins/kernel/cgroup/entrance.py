@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from types import TracebackType
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel import files
 
 
 class Entrance:

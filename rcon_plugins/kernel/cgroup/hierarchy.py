@@ -7,7 +7,8 @@ import os
 from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
-from rcon_plugins.kernel.cgroup import files, mounts, v1, v2
+from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup import mounts, v1, v2
 from rcon_plugins.kernel.cgroup.branch import Branch
 from rcon_plugins.kernel.cgroup.cgroup import Cgroup
 from rcon_plugins.kernel.cgroup.mounts import Mount

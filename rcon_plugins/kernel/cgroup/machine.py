@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import files, mounts
+from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup import mounts
 from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
 
 _LIMIT = {1: "memory.limit_in_bytes", 2: "memory.max"}

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel import files
 
 Fields = list[float | int | None]
 #: Takes down what one file says, in the order of Reading's fields.

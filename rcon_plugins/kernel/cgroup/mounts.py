@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel import files
 
 _BOOTED = "/run/systemd/system"
 _ESCAPE = re.compile(r"\\([0-7]{3})")

@@ -6,7 +6,8 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel.cgroup import files, remedies, v1, v2
+from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup import remedies, v1, v2
 from rcon_plugins.kernel.cgroup.device import whole_disk
 from rcon_plugins.kernel.cgroup.resources import MAX, Resources, format_list, parse_list
 

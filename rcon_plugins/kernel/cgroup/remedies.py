@@ -12,7 +12,7 @@ import pwd
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup.branch import levels
 from rcon_plugins.kernel.cgroup.mounts import is_systemds
 

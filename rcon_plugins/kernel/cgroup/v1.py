@@ -7,7 +7,7 @@ import os
 import time
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
-from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, levels
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.resources import (

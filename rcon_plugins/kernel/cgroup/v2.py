@@ -6,7 +6,7 @@ import contextlib
 import errno
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
-from rcon_plugins.kernel.cgroup import files
+from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup.branch import Branch, create_levels
 from rcon_plugins.kernel.cgroup.resources import CPU_PERIOD_MICROSECONDS, MAX, Resources, parse_list
 

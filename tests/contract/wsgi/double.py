@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from rcon_plugins.admission import ThreadAdmission
+from rcon_plugins.confinement.admission import ThreadAdmission
+from rcon_plugins.confinement.queue import Turn
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.executors.thread import ThreadExecutors
 from rcon_plugins.outcome import Ending, Outcome
-from rcon_plugins.waiting.turns import Turn
 from rcon_plugins.work import Work
 
 GRACE = 0.5

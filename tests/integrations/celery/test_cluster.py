@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rcon_plugins.errors import MemoryLimitExceeded, TimeLimitExceeded
-from rcon_plugins.groups import Group, find_groups
+from rcon_plugins.groups.find import Group, find_groups
 from rcon_plugins.kernel.cgroup import MAX, read_limits
 from rcon_plugins.settings.units import Size
 from tests.integrations.celery import limited

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from rcon_celery import confined, told
-from rcon_celery.learning import Learning
+from rcon_celery.retry.attempt import Learning
 from rcon_plugins.errors import Killed, MemoryLimitExceeded, SettingsError
 from rcon_plugins.settings.policy import Policy
 from tests.integrations.celery import limited

@@ -12,8 +12,8 @@ import pytest
 
 from rcon_gunicorn import Hooks, chain
 from rcon_gunicorn.workers import refusal, server_traits
+from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.errors import ConfinementError
-from rcon_plugins.isolation import Server
 from tests.integrations.gunicorn.server import HERE, Gunicorn
 from tests.processes import instance_directories
 

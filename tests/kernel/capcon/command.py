@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 # All of capcon, for a caller who may not read the files of this interpreter.
-from rcon_plugins.cli.capcon import explaining as explaining
-from rcon_plugins.cli.capcon import hand_over as hand_over
 from rcon_plugins.cli.capcon.commands import run_main
 
 NOBODY = 65534

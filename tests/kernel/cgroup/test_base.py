@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.errors import DelegationError
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources, find_base
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
+from rcon_plugins.tree.base import find_base
 from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import layout, running

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins import Manager, Server, Work, confine
-from rcon_plugins.admission import InlineAdmission
+from rcon_plugins.confinement.admission import InlineAdmission
 from rcon_plugins.errors import DelegationError
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources, delegation, find_base
-from rcon_plugins.kernel.cgroup.delegation import own_cgroup
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.kernel.cgroup.remedies import remedy
 from rcon_plugins.settings.file import from_mapping
+from rcon_plugins.tree import base as tree_base
+from rcon_plugins.tree.base import find_base, own_cgroup
 from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import layout, running, settings_of, sleep_forever
@@ -84,7 +85,7 @@ def test_what_root_gave_to_a_user_stays_when_root_has_used_it(
 ) -> None:
     """The printed remedy names root's own base, which root takes away after its last use: not then."""
     path = f"{group.path}/base"
-    monkeypatch.setattr(delegation, "ROOT_BASE", path)
+    monkeypatch.setattr(tree_base, "ROOT_BASE", path)
     hierarchy = Hierarchy.discover()
     base = hierarchy.cgroup(path, shared=True)
     assert Instance.create(hierarchy, path).close()

@@ -14,7 +14,7 @@ import pytest
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
-from rcon_plugins.kernel.cgroup.events import POLLED_SECONDS, Event, Pressure, Watcher
+from rcon_plugins.kernel.events import POLLED_SECONDS, Event, Pressure, Watcher
 from tests.kernel.cgroup.helpers import MIB, eventually, layout, running, sleep_forever, touch
 
 pytestmark = pytest.mark.kernel

@@ -18,7 +18,7 @@ import pytest
 from rcon_plugins import Event, Limits, Memory, expand
 from rcon_plugins.errors import ControllerUnavailable
 from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, Resources, read_limits
-from rcon_plugins.kernel.cgroup.events import Watcher
+from rcon_plugins.kernel.events import Watcher
 from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, sleep_forever, touch
 
 pytestmark = pytest.mark.kernel

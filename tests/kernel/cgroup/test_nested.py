@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from rcon_plugins.errors import DelegationError
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, find_base, owner
-from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE
+from rcon_plugins.kernel import proc
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of
 from rcon_plugins.kernel.syscalls import unshare
+from rcon_plugins.tree.base import ROOT_BASE, find_base
 from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import DISK, layout, running, settings_of, sleep_forever
@@ -27,7 +28,7 @@ CLONE_NEWCGROUP = 0x02000000
 @pytest.fixture
 def outer(group: Cgroup) -> Cgroup:
     """The root of a tree, as another process would have it."""
-    return group.child(f"rcon-{os.getpid()}-{owner.start_time(os.getpid())}").create()
+    return group.child(f"rcon-{os.getpid()}-{proc.start_time(os.getpid())}").create()
 
 
 def own_paths() -> set[str]:

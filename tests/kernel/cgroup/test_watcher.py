@@ -16,7 +16,7 @@ import pytest
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import Cgroup, Resources
-from rcon_plugins.kernel.cgroup.events import Event, Watcher, watcher_of_process
+from rcon_plugins.kernel.events import Event, Watcher, watcher_of_process
 from tests.kernel.cgroup.helpers import MIB, eventually, running, touch
 
 pytestmark = pytest.mark.kernel

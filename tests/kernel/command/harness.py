@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from rcon_plugins.cli.rcon import run_main
-from rcon_plugins.cli.run import (
-    from_options as from_options,
-)  # loaded once, here: Python starts slowly where it is emulated
 
 MOUNTS = Path("/sys/fs/cgroup")
 PATIENCE = 60.0

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from rcon_plugins.groups import find_group
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
-from rcon_plugins.tree import taken
+from rcon_plugins.groups.find import find_group
+from rcon_plugins.kernel import proc
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from rcon_plugins.tree import attach as tree_attach
 from rcon_plugins.tree.dead import collect
 from tests.kernel.command.harness import Done, left_by, rcon, until
 from tests.kernel.command.test_run import ALLOCATE
@@ -212,7 +213,9 @@ def test_where_who_asks_is_killed_meanwhile_nothing_stays_taken() -> None:
         asking = os.fork()
         if asking == 0:
             asking = os.getpid()
-            taken.take(taken.Wish((one[0].pid,), "unasked", kill_who_asks), Hierarchy.discover(), base)
+            tree_attach.take(
+                tree_attach.Wish((one[0].pid,), "unasked", kill_who_asks), Hierarchy.discover(), base
+            )
         assert os.waitstatus_to_exitcode(os.waitpid(asking, 0)[1]) == -signal.SIGKILL
         cgroup = Hierarchy.discover().cgroup(base)
         until(lambda: not cgroup.children(), "the group is gone")
@@ -227,11 +230,11 @@ def test_one_that_ends_meanwhile_takes_none_of_the_others() -> None:
 
         def end_one(cgroup: Cgroup) -> None:
             os.kill(both[1].pid, signal.SIGKILL)
-            until(lambda: owner.start_time(both[1].pid) is None, "it has ended")
+            until(lambda: proc.start_time(both[1].pid) is None, "it has ended")
 
-        wish = taken.Wish((both[0].pid, both[1].pid), "ending", end_one)
-        with pytest.raises(taken.CannotTake, match=f"process {both[1].pid} has ended"):
-            taken.take(wish, Hierarchy.discover(), base)
+        wish = tree_attach.Wish((both[0].pid, both[1].pid), "ending", end_one)
+        with pytest.raises(tree_attach.CannotTake, match=f"process {both[1].pid} has ended"):
+            tree_attach.take(wish, Hierarchy.discover(), base)
         assert where(both[0].pid) == before
     cgroup = Hierarchy.discover().cgroup(base)
     until(lambda: not cgroup.children(), "the group is gone")

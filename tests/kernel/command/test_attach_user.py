@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
-from rcon_plugins.tree import taken
+from rcon_plugins.tree import attach
 from tests.children import in_child
 from tests.kernel.command.harness import rcon, until
 
@@ -116,8 +116,8 @@ def test_ones_own_processes_are_taken_and_let_go(given: Cgroup) -> None:
 
     def take(pid: int) -> list[int]:
         enter()
-        wish = taken.Wish((pid,), "mine", lambda cgroup: cgroup.configure(Resources(pids_max=9)))
-        return taken.take(wish, Hierarchy.discover(), given.path)
+        wish = attach.Wish((pid,), "mine", lambda cgroup: cgroup.configure(Resources(pids_max=9)))
+        return attach.take(wish, Hierarchy.discover(), given.path)
 
     with sleeping(enter) as pid:
         before = where(pid)

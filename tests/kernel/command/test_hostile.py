@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, owner
+from rcon_plugins.kernel import proc
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of
 from tests.kernel.cgroup.helpers import DISK, MIB, Running, running, sleep_forever
 from tests.kernel.command.harness import become_rcon, left_by, rcon, until
 
@@ -86,13 +87,13 @@ def test_what_is_no_watchers_is_not_put_back(group: Cgroup) -> None:
 def test_release_signals_no_stranger(group: Cgroup, whole: bool) -> None:
     name = f"backup-{os.getpid()}"
     with running(None, sleep_forever) as victim:
-        instance = f"rcon-{victim.pid}-{owner.start_time(victim.pid)}"
+        instance = f"rcon-{victim.pid}-{proc.start_time(victim.pid)}"
         with nobody_in(group, f"{instance}/taken/{name}") as process:
             done = rcon("attach", "--release", name if whole else str(process.pid))
             assert done.status != 0
             assert f"is of uid {NOBODY}" in done.err
             assert done.err.count("\n") == 1
-            assert owner.start_time(victim.pid) is not None
+            assert proc.start_time(victim.pid) is not None
             assert where(process.pid) == {f"{group.path}/{instance}/taken/{name}"}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins.command import Order, run
+from rcon_plugins.command.run import Order, run
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
 from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.command.harness import become_rcon, left_by, rcon

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rcon_plugins import Manager, Outcome, Work
-from rcon_plugins.admission import ProcessAdmission
+from rcon_plugins.confinement.admission import ProcessAdmission
 from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
 from rcon_plugins.settings.file import from_mapping
 from tests.kernel.cgroup.helpers import write_directly

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rcon_plugins import Manager
-from rcon_plugins.admission import ProcessAdmission
+from rcon_plugins.confinement.admission import ProcessAdmission
 from rcon_plugins.executors import pool
 from tests.kernel.executors.service import ask, begin, end, managing, soon
 from tests.processes import alive

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
-from rcon_plugins.waiting import ledger
+from rcon_plugins.tree import ledger
 from rcon_plugins.work import Work
 from tests.children import in_child
 from tests.kernel.executors.service import ask, begin, end, managing

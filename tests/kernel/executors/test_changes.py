@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rcon_plugins import Manager
-from rcon_plugins.changes import Change, Changes, change
+from rcon_plugins.confinement.live_policies import Change, Changes, change
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, read_limits
 from rcon_plugins.settings.file import from_mapping

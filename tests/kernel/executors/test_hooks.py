@@ -10,9 +10,9 @@ import pytest
 
 import rcon_plugins
 from rcon_plugins import Limits, Outcome, Policy, Settings, Work, hookimpl
+from rcon_plugins.builtin.plugins import make_plugin_manager
 from rcon_plugins.errors import ConfinementError, SettingsError
 from rcon_plugins.kernel.cgroup import Cgroup, Resources
-from rcon_plugins.plugins import make_plugin_manager
 from rcon_plugins.settings.file import from_mapping
 from tests.kernel.executors.service import ask, begin, end, managing
 

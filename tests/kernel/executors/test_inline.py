@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins import Manager, Policy, Server, Work, confine
-from rcon_plugins.admission import InlineAdmission
+from rcon_plugins.confinement.admission import InlineAdmission
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rcon_plugins import Manager, Plan, Server
+from rcon_plugins.confinement.isolation import Verdict
 from rcon_plugins.errors import ConfinementError, SettingsError
-from rcon_plugins.isolation import Verdict
 from rcon_plugins.settings.file import from_mapping
 
 #: On a block device; in the emulated machine the root is none.

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from rcon_plugins import Manager, Server, Work, hookimpl
-from rcon_plugins.admission import ThreadAdmission
+from rcon_plugins.confinement.admission import ThreadAdmission
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, SettingsError
 from rcon_plugins.kernel.capability import CAP_SETUID, Capabilities, read_state, set_capabilities
 from rcon_plugins.settings.file import from_mapping

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from rcon_plugins import Limits, Manager, Server, Work
-from rcon_plugins.admission import InlineAdmission, ThreadAdmission
+from rcon_plugins.confinement.admission import InlineAdmission, ThreadAdmission
 from rcon_plugins.kernel.capability import CAP_SYS_RESOURCE, Capabilities, read_state, set_capabilities
 from rcon_plugins.kernel.cgroup import read_limits
-from rcon_plugins.kernel.cgroup.events import watcher_of_process
+from rcon_plugins.kernel.events import watcher_of_process
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import eventually

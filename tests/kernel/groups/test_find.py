@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins.cli.groups import listing
+from rcon_plugins.cli.groups import ls
 from rcon_plugins.cli.top import live
 from rcon_plugins.errors import KernelError, UnknownGroup
-from rcon_plugins.groups import Group, find_group, find_groups, is_gone
+from rcon_plugins.groups.find import Group, find_group, find_groups, is_gone
 from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, IoMax, Resources, device_of, read_limits
 from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, sleep_forever, touch
@@ -220,7 +220,7 @@ def test_an_ordinary_user_sees_them_too(instance: Instance, own: str, in_child: 
         mine = [group for group in found.groups if group.name == f"{own}-a"]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            assert listing.ls(as_json=False) == 0
+            assert ls.ls(as_json=False) == 0
             assert live.show(live.local, iterations=1, interval=0.1) == 0
         assert f"{own}-a  " in out.getvalue()
         return (

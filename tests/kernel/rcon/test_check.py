@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rcon_plugins import Plan, load
-from rcon_plugins.cli.machine import checking
+from rcon_plugins.cli.machine import check
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
@@ -105,7 +105,7 @@ def test_without_a_cgroup_of_ones_own(tmp_path: Path, in_child: Any) -> None:
         os.setgid(NOBODY)
         os.setuid(NOBODY)
         file = "rcon.toml"
-        return (*checking.check(file, "gthread", False), *checking.check(file, "gthread", True))
+        return (*check.check(file, "gthread", False), *check.check(file, "gthread", True))
 
     let_others_in(tmp_path)
     try:
@@ -134,7 +134,7 @@ def test_the_limit_is_named_as_the_policy_writes_it(base: Cgroup, tmp_path: Path
     """Why a process, when it is because of a limit."""
     file = tmp_path / "rcon.toml"
     file.write_text(f'cgroup = "/rcon-check-{os.getpid()}"\n[policy.web]\nmemory = "64M"\n')
-    text, good = checking.check(str(file), "sync", as_json=False)
+    text, good = check.check(str(file), "sync", as_json=False)
     assert good
     assert text.startswith("web: process - memory: a thread cannot have memory limits of its own\n")
 

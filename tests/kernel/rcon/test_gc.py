@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from rcon_plugins.cli.rcon import run_main
-from rcon_plugins.groups import find_groups
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, owner
-from rcon_plugins.kernel.cgroup.delegation import ROOT_BASE
+from rcon_plugins.groups.find import find_groups
+from rcon_plugins.kernel import proc
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from rcon_plugins.tree.base import ROOT_BASE
 from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import Running, eventually, sleep_forever
@@ -232,11 +233,11 @@ def lives_for_nobody_who_sees_only_own(pid: int, started: int) -> tuple[bool, bo
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    return Path(f"/proc/{pid}").exists(), owner.lives(pid, started), owner.lives(2**22 - 1, started)
+    return Path(f"/proc/{pid}").exists(), proc.lives(pid, started), proc.lives(2**22 - 1, started)
 
 
 def test_an_owner_that_cannot_be_seen_lives() -> None:
-    started = owner.start_time(os.getpid())
+    started = proc.start_time(os.getpid())
     assert started is not None
     seen, lives_on, other = children.in_child(lives_for_nobody_who_sees_only_own, os.getpid(), started)
     assert (seen, lives_on, other) == (False, True, False)

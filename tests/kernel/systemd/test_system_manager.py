@@ -23,10 +23,12 @@ from typing import Any
 import jeepney.io.blocking
 import pytest
 
-from rcon_plugins import confine, systemd
+from rcon_plugins import confine
 from rcon_plugins.errors import MemoryLimitExceeded
-from rcon_plugins.kernel.cgroup import Hierarchy, find_base
+from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.mounts import is_systemds
+from rcon_plugins.tree import systemd
+from rcon_plugins.tree.base import find_base
 from tests import children
 from tests.integrations.celery.redis_server import RedisServer
 from tests.kernel.cgroup.helpers import running, sleep_forever

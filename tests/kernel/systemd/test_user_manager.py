@@ -16,13 +16,15 @@ from typing import Any
 import jeepney.io.blocking
 import pytest
 
-from rcon_plugins import Manager, Work, confine, systemd
-from rcon_plugins.admission import ProcessAdmission
+from rcon_plugins import Manager, Work, confine
 from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.confinement.admission import ProcessAdmission
 from rcon_plugins.errors import DelegationError
 from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
-from rcon_plugins.kernel.cgroup import Hierarchy, Resources, find_base
+from rcon_plugins.kernel.cgroup import Hierarchy, Resources
 from rcon_plugins.settings.file import from_mapping
+from rcon_plugins.tree import systemd
+from rcon_plugins.tree.base import find_base
 from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import DISK, eventually, running, settings_of, sleep_forever

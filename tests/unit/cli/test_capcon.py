@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rcon_plugins.cli.asked import Asked, look_up
-from rcon_plugins.cli.capcon import hand_over, showing
+from rcon_plugins.cli.capcon import run, show
 from rcon_plugins.cli.capcon.commands import run_main
-from rcon_plugins.cli.ending import Refused
+from rcon_plugins.cli.exit import Refused
+from rcon_plugins.cli.request import Asked, look_up
 from rcon_plugins.kernel.capability import Capabilities, Identity, Ids, State, read_state
 
 
@@ -140,7 +140,7 @@ def test_a_usage_is_printed_without_loading_the_rest() -> None:
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
     loaded = set(done.stdout.split())
     assert {"click", "rcon_plugins.errors"} <= loaded
-    heavy = {"msgspec", "pluggy", "ctypes", "rcon_plugins.kernel", "rcon_plugins.cli.capcon.hand_over"}
+    heavy = {"msgspec", "pluggy", "ctypes", "rcon_plugins.kernel", "rcon_plugins.cli.capcon.run"}
     assert loaded & heavy == set()
 
 
@@ -157,37 +157,37 @@ def test_a_program_is_looked_for_as_a_shell_does(tmp_path: Path, monkeypatch: py
         (tmp_path / name / "program").write_text("#!/bin/sh\n")
     monkeypatch.setenv("PATH", f"{tmp_path}/none:{tmp_path}/first:{tmp_path}/second")
     with pytest.raises(Refused, match=r"first/program is not executable \(chmod \+x"):
-        hand_over.find("program")
+        run.find("program")
     (tmp_path / "second" / "program").chmod(0o755)
-    assert hand_over.find("program") == f"{tmp_path}/second/program"
+    assert run.find("program") == f"{tmp_path}/second/program"
     monkeypatch.chdir(tmp_path / "second")
-    assert hand_over.find("./program") == "./program"
+    assert run.find("./program") == "./program"
     monkeypatch.setenv("PATH", f"{tmp_path}")
     with pytest.raises(Refused, match="program: not found"):
-        hand_over.find("program")
+        run.find("program")
 
 
 def test_problems_name_each_difference() -> None:
     raw, kill = Capabilities.of("net_raw"), Capabilities.of("kill")
     who = Identity(1000, 1000, ())
-    assert hand_over.problems(asked(identity=who, keep=raw), state(raw)) == []
-    assert hand_over.problems(asked(), state(raw, uid=0)) == []  # nothing was said of it
-    assert hand_over.problems(asked(identity=who, keep=raw), state(kill, uid=0)) == [
+    assert run.problems(asked(identity=who, keep=raw), state(raw)) == []
+    assert run.problems(asked(), state(raw, uid=0)) == []  # nothing was said of it
+    assert run.problems(asked(identity=who, keep=raw), state(kill, uid=0)) == [
         "will run with uid 0, not 1000 alone",
         "will run with gid 0, not 1000 alone",
         "will not hold cap_net_raw",
         "will hold cap_kill, which was not asked for",
     ]
     permitted_alone = state(Capabilities.none(), permitted=raw)
-    assert hand_over.problems(asked(keep=raw), permitted_alone) == ["will not hold cap_net_raw"]
+    assert run.problems(asked(keep=raw), permitted_alone) == ["will not hold cap_net_raw"]
 
 
 def test_long_lists_are_told_by_what_is_missing() -> None:
     known = Capabilities.known()
-    assert showing.listed(known) == f"all {len(known)} capabilities"
-    assert showing.listed(known - Capabilities.of("kill")) == "all capabilities but cap_kill"
-    assert showing.listed(Capabilities.of("net_raw", "kill")) == "cap_kill, cap_net_raw"
-    assert showing.listed(Capabilities.none()) == "none"
+    assert show.listed(known) == f"all {len(known)} capabilities"
+    assert show.listed(known - Capabilities.of("kill")) == "all capabilities but cap_kill"
+    assert show.listed(Capabilities.of("net_raw", "kill")) == "cap_kill, cap_net_raw"
+    assert show.listed(Capabilities.none()) == "none"
 
 
 def test_the_table_and_the_json_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_the_table_and_the_json_of_a_state(monkeypatch: pytest.MonkeyPatch) -> N
     shown = state(Capabilities.of(*names))._replace(
         securebits=0b1 | 1 << 6 | 1 << 9, uids=Ids(0, 65534, 0, 65534), gids=Ids.all(424242), groups=()
     )
-    assert showing.table(shown).splitlines() == [
+    assert show.table(shown).splitlines() == [
         "uid           real 0 (root), effective 65534 (nobody), saved",
         "              0 (root), fs 65534 (nobody)",
         "gid           424242",
@@ -211,7 +211,7 @@ def test_the_table_and_the_json_of_a_state(monkeypatch: pytest.MonkeyPatch) -> N
         "securebits    noroot, no_cap_ambient_raise, 0x200",
         "no_new_privs  no",
     ]
-    data = json.loads(json.dumps(showing.data(shown)))
+    data = json.loads(json.dumps(show.data(shown)))
     assert data["permitted"] == ["cap_chown", "cap_fowner", "cap_kill", "cap_net_admin", "cap_net_raw"]
     assert data["uid"] == {"real": 0, "effective": 65534, "saved": 0, "fs": 65534}
     assert data["securebits"] == ["noroot", "no_cap_ambient_raise", "0x200"]

@@ -120,7 +120,7 @@ def test_limits() -> None:
         ("python app.py /x", "python app.py /x"),
         ("python -W error /srv/app.py", "python -W error /srv/app.py"),
         ("/usr/bin/python3", "python3"),
-        ("/x/python -I -S /x/rcon_plugins/tree/watcher.py /rcon rcon-1-2 backup", "rcon attach"),
+        ("/x/python -I -S /x/rcon_plugins/tree/attach_watcher.py /rcon rcon-1-2 backup", "rcon attach"),
         ("gunicorn: master [app:app]", "gunicorn: master [app:app]"),
         ("./job /srv", "job /srv"),
         ("[kthreadd]", "[kthreadd]"),

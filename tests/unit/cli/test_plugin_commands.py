@@ -68,7 +68,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def entry_points(group: str, name: str | None = None) -> list[Any]:
         return [point for point in points if name in (None, point.name)]
 
-    monkeypatch.setattr("rcon_plugins.plugins.entry_points", entry_points)
+    monkeypatch.setattr("rcon_plugins.builtin.plugins.entry_points", entry_points)
     plugin_commands._commands.cache_clear()
     yield
     plugin_commands._commands.cache_clear()
@@ -133,7 +133,7 @@ def test_what_nobody_asked_for_costs_nothing(named: str) -> None:
     """A built-in command loads no plugin, and nothing that plugins need."""
     program = (
         "import sys; from rcon_plugins.cli.rcon import run_main; assert run_main(['schema', '--help']) == 0\n"
-        "assert not {'pluggy', 'importlib.metadata', 'rcon_plugins.plugins'} & set(sys.modules)"
+        "assert not {'pluggy', 'importlib.metadata', 'rcon_plugins.builtin.plugins'} & set(sys.modules)"
     )
     subprocess.run(
         [sys.executable, "-c", program],

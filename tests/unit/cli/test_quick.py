@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins.cli.run import from_options, quick
+from rcon_plugins.cli.run import fast_path
+from rcon_plugins.cli.run import run as options_run
 from rcon_plugins.cli.run.commands import run
-from rcon_plugins.command import Order
+from rcon_plugins.command.run import Order
 
 DISK = "/var/tmp"
 PLAIN = [
@@ -59,15 +60,15 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def catch(order: Order, *_: Any, **__: Any) -> int:
         raise Caught(order)
 
-    monkeypatch.setattr(quick, "execute", catch)
-    monkeypatch.setattr(from_options, "execute", catch)
+    monkeypatch.setattr(fast_path, "execute", catch)
+    monkeypatch.setattr(options_run, "execute", catch)
 
 
 @pytest.mark.parametrize("options", PLAIN, ids=" ".join)
 @pytest.mark.parametrize("command", [["true"], ["--", "sh", "-c", "exit 3", "--memory"]], ids=" ".join)
 def test_a_plain_line_comes_to_the_same(options: list[str], command: list[str]) -> None:
     with pytest.raises(Caught) as quickly:
-        quick.run([*options, *command])
+        fast_path.run([*options, *command])
     with pytest.raises(Caught) as wholly:
         run.main([*options, *command], standalone_mode=False)
     one, other = quickly.value.order, wholly.value.order
@@ -88,18 +89,18 @@ def test_a_plain_line_comes_to_the_same(options: list[str], command: list[str]) 
 
 @pytest.mark.parametrize("options", NOT_PLAIN, ids=" ".join)
 def test_what_is_not_plain_is_left_to_the_whole(options: list[str]) -> None:
-    assert quick.run([*options, "--", "true"]) is None
+    assert fast_path.run([*options, "--", "true"]) is None
 
 
 @pytest.mark.parametrize(
     "words", [[], ["--"], ["--", ""], ["no-such-program"], ["/etc/passwd"]], ids=" ".join
 )
 def test_no_command_is_left_to_the_whole(words: list[str]) -> None:
-    assert quick.run(words) is None
+    assert fast_path.run(words) is None
 
 
 def test_the_quick_way_loads_little() -> None:
-    code = "import sys, rcon_plugins.cli.run.quick; print(*sys.modules)"
+    code = "import sys, rcon_plugins.cli.run.fast_path; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {
         "click",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins.cli.machine import checking
+from rcon_plugins.cli.machine import check
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import DelegationError, SettingsError
 from rcon_plugins.settings.file import json_schema
@@ -276,18 +276,18 @@ def test_a_remedy_of_several_steps_has_a_line_for_each() -> None:
     """Such as can be copied: commands are not broken."""
     long = "mkdir -p /a && chown nobody " + " ".join(f"/a/file-{number}" for number in range(20))
     hint = f'run the server as root, or as root once: {long}; echo 1 > /a/b; and set cgroup = "/rcon"'
-    problem = checking._problem(DelegationError("no cgroup is delegated to this process", hint=hint))
-    assert checking._refused("REFUSED: ", "rcon.toml", problem) == [
+    problem = check._problem(DelegationError("no cgroup is delegated to this process", hint=hint))
+    assert check._refused("REFUSED: ", "rcon.toml", problem) == [
         "REFUSED: rcon.toml: no cgroup is delegated to this process",
         "    run the server as root, or as root once:",
         f"        {long}",
         "        echo 1 > /a/b",
         '    and set cgroup = "/rcon"',
     ]
-    one = checking._problem(SettingsError("is wrong", key="a", hint="mend it"))
-    assert checking._refused("REFUSED: ", "f: a", one) == ["REFUSED: f: a: is wrong (mend it)"]
-    none = checking._problem(SettingsError("is wrong", key="a"))
-    assert checking._refused("REFUSED: ", "f: a", none) == ["REFUSED: f: a: is wrong"]
+    one = check._problem(SettingsError("is wrong", key="a", hint="mend it"))
+    assert check._refused("REFUSED: ", "f: a", one) == ["REFUSED: f: a: is wrong (mend it)"]
+    none = check._problem(SettingsError("is wrong", key="a"))
+    assert check._refused("REFUSED: ", "f: a", none) == ["REFUSED: f: a: is wrong"]
 
 
 OWNER = Path("/etc/passwd").stat()
@@ -386,9 +386,7 @@ def test_which_in_words(
 
 
 def test_segments_of_a_path_are_attributes() -> None:
-    found = checking.attributes_of(
-        {"path": "/shop//img", "host": "Shop.Example.:80"}, ("header:X-Tenant=a=b",)
-    )
+    found = check.attributes_of({"path": "/shop//img", "host": "Shop.Example.:80"}, ("header:X-Tenant=a=b",))
     assert found == {
         "path": "/shop//img",
         "host": "shop.example",
@@ -443,9 +441,9 @@ main()
         "msgspec",
         "pluggy",
         "ctypes",
-        "rcon_plugins.manager",
+        "rcon_plugins.confinement.manager",
         "rcon_plugins.kernel",
-        "rcon_plugins.cli.machine.checking",
+        "rcon_plugins.cli.machine.check",
     }
     assert modules & heavy == set()
 

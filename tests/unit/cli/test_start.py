@@ -22,7 +22,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("module", ["rcon_plugins.cli.run.quick", "rcon_plugins.cli.rcon"])
+@pytest.mark.parametrize("module", ["rcon_plugins.cli.run.fast_path", "rcon_plugins.cli.rcon"])
 def test_an_interrupt_while_it_loads_is_quiet(module: str) -> None:
     words = [module, "run", "--help"]
     done = subprocess.run(

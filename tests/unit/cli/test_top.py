@@ -13,10 +13,10 @@ from rcon_plugins.cli.groups.commands import _SORTS
 from rcon_plugins.cli.top.rows import Rates, Row
 from rcon_plugins.cli.top.table import SORTS, as_json, as_text, ordered, shown, summary
 from rcon_plugins.errors import ConfinementError
-from rcon_plugins.groups import Sample
+from rcon_plugins.groups.find import Sample
+from rcon_plugins.groups.sample import as_data, of_data
 from rcon_plugins.kernel.cgroup import MAX, Reading, Resources
 from rcon_plugins.kernel.cgroup.statistics import Pressure, Stall, Statistics
-from rcon_plugins.samples import as_data, of_data
 
 MIB = 1 << 20
 

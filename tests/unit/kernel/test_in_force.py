@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcon_plugins.kernel.cgroup import MAX, Device, IoMax, Resources, v1, v2
-from rcon_plugins.kernel.cgroup.in_force import of_v1, of_v2, weight_of
+from rcon_plugins.kernel.cgroup.read_limits import of_v1, of_v2, weight_of
 
 V2 = {
     "cpu.max": "30000 100000",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rcon_plugins.kernel.cgroup.nested import Place, is_within, place_among, place_of
+from rcon_plugins.tree.nested import Place, is_within, place_among, place_of
 
 OUTER = "/rcon/rcon-10-500"
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import KernelError, SettingsError
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.machine import memory_of_machine
-from rcon_plugins.plan import Plan
 from rcon_plugins.settings.budget import Portion, promised
 from rcon_plugins.settings.file import from_mapping
 from rcon_plugins.settings.policy import Policy
-from rcon_plugins.waiting.ledger import UNIT, Ledger, ledger_of_machine, open_account
+from rcon_plugins.tree.ledger import UNIT, Ledger, ledger_of_machine, open_account
 from tests.children import in_child
 from tests.places import let_others_in
 

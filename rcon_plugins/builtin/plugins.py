@@ -1,0 +1,131 @@
+"""The plugin manager: the built-in plugins, and those that the settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from rcon_plugins import hookspecs
+from rcon_plugins.builtin import cpu, cpuset, identity, io, log, memory, nproc, pids, rlimits, umask
+from rcon_plugins.builtin.landlock import Landlock
+from rcon_plugins.builtin.routing import Routing
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.settings.file import Settings
+
+ENTRY_POINTS = "rcon_plugins"
+
+
+def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> pluggy.PluginManager:
+    """A plugin manager with the built-in plugins, those named in ``settings.plugins``, and ``extra``.
+
+    Installed is not active: only what the settings name is loaded, one entry point by name. Raises
+    `SettingsError` for a name that no installed distribution offers, a plugin that cannot be loaded, or a hook
+    that does not exist.
+    """
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    # Those that drop ask to be called last, in this order: what takes privileges before the identity, which gives them
+    # up; then the limits, since Landlock and the identity open files themselves.
+    for module in (cpu, cpuset, memory, io, pids, log, nproc, umask):
+        _register_built_in(manager, module)
+    manager.register(Landlock(), "rcon.landlock")
+    for module in (identity, rlimits):
+        _register_built_in(manager, module)
+    manager.register(Routing(settings), "rcon.routing")
+    for name in settings.plugins:
+        _register(manager, _load(name, settings.file), name, settings.file)
+    for plugin in extra:
+        _register(manager, plugin, None, settings.file)
+    return manager
+
+
+def commands_manager(names: Iterable[str], where: str) -> pluggy.PluginManager:
+    """A plugin manager with the installed plugins of these names alone: for commands, which have no settings.
+
+    ``where`` says in messages what named them. Raises `SettingsError` as `make_plugin_manager` does.
+    """
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for name in names:
+        _register(manager, _load(name, None, where), name, None, where)
+    return manager
+
+
+def limits_manager() -> pluggy.PluginManager:
+    """A plugin manager with the built-in plugins of the controllers alone: for limits that no settings hold."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for module in (cpu, cpuset, memory, io, pids):
+        manager.register(module)
+    return manager
+
+
+def calling(hook: pluggy.HookCaller) -> Callable[..., Any]:
+    """What calls a hook that is asked for each work, as it is registered now: directly, where that is one function.
+
+    With one implementation, or none, what pluggy does for many is most of the cost. What it returns is only for hooks
+    of which the first result counts.
+    """
+    implementations = hook.get_hookimpls()
+    if not implementations:
+        return _nobody
+    only = implementations[0]
+    is_plain = not (only.wrapper or only.hookwrapper)
+    if len(implementations) == 1 and is_plain and hook.spec and only.argnames == hook.spec.argnames:
+        return only.function
+    return hook
+
+
+def _register_built_in(manager: pluggy.PluginManager, module: ModuleType) -> None:
+    manager.register(module, f"rcon.{module.__name__.rpartition('.')[2]}")
+
+
+def _nobody(**_: object) -> None:
+    """Nobody listens."""
+
+
+def _load(name: str, file: str | None, key: str = "plugins") -> object:
+    found = list(entry_points(group=ENTRY_POINTS, name=name))
+    if not found:
+        offered = sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
+        raise SettingsError(
+            f"no installed distribution offers the plugin {name!r}",
+            key=key,
+            value=name,
+            hint=f"installed are: {', '.join(offered) or 'none'}; install it, or take the name out",
+            file=file,
+        )
+    try:
+        return found[0].load()
+    except Exception as error:
+        raise SettingsError(
+            f"the plugin {name!r} cannot be loaded: {type(error).__name__}: {error}",
+            key=key,
+            value=name,
+            hint=f"it is {found[0].value}",
+            file=file,
+        ) from error
+
+
+def _register(
+    manager: pluggy.PluginManager,
+    plugin: object,
+    name: str | None,
+    file: str | None,
+    key: str = "plugins",
+) -> None:
+    try:
+        manager.register(plugin, name)
+        manager.check_pending()
+    except (pluggy.PluginValidationError, ValueError) as error:
+        raise SettingsError(
+            f"the plugin {name or plugin!r} does not fit: {error}",
+            key=key,
+            value=name,
+            hint="see docs/hooks.md for the hooks and their parameters",
+            file=file,
+        ) from error

@@ -1,0 +1,130 @@
+"""``capcon show``: the identity and the capability sets of a thread, as a table and as JSON."""
+
+from __future__ import annotations
+
+import errno
+import grp
+import json
+import shutil
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from rcon_plugins.cli.exit import Refused
+from rcon_plugins.cli.request import find_account
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.capability import Capabilities, Ids, State, read_state
+
+SETS = ("permitted", "effective", "inheritable", "ambient", "bounding")
+SECUREBITS = (
+    "noroot",
+    "noroot_locked",
+    "no_setuid_fixup",
+    "no_setuid_fixup_locked",
+    "keep_caps",
+    "keep_caps_locked",
+    "no_cap_ambient_raise",
+    "no_cap_ambient_raise_locked",
+)
+_WIDTH = 100  # where standard output is no terminal
+
+
+def show(pid: int | None, as_json: bool) -> str:
+    """The state of a process or thread; of this one without ``pid``. Raises `Refused`."""
+    try:
+        state = read_state(pid)
+    except KernelError as error:
+        if error.errno in (errno.ESRCH, errno.ENOENT):
+            raise Refused(f"there is no process {pid} (ps -e lists those there are)") from None
+        raise
+    return as_text(data(state)) if as_json else table(state)
+
+
+def as_text(value: dict[str, Any]) -> str:
+    """JSON."""
+    return json.dumps(value, indent=2)
+
+
+def data(state: State) -> dict[str, Any]:
+    """A state as JSON has it."""
+    return {
+        "uid": state.uids._asdict(),
+        "gid": state.gids._asdict(),
+        "groups": list(state.groups),
+        **{name: list(getattr(state, name).names()) for name in SETS},
+        "securebits": None if state.securebits is None else securebits(state.securebits),
+        "no_new_privs": state.no_new_privs,
+    }
+
+
+def table(state: State) -> str:
+    """A state as lines: what, and its value, wrapped to the terminal."""
+    bits = (
+        "not told of other processes" if state.securebits is None else ", ".join(securebits(state.securebits))
+    )
+    rows = [
+        ("uid", ids(state.uids, user_name)),
+        ("gid", ids(state.gids, group_name)),
+        ("groups", ", ".join(named(number, group_name) for number in state.groups) or "none"),
+        *((name, listed(getattr(state, name))) for name in SETS),
+        ("securebits", bits or "none"),
+        ("no_new_privs", "yes" if state.no_new_privs else "no"),
+    ]
+    return "\n".join(row(*pair) for pair in rows)
+
+
+def listed(capabilities: Capabilities) -> str:
+    """Names with commas, or the shorter way to say that it is nearly all of them."""
+    known = Capabilities.known()
+    missing = known - capabilities
+    if not missing:
+        return f"all {len(capabilities)} capabilities"
+    if len(missing) < len(known) // 4:
+        return f"all capabilities but {', '.join(missing.names())}"
+    return ", ".join(capabilities.names()) or "none"
+
+
+def width() -> int:
+    """The columns of the terminal."""
+    return max(shutil.get_terminal_size((_WIDTH, 24)).columns, 40)
+
+
+def row(label: str, value: str) -> str:
+    """One line of a table, and the lines it is continued on."""
+    return textwrap.fill(
+        value, width(), initial_indent=f"{label:<14}", subsequent_indent=" " * 14, break_on_hyphens=False
+    )
+
+
+def securebits(bits: int) -> list[str]:
+    """The names that capabilities(7) has for the bits that are set, in small letters and without SECBIT_."""
+    names = [name for place, name in enumerate(SECUREBITS) if bits >> place & 1]
+    rest = bits >> len(SECUREBITS) << len(SECUREBITS)
+    return [*names, *([hex(rest)] if rest else [])]
+
+
+def ids(numbers: Ids, name: Callable[[int], str | None]) -> str:
+    """One id where all four are the same."""
+    if len(set(numbers)) == 1:
+        return named(numbers.effective, name)
+    return ", ".join(f"{which} {named(number, name)}" for which, number in numbers._asdict().items())
+
+
+def named(number: int, name: Callable[[int], str | None]) -> str:
+    """``33 (www-data)``, or the number alone."""
+    found = name(number)
+    return f"{number} ({found})" if found else str(number)
+
+
+def user_name(uid: int) -> str | None:
+    """None where there is no account."""
+    account = find_account(uid)
+    return None if account is None else account.pw_name
+
+
+def group_name(gid: int) -> str | None:
+    """None where the database has no such group."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return None

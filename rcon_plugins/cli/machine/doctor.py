@@ -1,0 +1,102 @@
+"""``rcon doctor``: the text it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import msgspec
+
+from rcon_plugins.cli.exit import BAD_USAGE, Refused
+from rcon_plugins.identity import userdb
+from rcon_plugins.kernel.capability import Identity, drop
+from rcon_plugins.tree.doctor import Finding, Report, examine
+
+#: How those steps of a remedy begin that are words, not commands.
+_WORDS = ("and ", "or ", "outside ")
+_MARKS = {"there": "ok", "missing": "NO", "absent": "--"}
+_AREAS = {
+    "machine": "this machine",
+    "kernel": "its kernel",
+    "limits": "limits",
+    "works": "what works",
+}
+
+
+def doctor(user: str | None, as_json: bool, base: str | None = None) -> tuple[str, bool]:
+    """What was found, as text or JSON, and whether every limit can be set; in ``base``, where one is named."""
+    report = examine(base) if user is None else _as_user(user, base)
+    good = not report.missing
+    if as_json:
+        found: dict[str, Any] = {"good": good, **report._asdict()}
+        found["findings"] = [finding._asdict() for finding in report.findings]
+        found["missing"] = [finding._asdict() for finding in report.missing]
+        return json.dumps(found, indent=2), good
+    return _as_text(report), good
+
+
+def _as_user(name: str, base: str | None) -> Report:
+    """The report of a child that became the user for good."""
+    account = userdb.user(int(name) if name.isdigit() else name)
+    if account is None:
+        raise Refused(f"--user: there is no user {name!r} (getent passwd lists them)", BAD_USAGE)
+    if os.geteuid() != 0:
+        raise Refused(
+            f"--user takes root (sudo rcon doctor --user {name}, or: sudo -u {name} rcon doctor)", BAD_USAGE
+        )
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(reading)
+            drop(Identity(account.uid, account.gid, userdb.groups(account.name, account.gid)))
+            report = examine(base)
+            with os.fdopen(writing, "wb") as pipe:
+                pipe.write(msgspec.json.encode(report))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        data = pipe.read()
+    os.waitpid(child, 0)
+    if not data:
+        raise Refused(f"no report of {name}: the process that became that user failed")
+    return msgspec.json.decode(data, type=Report)
+
+
+def _as_text(report: Report) -> str:
+    account = userdb.user(report.user)
+    who = f"{account.name} (uid {report.user})" if account else f"uid {report.user}"
+    layout = f"cgroup {report.layout}" if report.layout else "no cgroups"
+    lines = [f"Linux {report.kernel}, {layout}, as {who}"]
+    for area, title in _AREAS.items():
+        lines += ["", title]
+        for finding in report.findings:
+            if finding.area == area:
+                lines += _told(finding)
+    held = report.capabilities
+    lines += ["", f"capabilities: {'all' if len(held) > 38 else ', '.join(held) or 'none'}"]
+    if report.missing:
+        names = ", ".join(finding.name for finding in report.missing)
+        lines += ["", f"missing for limits: {names}"]
+    else:
+        lines += ["", f"every limit can be set here, below the cgroup {report.base}"]
+    return "\n".join(lines)
+
+
+def _told(finding: Finding) -> list[str]:
+    """Its line, and below it the remedy: a line for each step, to be copied."""
+    lines = [f"  {_MARKS[finding.state]}  {finding.name}: {finding.text}"]
+    if finding.remedy and finding.state != "there":
+        first, *more = finding.remedy.split("; ")
+        lead, colon, command = first.partition(": ")
+        if more and colon:
+            lines.append(f"        {lead}:")
+            more.insert(0, command)
+        else:
+            lines.append(f"        {first}")
+        lines += [f"        {step}" if step.startswith(_WORDS) else f"            {step}" for step in more]
+    return lines

@@ -1,0 +1,171 @@
+"""``with confine(cpu="30%"): …`` for any program: the calling thread, for the length of a block."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from types import TracebackType
+
+import msgspec
+
+from rcon_plugins.builtin.plugins import make_plugin_manager
+from rcon_plugins.confinement.confinement import ThreadedConfinement
+from rcon_plugins.confinement.isolation import Server, judge
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.executors.inline import InlineExecutor
+from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.settings.file import Settings
+from rcon_plugins.settings.policy import Policy
+from rcon_plugins.tree.instance import Instance
+
+
+def confine(policy: Policy | None = None, /, **limits: object) -> Confined:
+    """Confine the calling thread, and the threads it starts, inside a ``with`` block.
+
+    Either a policy, or limits as a settings file spells them: ``cpu="30%"``, ``cpus="0-1"``, ``pids=16``,
+    ``cpu_weight=50``, and on cgroup v1 ``io``. Memory and the limits of each work need a process, and are refused. A
+    child process started inside the block stays confined, also after it::
+
+        with confine(cpu="30%", cpus="0"):
+            crunch()
+
+    The first block makes the cgroup, which takes some milliseconds. To enter often, keep the object; `Confined.open`
+    keeps its cgroup until `Confined.close`::
+
+        limited = confine(cpu="30%").open()
+        with limited: ...
+        with limited: ...
+        limited.close()
+
+    A CPU quota stops a thread wherever it is, also while it holds the GIL: other threads of the program then wait with
+    it. Raises `SettingsError` for what cannot be enforced here, `DelegationError` where no cgroup may be made.
+    """
+    if policy is None:
+        policy = Policy.make("confine", **limits)
+    elif limits:
+        raise SettingsError("a policy and limits at once", hint="give one of them")
+    if policy.per is not None or policy.concurrency is not None:
+        raise SettingsError(
+            "`per` and `concurrency` are about the work of a server, and here is only a thread",
+            key=f"policy.{policy.name}",
+            hint="use a Manager, or leave them out",
+        )
+    return Confined(msgspec.structs.replace(policy, isolation="inline"))
+
+
+class Confined:
+    """A policy to enter with ``with``, by any thread, at the same time too. See `confine`."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._lock = threading.Lock()
+        self._users = 0
+        self._confinement: ThreadedConfinement | None = None
+        self._stays = _Stays()
+
+    def open(self) -> Confined:
+        """Make the cgroup and keep it until `close`; returns self."""
+        with self._lock:
+            if self._confinement is None:
+                self._confinement = self._make()
+            self._users += 1
+        return self
+
+    def close(self) -> None:
+        """Remove the cgroup, unless a block or another `open` still needs it."""
+        with self._lock:
+            self._users -= 1
+            confinement = self._confinement
+            if self._users or confinement is None:
+                return
+            self._confinement = None
+            confinement.close()
+            _this_process.leave()
+
+    def __enter__(self) -> Confined:
+        self.open()
+        try:
+            confinement = self._confinement
+            executor = confinement.enter() if confinement is not None else None
+        except BaseException:
+            self.close()
+            raise
+        self._stays.executors.append(executor)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        executor = self._stays.executors.pop()
+        try:
+            if executor is not None:
+                executor.leave()
+        finally:
+            self.close()
+
+    def _make(self) -> ThreadedConfinement:
+        hook = make_plugin_manager(Settings(policies={self.policy.name: self.policy})).hook
+        verdict = judge(self.policy, Server(), Hierarchy.discover(), hook)
+        verdict.check()
+        instance = _this_process.join()
+        try:
+            number = str(next(self._numbers))
+            return ThreadedConfinement(self.policy, number, verdict, instance, hook)
+        except BaseException:
+            _this_process.leave()
+            raise
+
+
+class _Stays(threading.local):
+    def __init__(self) -> None:
+        self.executors: list[InlineExecutor | None] = []
+
+
+class _ThisProcess:
+    """The instance that all `Confined` of this process share.
+
+    The kernel keeps one place for each process, and moving it there takes its threads along: so there can be only one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._instance: Instance | None = None
+        self._users = 0
+        self._pid = 0
+
+    def join(self) -> Instance:
+        """The instance, made and entered by this process where nobody has yet."""
+        with self._lock:
+            if self._pid != os.getpid():  # nobody yet; or a fork, whose parent's instance is not its own
+                self._instance, self._users, self._pid = None, 0, os.getpid()
+            instance = self._instance
+            if instance is None:
+                instance = Instance.create(Hierarchy.discover())
+                try:
+                    if instance.threads_need_adoption():
+                        instance.adopt()
+                except BaseException:
+                    instance.close()
+                    raise
+                self._instance = instance
+            self._users += 1
+            return instance
+
+    def leave(self) -> None:
+        """Put the process back and remove the instance when nobody needs it any more."""
+        with self._lock:
+            self._users -= 1
+            instance = self._instance
+            if self._users or instance is None:
+                return
+            self._instance = None
+            instance.close()
+
+
+_this_process = _ThisProcess()

@@ -1,0 +1,1 @@
+"""Every group on this machine, seen from outside: found, sampled, watched."""

@@ -1,0 +1,25 @@
+"""What happens to cgroups, told as it happens: one thread for all the cgroups of a process. Knows no policy.
+
+::
+
+    watcher = Watcher()
+    watch = watcher.add(cgroup, print, kinds=("memory_limit", "oom_kill", "empty"))
+    ...
+    watch.close()
+"""
+
+from rcon_plugins.kernel.events.event import KINDS, POLLED_SECONDS, Event, Kind, Pressure
+from rcon_plugins.kernel.events.mark import Mark
+from rcon_plugins.kernel.events.watcher import Watch, Watcher, watcher_of_process
+
+__all__ = [
+    "KINDS",
+    "POLLED_SECONDS",
+    "Event",
+    "Kind",
+    "Mark",
+    "Pressure",
+    "Watch",
+    "Watcher",
+    "watcher_of_process",
+]

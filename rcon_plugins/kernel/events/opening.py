@@ -1,0 +1,239 @@
+"""Which sources tell what is asked of a cgroup, on this hierarchy; and what it cannot tell, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+from rcon_plugins.errors import ControllerUnavailable, KernelError
+from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup.resources import CPU_PERIOD_MICROSECONDS
+from rcon_plugins.kernel.events import sources, sources_v1
+from rcon_plugins.kernel.events.event import KINDS, Kind, Pressure
+from rcon_plugins.kernel.events.sources import Gone, Levels, Source
+
+if TYPE_CHECKING:
+    from rcon_plugins.kernel.cgroup.cgroup import Cgroup
+
+#: v1 says "no limit" as the largest number of pages.
+_UNLIMITED = 2**62
+
+
+class _Opening:
+    """The sources of one watch, as far as they are open."""
+
+    def __init__(self, cgroup: Cgroup, optional: bool) -> None:
+        self.cgroup = cgroup
+        self.path = cgroup.path
+        #: What cannot be told is left out, not refused: nobody asked for it by name.
+        self.optional = optional
+        self.sources: list[Source] = []
+        self._places = list(zip(cgroup.mounts, cgroup.directories, strict=True))
+        self.unified = next((place for mount, place in self._places if mount.version == 2), None)
+
+    def v1(self, controller: str) -> str | None:
+        """The directory in the v1 hierarchy of a controller, by the kernel's name."""
+        return next(
+            (d for mount, d in self._places if mount.version == 1 and controller in mount.controllers), None
+        )
+
+    def v2(self, name: str) -> str | None:
+        """The directory on v2, where it has the file ``name``."""
+        place = self.unified
+        return place if place is not None and files.is_file(place, name) else None
+
+    def open(self, make: Callable[[], Source | None]) -> None:
+        """Keep a source; where it cannot be and may lack, do without."""
+        with contextlib.ExitStack() as lenient:
+            if self.optional:
+                lenient.enter_context(contextlib.suppress(ControllerUnavailable))
+            made = make()
+            if made is not None:
+                self.sources.append(made)
+
+    def lacks(self, kind: str, controller: str) -> ControllerUnavailable:
+        """What to raise where a cgroup has no such controller."""
+        return ControllerUnavailable(
+            f"{self.path} tells no {kind}: it has no {controller} controller",
+            errno=errno.ENOENT,
+            path=self.path,
+            hint="Hierarchy.refusals() tells what this machine has, and the remedy",
+        )
+
+
+def open_sources(
+    cgroup: Cgroup,
+    kinds: Collection[str] | None,
+    thresholds: Collection[int],
+    needs: Collection[int],
+    pressure: Collection[Pressure],
+) -> list[Source]:
+    """Open what tells ``kinds`` of events of an existing cgroup; None: all kinds that it can tell.
+
+    Raises ControllerUnavailable for one asked for by name that it cannot tell, with the reason; ValueError;
+    KernelError (ENOENT: there is no such cgroup).
+    """
+    unknown = set(kinds or ()) - set(KINDS)
+    if unknown:
+        raise ValueError(f"no kind of event: {', '.join(sorted(unknown))} (there are {', '.join(KINDS)})")
+    if any(threshold <= 0 for threshold in (*thresholds, *needs)):
+        raise ValueError(f"thresholds are bytes of memory, more than 0: {sorted((*thresholds, *needs))}")
+    missing = next((directory for directory in cgroup.directories if not files.is_directory(directory)), None)
+    if missing is not None and not cgroup.exists():
+        raise KernelError(
+            f"there is no {missing}", errno=errno.ENOENT, path=missing, hint="create() it first"
+        )
+    wanted: frozenset[str] = frozenset(KINDS if kinds is None else kinds)
+    opening = _Opening(cgroup, optional=kinds is None)
+    try:
+        _memory(opening, wanted, tuple(thresholds), tuple(needs))
+        if "pids_limit" in wanted:
+            opening.open(lambda: _pids(opening))
+        if "cpu_throttled" in wanted:
+            opening.open(lambda: _cpu(opening))
+        for one in pressure:
+            opening.sources.append(_pressure(opening, one))
+        # Always: it also tells when the cgroup is removed.
+        opening.sources.append(_populated(opening, "empty" in wanted))
+    except Gone as gone:
+        _close(opening.sources)
+        raise KernelError(f"{cgroup.path} was removed", errno=errno.ENOENT, path=cgroup.path) from gone
+    except BaseException:
+        _close(opening.sources)
+        raise
+    return opening.sources
+
+
+def _close(opened: list[Source]) -> None:
+    for source in opened:
+        source.close()
+
+
+def _memory(
+    opening: _Opening, wanted: frozenset[str], thresholds: tuple[int, ...], needs: tuple[int, ...]
+) -> None:
+    kinds = wanted & {"memory_high", "memory_limit", "oom_kill"}
+    if not kinds and not thresholds and not needs:
+        return
+    there, one = opening.v2("memory.events"), opening.v1("memory")
+    if there is not None:
+        _memory_v2(opening, there, kinds)
+        if thresholds or needs:
+            opening.sources.append(sources.PolledUsage(opening.path, there, thresholds, needs))
+    elif one is not None:
+        _memory_v1(opening, one, kinds)
+        for threshold in thresholds:
+            opening.sources.append(sources_v1.Threshold(opening.path, one, threshold))
+        for threshold in needs:
+            opening.sources.append(sources_v1.Threshold(opening.path, one, threshold, of_need=True))
+    elif thresholds or needs or not opening.optional:
+        raise opening.lacks("memory_usage" if thresholds or needs else min(kinds), "memory")
+
+
+def _memory_v2(opening: _Opening, there: str, kinds: frozenset[str]) -> None:
+    path = opening.path
+    if not kinds:
+        return
+    limits = {"memory_high": "memory.high", "memory_limit": "memory.max", "oom_kill": "memory.max"}
+    numbers = sources.Numbers(there, "memory.current", *{limits[kind] for kind in kinds})
+    opening.sources.append(numbers)
+
+    def levels(name: str) -> Levels:
+        return lambda: (numbers.read(name), numbers.read("memory.current"))
+
+    own: dict[str, tuple[Kind, Levels]] = {}
+    if "memory_high" in kinds:
+        own["high"] = ("memory_high", levels("memory.high"))
+    if "memory_limit" in kinds:
+        own["max"] = ("memory_limit", levels("memory.max"))
+    if own:
+        # Kernel 5.2. The other file counts the limits of those below as well.
+        name = "memory.events.local" if files.is_file(there, "memory.events.local") else "memory.events"
+        opening.open(lambda: sources.Counters(path, there, name, own))
+    if "oom_kill" in kinds:
+        # Counted where the victim is, and above.
+        killed: dict[str, tuple[Kind, Levels]] = {"oom_kill": ("oom_kill", levels("memory.max"))}
+        opening.open(lambda: sources.Counters(path, there, "memory.events", killed))
+
+
+def _memory_v1(opening: _Opening, one: str, kinds: frozenset[str]) -> None:
+    path = opening.path
+
+    def levels() -> tuple[float | None, float | None]:
+        return _number(one, "memory.limit_in_bytes"), _number(one, "memory.usage_in_bytes")
+
+    if "memory_high" in kinds and not opening.optional:
+        raise ControllerUnavailable(
+            f"{path} tells no memory_high: cgroup v1 has none",
+            path=one,
+            hint="ask for a usage threshold, or boot with cgroup v2",
+        )
+    deaths: sources.PolledCounters | None = None
+    if "oom_kill" in kinds:
+        deaths = sources.PolledCounters(path, "oom_kill", one, "memory.oom_control", "oom_kill", levels)
+        opening.sources.append(deaths)
+    if kinds & {"memory_limit", "oom_kill"}:
+        opening.sources.append(sources_v1.WantOfMemory(path, one, levels, deaths, "memory_limit" in kinds))
+
+
+def _pids(opening: _Opening) -> Source | None:
+    there, one = opening.v2("pids.events"), opening.v1("pids")
+    place = there or one
+    if place is None:
+        raise opening.lacks("pids_limit", "pids")
+
+    def levels() -> tuple[float | None, float | None]:
+        return _number(place, "pids.max"), _number(place, "pids.current")
+
+    if there is not None and files.is_file(there, "pids.events.local"):  # kernel 6.11
+        keys: dict[str, tuple[Kind, Levels]] = {"max": ("pids_limit", levels)}
+        return sources.Counters(opening.path, there, "pids.events.local", keys)
+    # Before, and on v1, it is counted where the process that forks is; on v1 that is not told either.
+    return sources.PolledCounters(opening.path, "pids_limit", place, "pids.events", "max", levels)
+
+
+def _cpu(opening: _Opening) -> Source | None:
+    there, one = opening.v2("cpu.max"), opening.v1("cpu")
+    place = there or one
+    if place is None:
+        raise opening.lacks("cpu_throttled", "cpu")
+    return sources.Throttling(opening.path, place, lambda: _quota(place))
+
+
+def _pressure(opening: _Opening, pressure: Pressure) -> Source:
+    if opening.unified is None:
+        raise ControllerUnavailable(
+            f"{opening.path} tells no pressure: cgroup v1 does not measure it",
+            path=opening.path,
+            hint="mount cgroup2 too (it may be without controllers), or boot with cgroup v2",
+        )
+    return sources.Stall(opening.path, opening.unified, pressure)
+
+
+def _populated(opening: _Opening, wanted: bool) -> Source:
+    if opening.unified is not None and files.is_file(opening.unified, "cgroup.events"):
+        return sources.Populated(opening.path, opening.unified, wanted)
+    # One with all of its processes: not that of IO, see V1Branch.place.
+    place = next((d for d in opening.cgroup.directories if "/blkio/" not in d), opening.cgroup.directories[0])
+    return sources_v1.PolledPopulated(opening.path, place, wanted)
+
+
+def _number(directory: str, name: str) -> int | None:
+    text = files.read_if_there(directory, name)
+    if text is None or text == "max":
+        return None
+    number = int(text)
+    return None if number >= _UNLIMITED else number
+
+
+def _quota(directory: str) -> float | None:
+    """In CPUs."""
+    text = files.read_if_there(directory, "cpu.max")
+    if text is not None:
+        quota, period = text.split()
+        return None if quota == "max" else int(quota) / int(period)
+    one = int(files.read_if_there(directory, "cpu.cfs_quota_us") or -1)
+    period = files.read_if_there(directory, "cpu.cfs_period_us") or str(CPU_PERIOD_MICROSECONDS)
+    return None if one < 0 else one / int(period)

@@ -1,0 +1,354 @@
+"""Where events come from: a descriptor that the kernel makes ready, or a file that is looked at from time to time.
+
+A source belongs to one watch. Only the watcher's thread calls `take`; it raises `Gone` when the cgroup was removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posix
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from rcon_plugins.errors import ControllerUnavailable, KernelError
+from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup.meter import value_of
+from rcon_plugins.kernel.events.event import POLLED_SECONDS, Event, Kind, Pressure
+from rcon_plugins.kernel.syscalls import POLLPRI
+
+#: Limit and usage of a cgroup at this moment.
+Levels = Callable[[], tuple[float | None, float | None]]
+
+#: How long the thread goes on looking by itself after a notice, seconds. On v2 the kernel tells of changes to a file
+#: every 10 ms at most (cgroup_file_notify).
+_AFTER_V2 = 0.02
+
+
+class Hurry:
+    """When to look again after a notice: 1 ms later, then 2, then 4 ..., for so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._pause = seconds
+
+    def begin(self) -> None:
+        """There was a notice."""
+        self._pause = 0.001
+
+    def next(self) -> float | None:
+        """In how many seconds to look again; None when that was long enough."""
+        pause, self._pause = self._pause, self._pause * 2
+        return pause if pause < self._seconds else None
+
+
+class Gone(Exception):
+    """Raised when the cgroup of a source was removed."""
+
+
+class Source:
+    """One origin of events. ``descriptor`` is what is polled for ``mask``; ``due`` when to look without being told."""
+
+    descriptor = -1
+    mask = POLLPRI
+    due: float | None = None
+    #: Whether the descriptor was ready; set before each `take`.
+    told = False
+
+    def take(self) -> Iterator[Event]:
+        """What has happened since the last call. Raises `Gone`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close what it holds. Again is harmless."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            posix.close(descriptor)  # gevent's os.close() of what is no regular file waits for an event loop
+
+    def pread(self) -> bytes:
+        """What the file says, which also takes its notice. Raises `Gone`."""
+        try:
+            return os.pread(self.descriptor, 4096, 0)
+        except OSError as error:
+            raise Gone from error
+
+
+class Numbers(Source):
+    """Files of one number each, kept open: an event need not wait until they are. Tells nothing itself."""
+
+    def __init__(self, directory: str, *names: str) -> None:
+        self._open: dict[str, int] = {}
+        try:
+            for name in names:
+                self._open[name] = files.open_file(directory, name)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str) -> int | None:
+        """The number; None for "max", and where the cgroup is gone."""
+        try:
+            text = os.pread(self._open[name], 64, 0)
+        except (KeyError, OSError):  # closed; removed
+            return None
+        return None if text == b"max\n" else int(text)
+
+    def take(self) -> Iterator[Event]:
+        """Nothing, ever."""
+        return iter(())
+
+    def close(self) -> None:
+        """Close them. Again is harmless."""
+        while self._open:
+            posix.close(self._open.popitem()[1])
+
+
+class Counters(Source):
+    """A flat keyed file of counters whose changes are told (v2): ``memory.events``, ``pids.events``."""
+
+    def __init__(
+        self, cgroup: str, directory: str, name: str, keys: Mapping[str, tuple[Kind, Levels]]
+    ) -> None:
+        self._cgroup = cgroup
+        self._keys = keys
+        self.descriptor = files.open_file(directory, name)
+        try:
+            data = self.pread()
+        except Gone:
+            self.close()
+            raise
+        self._last = {key: value_of(data, key.encode()) or 0 for key in keys}
+        self._hurry = Hurry(_AFTER_V2)
+
+    def take(self) -> Iterator[Event]:
+        data = self.pread()
+        now = time.monotonic()
+        if self.told:
+            self._hurry.begin()
+        pause = self._hurry.next()
+        self.due = None if pause is None else now + pause
+        for key, (kind, levels) in self._keys.items():
+            total = value_of(data, key.encode()) or 0
+            count, self._last[key] = total - self._last[key], total
+            if count > 0:
+                limit, usage = levels()
+                yield Event(kind, self._cgroup, now, count, total, limit, usage)
+
+
+class PolledCounters(Source):
+    """The sum of a counter over a cgroup and all below it, looked at from time to time."""
+
+    def __init__(self, cgroup: str, kind: Kind, directory: str, name: str, key: str, levels: Levels) -> None:
+        self._cgroup = cgroup
+        self._kind = kind
+        self._directory = directory
+        self._name = name
+        self._key = key.encode()
+        self._levels = levels
+        self._last = self._read()
+        self._hurry = Hurry(POLLED_SECONDS)
+        self.due = time.monotonic() + POLLED_SECONDS
+
+    def _read(self) -> dict[str, int]:
+        found = {}
+        for directory in files.subtree(self._directory):
+            text = files.read_if_there(directory, self._name)
+            if text is not None:
+                found[directory] = value_of(text.encode(), self._key) or 0
+        return found
+
+    def hurry(self) -> None:
+        """Look at once, and soon again: something is about to be counted."""
+        self._hurry.begin()
+        self.due = 0.0
+
+    def take(self) -> Iterator[Event]:
+        now = time.monotonic()
+        found = self._read()
+        if not found:
+            raise Gone
+        # One that is new has counted from zero; what was counted in one that went between two looks is lost.
+        count = sum(max(0, total - self._last.get(directory, 0)) for directory, total in found.items())
+        self._last = found
+        if count > 0:
+            limit, usage = self._levels()
+            yield Event(self._kind, self._cgroup, now, count, sum(found.values()), limit, usage)
+        self.due = now + (self._hurry.next() or POLLED_SECONDS)
+
+
+class Throttling(Source):
+    """``cpu.stat``: how often, and for how long, the quota held threads back. Looked at from time to time."""
+
+    def __init__(self, cgroup: str, directory: str, quota: Callable[[], float | None]) -> None:
+        self._cgroup = cgroup
+        self._directory = directory
+        self._quota = quota
+        self._times, self._seconds = self._read()
+        self.due = time.monotonic() + POLLED_SECONDS
+
+    def _read(self) -> tuple[int, float]:
+        text = files.read_if_there(self._directory, "cpu.stat")
+        if text is None:
+            raise Gone
+        data = text.encode()
+        microseconds = value_of(data, b"throttled_usec")
+        nanoseconds = value_of(data, b"throttled_time")  # v1
+        seconds = (nanoseconds or 0) / 1e9 if microseconds is None else microseconds / 1e6
+        return value_of(data, b"nr_throttled") or 0, seconds
+
+    def take(self) -> Iterator[Event]:
+        now = time.monotonic()
+        times, seconds = self._read()
+        count, held = times - self._times, seconds - self._seconds
+        self._times, self._seconds = times, seconds
+        self.due = now + POLLED_SECONDS
+        if count > 0:
+            yield Event("cpu_throttled", self._cgroup, now, count, times, self._quota(), held)
+
+
+class PolledUsage(Source):
+    """Thresholds of memory usage on v2, where the kernel tells of none. ``needs``: those of `need`."""
+
+    def __init__(
+        self, cgroup: str, directory: str, thresholds: tuple[int, ...], needs: tuple[int, ...] = ()
+    ) -> None:
+        self._cgroup = cgroup
+        self._directory = directory
+        self._above = dict.fromkeys(
+            sorted({(one, False) for one in thresholds} | {(one, True) for one in needs}), False
+        )
+        self.due = 0.0
+
+    def take(self) -> Iterator[Event]:
+        now = time.monotonic()
+        text = files.read_if_there(self._directory, "memory.current")
+        if text is None:
+            raise Gone
+        usage = int(text)
+        self.due = now + POLLED_SECONDS
+        for one, was_above in self._above.items():
+            threshold, of_need = one
+            above = usage >= threshold and (not of_need or need(self._directory, usage) >= threshold)
+            self._above[one] = above
+            if above and not was_above:
+                yield Event("memory_usage", self._cgroup, now, 1, None, threshold, usage)
+
+
+def need(directory: str, usage: int) -> int:
+    """Of the memory that a cgroup uses, what dropping unmapped page cache would not give back (``memory.stat``), bytes.
+
+    Files that are mapped, programs and libraries among them, would only be read again.
+    """
+    data = (files.read_if_there(directory, "memory.stat") or "").encode()
+
+    def count(*names: bytes) -> int:
+        # v1 has its own name for one of them, and adds up what is below under another.
+        values = (value_of(data, prefix + name) for prefix in (b"total_", b"") for name in names)
+        return next((value for value in values if value is not None), 0)
+
+    # Memory that is shared counts as mapped, too, and is no page cache.
+    mapped = max(0, count(b"file_mapped", b"mapped_file") - count(b"shmem"))
+    cache = count(b"active_file") + count(b"inactive_file")
+    return max(0, usage - max(0, cache - mapped))
+
+
+class Populated(Source):
+    """``cgroup.events`` (v2, and the v2 side of a hybrid): whether anybody is here or below."""
+
+    def __init__(self, cgroup: str, directory: str, wanted: bool) -> None:
+        self._cgroup = cgroup
+        self._directory = directory
+        self._wanted = wanted
+        # What changes right after a notice is told later, and never if the cgroup is removed before.
+        self._hurry = Hurry(_AFTER_V2)
+        self._hurry.begin()
+        self.due = 0.0
+        self.descriptor = files.open_file(directory, "cgroup.events")
+        try:
+            self._last = self._read()
+        except Gone:
+            self.close()
+            raise
+
+    def _read(self) -> tuple[int, int]:
+        data = self.pread()
+        return value_of(data, b"populated") or 0, value_of(data, b"frozen") or 0
+
+    def take(self) -> Iterator[Event]:
+        now = time.monotonic()
+        try:
+            state = self._read()
+        except Gone:
+            # Only an empty one can be removed.
+            if self._last[0] and self._wanted:
+                yield Event("empty", self._cgroup, now)
+            raise
+        # The same as before, and yet told: it was entered and left in between.
+        left = self._last[0] or (self.told and state == self._last)
+        self._last = state
+        if self.told:
+            self._hurry.begin()
+        # Nor is its removal told.
+        pause = self._hurry.next() or (None if state[0] else POLLED_SECONDS)
+        self.due = None if pause is None else now + pause
+        if left and not state[0] and self._wanted:
+            yield Event("empty", self._cgroup, now)
+
+
+class Stall(Source):
+    """A pressure trigger: ``cpu.pressure``, ``memory.pressure``, ``io.pressure`` (v2, Linux 5.2)."""
+
+    def __init__(self, cgroup: str, directory: str, pressure: Pressure) -> None:
+        pressure.check()
+        self._cgroup = cgroup
+        self._directory = directory
+        self._pressure = pressure
+        name = f"{pressure.resource}.pressure"
+        path = f"{directory}/{name}"
+        try:
+            self.descriptor = files.open_file(directory, name, os.O_RDWR | os.O_NONBLOCK)
+        except KernelError as error:
+            if error.errno in (errno.ENOENT, errno.EOPNOTSUPP) and files.is_directory(directory):
+                raise ControllerUnavailable(
+                    f"this kernel does not tell {name} of {cgroup}",
+                    errno=error.errno,
+                    path=path,
+                    hint="boot with psi=1; Linux 5.2 and later can (CONFIG_PSI)",
+                ) from None
+            if error.errno == errno.EPERM:
+                raise ControllerUnavailable(
+                    f"this process may not be told {name} of {cgroup}",
+                    errno=errno.EPERM,
+                    path=path,
+                    hint="before Linux 6.4 pressure triggers take CAP_SYS_RESOURCE",
+                ) from None
+            raise
+        try:
+            os.write(self.descriptor, f"{pressure.trigger}\0".encode())
+        except OSError as error:
+            self.close()
+            raise files.failure(error, path, pressure.trigger) from None
+
+    def take(self) -> Iterator[Event]:
+        if not files.is_directory(self._directory):
+            raise Gone
+        if not self.told:
+            return
+        now = time.monotonic()
+        pressure = self._pressure
+        yield Event(
+            "pressure",
+            self._cgroup,
+            now,
+            limit=pressure.stall,
+            usage=self._average(),
+            resource=pressure.resource,
+            share=pressure.share,
+        )
+
+    def _average(self) -> float | None:
+        for line in self.pread().decode().splitlines():
+            share, average, *_ = line.split()
+            if share == self._pressure.share:
+                return float(average.partition("=")[2]) / 100
+        return None

@@ -1,0 +1,350 @@
+"""The thread that waits for events of all the cgroups of a process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import posix
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel import files
+from rcon_plugins.kernel.events.event import Event, Pressure
+from rcon_plugins.kernel.events.opening import open_sources
+from rcon_plugins.kernel.events.sources import Gone, Source
+from rcon_plugins.kernel.syscalls import POLLIN, Poll
+
+if TYPE_CHECKING:
+    from rcon_plugins.kernel.cgroup.cgroup import Cgroup
+
+LOGGER = logging.getLogger("rcon")
+
+#: Under a cooperative library, whose event loop knows no priority events: how often the thread looks, seconds.
+COOPERATIVE_SECONDS = 0.01
+#: As many may be closed before the thread has come around to it; then whoever adds waits for it.
+_MOST_CLOSING = 256
+
+
+class Watch:
+    """One cgroup that is watched. ``gone`` is whether it was removed: nothing more will be told then."""
+
+    def __init__(
+        self,
+        watcher: Watcher,
+        cgroup: Cgroup,
+        callback: Callable[[Event], object],
+        on_gone: Callable[[], object] | None,
+        opened: list[Source],
+    ) -> None:
+        self.cgroup = cgroup
+        self.gone = False
+        self.closed = False
+        self._watcher = watcher
+        self._callback = callback
+        self._on_gone = on_gone
+        self.sources = opened
+        #: Held while sources are looked at.
+        self.looking = threading.Lock()
+        self._identity = _identity(cgroup)
+
+    def __repr__(self) -> str:
+        return f"<Watch {self.cgroup.path}>"
+
+    def close(self) -> None:
+        """Hear no more of it. Does not wait: a callback under way in the thread may still run. Again is harmless."""
+        self._watcher.remove(self)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def finish(self) -> None:
+        """Have what happened until now told, then close: for whoever is about to remove the cgroup."""
+        last: list[Event] = []
+        with self.looking:
+            if not self.closed:
+                for source in self.sources:
+                    source.told = False
+                    # Gone, or fails: then there is nothing to be told.
+                    with contextlib.suppress(Gone, OSError, ValueError):
+                        last.extend(source.take())
+        for event in last:
+            self._watcher.submit(partial(self._callback, event))
+        self.close()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the cgroup is still the one that was there when the watch began, not another of its name."""
+        return not self.closed and self._identity == _identity(self.cgroup)
+
+    # -- in the thread ------------------------------------------------------------------------
+
+    def attend(self, source: Source) -> None:
+        """Take what a source has to tell, and pass it on."""
+        events: list[Event] = []
+        ended = False
+        with self.looking:
+            if self.closed:
+                return
+            try:
+                events.extend(source.take())  # what it told before it failed, too
+            except Gone:
+                ended = True
+            except (OSError, ValueError) as error:
+                ended = True
+                if self.cgroup.exists():
+                    LOGGER.error("%s is not watched any more: %s", self.cgroup.path, error)
+        for event in events:
+            if not self.closed:
+                _do(partial(self._callback, event))
+        if ended:
+            self._end()
+
+    def _end(self) -> None:
+        self.gone = True
+        self.close()
+        if self._on_gone is not None:
+            _do(self._on_gone)
+
+
+class Watcher:
+    """One thread that tells what happens to any number of cgroups. Thread-safe.
+
+    The thread runs while something is watched. It belongs to the process that made it: a fork has neither the
+    thread nor what it watched, and `add` refuses there. Callbacks are called in the thread, one at a time:
+    what takes long keeps others waiting. Under gevent the thread is a greenlet, which looks every
+    `COOPERATIVE_SECONDS`.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._watches: set[Watch] = set()
+        self._closing: list[Watch] = []
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._wake = -1
+        #: The thread that watches now, and the last one there was, which may still be ending.
+        self._thread: threading.Thread | None = None
+        self._last: threading.Thread | None = None
+
+    def add(
+        self,
+        cgroup: Cgroup,
+        callback: Callable[[Event], object],
+        *,
+        kinds: Collection[str] | None = None,
+        thresholds: Collection[int] = (),
+        needs: Collection[int] = (),
+        pressure: Collection[Pressure] = (),
+        on_gone: Callable[[], object] | None = None,
+    ) -> Watch:
+        """Have ``callback`` called with each event of an existing cgroup, until the watch is closed or the cgroup gone.
+
+        ``kinds`` are those wanted; None is all that the cgroup can tell. ``thresholds`` (bytes) add
+        ``memory_usage``; so do ``needs``, of memory that dropping the page cache would not give back. ``pressure``
+        adds that. ``on_gone`` is called once if the cgroup is removed before the
+        watch is closed. Raises ControllerUnavailable for what is asked for by name and cannot be told here, with
+        the reason, KernelError, ValueError.
+        """
+        if os.getpid() != self._pid:
+            raise KernelError(
+                f"this watcher belongs to process {self._pid}, and this is a fork of it",
+                path=cgroup.path,
+                hint="make one in each process: Watcher()",
+            )
+        self._let_it_close()
+        watch = Watch(
+            self, cgroup, callback, on_gone, open_sources(cgroup, kinds, thresholds, needs, pressure)
+        )
+        with self._lock:
+            self._watches.add(watch)
+            if self._thread is None:
+                self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                self._thread = threading.Thread(target=self._run, name="rcon-events", daemon=True)
+                self._last = self._thread
+                self._thread.start()
+            else:
+                os.eventfd_write(self._wake, 1)
+        return watch
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Have ``job`` called in the thread, soon; nothing where nothing is watched."""
+        with self._lock:
+            if self._thread is not None and os.getpid() == self._pid:
+                self._jobs.append(job)
+                os.eventfd_write(self._wake, 1)
+
+    def remove(self, watch: Watch) -> None:
+        """Forget a watch; its descriptors are closed by the thread, soon."""
+        if os.getpid() != self._pid:  # neither the thread is here, nor whoever may have held a lock
+            watch.closed = True
+            for source in watch.sources:
+                source.close()
+            return
+        with self._lock:
+            if watch.closed:
+                return
+            watch.closed = True
+            self._watches.discard(watch)
+            self._closing.append(watch)
+            os.eventfd_write(self._wake, 1)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Close all watches, and wait for the thread to end."""
+        if os.getpid() != self._pid:
+            return
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._lock:
+                watches, thread = list(self._watches), self._last
+            for watch in watches:
+                watch.close()
+            if thread is None or thread is threading.current_thread() or not thread.is_alive():
+                return
+            if time.monotonic() > deadline:
+                return
+            # Again: a callback under way may have added one meanwhile.
+            thread.join(0.05)
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _let_it_close(self) -> None:
+        deadline = time.monotonic() + 1.0
+        while len(self._closing) > _MOST_CLOSING and threading.current_thread() is not self._thread:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.001)
+
+    # -- in the thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        wake = self._wake
+        while True:
+            with self._lock:
+                closing, self._closing = self._closing, []
+                jobs, self._jobs = self._jobs, deque()
+                watched = [(source, watch) for watch in self._watches for source in watch.sources]
+                if not watched:
+                    self._thread = None
+                    self._wake = -1
+            for job in jobs:
+                _do(job)
+            # Only here, where nothing is being polled: a number that is free again may be anybody's next.
+            for watch in closing:
+                _close(watch)
+            if not watched:
+                posix.close(wake)
+                return
+            wanted = {source.descriptor: source.mask for source, _ in watched if source.descriptor >= 0}
+            waiting = _Waiting({**wanted, wake: POLLIN})
+            # Whoever adds, removes or submits wakes the thread; until then everything stays as it is.
+            while not self._turn(waiting, wake, watched):
+                pass
+
+    def _turn(self, waiting: _Waiting, wake: int, watched: list[tuple[Source, Watch]]) -> bool:
+        """Wait once, and pass on what there is to tell; whether the thread was woken."""
+        dues = [source.due for source, _ in watched if source.due is not None]
+        try:
+            ready = waiting.wait(min(dues) if dues else None)
+        except OSError:
+            LOGGER.exception("the watcher of cgroups cannot wait for events")
+            time.sleep(1)
+            return True
+        woken = wake in ready
+        if woken:
+            os.eventfd_read(wake)
+        now = time.monotonic()
+        for source, watch in watched:
+            source.told = source.descriptor in ready
+            if (source.told or (source.due is not None and source.due <= now)) and not watch.closed:
+                watch.attend(source)
+        return woken
+
+
+class _OfProcess:
+    """What the parts of a program share. Another thread may have held the lock when a child was forked."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.lock = threading.Lock()
+        self.watcher: Watcher | None = None
+
+
+_of_process = _OfProcess()
+os.register_at_fork(after_in_child=_of_process.forget)
+
+
+def watcher_of_process() -> Watcher:
+    """The watcher that the parts of a program share, so that it has one such thread: made when first asked for.
+
+    A fork gets one of its own.
+    """
+    with _of_process.lock:
+        if _of_process.watcher is None:
+            _of_process.watcher = Watcher()
+        return _of_process.watcher
+
+
+class _Waiting:
+    """poll(2) on what stays the same between two changes of what is watched."""
+
+    def __init__(self, wanted: dict[int, int]) -> None:
+        self._poll: select.poll | None = None
+        # A cooperative library replaces it by one that would not wake up for these files, or takes it away.
+        if getattr(getattr(select, "poll", None), "__module__", "") == "select":
+            self._poll = select.poll()
+            for descriptor, mask in wanted.items():
+                self._poll.register(descriptor, mask)
+        else:
+            self._system = Poll(wanted)
+
+    def wait(self, until: float | None) -> dict[int, int]:
+        """What is ready, as soon as anything is, or at that time (`time.monotonic`). Raises KernelError, OSError."""
+
+        def remaining() -> float | None:
+            return None if until is None else max(0.0, until - time.monotonic())
+
+        if self._poll is not None:
+            rest = remaining()
+            return dict(self._poll.poll(None if rest is None else math.ceil(rest * 1000)))
+        while True:
+            ready = self._system.wait(0)
+            rest = remaining()
+            if ready or rest == 0:
+                return ready
+            time.sleep(COOPERATIVE_SECONDS if rest is None else min(COOPERATIVE_SECONDS, rest))
+
+
+def _identity(cgroup: Cgroup) -> int | None:
+    return files.identity(cgroup.directories[0])
+
+
+def _close(watch: Watch) -> None:
+    with watch.looking:
+        for source in watch.sources:
+            source.close()
+
+
+def _do(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except Exception:
+        # One failed callback must not end the watch over all the others.
+        LOGGER.exception("a callback for events of a cgroup failed")

@@ -1,0 +1,351 @@
+"""Which part of the cgroup tree is ours to write, or what would make one so."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rcon_plugins.errors import DelegationError, KernelError
+from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup import mounts, remedies, v1, v2
+from rcon_plugins.kernel.cgroup.mounts import Mount
+from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_path
+from rcon_plugins.kernel.cgroup.read_limits import read_limits
+from rcon_plugins.tree import nested
+
+if TYPE_CHECKING:
+    from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
+
+#: The base for root where nothing was delegated.
+ROOT_BASE = "/rcon"
+
+
+def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[], None] | None = None) -> str:
+    """The path of a cgroup that is ours to make others in; it exists when this returns.
+
+    In this order: ``setting``; the cgroup this process is in, if it is alone there and may write it (or,
+    where it is in the tree of a server, the base of that, if it may write it; or, in a unit with
+    DelegateSubgroup=, that of the unit); on v2, what ``ask`` has this process moved into, which raises
+    DelegationError where that cannot be; for root ``/rcon``; on v1, the one that root gave this user. The
+    scope and ``/rcon`` not out of a unit of systemd's that has limits. In a group that holds it to limits,
+    only inside of that: see :mod:`.nested`.
+    Raises DelegationError with the exact remedy, ValueError for a setting that is no path.
+    """
+    if setting is None and any(mount.root.startswith("/..") for mount in hierarchy.limit_mounts):
+        raise DelegationError(
+            "this process cannot see in which cgroup it is, and so which limits hold for it: it is in a cgroup "
+            "namespace, and the cgroup file systems are those of outside",
+            errno=errno.EXDEV,
+            path=hierarchy.limit_mounts[0].path,
+            hint="mount them anew in the namespace (unshare --cgroup --mount), or start this outside of it",
+        )
+    place = nested.own_place(hierarchy)
+    if place is not None and place.boundary is not None:
+        return _inside(hierarchy, place, setting)
+    if setting is not None:
+        return _prepare(hierarchy, check_path(setting))
+    if place is not None and place.base is not None and _is_writable(hierarchy, place.base):
+        return place.base
+    if place is None and (found := given(hierarchy)) is not None:
+        return found
+    own, refused = own_cgroup(hierarchy), None
+    if ask is not None and place is None and hierarchy.layout == "v2" and not _read_only(hierarchy):
+        _check_may_leave(hierarchy, own)
+        try:
+            ask()
+        except DelegationError as error:
+            refused = error
+        else:
+            own = own_cgroup(hierarchy)
+            if own is not None and _is_ours(hierarchy, own, {str(os.getpid())}, asked=True):
+                return own
+    if os.geteuid() == 0:
+        return _prepare(hierarchy, ROOT_BASE)
+    if owned := owned_on_v1(hierarchy):
+        if len(owned) == 1:
+            return owned[0]
+        raise DelegationError(
+            f"{len(owned)} cgroups belong to this user: {', '.join(owned)}",
+            errno=errno.ENOTUNIQ,
+            path=owned[0],
+            hint=f"name one: rcon run --cgroup {owned[0]}; or RCON_CGROUP={owned[0]} in the environment of rcon; "
+            f'or, of a server, cgroup = "{owned[0]}"',
+        )
+    raise DelegationError(
+        "no cgroup is delegated to this process" + (f"; {refused.problem}" if refused else ""),
+        errno=errno.EROFS if _read_only(hierarchy) else errno.EACCES,
+        path=own,
+        hint=remedies.remedy(hierarchy, ROOT_BASE, own, asked=refused),
+    )
+
+
+def remove_root_base(hierarchy: Hierarchy, base: str) -> None:
+    """Remove ``base`` where it is ``/rcon``, root's, and this process root's too, which may have made it.
+
+    It stays while others have something in it, and where root has given it to a user. Raises KernelError.
+    """
+    if base != ROOT_BASE or os.geteuid() != 0:
+        return
+    cgroup = hierarchy.cgroup(base, shared=True)
+    if all(files.owner_of(directory) in (0, None) for directory in cgroup.directories):
+        cgroup.delete()
+
+
+def given(hierarchy: Hierarchy) -> str | None:
+    """What was given to this process with the cgroup it is in: that itself, or what is around it.
+
+    The one around, if nothing runs there: of a unit with DelegateSubgroup= (systemd 254), or a directory
+    of this user's in which root made one for its processes.
+    """
+    own = own_cgroup(hierarchy)
+    if own is None:
+        return None
+    ours = _is_ours(hierarchy, own, {str(os.getpid())})
+    if ours and _has_controllers(hierarchy, own):
+        return own
+    around = os.path.dirname(own)
+    if own != "/" and _is_ours(hierarchy, around, set()) and _is_given(hierarchy, around):
+        return around
+    return own if ours else None
+
+
+def owned_on_v1(hierarchy: Hierarchy) -> list[str]:
+    """The cgroups that root gave to this user by name (chown), where all limits are v1's; none below another of them.
+
+    There a process may enter them from wherever it is. Each is this user's, and may be written, in every hierarchy that
+    carries limits. Not those within the tree of a server or command, whose limits would hold.
+    """
+    there = hierarchy.limit_mounts
+    if any(mount.version == 2 for mount in there):
+        return []
+    uid, found, waiting = os.geteuid(), [], ["/"]
+    while waiting:
+        above = waiting.pop()
+        try:
+            names = files.subdirectories(there[0].directory(above))
+        except KernelError:
+            continue  # what this user may not look into is not its own either
+        for name in names:
+            path = f"{above.rstrip('/')}/{name}"
+            if INSTANCE_NAME.fullmatch(name):
+                continue
+            if all(files.owner_of(mount.directory(path)) == uid for mount in there) and _is_writable(
+                hierarchy, path
+            ):
+                found.append(path)
+            else:
+                waiting.append(path)
+    return sorted(found)
+
+
+def _has_controllers(hierarchy: Hierarchy, path: str) -> bool:
+    """Whether the cgroup above passes any controllers on to ``path``; on v1 all are there."""
+    mount = hierarchy.unified
+    if mount is None or mount not in hierarchy.limit_mounts:
+        return True
+    wanted = {name for name in hierarchy.controllers if hierarchy.mount_of(name) == mount}
+    return bool(wanted & v2.offered(mount.directory(path)))
+
+
+def _is_given(hierarchy: Hierarchy, path: str) -> bool:
+    """Whether somebody gave this cgroup away: systemd, or by its owner, who is this user.
+
+    All below the manager of a user is the user's, and that manager's business.
+    """
+    directories = [mount.directory(path) for mount in hierarchy.limit_mounts]
+    if all(_is_marked(directory) for directory in directories):
+        return True
+    uid = os.geteuid()
+    if uid == 0 or f"/user@{uid}.service" in path:
+        return False
+    return all(os.stat(directory).st_uid == uid for directory in directories)
+
+
+def _check_may_leave(hierarchy: Hierarchy, own: str | None) -> None:
+    """That a scope elsewhere, or ``/rcon``, does not take this process out of what limits its unit of systemd's has.
+
+    Its slices do not count, since the scope is in them, too; nor does TasksMax=, which every unit has.
+    """
+    unit = own or "/"
+    while mounts.is_systemds() and (name := os.path.basename(unit)) and not name.endswith(".slice"):
+        if nested.limits_something(read_limits(hierarchy.cgroup(unit)), but_pids=True):
+            raise DelegationError(
+                f"{name} has limits of its own, and a cgroup elsewhere would be outside of them",
+                errno=errno.EACCES,
+                path=unit,
+                hint=remedies.remedy(hierarchy, ROOT_BASE, own),
+            )
+        unit = os.path.dirname(unit)
+
+
+def _read_only(hierarchy: Hierarchy) -> bool:
+    return any(mount.read_only for mount in hierarchy.limit_mounts)
+
+
+def own_cgroup(hierarchy: Hierarchy) -> str | None:
+    """Where this process is, if that is the same path in every hierarchy that carries limits."""
+    own = mounts.parse_membership(files.read_own("cgroup"))
+    paths = {mounts.membership(mount, own) for mount in hierarchy.limit_mounts}
+    return paths.pop() if len(paths) == 1 else None
+
+
+def _inside(hierarchy: Hierarchy, place: nested.Place, setting: str | None) -> str:
+    """The base of a process that is held to limits: inside of what holds it, or refused."""
+    group = place.boundary or "/"
+    base = place.base if setting is None else check_path(setting)
+    if setting is not None and not nested.is_within(setting, group):
+        raise DelegationError(
+            f"{setting} is outside of {group}, whose limits hold for this process",
+            errno=errno.EACCES,
+            path=setting,
+            hint=f'leave cgroup = "{setting}" out here, or start this outside of {group}',
+        )
+    if base is None:
+        raise DelegationError(
+            f"the limits of {group} hold for this process, and no cgroup can be made inside of it",
+            errno=errno.EOPNOTSUPP,
+            path=group,
+            hint="what a thread has started stays in the cgroup of that thread: give the policy of the work "
+            'isolation = "process", or start this outside of the work',
+        )
+    if not _has_room(hierarchy, base):
+        raise DelegationError(
+            f"the limits of {group} hold for this process, and others are in {base} with it",
+            errno=errno.EBUSY,
+            path=base,
+            hint="write the limits into the policy of the work (each = ...), or start this outside of the "
+            "work, or with rcon run",
+        )
+    try:
+        return _prepare(hierarchy, base)
+    except DelegationError as error:
+        user = remedies.user_name()
+        if error.errno in (errno.EACCES, errno.EPERM):
+            error.hint = (
+                f"the limits of {group} hold for this process, and it is not {user}'s: start what is around "
+                f"it with rcon run --user {user}, or this as the user that was started with"
+            )
+        raise
+
+
+def _has_room(hierarchy: Hierarchy, base: str) -> bool:
+    """Whether ``base`` can pass controllers on: on v2 it has no processes, or only this one."""
+    for mount in hierarchy.limit_mounts:
+        if mount.version == 2 and files.is_directory(mount.directory(base)):
+            try:
+                inside = files.read(mount.directory(base), "cgroup.procs").split()
+            except KernelError:
+                # EOPNOTSUPP: a threaded cgroup.
+                return False
+            if not set(inside) <= {str(os.getpid())}:
+                return False
+    return True
+
+
+def _is_writable(hierarchy: Hierarchy, path: str) -> bool:
+    """Whether this process may make cgroups in ``path`` and move processes below it."""
+    for mount in hierarchy.limit_mounts:
+        directory = mount.directory(path)
+        needed = [directory, f"{directory}/cgroup.procs"]
+        if mount.version == 2:
+            needed.append(f"{directory}/cgroup.subtree_control")
+        if mount.read_only or not all(os.access(name, os.W_OK) for name in needed):
+            return False
+    return True
+
+
+def _is_ours(hierarchy: Hierarchy, path: str, inside: set[str], *, asked: bool = False) -> bool:
+    """Whether this process may write ``path``, and just the processes ``inside`` are there.
+
+    ``asked``: a manager made it for us, so that it need not be looked for in what managers made.
+    """
+    if not _is_writable(hierarchy, path):
+        return False
+    for mount in hierarchy.limit_mounts:
+        directory = mount.directory(path)
+        if _is_machine_root(mount, directory):
+            return False
+        try:
+            found = files.read(directory, "cgroup.procs").split()
+        except KernelError:
+            # EOPNOTSUPP: a threaded cgroup is no place for ours.
+            return False
+        if set(found) != inside or not (asked or _was_delegated(mount, path)):
+            return False
+    return True
+
+
+def _is_machine_root(mount: Mount, directory: str) -> bool:
+    """Whether this is the root of the machine's tree, where every process begins that nobody has moved."""
+    if mount.version == 2:
+        # The root of a container's cgroup namespace has this file, the real root has not.
+        return not os.path.exists(f"{directory}/cgroup.type")
+    return directory == mount.path and mount.root == "/"
+
+
+def _was_delegated(mount: Mount, path: str) -> bool:
+    """Whether systemd, where it manages the tree, gave this cgroup away.
+
+    A root process may write everywhere, and a user everywhere below its own manager, but a manager is the
+    single writer of what it did not delegate (https://systemd.io/CGROUP_DELEGATION). The mark is on the
+    unit's cgroup, which with DelegateSubgroup= is the one above. Older managers of users cannot set one;
+    then that of the user's manager itself has none that a user can see either.
+    """
+    if os.geteuid() == 0:
+        managed = mounts.is_systemds()
+    else:
+        above, name, _ = path.partition(f"/user@{os.geteuid()}.service/")
+        managed = bool(name) and _is_marked(mount.directory(above + name.rstrip("/")))
+    directory = mount.directory(path)
+    return not managed or _is_marked(directory) or _is_marked(os.path.dirname(directory))
+
+
+def _is_marked(directory: str) -> bool:
+    """Whether a systemd manager delegated this cgroup (``user.delegate`` since kernel 5.7)."""
+    for name in ("trusted.delegate", "user.delegate"):
+        with contextlib.suppress(OSError):
+            if os.getxattr(directory, name) == b"1":
+                return True
+    return False
+
+
+def _prepare(hierarchy: Hierarchy, path: str) -> str:
+    """Make ``path`` where it is missing, and see that it can be written."""
+    for mount in hierarchy.limit_mounts:
+        if mount.read_only:
+            raise _refused(hierarchy, path, errno.EROFS, f"{mount.path} is mounted read-only")
+    cgroup = hierarchy.cgroup(path)
+    try:
+        with contextlib.suppress(KernelError):
+            # Of a hybrid's v2 side, or a controller that stays away, the hierarchy is narrowed below.
+            cgroup.create()
+        for mount in hierarchy.limit_mounts:
+            directory = mount.directory(path)
+            if v1.io_holder(mount, path) is not None:
+                continue
+            files.make_directory(directory)
+            if not os.access(directory, os.W_OK):
+                raise _refused(hierarchy, path, errno.EACCES, f"{directory} is not ours to write")
+            if mount.version == 2:
+                _check_passed_on(hierarchy, path, directory)
+    except DelegationError:
+        raise
+    except KernelError as error:
+        raise _refused(hierarchy, path, error.errno or errno.EIO, error.problem) from error
+    return path
+
+
+def _check_passed_on(hierarchy: Hierarchy, path: str, directory: str) -> None:
+    """That the cgroup got any controllers; a container's root keeps them while processes are in it."""
+    wanted = {name for name in hierarchy.controllers if hierarchy.mount_of(name) == hierarchy.unified}
+    if not wanted & set(files.read(directory, "cgroup.controllers").split()):
+        raise _refused(hierarchy, path, errno.EBUSY, f"{directory} gets no controllers from the cgroup above")
+
+
+def _refused(hierarchy: Hierarchy, path: str, number: int, problem: str) -> DelegationError:
+    return DelegationError(
+        problem, errno=number, path=path, hint=remedies.remedy(hierarchy, path, own_cgroup(hierarchy), number)
+    )

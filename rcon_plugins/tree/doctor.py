@@ -1,0 +1,314 @@
+"""What this machine offers, what of it works for this process, and for each thing missing the remedy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal, NamedTuple
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel import features, process
+from rcon_plugins.kernel.capability import CAP_SETGID, CAP_SETUID, Capabilities, read_state
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, v1
+from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS
+from rcon_plugins.kernel.cgroup.mounts import is_systemds
+from rcon_plugins.tree import previous_cgroups, systemd
+from rcon_plugins.tree.instance import Instance
+
+#: ``there``: it is, or works. ``missing``: a limit cannot be set without it. ``absent``: not there, no limit needs it.
+State = Literal["there", "missing", "absent"]
+
+_BIG = 1 << 40
+#: By controller: what is set with it, and limits that hold nothing back.
+_LIMITS: dict[str, tuple[str, Resources]] = {
+    "cpu": ("cpu, cpu_weight", Resources(cpu_quota=64.0, cpu_weight=100)),
+    "cpuset": ("cpus", Resources(cpus="0")),
+    "memory": ("memory", Resources(memory_max=_BIG)),
+    "io": ("io", Resources()),
+    "pids": ("pids", Resources(pids_max=4000)),
+}
+
+
+class Finding(NamedTuple):
+    """One thing looked for. ``remedy`` is None where there is nothing to mend, or no way to."""
+
+    area: str
+    name: str
+    state: State
+    text: str
+    remedy: str | None = None
+
+
+class Report(NamedTuple):
+    """All that was found, for one user on one machine. ``base`` is where cgroups can be made, None for nowhere."""
+
+    user: int
+    kernel: str
+    layout: str | None
+    controllers: list[str]
+    base: str | None
+    capabilities: list[str]
+    landlock: int
+    container: str | None
+    systemd: bool
+    findings: list[Finding]
+
+    @property
+    def missing(self) -> list[Finding]:
+        """What limits lack."""
+        return [finding for finding in self.findings if finding.state == "missing"]
+
+
+def examine(base: str | None = None) -> Report:
+    """Look at this machine, and try each limit on a process of our own, in ``base`` or what is found. Nothing stays.
+
+    May move this process into a scope of systemd, as all that makes cgroups may. Meant for a process with one thread.
+    """
+    findings: list[Finding] = []
+    hierarchy = None
+    try:
+        hierarchy = Hierarchy.discover()
+    except KernelError as error:
+        findings.append(Finding("machine", "cgroups", "missing", error.problem, error.hint))
+    else:
+        findings += _mounts(hierarchy)
+        base, found = _try(hierarchy, base)
+        findings += found
+    findings += [*_machine(), *_process()]
+    return Report(
+        user=os.geteuid(),
+        kernel=os.uname().release,
+        layout=hierarchy.layout if hierarchy else None,
+        controllers=sorted(hierarchy.controllers) if hierarchy else [],
+        base=base if hierarchy else None,
+        capabilities=list(read_state().effective.names()),
+        landlock=features.landlock_brings()[0],
+        container=features.container(),
+        systemd=is_systemds(),
+        findings=findings,
+    )
+
+
+def _mounts(hierarchy: Hierarchy) -> Iterator[Finding]:
+    for mount in hierarchy.mounts:
+        names = " ".join(sorted(mount.controllers)) or "no controllers"
+        limiting = mount in hierarchy.limit_mounts
+        if mount.read_only:
+            state: State = "missing" if limiting else "absent"
+            yield Finding(
+                "machine", mount.path, state, f"cgroup v{mount.version}, mounted read-only: {names}"
+            )
+        else:
+            yield Finding("machine", mount.path, "there", f"cgroup v{mount.version}: {names}")
+    off = features.switched_off()
+    for name in sorted(CONTROLLERS - hierarchy.controllers):
+        if v1.KERNEL_NAMES[name] in off:
+            yield Finding(
+                "machine", name, "missing", "switched off in the kernel", f"boot with cgroup_enable={name}"
+            )
+
+
+def _try(hierarchy: Hierarchy, base: str | None) -> tuple[str | None, list[Finding]]:
+    """Make a tree as a server would, and everything in it; the base, and what worked."""
+    try:
+        instance = Instance.create(hierarchy, base)
+    except KernelError as error:
+        return None, [Finding("limits", "cgroup", "missing", error.problem, error.hint)]
+    findings = [Finding("limits", "cgroup", "there", f"cgroups can be made in {instance.base}")]
+    try:
+        if instance.threads_need_adoption():
+            instance.adopt()
+        leaf = instance.leaf("doctor", "main").create()
+        findings += _limits(instance, leaf)
+        findings += _ways_in(instance, leaf)
+        findings += _features(instance, leaf)
+    except KernelError as error:
+        findings.append(Finding("limits", "cgroup", "missing", error.problem, error.hint))
+    finally:
+        instance.close()
+    return instance.base, findings
+
+
+def _limits(instance: Instance, leaf: Cgroup) -> Iterator[Finding]:
+    for controller, (names, resources) in _LIMITS.items():
+        if controller == "io":
+            try:
+                device = device_of(".")
+            except KernelError as error:
+                if "io" in instance.hierarchy.controllers:
+                    yield Finding("limits", names, "absent", f"not tried: {error.problem}", error.hint)
+                    continue
+                device = None
+            resources = Resources(io={device: IoMax(wbps=_BIG)} if device else {})
+        elif controller == "cpuset":
+            resources = Resources(cpus=",".join(map(str, sorted(os.sched_getaffinity(0)))))
+        if controller not in instance.hierarchy.controllers:
+            asked = resources if controller != "io" or resources.io else Resources(io={})
+            refused = instance.hierarchy.refusals(asked)
+            reason = refused[0].reason if refused else f"there is no {controller} controller here"
+            yield Finding("limits", names, "missing", reason, refused[0].remedy if refused else None)
+            continue
+        yield _attempt("limits", names, partial(leaf.configure, resources))
+    yield from _swap(instance.hierarchy, leaf)
+    high = instance.hierarchy.refusals(Resources(memory_high=_BIG))
+    if "memory" in instance.hierarchy.controllers:
+        if high:
+            yield Finding("limits", "memory_high", "absent", high[0].reason, high[0].remedy)
+        else:
+            yield _attempt("limits", "memory_high", partial(leaf.configure, Resources(memory_high=_BIG)))
+
+
+def _swap(hierarchy: Hierarchy, leaf: Cgroup) -> Iterator[Finding]:
+    if "memory" not in hierarchy.controllers:
+        return
+    asked = Resources(memory_max=_BIG, swap_max=_BIG)
+    refused = hierarchy.refusals(asked)
+    if not refused:
+        yield _attempt("limits", "swap", partial(leaf.configure, asked))
+    elif v1.has_swap():
+        yield Finding("limits", "swap", "missing", refused[0].reason, refused[0].remedy)
+    else:
+        yield Finding(
+            "limits", "swap", "absent", f"{refused[0].reason}; but there is none", refused[0].remedy
+        )
+
+
+def _attempt(area: str, name: str, act: Callable[[], object], text: str = "can be set") -> Finding:
+    try:
+        act()
+    except KernelError as error:
+        return Finding(area, name, "missing", error.problem, error.hint)
+    return Finding(area, name, "there", text)
+
+
+def _ways_in(instance: Instance, leaf: Cgroup) -> Iterator[Finding]:
+    """How work gets under limits: in a process, in a thread, and one that runs already."""
+    yield _attempt(
+        "works", "process", lambda: _in_a_child(leaf.enter_process), "rcon run, isolation = process"
+    )
+    yield _attempt("works", "inline", lambda: _inline(instance), "isolation = inline and thread, confine()")
+    try:
+        previous_cgroups.check_room()
+    except KernelError as error:
+        yield Finding("works", "attach", "absent", f"rcon attach: {error.problem}", error.hint)
+    else:
+        yield _attempt("works", "attach", lambda: _attach(leaf), "rcon attach, " + _whose(instance))
+
+
+def _whose(instance: Instance) -> str:
+    if os.geteuid() == 0:
+        return "any process"
+    if instance.hierarchy.unified is None:
+        return "processes of this user"
+    return f"processes of this user that run below {instance.base} already; root can take any"
+
+
+def _inline(instance: Instance) -> None:
+    cgroup = instance.threaded("doctor").create()
+    try:
+        with instance.exit() as leave, cgroup.entrance() as entrance:
+            try:
+                entrance.enter()
+            finally:
+                leave.enter()
+    finally:
+        cgroup.delete()
+
+
+def _attach(leaf: Cgroup) -> None:
+    """Take a child of ours that waits, and end it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    os.close(reading)
+    try:
+        leaf.attach(child)
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+
+
+def _in_a_child(act: Callable[[], None]) -> None:
+    """Do it in a child; raise what it raised."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(reading)
+            act()
+        except KernelError as error:
+            os.write(writing, f"{error.errno} {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    said = os.read(reading, 65536).decode()
+    os.close(reading)
+    process.reap(child)
+    if said:
+        number, _, problem = said.partition(" ")
+        raise KernelError(problem, errno=int(number))
+
+
+def _features(instance: Instance, leaf: Cgroup) -> Iterator[Finding]:
+    unified = instance.hierarchy.unified
+    if unified is None:
+        yield Finding(
+            "kernel", "cgroup v2", "absent", "groups end by a walk, and have no pressure of their own",
+            "mount -t cgroup2 none /sys/fs/cgroup/unified, or boot with systemd.unified_cgroup_hierarchy=1",
+        )  # fmt: skip
+        return
+    for feature in features.features_of(unified.directory(leaf.path)):
+        yield _feature(feature)
+
+
+def _feature(feature: features.Feature, remedy: str | None = None) -> Finding:
+    text = f"{feature.brings} (Linux {feature.since})"
+    if feature.there:
+        return Finding("kernel", feature.name, "there", text)
+    return Finding("kernel", feature.name, "absent", text, remedy or f"Linux {feature.since} or newer")
+
+
+def _machine() -> Iterator[Finding]:
+    yield _feature(features.pressure(), "Linux 4.20 or newer, booted with psi=1")
+    if not features.has_pidfds():
+        yield Finding(
+            "kernel", "pidfd_open", "missing", "no process can be ended safely", "Linux 5.3 or newer"
+        )
+    abi, lacking = features.landlock_brings()
+    more = "; ".join(f"{brings} from Linux {since}" for since, brings in lacking)
+    if abi:
+        yield Finding("kernel", "Landlock", "there", f"ABI {abi}" + (f" ({more})" if more else ""))
+    else:
+        yield Finding(
+            "kernel", "Landlock", "absent", "no rules for files: capcon run --read-only, --write",
+            "Linux 5.13 or newer with CONFIG_SECURITY_LANDLOCK, and landlock in the boot parameter lsm=",
+        )  # fmt: skip
+    container = features.container()
+    yield Finding("machine", "container", "there", f"in one of {container}" if container else "in none")
+    yield _systemd()
+
+
+def _systemd() -> Finding:
+    refused = systemd.refusal()
+    if refused is None:
+        return Finding("machine", "systemd", "there", f"{systemd.manager()} can be asked for a scope")
+    return Finding(
+        "machine", "systemd", "absent", f"cannot be asked for a scope: {refused.problem}", refused.hint
+    )
+
+
+def _process() -> Iterator[Finding]:
+    """What this process may do beside limits."""
+    held = read_state().permitted
+    lacking = Capabilities.of(CAP_SETUID, CAP_SETGID) - held
+    if lacking:
+        yield Finding(
+            "works", "identity", "absent", f"work as other users: this process lacks {lacking}",
+            "as root; or in the unit: [Service] AmbientCapabilities=CAP_SETUID CAP_SETGID CAP_SETPCAP",
+        )  # fmt: skip
+    else:
+        yield Finding("works", "identity", "there", "work as other users (user = ..., rcon run --user)")

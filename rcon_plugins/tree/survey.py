@@ -1,0 +1,44 @@
+"""Where in the visible tree the instances are: everybody's, nested ones too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
+
+if TYPE_CHECKING:
+    from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
+
+
+class Survey(NamedTuple):
+    """The paths of ``instances``, and the directories that could not be looked into."""
+
+    instances: list[str]
+    unreadable: list[str]
+
+
+def survey(hierarchy: Hierarchy, below: str = "/", *, every: bool = False) -> Survey:
+    """Walk the tree of one mount from ``below`` down: an instance is in each in which limits are set.
+
+    ``every``: walk all mounts. What was removed in part, or made without some, may be in one only.
+    """
+    limiting = [*hierarchy.limit_mounts, hierarchy.mounts[-1]]
+    found: set[str] = set()
+    unreadable: set[str] = set()
+    for mount in hierarchy.mounts if every else limiting[:1]:
+        waiting = [below]
+        while waiting:
+            path = waiting.pop()
+            try:
+                names = files.subdirectories(mount.directory(path))
+            except KernelError as error:
+                unreadable.add(error.path or path)
+                continue
+            for name in names:
+                child = f"{path.rstrip('/')}/{name}"
+                waiting.append(child)
+                if INSTANCE_NAME.fullmatch(name):
+                    found.add(child)
+    return Survey(sorted(found), sorted(unreadable))

@@ -1,1 +1,0 @@
-"""What work waits for before it runs: its turn, and room in the budget of the machine."""
