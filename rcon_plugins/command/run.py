@@ -19,7 +19,7 @@ from rcon_plugins.command.job_control import Caller
 from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_name
-from rcon_plugins.kernel.events.notices import notice_of_want, rings_of
+from rcon_plugins.kernel.cgroup.notices import notice_of_want, rings_of
 from rcon_plugins.tree.instance import Instance
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
+from rcon_plugins.kernel.cgroup.notices import open_notice
 from rcon_plugins.kernel.events import Watcher
-from rcon_plugins.kernel.events.notices import open_notice
 
 MIB = 1 << 20
 LIMIT = 16 * MIB

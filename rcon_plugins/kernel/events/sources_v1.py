@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 
 from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup.notices import open_notice, rings_of
 from rcon_plugins.kernel.events.event import POLLED_SECONDS, Event
-from rcon_plugins.kernel.events.notices import open_notice, rings_of
 from rcon_plugins.kernel.events.sources import Gone, Levels, PolledCounters, Source, need
 from rcon_plugins.kernel.syscalls import POLLIN
 
