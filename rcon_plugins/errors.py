@@ -18,7 +18,7 @@
         ├── SoftMemoryLimitExceeded
         ├── TimeLimitExceeded
         ├── PidsLimitExceeded
-        ├── AnswerLimitExceeded
+        ├── ResultTooLarge
         └── ConcurrencyLimitExceeded
 """
 
@@ -245,7 +245,7 @@ class PidsLimitExceeded(LimitExceeded):
     """Raised when work failed because it may start no more processes or threads."""
 
 
-class AnswerLimitExceeded(LimitExceeded):
+class ResultTooLarge(LimitExceeded):
     """Raised when what a task has returned, or raised, is longer than its policy allows."""
 
 

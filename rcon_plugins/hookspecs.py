@@ -81,7 +81,7 @@ def rcon_event(event: Event) -> Limits | None:
     the limit are in use, it is slowed down, the limit is reached or about to be raised, a process was killed for it),
     when no more processes may be started, when CPU time was held back, and under pressure of memory or IO. It must not
     take long. Without a plugin that has this hook, and without memory that expands, nothing is watched. See
-    docs/events.md for the kinds of events.
+    docs/howto/events.md for the kinds of events.
 
     :param event: what happened, where, and which limit it is about. Where ``event.limit`` begins with ``each.`` the
         cgroup is that of one executor process, else that of all the work together.

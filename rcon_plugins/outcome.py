@@ -15,7 +15,7 @@ Ending = Literal[
     "memory",  # killed at a memory limit
     "timeout",  # killed at the end of its wall time
     "pids",  # failed because it may start no more processes
-    "answer",  # what it returned, or raised, is longer than its policy allows
+    "result",  # what it returned, or raised, is longer than its policy allows
     "concurrency",  # never started: as much of this work is under way as the policy allows
     "killed",  # its process ended by a signal or by itself before the work was done
     "aborted",  # stopped by the host: its client went away, or the server stops
@@ -64,6 +64,6 @@ _EXCEEDED: dict[str, type[errors.LimitExceeded]] = {
     "memory": errors.MemoryLimitExceeded,
     "timeout": errors.TimeLimitExceeded,
     "pids": errors.PidsLimitExceeded,
-    "answer": errors.AnswerLimitExceeded,
+    "result": errors.ResultTooLarge,
     "concurrency": errors.ConcurrencyLimitExceeded,
 }

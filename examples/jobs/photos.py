@@ -100,12 +100,12 @@ def wait(results: list[Any], began: float) -> None:
 
 def gather(sent: list[tuple[Job, Any]]) -> list[Row]:
     """A row for each kind of job, the good ones first."""
-    from rcon_celery import told
+    from rcon_celery import outcome_of
 
     rows: dict[tuple[str, str, str], Row] = {}
     for job, result in sent:
         row = rows.setdefault((job.task, job.what, job.ends), Row(job.task, job.what, job.ends))
-        outcome = told(result)
+        outcome = outcome_of(result)
         ended = "ok" if result.state == "SUCCESS" else type(result.result).__name__
         row.add(ended if result.ready() else "not at all", outcome.usage if outcome is not None else None)
     return sorted(rows.values(), key=lambda row: (row.expected != "ok", row.task))

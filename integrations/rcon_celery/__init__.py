@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from rcon_celery.decorator import confined
 from rcon_celery.installation import install
-from rcon_celery.results import told
+from rcon_celery.results import outcome_of
 from rcon_celery.retry.attempt import expand
 
-__all__ = ["confined", "expand", "install", "told"]
+__all__ = ["confined", "expand", "install", "outcome_of"]

@@ -46,7 +46,7 @@ def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
 
     Either the name of a policy in the settings that `install` was given, or limits, spelled as a policy file spells
     them: they hold for each task by itself. ``together`` is a mapping of limits for all of the task's runs on a node at
-    once; what else a policy may say (``per``, ``concurrency``, ``max_works``, ``user``, ``capabilities``, …) is said as
+    once; what else a policy may say (``per``, ``concurrency``, ``max_uses``, ``user``, ``capabilities``, …) is said as
     in a policy::
 
         @app.task

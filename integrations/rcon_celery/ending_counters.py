@@ -13,7 +13,7 @@ from rcon_plugins.outcome import Outcome
 _COUNTED: Final = ("memory", "timeout", "pids", "killed", "refused", "forbidden")
 
 
-class Tally:
+class EndingCounters:
     """Deaths, in a file in memory that grows by a byte with each. Made before the pool forks; safe in every process."""
 
     def __init__(self) -> None:

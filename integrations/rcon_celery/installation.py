@@ -19,8 +19,8 @@ from rcon_celery.decorator import Mark, mark_of
 from rcon_celery.files import leaving_log_files, server_files
 from rcon_celery.pools import after_fork
 from rcon_celery.retry import redelivery
-from rcon_celery.retry.attempt import Learning, Lesson, ServerLost
-from rcon_celery.retry.lease import Pulse
+from rcon_celery.retry.attempt import Attempt, Learning, ServerLost
+from rcon_celery.retry.lease import Heartbeat
 from rcon_celery.service import TaskService
 from rcon_celery.task_annotations import Annotations, Body, perform
 from rcon_celery.work import is_own, work_of
@@ -87,7 +87,7 @@ class Installation:
         self.is_lost = False
         #: Why this process of the pool has no manager.
         self._fault = "it was not set up"
-        self._pulse = Pulse()
+        self._pulse = Heartbeat()
         #: Whether a policy says what becomes of tasks that died.
         self._policies_try = False
         cluster.register()
@@ -241,7 +241,7 @@ class Installation:
         if redelivery.is_redelivered(task):
             self._ready_node().instance.end_orphans()  # it may still run for a process that is gone
         work = work_of(task, args, kwargs)
-        lesson = Lesson(task, self._learning_of(task, work))
+        lesson = Attempt(task, self._learning_of(task, work))
         return lesson.run(self._pulse, lambda lesson: self._confine(task, body, args, kwargs, work, lesson))
 
     def _learning_of(self, task: Any, work: Work) -> Learning | None:
@@ -255,7 +255,7 @@ class Installation:
             return own
         return Learning.of(policy, own)
 
-    def _confine(self, task: Any, body: Body, args: Any, kwargs: Any, work: Work, lesson: Lesson) -> Any:
+    def _confine(self, task: Any, body: Body, args: Any, kwargs: Any, work: Work, lesson: Attempt) -> Any:
         admission = self._admit(task, work, lesson)
         if admission is None:
             return perform(task, body, args, kwargs)
@@ -268,7 +268,7 @@ class Installation:
                 self._ready_node().tally.add(admission.outcome)
                 results.note(task, admission.outcome, events=self._ready_node().events)
 
-    def _admit(self, task: Any, work: Work, lesson: Lesson) -> Admission | None:
+    def _admit(self, task: Any, work: Work, lesson: Attempt) -> Admission | None:
         for attempts_left in reversed(range(_ATTEMPTS)):
             manager = self._ready_manager()
             try:
@@ -321,7 +321,7 @@ class Installation:
         return self.node
 
 
-def _wait_for_budget(manager: Manager, work: Work, lesson: Lesson) -> Admission | None:
+def _wait_for_budget(manager: Manager, work: Work, lesson: Attempt) -> Admission | None:
     """Admit a task; where it does not fit into the budget in time, it goes back to its queue, or waits if it cannot."""
     while True:
         try:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Mapping
 
 
-class Ground:
+class ProcessState:
     """The working directory, umask, signal mask and alarm of this process as they are now, and some of its handlers.
 
     What else a task leaves behind stays, as in a process of Celery's own pool: environment, handlers of other signals,

@@ -97,7 +97,7 @@ def _converse(
     number = os.urandom(wire.NUMBER_SIZE)
     try:
         body, payload = codec.encode_task(task, task.request, args, kwargs, host.accepted)
-        head = wire.TaskHead(number, task.name, body, int(admission.policy.longest_answer))
+        head = wire.TaskHead(number, task.name, body, int(admission.policy.result_limit))
         wire.send(admission.channel, wire.TASK, head, payload)
         return _receive(admission, number, host.accepted)
     except ChannelClosed:
@@ -118,7 +118,7 @@ def _receive(
     head = wire.decode_answer(admission.channel.receive())
     if head.number != number:
         raise ProtocolViolation("an answer to another task")
-    longest = admission.policy.longest_answer
+    longest = admission.policy.result_limit
     if not 0 < head.body.size <= longest:
         raise ProtocolViolation(f"an answer of {head.body.size} bytes; the most is {longest}")
     payload = wire.receive_body(admission.channel, head.body.size)
@@ -149,7 +149,7 @@ class _Answer:
             self._admission.abort(f"its answer cannot be read: {codec.sentence(broken)}")
             raise Killed(f"{self._task.name}: its process gave an answer that cannot be read") from None
         if self._head.how == "too long":
-            outcome = self._admission.finish("answer", self._too_long())
+            outcome = self._admission.finish("result", self._too_long())
         elif error is None or self._head.how in ("retry", "ignore", "reject"):
             outcome = self._admission.finish("ok")
         else:
@@ -184,10 +184,10 @@ class _Answer:
         return None, codec.predicate_of(task, how, answer)
 
     def _too_long(self) -> str:
-        longest = self._admission.policy.longest_answer
+        longest = self._admission.policy.result_limit
         return (
             f"{self._task.name}: its answer has {int(self._head.text) / 2**20:.1f} MiB, and the policy takes "
-            f'{longest}: return less, say where the rest is kept, or write a larger one (answer = "64M")'
+            f'{longest}: return less, say where the rest is kept, or write a larger one (max_result = "64M")'
         )
 
 

@@ -1,7 +1,7 @@
 """What a task used, where its result is: in the metadata that the result backend keeps, and in an event.
 
-The metadata gets a key ``rcon``, by a subclass of the application's own result backend. `told` reads it. Events of the
-type ``rcon-task`` are sent where the worker sends events (``celery worker -E``).
+The metadata gets a key ``rcon``, by a subclass of the application's own result backend. `outcome_of` reads it.
+Events of the type ``rcon-task`` are sent where the worker sends events (``celery worker -E``).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ EVENT: Final = "rcon-task"
 _FACTS: Final = tuple(name for name in Outcome.__struct_fields__ if name not in ("detail", "usage"))
 
 
-def told(result: Any) -> Outcome | None:
+def outcome_of(result: Any) -> Outcome | None:
     """How a task ended and what it used, by its `AsyncResult`; None where it was not confined, or is not over.
 
-    ``told(result).usage.memory_peak`` are bytes. Of a task that was tried again it is the last try's. The metadata
-    leaves out the sentence for people, ``detail``, which is the exception's.
+    ``outcome_of(result).usage.memory_peak`` are bytes. Of a task that was tried again it is the last try's. The
+    metadata leaves out the sentence for people, ``detail``, which is the exception's.
     """
     # What the backend `rpc` has received once is in the result, and nowhere else.
     facts = result._get_task_meta().get(KEY)  # noqa: SLF001 - nothing public gives all of the metadata

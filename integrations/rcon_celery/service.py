@@ -15,7 +15,7 @@ from celery.app.task import Task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from rcon_celery import codec, place, results, task_annotations, threads, wire
-from rcon_celery.process_state import Ground
+from rcon_celery.process_state import ProcessState
 from rcon_celery.task_annotations import Body, perform
 from rcon_plugins.errors import SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
@@ -43,13 +43,13 @@ class TaskService:
         self._early: Exception | None = None
         self._handlers = {SOFT_TIME: self._notice_time, SOFT_MEMORY: self._notice_memory}
         #: What each task finds; None before the first.
-        self._ground: Ground | None = None
+        self._ground: ProcessState | None = None
 
     def __call__(self, channel: Channel, frame: Frame) -> None:
         """Run one task; ``frame`` is its first. Returns when its answer is sent."""
         if self._ground is None:
             self._begin()
-            self._ground = Ground(self._handlers)
+            self._ground = ProcessState(self._handlers)
         self._ground.restore()
         head = wire.decode_task(frame)
         payload = wire.receive_body(channel, head.body.size)

@@ -8,9 +8,9 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
-from rcon_celery.ending_counters import Tally
+from rcon_celery.ending_counters import EndingCounters
 from rcon_celery.pools import Pool
-from rcon_plugins.confinement.live_policies import Change, Changes, change
+from rcon_plugins.confinement.live_policies import Change, PolicyChangeLog, change
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import ConfinementError, RconError
 from rcon_plugins.hookspecs import hookimpl
@@ -37,9 +37,9 @@ class Node:
         self.hostname = hostname
         #: The policies in force, those of decorators too.
         self.policies: Mapping[str, Policy] = settings.policies
-        self.tally = Tally()
+        self.tally = EndingCounters()
         #: Limits that were changed since, for every process of the pool.
-        self.changes = Changes()
+        self.changes = PolicyChangeLog()
         self._plan: Plan | None = None
         #: Whether the worker sends events.
         self.events = False

@@ -14,7 +14,17 @@ from rcon_plugins.outcome import Outcome
 from rcon_wsgi import environ as crossing
 from rcon_wsgi import problem, wire
 from rcon_wsgi.client import Client, ClientGone, Stage
-from rcon_wsgi.measure import LINE, LOG_CHARACTERS, LOT, SMALL, ErrorLog, Pace, owned, owner, visible
+from rcon_wsgi.measure import (
+    LINE,
+    LOG_CHARACTERS,
+    LOT,
+    SMALL,
+    ErrorLog,
+    FrameRateLimiter,
+    owned,
+    owner,
+    visible,
+)
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
@@ -72,7 +82,7 @@ class Exchange:
         self._channel = admission.channel
         self._client = Client(client, self._channel.fileno())
         self._log: ErrorLog | None = None
-        self._pace = Pace()
+        self._pace = FrameRateLimiter()
         #: What the frames of this request's answer begin with: one to an earlier request is none to this.
         self.number = os.urandom(wire.NUMBER_SIZE)
         self._pending: list[bytes] = []  # received and not yet given to the server, last first

@@ -31,7 +31,7 @@ _MINUTE: Final = 60.0
 _KEY_CHARACTERS: Final = 100
 
 
-class Pace:
+class FrameRateLimiter:
     """Counts small frames. ``hurried``: they come faster than one by one is worth while."""
 
     __slots__ = ("_left", "_since", "hurried")

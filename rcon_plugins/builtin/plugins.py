@@ -126,6 +126,6 @@ def _register(
             f"the plugin {name or plugin!r} does not fit: {error}",
             key=key,
             value=name,
-            hint="see docs/hooks.md for the hooks and their parameters",
+            hint="see docs/reference/hooks.md for the hooks and their parameters",
             file=file,
         ) from error

@@ -149,8 +149,8 @@ class _Run:
         self._order = order
         self._instance = instance
         self._caller = caller
-        self._group = instance.together(order.group)
-        self._leaf = instance.leaf(order.group, LEAF)
+        self._group = instance.policy_cgroup(order.group)
+        self._leaf = instance.executor_cgroup(order.group, LEAF)
         self._began = time.monotonic()
         self._want: int | None = None
 

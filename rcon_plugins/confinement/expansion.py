@@ -2,7 +2,7 @@
 
 The bound, ``up_to``, is the cgroup's limit in the kernel from the start, so that nothing depends on the process that
 raises: if it is late, or ends, work is slow (v2) or has more at once (v1), and never has more than ``up_to``. The
-limit that grows is a mark below it (`rcon_plugins.kernel.events.mark`).
+limit that grows is a mark below it (`rcon_plugins.kernel.events.memory_threshold`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups.events import Event
 from rcon_plugins.kernel.cgroup import Resources, read_limits
-from rcon_plugins.kernel.events import Mark, Watcher, watcher_of_process
+from rcon_plugins.kernel.events import MemoryThreshold, Watcher, watcher_of_process
 from rcon_plugins.settings.memory import Memory
 from rcon_plugins.settings.units import Size
 
@@ -67,7 +67,7 @@ class Expansion:
         self._about = about or Event.of_group(cgroup)
         self._on_event = on_event
         self._lock = threading.RLock()
-        self._mark = Mark(watcher, cgroup, self._reached, on_gone)
+        self._mark = MemoryThreshold(watcher, cgroup, self._reached, on_gone)
         self._bound(memory)
         self._mark.move(self.limit if memory.expands else None)
 

@@ -1,7 +1,7 @@
 """Which way in: the choice of the isolation of a policy, on this machine and server.
 
 ``auto`` takes the cheapest of ``inline`` and ``process`` that enforces *all* the policy asks for; ``thread`` is only
-ever taken where the policy names it. See docs/isolation.md.
+ever taken where the policy names it. See docs/explanation/isolation.md.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _ATTEMPTS = 10
 _UNLIMITED = IoMax(MAX, MAX, MAX, MAX)
 
 
-class Changes:
+class PolicyChangeLog:
     """All changes of policies since an instance was made, in the order they were made in.
 
     A file in memory that grows by a line with each. Made before the processes that share it are forked, and so also
@@ -59,7 +59,7 @@ class Changes:
         return [tuple(json.loads(line)) for line in whole.splitlines()], place + len(whole)
 
 
-class InForce:
+class LivePolicies:
     """The policies of one process with what has been changed since it read its settings. Thread-safe.
 
     ``renew`` is told of those that are otherwise now, by name, before any thread goes on with what it had.
@@ -68,7 +68,7 @@ class InForce:
     def __init__(
         self,
         policies: Mapping[str, Policy],
-        changes: Changes | None,
+        changes: PolicyChangeLog | None,
         renew: Callable[[Mapping[str, Policy]], object],
     ) -> None:
         self._policies = dict(policies)
@@ -113,7 +113,7 @@ def change(
     plan: Plan,
     policies: Mapping[str, Policy],
     instance: Instance,
-    changes: Changes,
+    changes: PolicyChangeLog,
     name: str,
     key: str,
     value: str,
@@ -283,7 +283,7 @@ def _write(cgroup: Cgroup, news: Resources, *, of_each: bool) -> None:
 
 def _cgroups(instance: Instance, policy: str, *, of_each: bool) -> list[Cgroup]:
     found = [
-        instance.together(name)
+        instance.policy_cgroup(name)
         for name in instance.work.children()
         if name == policy or name.startswith(f"{policy}~")
     ]

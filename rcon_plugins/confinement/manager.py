@@ -20,10 +20,10 @@ from rcon_plugins.confinement.confinement import (
     cgroup_name,
 )
 from rcon_plugins.confinement.isolation import Server
-from rcon_plugins.confinement.live_policies import Changes, InForce
-from rcon_plugins.confinement.monitor import Attendance
+from rcon_plugins.confinement.live_policies import LivePolicies, PolicyChangeLog
+from rcon_plugins.confinement.monitor import GroupMonitor
 from rcon_plugins.confinement.plan import Plan
-from rcon_plugins.confinement.queue import Purse, Turn, Turns
+from rcon_plugins.confinement.queue import MemoryBudget, Reservation, Reservations
 from rcon_plugins.errors import (
     ConfinementError,
     IdentityRefused,
@@ -66,7 +66,7 @@ class Manager:
         plugins: Sequence[object] = (),
         on_lost: Callable[[], object] | None = None,
         generations: Mapping[str, int] | None = None,
-        changes: Changes | None = None,
+        changes: PolicyChangeLog | None = None,
     ) -> None:
         """Judge the policies. Raises `SettingsError` for one that this machine cannot enforce.
 
@@ -89,12 +89,12 @@ class Manager:
         self._instance = instance
         self._on_lost = on_lost
         self._generations = generations or {}
-        self._in_force = InForce(self.settings.policies, changes, self._renew)
+        self._in_force = LivePolicies(self.settings.policies, changes, self._renew)
         self._pid = 0
-        self._turns: Turns | None = None
+        self._turns: Reservations | None = None
         self._pool: ExecutorPool | None = None
         #: None where nobody wants to know what happens to cgroups, and no memory expands.
-        self._attendance: Attendance | None = None
+        self._attendance: GroupMonitor | None = None
         self._threads = ThreadExecutors(settings.threads)
         self._confinements: OrderedDict[str, Confinement] = OrderedDict()
 
@@ -133,7 +133,7 @@ class Manager:
                 if self.plan.wants_adoption(instance):
                     instance.adopt()
             purse = self._purse()
-            self._turns = Turns(Slots(instance.locks), purse, lambda: self._pid == os.getpid())
+            self._turns = Reservations(Slots(instance.locks), purse, lambda: self._pid == os.getpid())
             if purse is not None:
                 server_files = [*server_files, purse.ledger.file]
             kept = self.settings.confinements + self.settings.threads if self.plan.uses_threads else 0
@@ -217,7 +217,7 @@ class Manager:
             confinement = self._hold(policy_name, key)
         except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the work does not run
             self._refuse(work, policy_name, key, error)
-        turn, turns = Turn(), self._ready_turns()
+        turn, turns = Reservation(), self._ready_turns()
         try:
             own = memory(policy) if memory is not None else None
             turns.take(turn, confinement, own, wait)
@@ -246,14 +246,14 @@ class Manager:
             self._pool.change(changed)
 
     def _attend(self, policies: Mapping[str, Policy]) -> None:
-        if self._attendance is None and Attendance.is_wanted(policies, self.hook):
-            self._attendance = Attendance(self._ready_instance(), self.hook, self._key_of)
+        if self._attendance is None and GroupMonitor.is_wanted(policies, self.hook):
+            self._attendance = GroupMonitor(self._ready_instance(), self.hook, self._key_of)
 
-    def together(self, confinement: Confinement) -> Cgroup:
+    def policy_cgroup(self, confinement: Confinement) -> Cgroup:
         """The cgroup that holds all the work of a confinement that runs in processes."""
-        return self._ready_instance().together(confinement.name)
+        return self._ready_instance().policy_cgroup(confinement.name)
 
-    def concluded(self, work: Work, confinement: Confinement, turn: Turn, outcome: Outcome) -> None:
+    def concluded(self, work: Work, confinement: Confinement, turn: Reservation, outcome: Outcome) -> None:
         """Take note of a work's outcome: called by its admission, once."""
         self._let_go(confinement, turn)
         self._tell(work, outcome)
@@ -328,7 +328,7 @@ class Manager:
         if name in self._confinements:
             return
         try:
-            self._ready_instance().together(name).delete()
+            self._ready_instance().policy_cgroup(name).delete()
         except KernelError as error:
             LOGGER.error("the cgroup of %s could not be removed: %s", name, error)
 
@@ -336,7 +336,7 @@ class Manager:
         self,
         work: Work,
         confinement: Confinement,
-        turn: Turn,
+        turn: Reservation,
         identity: Identity | None,
         memory: int | None,
     ) -> Admission:
@@ -348,7 +348,7 @@ class Manager:
             return ProcessAdmission(self, work, confinement, turn, identity, self._pool, memory)
         raise ConfinementError(f"{confinement.name} needs a process, and there is no fork server")
 
-    def _let_go(self, confinement: Confinement, turn: Turn) -> None:
+    def _let_go(self, confinement: Confinement, turn: Reservation) -> None:
         with self.lock:
             confinement.users -= 1
             idle = not confinement.users
@@ -382,11 +382,13 @@ class Manager:
         confinement = self._confinements.get(name)
         return None if confinement is None else confinement.key
 
-    def _purse(self) -> Purse | None:
+    def _purse(self) -> MemoryBudget | None:
         budget, whole = self.settings.budget, self.plan.budget
-        return None if budget is None or whole is None else Purse(ledger_of_machine(), whole, budget.wait)
+        return (
+            None if budget is None or whole is None else MemoryBudget(ledger_of_machine(), whole, budget.wait)
+        )
 
-    def _ready_turns(self) -> Turns:
+    def _ready_turns(self) -> Reservations:
         if self._turns is None:
             raise ConfinementError("the manager was not started")
         return self._turns

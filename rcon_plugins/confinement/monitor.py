@@ -33,7 +33,7 @@ _NEARLY = 0.9
 _PRESSURE = (Pressure("memory", 0.2, 2.0, "full"), Pressure("io", 0.2, 2.0, "full"))
 
 
-class Attendance:
+class GroupMonitor:
     """The events of the work of one server process, and the growth of the memory limits of it. Thread-safe.
 
     ``key_of`` tells the key of a confinement by its name. Use it only where `is_wanted`.
@@ -47,7 +47,7 @@ class Attendance:
         self._key_of = key_of
         self._watcher = watcher_of_process()
         self._lock = threading.Lock()
-        self._confinements: dict[str, Attended] = {}
+        self._confinements: dict[str, MonitoredGroup] = {}
 
     @staticmethod
     def is_wanted(policies: Mapping[str, Policy], hook: pluggy.HookRelay) -> bool:
@@ -64,21 +64,21 @@ class Attendance:
             found = self._confinements.get(name)
         return policy if found is None or not found.is_current else found.limits
 
-    def attend(self, executor: Executor) -> Attended:
+    def attend(self, executor: Executor) -> MonitoredGroup:
         """Begin to watch an executor and, where that is not done yet, its confinement. Raises KernelError."""
         name, policy = executor.name, executor.policy
         together = self._together(name, policy)
         about = Event.of_group(
             executor.leaf, group=name, policy=policy.name, key=self._key_of(name), limit="each."
         )
-        return Attended(executor.leaf, policy, policy.each, about, self._hook, self._watcher, together)
+        return MonitoredGroup(executor.leaf, policy, policy.each, about, self._hook, self._watcher, together)
 
     def attend_threads(self, cgroup: Cgroup, policy: Policy, key: str | None) -> None:
         """Begin to watch the cgroup of a confinement of threads, which was just made. Raises KernelError."""
         if not listens(self._hook):
             return
         about = Event.of_group(cgroup, policy=policy.name, key=key)
-        made = Attended(cgroup, policy, policy, about, self._hook, self._watcher, None)
+        made = MonitoredGroup(cgroup, policy, policy, about, self._hook, self._watcher, None)
         with self._lock:
             former = self._confinements.get(cgroup.name)
             self._confinements[cgroup.name] = made
@@ -118,21 +118,21 @@ class Attendance:
         for one in attended:
             one.close()
 
-    def _together(self, name: str, policy: Policy) -> Attended:
+    def _together(self, name: str, policy: Policy) -> MonitoredGroup:
         with self._lock:
             found = self._confinements.get(name)
             if found is not None and found.is_current:
                 return found
-            cgroup = self._instance.together(name)
+            cgroup = self._instance.policy_cgroup(name)
             about = Event.of_group(cgroup, group=name, policy=policy.name, key=self._key_of(name))
-            made = Attended(cgroup, policy, policy, about, self._hook, self._watcher, None)
+            made = MonitoredGroup(cgroup, policy, policy, about, self._hook, self._watcher, None)
             self._confinements[name] = made
         if found is not None:
             found.close()
         return made
 
 
-class Attended:
+class MonitoredGroup:
     """One cgroup that is attended to: that of a confinement, or of one executor process in it (``above`` is the other
     then).
     """
@@ -145,7 +145,7 @@ class Attended:
         about: Event,
         hook: pluggy.HookRelay,
         watcher: Watcher,
-        above: Attended | None,
+        above: MonitoredGroup | None,
     ) -> None:
         self.cgroup = cgroup
         #: As they are now.

@@ -12,7 +12,7 @@ from rcon_plugins.settings.units import Size
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement.confinement import Confinement
-    from rcon_plugins.tree.ledger import Ledger, Share
+    from rcon_plugins.tree.ledger import Allocation, Ledger
     from rcon_plugins.tree.slots import Slots
 
 _T = TypeVar("_T")
@@ -21,7 +21,7 @@ _SHORTEST_WAIT = 0.01
 _LONGEST_WAIT = 0.25
 
 
-class Purse(NamedTuple):
+class MemoryBudget(NamedTuple):
     """The budget in force: its account, how many bytes it is in all, and how long work waits for some, seconds."""
 
     ledger: Ledger
@@ -29,25 +29,25 @@ class Purse(NamedTuple):
     wait: float
 
 
-class Turn:
+class Reservation:
     """What one work holds while it is under way."""
 
     __slots__ = ("share", "slot")
 
     def __init__(self) -> None:
         self.slot: int | None = None
-        self.share: Share | None = None
+        self.share: Allocation | None = None
 
 
-class Turns:
+class Reservations:
     """Gives turns to the work of one process. Thread-safe. ``is_open``: whether anybody still waits for work."""
 
-    def __init__(self, slots: Slots, purse: Purse | None, is_open: Callable[[], bool]) -> None:
+    def __init__(self, slots: Slots, purse: MemoryBudget | None, is_open: Callable[[], bool]) -> None:
         self._slots = slots
         self._purse = purse
         self._is_open = is_open
 
-    def take(self, turn: Turn, confinement: Confinement, memory: int | None, wait: bool) -> None:
+    def take(self, turn: Reservation, confinement: Confinement, memory: int | None, wait: bool) -> None:
         """Take what a work needs; ``turn`` has what was taken also where the rest was not to be had.
 
         ``memory``: what the work has in the place of ``each.memory``. With ``wait`` it waits for a slot; for the budget
@@ -61,7 +61,7 @@ class Turns:
             if size is not None:
                 turn.share = self._share(self._purse, size)
 
-    def give_back(self, turn: Turn) -> None:
+    def give_back(self, turn: Reservation) -> None:
         """The work is over, or does not run."""
         if turn.share is not None and self._purse is not None:
             self._purse.ledger.give_back(turn.share)
@@ -88,7 +88,7 @@ class Turns:
             )
         return slot
 
-    def _share(self, purse: Purse, size: Size) -> Share:
+    def _share(self, purse: MemoryBudget, size: Size) -> Allocation:
         if size > purse.whole:
             raise ConfinementError(f"its memory, {size}, is more than the whole budget, {Size(purse.whole)}")
         until = time.monotonic() + purse.wait

@@ -76,7 +76,7 @@ class Executor:
         self.alarm: float | None = None
         self._meter: Meter | None = meter
         self._lock = threading.Lock()
-        self._mourners: list[Callable[[], object]] = []
+        self._exit_callbacks: list[Callable[[], object]] = []
         #: What its cgroup had used after its last work, or at its end.
         self.reading: Reading = meter.read()
 
@@ -120,7 +120,7 @@ class Executor:
         """Have ``action`` called once the executor has ended, by the supervisor; or at once if it has."""
         with self._lock:
             if not self.ended.is_set():
-                self._mourners.append(action)
+                self._exit_callbacks.append(action)
                 return
         action()
 
@@ -128,7 +128,7 @@ class Executor:
         """Set ``ended``; what is now to be called."""
         with self._lock:
             self.ended.set()
-            mourners, self._mourners = self._mourners, []
+            mourners, self._exit_callbacks = self._exit_callbacks, []
         return mourners
 
     def dies(self) -> float:

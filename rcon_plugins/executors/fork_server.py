@@ -4,9 +4,9 @@ It is forked from the host after the application is loaded and before other thre
 meets threads. It runs no application code. It reaps the executor processes and tells the host how each ended. When
 the host ends, however that happened, it kills all that the host's executor processes started, and ends too.
 
-Host and fork server speak over a ``SOCK_SEQPACKET`` pair: a `Birth` with one end of the new executor's channel goes
-down, or a `Kill` or a `Notice`; a `Death` comes up. Both ends are this project's own code, so orders are pickled; a
-death is a fixed record.
+Host and fork server talk over a ``SOCK_SEQPACKET`` pair. The host sends a `SpawnOrder` (with one end of the new
+executor's channel), a `KillOrder` or a `SignalOrder`; the fork server sends an `ExitReport`. Both ends are this
+project's own code, so orders are pickled; an exit report is a fixed record.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ FAILED = 2
 #: First frame of a new executor process: its confinement has as many processes as it may. Payload: in words.
 FULL = 3
 PID = struct.Struct("!i")
-_DEATH = struct.Struct("!qii")
+_EXIT_REPORT = struct.Struct("!qii")
 _LARGEST_BIRTH = 128 * 1024
 
 _EXIT_NOT_CONFINED = 71
 _EXIT_SERVICE_RAISED = 70
 
 
-class Birth(NamedTuple):
+class SpawnOrder(NamedTuple):
     """Make an executor process in the cgroup ``work/<name>/<leaf>``, for one policy and the rest of its life.
 
     ``identity``: who it will be; None keeps the server's user and groups.
@@ -71,20 +71,20 @@ class Birth(NamedTuple):
     identity: Identity | None = None
 
 
-class Kill(NamedTuple):
+class KillOrder(NamedTuple):
     """End an executor process, by its pid: it may have left its cgroup."""
 
     number: int
 
 
-class Notice(NamedTuple):
+class SignalOrder(NamedTuple):
     """Send an executor process a signal that its service expects, by its pid."""
 
     number: int
     signal: int
 
 
-class Death(NamedTuple):
+class ExitReport(NamedTuple):
     """An executor process ended with a wait status; or, with pid 0, was never born: ``status`` is an errno."""
 
     number: int
@@ -114,9 +114,9 @@ class ForkServer:
         self._server_files = server_files
         self._host_pidfd = -1
         self._pid = 0
-        self._children: dict[int, tuple[Birth, int]] = {}  # by pidfd
+        self._children: dict[int, tuple[SpawnOrder, int]] = {}  # by pidfd
         #: Rings when a child ends; and what rings it.
-        self._bell, self._rope = -1, -1
+        self._sigchld_read, self._sigchld_write = -1, -1
 
     def run(self) -> NoReturn:
         """Serve until the host is gone; then end all there is, and exit."""
@@ -129,7 +129,7 @@ class ForkServer:
             self._host_pidfd = os.pidfd_open(self._host)
             self._leave_the_servers_things()
             process.own_session_keyring()
-            self._bell, self._rope = process.bell_of_children()
+            self._sigchld_read, self._sigchld_write = process.bell_of_children()
             gc.collect()
             gc.freeze()  # what is here now stays shared with every executor process
             self._serve()
@@ -159,12 +159,12 @@ class ForkServer:
         if os.getppid() != self._host:
             return
         while True:
-            ready = poll_readable((control, host, self._bell, *self._children), None)
+            ready = poll_readable((control, host, self._sigchld_read, *self._children), None)
             ended = ready & self._children.keys()
             for pidfd in ended:
-                self._bury(pidfd)
-            if ended or self._bell in ready:
-                process.silence(self._bell)
+                self._reap(pidfd)
+            if ended or self._sigchld_read in ready:
+                process.silence(self._sigchld_read)
                 # Work can make children of ours that are none of our executors (clone(2), CLONE_PARENT).
                 process.reap_strangers({pid for _, pid in self._children.values()})
             if host in ready:
@@ -183,17 +183,17 @@ class ForkServer:
         if not data:
             return False
         order = pickle.loads(data)  # noqa: S301 - from our own host, never from an executor process
-        if isinstance(order, Kill):
+        if isinstance(order, KillOrder):
             self._signal(order.number, signal.SIGKILL)
-        elif isinstance(order, Notice):
+        elif isinstance(order, SignalOrder):
             self._signal(order.number, order.signal)
         elif not ancillary:
-            self._tell(Death(order.number, 0, errno.EMFILE))  # there was no room for the descriptor
+            self._tell(ExitReport(order.number, 0, errno.EMFILE))  # there was no room for the descriptor
         else:
-            self._give_birth(order, array.array("i", ancillary[0][2])[0])
+            self._spawn(order, array.array("i", ancillary[0][2])[0])
         return True
 
-    def _give_birth(self, birth: Birth, channel_end: int) -> None:
+    def _spawn(self, birth: SpawnOrder, channel_end: int) -> None:
         # gevent's os.close() waits for an event loop, which runs nowhere here; posix.close() is the real one.
         try:
             fault = self._prepare(birth.policy)
@@ -207,7 +207,7 @@ class ForkServer:
                 posix.waitpid(pid, 0)
                 raise
         except OSError as error:
-            self._tell(Death(birth.number, 0, error.errno or errno.EIO))
+            self._tell(ExitReport(birth.number, 0, error.errno or errno.EIO))
         finally:
             posix.close(channel_end)
 
@@ -227,24 +227,24 @@ class ForkServer:
                         pidfd, pid, birth.identity.uid if birth.identity is not None else None, number
                     )
 
-    def _bury(self, pidfd: int) -> None:
+    def _reap(self, pidfd: int) -> None:
         birth, pid = self._children.pop(pidfd)
         posix.close(pidfd)
         _, status = posix.waitpid(pid, 0)
-        self._tell(Death(birth.number, pid, status))
+        self._tell(ExitReport(birth.number, pid, status))
 
-    def _tell(self, death: Death) -> None:
+    def _tell(self, death: ExitReport) -> None:
         # The host may be gone by now: the loop sees that by itself.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._control.send(_DEATH.pack(*death))
+            self._control.send(_EXIT_REPORT.pack(*death))
 
-    def _become_executor(self, birth: Birth, channel_end: int, fault: BaseException | None) -> NoReturn:
+    def _become_executor(self, birth: SpawnOrder, channel_end: int, fault: BaseException | None) -> NoReturn:
         try:
             self._control.close()
             for pidfd in (self._host_pidfd, *self._children):
                 posix.close(pidfd)
             os.setsid()
-            process.forget_bell(self._bell, self._rope)
+            process.forget_bell(self._sigchld_read, self._sigchld_write)
             for renew in self._after_fork:
                 renew()
             end = socket.socket(fileno=channel_end)
@@ -258,7 +258,7 @@ class ForkServer:
 
 def run_executor(
     channel: Channel,
-    birth: Birth,
+    birth: SpawnOrder,
     server: int,
     instance: Instance,
     hook: pluggy.HookRelay,
@@ -328,16 +328,16 @@ def _be_alone() -> None:
         )
 
 
-def _enter(birth: Birth, instance: Instance) -> bool:
+def _enter(birth: SpawnOrder, instance: Instance) -> bool:
     """Enter the leaf; False where the confinement is full. The kernel counts who moves in, and does not refuse it.
 
     One at a time, in all workers of the server, so that no two take the last place. Source: cgroup-v2.rst, pids.
     """
-    leaf, pids = instance.leaf(birth.name, birth.leaf), birth.policy.pids
+    leaf, pids = instance.executor_cgroup(birth.name, birth.leaf), birth.policy.pids
     if pids is None:
         leaf.enter_process()
         return True
-    together = instance.together(birth.name)
+    together = instance.policy_cgroup(birth.name)
     with entering(instance.locks, birth.name):
         if (together.read().pids_current or 0) >= pids:
             return False
@@ -345,9 +345,9 @@ def _enter(birth: Birth, instance: Instance) -> bool:
         return (together.read().pids_current or 0) <= pids
 
 
-def read_death(data: bytes) -> Death:
+def read_exit_report(data: bytes) -> ExitReport:
     """A death from its record."""
-    return Death(*_DEATH.unpack(data))
+    return ExitReport(*_EXIT_REPORT.unpack(data))
 
 
 def _flush() -> None:

@@ -1,7 +1,7 @@
 """The ``inline`` executor: the thread that runs the work joins a cgroup, and leaves it after.
 
 It acts on the calling thread alone. A thread moves itself by writing ``0`` to a file that is already open, which is
-the only cheap way (docs/kernel.md).
+the only cheap way (docs/reference/kernel.md).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from rcon_plugins.errors import KernelError
 if TYPE_CHECKING:
     import pluggy
 
-    from rcon_plugins.executors.fork_server import Birth
+    from rcon_plugins.executors.fork_server import SpawnOrder
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.settings.limits import Limits
     from rcon_plugins.tree.instance import Instance
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 _ATTEMPTS = 20
 
 
-def make_leaf(instance: Instance, hook: pluggy.HookRelay, birth: Birth, limits: Limits) -> Cgroup:
+def make_leaf(instance: Instance, hook: pluggy.HookRelay, birth: SpawnOrder, limits: Limits) -> Cgroup:
     """Make ``work/<name>/<leaf>`` with all limits in force: ``limits`` are those of all work together.
 
     Until there is a leaf in it, another worker of the server, which has no use for it any more, may remove
     ``work/<name>``, and the limits with it: so they are written once the leaf holds it in place.
     """
-    together, leaf = instance.together(birth.name), instance.leaf(birth.name, birth.leaf)
+    together, leaf = instance.policy_cgroup(birth.name), instance.executor_cgroup(birth.name, birth.leaf)
     configure = partial(hook.rcon_configure_cgroup, policy=birth.policy)
     for attempts_left in reversed(range(_ATTEMPTS)):
         try:

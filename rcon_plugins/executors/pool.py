@@ -64,10 +64,10 @@ class ExecutorPool:
         #: Waiting executors, those of the confinement and identity used longest ago first.
         self._waiting: OrderedDict[Key, list[Executor]] = OrderedDict()
         #: How many are to wait where each serves one work only: more than one, while they are not ready in time.
-        self._ahead: dict[Key, int] = {}
+        self._spares_wanted: dict[Key, int] = {}
         self._last_taken: dict[Key, float] = {}
         #: Whether it will be looked whether those that were given back wait again.
-        self._looks = False
+        self._overdue_check_scheduled = False
 
     def take(self, name: str, policy: Policy, identity: Identity | None = None) -> Executor:
         """A confined, waiting executor process of this confinement and identity; makes one where none waits.
@@ -79,7 +79,7 @@ class ExecutorPool:
         if executor is None:
             self._make_room()
             executor = self._birth(name, policy, identity)
-        if executor.works + 1 >= policy.max_works and not _is_shared(policy):
+        if executor.works + 1 >= policy.max_uses and not _is_shared(policy):
             self._look_ahead(executor)
         if executor.pid == 0:
             try:
@@ -93,8 +93,8 @@ class ExecutorPool:
     def give_back(self, executor: Executor) -> None:
         """Put an executor that finished its work back to wait for the next."""
         executor.given_back = now = time.monotonic()
-        if self._put_back(executor) and executor.away and not self._looks:
-            self._looks = True
+        if self._put_back(executor) and executor.away and not self._overdue_check_scheduled:
+            self._overdue_check_scheduled = True
             self.processes.submit(self._end_those_that_are_late, now + LATE_SECONDS)
 
     def discard(self, executor: Executor, fate: str) -> None:
@@ -107,12 +107,12 @@ class ExecutorPool:
         self._uncount(executor)
         executor.spared = True
         executor.channel.close()  # which ends it
-        self.processes.submit(partial(self._succeed, executor))
+        self.processes.submit(partial(self._spawn_replacement, executor))
 
     def replace(self, executor: Executor, fate: str) -> None:
         """End an executor that must not be used again, and make its successor ahead of need. Does not wait."""
         self.discard(executor, fate)
-        self.processes.submit(partial(self._succeed, executor))
+        self.processes.submit(partial(self._spawn_replacement, executor))
 
     def forget(self, name: str) -> None:
         """End the waiting executors of a confinement that is no longer kept. Does not wait."""
@@ -153,17 +153,17 @@ class ExecutorPool:
         late = executor.pid == 0 and executor.channel.quiet
         with self._lock:
             waiting = self._waiting.get(key, [])
-            wanted = self._ahead.get(key, 1)
-            if late and key in self._ahead:  # the first of all cannot have been made ahead
+            wanted = self._spares_wanted.get(key, 1)
+            if late and key in self._spares_wanted:  # the first of all cannot have been made ahead
                 wanted = min(wanted + 1, MOST_AHEAD)
             elif waiting and not waiting[0].channel.quiet:
                 wanted = max(wanted - 1, 1)
-            trims = bool(self._ahead)  # as long as there is something to forget
-            self._ahead[key] = wanted
+            trims = bool(self._spares_wanted)  # as long as there is something to forget
+            self._spares_wanted[key] = wanted
             self._last_taken[key] = time.monotonic()
             lacking = wanted - len(waiting)
         for _ in range(lacking):
-            self.processes.submit(partial(self._succeed, executor))
+            self.processes.submit(partial(self._spawn_replacement, executor))
         if not trims:
             self.processes.submit(self._trim, time.monotonic() + IDLE_SECONDS)
 
@@ -173,9 +173,9 @@ class ExecutorPool:
         superfluous: list[Executor] = []
         with self._lock:
             for key in [key for key, when in self._last_taken.items() if when <= long_ago]:
-                del self._last_taken[key], self._ahead[key]
+                del self._last_taken[key], self._spares_wanted[key]
                 superfluous += [self._remove(executor) for executor in self._waiting.get(key, [])[1:]]
-            goes_on = bool(self._ahead)
+            goes_on = bool(self._spares_wanted)
         for executor in superfluous:
             self._end_waiting(executor)
         if goes_on:
@@ -232,7 +232,7 @@ class ExecutorPool:
 
     def _end_those_that_are_late(self) -> None:
         """In the supervisor: an executor that says nothing after its work uses the machine for nobody."""
-        self._looks = False
+        self._overdue_check_scheduled = False
         latest = time.monotonic() - LATE_SECONDS
         with self._lock:
             away = [one for some in self._waiting.values() for one in some if one.away and one.channel.quiet]
@@ -244,7 +244,7 @@ class ExecutorPool:
             self.replace(executor, "held up")
             executor.channel.close()
         if len(away) > len(late):
-            self._looks = True
+            self._overdue_check_scheduled = True
             self.processes.submit(self._end_those_that_are_late, time.monotonic() + LATE_SECONDS)
 
     def _remove(self, executor: Executor) -> Executor:
@@ -279,10 +279,10 @@ class ExecutorPool:
                 self._count -= 1
             raise
 
-    def _succeed(self, executor: Executor) -> None:
+    def _spawn_replacement(self, executor: Executor) -> None:
         """Make the successor of an executor, if there is room and nobody waits there already."""
         with self._lock:
-            wanted = self._ahead.get(executor.key, 1)
+            wanted = self._spares_wanted.get(executor.key, 1)
             superfluous = self._count >= self._most or len(self._waiting.get(executor.key, ())) >= wanted
             if superfluous or not self.processes.usable or not self._is_kept(executor.name):
                 return

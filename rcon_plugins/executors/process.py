@@ -25,12 +25,12 @@ from rcon_plugins.executors.fork_server import (
     FULL,
     PID,
     READY,
-    Birth,
     ForkServer,
-    Kill,
-    Notice,
+    KillOrder,
     Service,
-    read_death,
+    SignalOrder,
+    SpawnOrder,
+    read_exit_report,
 )
 from rcon_plugins.executors.leaf import make_leaf
 from rcon_plugins.executors.supervisor import Supervisor
@@ -89,7 +89,7 @@ class ProcessExecutors:
         self._alarms = threading.Lock()
         self._lost = False
         #: It does not take orders: known to who gave one before the supervisor hears of it.
-        self._deaf = False
+        self._control_broken = False
         self._closing = False
         self._server = 0
         self._control: _socket.socket | None = None
@@ -108,7 +108,7 @@ class ProcessExecutors:
     @property
     def lost(self) -> bool:
         """Whether the fork server ended before its time."""
-        return self._lost or self._deaf
+        return self._lost or self._control_broken
 
     def start(
         self,
@@ -130,7 +130,7 @@ class ProcessExecutors:
         theirs.close()
         self._server = pid
         self._control = ours
-        self._supervisor = Supervisor(ours.fileno(), self._hear, self._bury_the_dead)
+        self._supervisor = Supervisor(ours.fileno(), self._hear, self._reap_exited)
         self._supervisor.start()
 
     def birth(self, name: str, policy: Policy, identity: Identity | None) -> Executor:
@@ -142,7 +142,7 @@ class ProcessExecutors:
             raise ConfinementError("the fork server has ended; restart the server process")
         policy = self._current(policy)
         number = next(self._numbers)
-        birth = Birth(number, name, f"{self._host}-{number}", policy, identity)
+        birth = SpawnOrder(number, name, f"{self._host}-{number}", policy, identity)
         leaf = make_leaf(self._instance, self._hook, birth, self._limits(name, policy))
         with contextlib.ExitStack() as undo:
             undo.callback(leaf.delete)
@@ -163,7 +163,9 @@ class ProcessExecutors:
                 make_leaf(self._instance, self._hook, birth, self._limits(name, now))
             self._order(birth, theirs.fileno())
         except OSError as error:
-            self._deaf = self._deaf or isinstance(error, BrokenPipeError | ConnectionResetError)
+            self._control_broken = self._control_broken or isinstance(
+                error, BrokenPipeError | ConnectionResetError
+            )
             executor.told = True
             self.kill(executor, "never born")
             executor.channel.close()
@@ -252,7 +254,7 @@ class ProcessExecutors:
     def notify(self, executor: Executor, number: int) -> None:
         """Send the executor process a signal that its service expects. Does not wait."""
         with contextlib.suppress(OSError):
-            self._order(Notice(executor.number, number))
+            self._order(SignalOrder(executor.number, number))
 
     def close(self) -> None:
         """End all executor processes and the fork server. Nothing of them is left when it returns."""
@@ -266,7 +268,7 @@ class ProcessExecutors:
             self.kill(executor, "the server ends")
             self._watch(executor)
         deadline = time.monotonic() + CLOSE_SECONDS
-        while self._bury_the_dead() is not None and time.monotonic() < deadline:
+        while self._reap_exited() is not None and time.monotonic() < deadline:
             time.sleep(0.005)
         control, self._control = self._control, None
         control.close()  # tells the fork server to end itself, and whatever there should still be
@@ -276,7 +278,7 @@ class ProcessExecutors:
             process.reap(self._server)
         self._instance.sweep(f"{self._host}-")
 
-    def _order(self, order: Birth | Kill | Notice, *descriptors: int) -> None:
+    def _order(self, order: SpawnOrder | KillOrder | SignalOrder, *descriptors: int) -> None:
         """Tell the fork server what to do. Raises OSError; never waits for a fork server that does not listen."""
         control = self._control
         if control is None:
@@ -289,7 +291,7 @@ class ProcessExecutors:
         executor.killed_at = time.monotonic()
         # By its cgroup, with all it started; and by its number too: it might have left the cgroup.
         with contextlib.suppress(OSError):
-            self._order(Kill(executor.number))
+            self._order(KillOrder(executor.number))
         executor.leaf.kill_once()
 
     def _set_alarm(self, executor: Executor, when: float) -> None:
@@ -323,7 +325,7 @@ class ProcessExecutors:
             if not self._closing:
                 self._lose_server()
             return False
-        death = read_death(data)
+        death = read_exit_report(data)
         executor = self._living.get(death.number)
         if executor is not None:
             executor.told = True
@@ -352,7 +354,7 @@ class ProcessExecutors:
         if executor.number in self._living:
             self._dying[executor.number] = executor
 
-    def _bury_the_dead(self) -> float | None:
+    def _reap_exited(self) -> float | None:
         """See how far those that are dying are; when to look again, in seconds."""
         for executor in list(self._dying.values()):
             if self._is_gone(executor):

@@ -2,7 +2,7 @@
 
 Identity and capabilities belong to threads in Linux, and so does a place in a threaded cgroup. A thread that dropped
 for good never needs to come back, so a work costs one hand-over to it and nothing else. What it shares with the other
-threads - memory above all - is listed in docs/identity.md: it bounds mistakes, not code that means harm.
+threads - memory above all - is listed in docs/howto/identity.md: it bounds mistakes, not code that means harm.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
         for event in events:
             print(event.kind, event.usage)
 
-The kernel's side is `rcon_plugins.kernel.events`; docs/events.md has all kinds of events.
+The kernel's side is `rcon_plugins.kernel.events`; docs/howto/events.md has all kinds of events.
 """
 
 from __future__ import annotations

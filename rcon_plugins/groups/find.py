@@ -35,7 +35,7 @@ from rcon_plugins.tree.survey import survey
 #: ran before, and are put back.
 Kind = Literal["work", "host", "taken"]
 
-#: The leaf in which a command runs, beside which there may be instances within (see docs/kernel.md).
+#: The leaf in which a command runs, beside which there may be instances within (see docs/reference/kernel.md).
 MAIN = "main"
 
 _WITH_KEY = re.compile(r"(?P<policy>[a-z][a-z0-9_-]{0,62})(?:\.[0-9]+)?(?P<hashed>~~?)(?P<key>.+)")

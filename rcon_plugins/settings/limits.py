@@ -155,7 +155,7 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "per",
             "isolation",
             "concurrency",
-            "max_works",
+            "max_uses",
             "leave_children",
             "on_memory",
             "max_deaths",

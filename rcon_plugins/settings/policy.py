@@ -116,14 +116,14 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Each,
         Meta(description="Limits of every single work.", examples=[{"memory": "128M", "timeout": "20s"}]),
     ] = Each()
-    max_works: Annotated[
+    max_uses: Annotated[
         Annotated[int, _COUNT],
         Meta(
             description="Works after which an executor process is replaced; 1: each has its own.",
             examples=[1],
         ),
     ] = 1000
-    answer: Annotated[
+    max_result: Annotated[
         Size | None,
         Meta(
             description="The longest answer of a task, encoded: what it returns or raises.", examples=["16M"]
@@ -226,12 +226,12 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         PolicyName.parse(self.name)
         self._check_identity()
         self._check_isolation()
-        if self.longest_answer < _SHORTEST_ANSWER:
+        if self.result_limit < _SHORTEST_MAX_RESULT:
             raise SettingsError(
-                f"{show(str(self.answer))} is too short: that anything is wrong could not be told",
-                key="answer",
-                value=self.answer,
-                hint=f"at least {_SHORTEST_ANSWER}",
+                f"{show(str(self.max_result))} is too short: that anything is wrong could not be told",
+                key="max_result",
+                value=self.max_result,
+                hint=f"at least {_SHORTEST_MAX_RESULT}",
             )
         self.each.check_within(self)
         self._check_on_memory()
@@ -323,9 +323,9 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(name for name in _OF_TRIES if getattr(self, name) is not None)
 
     @property
-    def longest_answer(self) -> Size:
+    def result_limit(self) -> Size:
         """How long the answer of a task may be, bytes, also where nothing is written of it."""
-        return _ANSWER if self.answer is None else self.answer
+        return _MAX_RESULT if self.max_result is None else self.max_result
 
     @property
     def wants_identity(self) -> tuple[str, ...]:
@@ -334,7 +334,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return (*written, "rlimits") if self.rlimits.written() else tuple(written)
 
 
-_ANSWER, _SHORTEST_ANSWER = Size(16 * 2**20), 4096
+_MAX_RESULT, _SHORTEST_MAX_RESULT = Size(16 * 2**20), 4096
 #: Limits that belong to a process, so that a thread of the server cannot be held to them.
 _OF_A_PROCESS = frozenset({"memory", "memory_high", "swap"})
 #: What becomes of work that died.

@@ -29,11 +29,11 @@ from rcon_plugins.tree.instance import Instance
 _TRIES = 20
 
 
-class CannotTake(RconError):
+class AttachRefused(RconError):
     """Raised when one of the processes cannot be taken; nothing was."""
 
 
-class Wish(NamedTuple):
+class AttachRequest(NamedTuple):
     """What to take, and into what.
 
     ``configure`` writes the limits to its ``cgroup``. ``attend`` begins, before any process is in it, what goes on in
@@ -48,21 +48,21 @@ class Wish(NamedTuple):
 
 
 def check(pids: Iterable[int], hierarchy: Hierarchy) -> None:
-    """Raise `CannotTake`, with the remedy, for the first that cannot be taken by this process."""
+    """Raise `AttachRefused`, with the remedy, for the first that cannot be taken by this process."""
     for pid in pids:
         if pid == os.getpid():
-            raise CannotTake(f"{pid} is rcon itself (name the process to hold down; $$ is the shell)")
+            raise AttachRefused(f"{pid} is rcon itself (name the process to hold down; $$ is the shell)")
         if pid == 1:
-            raise CannotTake("1 is init, which starts all others (name the processes to hold down)")
+            raise AttachRefused("1 is init, which starts all others (name the processes to hold down)")
         found = look_at(pid)
         if found is None or proc.start_time(pid) is None:
-            raise CannotTake(f"there is no process {pid}, or it has ended (ps -e lists them)")
+            raise AttachRefused(f"there is no process {pid}, or it has ended (ps -e lists them)")
         if is_kernel_thread(pid):
-            raise CannotTake(f"{pid} {found.command} is a thread of the kernel (name a process)")
+            raise AttachRefused(f"{pid} {found.command} is a thread of the kernel (name a process)")
         if process_of(pid) != pid:
-            raise CannotTake(f"{pid} is a thread of process {process_of(pid)} (name that)")
+            raise AttachRefused(f"{pid} is a thread of process {process_of(pid)} (name that)")
         if os.geteuid() not in (0, found.uid):
-            raise CannotTake(f"{pid} is another user's (run rcon as root)")
+            raise AttachRefused(f"{pid} is another user's (run rcon as root)")
         _check_place(pid, hierarchy)
 
 
@@ -70,12 +70,12 @@ def _check_place(pid: int, hierarchy: Hierarchy) -> None:
     try:
         place = previous_cgroups.place_of(pid, hierarchy.cgroup("/"))
     except KernelError as error:
-        raise CannotTake(str(error)) from None
+        raise AttachRefused(str(error)) from None
     inside = next(
         (path for path in place.values() if any(map(INSTANCE_NAME.fullmatch, path.split("/")))), None
     )
     if inside is not None:
-        raise CannotTake(
+        raise AttachRefused(
             f"{pid} is in a group already: {inside} (rcon set changes its limits, rcon attach --release lets it go)"
         )
 
@@ -97,10 +97,10 @@ def staying(pids: Iterable[int], hierarchy: Hierarchy) -> list[int]:
     return found
 
 
-def take(wish: Wish, hierarchy: Hierarchy, base: str | None = None) -> list[int]:
+def take(wish: AttachRequest, hierarchy: Hierarchy, base: str | None = None) -> list[int]:
     """Take them all, or none, and leave a watcher behind; those that were taken.
 
-    Raises `CannotTake`, `KernelError`, and what ``configure`` raises.
+    Raises `AttachRefused`, `KernelError`, and what ``configure`` raises.
     """
     check(wish.pids, hierarchy)
     ours, theirs = os.pipe()
@@ -126,7 +126,7 @@ def take(wish: Wish, hierarchy: Hierarchy, base: str | None = None) -> list[int]
     return taken
 
 
-def _become_watcher(wish: Wish, hierarchy: Hierarchy, base: str | None, pipe: int) -> NoReturn:
+def _become_watcher(wish: AttachRequest, hierarchy: Hierarchy, base: str | None, pipe: int) -> NoReturn:
     import pickle
 
     try:
@@ -163,7 +163,7 @@ def _become_watcher(wish: Wish, hierarchy: Hierarchy, base: str | None, pipe: in
         os._exit(1)
 
 
-def _fill(wish: Wish, instance: Instance) -> tuple[Cgroup, list[int], Callable[[], object] | None]:
+def _fill(wish: AttachRequest, instance: Instance) -> tuple[Cgroup, list[int], Callable[[], object] | None]:
     if instance.needs_adoption:
         instance.adopt()
     group = instance.taken(wish.group)
@@ -178,14 +178,14 @@ def _fill(wish: Wish, instance: Instance) -> tuple[Cgroup, list[int], Callable[[
     except BaseException as error:
         if end is not None:
             end()
-        previous_cgroups.put_back(group, known)
+        previous_cgroups.restore(group, known)
         if isinstance(error, KernelError) and error.errno == errno.ESRCH:
-            raise CannotTake(f"{error} (none was taken)") from None
+            raise AttachRefused(f"{error} (none was taken)") from None
         raise
     return group, sorted(pid for pid, _ in known.places), end
 
 
-def _move(wish: Wish, group: Cgroup, known: previous_cgroups.Origins, instance: str) -> None:
+def _move(wish: AttachRequest, group: Cgroup, known: previous_cgroups.Origins, instance: str) -> None:
     pending = list(wish.pids)
     for _ in range(_TRIES):
         for pid in pending:
@@ -213,7 +213,7 @@ def _move(wish: Wish, group: Cgroup, known: previous_cgroups.Origins, instance: 
         ]
         if not pending:
             return
-    raise CannotTake("they fork faster than they can be taken (rcon kill, or SIGSTOP them first)")
+    raise AttachRefused("they fork faster than they can be taken (rcon kill, or SIGSTOP them first)")
 
 
 def _descendants(pids: set[int]) -> set[int]:
@@ -258,7 +258,7 @@ def release_group(group: Cgroup, instance: str, timeout: float = 10.0) -> None:
     if uid is not None and (watching is None or watching.uid != uid):
         raise _not_ours(group, uid)
     if not _tell(instance, signal.SIGTERM):
-        staying = previous_cgroups.put_back(group, previous_cgroups.load(instance))
+        staying = previous_cgroups.restore(group, previous_cgroups.load(instance))
         if staying:
             raise KernelError(f"processes {staying} stay in {group.path}", errno=errno.EBUSY, path=group.path)
         group.delete()
@@ -281,7 +281,7 @@ def release_process(pid: int, group: Cgroup, instance: str) -> None:
     uid = previous_cgroups.stranger(group)
     if uid is not None:
         raise _not_ours(group, uid)
-    previous_cgroups.put_back(group, previous_cgroups.load(instance), [pid])
+    previous_cgroups.restore(group, previous_cgroups.load(instance), [pid])
     _tell(instance, signal.SIGUSR1)
 
 

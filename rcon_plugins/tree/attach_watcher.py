@@ -59,7 +59,7 @@ def watch(instance: Instance, group: Cgroup, end: Callable[[], object] | None = 
 
 def let_go(instance: Instance, group: Cgroup) -> None:
     """Put back what is in the group, and remove all. KernelError."""
-    if not previous_cgroups.put_back(group, previous_cgroups.load(name_of(instance))):
+    if not previous_cgroups.restore(group, previous_cgroups.load(name_of(instance))):
         group.delete()
         previous_cgroups.forget(name_of(instance))
     instance.close()

@@ -105,7 +105,7 @@ def give_back(hierarchy: Hierarchy, path: str) -> list[int]:
     from rcon_plugins.tree import previous_cgroups
 
     instance = path.rpartition("/")[2]
-    staying = previous_cgroups.put_back(taken, previous_cgroups.load(instance))
+    staying = previous_cgroups.restore(taken, previous_cgroups.load(instance))
     if not staying:
         taken.delete()
         previous_cgroups.forget(instance)

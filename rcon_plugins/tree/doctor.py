@@ -119,7 +119,7 @@ def _try(hierarchy: Hierarchy, base: str | None) -> tuple[str | None, list[Findi
     try:
         if instance.threads_need_adoption():
             instance.adopt()
-        leaf = instance.leaf("doctor", "main").create()
+        leaf = instance.executor_cgroup("doctor", "main").create()
         findings += _limits(instance, leaf)
         findings += _ways_in(instance, leaf)
         findings += _features(instance, leaf)

@@ -1,6 +1,6 @@
 """The cgroup tree of one server: ``<base>/rcon-<pid>-<starttime>/`` with ``host/`` and ``work/``.
 
-Knows no policy: names and prepared cgroups come from above. See docs/kernel.md for the shape of the tree.
+Knows no policy: names and prepared cgroups come from above. See docs/reference/kernel.md for the shape of the tree.
 """
 
 from __future__ import annotations
@@ -138,13 +138,13 @@ class Instance:
         """``host/``: the server's own processes, and the domain of the threaded cgroups."""
         return self._host
 
-    def together(self, name: str) -> Cgroup:
+    def policy_cgroup(self, name: str) -> Cgroup:
         """``work/<name>``: the limits of all the work of one name. ValueError for what is no name."""
         return self._work.child(name, shared=True)
 
-    def leaf(self, name: str, leaf: str) -> Cgroup:
+    def executor_cgroup(self, name: str, leaf: str) -> Cgroup:
         """``work/<name>/<leaf>``: the place of one executor process. ValueError for what is no name."""
-        return self.together(name).child(leaf)
+        return self.policy_cgroup(name).child(leaf)
 
     def taken(self, name: str) -> Cgroup:
         """``taken/<name>``: running processes that were taken from elsewhere. ValueError for what is no name."""

@@ -27,7 +27,7 @@ _TURN = 1 << 61
 _FLOCK = "hhqqi"
 
 
-class Share:
+class Allocation:
     """Some of the budget, in bytes of the file: from, and up to but not."""
 
     __slots__ = ("ranges",)
@@ -46,17 +46,17 @@ class Ledger:
     def __init__(self, file: int) -> None:
         self.file = file
         self._lock = threading.Lock()
-        self._held: list[Share] = []
+        self._held: list[Allocation] = []
         os.register_at_fork(after_in_child=self._begin_anew)
 
     def _begin_anew(self) -> None:
         self._lock = threading.Lock()
         self._held = []
 
-    def take(self, size: int, whole: int) -> Share | None:
+    def take(self, size: int, whole: int) -> Allocation | None:
         """``size`` bytes of a budget of ``whole``, both in whole mebibytes; None where not so much is left."""
         wanted = -(-size // UNIT)
-        share = Share()
+        share = Allocation()
         with self._lock, self._turn():
             free = []
             for start, end in self._free(whole // UNIT):
@@ -79,13 +79,13 @@ class Ledger:
                 raise
         return share
 
-    def give_back(self, share: Share) -> None:
+    def give_back(self, share: Allocation) -> None:
         """Give it back; what was given back before, or belongs to the process that this is a fork of, is left alone."""
         with self._lock:
             if share in self._held:
                 self._release(share)
 
-    def _release(self, share: Share) -> None:
+    def _release(self, share: Allocation) -> None:
         for start, end in share.ranges:
             fcntl.lockf(self.file, fcntl.LOCK_UN, end - start, start, os.SEEK_SET)
         self._held.remove(share)

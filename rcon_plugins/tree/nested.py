@@ -1,6 +1,6 @@
 """Inside of a group that holds a process to limits: where its own groups may be. The inner can only narrow.
 
-The shape of the tree that is recognised here is that of :class:`~rcon_plugins.tree.instance.Instance` (docs/kernel.md).
+The tree recognised here is the one that :class:`~rcon_plugins.tree.instance.Instance` makes (docs/reference/kernel.md).
 """
 
 from __future__ import annotations

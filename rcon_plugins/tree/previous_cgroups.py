@@ -70,7 +70,7 @@ def stranger(group: Cgroup) -> int | None:
     return min(found, default=None)
 
 
-def put_back(group: Cgroup, origins: Origins, pids: Iterable[int] | None = None) -> list[int]:
+def restore(group: Cgroup, origins: Origins, pids: Iterable[int] | None = None) -> list[int]:
     """Move processes out of ``group``, and what they fork meanwhile, to where they were; those that stay.
 
     ``pids``: only these. A place that is gone, or takes no processes any more, is replaced by the next above it.

@@ -1,6 +1,6 @@
 """What confinement costs, and what it saves the neighbours: ``python tests/benchmarks``.
 
-Prints figures and asserts nothing; docs/benchmarks.md says how to read them. Everything that is compared runs
+Prints figures and asserts nothing; docs/explanation/benchmarks.md says how to read them. What is compared runs
 side by side on this machine, alternately and in the same minute, so that the ratios mean something where the
 absolute figures do not.
 """

@@ -75,7 +75,7 @@ def make(url: str) -> Celery:
 
     add("plain", lambda body: body)
     add("reused", confined(memory="256M", timeout="60s"))
-    add("fresh", confined(memory="256M", timeout="60s", max_works=1))
+    add("fresh", confined(memory="256M", timeout="60s", max_uses=1))
     return app
 
 

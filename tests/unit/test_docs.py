@@ -59,7 +59,7 @@ def hooks() -> dict[str, list[str]]:
 
 
 def test_every_hook_is_documented_with_its_parameters() -> None:
-    page = (ROOT / "docs" / "hooks.md").read_text()
+    page = (ROOT / "docs" / "reference" / "hooks.md").read_text()
     headings = re.findall(r"^#+ `?(rcon_\w+)\(([^)]*)\)`?$", page, re.M)
     documented = {name: [part.strip() for part in parameters.split(",")] for name, parameters in headings}
     assert len(hooks()) >= 6
@@ -77,7 +77,7 @@ def test_every_hook_is_used_in_a_test() -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    page = (ROOT / "docs" / "settings.md").read_text()
+    page = (ROOT / "docs" / "reference" / "policy-file.md").read_text()
     schema = settings.json_schema()
     keys = {key for table in [schema, *schema["$defs"].values()] for key in table.get("properties", {})}
     assert {"unmatched", "memory_high", "read_iops", "timeout", "host"} <= keys

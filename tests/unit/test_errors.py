@@ -28,7 +28,7 @@ ALL = [
     errors.SoftMemoryLimitExceeded("nearly", limit="each.memory_soft"),
     errors.TimeLimitExceeded("long", policy="p", limit="each.timeout", usage=USAGE),
     errors.PidsLimitExceeded("many", policy="p", limit="pids"),
-    errors.AnswerLimitExceeded("long", policy="p", limit="answer", usage=USAGE),
+    errors.ResultTooLarge("long", policy="p", limit="max_result", usage=USAGE),
     errors.ConcurrencyLimitExceeded("more", policy="p", limit="concurrency"),
 ]
 
@@ -72,7 +72,7 @@ def test_messages_name_place_and_remedy() -> None:
         ("memory", errors.MemoryLimitExceeded),
         ("timeout", errors.TimeLimitExceeded),
         ("pids", errors.PidsLimitExceeded),
-        ("answer", errors.AnswerLimitExceeded),
+        ("result", errors.ResultTooLarge),
         ("concurrency", errors.ConcurrencyLimitExceeded),
         ("killed", errors.Killed),
         ("refused", errors.ConfinementError),

@@ -19,7 +19,7 @@ from kombu.exceptions import OperationalError
 from msgspec import Meta
 
 from rcon_celery.retry import redelivery
-from rcon_celery.retry.lease import Delivery, Pulse
+from rcon_celery.retry.lease import Heartbeat, Lease
 from rcon_plugins.errors import ConcurrencyLimitExceeded, Killed, MemoryLimitExceeded
 from rcon_plugins.settings.conversion import convert
 from rcon_plugins.settings.memory import OnMemory
@@ -82,7 +82,7 @@ def expand(factor: str, *, up_to: str | int) -> Mapping[str, Any]:
     return {"expand": factor, "up_to": up_to}
 
 
-class Lesson:
+class Attempt:
     """One delivery of a task: how often it died so far, and what that comes to."""
 
     def __init__(self, task: Any, learning: Learning | None) -> None:
@@ -99,11 +99,11 @@ class Lesson:
         self._policy = policy
         return self._learning.memory(policy, self.deaths) if self._learning is not None else None
 
-    def run(self, pulse: Pulse, confine: Callable[[Lesson], Any]) -> Any:
+    def run(self, pulse: Heartbeat, confine: Callable[[Attempt], Any]) -> Any:
         """Run the task by ``confine``, if it did not die too often, and act on its death."""
         if not self._task.acks_late:
             return self._try(confine)
-        delivery = Delivery(self._task, pulse, counts=self._learning is not None)
+        delivery = Lease(self._task, pulse, counts=self._learning is not None)
         self.lost += delivery.lost
         if self._learning is not None and self.deaths + self.lost >= self._learning.most_deaths:
             delivery.forget()
@@ -147,7 +147,7 @@ class Lesson:
         reject: Exception = Reject(str(problem), requeue=True)
         return reject
 
-    def _try(self, confine: Callable[[Lesson], Any]) -> Any:
+    def _try(self, confine: Callable[[Attempt], Any]) -> Any:
         try:
             return confine(self)
         except MemoryLimitExceeded as error:
@@ -161,7 +161,7 @@ class Lesson:
         more = learning.memory(policy, deaths)
         had = learning.memory(policy, self.deaths) or policy.each.memory
         if more is None or had is None or more <= had or deaths + self.lost >= learning.most_deaths:
-            self._bury(error, deaths)
+            self._reap(error, deaths)
             return error
         _log.warning("rcon: %s; it is tried again with %.1f MiB", error, more / 2**20)
         self.deaths = deaths
@@ -179,7 +179,7 @@ class Lesson:
         error = Killed(
             f"{self._task.name}: {self.lost} times the process that ran it ended, and it is not run again"
         )
-        self._bury(error, self.deaths)
+        self._reap(error, self.deaths)
         return error.plain()
 
     def _once_more(self, why: str) -> Exception:
@@ -192,7 +192,7 @@ class Lesson:
         ignore: Exception = Ignore(why)
         return ignore
 
-    def _bury(self, error: Exception, deaths: int) -> None:
+    def _reap(self, error: Exception, deaths: int) -> None:
         """Send the task to its dead-letter queue, if it has one and does not come from there."""
         if self._learning is None or self._learning.dead_letter is None:
             return

@@ -65,17 +65,17 @@ class Run(msgspec.Struct, frozen=True):
         return time.time() <= self.beat + _VALID
 
 
-class Heir(msgspec.Struct, frozen=True):
+class WaitingDuplicate(msgspec.Struct, frozen=True):
     """The one message that waits for the end of a run, among all that are the same."""
 
     number: str
     due: float
 
 
-class Delivery:
+class Lease:
     """One message of a task that is acknowledged late, delivered here. ``lost``: how many runs never came to an end."""
 
-    def __init__(self, task: Any, pulse: Pulse, *, counts: bool) -> None:
+    def __init__(self, task: Any, pulse: Heartbeat, *, counts: bool) -> None:
         """``counts``: its deaths are counted. Raises `Ignore` where it must not be run, or not now."""
         self._task = task
         self._pulse = pulse
@@ -170,11 +170,11 @@ class Delivery:
     def _wait(self, before: Run | None) -> Exception:
         """Let the message wait, if no other of the same does. What to raise."""
         backend, key, now = self._task.backend, self._key("-heir"), time.time()
-        heir = _decoded(backend.get(key), Heir)
+        heir = _decoded(backend.get(key), WaitingDuplicate)
         if heir is not None and heir.number != self._number and now < heir.due + _LATE:
             return self._superfluous("it runs, and another message waits for its end")
         number = os.urandom(8).hex()
-        backend.set(key, _encoded(Heir(number, now + _PAUSE)))
+        backend.set(key, _encoded(WaitingDuplicate(number, now + _PAUSE)))
         redelivery.send_heir(self._task, number, _PAUSE, before.beat if before is not None else None)
         told = _log.info if self._number is not None else _log.warning
         told(
@@ -251,11 +251,11 @@ class Delivery:
         self._said = time.monotonic()
 
 
-class Pulse:
+class Heartbeat:
     """The one thread of a process that says of all its runs that they are under way. It is made when it is needed."""
 
     def __init__(self) -> None:
-        self._runs: set[Delivery] = set()
+        self._runs: set[Lease] = set()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._pid = 0
@@ -268,7 +268,7 @@ class Pulse:
             self._presence = Presence.here()
         return self._presence
 
-    def add(self, run: Delivery) -> None:
+    def add(self, run: Lease) -> None:
         """A run begins."""
         with self._changed:
             self._runs.add(run)
@@ -280,7 +280,7 @@ class Pulse:
             elif self._idle:
                 self._changed.notify()
 
-    def remove(self, run: Delivery) -> None:
+    def remove(self, run: Lease) -> None:
         """A run has ended."""
         with self._changed:
             self._runs.discard(run)
@@ -308,7 +308,7 @@ class Pulse:
             for run in runs:
                 self._say(run)
 
-    def _say(self, run: Delivery) -> None:
+    def _say(self, run: Lease) -> None:
         try:
             if run.say():
                 self._failing = False

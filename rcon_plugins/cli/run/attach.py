@@ -41,7 +41,7 @@ def attach(options: Mapping[str, Any]) -> int:
     try:
         tree_attach.check(pids, hierarchy)
         group = named_group(options["group"]) or _name(pids[0])
-        wish = tree_attach.Wish(
+        wish = tree_attach.AttachRequest(
             pids=pids,
             group=group,
             configure=partial(hook.rcon_configure_cgroup, limits=policy, policy=policy),
@@ -50,7 +50,7 @@ def attach(options: Mapping[str, Any]) -> int:
         )
         staying = tree_attach.staying(pids, hierarchy)
         found = tree_attach.take(wish, hierarchy, named_base(options["cgroup"]))
-    except tree_attach.CannotTake as error:
+    except tree_attach.AttachRefused as error:
         raise click.UsageError(str(error)) from None
     if policy.memory is not None:
         say(

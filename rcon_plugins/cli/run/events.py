@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rcon_plugins.cli.run.execution import say
 from rcon_plugins.confinement.expansion import Expansion, expand
 from rcon_plugins.confinement.isolation import asked_resources
-from rcon_plugins.confinement.monitor import Attended
+from rcon_plugins.confinement.monitor import MonitoredGroup
 from rcon_plugins.errors import RconError, SettingsError
 from rcon_plugins.groups.events import Event
 from rcon_plugins.hookspecs import hookimpl
@@ -91,10 +91,10 @@ def _tell_plugins(
     """As a server's manager does; what makes the limit of the group grow."""
     watcher = watcher_of_process()
     about = Event.of_group(group, policy=policy.name)
-    together = Attended(group, policy, policy, about, hook, watcher, None)
+    together = MonitoredGroup(group, policy, policy, about, hook, watcher, None)
     ending.callback(together.close)
     single = Event.of_group(leaf, group=about.group, policy=policy.name, limit="each.")
-    each = Attended(leaf, policy, policy.each, single, hook, watcher, together)
+    each = MonitoredGroup(leaf, policy, policy.each, single, hook, watcher, together)
     ending.callback(_flush)
     ending.callback(together.part)
     ending.callback(each.part)

@@ -49,7 +49,7 @@ class Screen:
         self._keyboard = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
         self._mode: list[Any] | None = None
         self._handlers: dict[int, Any] = {}
-        self._bell = self._ringer = -1
+        self._sigchld_read = self._ringer = -1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,11 +71,11 @@ class Screen:
         Letters are themselves; ``up``, ``down``, ``page up``, ``page down``, ``resize``, ``suspend``. Raises `Ended`
         where the terminal is gone.
         """
-        asked = [self._bell] if self._keyboard is None else [self._bell, self._keyboard]
+        asked = [self._sigchld_read] if self._keyboard is None else [self._sigchld_read, self._keyboard]
         ready, _, _ = select.select(asked, [], [], max(0.0, seconds))
         happened = []
-        if self._bell in ready:
-            numbers = os.read(self._bell, 64)
+        if self._sigchld_read in ready:
+            numbers = os.read(self._sigchld_read, 64)
             happened += [_TOLD[signal.Signals(one)] for one in set(numbers) if one in set(_TOLD)]
         if self._keyboard is not None and self._keyboard in ready:
             happened += self._keys(self._keyboard)
@@ -107,7 +107,7 @@ class Screen:
 
     def _enter(self) -> None:
         try:
-            self._bell, self._ringer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._sigchld_read, self._ringer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             signal.set_wakeup_fd(self._ringer, warn_on_full_buffer=False)
             for number in _ENDING:
                 self._handlers[number] = signal.signal(number, _end)
@@ -138,10 +138,10 @@ class Screen:
             for handled, handler in self._handlers.items():
                 signal.signal(handled, handler)
             self._handlers.clear()
-            for descriptor in (self._bell, self._ringer):
+            for descriptor in (self._sigchld_read, self._ringer):
                 if descriptor >= 0:
                     os.close(descriptor)
-            self._bell = self._ringer = -1
+            self._sigchld_read = self._ringer = -1
 
 
 def wait_until(deadline: float) -> float:

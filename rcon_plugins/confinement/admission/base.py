@@ -12,14 +12,14 @@ from rcon_plugins.usage import Usage
 if TYPE_CHECKING:
     from rcon_plugins.confinement.confinement import Confinement
     from rcon_plugins.confinement.isolation import Isolation
-    from rcon_plugins.confinement.queue import Turn
+    from rcon_plugins.confinement.queue import Reservation
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.work import Work
 
 
 #: How work ends that its service is done with.
-Finished = Literal["ok", "error", "answer"]
+Finished = Literal["ok", "error", "result"]
 
 
 class Host(Protocol):
@@ -28,10 +28,10 @@ class Host(Protocol):
     #: Settles the few races between a work's own thread and the supervisor. Held for moments.
     lock: threading.Lock
 
-    def together(self, confinement: Confinement) -> Cgroup:
+    def policy_cgroup(self, confinement: Confinement) -> Cgroup:
         """The cgroup that holds all the work of a confinement that runs in processes."""
 
-    def concluded(self, work: Work, confinement: Confinement, turn: Turn, outcome: Outcome) -> None:
+    def concluded(self, work: Work, confinement: Confinement, turn: Reservation, outcome: Outcome) -> None:
         """Take note of a work's outcome, once."""
 
 
@@ -40,7 +40,7 @@ class Admission:
 
     isolation: Isolation
 
-    def __init__(self, host: Host, work: Work, confinement: Confinement, turn: Turn) -> None:
+    def __init__(self, host: Host, work: Work, confinement: Confinement, turn: Reservation) -> None:
         self.work = work
         self.confinement = confinement
         self._host = host
@@ -69,7 +69,7 @@ class Admission:
         return self.confinement.name
 
     def finish(self, ending: Finished = "ok", detail: str = "") -> Outcome:
-        """The work ran to its end, or its own code raised; ``"answer"``: it did, and says more than is taken."""
+        """The work ran to its end, or its own code raised; ``"result"``: it did, and says more than is taken."""
         raise NotImplementedError
 
     def died(self) -> Outcome:

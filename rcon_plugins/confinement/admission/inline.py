@@ -13,7 +13,7 @@ from rcon_plugins.usage import Usage
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement.confinement import ThreadedConfinement
-    from rcon_plugins.confinement.queue import Turn
+    from rcon_plugins.confinement.queue import Reservation
     from rcon_plugins.executors.inline import InlineExecutor
     from rcon_plugins.work import Work
 
@@ -27,7 +27,7 @@ class InlineAdmission(Admission):
     isolation = "inline"
     confinement: ThreadedConfinement
 
-    def __init__(self, host: Host, work: Work, confinement: ThreadedConfinement, turn: Turn) -> None:
+    def __init__(self, host: Host, work: Work, confinement: ThreadedConfinement, turn: Reservation) -> None:
         super().__init__(host, work, confinement, turn)
         self._cpu_seconds = 0.0
         #: Whether any of the work ran.

@@ -22,7 +22,7 @@ from rcon_plugins.usage import Usage
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement.confinement import ProcessConfinement
-    from rcon_plugins.confinement.queue import Turn
+    from rcon_plugins.confinement.queue import Reservation
     from rcon_plugins.executors.channel import Channel
     from rcon_plugins.executors.pool import ExecutorPool
     from rcon_plugins.kernel.capability import Identity
@@ -54,7 +54,7 @@ class ProcessAdmission(Admission):
         host: Host,
         work: Work,
         confinement: ProcessConfinement,
-        turn: Turn,
+        turn: Reservation,
         identity: Identity | None,
         pool: ExecutorPool,
         memory: int | None = None,
@@ -139,7 +139,7 @@ class ProcessAdmission(Admission):
                 limit=self._limit("pids"),
                 detail=detail or f"{self.work.name}: no more processes or threads may be started",
             )
-        limit = "answer" if ending == "answer" else None
+        limit = "max_result" if ending == "result" else None
         return self._conclude(ending, self._usage(reading), limit=limit, detail=detail)
 
     def died(self) -> Outcome:
@@ -229,8 +229,8 @@ class ProcessAdmission(Admission):
             return "was told to come to its end"
         if executor.stale:
             return "was made by other limits"
-        if executor.works >= self.policy.max_works:
-            return "served max_works"
+        if executor.works >= self.policy.max_uses:
+            return "served max_uses"
         if self._own_memory is not None or (executor.attention is not None and executor.attention.changed):
             return "its limits were changed for one work"
         most = self._own_memory or self.policy.each.memory or self.policy.memory
@@ -328,7 +328,7 @@ class ProcessAdmission(Admission):
     def _pids_limit_hits(self) -> int | None:
         """Forks refused by the limit of all the work together; None if it cannot be told."""
         try:
-            return self._host.together(self.confinement).read().pids_limit_hits
+            return self._host.policy_cgroup(self.confinement).read().pids_limit_hits
         except KernelError:
             return None  # its last leaf is gone, and so is it
 

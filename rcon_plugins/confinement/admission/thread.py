@@ -14,7 +14,7 @@ from rcon_plugins.usage import Usage
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement.confinement import ThreadedConfinement
-    from rcon_plugins.confinement.queue import Turn
+    from rcon_plugins.confinement.queue import Reservation
     from rcon_plugins.executors.thread import ThreadExecutor, ThreadExecutors
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.work import Work
@@ -33,7 +33,7 @@ class ThreadAdmission(Admission):
         host: Host,
         work: Work,
         confinement: ThreadedConfinement,
-        turn: Turn,
+        turn: Reservation,
         identity: Identity | None,
         threads: ThreadExecutors,
     ) -> None:

@@ -9,7 +9,7 @@
 """
 
 from rcon_plugins.kernel.events.event import KINDS, POLLED_SECONDS, Event, Kind, Pressure
-from rcon_plugins.kernel.events.mark import Mark
+from rcon_plugins.kernel.events.memory_threshold import MemoryThreshold
 from rcon_plugins.kernel.events.watcher import Watch, Watcher, watcher_of_process
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "POLLED_SECONDS",
     "Event",
     "Kind",
-    "Mark",
+    "MemoryThreshold",
     "Pressure",
     "Watch",
     "Watcher",

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from rcon_plugins.confinement.admission import ThreadAdmission
-from rcon_plugins.confinement.queue import Turn
+from rcon_plugins.confinement.queue import Reservation
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.executors.thread import ThreadExecutors
 from rcon_plugins.outcome import Ending, Outcome
@@ -163,7 +163,7 @@ class Manager:
                 policy=Admission.policy, key=None, name="double", settle=lambda identity: None
             )
             host: Any = self
-            return ThreadAdmission(host, work, confinement, Turn(), None, self._threads)
+            return ThreadAdmission(host, work, confinement, Reservation(), None, self._threads)
         with self._lock:
             executor = self._idle.pop() if self._idle else Executor(self._service, self._idle)
         return Admission(self, executor)

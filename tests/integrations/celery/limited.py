@@ -128,7 +128,7 @@ def define(app: celery.Celery, url: str) -> None:
         return whereabouts()
 
     @task(name="fresh")
-    @confined(memory="128M", timeout="60s", max_works=1)
+    @confined(memory="128M", timeout="60s", max_uses=1)
     def fresh() -> dict[str, Any]:
         return whereabouts()
 
@@ -208,7 +208,9 @@ def define(app: celery.Celery, url: str) -> None:
         return sorted(self.request.headers or {})
 
     @task(name="learning")
-    @confined(memory="64M", timeout="60s", on_memory=expand("2x", up_to="512M"), max_deaths=4, answer="128M")
+    @confined(
+        memory="64M", timeout="60s", on_memory=expand("2x", up_to="512M"), max_deaths=4, max_result="128M"
+    )
     def learning(size: int, answer: int = 0, gate: str = "") -> Any:
         note("learning", "run")
         while gate and not Path(gate).exists():
@@ -401,7 +403,7 @@ def define(app: celery.Celery, url: str) -> None:
         return pid
 
     @task(name="lengthy", bind=True, max_retries=3)
-    @confined(timeout="60s", answer="1M")
+    @confined(timeout="60s", max_result="1M")
     def lengthy(self: Any, how: str, size: int) -> list[Any]:
         if how == "raise":
             raise ValueError("x" * size)
@@ -448,7 +450,7 @@ def define(app: celery.Celery, url: str) -> None:
         return len(bytearray(4 * 2**30))
 
     @task(name="hostile", bind=True)
-    @confined(memory="64M", timeout="2s", max_works=1)
+    @confined(memory="64M", timeout="2s", max_uses=1)
     def hostile(self: Any, how: str, *arguments: Any) -> None:
         answer_as(how, *arguments)
 
@@ -459,7 +461,7 @@ def define(app: celery.Celery, url: str) -> None:
             answer_as(how)
 
     @task(name="numbered", acks_late=True)
-    @confined(timeout="60s", max_works=1)
+    @confined(timeout="60s", max_uses=1)
     def numbered(number: int) -> int:
         return number
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rcon_celery import told
-from rcon_plugins.errors import AnswerLimitExceeded
+from rcon_celery import outcome_of
+from rcon_plugins.errors import ResultTooLarge
 from tests.integrations.celery.office import Office, Offices
 from tests.processes import alive, until
 
@@ -26,17 +26,17 @@ def office(offices: Offices) -> Iterator[Office]:
 def test_a_longer_answer_than_its_policy_takes(office: Office, how: str) -> None:
     pid, _ = office.get("lengthy", "return", MIB // 2)
     result = office.send("lengthy", how, 3 * MIB)
-    with pytest.raises(AnswerLimitExceeded) as caught:
+    with pytest.raises(ResultTooLarge) as caught:
         office.wait(result)
     error = caught.value
     assert re.match(
         r"lengthy: its answer has [36]\.0 MiB, and the policy takes 1M: return less, ", str(error)
     )
-    assert (error.limit, error.policy) == ("answer", "lengthy")
+    assert (error.limit, error.policy) == ("max_result", "lengthy")
     assert error.usage is not None
-    outcome = told(result)
+    outcome = outcome_of(result)
     assert outcome is not None
-    assert outcome.ending == "answer"
+    assert outcome.ending == "result"
     # It is an end like others, of which no process dies.
     assert office.get("lengthy", "return", 1)[1] == "x"
     assert alive(pid)

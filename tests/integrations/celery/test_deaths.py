@@ -141,7 +141,7 @@ def test_worker_killed(offices: Offices, gate: Gate, pool: str, names: str) -> N
         until(lambda: not any(map(alive, everybody)))
         with offices(pool=pool, concurrency=len(names), url=office.url) as again:
             assert not any(path.exists() for path in directories)
-            put_back(again)
+            restore(again)
             until(lambda: all(len(begins(again, name)) == 2 for name in names))
             gate.open()
             assert [result.get(timeout=60) for result in results] == ["done"] * len(names)
@@ -151,7 +151,7 @@ def test_worker_killed(offices: Offices, gate: Gate, pool: str, names: str) -> N
                 assert sum(line.startswith("ends") for line in again.log(name)) == 1
 
 
-def put_back(office: Office) -> None:
+def restore(office: Office) -> None:
     """What Redis' transport does with unacknowledged messages when the visibility timeout is over."""
     with office.app.connection_for_write() as connection:
         channel = connection.default_channel

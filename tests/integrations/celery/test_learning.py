@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import redis
 
-from rcon_celery import confined, told
+from rcon_celery import confined, outcome_of
 from rcon_celery.retry.attempt import Learning
 from rcon_plugins.errors import Killed, MemoryLimitExceeded, SettingsError
 from rcon_plugins.settings.policy import Policy
 from tests.integrations.celery import limited
 from tests.integrations.celery.office import Office, Offices
 from tests.integrations.celery.redis_server import RedisServer
-from tests.integrations.celery.test_deaths import begins, fork_server, never_two_at_once, put_back
+from tests.integrations.celery.test_deaths import begins, fork_server, never_two_at_once, restore
 from tests.integrations.celery.test_start import refused
 from tests.processes import family, until
 
@@ -39,7 +39,7 @@ def test_more_each_time(offices: Offices) -> None:
         result = office.send("learning", 200 * MIB)
         assert office.wait(result) == 200 * MIB
         assert len(office.log("learning")) == 3  # with 64, 128 and 256 MiB
-        outcome = told(result)
+        outcome = outcome_of(result)
         assert outcome is not None
         assert 200 * MIB < (outcome.usage.memory_peak or 0) <= 256 * MIB
         # What it was given was for itself: the next begins with what its policy says.
@@ -91,12 +91,12 @@ def test_deaths_of_workers_are_counted(offices: Offices, tmp_path: Path) -> None
         os.kill(office.worker.pid, signal.SIGKILL)
         office.worker.process.wait()
         with offices(concurrency=1, url=office.url) as second:
-            put_back(second)
+            restore(second)
             until(lambda: len(second.log("counted")) == 2)
             os.kill(second.worker.pid, signal.SIGKILL)
             second.worker.process.wait()
         with offices(concurrency=1, url=office.url) as third:
-            put_back(third)
+            restore(third)
             with pytest.raises(Killed, match="2 times"):
                 office.wait(result)
             assert len(third.log("counted")) == 2
@@ -115,7 +115,7 @@ def test_deaths_are_counted_without_a_backend(offices: Offices, tmp_path: Path) 
 
     def open_another(url: str | None = None) -> Office:
         office = later.enter_context(offices(concurrency=1, url=url, RCON_TEST_NO_BACKEND="1"))
-        put_back(office)
+        restore(office)
         return office
 
     def die(office: Office, runs: int) -> None:
@@ -209,7 +209,7 @@ def test_lost_on_another_machine(offices: Offices, tmp_path: Path) -> None:
         office.worker.process.wait()
         change_notes(office, beat=time.time() - 1000, by=["another machine", 1, 1])
         with offices(concurrency=1, url=office.url) as second:
-            put_back(second)
+            restore(second)
             until(lambda: len(begins(second, "far")) == 2)
             assert "was delivered again while it runs" in second.worker.log()
             gate.touch()

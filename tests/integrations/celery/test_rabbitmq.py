@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from celery.exceptions import TaskRevokedError
 
-from rcon_celery import told
+from rcon_celery import outcome_of
 from rcon_plugins.errors import Killed, MemoryLimitExceeded, PidsLimitExceeded, TimeLimitExceeded
 from tests.integrations.celery import limited
 from tests.integrations.celery.office import Maker, Office, Offices
@@ -47,7 +47,7 @@ def test_ends_are_told_by_name(open_office: Maker) -> None:
         pool = office.worker.children()
         result = office.send("where")
         assert office.wait(result)["confined"]
-        outcome = told(result)
+        outcome = outcome_of(result)
         assert outcome is not None
         assert outcome.ending == "ok"
         assert str(office.error("hog", MemoryLimitExceeded)).startswith("hog: memory limit 64M reached")
@@ -67,7 +67,7 @@ def test_results_that_come_by_the_broker(open_office: Maker) -> None:
         with pytest.raises(MemoryLimitExceeded, match="memory limit 64M reached") as caught:
             office.wait(result)
         assert caught.value.usage is not None
-        outcome = told(result)
+        outcome = outcome_of(result)
         assert outcome is not None
         assert outcome.ending == "memory"
 

@@ -10,7 +10,7 @@ import pytest
 from celery import Celery
 from celery.app.backends import by_url
 
-from rcon_celery import told
+from rcon_celery import outcome_of
 from rcon_celery.results import add_to_backend
 from rcon_plugins.errors import MemoryLimitExceeded
 from tests.integrations.celery.office import Offices
@@ -22,7 +22,7 @@ def test_in_the_metadata(offices: Offices) -> None:
     with offices() as office:
         result = office.send("where")
         office.wait(result)
-        outcome = told(result)
+        outcome = outcome_of(result)
         assert outcome is not None
         assert (outcome.ending, outcome.policy) == ("ok", "where")
         assert outcome.usage.wall_seconds > 0
@@ -32,14 +32,14 @@ def test_in_the_metadata(offices: Offices) -> None:
         result = office.send("hog")
         with pytest.raises(MemoryLimitExceeded):
             office.wait(result)
-        outcome = told(result)
+        outcome = outcome_of(result)
         assert outcome is not None
         assert (outcome.ending, outcome.limit) == ("memory", "each.memory")
         assert (outcome.usage.memory_peak or 0) > 60 * 2**20
 
         result = office.send("plain")
         office.wait(result)
-        assert told(result) is None
+        assert outcome_of(result) is None
 
 
 def test_in_an_event(offices: Offices) -> None:

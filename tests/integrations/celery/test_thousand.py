@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from rcon_celery import told
+from rcon_celery import outcome_of
 from tests.integrations.celery.office import Offices
 from tests.processes import alive, until
 
@@ -32,7 +32,7 @@ def test_each_ends_by_name(offices: Offices) -> None:
             (name, "ok" if result.successful() else type(result.result).__name__) for name, result in sent
         )
         assert ended == Counter((name, ENDS.get(name, "ok")) for name in names)
-        outcomes = Counter((name, outcome.ending) for name, result in sent if (outcome := told(result)))
+        outcomes = Counter((name, outcome.ending) for name, result in sent if (outcome := outcome_of(result)))
         assert outcomes == Counter((name, ENDINGS.get(name, "ok")) for name in names)
         assert office.worker.children() == pool
         assert "WorkerLostError" not in office.worker.log()

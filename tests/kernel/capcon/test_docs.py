@@ -1,4 +1,4 @@
-"""The commands in docs/capcon.md and README.md run, and the example does what it says."""
+"""The commands in docs/howto/capcon.md and README.md run, and the example does what it says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FEWEST = 9
 def test_commands_of_the_documentation(everybodys: Path, python: str) -> None:
     lines = [
         line
-        for page in (ROOT / "README.md", ROOT / "docs/capcon.md")
+        for page in (ROOT / "README.md", ROOT / "docs/howto/capcon.md")
         for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.M | re.S)
         for line in block.splitlines()
         if "capcon" in line and not any(word in line for word in LASTING)

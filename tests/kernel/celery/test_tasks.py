@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from celery.exceptions import TaskRevokedError
 
-from rcon_celery import told
+from rcon_celery import outcome_of
 from rcon_plugins.errors import Killed, MemoryLimitExceeded, PidsLimitExceeded, TimeLimitExceeded
 from tests.integrations.celery.office import SETTINGS, Office, Offices
 from tests.integrations.celery.redis_server import RedisServer
-from tests.integrations.celery.test_deaths import begins, never_two_at_once, nothing_runs, put_back
+from tests.integrations.celery.test_deaths import begins, never_two_at_once, nothing_runs, restore
 from tests.processes import alive, until
 
 pytestmark = pytest.mark.timeout(600)  # an emulated machine is slow
@@ -67,7 +67,7 @@ def test_more_memory_each_time(office: Office) -> None:
     result = office.send("learning", 100 * MIB)
     assert office.wait(result) == 100 * MIB
     assert len(office.log("learning")) == 2
-    outcome = told(result)
+    outcome = outcome_of(result)
     assert outcome is not None
     assert 100 * MIB < (outcome.usage.memory_peak or 0) <= 128 * MIB
 
@@ -103,7 +103,7 @@ def test_what_is_killed_comes_back(office: Office, offices: Offices, tmp_path: P
     with offices(concurrency=2, settings=SETTINGS + BUDGET, url=office.url) as again:
         assert directories
         assert not any(path.exists() for path in directories)
-        put_back(again)
+        restore(again)
         until(lambda: len(begins(again, "late")) == 2)
         gate.touch()
         assert again.wait(result) == "done"

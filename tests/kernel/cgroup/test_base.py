@@ -52,8 +52,8 @@ def _alone_in_our_own(group: Cgroup) -> list[str]:
     instance = Instance.create(hierarchy)
     seen.append(str(instance.needs_adoption))
     instance.adopt()
-    leaf = instance.leaf("p", "1-1").create()
-    instance.together("p").configure(Resources(memory_max=1 << 26, pids_max=5))
+    leaf = instance.executor_cgroup("p", "1-1").create()
+    instance.policy_cgroup("p").configure(Resources(memory_max=1 << 26, pids_max=5))
     with running(leaf, os.getpid) as child:
         child.result()
     instance.sweep("1-")
@@ -143,7 +143,7 @@ def _second_of_an_adopted(group: Cgroup) -> tuple[str, str]:
     first.adopt()
     second = Instance.create(Hierarchy.discover())
     second.adopt()
-    leaf = second.leaf("p", "1-1").create()
+    leaf = second.executor_cgroup("p", "1-1").create()
     with running(leaf, os.getpid) as child:
         child.result()
     second.sweep("1-")
@@ -169,7 +169,7 @@ def _as_in_a_container(group: Cgroup) -> tuple[str, bool, str]:
     instance = Instance.create(hierarchy)
     adoption = instance.needs_adoption
     instance.adopt()
-    leaf = instance.leaf("p", "1-1").create()
+    leaf = instance.executor_cgroup("p", "1-1").create()
     leaf.configure(Resources(memory_max=1 << 26, pids_max=5))
     with running(leaf, os.getpid) as child:
         child.result()
@@ -201,7 +201,7 @@ def _without_v2(base: str) -> list[str]:
     assert unified is not None
     subprocess.run(["mount", "-o", "remount,bind,ro", unified.path], check=True)
     instance = Instance.create(Hierarchy.discover(), base=f"{base}/sub")
-    leaf = instance.leaf("p", "1-1").create()
+    leaf = instance.executor_cgroup("p", "1-1").create()
     with running(leaf, os.getpid) as child:
         child.result()
     instance.sweep("1-")

@@ -53,12 +53,12 @@ def every_limit_in(setting: str | None) -> tuple[str, str, str]:
     instance = Instance.create(Hierarchy.discover(), setting)
     if instance.needs_adoption:
         instance.adopt()
-    leaf = instance.leaf("g", "main").create()
+    leaf = instance.executor_cgroup("g", "main").create()
     limits = Resources(cpu_quota=0.5, cpus="0", memory_max=1 << 26, pids_max=9)
-    instance.together("g").configure(limits)
+    instance.policy_cgroup("g").configure(limits)
     with running(leaf, os.sched_getaffinity, 0) as child:
         assert child.result() == {0}
-    found = settings_of(instance.together("g"), "pids.max")
+    found = settings_of(instance.policy_cgroup("g"), "pids.max")
     path = instance.path
     assert instance.close()
     return instance.base, path, found

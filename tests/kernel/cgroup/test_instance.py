@@ -43,11 +43,15 @@ def test_the_name_tells_who_owns_it(instance: Instance, group: Cgroup) -> None:
     assert instance.path == f"{group.path}/{name}"
     started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     assert name == f"rcon-{os.getpid()}-{started}"
-    assert instance.together("a").path == f"{instance.path}/work/a"
-    assert instance.leaf("a", "1").path == f"{instance.path}/work/a/1"
+    assert instance.policy_cgroup("a").path == f"{instance.path}/work/a"
+    assert instance.executor_cgroup("a", "1").path == f"{instance.path}/work/a/1"
     assert instance.threaded("a").path == f"{instance.path}/host/a"
     for wrong in ("../x", "a/b", "", "tasks", "x" * 256, "a\0", "a\n"):
-        for place in (instance.together, instance.threaded, lambda name: instance.leaf("a", name)):
+        for place in (
+            instance.policy_cgroup,
+            instance.threaded,
+            lambda name: instance.executor_cgroup("a", name),
+        ):
             with pytest.raises(ValueError, match=r".+"):
                 place(wrong)
 
@@ -60,10 +64,10 @@ def test_two_in_one_process(hierarchy: Hierarchy, instance: Instance) -> None:
 
 
 def test_leaves_are_accounted_and_limits_add_up(instance: Instance) -> None:
-    together, leaf = instance.together("a"), instance.leaf("a", "1-1")
+    together, leaf = instance.policy_cgroup("a"), instance.executor_cgroup("a", "1-1")
     leaf.create()
     together.configure(Resources(pids_max=3))
-    with running(leaf, sleep_forever), running(instance.leaf("a", "1-2").create(), sleep_forever):
+    with running(leaf, sleep_forever), running(instance.executor_cgroup("a", "1-2").create(), sleep_forever):
         assert leaf.read().pids_current == 1
         assert together.read().pids_current == 2
         instance.sweep("1-")
@@ -72,15 +76,15 @@ def test_leaves_are_accounted_and_limits_add_up(instance: Instance) -> None:
 
 def test_sweep_takes_its_own_only(instance: Instance) -> None:
     for name, leaf in (("a", "12-1"), ("a", "123-1"), ("b", "12-7")):
-        instance.leaf(name, leaf).create()
+        instance.executor_cgroup(name, leaf).create()
     with (
-        running(instance.leaf("a", "12-1"), sleep_forever),
-        running(instance.leaf("a", "123-1"), sleep_forever),
+        running(instance.executor_cgroup("a", "12-1"), sleep_forever),
+        running(instance.executor_cgroup("a", "123-1"), sleep_forever),
     ):
         instance.sweep("12-")
         assert instance.work.children() == ["a"]
-        assert instance.together("a").children() == ["123-1"]
-        assert len(instance.leaf("a", "123-1").processes()) == 1
+        assert instance.policy_cgroup("a").children() == ["123-1"]
+        assert len(instance.executor_cgroup("a", "123-1").processes()) == 1
         instance.sweep("123-")
     with pytest.raises(ValueError, match="empty prefix"):
         instance.sweep("")
@@ -224,7 +228,7 @@ def unprivileged(base: str) -> list[str]:
 
 
 def _work_unprivileged(instance: Instance) -> None:
-    together, leaf = instance.together("p"), instance.leaf("p", "1-1")
+    together, leaf = instance.policy_cgroup("p"), instance.executor_cgroup("p", "1-1")
     leaf.create()
     together.configure(Resources(memory_max=64 << 20, swap_max=0, pids_max=8, cpu_quota=0.5, cpus="0"))
     leaf.configure(Resources(memory_max=32 << 20, pids_max=4))
@@ -256,8 +260,8 @@ def own_and_hang(base: str, pipe: int, leave_host_process: bool) -> None:
     """A server that will be killed: with work, a daemon in it, and maybe another process of its own."""
     instance = Instance.create(Hierarchy.discover(), base=base)
     instance.adopt()
-    leaf = instance.leaf("p", "1-1").create()
-    instance.together("p").configure(Resources(pids_max=10))
+    leaf = instance.executor_cgroup("p", "1-1").create()
+    instance.policy_cgroup("p").configure(Resources(pids_max=10))
     if os.fork() == 0:
         leaf.enter_process()
         os.setsid()
@@ -359,14 +363,14 @@ def test_limits_of_a_confinement_that_others_remove_meanwhile(instance: Instance
 
     def take_away() -> None:
         while not stop.is_set():
-            instance.together("a").delete()
+            instance.policy_cgroup("a").delete()
 
     stop = threading.Event()
     thread = threading.Thread(target=take_away)
     thread.start()
     try:
         for number in range(60):
-            leaf, together = instance.leaf("a", f"1-{number}"), instance.together("a")
+            leaf, together = instance.executor_cgroup("a", f"1-{number}"), instance.policy_cgroup("a")
             leaf.create()
             together.configure(Resources(pids_max=7))
             assert settings_of(together, name) == "7"

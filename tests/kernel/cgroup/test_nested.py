@@ -71,8 +71,8 @@ def a_tree_of_its_own() -> tuple[str, set[str]]:
     instance = Instance.create(Hierarchy.discover())
     if instance.needs_adoption:
         instance.adopt()
-    leaf = instance.leaf("inner", "main").create()
-    instance.together("inner").configure(Resources(pids_max=9))
+    leaf = instance.executor_cgroup("inner", "main").create()
+    instance.policy_cgroup("inner").configure(Resources(pids_max=9))
     with running(leaf, own_paths) as child:
         seen = child.result()
     assert instance.close()
@@ -100,8 +100,8 @@ def test_and_again_inside_of_that(outer: Cgroup) -> None:
 
     def deeper() -> tuple[str, str]:
         instance = Instance.create(Hierarchy.discover())
-        found = inside(instance.leaf("h", "main").create(), base)
-        expected = instance.together("h").path
+        found = inside(instance.executor_cgroup("h", "main").create(), base)
+        expected = instance.policy_cgroup("h").path
         assert instance.close()
         return found, expected
 
@@ -180,7 +180,7 @@ def test_io_limits_of_the_group_hold_for_a_tree_inside(outer: Cgroup) -> None:
         instance = Instance.create(Hierarchy.discover())
         asked = Resources(io={device: IoMax(wbps=1 << 20)}, pids_max=5)
         refused = [refusal.reason for refusal in instance.hierarchy.refusals(asked)]
-        leaf = instance.leaf("inner", "main").create()
+        leaf = instance.executor_cgroup("inner", "main").create()
         with running(leaf, Path("/proc/self/cgroup").read_text) as child:
             text = child.result()
         blkio = next(line for line in text.splitlines() if ":blkio:" in line)

@@ -214,7 +214,7 @@ def test_where_who_asks_is_killed_meanwhile_nothing_stays_taken() -> None:
         if asking == 0:
             asking = os.getpid()
             tree_attach.take(
-                tree_attach.Wish((one[0].pid,), "unasked", kill_who_asks), Hierarchy.discover(), base
+                tree_attach.AttachRequest((one[0].pid,), "unasked", kill_who_asks), Hierarchy.discover(), base
             )
         assert os.waitstatus_to_exitcode(os.waitpid(asking, 0)[1]) == -signal.SIGKILL
         cgroup = Hierarchy.discover().cgroup(base)
@@ -232,8 +232,8 @@ def test_one_that_ends_meanwhile_takes_none_of_the_others() -> None:
             os.kill(both[1].pid, signal.SIGKILL)
             until(lambda: proc.start_time(both[1].pid) is None, "it has ended")
 
-        wish = tree_attach.Wish((both[0].pid, both[1].pid), "ending", end_one)
-        with pytest.raises(tree_attach.CannotTake, match=f"process {both[1].pid} has ended"):
+        wish = tree_attach.AttachRequest((both[0].pid, both[1].pid), "ending", end_one)
+        with pytest.raises(tree_attach.AttachRefused, match=f"process {both[1].pid} has ended"):
             tree_attach.take(wish, Hierarchy.discover(), base)
         assert where(both[0].pid) == before
     cgroup = Hierarchy.discover().cgroup(base)

@@ -116,7 +116,7 @@ def test_ones_own_processes_are_taken_and_let_go(given: Cgroup) -> None:
 
     def take(pid: int) -> list[int]:
         enter()
-        wish = attach.Wish((pid,), "mine", lambda cgroup: cgroup.configure(Resources(pids_max=9)))
+        wish = attach.AttachRequest((pid,), "mine", lambda cgroup: cgroup.configure(Resources(pids_max=9)))
         return attach.take(wish, Hierarchy.discover(), given.path)
 
     with sleeping(enter) as pid:

@@ -1,4 +1,4 @@
-"""docs/rcon-run.md and the example: each command in them is one that rcon takes, and each option is described."""
+"""docs/howto/one-command.md and the example: rcon takes each command in them, and each option is described."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from rcon_plugins.cli.run.commands import attach, run
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGE = (ROOT / "docs" / "rcon-run.md").read_text()
+PAGE = (ROOT / "docs" / "howto" / "one-command.md").read_text()
 README = (ROOT / "README.md").read_text()
 COMMANDS = {"run": run, "attach": attach}
 

@@ -13,13 +13,13 @@ from rcon_plugins.executors import pool
 from tests.kernel.executors.service import ask, begin, end, managing, soon
 from tests.processes import alive
 
-FRESH: dict[str, Any] = {"max_works": 1, "each": {"memory": "256M", "timeout": "5m"}}
+FRESH: dict[str, Any] = {"max_uses": 1, "each": {"memory": "256M", "timeout": "5m"}}
 PATIENCE = 60.0
 
 
 def others(manager: Manager, admission: ProcessAdmission) -> list[int]:
     """The processes of a confinement but the one that serves this work."""
-    found = manager.together(admission.confinement).processes(subtree=True)
+    found = manager.policy_cgroup(admission.confinement).processes(subtree=True)
     return [pid for pid in found if pid != admission.executor_pid]
 
 
@@ -42,7 +42,7 @@ def test_a_successor_waits_before_the_work_is_over_and_serves_the_next() -> None
 
 
 def test_so_does_that_of_one_at_its_last_work() -> None:
-    with managing({**FRESH, "max_works": 3}) as manager:
+    with managing({**FRESH, "max_uses": 3}) as manager:
         pids = [ask(manager, "pid")[0] for _ in range(2)]
         assert supervisor_has_done_its_jobs(manager)
         last = begin(manager, "sleep", 0.1)
@@ -88,7 +88,7 @@ def test_after_a_run_of_works_all_but_one_of_those_that_wait_end(monkeypatch: py
     with managing(FRESH) as manager:
         pids = [ask(manager, "pid")[0] for _ in range(20)]
         assert len(set(pids)) == 20
-        work = manager.together(next(iter(manager._confinements.values())))
+        work = manager.policy_cgroup(next(iter(manager._confinements.values())))
         assert soon(lambda: len(work.processes(subtree=True)) == len(work.children()) == 1, PATIENCE)
         assert supervisor_has_done_its_jobs(manager)
         assert manager._pool is not None

@@ -93,7 +93,7 @@ def test_rcon_prepare_is_called_in_the_fork_server_and_what_it_made_is_there_in_
             os.environ["MADE"] = ", ".join(self.made)
 
     baker = Baker()
-    with managing({"max_works": 1, "pids": 9, "each": {"timeout": "30s"}}, plugins=[baker]) as manager:
+    with managing({"max_uses": 1, "pids": 9, "each": {"timeout": "30s"}}, plugins=[baker]) as manager:
         call = f"p {manager.fork_server_pid}"
         assert ask(manager, "environment", "MADE")[0] == call
         made = ask(manager, "environment", "MADE")[0].split(", ")

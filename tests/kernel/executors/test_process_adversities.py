@@ -115,7 +115,7 @@ def _admitted(manager: Any) -> bool:
 
 def test_a_fresh_process_for_each_work_serves_many_threads() -> None:
     seen: Counter[str] = Counter()
-    with managing({"max_works": 1, "each": {"timeout": "30s"}}, settings={"processes": 16}) as manager:
+    with managing({"max_uses": 1, "each": {"timeout": "30s"}}, settings={"processes": 16}) as manager:
 
         def client() -> None:
             for _ in range(5):
@@ -137,7 +137,7 @@ def test_no_two_works_take_the_last_place() -> None:
     refused: set[str] = set()
     with managing({"isolation": "process", "pids": 4, "each": {"timeout": "30s"}}) as manager:
         admission = begin(manager, "pid")
-        cgroup = manager.together(admission.confinement)
+        cgroup = manager.policy_cgroup(admission.confinement)
         end(admission)
         over = threading.Event()
 
@@ -235,7 +235,8 @@ def test_a_changed_policy_has_a_cgroup_of_its_own_and_the_same_slots() -> None:
             assert (first.name, second.name) == ("p", "p.1")
             assert first.confinement.first_slot == second.confinement.first_slot
             limits = [
-                manager.together(work.confinement) for manager, work in ((before, first), (after, second))
+                manager.policy_cgroup(work.confinement)
+                for manager, work in ((before, first), (after, second))
             ]
             assert len({cgroup.path for cgroup in limits}) == 2
             end(second)

@@ -35,7 +35,7 @@ def test_a_work_that_ends_tells_its_usage() -> None:
 
 
 def test_the_same_process_serves_again_up_to_max_works() -> None:
-    with managing({"max_works": 2, "each": {"timeout": "20s"}}) as manager:
+    with managing({"max_uses": 2, "each": {"timeout": "20s"}}) as manager:
         pids = [ask(manager, "pid")[0] for _ in range(4)]
         assert pids[0] == pids[1] != pids[2] == pids[3]
         assert soon(lambda: not alive(pids[0]))
@@ -56,7 +56,7 @@ def test_a_work_above_its_memory_is_killed_by_name_and_the_next_one_served() -> 
         answer, outcome = ask(manager, "allocate", 200)
         assert (
             time.monotonic() - began < 10
-        )  # it ends, and soon; the 2 s are told in docs/benchmarks.md
+        )  # it ends, and soon; the 2 s are told in docs/explanation/benchmarks.md
         assert answer is None
         assert (outcome.ending, outcome.limit, outcome.policy) == ("memory", "each.memory", "p")
         assert outcome.usage.memory_peak is not None
@@ -111,7 +111,7 @@ def test_a_fork_bomb_never_passes_its_pids_and_is_gone_after(level: str) -> None
     policy = {"pids": 16} if level == "pids" else {"each": {"pids": 16}}
     with managing({"isolation": "process", **policy}) as manager:
         admission = begin(manager, "fork_bomb", 1.0)
-        cgroup = manager.together(admission.confinement)
+        cgroup = manager.policy_cgroup(admission.confinement)
         seen: list[int] = []
         over = threading.Event()
 
@@ -138,7 +138,7 @@ def test_a_fork_bomb_never_passes_its_pids_and_is_gone_after(level: str) -> None
 def test_work_is_refused_while_its_confinement_is_full_of_processes() -> None:
     with managing({"isolation": "process", "pids": 6, "each": {"timeout": "30s"}}) as manager:
         bomb = begin(manager, "fork_bomb", 2.0)
-        cgroup = manager.together(bomb.confinement)
+        cgroup = manager.policy_cgroup(bomb.confinement)
         assert soon(lambda: cgroup.read().pids_current == 6)
         with pytest.raises(PidsLimitExceeded, match="6 processes"):
             begin(manager, "pid")

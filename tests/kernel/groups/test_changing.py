@@ -32,8 +32,8 @@ LIMITS = Resources(cpu_quota=0.5, memory_max=64 * MIB, pids_max=8)
 @pytest.fixture
 def command(instance: Instance, own: str) -> Cgroup:
     """A group as a command has it: its process is in the leaf main."""
-    together = instance.together(f"{own}-command").create()
-    instance.leaf(f"{own}-command", "main").create()
+    together = instance.policy_cgroup(f"{own}-command").create()
+    instance.executor_cgroup(f"{own}-command", "main").create()
     together.configure(LIMITS)
     return together
 
@@ -66,7 +66,7 @@ def test_limits_are_set_live(command: Cgroup, own: str, capsys: pytest.CaptureFi
 def test_a_quota_that_was_set_live_holds(command: Cgroup, instance: Instance, own: str) -> None:
     """A busy process, first without a limit, then within one, as measured by the kernel."""
     change_limits(command, Resources(cpu_quota=MAX))
-    with running(instance.leaf(f"{own}-command", "main"), _burn):
+    with running(instance.executor_cgroup(f"{own}-command", "main"), _burn):
         assert run_main(["set", f"{own}-command", "--cpu", "10%"]) == 0
         begin, used = time.monotonic(), command.read().cpu_seconds or 0
         time.sleep(3)
@@ -100,7 +100,7 @@ def test_io_limits_come_and_go(command: Cgroup, own: str, capsys: pytest.Capture
 
 def test_io_limits_of_a_command_that_runs(command: Cgroup, instance: Instance, own: str) -> None:
     """They hold, also on v1, where they would not for processes in a leaf; and the leaf is whole again after them."""
-    main = instance.leaf(f"{own}-command", "main")
+    main = instance.executor_cgroup(f"{own}-command", "main")
     target = DISK / f"{own}-io"
     try:
         with running(main, _write, str(target)) as child:
@@ -131,8 +131,8 @@ def test_io_limits_that_came_too_late_for_a_server_are_refused(
     instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its executors keep the files open that they are read by."""
-    together = instance.together(f"{own}~a.example").create()
-    with running(instance.leaf(f"{own}~a.example", "1").create(), sleep_forever):
+    together = instance.policy_cgroup(f"{own}~a.example").create()
+    with running(instance.executor_cgroup(f"{own}~a.example", "1").create(), sleep_forever):
         _, err = said(capsys, ["set", f"{own}~a.example", "--write", "4M", "--device", str(DISK)], 125)
         assert "set the limits before they run" in err
         assert read_limits(together).io == {}
@@ -198,7 +198,7 @@ def test_memory_below_what_is_in_use_is_refused_on_v1(
     command: Cgroup, instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And the limits that were written before it are those of before again."""
-    with running(instance.leaf(f"{own}-command", "main"), hold, 40 * MIB) as child:
+    with running(instance.executor_cgroup(f"{own}-command", "main"), hold, 40 * MIB) as child:
         eventually(lambda: (command.read().memory_current or 0) > 40 * MIB)
         before = read_limits(command)
         _, err = said(capsys, ["set", f"{own}-command", "--cpu", "20%", "--cpus", "0", "--memory", "8M"], 125)
@@ -211,7 +211,7 @@ def test_memory_below_what_is_in_use_is_refused_on_v1(
 def test_memory_below_what_is_in_use_kills_on_v2(
     command: Cgroup, instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with running(instance.leaf(f"{own}-command", "main"), hold, 40 * MIB) as child:
+    with running(instance.executor_cgroup(f"{own}-command", "main"), hold, 40 * MIB) as child:
         eventually(lambda: (command.read().memory_current or 0) > 40 * MIB)
         out, err = said(capsys, ["set", f"{own}-command", "--memory", "8M"])
         assert child.wait() == -signal.SIGKILL
@@ -222,7 +222,7 @@ def test_memory_below_what_is_in_use_kills_on_v2(
 def test_a_server_may_write_its_limits_again(
     instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    instance.together(f"{own}~a.example").create()
+    instance.policy_cgroup(f"{own}~a.example").create()
     _, err = said(capsys, ["set", f"{own}~a.example", "--pids", "5"])
     assert err.startswith(f"rcon: note: the group is of a server, pid {os.getpid()} (")
     assert "may write the limits of its policy again" in err
@@ -257,7 +257,7 @@ def test_all_or_nothing(command: Cgroup) -> None:
 def test_freeze_and_thaw(
     command: Cgroup, instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with running(instance.leaf(f"{own}-command", "main"), _burn):
+    with running(instance.executor_cgroup(f"{own}-command", "main"), _burn):
         out, _ = said(capsys, ["freeze", f"{own}-command"])
         assert out == f"{own}-command: 1 process frozen, until rcon thaw {own}-command\n"
         used = command.read().cpu_seconds
@@ -272,7 +272,7 @@ def test_freeze_and_thaw(
 def test_kill_takes_all_and_says_which(
     command: Cgroup, instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with running(instance.leaf(f"{own}-command", "main"), _family) as child:
+    with running(instance.executor_cgroup(f"{own}-command", "main"), _family) as child:
         eventually(lambda: len(command.processes(subtree=True)) == 3)
         pids = command.processes(subtree=True)
         told = json.loads(said(capsys, ["kill", "--json", f"{own}-command"])[0])
@@ -296,7 +296,7 @@ def _family() -> None:
 @pytest.mark.parametrize("verb", ["freeze", "kill"])
 def test_not_from_within(command: Cgroup, instance: Instance, own: str, verb: str) -> None:
     """A command that froze itself could not say so, nor be thawed by the one who waits for it."""
-    main = instance.leaf(f"{own}-command", "main")
+    main = instance.executor_cgroup(f"{own}-command", "main")
     done = subprocess.run(
         [sys.executable, "-c", "from rcon_plugins.cli.rcon import main; main()", verb, f"{own}-command"],
         preexec_fn=main.enter_process,

@@ -1,4 +1,4 @@
-"""The commands of docs/groups.md do what the page says."""
+"""The commands of docs/howto/groups.md do what the page says."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEWEST = 10
 
 def commands() -> list[str]:
     """Each line that calls rcon, without what its output is piped to."""
-    page = (ROOT / "docs/groups.md").read_text()
+    page = (ROOT / "docs/howto/groups.md").read_text()
     lines = [
         line for block in re.findall(r"^```sh\n(.*?)^```$", page, re.M | re.S) for line in block.splitlines()
     ]
@@ -28,11 +28,13 @@ def commands() -> list[str]:
 
 def test_each_command_of_the_page(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As it stands there, of groups that no other test has; the live ones once."""
-    instance.together(f"{own}~a.example").create().configure(Resources(cpu_quota=0.3, memory_max=64 * MIB))
-    instance.together(f"{own}-nightly").create().configure(Resources(cpu_quota=0.5, memory_max=64 * MIB))
+    instance.policy_cgroup(f"{own}~a.example").create().configure(
+        Resources(cpu_quota=0.3, memory_max=64 * MIB)
+    )
+    instance.policy_cgroup(f"{own}-nightly").create().configure(Resources(cpu_quota=0.5, memory_max=64 * MIB))
     with (
-        running(instance.leaf(f"{own}~a.example", "1").create(), sleep_forever),
-        running(instance.leaf(f"{own}-nightly", "main").create(), sleep_forever) as command,
+        running(instance.executor_cgroup(f"{own}~a.example", "1").create(), sleep_forever),
+        running(instance.executor_cgroup(f"{own}-nightly", "main").create(), sleep_forever) as command,
     ):
         done = []
         for line in commands():

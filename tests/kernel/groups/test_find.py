@@ -34,13 +34,13 @@ def found_in(base: Cgroup) -> dict[str, Group]:
 def test_groups_of_each_kind_and_nested_ones(
     hierarchy: Hierarchy, base: Cgroup, instance: Instance, own: str
 ) -> None:
-    instance.together(f"{own}~a.example").create()
-    leaf = instance.leaf(f"{own}-command", "main").create()
+    instance.policy_cgroup(f"{own}~a.example").create()
+    leaf = instance.executor_cgroup(f"{own}-command", "main").create()
     taken = hierarchy.cgroup(f"{instance.path}/taken/{own}-taken").create()
     threaded = instance.threaded(f"{own}-web").create(threaded=True, controllers=frozenset({"cpu"}))
-    within = Instance.create(hierarchy, base=instance.together(f"{own}-command").path)
+    within = Instance.create(hierarchy, base=instance.policy_cgroup(f"{own}-command").path)
     try:
-        within.together(f"{own}-inner").create()
+        within.policy_cgroup(f"{own}-inner").create()
         name = instance.path.rpartition("/")[2]
         found = found_in(base)
         assert set(found) == {
@@ -74,7 +74,7 @@ def test_groups_of_each_kind_and_nested_ones(
 
 
 def test_processes_usage_and_pressure(instance: Instance, own: str) -> None:
-    leaf = instance.leaf(f"{own}-a", "1-1").create()
+    leaf = instance.executor_cgroup(f"{own}-a", "1-1").create()
     with running(leaf, _hold_memory) as child:
         group = find_group(f"{own}-a")
         eventually(lambda: (group.usage().memory_current or 0) > 20 * MIB)
@@ -109,8 +109,8 @@ def _hold_memory() -> None:
 
 def test_limit_hits_in_leaves_are_those_of_the_group(instance: Instance, own: str) -> None:
     """Also where the kernel counts them in the cgroup of the process alone."""
-    instance.together(f"{own}-a").create().configure(Resources(memory_max=32 * MIB, pids_max=3))
-    leaf = instance.leaf(f"{own}-a", "main").create()
+    instance.policy_cgroup(f"{own}-a").create().configure(Resources(memory_max=32 * MIB, pids_max=3))
+    leaf = instance.executor_cgroup(f"{own}-a", "main").create()
     group = find_group(f"{own}-a")
     with running(leaf, touch, 64 * MIB) as child:
         assert child.wait() == -signal.SIGKILL
@@ -159,7 +159,7 @@ EVERYTHING = {
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_limits_are_read_back_from_the_kernel(instance: Instance, own: str, name: str) -> None:
     wanted = EVERYTHING[name]
-    cgroup = instance.together(f"{own}-a").create()
+    cgroup = instance.policy_cgroup(f"{own}-a").create()
     before = read_limits(cgroup)
     assert (before.cpu_quota, before.cpu_weight, before.cpus) == (MAX, 100, None)
     assert (before.memory_max, before.pids_max, before.io) == (MAX, MAX, {})
@@ -176,14 +176,14 @@ def test_limits_are_read_back_from_the_kernel(instance: Instance, own: str, name
 
 @pytest.mark.layout("v2")
 def test_memory_high_is_read_back(instance: Instance, own: str) -> None:
-    cgroup = instance.together(f"{own}-a").create()
+    cgroup = instance.policy_cgroup(f"{own}-a").create()
     cgroup.configure(Resources(memory_high=32 * MIB, memory_max=64 * MIB, oom_group=True))
     after = read_limits(cgroup)
     assert (after.memory_high, after.memory_max, after.oom_group) == (32 * MIB, 64 * MIB, True)
 
 
 def test_a_group_that_went_meanwhile(instance: Instance, own: str) -> None:
-    cgroup = instance.together(f"{own}-a").create()
+    cgroup = instance.policy_cgroup(f"{own}-a").create()
     group = find_group(f"{own}-a")
     cgroup.delete()
     with pytest.raises(KernelError) as caught:
@@ -206,9 +206,9 @@ def test_a_dead_owner_is_told(hierarchy: Hierarchy, base: Cgroup, own: str) -> N
 
 def test_an_ordinary_user_sees_them_too(instance: Instance, own: str, in_child: Any) -> None:
     """All that the file system shows anybody; what is closed to them is named."""
-    cgroup = instance.together(f"{own}-a").create()
+    cgroup = instance.policy_cgroup(f"{own}-a").create()
     cgroup.configure(Resources(pids_max=5))
-    closed = instance.together(f"{own}-b").create()
+    closed = instance.policy_cgroup(f"{own}-b").create()
     for directory in closed.directories:
         Path(directory).chmod(0o700)
 

@@ -21,10 +21,10 @@ def rows(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
 
 
 def test_the_table(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
-    together = instance.together(f"{own}~a.example").create()
+    together = instance.policy_cgroup(f"{own}~a.example").create()
     together.configure(Resources(cpu_quota=0.3, memory_max=64 * MIB, pids_max=8))
-    instance.together(f"{own}-b").create()
-    with running(instance.leaf(f"{own}~a.example", "1").create(), sleep_forever):
+    instance.policy_cgroup(f"{own}-b").create()
+    with running(instance.executor_cgroup(f"{own}~a.example", "1").create(), sleep_forever):
         assert run_main(["ls"]) == 0
     out, _ = capsys.readouterr()
     heads, *lines = out.splitlines()
@@ -38,7 +38,7 @@ def test_the_table(instance: Instance, own: str, capsys: pytest.CaptureFixture[s
 
 
 def test_as_json(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
-    instance.together(f"{own}~a.example").create().configure(Resources(cpu_quota=0.3, pids_max=8))
+    instance.policy_cgroup(f"{own}~a.example").create().configure(Resources(cpu_quota=0.3, pids_max=8))
     row = rows(capsys)[f"{own}~a.example"]
     assert row.keys() == {
         *("group", "name", "kind", "instance", "cgroup", "policy", "key", "owner"),
@@ -52,9 +52,9 @@ def test_as_json(instance: Instance, own: str, capsys: pytest.CaptureFixture[str
 
 
 def test_a_frozen_one_is_marked(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
-    leaf = instance.leaf(f"{own}-a", "1").create()
+    leaf = instance.executor_cgroup(f"{own}-a", "1").create()
     with running(leaf, sleep_forever):
-        together = instance.together(f"{own}-a")
+        together = instance.policy_cgroup(f"{own}-a")
         together.freeze()
         try:
             assert rows(capsys)[f"{own}-a"]["frozen"] is True
@@ -71,7 +71,7 @@ def test_names_that_two_have(
     second = Instance.create(hierarchy, base=base.path)
     try:
         for one in (instance, second):
-            one.together(own).create()
+            one.policy_cgroup(own).create()
         labels = sorted(f"{one.path.rpartition('/')[2]}/{own}" for one in (instance, second))
         assert set(labels) <= set(rows(capsys))
         assert run_main(["stat", own]) == 2
@@ -84,9 +84,9 @@ def test_names_that_two_have(
 
 
 def test_all_about_one(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
-    together = instance.together(f"{own}~a.example").create()
+    together = instance.policy_cgroup(f"{own}~a.example").create()
     together.configure(Resources(cpu_quota=0.5, memory_max=64 * MIB, pids_max=8))
-    with running(instance.leaf(f"{own}~a.example", "1").create(), _touch_and_wait) as child:
+    with running(instance.executor_cgroup(f"{own}~a.example", "1").create(), _touch_and_wait) as child:
         eventually(lambda: (together.read().memory_peak or 0) > 16 * MIB)
         assert run_main(["stat", f"{own}~a.example"]) == 0
         text = capsys.readouterr().out
@@ -114,8 +114,8 @@ def _touch_and_wait() -> None:
 
 
 def test_names_of_groups_are_completed(instance: Instance, own: str) -> None:
-    instance.together(f"{own}~a.example").create()
-    instance.together(f"{own}~b.example").create()
+    instance.policy_cgroup(f"{own}~a.example").create()
+    instance.policy_cgroup(f"{own}~b.example").create()
     for name in ("stat", "set", "freeze", "thaw", "kill", "watch"):
         command = rcon.get_command(rcon.make_context("rcon", ["--help"], resilient_parsing=True), name)
         assert command is not None

@@ -19,9 +19,9 @@ from tests.terminals import MAIN, terminal
 @pytest.fixture
 def busy(instance: Instance, own: str) -> Iterator[str]:
     """The name of a group with a process that keeps a CPU busy, as far as its quota lets it."""
-    together = instance.together(f"{own}~busy").create()
+    together = instance.policy_cgroup(f"{own}~busy").create()
     together.configure(Resources(cpu_quota=0.2, memory_max=64 * MIB))
-    with running(instance.leaf(f"{own}~busy", "1").create(), _burn):
+    with running(instance.executor_cgroup(f"{own}~busy", "1").create(), _burn):
         eventually(lambda: (together.read().memory_current or 0) > 16 * MIB, 60)
         yield f"{own}~busy"
 

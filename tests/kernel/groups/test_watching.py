@@ -72,7 +72,7 @@ def _watching(folder: Path, *arguments: str) -> Iterator[Watching]:
 
 @pytest.fixture
 def group(instance: Instance, own: str) -> Cgroup:
-    together = instance.together(f"{own}-w").create()
+    together = instance.policy_cgroup(f"{own}-w").create()
     together.configure(Resources(memory_max=32 * MIB, pids_max=3))
     return together
 

@@ -1,4 +1,4 @@
-"""rcon check where there is a cgroup to work under, and where there is none; the commands of docs/rcon.md."""
+"""rcon check with and without a cgroup to work under; the commands of docs/reference/check.md."""
 
 from __future__ import annotations
 
@@ -141,8 +141,8 @@ def test_the_limit_is_named_as_the_policy_writes_it(base: Cgroup, tmp_path: Path
 
 @pytest.mark.once
 def test_commands_of_the_documentation(tmp_path: Path) -> None:
-    """With the file that docs/rcon.md shows, and what it says that they print."""
-    page = (ROOT / "docs/rcon.md").read_text()
+    """With the file that docs/reference/check.md shows, and what it says that they print."""
+    page = (ROOT / "docs/reference/check.md").read_text()
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S)
     (tmp_path / "rcon.toml").write_text(next(text for language, text in blocks if language == "toml"))
     script = tmp_path / "rcon"

@@ -30,7 +30,7 @@ CLONE_NEWNS = 0x00020000
 def leave(base: str, place: str = "work") -> tuple[str, int]:
     """In a child that then dies: make a tree with a process in it; its path, and that process."""
     instance = Instance.create(Hierarchy.discover(), base)
-    cgroup = instance.host if place == "host" else instance.leaf("g", "main").create()
+    cgroup = instance.host if place == "host" else instance.executor_cgroup("g", "main").create()
     return instance.path, Running(cgroup, sleep_forever).pid
 
 
@@ -62,7 +62,7 @@ def test_first_said_then_done(group: Cgroup, capsys: pytest.CaptureFixture[str])
 
 def test_the_living_are_left_alone(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     instance = Instance.create(Hierarchy.discover(), group.path)
-    child = Running(instance.leaf("g", "main").create(), sleep_forever)
+    child = Running(instance.executor_cgroup("g", "main").create(), sleep_forever)
     try:
         path, _ = children.in_child(leave, f"{group.path}/other")
         assert gc(group, capsys) == (0, f"{path}: removed\n")
@@ -92,8 +92,8 @@ def test_what_is_in_the_work_of_the_dead_goes_with_it(
 ) -> None:
     def outer() -> tuple[str, str]:
         instance = Instance.create(Hierarchy.discover(), group.path)
-        instance.leaf("g", "main").create()
-        inner, _ = children.in_child(leave, instance.together("g").path)
+        instance.executor_cgroup("g", "main").create()
+        inner, _ = children.in_child(leave, instance.policy_cgroup("g").path)
         return instance.path, inner
 
     path, inner = children.in_child(outer)
@@ -105,10 +105,10 @@ def test_what_is_in_the_work_of_the_dead_goes_with_it(
 def test_one_that_is_inside_of_a_living_ones_group(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     instance = Instance.create(Hierarchy.discover(), group.path)
     try:
-        instance.leaf("g", "main").create()
-        inner, _ = children.in_child(leave, instance.together("g").path)
+        instance.executor_cgroup("g", "main").create()
+        inner, _ = children.in_child(leave, instance.policy_cgroup("g").path)
         assert gc(group, capsys) == (0, f"{inner}: removed\n")
-        assert there(instance.leaf("g", "main").path)
+        assert there(instance.executor_cgroup("g", "main").path)
     finally:
         assert instance.close()
 
@@ -116,7 +116,7 @@ def test_one_that_is_inside_of_a_living_ones_group(group: Cgroup, capsys: pytest
 def nest(base: str, levels: int) -> str:
     """In a child that then dies: a command that made cgroups in its own, deeper than a path can be long."""
     instance = Instance.create(Hierarchy.discover(), base)
-    leaf = instance.leaf("g", "main").create()
+    leaf = instance.executor_cgroup("g", "main").create()
     for directory in leaf.directories:
         at = os.open(directory, os.O_PATH | os.O_DIRECTORY)
         for _ in range(levels):
@@ -198,7 +198,7 @@ def test_what_was_taken_goes_back(group: Cgroup, capsys: pytest.CaptureFixture[s
 def leave_taken_by_another(base: str) -> tuple[str, int, int]:
     """In a child that then dies: make a tree with a process in it that looks like one that nobody took."""
     instance = Instance.create(Hierarchy.discover(), base)
-    work = Running(instance.leaf("g", "main").create(), sleep_forever).pid
+    work = Running(instance.executor_cgroup("g", "main").create(), sleep_forever).pid
     cgroup = instance.taken("held").create()
     pid = Running(cgroup, sleep_forever).pid
     instance.hierarchy.cgroup(f"{instance.path}/taken").delegate(NOBODY, NOBODY)

@@ -151,7 +151,7 @@ def test_every_limit_can_be_set(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_scope_that_is_given() -> None:
-    """As docs/delegation.md has it for whoever has no jeepney."""
+    """As docs/howto/delegation.md has it for whoever has no jeepney."""
     words = ["systemd-run", "--scope", "--quiet", "-p", "Delegate=yes", "--unit=given"]
     words += [str(BIN / "rcon"), "run", "--pids", "20", "--", "cat", "/proc/self/cgroup"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=280)

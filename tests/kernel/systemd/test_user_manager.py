@@ -146,11 +146,11 @@ def a_tree() -> dict[str, Any]:
     seconds = time.monotonic() - begin
     instance = Instance.create(Hierarchy.discover())
     instance.adopt()
-    leaf = instance.leaf("g", "main").create()
-    instance.together("g").configure(Resources(cpu_quota=0.5, cpus="0", memory_max=1 << 26, pids_max=9))
+    leaf = instance.executor_cgroup("g", "main").create()
+    instance.policy_cgroup("g").configure(Resources(cpu_quota=0.5, cpus="0", memory_max=1 << 26, pids_max=9))
     with running(leaf, own) as child:
         inside = child.result()
-    found = settings_of(instance.together("g"), "memory.max")
+    found = settings_of(instance.policy_cgroup("g"), "memory.max")
     assert instance.close()
     return {
         "pid": os.getpid(), "base": base, "again": instance.base, "inside": inside, "own": own(), "max": found,

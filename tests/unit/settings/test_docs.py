@@ -1,4 +1,4 @@
-"""docs/settings.md is true: its files load, its commands print what it says, and it has every key."""
+"""docs/reference/policy-file.md is true: its files load, its commands print what it says, and it has every key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rcon_plugins.settings.file import json_schema, load
 from rcon_plugins.settings.policy import Per
 
 ROOT = Path(__file__).parents[3]
-TEXT = (ROOT / "docs/settings.md").read_text()
+TEXT = (ROOT / "docs/reference/policy-file.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 FILES = [text for language, text in BLOCKS if language == "toml"]
 COMMANDS = [

@@ -50,7 +50,7 @@ def test_what_is_not_set_is_none() -> None:
     unset = [getattr(policy, name) for name in Limits.__struct_fields__ if name != "io"]
     assert unset == [None] * len(unset)
     assert (policy.io, policy.per, policy.concurrency, policy.each) == ({}, None, None, Each())
-    assert (policy.isolation, policy.max_works) == ("auto", 1000)
+    assert (policy.isolation, policy.max_uses) == ("auto", 1000)
 
 
 def test_make_takes_values_that_are_parsed_already() -> None:
@@ -76,7 +76,7 @@ def test_asks_names_the_limits_as_settings_spell_them() -> None:
 
 
 def test_a_policy_without_limits_asks_nothing() -> None:
-    assert Policy.make("p", per="host", concurrency=3, max_works=1, isolation="process").asks() == ()
+    assert Policy.make("p", per="host", concurrency=3, max_uses=1, isolation="process").asks() == ()
 
 
 @pytest.mark.parametrize("name", ["a", "tenant", "a-b_c9", "a" * 63])
@@ -151,7 +151,7 @@ WRONG = [
     ("cpu_weight", "<= 10000", {"cpu_weight": 10001}),
     ("cpu_weight", ">= 1", {"cpu_weight": 0}),
     ("concurrency", ">= 1", {"concurrency": 0}),
-    ("max_works", ">= 1", {"max_works": 0}),
+    ("max_uses", ">= 1", {"max_uses": 0}),
     ("isolation", "did you mean 'process'", {"isolation": "proces"}),
     ("isolation", "each.timeout", {"isolation": "thread", "each": {"timeout": "1s"}}),
     ("isolation", "memory and memory_high", {"isolation": "thread", "memory": "2M", "memory_high": "1M"}),

@@ -10,7 +10,7 @@ import pytest
 
 from rcon_plugins.executors.channel import ProtocolViolation
 from rcon_wsgi import measure, wire
-from rcon_wsgi.measure import LOG_CHARACTERS, LOG_FRAMES, LOT, ErrorLog, Pace
+from rcon_wsgi.measure import LOG_CHARACTERS, LOG_FRAMES, LOT, ErrorLog, FrameRateLimiter
 from tests.unit.wsgi.peer import DONE, START, data, meeting
 
 
@@ -29,12 +29,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def count(pace: Pace, number: int = LOT) -> float:
+def count(pace: FrameRateLimiter, number: int = LOT) -> float:
     return sum(pace.count() for _ in range(number))
 
 
 def test_one_small_frame_a_second_for_hours_is_never_held_up(clock: Clock) -> None:
-    pace = Pace()
+    pace = FrameRateLimiter()
     for _ in range(20 * LOT):
         clock.now += 1
         assert pace.count() == 0
@@ -42,7 +42,7 @@ def test_one_small_frame_a_second_for_hours_is_never_held_up(clock: Clock) -> No
 
 
 def test_a_hurry_is_over_when_it_is(clock: Clock) -> None:
-    pace = Pace()
+    pace = FrameRateLimiter()
     clock.now += 0.5
     assert count(pace) == 0
     assert pace.hurried
@@ -52,7 +52,7 @@ def test_a_hurry_is_over_when_it_is(clock: Clock) -> None:
 
 
 def test_frames_that_come_at_once_are_taken_at_a_rate(clock: Clock) -> None:
-    pace = Pace()
+    pace = FrameRateLimiter()
     for _ in range(10):
         clock.now += count(pace)
     assert clock.now - 100 == pytest.approx(10 * 0.04)

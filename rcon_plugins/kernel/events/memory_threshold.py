@@ -21,7 +21,7 @@ _IN_USE = 0.97
 _REALLY = 15 / 16
 
 
-class Mark:
+class MemoryThreshold:
     """Calls ``callback``, in the watcher's thread, when work in the cgroup needs as much memory as `move` said
     (on v2 also when it only seems to: ask `is_reached`).
 
