@@ -24,7 +24,7 @@ from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS
 from rcon_plugins.tree import systemd
 from tests import children
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 UNITS = ROOT / "examples" / "systemd"
 NOBODY = 65534
 
