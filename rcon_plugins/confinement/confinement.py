@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rcon_plugins.confinement.isolation import Isolation, Verdict, asked_resources
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.inline import InlineExecutor
-from rcon_plugins.kernel.process import own_session_keyring
+from rcon_plugins.kernel.process import join_new_session_keyring
 from rcon_plugins.tree.slots import first_slot
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class ThreadedConfinement(Confinement):
         self.enter()
         self._hook.rcon_drop(policy=self.policy, place="thread", identity=identity)
         if identity is not None:
-            own_session_keyring()
+            join_new_session_keyring()
 
     def close(self) -> None:
         """Close the ways in, and remove the cgroup unless threads of another worker are in it."""

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from rcon_plugins.errors import ConfinementError, KernelError
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.kernel import process
+from rcon_plugins.kernel.proc import other_threads
 from rcon_plugins.kernel.syscalls import poll_readable
 from rcon_plugins.tree.slots import entering
 
@@ -128,8 +129,8 @@ class ForkServer:
             process.take_default_signals()
             self._host_pidfd = os.pidfd_open(self._host)
             self._leave_the_servers_things()
-            process.own_session_keyring()
-            self._sigchld_read, self._sigchld_write = process.bell_of_children()
+            process.join_new_session_keyring()
+            self._sigchld_read, self._sigchld_write = process.open_sigchld_pipe()
             gc.collect()
             gc.freeze()  # what is here now stays shared with every executor process
             self._serve()
@@ -145,11 +146,11 @@ class ForkServer:
 
     def _leave_the_servers_things(self) -> None:
         needed = {self._control.fileno(), self._host_pidfd, self._instance.locks}
-        for descriptor in process.inherited_from_server():
+        for descriptor in process.shared_descriptors("/memfd:rcon"):
             if descriptor not in needed:
-                process.blank(descriptor)
+                process.replace_with_closed_socket(descriptor)
         for descriptor in self._server_files:
-            process.blank(descriptor)
+            process.replace_with_closed_socket(descriptor)
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         os.dup2(null, 0)
         posix.close(null)
@@ -164,9 +165,9 @@ class ForkServer:
             for pidfd in ended:
                 self._reap(pidfd)
             if ended or self._sigchld_read in ready:
-                process.silence(self._sigchld_read)
+                process.drain(self._sigchld_read)
                 # Work can make children of ours that are none of our executors (clone(2), CLONE_PARENT).
-                process.reap_strangers({pid for _, pid in self._children.values()})
+                process.reap_unknown_children({pid for _, pid in self._children.values()})
             if host in ready:
                 return
             if control in ready and not self._take_order():
@@ -244,7 +245,7 @@ class ForkServer:
             for pidfd in (self._host_pidfd, *self._children):
                 posix.close(pidfd)
             os.setsid()
-            process.forget_bell(self._sigchld_read, self._sigchld_write)
+            process.close_sigchld_pipe(self._sigchld_read, self._sigchld_write)
             for renew in self._after_fork:
                 renew()
             end = socket.socket(fileno=channel_end)
@@ -280,10 +281,10 @@ def run_executor(
                 (FULL, f"{birth.policy.pids} processes and threads are running, which is the most".encode())
             )
             os._exit(_EXIT_NOT_CONFINED)
-        process.blank(instance.locks)
+        process.replace_with_closed_socket(instance.locks)
         hook.rcon_drop(policy=birth.policy, place="process", identity=birth.identity)
         if birth.identity is not None:
-            process.own_session_keyring()
+            process.join_new_session_keyring()
         process.die_with_parent(server)
         _be_alone()
     except BaseException as error:  # noqa: BLE001 - whatever it was: the host is told and nothing runs
@@ -321,7 +322,7 @@ def _let_threads_go_on() -> None:
 
 def _be_alone() -> None:
     """Make sure that no other thread of this process still has what this one gave up. Raises `ConfinementError`."""
-    if threads := process.threads():
+    if threads := other_threads():
         raise ConfinementError(
             f"a library started threads while the process was being made, which still have the server's privileges: "
             f"{', '.join(threads)}; have it start them at first use, not in a fork hook (os.register_at_fork)"

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
 from rcon_plugins.executors.executor import Key
-from rcon_plugins.kernel.process import own_directory_and_umask
+from rcon_plugins.kernel.process import unshare_directory_and_umask
 
 LOGGER = logging.getLogger("rcon")
 
@@ -159,7 +159,7 @@ class ThreadExecutor:
     def _confine(self) -> bool:
         try:
             # A thread shares its working directory and umask with the process unless it says otherwise (unshare(2)).
-            own_directory_and_umask()
+            unshare_directory_and_umask()
             self._prepare()
         except Exception as error:  # noqa: BLE001 - whatever it was: the caller is told and nothing runs
             self._outcome = None, error

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from rcon_plugins.errors import KernelError, UnknownGroup
-from rcon_plugins.kernel import proc, processes
+from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
 from rcon_plugins.kernel.cgroup.statistics import (
@@ -28,7 +28,7 @@ from rcon_plugins.kernel.cgroup.statistics import (
     read_statistics,
     read_usage,
 )
-from rcon_plugins.kernel.processes import Process
+from rcon_plugins.kernel.proc import Process
 from rcon_plugins.tree.survey import survey
 
 #: ``work``: in processes, ended with the instance. ``host``: threads of the server itself. ``taken``: processes that
@@ -114,12 +114,12 @@ class Group:
         """The processes in it or below it; of a group of threads, those that they belong to."""
         if self.kind != "host":
             return self.cgroup.processes(subtree=True)
-        owners = (processes.process_of(thread) for thread in self.cgroup.threads(subtree=True))
+        owners = (proc.process_of(thread) for thread in self.cgroup.threads(subtree=True))
         return sorted({pid for pid in owners if pid is not None})
 
     def processes(self) -> list[Process]:
         """Those of :meth:`pids` that can be seen."""
-        return [found for pid in self.pids() if (found := processes.look_at(pid)) is not None]
+        return [found for pid in self.pids() if (found := proc.read_process(pid)) is not None]
 
     def is_of_server(self) -> bool:
         """Whether a server, and not a command, made it: one that may write its limits again."""
@@ -218,8 +218,8 @@ def _owner(instance: str) -> Owner:
     if match is None:
         raise ValueError(f"not the name of an instance: {instance!r}")
     named = int(match[1])
-    pid = proc.seen_as(named, int(match[2]))
-    process = None if pid is None else processes.look_at(pid)
+    pid = proc.visible_pid(named, int(match[2]))
+    process = None if pid is None else proc.read_process(pid)
     if pid is None or process is None:
         return Owner(named, alive=pid is not None)
     return Owner(pid, alive=True, uid=process.uid, command=process.command)

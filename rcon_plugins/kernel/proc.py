@@ -1,60 +1,69 @@
-"""Who made a tree: a process, told from a later one with the same number by when it started."""
+"""Processes and threads as ``/proc`` shows them (``proc(5)``), and the programs that they can execute.
+
+Loads no ctypes, so that a command starts quickly.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import stat
+import threading
+from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files
 
 _DEAD = frozenset("ZXx")
+_PF_KTHREAD = 0x00200000
+#: Links of ``/proc/self/task`` when the process has one thread: two of any directory, and one for each entry.
+_LINKS_WITH_ONE_THREAD = 3
+
+
+# -- one process, identified by pid and start time
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot (``proc(5)``, stat, field 22); None: it is dead.
-
-    A zombie counts as dead.
-    """
+    """Return when a process started, in clock ticks since boot (stat, field 22); None if it is dead or a zombie."""
     fields = stat_fields(pid)
     return None if not fields or fields[0] in _DEAD else int(fields[19])
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal, as job control does (``proc(5)``, stat, state T)."""
+    """Return whether a signal has stopped a process, as job control does (stat, state T)."""
     return stat_fields(pid)[:1] == ["T"]
 
 
 def membership(pid: int) -> str | None:
-    """The text of ``/proc/PID/cgroup``; None where the process has ended."""
-    return None if start_time(pid) is None else _of_process(pid, "cgroup")
+    """Return the text of ``/proc/PID/cgroup``; None if the process has ended."""
+    return None if start_time(pid) is None else _read(pid, "cgroup")
 
 
 def stat_fields(pid: int) -> list[str]:
-    """The fields of ``/proc/PID/stat`` from the third on, the state; none where there is no such process."""
-    text = _of_process(pid, "stat")
-    # The name, field 2, may hold spaces and brackets.
+    """Return the fields of ``/proc/PID/stat`` from the third (the state) on; an empty list without such a process."""
+    text = _read(pid, "stat")
+    # The name, field 2, may contain spaces and brackets.
     return [] if text is None else text[text.rindex(")") + 2 :].split()
 
 
-def lives(pid: int, started: int) -> bool:
-    """Whether the process ``pid`` that started then lives.
+def is_alive(pid: int, started: int) -> bool:
+    """Return whether the process ``pid`` that started at ``started`` is alive.
 
-    One in a PID namespace below ours is found too; there it calls itself by another number. One that this
-    user may not look at (``hidepid``, see ``proc(5)``) is taken for the one that is meant.
+    Also finds a process of a PID namespace below ours, which has another number there. A process that this user may
+    not see (``hidepid`` in ``proc(5)``) counts as alive.
     """
-    return seen_as(pid, started) is not None or _is_hidden(pid)
+    return visible_pid(pid, started) is not None or _is_hidden(pid)
 
 
-def seen_as(pid: int, started: int) -> int | None:
-    """The number that the process ``pid`` that started then has for us, see :func:`lives`; None: it is dead."""
+def visible_pid(pid: int, started: int) -> int | None:
+    """Return our number for the process that calls itself ``pid`` and started at ``started``; None if it is dead."""
     if start_time(pid) == started:
         return pid
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
-        status = _of_process(int(entry), "status") or ""
+        status = _read(int(entry), "status") or ""
         numbers = next((line for line in status.splitlines() if line.startswith("NSpid:")), "").split()
         if str(pid) in numbers[2:] and start_time(int(entry)) == started:
             return int(entry)
@@ -62,7 +71,7 @@ def seen_as(pid: int, started: int) -> int | None:
 
 
 def _is_hidden(pid: int) -> bool:
-    if _of_process(pid, "stat") is None:
+    if _read(pid, "stat") is None:
         try:
             os.kill(pid, 0)
         except OSError as error:
@@ -70,21 +79,165 @@ def _is_hidden(pid: int) -> bool:
     return False
 
 
-def _of_process(pid: int, name: str) -> str | None:
+def system_id() -> str:
+    """Return an id shared by all processes that see each other's pids, and by no others.
+
+    It names this boot of this machine and the PID namespace (pid_namespaces(7)). Raises `OSError`.
+    """
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+# -- what a process is and runs
+
+
+class Process(NamedTuple):
+    """A process. ``command`` is the command line joined by spaces, or ``[name]`` for a kernel thread.
+
+    ``uid`` is the effective one. ``state`` is a letter such as R, S, D, T or Z. ``memory`` is the resident memory in
+    bytes (shared pages count for each process), or None. ``threads`` is the number of threads.
+    """
+
+    pid: int
+    uid: int
+    state: str
+    threads: int
+    memory: int | None
+    command: str
+
+
+def read_process(pid: int) -> Process | None:
+    """Return a process; None if there is none, or this user may not see it (``hidepid``). Raises KernelError."""
+    status = _read(pid, "status")
+    if status is None:
+        return None
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    resident = fields.get("VmRSS", "").split()
+    return Process(
+        pid=pid,
+        uid=int(fields["Uid"].split()[1]),
+        state=fields["State"].split()[0],
+        threads=int(fields["Threads"]),
+        memory=int(resident[0]) * 1024 if resident else None,
+        command=command_line(pid) or f"[{fields['Name'].strip()}]",
+    )
+
+
+def command_line(pid: int) -> str | None:
+    """Return the command line joined by spaces; None if it is not known. Raises KernelError.
+
+    The process can write anything there: escape it before you print it.
+    """
+    text = _read(pid, "cmdline")
+    return text.rstrip("\0").replace("\0", " ") if text else None
+
+
+def process_of(thread: int) -> int | None:
+    """Return the pid of the process that a thread belongs to; None if it has ended. Raises KernelError."""
+    for line in (_read(thread, "status") or "").splitlines():
+        if line.startswith("Tgid:"):
+            return int(line.split()[1])
+    return None
+
+
+def is_kernel_thread(pid: int) -> bool:
+    """Return whether a pid is a kernel thread (stat, flags: PF_KTHREAD in include/linux/sched.h)."""
+    fields = stat_fields(pid)
+    return bool(fields) and bool(int(fields[6]) & _PF_KTHREAD)
+
+
+def parents() -> dict[int, int]:
+    """Return the parent of each visible process, by pid."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (fields := stat_fields(int(entry))):
+            found[int(entry)] = int(fields[1])
+    return found
+
+
+def _read(pid: int, name: str) -> str | None:
     try:
         return files.read_if_there(f"/proc/{pid}", name)
     except KernelError as error:
-        # It ended between the open and the read; or it may not be looked at.
-        if error.errno in (errno.ESRCH, errno.EACCES, errno.EPERM):
-            return None
-        raise
+        # ESRCH: it ended between the open and the read. EACCES, EPERM: hidden from this user.
+        if error.errno not in (errno.ESRCH, errno.EACCES, errno.EPERM):
+            raise
+        return None
+
+
+# -- the calling process
+
+
+def is_single_threaded() -> bool:
+    """Return whether the calling process has one thread; a zombie leader counts. Opens no file."""
+    # A directory has a link for each entry: proc(5), and proc_task_getattr in the kernel.
+    return os.stat("/proc/self/task").st_nlink == _LINKS_WITH_ONE_THREAD
+
+
+def other_threads() -> list[str]:
+    """Return the other threads of the calling process as ``number (name)``. Opens no file if there are none."""
+    if is_single_threaded():
+        return []
+    own = str(threading.get_native_id())
+    found = []
+    for number in os.listdir("/proc/self/task"):
+        if number != own:
+            with contextlib.suppress(OSError), open(f"/proc/self/task/{number}/comm", "rb") as file:
+                found.append(f"{number} ({file.read().decode(errors='replace').strip()})")
+    return found
 
 
 def inherited_descriptors() -> list[int]:
-    """The open descriptors above 2 that this process was given: what it opens itself is closed by execve(2)."""
+    """Return the inheritable descriptors above 2. execve(2) closes those that this process opened itself."""
     found = []
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the descriptor of this very listing is gone
+        with contextlib.suppress(OSError):  # the descriptor of this listing is closed by now
             if int(name) > 2 and os.get_inheritable(int(name)):
                 found.append(int(name))
     return found
+
+
+def original_environment() -> dict[bytes, bytes]:
+    """Return the environment that this process was executed with (``/proc/self/environ``), to pass it on unchanged.
+
+    In the C locale Python adds LC_CTYPE to ``os.environ`` (PEP 538). Returns ``os.environb`` if the file cannot be
+    read.
+    """
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            content = file.read()
+    except OSError:
+        return dict(os.environb)
+    pairs = (entry.partition(b"=") for entry in content.split(b"\0"))
+    return {name: value for name, equals, value in pairs if name and equals}
+
+
+# -- programs
+
+
+def find_program(name: str) -> str | None:
+    """Return the file that a shell would execute for ``name``, searched in PATH; None if there is none."""
+    for folder in [""] if "/" in name else os.get_exec_path():
+        path = f"{folder}/{name}" if folder else name
+        try:
+            regular = stat.S_ISREG(os.stat(path).st_mode)
+        except (OSError, ValueError):  # ValueError: the name contains a null character
+            continue
+        if regular and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def exec_remedy(number: int | None, *, as_another: bool = False) -> str:
+    """Return the remedy for an errno with which execve(2) refused an existing program; "" if the errno says enough.
+
+    ``as_another``: the program was to run as another user than the one that searched for it.
+    """
+    if number == errno.ENOENT:
+        return "the interpreter or loader that it names is missing: install it, or correct the line that begins with #!"
+    if number == errno.ENOEXEC:
+        return "it is no program for this machine, or a script whose first line does not begin with #!"
+    if number == errno.EACCES and as_another:
+        return "its user must be allowed to execute it, and to enter each folder above it"
+    return ""

@@ -1,13 +1,13 @@
-"""Making processes, watching them end, and what a new process must undo of its parent.
+"""Make processes, wait for their end, and undo in a new process what it has from its parent.
 
-All of it acts on the calling process. The functions use the interpreter's own system calls: `os.fork` and
-`os.waitpid` may have been replaced by a cooperative library, whose event loop has no place in a fork server.
+Every function acts on the calling process or thread. They use the interpreter's own system calls: a cooperative
+library may have replaced `os.fork` and `os.waitpid`, and its event loop must not run in a fork server.
 """
 
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # `signal` gives all 64 numbers names, which takes 0.2 ms each time
-import _socket  # the real thing, whatever a cooperative library made of `socket`
+import _socket  # a cooperative library may have replaced `socket`
 import contextlib
 import errno
 import os
@@ -15,26 +15,24 @@ import posix
 import resource
 import signal
 import stat
-import threading
 import time
 from collections.abc import Collection
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import capability
-from rcon_plugins.kernel.cgroup.branch import is_single_threaded
 from rcon_plugins.kernel.syscalls import CLONE_FS, PR_SET_PDEATHSIG, prctl, syscall, unshare
 
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _DESCRIPTORS = "/proc/self/fd"
 _FILES_OF_A_SERVER = 1024
 _FILES_OF_AN_EXECUTOR = 16
-_OURS = ("/sys/fs/cgroup/", "/memfd:rcon")
+_CGROUP_TREE = "/sys/fs/cgroup/"
 
 
 def fork() -> int:
-    """fork(2): 0 in the child, the child's pid in the parent. Every signal is blocked in the child.
+    """Call fork(2): return 0 in the child and the child's pid in the parent. Every signal is blocked in the child.
 
-    Blocked, so that no handler inherited from the parent can run before `take_default_signals`.
+    So no handler inherited from the parent can run before `take_default_signals`.
     """
     before = _signal.pthread_sigmask(signal.SIG_BLOCK, _signal.valid_signals())
     try:
@@ -48,9 +46,9 @@ def fork() -> int:
 
 
 def take_default_signals() -> None:
-    """Give every signal its default action, unblock all, and forget the parent's wake-up descriptor.
+    """Give every signal its default action, unblock all signals, and drop the parent's wake-up descriptor.
 
-    SIGPIPE stays ignored, as Python has it, so that a closed socket is an exception.
+    SIGPIPE stays ignored, as Python sets it, so that writing to a closed socket raises.
     """
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
@@ -59,37 +57,36 @@ def take_default_signals() -> None:
         try:
             signal.signal(number, signal.SIG_DFL)
         except (OSError, ValueError):
-            continue  # the C library keeps the first real-time signals for itself
+            continue  # the C library reserves the first real-time signals
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def forget_bell(bell: int, rope: int) -> None:
-    """In a new process: give SIGCHLD its default action, unblock all signals, and close the parent's bell.
+def close_sigchld_pipe(read: int, write: int) -> None:
+    """In a new process: give SIGCHLD its default action, unblock all signals, and close the parent's pipe.
 
-    For a child of one that took default signals, and then made no more of its own than `bell_of_children`; nobody else
-    knows the bell's descriptors.
+    For a child of a process that called `take_default_signals` and `open_sigchld_pipe`, and set no other handlers.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    posix.close(bell)
-    posix.close(rope)
+    posix.close(read)
+    posix.close(write)
 
 
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when ``parent``, its parent's pid, ends (PR_SET_PDEATHSIG).
 
-    A change of uid or gid clears it, so call it after the last one. The kernel asks for the parent's permission to
-    signal: a parent without privilege does not take a child of another user along. Raises `KernelError`, also where
-    the parent is gone already.
+    A change of uid or gid clears the setting: call this after the last one. The kernel checks the parent's permission
+    to signal, so an unprivileged parent does not end a child of another user. Raises `KernelError`, also if the parent
+    has ended already.
     """
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise KernelError("the parent process ended", errno=errno.ESRCH, path="getppid")
 
 
-def own_directory_and_umask() -> None:
-    """Let the calling thread have a working directory and a umask of its own, copies of the process's (unshare(2)).
+def unshare_directory_and_umask() -> None:
+    """Give the calling thread its own copy of the process's working directory and umask (unshare(2), CLONE_FS).
 
     Raises `KernelError`.
     """
@@ -97,12 +94,12 @@ def own_directory_and_umask() -> None:
 
 
 def kill(pidfd: int, pid: int, uid: int | None = None, number: int = signal.SIGKILL) -> None:
-    """Signal a process, also one of another user where the calling thread may become that user.
+    """Signal a process, also one of another user if the calling thread holds CAP_SETUID.
 
-    Who may become any user may signal any process: the thread takes the other's uid as its effective one for the
-    moment of the call, by CAP_SETUID, which it has to hold permitted. Its real uid stays, so that the other cannot
-    signal it meanwhile. ``uid`` is the other's, where it is known; else it is read. A process that ended is as good as
-    killed. Raises `KernelError`. Source: kill(2).
+    Without CAP_KILL the thread takes the target's uid as its effective uid for the moment of the call; CAP_SETUID must
+    be in its permitted set. Its real uid stays, so that the other user cannot signal it meanwhile. ``uid`` is that of
+    the target, if known; otherwise it is read. Does nothing if the process has ended. Raises `KernelError`. Source:
+    kill(2).
     """
     with contextlib.suppress(ProcessLookupError):
         try:
@@ -111,7 +108,9 @@ def kill(pidfd: int, pid: int, uid: int | None = None, number: int = signal.SIGK
             state = capability.read_state()
             if capability.CAP_SETUID not in state.permitted:
                 raise KernelError.from_oserror(
-                    error, path=f"kill({pid})", hint="it is another user's: CAP_KILL or CAP_SETUID is needed"
+                    error,
+                    path=f"kill({pid})",
+                    hint="the process is another user's: CAP_KILL or CAP_SETUID is needed",
                 ) from None
             if uid is None:
                 try:
@@ -126,7 +125,7 @@ def kill(pidfd: int, pid: int, uid: int | None = None, number: int = signal.SIGK
 def _kill_as(uid: int, pidfd: int, number: int, state: capability.State) -> None:
     raised = state.effective | capability.Capabilities.of(capability.CAP_SETUID)
     capability.set_capabilities(state.permitted, raised, state.inheritable)
-    # To leave an effective uid of 0 again would take every capability along.
+    # Leaving an effective uid of 0 would clear every capability.
     capability.set_keep_capabilities(True)
     try:
         capability.set_uids(-1, uid, -1)
@@ -137,35 +136,12 @@ def _kill_as(uid: int, pidfd: int, number: int, state: capability.State) -> None
         capability.set_capabilities(state.permitted, state.effective, state.inheritable)
 
 
-def system() -> str:
-    """What is the same for all processes that can see each other by their numbers, and for no others.
+def join_new_session_keyring() -> None:
+    """Give the calling thread a new, empty session keyring: keyctl(2), KEYCTL_JOIN_SESSION_KEYRING.
 
-    This boot of this machine, and the PID namespace (pid_namespaces(7)). Raises `OSError`.
-    """
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-
-
-def threads() -> list[str]:
-    """The threads of the calling process but the calling one, by number and name. Opens nothing where it is alone."""
-    if is_single_threaded():
-        return []
-    own = str(threading.get_native_id())
-    found = []
-    for number in os.listdir("/proc/self/task"):
-        if number != own:
-            with contextlib.suppress(OSError), open(f"/proc/self/task/{number}/comm", "rb") as file:
-                found.append(f"{number} ({file.read().decode(errors='replace').strip()})")
-    return found
-
-
-def own_session_keyring() -> None:
-    """Give the calling thread a new, empty session keyring of its own: keyctl(2), KEYCTL_JOIN_SESSION_KEYRING.
-
-    The one it has is shared with whatever started the server. Charged to the user that it is now. Nothing where the
-    kernel has no keyrings, or a filter keeps everybody from them. Raises `KernelError`, EDQUOT where that user has
-    too many keys (kernel.keys.maxkeys).
+    The inherited one is shared with whatever started the server. The new one is charged to the current user. Does
+    nothing if the kernel has no keyrings or a seccomp filter forbids the call. Raises `KernelError`: EDQUOT if that
+    user has too many keys (kernel.keys.maxkeys).
     """
     try:
         syscall("keyctl", _KEYCTL_JOIN_SESSION_KEYRING, 0)
@@ -174,43 +150,43 @@ def own_session_keyring() -> None:
             raise
 
 
-def bell_of_children() -> tuple[int, int]:
-    """A descriptor that becomes readable when a child of this process ends (SIGCHLD), and the one that rings it.
+def open_sigchld_pipe() -> tuple[int, int]:
+    """Return two descriptors: the first becomes readable when a child ends (SIGCHLD), the second writes to it.
 
-    `forget_bell` in a new process undoes it there.
+    `close_sigchld_pipe` undoes this in a new process.
     """
-    end, ringer = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    ringer.setblocking(False)
+    end, wakeup = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    wakeup.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     end.setblocking(False)
-    bell, rope = end.detach(), ringer.detach()
-    signal.set_wakeup_fd(rope, warn_on_full_buffer=False)
-    return bell, rope
+    read, write = end.detach(), wakeup.detach()
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    return read, write
 
 
-def silence(bell: int) -> None:
-    """Take what has made a bell readable."""
+def drain(descriptor: int) -> None:
+    """Read all that is there from a non-blocking descriptor, and drop it."""
     with contextlib.suppress(BlockingIOError):
-        while os.read(bell, 4096):
+        while os.read(descriptor, 4096):
             pass
 
 
-def reap_strangers(known: Collection[int]) -> None:
-    """Take the wait status of each child that has ended but those ``known``, and forget it: waitid(2)."""
+def reap_unknown_children(known: Collection[int]) -> None:
+    """Take and drop the wait status of each ended child whose pid is not in ``known``: waitid(2)."""
     while True:
         try:
             ended = posix.waitid(posix.P_ALL, 0, posix.WEXITED | posix.WNOHANG | posix.WNOWAIT)
         except ChildProcessError:
             return
         if ended is None or ended.si_pid in known:
-            return  # it may stand before others: call again when it is taken
+            return  # it may hide others: call again after it was reaped
         posix.waitpid(ended.si_pid, 0)
 
 
 def reap(pid: int, timeout: float = 5.0) -> int | None:
-    """The wait status of the child ``pid``, waiting ``timeout`` seconds for it to end; None if it lives.
+    """Wait up to ``timeout`` seconds for the child ``pid`` to end; return its wait status, None if it still runs.
 
-    A child that something else has reaped already counts as ended with status 0.
+    A child that was reaped elsewhere counts as ended with status 0.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -226,10 +202,10 @@ def reap(pid: int, timeout: float = 5.0) -> int | None:
 
 
 def make_room_for_descriptors(executors: int) -> None:
-    """Raise the soft limit of open files (getrlimit(2)), as far as it may be, to hold so many executors.
+    """Raise the soft limit of open files (getrlimit(2)) for that many executors, at most to the hard limit.
 
-    Never lowers it. A process takes a socket and the files its usage is read from; a confinement of threads the files
-    by which its cgroup is entered and left; a thread the pipes that it is woken by.
+    Never lowers it. An executor process needs a socket and its usage files; a confinement of threads needs the files
+    by which threads enter and leave its cgroup; a thread needs the pipes that wake it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _FILES_OF_A_SERVER + executors * _FILES_OF_AN_EXECUTOR
@@ -238,12 +214,12 @@ def make_room_for_descriptors(executors: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
-def inherited_from_server() -> list[int]:
-    """Open descriptors above 2 that confined code has no business with.
+def shared_descriptors(private: str) -> list[int]:
+    """Return the open descriptors above 2 that confined code must not have.
 
-    All but regular files outside of the cgroup tree, directories and devices, which the application may have opened
-    when it was loaded: sockets, pipes, epolls and other means of waking somebody up are shared with the server and
-    with every other executor process, and so is what is ours.
+    These are sockets, pipes, epolls and the like, which are shared with the server and every other executor process;
+    files of the cgroup tree; and regular files whose target begins with ``private``. Other regular files, directories
+    and devices stay: the application may have opened them while it was loaded.
     """
     found: list[int] = []
     for name in os.listdir(_DESCRIPTORS):
@@ -254,22 +230,22 @@ def inherited_from_server() -> list[int]:
             mode = os.fstat(descriptor).st_mode
             target = os.readlink(f"{_DESCRIPTORS}/{name}")
         except FileNotFoundError:
-            continue  # the descriptor of this very listing
+            continue  # the descriptor of this listing
         except OSError as error:
             if error.errno == errno.EBADF:
                 continue
             raise
         harmless = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
-        if not harmless or target.startswith(_OURS):
+        if not harmless or target.startswith((_CGROUP_TREE, private)):
             found.append(descriptor)
     return found
 
 
-def blank(descriptor: int) -> None:
-    """Put a socket without a peer in the place of ``descriptor``.
+def replace_with_closed_socket(descriptor: int) -> None:
+    """Replace ``descriptor`` by a socket whose peer is closed.
 
-    Closing would free the number, and code that still remembers it would write into whatever is opened
-    next; a socket whose peer is gone answers with an end of file and EPIPE instead.
+    After a plain close, code that still has the number would write into whatever is opened next. This socket gives end
+    of file and EPIPE instead.
     """
     end, peer = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:

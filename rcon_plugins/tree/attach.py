@@ -20,8 +20,13 @@ from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
-from rcon_plugins.kernel.proc import inherited_descriptors
-from rcon_plugins.kernel.processes import is_kernel_thread, look_at, parents, process_of
+from rcon_plugins.kernel.proc import (
+    inherited_descriptors,
+    is_kernel_thread,
+    parents,
+    process_of,
+    read_process,
+)
 from rcon_plugins.tree import attach_watcher, previous_cgroups
 from rcon_plugins.tree.instance import Instance
 
@@ -54,7 +59,7 @@ def check(pids: Iterable[int], hierarchy: Hierarchy) -> None:
             raise AttachRefused(f"{pid} is rcon itself (name the process to hold down; $$ is the shell)")
         if pid == 1:
             raise AttachRefused("1 is init, which starts all others (name the processes to hold down)")
-        found = look_at(pid)
+        found = read_process(pid)
         if found is None or proc.start_time(pid) is None:
             raise AttachRefused(f"there is no process {pid}, or it has ended (ps -e lists them)")
         if is_kernel_thread(pid):
@@ -254,7 +259,7 @@ def release_group(group: Cgroup, instance: str, timeout: float = 10.0) -> None:
     """
     pid = int(instance.split("-")[1])
     uid = previous_cgroups.stranger(group)
-    watching = look_at(pid)
+    watching = read_process(pid)
     if uid is not None and (watching is None or watching.uid != uid):
         raise _not_ours(group, uid)
     if not _tell(instance, signal.SIGTERM):

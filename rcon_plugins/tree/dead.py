@@ -47,7 +47,7 @@ def _of_the_dead(hierarchy: Hierarchy, base: str) -> Iterator[str]:
     """The paths of the instances below ``base`` whose owner is dead. Raises KernelError."""
     for name in hierarchy.cgroup(base).children():
         match = INSTANCE_NAME.fullmatch(name)
-        if match and not proc.lives(int(match[1]), int(match[2])):
+        if match and not proc.is_alive(int(match[1]), int(match[2])):
             yield f"{base.rstrip('/')}/{name}"
 
 

@@ -55,7 +55,7 @@ def find(hierarchy: Hierarchy, below: str = "/") -> list[Left]:
         match = INSTANCE_NAME.fullmatch(path.rpartition("/")[2])
         if match is None or any(path.startswith(f"{left.path}/work/") for left in found):
             continue
-        if not proc.lives(int(match[1]), int(match[2])):
+        if not proc.is_alive(int(match[1]), int(match[2])):
             inside = {
                 kind: [
                     pid

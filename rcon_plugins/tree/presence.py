@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import NamedTuple, Self
 
-from rcon_plugins.kernel import proc, process
+from rcon_plugins.kernel import proc
 
 
 class Presence(NamedTuple):
-    """A process: the system it is in (see `rcon_plugins.kernel.process.system`), its pid, when it started."""
+    """A process: the system it is in (see `rcon_plugins.kernel.proc.system_id`), its pid, when it started."""
 
     system: str
     pid: int
@@ -18,8 +18,8 @@ class Presence(NamedTuple):
     @classmethod
     def here(cls) -> Self:
         """The calling process."""
-        return cls(process.system(), os.getpid(), proc.start_time(os.getpid()) or 0)
+        return cls(proc.system_id(), os.getpid(), proc.start_time(os.getpid()) or 0)
 
     def has_gone(self) -> bool:
         """Whether it has surely ended. False also where nobody here can tell: on another machine, say."""
-        return process.system() == self.system and not proc.lives(self.pid, self.started)
+        return proc.system_id() == self.system and not proc.is_alive(self.pid, self.started)

@@ -18,13 +18,13 @@ from rcon_plugins.errors import CapabilityError
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import Capabilities, State, read_state
 from rcon_plugins.kernel.capability.exec_rule import File, Prediction, predict
-from rcon_plugins.kernel.programs import why_not_executed
+from rcon_plugins.kernel.proc import exec_remedy
 
 
 def explain(asked: Asked, as_json: bool) -> tuple[str, bool]:
     """The explanation, and whether the command would hold what was asked. Raises `Refused`."""
     program = run.find(asked.command[0])
-    file = run.look_at(program)
+    file = run.read_process(program)
     try:
         run.take(asked)
     except CapabilityError as error:
@@ -61,7 +61,7 @@ def access_problems(asked: Asked, program: str, file: File) -> list[str]:
     closed = next((path for path in paths if not os.access(path, os.X_OK, effective_ids=True)), None)
     if closed is None:
         return []
-    return [f"cannot be executed: {closed}: {why_not_executed(errno.EACCES, as_another=True)}"]
+    return [f"cannot be executed: {closed}: {exec_remedy(errno.EACCES, as_another=True)}"]
 
 
 def file_problems(asked: Asked) -> list[str]:

@@ -12,10 +12,10 @@ from rcon_plugins.cli.capcon.show import listed
 from rcon_plugins.cli.exit import NOT_EXECUTABLE, NOT_FOUND, Refused, say
 from rcon_plugins.cli.request import Asked, find_account
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import environment, landlock
+from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import State, drop, read_state, set_no_new_privs
 from rcon_plugins.kernel.capability.exec_rule import File, predict
-from rcon_plugins.kernel.programs import why_not_executed
+from rcon_plugins.kernel.proc import exec_remedy, original_environment
 
 #: Devices that hold nothing and that nearly every program writes to: allowed along with any --read-only and --write.
 HARMLESS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/tty")
@@ -27,7 +27,7 @@ _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 def run(asked: Asked) -> int:
     """Execute the command in place of this process. Does not return; raises `Refused` or `RconError`."""
     program = find(asked.command[0])
-    file = look_at(program)
+    file = read_process(program)
     variables = variables_of(asked)
     take(asked)
     after = predict(read_state(), file)
@@ -61,7 +61,7 @@ def find(command: str) -> str:
     raise Refused(f"{command}: not found ({where})", NOT_FOUND)
 
 
-def look_at(program: str) -> File:
+def read_process(program: str) -> File:
     """What execve(2) will see. Raises `Refused` where it would fail for what it sees."""
     try:
         return File.of(program)
@@ -82,7 +82,7 @@ def _mode(path: str) -> int:
 
 def variables_of(asked: Asked) -> dict[bytes, bytes]:
     """The caller's environment, with the account's HOME, USER, LOGNAME and SHELL where another user is asked for."""
-    variables = environment.given()
+    variables = original_environment()
     if asked.identity is None or asked.keep_env:
         return variables
     account = find_account(asked.identity.uid)
@@ -131,5 +131,5 @@ def not_executed(asked: Asked, program: str, error: OSError) -> Refused:
     elif error.errno == errno.EPERM:
         hint = "its file capabilities are more than this process may hold: see capcon explain"
     else:
-        hint = why_not_executed(error.errno, as_another=asked.identity is not None)
+        hint = exec_remedy(error.errno, as_another=asked.identity is not None)
     return Refused(f"{program}: {reason}" + (f" ({hint})" if hint else ""), status)

@@ -37,7 +37,7 @@ def ls(as_json: bool) -> int:
     rows = []
     for group in found.groups:
         try:
-            rows.append(look_at(group))
+            rows.append(read_process(group))
         except KernelError as error:
             if error.errno in (errno.EACCES, errno.EPERM):
                 found.unreadable.append(error.path or group.cgroup.path)
@@ -61,7 +61,7 @@ def tell_unreadable(found: Found) -> None:
         say("rcon", f"note: {first}{also} cannot be looked into; as root all can")
 
 
-def look_at(group: Group) -> dict[str, Any]:
+def read_process(group: Group) -> dict[str, Any]:
     """What ``ls`` says of a group, as JSON has it. Raises KernelError, also where it has gone meanwhile."""
     limits = group.limits()
     return {

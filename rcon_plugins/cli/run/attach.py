@@ -18,7 +18,7 @@ from rcon_plugins.command.run import group_name
 from rcon_plugins.errors import KernelError, UnknownGroup
 from rcon_plugins.groups.find import Group, find_group, find_groups
 from rcon_plugins.kernel.cgroup import Hierarchy
-from rcon_plugins.kernel.processes import look_at
+from rcon_plugins.kernel.proc import read_process
 from rcon_plugins.tree import attach as tree_attach
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _growing(memory: Memory | None) -> Callable[[Cgroup], Callable[[], object]] 
 
 
 def _name(pid: int) -> str:
-    found = look_at(pid)
+    found = read_process(pid)
     words = found.command.split() if found is not None else []
     return group_name(words[0] if words else "taken", pid)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rcon_plugins.command import run
 from rcon_plugins.command.run import Ended, NotRun, Order
 from rcon_plugins.errors import RconError
-from rcon_plugins.kernel.programs import why_not_executed
+from rcon_plugins.kernel.proc import exec_remedy
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Hierarchy
@@ -52,7 +52,7 @@ def execute(
     try:
         ended = run.run(order, hierarchy, base)
     except NotRun as error:
-        hint = why_not_executed(error.errno, as_another=order.become is not None)
+        hint = exec_remedy(error.errno, as_another=order.become is not None)
         problem = f"{order.program}: {error}" + (f" ({hint})" if hint else "")
         return _not_run(order, report, policy, error.status, problem)
     except RconError as error:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rcon_plugins.cli.run.execution import execute, open_report
 from rcon_plugins.command.run import Order, check_group_name, group_name
 from rcon_plugins.errors import KernelError, RconError
-from rcon_plugins.kernel import environment
 from rcon_plugins.kernel.cgroup import Hierarchy, IoMax, Resources, device_of
-from rcon_plugins.kernel.programs import find_program
+from rcon_plugins.kernel.proc import find_program, original_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,7 +112,7 @@ def run(words: list[str]) -> int | None:
     order = Order(
         program=program,
         arguments=tuple(arguments),
-        variables=environment.given(),
+        variables=original_environment(),
         group=group or group_name(arguments[0]),
         resources=resources,
         configure=partial(_configure, resources=resources),

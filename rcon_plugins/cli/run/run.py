@@ -22,9 +22,9 @@ from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
 from rcon_plugins.identity import privileges
 from rcon_plugins.identity.resolution import check as check_identity
 from rcon_plugins.identity.resolution import resolve
-from rcon_plugins.kernel import environment
 from rcon_plugins.kernel.capability import Identity
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
+from rcon_plugins.kernel.proc import original_environment
 from rcon_plugins.settings.conversion import did_you_mean, one_of
 from rcon_plugins.settings.file import Settings, load
 from rcon_plugins.settings.units import Duration
@@ -185,7 +185,7 @@ def _run_policy(
     order = Order(
         program=find(arguments[0]),
         arguments=arguments,
-        variables=variables_of(asked) if identity else environment.given(),
+        variables=variables_of(asked) if identity else original_environment(),
         group=group,
         resources=resources,
         each=each,

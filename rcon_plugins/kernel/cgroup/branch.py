@@ -8,7 +8,6 @@ from __future__ import annotations
 import abc
 import errno
 import itertools
-import os
 from collections.abc import Iterable
 
 from rcon_plugins.errors import KernelError
@@ -116,9 +115,3 @@ def create_levels(branch: Branch) -> Iterable[tuple[str, str]]:
     """The (parent, child) directories on the way down to ``branch``."""
     directories = [branch.mount.directory(path) for path in levels(branch.path)]
     return itertools.pairwise(directories)
-
-
-def is_single_threaded() -> bool:
-    """Whether the calling process has one thread (a zombie leader counts). Opens nothing: no limit is in the way."""
-    # As any directory, it has a link for each that is in it, and two: proc(5), and proc_task_getattr in the kernel.
-    return os.stat("/proc/self/task").st_nlink == 3

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
-from rcon_plugins.kernel import files
+from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import meter, v1, v2
-from rcon_plugins.kernel.cgroup.branch import Branch, is_single_threaded
+from rcon_plugins.kernel.cgroup.branch import Branch
 from rcon_plugins.kernel.cgroup.entrance import Entrance
 from rcon_plugins.kernel.cgroup.meter import Meter, Reading
 from rcon_plugins.kernel.cgroup.mounts import Mount
@@ -154,7 +154,7 @@ class Cgroup:
         Raises KernelError; the process may then be in some hierarchies and not in others, and must not
         run what was to be confined.
         """
-        alone = is_single_threaded()
+        alone = proc.is_single_threaded()
         for branch in self._branches:
             branch.enter_process(alone=alone)
 

@@ -233,7 +233,7 @@ def lives_for_nobody_who_sees_only_own(pid: int, started: int) -> tuple[bool, bo
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    return Path(f"/proc/{pid}").exists(), proc.lives(pid, started), proc.lives(2**22 - 1, started)
+    return Path(f"/proc/{pid}").exists(), proc.is_alive(pid, started), proc.is_alive(2**22 - 1, started)
 
 
 def test_an_owner_that_cannot_be_seen_lives() -> None:
