@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from rcon_celery.ending_counters import EndingCounters
 from rcon_celery.pools import Pool
+from rcon_plugins.confinement.budget import machine_ledger
 from rcon_plugins.confinement.live_policies import Change, PolicyChangeLog, change
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import ConfinementError, RconError
@@ -18,7 +19,6 @@ from rcon_plugins.settings.file import Settings
 from rcon_plugins.settings.policy import Policy
 from rcon_plugins.settings.units import Size
 from rcon_plugins.tree.instance import Instance
-from rcon_plugins.tree.ledger import ledger_of_machine
 from rcon_plugins.work import Work
 
 _log = logging.getLogger("rcon")
@@ -67,7 +67,7 @@ class Node:
             plan.check_fits(memory, key)
         plan.check()
         if settings.budget is not None:
-            ledger_of_machine()
+            machine_ledger()
         instance = Instance.create(plan.hierarchy, base=settings.cgroup)
         node = cls(settings, pool, plugins, instance, hostname)
         node.policies = plan.settings.policies

@@ -8,12 +8,12 @@ import os
 from typing import Any, Protocol
 
 from rcon_gunicorn.workers import server_traits
+from rcon_plugins.confinement.budget import machine_ledger
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import RconError
 from rcon_plugins.identity.privileges import keep, needed, settle
 from rcon_plugins.settings.file import Settings, load
 from rcon_plugins.tree.instance import Instance
-from rcon_plugins.tree.ledger import ledger_of_machine
 
 
 class _Arbiter(Protocol):
@@ -51,7 +51,7 @@ class Master:
         atexit.register(master.close)  # gunicorn calls no hook when it ends before it serves
         plan.within(instance.hierarchy).check()
         if settings.budget is not None:
-            ledger_of_machine()  # as the user that the master is: workers may be another
+            machine_ledger()  # as the user that the master is: workers may be another
         master._adopt(plan)
         server.log.info("rcon: %s confines requests, cgroups are in %s", path, instance.path)
         for warning in plan.warnings(int(server.cfg.uid)):
@@ -68,7 +68,7 @@ class Master:
         plan = Plan.make(settings, server_traits(server.worker_class), hierarchy=self.instance.hierarchy)
         plan.check()
         if settings.budget is not None:
-            ledger_of_machine()
+            machine_ledger()
         self._adopt(plan)
         if settings.cgroup != self.settings.cgroup:
             server.log.warning("rcon: a new cgroup base is taken at the next start, not at a reload")

@@ -13,7 +13,7 @@ from rcon_plugins.confinement.isolation import Isolation, Verdict, asked_resourc
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.inline import InlineExecutor
 from rcon_plugins.kernel.process import join_new_session_keyring
-from rcon_plugins.tree.slots import first_slot
+from rcon_plugins.tree.locks import first_slot
 
 if TYPE_CHECKING:
     import pluggy

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rcon_plugins.builtin.log import LOGGER
 from rcon_plugins.builtin.plugins import calling
 from rcon_plugins.confinement.admission import Admission, InlineAdmission, ProcessAdmission, ThreadAdmission
+from rcon_plugins.confinement.budget import MemoryBudget, machine_ledger
 from rcon_plugins.confinement.confinement import (
     Confinement,
     ProcessConfinement,
@@ -23,7 +24,7 @@ from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.confinement.live_policies import LivePolicies, PolicyChangeLog
 from rcon_plugins.confinement.monitor import GroupMonitor
 from rcon_plugins.confinement.plan import Plan
-from rcon_plugins.confinement.queue import MemoryBudget, Reservation, Reservations
+from rcon_plugins.confinement.queue import Reservation, Reservations
 from rcon_plugins.errors import (
     ConfinementError,
     IdentityRefused,
@@ -38,8 +39,7 @@ from rcon_plugins.kernel.process import make_room_for_descriptors
 from rcon_plugins.outcome import Ending, Outcome
 from rcon_plugins.settings.file import Settings
 from rcon_plugins.tree.instance import Instance
-from rcon_plugins.tree.ledger import ledger_of_machine
-from rcon_plugins.tree.slots import Slots
+from rcon_plugins.tree.locks import ByteLocks
 
 if TYPE_CHECKING:
     from rcon_plugins.executors.fork_server import Service
@@ -91,7 +91,7 @@ class Manager:
         self._generations = generations or {}
         self._in_force = LivePolicies(self.settings.policies, changes, self._renew)
         self._pid = 0
-        self._turns: Reservations | None = None
+        self._reservations: Reservations | None = None
         self._pool: ExecutorPool | None = None
         #: None where nobody wants to know what happens to cgroups, and no memory expands.
         self._attendance: GroupMonitor | None = None
@@ -132,10 +132,12 @@ class Manager:
                     LOGGER.warning("%s", warning)
                 if self.plan.wants_adoption(instance):
                     instance.adopt()
-            purse = self._purse()
-            self._turns = Reservations(Slots(instance.locks), purse, lambda: self._pid == os.getpid())
-            if purse is not None:
-                server_files = [*server_files, purse.ledger.file]
+            budget = self._budget()
+            self._reservations = Reservations(
+                ByteLocks(instance.locks), budget, lambda: self._pid == os.getpid()
+            )
+            if budget is not None:
+                server_files = [*server_files, budget.ledger.file]
             kept = self.settings.confinements + self.settings.threads if self.plan.uses_threads else 0
             make_room_for_descriptors(kept + (self.settings.processes if self.plan.uses_processes else 0))
             self._attend(self.settings.policies)
@@ -217,14 +219,16 @@ class Manager:
             confinement = self._hold(policy_name, key)
         except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the work does not run
             self._refuse(work, policy_name, key, error)
-        turn, turns = Reservation(), self._ready_turns()
+        reservation, reservations = Reservation(), self._ready_reservations()
         try:
             own = memory(policy) if memory is not None else None
-            turns.take(turn, confinement, own, wait)
+            reservations.reserve(reservation, confinement, own, wait=wait)
             self._work_started(work=work, policy=policy)
-            return turns.wait(wait, partial(self._make_admission, work, confinement, turn, identity, own))
+            return reservations.retry(
+                wait, partial(self._make_admission, work, confinement, reservation, identity, own)
+            )
         except BaseException as error:
-            self._let_go(confinement, turn)
+            self._let_go(confinement, reservation)
             if not isinstance(error, Exception):
                 raise
             self._refuse(work, policy_name, key, error)
@@ -253,9 +257,11 @@ class Manager:
         """The cgroup that holds all the work of a confinement that runs in processes."""
         return self._ready_instance().policy_cgroup(confinement.name)
 
-    def concluded(self, work: Work, confinement: Confinement, turn: Reservation, outcome: Outcome) -> None:
+    def concluded(
+        self, work: Work, confinement: Confinement, reservation: Reservation, outcome: Outcome
+    ) -> None:
         """Take note of a work's outcome: called by its admission, once."""
-        self._let_go(confinement, turn)
+        self._let_go(confinement, reservation)
         self._tell(work, outcome)
 
     def _select(self, work: Work) -> str | None:
@@ -336,25 +342,25 @@ class Manager:
         self,
         work: Work,
         confinement: Confinement,
-        turn: Reservation,
+        reservation: Reservation,
         identity: Identity | None,
         memory: int | None,
     ) -> Admission:
         if isinstance(confinement, ThreadedConfinement):
             if confinement.isolation == "thread":
-                return ThreadAdmission(self, work, confinement, turn, identity, self._threads)
-            return InlineAdmission(self, work, confinement, turn)
+                return ThreadAdmission(self, work, confinement, reservation, identity, self._threads)
+            return InlineAdmission(self, work, confinement, reservation)
         if isinstance(confinement, ProcessConfinement) and self._pool is not None:
-            return ProcessAdmission(self, work, confinement, turn, identity, self._pool, memory)
+            return ProcessAdmission(self, work, confinement, reservation, identity, self._pool, memory)
         raise ConfinementError(f"{confinement.name} needs a process, and there is no fork server")
 
-    def _let_go(self, confinement: Confinement, turn: Reservation) -> None:
+    def _let_go(self, confinement: Confinement, reservation: Reservation) -> None:
         with self.lock:
             confinement.users -= 1
             idle = not confinement.users
         if idle and self._attendance is not None and confinement.isolation == "process":
             self._attendance.rest(confinement.name)
-        self._ready_turns().give_back(turn)
+        self._ready_reservations().release(reservation)
 
     def _refuse(self, work: Work, policy: str, key: str | None, error: Exception) -> NoReturn:
         """Tell hooks and log that the work does not run, and raise that."""
@@ -382,16 +388,14 @@ class Manager:
         confinement = self._confinements.get(name)
         return None if confinement is None else confinement.key
 
-    def _purse(self) -> MemoryBudget | None:
+    def _budget(self) -> MemoryBudget | None:
         budget, whole = self.settings.budget, self.plan.budget
-        return (
-            None if budget is None or whole is None else MemoryBudget(ledger_of_machine(), whole, budget.wait)
-        )
+        return None if budget is None or whole is None else MemoryBudget(machine_ledger(), whole, budget.wait)
 
-    def _ready_turns(self) -> Reservations:
-        if self._turns is None:
+    def _ready_reservations(self) -> Reservations:
+        if self._reservations is None:
             raise ConfinementError("the manager was not started")
-        return self._turns
+        return self._reservations
 
     def _ready_instance(self) -> Instance:
         if self._instance is None:

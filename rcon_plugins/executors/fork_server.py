@@ -33,7 +33,7 @@ from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.proc import other_threads
 from rcon_plugins.kernel.syscalls import poll_readable
-from rcon_plugins.tree.slots import entering
+from rcon_plugins.tree.locks import entering
 
 if TYPE_CHECKING:
     import pluggy

@@ -31,7 +31,9 @@ class Host(Protocol):
     def policy_cgroup(self, confinement: Confinement) -> Cgroup:
         """The cgroup that holds all the work of a confinement that runs in processes."""
 
-    def concluded(self, work: Work, confinement: Confinement, turn: Reservation, outcome: Outcome) -> None:
+    def concluded(
+        self, work: Work, confinement: Confinement, reservation: Reservation, outcome: Outcome
+    ) -> None:
         """Take note of a work's outcome, once."""
 
 
@@ -40,11 +42,11 @@ class Admission:
 
     isolation: Isolation
 
-    def __init__(self, host: Host, work: Work, confinement: Confinement, turn: Reservation) -> None:
+    def __init__(self, host: Host, work: Work, confinement: Confinement, reservation: Reservation) -> None:
         self.work = work
         self.confinement = confinement
         self._host = host
-        self._turn = turn
+        self._reservation = reservation
         self._started = time.monotonic()
         self._outcome: Outcome | None = None
 
@@ -99,5 +101,5 @@ class Admission:
             detail=detail,
         )
         self._outcome = outcome
-        self._host.concluded(self.work, self.confinement, self._turn, outcome)
+        self._host.concluded(self.work, self.confinement, self._reservation, outcome)
         return outcome

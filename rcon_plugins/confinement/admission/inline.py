@@ -27,8 +27,10 @@ class InlineAdmission(Admission):
     isolation = "inline"
     confinement: ThreadedConfinement
 
-    def __init__(self, host: Host, work: Work, confinement: ThreadedConfinement, turn: Reservation) -> None:
-        super().__init__(host, work, confinement, turn)
+    def __init__(
+        self, host: Host, work: Work, confinement: ThreadedConfinement, reservation: Reservation
+    ) -> None:
+        super().__init__(host, work, confinement, reservation)
         self._cpu_seconds = 0.0
         #: Whether any of the work ran.
         self.ran = False

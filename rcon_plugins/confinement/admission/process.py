@@ -54,13 +54,13 @@ class ProcessAdmission(Admission):
         host: Host,
         work: Work,
         confinement: ProcessConfinement,
-        turn: Reservation,
+        reservation: Reservation,
         identity: Identity | None,
         pool: ExecutorPool,
         memory: int | None = None,
     ) -> None:
         """``memory``: bytes that this one work has in the place of ``each.memory``."""
-        super().__init__(host, work, confinement, turn)
+        super().__init__(host, work, confinement, reservation)
         self.on_deadline: Callable[[], object] | None = None
         self._noticed = False
         self._threads_left = False

@@ -33,11 +33,11 @@ class ThreadAdmission(Admission):
         host: Host,
         work: Work,
         confinement: ThreadedConfinement,
-        turn: Reservation,
+        reservation: Reservation,
         identity: Identity | None,
         threads: ThreadExecutors,
     ) -> None:
-        super().__init__(host, work, confinement, turn)
+        super().__init__(host, work, confinement, reservation)
         self._identity = identity
         self._threads = threads
         self._executor = self._take()

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from rcon_plugins.confinement import budget
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
-from rcon_plugins.tree import ledger
 from rcon_plugins.work import Work
 from tests.children import in_child
 from tests.kernel.executors.service import ask, begin, end, managing
@@ -24,7 +24,7 @@ BUDGET = {"budget": {"memory": "100M", "wait": "300ms"}}
 @pytest.fixture(autouse=True)
 def account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An account of this test's own: that of the machine may be in use."""
-    monkeypatch.setattr(ledger, "_folder", lambda: str(tmp_path / "rcon"))
+    monkeypatch.setattr(budget, "_folder", lambda: str(tmp_path / "rcon"))
 
 
 def budgeted(policy: dict[str, Any] | None = None, **settings: Any) -> Any:
@@ -51,7 +51,7 @@ def test_what_does_not_fit_waits_and_is_refused() -> None:
             answers += [ask(manager, "allocate_and_hold", 90, 0)[1].ending for _ in range(2)]
             return [*answers, ask(manager, "pid")[1].ending]
 
-    text = "budget.memory 1: 60M of memory did not fit into what is left of the budget, 100M"
+    text = "budget.memory 1: the memory budget of 100M has less than 60M left"
     assert in_child(server) == [text, True, "ok", "memory", "memory", "ok"]
 
 
@@ -115,7 +115,7 @@ def test_memory_of_ones_own_is_what_counts() -> None:
     assert in_child(server) == [
         "budget.memory",
         "admitted",
-        "its memory, 101M, is more than the whole budget, 100M",
+        "its memory limit 101M exceeds the whole budget of 100M",
     ]
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rcon_plugins.confinement.confinement import cgroup_name
 from rcon_plugins.kernel.cgroup.names import check_name
-from rcon_plugins.tree.slots import Slots, first_slot
+from rcon_plugins.tree.locks import Allocation, ByteLocks, first_slot
 from tests.children import in_child
 
 
@@ -39,43 +39,48 @@ def test_a_hashed_name_cannot_be_had_by_a_plain_key() -> None:
     assert cgroup_name("p", hashed.removeprefix("p~")) != hashed
 
 
-def _slots() -> Slots:
-    return Slots(os.memfd_create("test", os.MFD_CLOEXEC))
+def _slots() -> ByteLocks:
+    return ByteLocks(os.memfd_create("test", os.MFD_CLOEXEC))
 
 
 def test_slots_run_out_and_come_back() -> None:
     slots, first = _slots(), first_slot("p~a")
-    held = [slots.take(first, 2) for _ in range(2)]
-    assert None not in held
-    assert slots.take(first, 2) is None
-    assert slots.take(first_slot("p~b"), 2) is not None  # another confinement has its own
-    slots.release(held[0] or 0)
-    assert slots.take(first, 2) == held[0]
+    held = slots.reserve_one(first, first + 2)
+    assert held is not None
+    assert slots.reserve_one(first, first + 2) is not None
+    assert slots.reserve_one(first, first + 2) is None
+    other = first_slot("p~b")
+    assert slots.reserve_one(other, other + 2) is not None  # another confinement has slots of its own
+    slots.release(held)
+    slots.release(held)  # again is harmless
+    assert slots.reserve_one(first, first + 2) is not None
+    assert slots.reserve_one(first, first + 2) is None
 
 
 def test_slots_are_shared_with_forks_and_come_back_when_they_end() -> None:
     slots, first = _slots(), first_slot("p")
-    mine = slots.take(first, 2)
+    mine = slots.reserve_one(first, first + 2)
 
     def other() -> tuple[bool, bool]:
-        own = Slots(slots._file)  # as another worker has: it knows nothing of what its parent holds
-        return own.take(first, 2) is not None, own.take(first, 2) is None
+        return slots.reserve_one(first, first + 2) is not None, slots.reserve_one(first, first + 2) is None
 
     assert in_child(other) == (True, True)
-    assert slots.take(first, 2) is not None
+    assert slots.reserve_one(first, first + 2) is not None
     assert mine is not None
 
 
 def test_threads_never_get_the_same_slot() -> None:
     slots, first = _slots(), first_slot("p")
-    taken: list[int | None] = []
+    taken: list[Allocation | None] = []
     threads = [
-        threading.Thread(target=lambda: taken.extend(slots.take(first, 100) for _ in range(10)))
+        threading.Thread(
+            target=lambda: taken.extend(slots.reserve_one(first, first + 100) for _ in range(10))
+        )
         for _ in range(10)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(taken)) == 100
-    assert slots.take(first, 100) is None
+    assert len({one.ranges[0] for one in taken if one is not None}) == 100
+    assert slots.reserve_one(first, first + 100) is None

@@ -1,4 +1,4 @@
-"""The budget of a machine: what is written, and the account, across processes and threads."""
+"""The budget of a machine: what is written, and the ledger, across processes and threads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rcon_plugins.confinement.budget import UNIT, MemoryBudget, machine_ledger, open_ledger
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import KernelError, SettingsError
 from rcon_plugins.kernel.cgroup import Hierarchy
@@ -17,16 +18,20 @@ from rcon_plugins.kernel.cgroup.machine import memory_of_machine
 from rcon_plugins.settings.budget import Portion, promised
 from rcon_plugins.settings.file import from_mapping
 from rcon_plugins.settings.policy import Policy
-from rcon_plugins.tree.ledger import UNIT, Ledger, ledger_of_machine, open_account
+from rcon_plugins.tree.locks import ByteLocks
 from tests.children import in_child
 from tests.places import let_others_in
 
 WHOLE = 10 * UNIT
 
 
+def budget_in(tmp_path: Path, whole: int = WHOLE) -> MemoryBudget:
+    return MemoryBudget(ByteLocks(open_ledger(str(tmp_path / "rcon"))), whole, wait=0)
+
+
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(open_account(str(tmp_path / "rcon")))
+def budget(tmp_path: Path) -> MemoryBudget:
+    return budget_in(tmp_path)
 
 
 def settings(budget: dict[str, Any], **policies: dict[str, Any]) -> dict[str, Any]:
@@ -102,112 +107,113 @@ def test_the_memory_of_the_machine() -> None:
     assert 0 < memory_of_machine(Hierarchy.discover()) <= total
 
 
-def test_it_runs_out_and_comes_back(ledger: Ledger) -> None:
-    six = ledger.take(6 * UNIT, WHOLE)
+def test_it_runs_out_and_comes_back(budget: MemoryBudget) -> None:
+    six = budget.reserve(6 * UNIT)
     assert six is not None
-    assert ledger.take(5 * UNIT, WHOLE) is None
-    four = ledger.take(3 * UNIT + 1, WHOLE)  # begun is counted whole
+    assert budget.reserve(5 * UNIT) is None
+    four = budget.reserve(3 * UNIT + 1)  # begun is counted whole
     assert four is not None
-    assert ledger.take(1, WHOLE) is None
-    ledger.give_back(six)
-    ledger.give_back(six)
-    assert ledger.take(6 * UNIT, WHOLE) is not None
-    assert ledger.take(1, WHOLE) is None
+    assert budget.reserve(1) is None
+    budget.release(six)
+    budget.release(six)
+    assert budget.reserve(6 * UNIT) is not None
+    assert budget.reserve(1) is None
 
 
-def test_what_is_left_need_not_be_in_one_piece(ledger: Ledger) -> None:
-    held = [ledger.take(UNIT, WHOLE) for _ in range(10)]
+def test_what_is_left_need_not_be_in_one_piece(budget: MemoryBudget) -> None:
+    held = [budget.reserve(UNIT) for _ in range(10)]
     for number in (1, 4, 8):
-        share = held[number]
-        assert share is not None
-        ledger.give_back(share)
+        allocation = held[number]
+        assert allocation is not None
+        budget.release(allocation)
 
     def other() -> tuple[bool, list[tuple[int, int]], bool]:
-        refused = ledger.take(4 * UNIT, WHOLE) is None
-        share = ledger.take(3 * UNIT, WHOLE)
-        return refused, share.ranges if share else [], ledger.take(1, WHOLE) is None
+        refused = budget.reserve(4 * UNIT) is None
+        allocation = budget.reserve(3 * UNIT)
+        return refused, allocation.ranges if allocation else [], budget.reserve(1) is None
 
     assert in_child(other) == (True, [(1, 2), (4, 5), (8, 9)], True)
 
 
-def test_processes_share_it_and_give_back_however_they_end(ledger: Ledger, tmp_path: Path) -> None:
-    held = ledger.take(4 * UNIT, WHOLE)
+def test_processes_allocation_it_and_give_back_however_they_end(budget: MemoryBudget, tmp_path: Path) -> None:
+    held = budget.reserve(4 * UNIT)
     assert held is not None
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            ledger.give_back(held)  # it is its parent's
-            answers = [ledger.take(7 * UNIT, WHOLE) is None, ledger.take(6 * UNIT, WHOLE) is not None]
+            budget.release(held)  # it is its parent's
+            answers = [budget.reserve(7 * UNIT) is None, budget.reserve(6 * UNIT) is not None]
             os.write(writing, b"y" if all(answers) else b"n")
             signal.pause()
         finally:
             os._exit(1)
     try:
         assert os.read(reading, 1) == b"y"
-        assert ledger.take(UNIT, WHOLE) is None
+        assert budget.reserve(UNIT) is None
 
         # Another program that opens it by name sees the same.
-        assert in_child(lambda: Ledger(open_account(str(tmp_path / "rcon"))).take(UNIT, WHOLE) is None)
+        assert in_child(lambda: budget_in(tmp_path).reserve(UNIT) is None)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(reading)
         os.close(writing)
-    assert ledger.take(6 * UNIT, WHOLE) is not None
+    assert budget.reserve(6 * UNIT) is not None
 
 
-def test_threads_are_never_promised_the_same(ledger: Ledger) -> None:
+def test_threads_never_reserve_the_same(tmp_path: Path) -> None:
+    budget = budget_in(tmp_path, WHOLE * 100)
     taken: list[Any] = []
 
     def some() -> None:
         for _ in range(50):
-            share = ledger.take(3 * UNIT, WHOLE * 100)
-            assert share is not None
-            taken.append(share)
+            allocation = budget.reserve(3 * UNIT)
+            assert allocation is not None
+            taken.append(allocation)
 
     threads = [threading.Thread(target=some) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    units = [unit for share in taken for start, end in share.ranges for unit in range(start, end)]
+    units = [unit for allocation in taken for start, end in allocation.ranges for unit in range(start, end)]
     assert len(units) == len(set(units)) == 600
     assert max(units) < 1000
 
 
 def test_nobody_elses_file(tmp_path: Path) -> None:
     folder = tmp_path / "rcon"
-    os.close(open_account(str(folder)))
+    os.close(open_ledger(str(folder)))
     account = folder / "budget"
     assert (folder.stat().st_mode & 0o777, account.stat().st_mode & 0o777) == (0o700, 0o600)
 
     account.chmod(0o666)
-    with pytest.raises(KernelError, match="open to others"):
-        open_account(str(folder))
+    with pytest.raises(KernelError, match="open to other users"):
+        open_ledger(str(folder))
     account.unlink()
     account.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(KernelError, match="symbolic links"):
-        open_account(str(folder))
+        open_ledger(str(folder))
     assert not (tmp_path / "elsewhere").exists()
     account.unlink()
     os.mkfifo(account, 0o600)
-    with pytest.raises(KernelError, match="no file of its own"):
-        open_account(str(folder))
+    with pytest.raises(KernelError, match="not a regular file with one name"):
+        open_ledger(str(folder))
     account.unlink()
     (folder / "second").write_text("")
     os.link(folder / "second", account)
-    with pytest.raises(KernelError, match="no file of its own"):
-        open_account(str(folder))
+    with pytest.raises(KernelError, match="not a regular file with one name"):
+        open_ledger(str(folder))
 
     folder.chmod(0o777)
-    with pytest.raises(KernelError, match="open to others"):
-        open_account(str(folder))
+    with pytest.raises(KernelError, match="open to other users"):
+        open_ledger(str(folder))
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(KernelError):
-        open_account(str(tmp_path / "link"))
+        open_ledger(str(tmp_path / "link"))
     with pytest.raises(KernelError, match="XDG_RUNTIME_DIR"):
-        open_account(str(tmp_path / "nowhere" / "rcon"))
+        open_ledger(str(tmp_path / "nowhere" / "rcon"))
 
 
 def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
@@ -215,7 +221,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     folder.mkdir(mode=0o700)
     os.chown(folder, 12345, 12345)
     with pytest.raises(KernelError, match="belongs to the user 12345"):
-        open_account(str(folder))
+        open_ledger(str(folder))
 
 
 def test_one_for_a_process_also_as_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,12 +231,12 @@ def test_one_for_a_process_also_as_another_user(tmp_path: Path, monkeypatch: pyt
     def program() -> tuple[bool, bool, bool]:
         os.setegid(12345)
         os.seteuid(12345)
-        first = ledger_of_machine()
+        first = machine_ledger()
         os.seteuid(0)
         os.setresuid(12346, 12346, 12346)
-        second = ledger_of_machine()
-        share = second.take(UNIT, WHOLE)
-        return first is second, share is not None, (tmp_path / "rcon").stat().st_uid == 12345
+        second = machine_ledger()
+        allocation = second.reserve(1, 10)
+        return first is second, allocation is not None, (tmp_path / "rcon").stat().st_uid == 12345
 
     let_others_in(tmp_path.parent)
     assert in_child(program) == (True, True, True)

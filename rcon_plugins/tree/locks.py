@@ -1,0 +1,161 @@
+"""Byte-range locks on a shared file: a count of something that processes hand out among themselves.
+
+Each byte stands for one thing (a slot, a mebibyte) and is locked (fcntl(2), POSIX record locks) by the process that
+holds it. The kernel releases the locks of a process however it ends, so nothing is ever lost. The file itself stays
+empty: offsets reach 2**63 whatever its size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import struct
+import threading
+import weakref
+from collections.abc import Iterator
+
+#: The most slots of one confinement.
+MAX_SLOTS = 1 << 16
+#: The byte that a process locks while it looks for several free bytes. Far beyond all bytes that count.
+_SEARCH = 1 << 61
+#: struct flock, native: type, whence, start, length, pid.
+_FLOCK = "hhqqi"
+
+
+class Allocation:
+    """Bytes that this process holds, as ranges: first byte, and the byte after the last."""
+
+    __slots__ = ("ranges",)
+
+    def __init__(self, *ranges: tuple[int, int]) -> None:
+        self.ranges = list(ranges)
+
+
+class ByteLocks:
+    """The locks of one process on one shared file. Thread-safe; a fork starts with none.
+
+    POSIX locks belong to the process: the kernel separates processes, this class separates the threads of one. So use
+    one `ByteLocks` for each file in a process, and close no descriptor of that file, which would release all its locks.
+    """
+
+    def __init__(self, file: int) -> None:
+        self.file = file
+        self._lock = threading.Lock()
+        #: By first byte of each range held: the byte after its last.
+        self._held: dict[int, int] = {}
+        _LOCKS.add(self)
+
+    def forget(self) -> None:
+        """In a new child: forget what the parent holds. A thread of the parent may have held the lock."""
+        self._lock = threading.Lock()
+        self._held = {}
+
+    def reserve_one(self, start: int, stop: int) -> Allocation | None:
+        """Reserve the first free byte from ``start`` up to ``stop``; None when all are held."""
+        with self._lock:
+            for byte in range(start, stop):
+                if byte in self._held:
+                    continue
+                try:
+                    self._set(fcntl.LOCK_EX | fcntl.LOCK_NB, byte, byte + 1)
+                except (BlockingIOError, PermissionError):
+                    continue  # EAGAIN or EACCES: another process holds it
+                self._held[byte] = byte + 1
+                return Allocation((byte, byte + 1))
+        return None
+
+    def reserve(self, count: int, stop: int) -> Allocation | None:
+        """Reserve ``count`` of the first ``stop`` bytes, in any ranges; None when fewer are free."""
+        found = Allocation()
+        with self._lock, self._searching():
+            free = []
+            for start, end in self._free(stop):
+                end = min(end, start + count)
+                free.append((start, end))
+                count -= end - start
+                if not count:
+                    break
+            else:
+                return None
+            try:
+                for start, end in free:
+                    found.ranges.append((start, end))  # first, so that an exception at any point releases it
+                    self._held[start] = end
+                    self._set(fcntl.LOCK_EX | fcntl.LOCK_NB, start, end)
+            except BaseException as error:
+                self._release(found)
+                if isinstance(error, (BlockingIOError, PermissionError)):
+                    return None  # locked by a process that did not wait for the search byte
+                raise
+        return found
+
+    def release(self, allocation: Allocation) -> None:
+        """Release an allocation. Harmless when released before, and in a fork of the process that reserved it."""
+        with self._lock:
+            self._release(allocation)
+
+    def _release(self, allocation: Allocation) -> None:
+        while allocation.ranges:
+            start, end = allocation.ranges.pop()
+            if self._held.pop(start, None) is not None:
+                self._set(fcntl.LOCK_UN, start, end)
+
+    def _set(self, kind: int, start: int, end: int) -> None:
+        fcntl.lockf(self.file, kind, end - start, start, os.SEEK_SET)
+
+    @contextlib.contextmanager
+    def _searching(self) -> Iterator[None]:
+        self._set(fcntl.LOCK_EX, _SEARCH, _SEARCH + 1)
+        try:
+            yield
+        finally:
+            self._set(fcntl.LOCK_UN, _SEARCH, _SEARCH + 1)
+
+    def _free(self, stop: int) -> list[tuple[int, int]]:
+        """Return the free ranges below ``stop``, in order: one question to the kernel for each lock on the file."""
+        to_ask, begin = [], 0
+        for start, end in [*sorted(self._held.items()), (stop, stop)]:
+            if begin < min(start, stop):
+                to_ask.append((begin, min(start, stop)))
+            begin = max(begin, end)
+        free = []
+        while to_ask:
+            begin, bound = to_ask.pop()
+            question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, begin, bound - begin, 0)
+            kind, _, start, length, _ = struct.unpack(_FLOCK, fcntl.fcntl(self.file, fcntl.F_GETLK, question))
+            if kind == fcntl.F_UNLCK:
+                free.append((begin, bound))
+                continue
+            end = start + length if length else bound
+            to_ask += [(a, b) for a, b in ((begin, start), (end, bound)) if a < b]
+        return sorted(free)
+
+
+_LOCKS: weakref.WeakSet[ByteLocks] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for locks in _LOCKS:
+        locks.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+@contextlib.contextmanager
+def entering(file: int, name: str) -> Iterator[None]:
+    """Wait until no other process of the server is entering the confinement ``name``, and keep others out."""
+    byte = first_slot(name) + MAX_SLOTS
+    fcntl.lockf(file, fcntl.LOCK_EX, 1, byte, os.SEEK_SET)
+    try:
+        yield
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN, 1, byte, os.SEEK_SET)
+
+
+def first_slot(name: str) -> int:
+    """Return the byte at which the slots of the confinement ``name`` begin: the same in every process."""
+    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 18 << 17
