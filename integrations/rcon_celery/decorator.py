@@ -15,6 +15,7 @@ from celery.local import Proxy
 
 from rcon_celery.retry.attempt import Learning
 from rcon_plugins.errors import SettingsError
+from rcon_plugins.settings.limit_table import SHARED_KEYS
 from rcon_plugins.settings.policy import Policy
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -22,7 +23,6 @@ LOGGER = logging.getLogger("rcon")
 _MARK = "__rcon__"
 #: Keywords that say something of the policy, and not of each task.
 _OF_THE_POLICY = frozenset({*Policy.__struct_fields__} - {"name", "each", "isolation"})
-_OF_BOTH = frozenset({"cpu", "cpu_weight", "cpus", "memory", "memory_high", "swap", "io", "pids"})
 
 
 class Mark(NamedTuple):
@@ -108,7 +108,7 @@ def _check(mark: Mark) -> None:
     except SettingsError as error:
         key = (error.key or "").removeprefix("policy.confined.").removeprefix("policy.confined")
         first = re.split(r"[.\[]", key)[0]
-        error.key = f"@confined: {f'together.{key}' if first in _OF_BOTH else key.removeprefix('each.')}"
+        error.key = f"@confined: {f'together.{key}' if first in SHARED_KEYS else key.removeprefix('each.')}"
         raise
 
 
@@ -137,7 +137,7 @@ def _content(keywords: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in keywords.items():
         if key == "together":
             continue
-        if key in _OF_THE_POLICY and key not in _OF_BOTH:
+        if key in _OF_THE_POLICY and key not in SHARED_KEYS:
             content[key] = value
         else:
             each[key] = value

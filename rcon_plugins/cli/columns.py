@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from unicodedata import east_asian_width
 
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources
-from rcon_plugins.kernel.cgroup.resources import Max
-from rcon_plugins.settings.units import Cpus, Size
+from rcon_plugins.settings.limit_table import CGROUP_LIMITS, IO_LIMITS, Limit
+from rcon_plugins.settings.units import written
 
 #: What stands for a value that the kernel does not tell.
 NOT_TOLD = "-"
@@ -128,61 +128,30 @@ def percent(share: float | None) -> str:
 
 
 def limits_in_words(limits: Resources) -> list[str]:
-    """What is limited, as options and policies write it: ``["cpu 30%", "memory 64M"]``."""
-    found = []
-    if isinstance(limits.cpu_quota, float | int):
-        found.append(f"cpu {Cpus(limits.cpu_quota)}")
-    if limits.cpu_weight not in (None, 100):
-        found.append(f"cpu-weight {limits.cpu_weight}")
-    if limits.cpus is not None:
-        found.append(f"cpus {limits.cpus}")
-    for name, value in (
-        ("memory", limits.memory_max),
-        ("memory-high", limits.memory_high),
-        ("swap", limits.swap_max),
-    ):
-        if isinstance(value, int):
-            found.append(f"{name} {Size(value)}")
+    """The limits in force, with the names of their options: ``["cpu 30%", "memory 64M"]``."""
+    found = _in_words(CGROUP_LIMITS, limits)
     for device, most in sorted(limits.io.items()):
-        found += [f"{name} {value} on {device}" for name, value in _io_in_words(most)]
-    if isinstance(limits.pids_max, int):
-        found.append(f"pids {limits.pids_max}")
+        found += [f"{text} on {device}" for text in _in_words(IO_LIMITS, most)]
     return found
 
 
-def _io_in_words(most: IoMax) -> list[tuple[str, str]]:
-    named = (("read", most.rbps), ("write", most.wbps), ("read-iops", most.riops), ("write-iops", most.wiops))
+def _in_words(rows: Sequence[Limit], limits: Resources | IoMax) -> list[str]:
     return [
-        (name, str(Size(value)) if name in ("read", "write") else str(value))
-        for name, value in named
-        if isinstance(value, int)
+        f"{row.name} {written(row.unit, value)}"
+        for row in rows
+        if (value := getattr(limits, row.field)) not in (None, MAX, row.default)
     ]
 
 
 def limits_as_json(limits: Resources) -> dict[str, object]:
-    """By the keys of a policy: a number, ``"max"`` for no limit, null for what cannot be limited there.
+    """The limits by the keys of a policy: a number, ``"max"`` for no limit, null where the kernel has no such limit.
 
     ``cpu`` in CPUs, sizes in bytes, ``io`` by device.
     """
-    return {
-        "cpu": _plain(limits.cpu_quota),
-        "cpu_weight": limits.cpu_weight,
-        "cpus": limits.cpus,
-        "memory": _plain(limits.memory_max),
-        "memory_high": _plain(limits.memory_high),
-        "swap": _plain(limits.swap_max),
-        "io": {
-            str(device): {
-                "read": _plain(most.rbps),
-                "write": _plain(most.wbps),
-                "read_iops": _plain(most.riops),
-                "write_iops": _plain(most.wiops),
-            }
-            for device, most in sorted(limits.io.items())
-        },
-        "pids": _plain(limits.pids_max),
-    }
+    devices = {str(device): _as_json(IO_LIMITS, most) for device, most in sorted(limits.io.items())}
+    return {**_as_json(CGROUP_LIMITS, limits), "io": devices}
 
 
-def _plain(value: float | int | Max | None) -> float | int | str | None:
-    return str(MAX) if value is MAX else value
+def _as_json(rows: Sequence[Limit], limits: Resources | IoMax) -> dict[str, object]:
+    values = {row.key: getattr(limits, row.field) for row in rows}
+    return {key: str(MAX) if value is MAX else value for key, value in values.items()}

@@ -17,19 +17,18 @@ from typing import Any
 
 import click
 
-from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.limit_words import OF_IO, value_of
+from rcon_plugins.settings.limit_table import BY_KEY, OPTIONS
+from rcon_plugins.settings.limit_words import IO_KEYS, value_of
 from rcon_plugins.settings.policy import Policy
 
 _EXPANSION = ("expand", "up_to")
-_BY_KEY = {option.key: option for option in LIMIT_OPTIONS}
 #: Policies that commands make have this name; it is not shown.
 _POLICY = "command"
 
 
 def limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a click command all of `LIMIT_OPTIONS`, as text and None where not given."""
+    """Give a click command all of `OPTIONS`, as text and None where not given."""
     return _with_options(function, hidden=())
 
 
@@ -39,7 +38,7 @@ def limit_options_at_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_options(function: Callable[..., Any], hidden: Collection[str]) -> Callable[..., Any]:
-    for option in reversed(LIMIT_OPTIONS):
+    for option in reversed(OPTIONS):
         function = click.option(
             option.flag, metavar=option.metavar, help=option.help, hidden=option.key in hidden
         )(function)
@@ -61,11 +60,11 @@ def limits_of(options: Mapping[str, Any], **more: object) -> Policy:
 def policy_keys(options: Mapping[str, Any]) -> dict[str, object]:
     """What a policy file would hold for these options; nothing in it is checked. Raises `click.UsageError`."""
     given = {
-        option.key: _value(option.key, str(options[option.parameter]))
-        for option in LIMIT_OPTIONS
-        if options.get(option.parameter) is not None
+        option.key: _value(option.key, str(options[option.key]))
+        for option in OPTIONS
+        if options.get(option.key) is not None
     }
-    limits = {key: given.pop(key) for key in OF_IO if key in given}
+    limits = {key: given.pop(key) for key in IO_KEYS if key in given}
     device = given.pop("device", None)
     if limits:
         given["io"] = {_device(device): limits}
@@ -75,8 +74,8 @@ def policy_keys(options: Mapping[str, Any]) -> dict[str, object]:
     if expansion:
         for key in ("memory", *_EXPANSION):
             if key not in expansion and key not in given:
-                others = " and ".join(_BY_KEY[one].flag for one in expansion)
-                raise click.UsageError(f"{others} without {_BY_KEY[key].flag} expands nothing: add it")
+                others = " and ".join(BY_KEY[one].flag for one in expansion)
+                raise click.UsageError(f"{others} without {BY_KEY[key].flag} expands nothing: add it")
         given["memory"] = {"limit": given["memory"], **expansion}
     return given
 
@@ -98,18 +97,18 @@ def _flag(key: str, others: Mapping[str, str]) -> str | None:
         return others[key]
     if key.startswith("io."):
         last = key.rpartition(".")[2]
-        return _BY_KEY[last].flag if last in OF_IO else "--device"
+        return BY_KEY[last].flag if last in IO_KEYS else "--device"
     if key.startswith("memory.") and (last := key.rpartition(".")[2]) in _EXPANSION:
-        return _BY_KEY[last].flag
+        return BY_KEY[last].flag
     first = key.partition(".")[0].partition("[")[0]
-    return _BY_KEY[first].flag if first in _BY_KEY else None
+    return BY_KEY[first].flag if first in BY_KEY else None
 
 
 def _value(key: str, text: str) -> object:
     try:
         return text if key in ("device", *_EXPANSION) else value_of(key, text)
     except SettingsError as error:
-        raise click.UsageError(f"{_BY_KEY[key].flag}: {error}") from None
+        raise click.UsageError(f"{BY_KEY[key].flag}: {error}") from None
 
 
 def _device(named: object) -> str:

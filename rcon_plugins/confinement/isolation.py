@@ -15,6 +15,7 @@ from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, read_state
 from rcon_plugins.kernel.cgroup import Hierarchy, Refusal, Resources
+from rcon_plugins.settings.limit_table import KEY_OF_FIELD
 from rcon_plugins.settings.limits import Limits
 from rcon_plugins.settings.policy import Policy
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 SOFT_LIMITS = ("timeout_soft", "memory_soft")
 
 Isolation = Literal["inline", "thread", "process"]
-
-#: What `Resources` calls otherwise than a policy does.
-_WRITTEN_AS = {"cpu_quota": "cpu", "memory_max": "memory", "swap_max": "swap", "pids_max": "pids"}
 
 
 class Server(NamedTuple):
@@ -143,7 +141,7 @@ def _of_no_disk(policy: Policy, error: KernelError) -> Verdict:
 
 def _as_written(refusals: list[Refusal], table: str = "") -> list[Refusal]:
     """The same, by the keys of a policy."""
-    return [one._replace(limit=table + _WRITTEN_AS.get(one.limit, one.limit)) for one in refusals]
+    return [one._replace(limit=table + KEY_OF_FIELD.get(one.limit, one.limit)) for one in refusals]
 
 
 def _without_walls(policy: Policy) -> list[Refusal]:

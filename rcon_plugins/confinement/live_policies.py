@@ -17,7 +17,7 @@ from rcon_plugins.errors import KernelError, SettingsError
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources, change_limits, read_limits
 from rcon_plugins.settings.budget import promised
 from rcon_plugins.settings.conversion import convert, one_of
-from rcon_plugins.settings.limit_words import NO_LIMIT, as_written, device_and_key, is_lifted, value_of
+from rcon_plugins.settings.limit_words import NO_LIMIT, as_written, device_and_key, removes, value_of
 from rcon_plugins.settings.limits import Each, IoLimits, Limits
 from rcon_plugins.settings.policy import Policy
 
@@ -165,7 +165,7 @@ def changed(policy: Policy, key: str, value: str) -> Policy:
             name, made = "io", _changed_io(limits.io, name.removeprefix("io."), value, where)
         elif name not in kinds or name == "io":
             raise SettingsError("is not a limit that can be set while work runs", hint=one_of(_settable()))
-        elif is_lifted(name, value):
+        elif removes(name, value):
             made = None
         else:
             made = convert(value_of(name, value), kinds[name], where)
@@ -192,7 +192,7 @@ def _changed_io(now: Mapping[str, IoLimits], name: str, value: str, where: str) 
         return devices
     before = devices.pop(device, None)
     said = {} if before is None or key is None else as_written(before)
-    if key is not None and is_lifted(key, value):
+    if key is not None and removes(key, value):
         said.pop(key, None)
     elif key is not None:
         said[key] = value_of(key, value)

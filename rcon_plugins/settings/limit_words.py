@@ -10,26 +10,19 @@ import msgspec
 
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.conversion import one_of
+from rcon_plugins.settings.limit_table import BY_KEY, IO_LIMITS
 from rcon_plugins.settings.memory import Memory
+from rcon_plugins.settings.units import parse
 
 #: For what is to have no limit any more.
 NO_LIMIT: Final = "max"
-#: Keys of a policy, of its ``each`` and of ``io``, that can be without a limit again.
-LIFTED: Final = frozenset(
-    {
-        *("cpu", "memory", "memory_high", "swap", "pids", "read", "write", "read_iops", "write_iops"),
-        *("timeout", "timeout_soft", "memory_soft"),
-    }
-)
 #: Keys of ``io``.
-OF_IO: Final = ("read", "write", "read_iops", "write_iops")
-#: What a settings file has as a number.
-_NUMBERS: Final = frozenset({"cpu_weight", "pids", "read_iops", "write_iops"})
+IO_KEYS: Final = tuple(limit.key for limit in IO_LIMITS)
 
 
-def is_lifted(key: str, text: str) -> bool:
-    """Whether the text says that there is to be no limit."""
-    return text == NO_LIMIT and key in LIFTED
+def removes(key: str, text: str) -> bool:
+    """Whether the text removes this limit: it is ``max``, and the limit can be removed."""
+    return text == NO_LIMIT and key in BY_KEY and BY_KEY[key].removable
 
 
 def value_of(key: str, text: str) -> object:
@@ -43,11 +36,9 @@ def value_of(key: str, text: str) -> object:
                 value=text,
                 hint='as in a settings file: { limit = "256M", expand = "2x", up_to = "1G" }',
             ) from None
-    if key not in _NUMBERS:
+    if key not in BY_KEY or BY_KEY[key].unit != "count":
         return text
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise SettingsError(f"{text!r} is not a whole number", value=text, hint="for example 100")
-    return int(text)
+    return parse("count", text)
 
 
 def device_and_key(name: str) -> tuple[str, str | None]:
@@ -56,11 +47,11 @@ def device_and_key(name: str) -> tuple[str, str | None]:
     The device may be quoted as in a settings file. Raises `SettingsError`.
     """
     device, _, key = name.rpartition(".")
-    if key not in OF_IO:
+    if key not in IO_KEYS:
         device, key = name, ""
     device = device.removeprefix('"').removesuffix('"')
     if not device:
-        raise SettingsError("no device is named", hint=f"io.DEVICE.KEY, the KEY {one_of(OF_IO)}")
+        raise SettingsError("no device is named", hint=f"io.DEVICE.KEY, the KEY {one_of(IO_KEYS)}")
     return device, key or None
 
 

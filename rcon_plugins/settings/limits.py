@@ -14,60 +14,53 @@ from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.conversion import dotted
+from rcon_plugins.settings.limit_table import BY_KEY
 from rcon_plugins.settings.memory import Memory
 from rcon_plugins.settings.units import CpuList, Cpus, Duration, Size, check_a_page, show
 
-_COUNT = Meta(ge=1, le=2**63 - 1)
+
+def _about(key: str) -> Meta:
+    """The description and example of a row of the table."""
+    row = BY_KEY[key]
+    return Meta(description=row.description, examples=[row.example])
+
+
+def _range(key: str) -> Meta:
+    """The range of a row of the table."""
+    row = BY_KEY[key]
+    return Meta(ge=row.least, le=row.most)
 
 
 class IoLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much may be read from and written to one device. ``None`` is "not set"."""
 
-    read: Annotated[Size | None, Meta(description="Bytes read per second.", examples=["10M"])] = None
-    write: Annotated[Size | None, Meta(description="Bytes written per second.", examples=["5M"])] = None
-    read_iops: Annotated[
-        Annotated[int, _COUNT] | None, Meta(description="Reads per second.", examples=[1000])
-    ] = None
-    write_iops: Annotated[
-        Annotated[int, _COUNT] | None, Meta(description="Writes per second.", examples=[500])
-    ] = None
+    read: Annotated[Size | None, _about("read")] = None
+    write: Annotated[Size | None, _about("write")] = None
+    read_iops: Annotated[Annotated[int, _range("read_iops")] | None, _about("read_iops")] = None
+    write_iops: Annotated[Annotated[int, _range("write_iops")] | None, _about("write_iops")] = None
 
     def __post_init__(self) -> None:
         for name in ("read", "write"):
             if getattr(self, name) == 0:
-                raise SettingsError("0 bytes per second never end", key=name, value=0, hint='at least "1"')
+                raise SettingsError(
+                    "0 bytes per second would block for ever", key=name, value=0, hint='write at least "1"'
+                )
         if all(getattr(self, name) is None for name in self.__struct_fields__):
             raise SettingsError("sets no limit", hint=f"one of: {', '.join(self.__struct_fields__)}")
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits that hold for all the processes and threads under them together. ``None`` is "not set"."""
+    """Limits that hold for all the processes and threads under them together. ``None`` is "not set".
 
-    cpu: Annotated[
-        Cpus | None,
-        Meta(description="CPU time per time: of one CPU, so that 150% is one and a half.", examples=["30%"]),
-    ] = None
-    cpu_weight: Annotated[
-        Annotated[int, Meta(ge=1, le=10000)] | None,
-        Meta(description="Share of the CPUs when they are scarce; what sets none has 100.", examples=[50]),
-    ] = None
-    cpus: Annotated[
-        CpuList | None, Meta(description="The CPUs that may be run on, by number.", examples=["0-1"])
-    ] = None
-    memory: Annotated[
-        Memory | None,
-        Meta(
-            description="Bytes of memory; work that needs more is killed, or given more as far as that is written.",
-            examples=["256M"],
-        ),
-    ] = None
-    memory_high: Annotated[
-        Size | None,
-        Meta(description="Bytes of memory above which work is slowed down.", examples=["200M"]),
-    ] = None
-    swap: Annotated[
-        Size | None, Meta(description="Bytes of swap, besides the memory; 0 is none.", examples=[0])
-    ] = None
+    The fields are rows of `rcon_plugins.settings.limit_table`.
+    """
+
+    cpu: Annotated[Cpus | None, _about("cpu")] = None
+    cpu_weight: Annotated[Annotated[int, _range("cpu_weight")] | None, _about("cpu_weight")] = None
+    cpus: Annotated[CpuList | None, _about("cpus")] = None
+    memory: Annotated[Memory | None, _about("memory")] = None
+    memory_high: Annotated[Size | None, _about("memory_high")] = None
+    swap: Annotated[Size | None, _about("swap")] = None
     io: Annotated[
         Mapping[str, IoLimits],
         Meta(
@@ -75,10 +68,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             examples=[{"/srv": {"read": "10M", "write": "5M"}}],
         ),
     ] = {}
-    pids: Annotated[
-        Annotated[int, Meta(ge=1, le=4194304)] | None,
-        Meta(description="Processes and threads at once.", examples=[64]),
-    ] = None
+    pids: Annotated[Annotated[int, _range("pids")] | None, _about("pids")] = None
 
     #: Where a key that is unknown here belongs; for error messages.
     belongs: ClassVar[dict[str, str]] = {}
@@ -125,18 +115,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits of every single work."""
 
-    timeout: Annotated[
-        Duration | None,
-        Meta(description="Wall time; work that takes longer is killed.", examples=["20s"]),
-    ] = None
-    timeout_soft: Annotated[
-        Duration | None,
-        Meta(description="Wall time after which a task is told to come to its end.", examples=["18s"]),
-    ] = None
-    memory_soft: Annotated[
-        Size | None,
-        Meta(description="Bytes of memory at which a task is told to come to its end.", examples=["200M"]),
-    ] = None
+    timeout: Annotated[Duration | None, _about("timeout")] = None
+    timeout_soft: Annotated[Duration | None, _about("timeout_soft")] = None
+    memory_soft: Annotated[Size | None, _about("memory_soft")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -224,6 +224,33 @@ class CpuList(Written, str):
         return numbers
 
 
+def parse(unit: str, text: str) -> float | int | str:
+    """The value that the text of an option means: CPUs, bytes, seconds, a count, a list of CPUs, or the text itself.
+
+    ``unit`` is that of a row of `rcon_plugins.settings.limit_table`. Raises `SettingsError`, without a key.
+    """
+    match unit:
+        case "share":
+            return float(Cpus.parse(text))
+        case "size":
+            return int(Size.parse(text))
+        case "duration":
+            return float(Duration.parse(text))
+        case "cpus":
+            return str(CpuList.parse(text))
+        case "count":
+            if not (text.isascii() and text.isdigit() and len(text) < 20):
+                raise SettingsError(f"{text!r} is not a whole number", value=text, hint="for example 100")
+            return int(text)
+    return text
+
+
+def written(unit: str, value: Any) -> str:
+    """A number as a settings file spells it: ``written("size", 67108864)`` is ``"64M"``."""
+    kind = {"share": Cpus, "size": Size, "duration": Duration}.get(unit)
+    return str(value if kind is None else kind(value))
+
+
 def show(value: object) -> str:
     """``value`` as an error message shows it: as Python writes it, and not too long."""
     text = repr(value)

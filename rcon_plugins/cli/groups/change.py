@@ -21,26 +21,16 @@ from rcon_plugins.cli.columns import (
 )
 from rcon_plugins.cli.exit import say
 from rcon_plugins.cli.limit_options import limits_of, policy_keys
-from rcon_plugins.cli.limit_table import FLAGS, LIMIT_OPTIONS
 from rcon_plugins.confinement.isolation import asked_resources
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups.find import Group, is_gone
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, Resources, change_limits, device_of
-from rcon_plugins.settings.limit_words import is_lifted
+from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD, OPTIONS
+from rcon_plugins.settings.limit_words import IO_KEYS, removes
 from rcon_plugins.settings.units import Size
 
 #: How long processes that were killed are waited for, in seconds.
 _KILL_SECONDS = 10.0
-
-#: Options that take ``max``, with the field of Resources, or of IoMax.
-_LIFTED = {
-    "cpu": "cpu_quota",
-    "memory": "memory_max",
-    "memory_high": "memory_high",
-    "swap": "swap_max",
-    "pids": "pids_max",
-}
-_LIFTED_IO = {"read": "rbps", "write": "wbps", "read_iops": "riops", "write_iops": "wiops"}
 
 
 def set_limits(group: Group, options: Mapping[str, Any], as_json: bool) -> int:
@@ -68,20 +58,17 @@ def set_limits(group: Group, options: Mapping[str, Any], as_json: bool) -> int:
 
 def _asked_for(options: Mapping[str, Any], before: Resources) -> Resources:
     """The limits as the kernel has them. Raises click.UsageError; nothing is written."""
-    given = {
-        option.parameter: value
-        for option in LIMIT_OPTIONS
-        if (value := options.get(option.parameter)) is not None
-    }
+    given = {option.key: value for option in OPTIONS if (value := options.get(option.key)) is not None}
     if not given:
         raise click.UsageError("say what to set: --memory 512M, or --memory max for no limit")
     if "expand" in given or "up_to" in given:
         raise click.UsageError(
             "--expand needs somebody who watches: use it with rcon run or rcon attach, or in a policy"
         )
-    lifted = {name for name, value in given.items() if is_lifted(name, value)}
-    kept = {name: value for name, value in given.items() if name not in lifted}
-    if lifted & _LIFTED_IO.keys() and not kept.keys() & _LIFTED_IO.keys():
+    removed = {name: BY_KEY[name].field for name, value in given.items() if removes(name, value)}
+    removed_io = {name: field for name, field in removed.items() if name in IO_KEYS}
+    kept = {name: value for name, value in given.items() if name not in removed}
+    if removed_io and not kept.keys() & IO_KEYS:
         kept.pop("device", None)
     if {"memory_high", "swap"} & kept.keys() and "memory" not in given and isinstance(before.memory_max, int):
         kept["memory"] = str(
@@ -90,12 +77,11 @@ def _asked_for(options: Mapping[str, Any], before: Resources) -> Resources:
     policy = limits_of(kept)
     try:
         wanted = asked_resources(limits_manager().hook, policy, policy)
-        for name in lifted & _LIFTED_IO.keys():
-            wanted = _without_io_limit(wanted, _LIFTED_IO[name], options.get("device"))
+        for field in removed_io.values():
+            wanted = _without_io_limit(wanted, field, options.get("device"))
     except KernelError as error:
         raise click.UsageError(f"--device: {error}") from None
-    unlimited: dict[str, Any] = {_LIFTED[name]: MAX for name in lifted & _LIFTED.keys()}
-    return wanted.replaced(**unlimited)
+    return wanted.replaced(**{field: MAX for name, field in removed.items() if name not in removed_io})
 
 
 def _without_io_limit(wanted: Resources, field: str, named: str | None) -> Resources:
@@ -120,7 +106,7 @@ def _check(group: Group, wanted: Resources) -> None:
             f"{', '.join(sorted(missing))}: change the policy of its server, pid {group.owner.pid}"
         )
     for refusal in here.refusals(wanted, threaded=threaded):
-        raise click.UsageError(f"{FLAGS[refusal.limit]}: {refusal.reason} ({refusal.remedy})")
+        raise click.UsageError(f"{FLAG_OF_FIELD[refusal.limit]}: {refusal.reason} ({refusal.remedy})")
 
 
 def _squeezed(group: Group, wanted: Resources, used: int | None, killed_before: int | None) -> list[str]:

@@ -13,7 +13,6 @@ from rcon_plugins.builtin.plugins import limits_manager, make_plugin_manager
 from rcon_plugins.cli.base_option import named_base
 from rcon_plugins.cli.capcon.run import find, take, variables_of
 from rcon_plugins.cli.limit_options import limits_of, policy_keys, refused
-from rcon_plugins.cli.limit_table import FLAGS
 from rcon_plugins.cli.request import Asked
 from rcon_plugins.cli.run.execution import execute, open_report
 from rcon_plugins.command.run import Ended, Order, check_group_name, group_name
@@ -27,6 +26,7 @@ from rcon_plugins.kernel.cgroup import Hierarchy, Resources
 from rcon_plugins.kernel.proc import original_environment
 from rcon_plugins.settings.conversion import did_you_mean, one_of
 from rcon_plugins.settings.file import Settings, load
+from rcon_plugins.settings.limit_table import FLAG_OF_FIELD
 from rcon_plugins.settings.units import Duration
 from rcon_plugins.work import Work
 
@@ -129,7 +129,7 @@ def resources_of(hook: pluggy.HookRelay, policy: Policy) -> Resources:
 def check_enforceable(hierarchy: Hierarchy, resources: Resources) -> None:
     """Raise `click.UsageError`, with the remedy, for the first limit that this machine cannot enforce."""
     for refusal in hierarchy.refusals(resources):
-        flag = FLAGS[refusal.limit]
+        flag = FLAG_OF_FIELD[refusal.limit]
         raise click.UsageError(
             f"{flag}: cannot be enforced on this machine: {refusal.reason} ({refusal.remedy})"
         )

@@ -93,9 +93,9 @@ def test_limits() -> None:
         "cpus 0-1",
         "memory 64M",
         "swap 0",
+        "pids 16",
         "write 5M on 254:0",
         "read-iops 100 on 254:0",
-        "pids 16",
     ]
     assert limits_as_json(limits) == {
         "cpu": 0.3,

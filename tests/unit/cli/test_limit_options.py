@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from rcon_plugins.cli.limit_options import flags_of, limit_options, limits_of
-from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
+from rcon_plugins.settings.limit_table import OPTIONS
 from rcon_plugins.settings.limits import Limits
 from rcon_plugins.settings.policy import Policy
 
@@ -25,7 +25,7 @@ def parsed(*arguments: str) -> Policy:
 
 
 def test_each_limit_of_a_policy_has_an_option() -> None:
-    keys = {option.key for option in LIMIT_OPTIONS}
+    keys = {option.key for option in OPTIONS}
     assert set(Limits.__struct_fields__) - {"io"} <= keys
     assert {"read", "write", "read_iops", "write_iops", "device"} <= keys
 
@@ -90,7 +90,7 @@ def test_junk_is_refused_by_the_name_of_its_option(flag: str, value: str) -> Non
 
 
 def test_junk_is_tried_on_every_option() -> None:
-    assert set(JUNK) == {option.flag for option in LIMIT_OPTIONS}
+    assert set(JUNK) == {option.flag for option in OPTIONS}
 
 
 @pytest.mark.parametrize("device", ["", "1:x", "nul\0", ":"])
@@ -105,7 +105,7 @@ def test_help_lists_them_all() -> None:
     def command(**options: str | None) -> None: ...
 
     text = CliRunner().invoke(command, ["--help"]).output
-    assert [option.flag for option in LIMIT_OPTIONS if option.flag not in text] == []
+    assert [option.flag for option in OPTIONS if option.flag not in text] == []
 
 
 def test_keys_are_told_as_flags() -> None:

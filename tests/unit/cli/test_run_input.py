@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rcon_plugins.cli.limit_table import LIMIT_OPTIONS
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.cli.run.commands import attach, run
+from rcon_plugins.settings.limit_table import OPTIONS
 
 LIMITS = {
     "--cpu": ["", "x", "30", "0%"],
@@ -89,7 +89,7 @@ def test_junk_in_the_environment(
 
 
 def test_every_option_is_tried() -> None:
-    flags = {option.flag for option in LIMIT_OPTIONS}
+    flags = {option.flag for option in OPTIONS}
     assert flags <= set(LIMITS)
     for command, tried in ((run, RUN), (attach, ATTACH)):
         named = {one for parameter in command.params for one in parameter.opts if one.startswith("--")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.limit_words import as_written, device_and_key, is_lifted, value_of
+from rcon_plugins.settings.limit_words import as_written, device_and_key, removes, value_of
 from rcon_plugins.settings.policy import Policy
 
 
@@ -41,11 +41,11 @@ def test_what_no_settings_file_would_hold(key: str, text: str, said: str) -> Non
 
 
 def test_what_can_be_without_a_limit() -> None:
-    assert is_lifted("memory", "max")
-    assert is_lifted("write_iops", "max")
-    assert is_lifted("timeout", "max")
-    assert not is_lifted("cpus", "max")
-    assert not is_lifted("memory", "512M")
+    assert removes("memory", "max")
+    assert removes("write_iops", "max")
+    assert removes("timeout", "max")
+    assert not removes("cpus", "max")
+    assert not removes("memory", "512M")
 
 
 @pytest.mark.parametrize(
