@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from rcon_plugins.command.job_control import Caller
 from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
-from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_name
-from rcon_plugins.kernel.cgroup.notices import notice_of_want, rings_of
+from rcon_plugins.kernel.cgroup.branch import check_name
+from rcon_plugins.kernel.cgroup.v1 import count_notices
 from rcon_plugins.tree.instance import Instance
+from rcon_plugins.tree.survey import INSTANCE_NAME
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -188,7 +189,7 @@ class _Run:
         self._group.create()
         order.configure(cgroup=self._group)
         if order.resources.memory_max is not None:
-            self._want = notice_of_want(self._group)
+            self._want = self._group.open_oom_notice()
         self._leaf.create()
         if order.configure_leaf is not None:
             order.configure_leaf(cgroup=self._leaf)
@@ -308,7 +309,7 @@ class _Run:
         from rcon_plugins.kernel.cgroup.statistics import read_usage
 
         killed = bool(read_usage(self._group).oom_kills)
-        return killed or (exit_status == SIGNALLED + signal.SIGKILL and rings_of(self._want) > 0)
+        return killed or (exit_status == SIGNALLED + signal.SIGKILL and count_notices(self._want) > 0)
 
     def _limit(self, name: str, reached: int | None, most: float) -> tuple[str, int | None]:
         """Which limit was hit, as a policy spells it: that of all together, or that of the single command."""

@@ -10,7 +10,6 @@ from rcon_plugins.confinement.isolation import Server, Verdict, caveat, judge
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.identity.resolution import check as check_identity
 from rcon_plugins.kernel.cgroup import Hierarchy
-from rcon_plugins.kernel.cgroup.machine import memory_of_machine
 from rcon_plugins.settings.budget import promised
 from rcon_plugins.settings.file import Settings
 from rcon_plugins.settings.units import Size
@@ -76,7 +75,7 @@ class Plan(NamedTuple):
     def budget(self) -> int | None:
         """The whole budget, in bytes, on this machine; None without one. Raises KernelError."""
         budget = self.settings.budget
-        return None if budget is None else budget.memory.of(memory_of_machine(self.hierarchy))
+        return None if budget is None else budget.memory.of(self.hierarchy.usable_memory())
 
     def check_fits(self, memory: Size, key: str) -> None:
         """Raise `SettingsError` for a limit of memory, written as ``key``, that is above the whole budget."""

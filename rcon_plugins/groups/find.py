@@ -19,7 +19,6 @@ from typing import Literal, get_args
 from rcon_plugins.errors import KernelError, UnknownGroup
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Reading, Resources, read_limits
-from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
 from rcon_plugins.kernel.cgroup.statistics import (
     Pressure,
     Statistics,
@@ -29,7 +28,7 @@ from rcon_plugins.kernel.cgroup.statistics import (
     read_usage,
 )
 from rcon_plugins.kernel.proc import Process
-from rcon_plugins.tree.survey import survey
+from rcon_plugins.tree.survey import INSTANCE_NAME, survey
 
 #: ``work``: in processes, ended with the instance. ``host``: threads of the server itself. ``taken``: processes that
 #: ran before, and are put back.

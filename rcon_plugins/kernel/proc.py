@@ -5,11 +5,11 @@ Loads no ctypes, so that a command starts quickly.
 
 from __future__ import annotations
 
+import _thread  # `threading` takes a command longer to load
 import contextlib
 import errno
 import os
 import stat
-import threading
 from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
@@ -179,7 +179,7 @@ def other_threads() -> list[str]:
     """Return the other threads of the calling process as ``number (name)``. Opens no file if there are none."""
     if is_single_threaded():
         return []
-    own = str(threading.get_native_id())
+    own = str(_thread.get_native_id())
     found = []
     for number in os.listdir("/proc/self/task"):
         if number != own:

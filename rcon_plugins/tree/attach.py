@@ -19,7 +19,6 @@ from typing import NamedTuple, NoReturn
 from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
-from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
 from rcon_plugins.kernel.proc import (
     inherited_descriptors,
     is_kernel_thread,
@@ -29,6 +28,7 @@ from rcon_plugins.kernel.proc import (
 )
 from rcon_plugins.tree import attach_watcher, previous_cgroups
 from rcon_plugins.tree.instance import Instance
+from rcon_plugins.tree.survey import INSTANCE_NAME
 
 #: How long processes that go on forking are taken in again.
 _TRIES = 20

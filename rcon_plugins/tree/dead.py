@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
-from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME
+from rcon_plugins.tree.survey import INSTANCE_NAME
 
 #: How long processes in a host/, which are ending in most cases, are waited for.
 _HOST_SECONDS = 1.0

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import Hierarchy
-from rcon_plugins.kernel.cgroup.names import INSTANCE_NAME, check_path
+from rcon_plugins.kernel.cgroup.branch import check_path
 from rcon_plugins.tree.base import remove_root_base
 from rcon_plugins.tree.dead import collect, has_unseen, stranger_in_taken
-from rcon_plugins.tree.survey import survey
+from rcon_plugins.tree.survey import INSTANCE_NAME, survey
 
 
 class Left(NamedTuple):

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
-from rcon_plugins.kernel.cgroup.notices import open_notice
+from rcon_plugins.kernel.cgroup.v1 import open_notice
 from rcon_plugins.kernel.events import Watcher
 
 MIB = 1 << 20

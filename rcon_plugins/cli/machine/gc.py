@@ -6,7 +6,7 @@ import json
 
 from rcon_plugins.cli.exit import BAD_USAGE, Refused
 from rcon_plugins.kernel.cgroup import Hierarchy
-from rcon_plugins.kernel.cgroup.names import check_path
+from rcon_plugins.kernel.cgroup.branch import check_path
 from rcon_plugins.tree import leftovers
 from rcon_plugins.tree.dead import UNSEEN, taken_by
 from rcon_plugins.tree.leftovers import Left

@@ -11,14 +11,16 @@ from rcon_plugins.kernel.capability.files import (
     read_file_capabilities,
     write_file_capabilities,
 )
-from rcon_plugins.kernel.capability.names import (
+from rcon_plugins.kernel.capability.sets import (
     CAP_SETGID,
     CAP_SETPCAP,
     CAP_SETUID,
     CAP_SYS_ADMIN,
     CAP_SYS_RESOURCE,
+    Capabilities,
+    Sets,
+    parse_text,
 )
-from rcon_plugins.kernel.capability.sets import Capabilities
 from rcon_plugins.kernel.capability.state import (
     SECBIT_KEEP_CAPS,
     SECBIT_KEEP_CAPS_LOCKED,
@@ -32,7 +34,6 @@ from rcon_plugins.kernel.capability.state import (
     State,
     read_state,
 )
-from rcon_plugins.kernel.capability.text import Sets, parse_text
 from rcon_plugins.kernel.capability.thread import (
     drop_bounding,
     set_ambient,

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from rcon_plugins.errors import CapabilityError
-from rcon_plugins.kernel.capability.names import CAP_SETGID, CAP_SETPCAP, CAP_SETUID
-from rcon_plugins.kernel.capability.sets import Capabilities
+from rcon_plugins.kernel.capability.sets import CAP_SETGID, CAP_SETPCAP, CAP_SETUID, Capabilities
 from rcon_plugins.kernel.capability.state import (
     SECBIT_KEEP_CAPS,
     SECBIT_KEEP_CAPS_LOCKED,

@@ -14,8 +14,7 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from rcon_plugins.errors import CapabilityError, KernelError
-from rcon_plugins.kernel.capability.names import CAP_SETGID, CAP_SETPCAP, CAP_SETUID
-from rcon_plugins.kernel.capability.sets import Capabilities
+from rcon_plugins.kernel.capability.sets import CAP_SETGID, CAP_SETPCAP, CAP_SETUID, Capabilities
 from rcon_plugins.kernel.capability.state import (
     SECBIT_KEEP_CAPS_LOCKED,
     SECBIT_NO_CAP_AMBIENT_RAISE,

@@ -1,6 +1,6 @@
-"""A branch: the place of one cgroup in one hierarchy, that is one directory.
+"""A branch: the directory of one cgroup in one hierarchy. Also the names and paths that a cgroup can have.
 
-On v2 a cgroup has one branch. On v1 it has one in each hierarchy it uses, on hybrid also one on the v2 side.
+On v2 a cgroup has one branch. On v1 it has one in each hierarchy that it uses, on hybrid also one on the v2 side.
 """
 
 from __future__ import annotations
@@ -14,6 +14,42 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.resources import Resources
+
+#: Of a file name, in bytes (NAME_MAX).
+LONGEST_NAME = 255
+
+_RESERVED = frozenset({"tasks", "notify_on_release", "release_agent"})
+#: What the kernel's own files begin with; a later kernel may add files of these names.
+_RESERVED_PREFIXES = (
+    "cgroup.", "cpu.", "cpuacct.", "cpuset.", "memory.", "io.", "blkio.", "pids.", "freezer.", "devices.",
+    "hugetlb.", "rdma.", "misc.",
+)  # fmt: skip
+
+
+def check_name(name: str) -> str:
+    """``name``, if it can be the name of a cgroup; else ValueError, before any system call."""
+    if not name or name in (".", ".."):
+        raise ValueError(f"not the name of a cgroup: {name!r}")
+    if "/" in name or not name.isprintable():
+        raise ValueError(f"the name of a cgroup has no slash and only printable characters: {name!r}")
+    if len(name.encode("utf-8", "surrogateescape")) > LONGEST_NAME:
+        raise ValueError(f"the name of a cgroup is at most {LONGEST_NAME} bytes: {name!r}")
+    if name in _RESERVED or name.startswith(_RESERVED_PREFIXES):
+        raise ValueError(f"the kernel has files of this name: {name!r}")
+    return name
+
+
+def check_path(path: str) -> str:
+    """``path`` of a cgroup below a mount: ``/`` or ``/a/b``, each component checked. ValueError."""
+    if path == "/":
+        return path
+    if not path.startswith("/"):
+        raise ValueError(f"the path of a cgroup begins with a slash: {path!r}")
+    for name in path[1:].split("/"):
+        # Others' cgroups may carry any name; only what leads elsewhere is refused here.
+        if not name or name in (".", "..") or "\0" in name or "\n" in name:
+            raise ValueError(f"not the path of a cgroup: {path!r}")
+    return path
 
 
 def levels(path: str) -> list[str]:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import meter, v1, v2
-from rcon_plugins.kernel.cgroup.branch import Branch
+from rcon_plugins.kernel.cgroup.branch import Branch, check_name
 from rcon_plugins.kernel.cgroup.entrance import Entrance
 from rcon_plugins.kernel.cgroup.meter import Meter, Reading
 from rcon_plugins.kernel.cgroup.mounts import Mount
-from rcon_plugins.kernel.cgroup.names import check_name
 from rcon_plugins.kernel.cgroup.resources import Resources
 from rcon_plugins.kernel.cgroup.v1 import V1Branch
 from rcon_plugins.kernel.cgroup.v2 import V2Branch
@@ -241,6 +240,23 @@ class Cgroup:
         """What this cgroup has used until now. Raises KernelError."""
         with self.meter() as opened:
             return opened.read()
+
+    def open_oom_notice(self) -> int | None:
+        """Return an eventfd that v1 signals before it kills for want of memory, here or above; see `v1.open_notice`.
+
+        None on a kernel without such notices, and on v2: its counters include the cgroups below. v1 counts a kill in
+        the cgroup of the process alone, which may be gone before it is read. Raises KernelError.
+        """
+        for branch in self._branches:
+            if isinstance(branch, V1Branch) and branch.has("memory"):
+                try:
+                    return v1.open_notice(branch.directory, "memory.oom_control")
+                except KernelError as error:
+                    # A realtime kernel (since 5.18) has none.
+                    if error.errno in (errno.EOPNOTSUPP, errno.ENOENT):
+                        return None
+                    raise
+        return None
 
     # -- stopping and ending ------------------------------------------------------------------
 

@@ -9,10 +9,9 @@ from typing import Literal, NamedTuple
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup import mounts, v1, v2
-from rcon_plugins.kernel.cgroup.branch import Branch
+from rcon_plugins.kernel.cgroup.branch import Branch, check_path
 from rcon_plugins.kernel.cgroup.cgroup import Cgroup
 from rcon_plugins.kernel.cgroup.mounts import Mount
-from rcon_plugins.kernel.cgroup.names import check_path
 from rcon_plugins.kernel.cgroup.refusals import Refusal, refusals
 from rcon_plugins.kernel.cgroup.resources import Resources
 from rcon_plugins.kernel.cgroup.v1 import V1Branch
@@ -22,6 +21,9 @@ Layout = Literal["v2", "v1", "hybrid"]
 
 #: The controllers of this project, by their v2 names.
 CONTROLLERS = frozenset({"cpu", "cpuset", "memory", "io", "pids"})
+
+#: The file of the memory limit, by version.
+_MEMORY_LIMIT = {1: "memory.limit_in_bytes", 2: "memory.max"}
 
 
 class Hierarchy(NamedTuple):
@@ -153,6 +155,24 @@ class Hierarchy(NamedTuple):
                 found.append(V1Branch(mount, path, here, threaded))
         return found
 
+    def usable_memory(self) -> int:
+        """Return the bytes of memory that this process can have: those of the machine, or of its container.
+
+        This is the least of ``/proc/meminfo`` and the visible limits of its own cgroup and those around it. Raises
+        KernelError.
+        """
+        total = _installed_memory()
+        mount = self.mount_of("memory")
+        if mount is None:
+            return total
+        path = mounts.membership(mount, mounts.parse_membership(files.read_own("cgroup")))
+        while path is not None:
+            text = files.read_if_there(mount.directory(path), _MEMORY_LIMIT[mount.version])
+            if text and text.strip() != "max":
+                total = min(total, int(text))
+            path = None if path == "/" else path.rpartition("/")[0] or "/"
+        return total
+
     def refusals(
         self, resources: Resources, *, threaded: bool = False, within: Resources | None = None
     ) -> list[Refusal]:
@@ -173,3 +193,11 @@ def _may_go(mount: Mount, base: str) -> bool:
         return False
     common = os.path.commonpath([own, base])
     return os.access(f"{mount.directory(common)}/cgroup.procs", os.W_OK)
+
+
+def _installed_memory() -> int:
+    for line in files.read("/proc", "meminfo").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemTotal":
+            return int(value.split()[0]) * 1024
+    raise KernelError("/proc/meminfo does not say how much memory there is", path="/proc/meminfo")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from rcon_plugins.kernel import files
@@ -167,3 +167,14 @@ def mount_of(major: int, minor: int) -> MountEntry | None:
         if entry.device == wanted:
             return entry
     return None
+
+
+def writable_remedy(mounts: Iterable[Mount]) -> str:
+    """Return the steps that make read-only hierarchies writable, separated by ``; ``."""
+    return (
+        "in a container, start it with a writable cgroup of its own: "
+        "docker run --cgroupns=private --security-opt writable-cgroups=true ...; "
+        "or podman run --cgroupns=private --security-opt unmask=/sys/fs/cgroup ...; "
+        "or, where neither is known, docker run --privileged --cgroupns=private ...; outside of one: "
+        + "; ".join(f"mount -o remount,rw {mount.path}" for mount in mounts)
+    )

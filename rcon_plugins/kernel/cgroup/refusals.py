@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files
-from rcon_plugins.kernel.cgroup import remedies, v1, v2
+from rcon_plugins.kernel.cgroup import mounts, v1, v2
 from rcon_plugins.kernel.cgroup.device import whole_disk
 from rcon_plugins.kernel.cgroup.resources import MAX, Resources, format_list, parse_list
 
@@ -73,7 +73,7 @@ def _controller(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, s
         remedy = f"mount -t cgroup -o {kernel_name} none /sys/fs/cgroup/{kernel_name}, or boot with cgroup v2"
         return (f"the {controller} controller is not mounted", remedy)
     if mount.read_only:
-        return (f"{mount.path} is mounted read-only", remedies.writable([mount]))
+        return (f"{mount.path} is mounted read-only", mounts.writable_remedy([mount]))
     if threaded and controller not in (v2.THREADED if mount.version == 2 else v1.THREADED):
         return (f"a thread cannot have {controller} limits of its own", "use isolation by process")
     return None

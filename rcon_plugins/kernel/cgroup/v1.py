@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import posix
 import time
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
@@ -371,3 +372,29 @@ def _write_cpus(directory: str, cpus: frozenset[int]) -> None:
 def parse_cpus(text: str) -> frozenset[int]:
     """The CPUs of a cpuset file, which may be empty."""
     return parse_list(text) if text.strip() else frozenset()
+
+
+def open_notice(directory: str, name: str, argument: str = "") -> int:
+    """Return a new eventfd that the kernel signals when the file ``name`` has news, or the cgroup is removed.
+
+    It is closed by execve(2), and reading it does not block. Raises KernelError. Source: memory.rst, chapters 9 and 10.
+    """
+    descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        about = files.open_file(directory, name)
+        try:
+            files.write(directory, "cgroup.event_control", f"{descriptor} {about} {argument}".strip())
+        finally:
+            posix.close(about)
+    except BaseException:
+        posix.close(descriptor)
+        raise
+    return descriptor
+
+
+def count_notices(descriptor: int) -> int:
+    """Return how often the kernel signalled an eventfd since the last call."""
+    try:
+        return os.eventfd_read(descriptor)
+    except BlockingIOError:
+        return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup.resources import CPU_PERIOD_MICROSECONDS
-from rcon_plugins.kernel.events import sources, sources_v1
+from rcon_plugins.kernel.events import sources
 from rcon_plugins.kernel.events.event import KINDS, Kind, Pressure
 from rcon_plugins.kernel.events.sources import Gone, Levels, Source
 
@@ -125,9 +125,9 @@ def _memory(
     elif one is not None:
         _memory_v1(opening, one, kinds)
         for threshold in thresholds:
-            opening.sources.append(sources_v1.Threshold(opening.path, one, threshold))
+            opening.sources.append(sources.Threshold(opening.path, one, threshold))
         for threshold in needs:
-            opening.sources.append(sources_v1.Threshold(opening.path, one, threshold, of_need=True))
+            opening.sources.append(sources.Threshold(opening.path, one, threshold, of_need=True))
     elif thresholds or needs or not opening.optional:
         raise opening.lacks("memory_usage" if thresholds or needs else min(kinds), "memory")
 
@@ -175,7 +175,7 @@ def _memory_v1(opening: _Opening, one: str, kinds: frozenset[str]) -> None:
         deaths = sources.PolledCounters(path, "oom_kill", one, "memory.oom_control", "oom_kill", levels)
         opening.sources.append(deaths)
     if kinds & {"memory_limit", "oom_kill"}:
-        opening.sources.append(sources_v1.WantOfMemory(path, one, levels, deaths, "memory_limit" in kinds))
+        opening.sources.append(sources.WantOfMemory(path, one, levels, deaths, "memory_limit" in kinds))
 
 
 def _pids(opening: _Opening) -> Source | None:
@@ -217,7 +217,7 @@ def _populated(opening: _Opening, wanted: bool) -> Source:
         return sources.Populated(opening.path, opening.unified, wanted)
     # One with all of its processes: not that of IO, see V1Branch.place.
     place = next((d for d in opening.cgroup.directories if "/blkio/" not in d), opening.cgroup.directories[0])
-    return sources_v1.PolledPopulated(opening.path, place, wanted)
+    return sources.PolledPopulated(opening.path, place, wanted)
 
 
 def _number(directory: str, name: str) -> int | None:

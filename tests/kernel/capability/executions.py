@@ -35,7 +35,7 @@ from rcon_plugins.kernel.capability import (
     set_uids,
     write_file_capabilities,
 )
-from rcon_plugins.kernel.capability.exec_file import File
+from rcon_plugins.kernel.capability.exec_rule import File
 from rcon_plugins.kernel.capability.state import parse_status, read_state
 from tests.kernel.capability.probe import program
 

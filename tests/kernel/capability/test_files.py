@@ -21,7 +21,7 @@ from rcon_plugins.kernel.capability import (
     read_file_capabilities,
     write_file_capabilities,
 )
-from rcon_plugins.kernel.capability.exec_file import File
+from rcon_plugins.kernel.capability.exec_rule import File
 
 RAW = Capabilities.of("net_raw")
 HIGH = Capabilities.of("chown", "checkpoint_restore")

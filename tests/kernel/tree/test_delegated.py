@@ -13,10 +13,9 @@ from rcon_plugins import Manager, Server, Work, confine
 from rcon_plugins.confinement.admission import InlineAdmission
 from rcon_plugins.errors import DelegationError
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
-from rcon_plugins.kernel.cgroup.remedies import remedy
 from rcon_plugins.settings.file import from_mapping
 from rcon_plugins.tree import base as tree_base
-from rcon_plugins.tree.base import find_base, own_cgroup
+from rcon_plugins.tree.base import find_base, own_cgroup, remedy
 from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import layout, running, settings_of, sleep_forever

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcon_plugins.confinement.confinement import cgroup_name
-from rcon_plugins.kernel.cgroup.names import check_name
+from rcon_plugins.kernel.cgroup.branch import check_name
 from rcon_plugins.tree.locks import Allocation, ByteLocks, first_slot
 from tests.children import in_child
 

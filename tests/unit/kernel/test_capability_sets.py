@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcon_plugins.kernel.capability import Capabilities, Ids, Sets, State, names, parse_text, text
+from rcon_plugins.kernel.capability import Capabilities, Ids, Sets, State, parse_text
+from rcon_plugins.kernel.capability.sets import NAMES
 
 MASKS = st.integers(0, (1 << 64) - 1)
 SETS = st.builds(Capabilities, MASKS)
@@ -18,18 +19,16 @@ LAST = 40
 @pytest.fixture(autouse=True)
 def kernel_of_41(monkeypatch: pytest.MonkeyPatch) -> None:
     """The texts were captured on a kernel whose last capability is CAP_CHECKPOINT_RESTORE."""
-    monkeypatch.setattr(names, "last", lambda: LAST)
-    monkeypatch.setattr(text, "last", lambda: LAST)
     monkeypatch.setattr("rcon_plugins.kernel.capability.sets.last", lambda: LAST)
 
 
 def test_names() -> None:
-    assert len(names.NAMES) == LAST + 1
-    assert names.NAMES[0] == "cap_chown"
-    assert names.NAMES[7] == "cap_setuid"
-    assert names.NAMES[21] == "cap_sys_admin"
-    assert names.NAMES[LAST] == "cap_checkpoint_restore"
-    assert Capabilities.known().names() == names.NAMES
+    assert len(NAMES) == LAST + 1
+    assert NAMES[0] == "cap_chown"
+    assert NAMES[7] == "cap_setuid"
+    assert NAMES[21] == "cap_sys_admin"
+    assert NAMES[LAST] == "cap_checkpoint_restore"
+    assert Capabilities.known().names() == NAMES
 
 
 def test_of_and_parse() -> None:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.kernel.cgroup.branch import check_name, check_path
 from rcon_plugins.kernel.cgroup.mounts import Mount
-from rcon_plugins.kernel.cgroup.names import check_name, check_path
 
 BASE = Hierarchy.of([Mount(2, "/nowhere")]).cgroup("/base")
 

@@ -14,7 +14,6 @@ from rcon_plugins.confinement.budget import UNIT, MemoryBudget, machine_ledger, 
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import KernelError, SettingsError
 from rcon_plugins.kernel.cgroup import Hierarchy
-from rcon_plugins.kernel.cgroup.machine import memory_of_machine
 from rcon_plugins.settings.budget import Portion, promised
 from rcon_plugins.settings.file import from_mapping
 from rcon_plugins.settings.policy import Policy
@@ -104,7 +103,7 @@ def test_a_policy_without_memory_is_told_of() -> None:
 
 def test_the_memory_of_the_machine() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    assert 0 < memory_of_machine(Hierarchy.discover()) <= total
+    assert 0 < Hierarchy.discover().usable_memory() <= total
 
 
 def test_it_runs_out_and_comes_back(budget: MemoryBudget) -> None:
