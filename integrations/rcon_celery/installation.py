@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from celery import signals as on
@@ -25,6 +25,7 @@ from rcon_celery.service import TaskService
 from rcon_celery.task_annotations import Annotations, Body, perform
 from rcon_celery.work import is_own, work_of
 from rcon_celery.worker import Node
+from rcon_plugins.confinement.admission import ProcessAdmission
 from rcon_plugins.confinement.manager import Manager
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, RconError, SettingsError
 from rcon_plugins.settings.budget import BUDGET
@@ -33,12 +34,7 @@ from rcon_plugins.settings.policy import Policy
 from rcon_plugins.settings.units import Size
 
 if TYPE_CHECKING:
-    from rcon_plugins.confinement.admission import (
-        Admission,
-        InlineAdmission,
-        ProcessAdmission,
-        ThreadAdmission,
-    )
+    from rcon_plugins.confinement.admission import LocalAdmission
     from rcon_plugins.work import Work
 
 _log = logging.getLogger("rcon")
@@ -260,15 +256,15 @@ class Installation:
         if admission is None:
             return perform(task, body, args, kwargs)
         try:
-            if admission.isolation == "process":
-                return remote_call.run(task, cast("ProcessAdmission", admission), args, kwargs, self)
-            return here(task, body, cast("InlineAdmission | ThreadAdmission", admission), args, kwargs)
+            if isinstance(admission, ProcessAdmission):
+                return remote_call.run(task, admission, args, kwargs, self)
+            return here(task, body, admission, args, kwargs)
         finally:
             if admission.outcome is not None:
                 self._ready_node().tally.add(admission.outcome)
                 results.note(task, admission.outcome, events=self._ready_node().events)
 
-    def _admit(self, task: Any, work: Work, lesson: Attempt) -> Admission | None:
+    def _admit(self, task: Any, work: Work, lesson: Attempt) -> LocalAdmission | ProcessAdmission | None:
         for attempts_left in reversed(range(_ATTEMPTS)):
             manager = self._ready_manager()
             try:
@@ -321,7 +317,9 @@ class Installation:
         return self.node
 
 
-def _wait_for_budget(manager: Manager, work: Work, lesson: Attempt) -> Admission | None:
+def _wait_for_budget(
+    manager: Manager, work: Work, lesson: Attempt
+) -> LocalAdmission | ProcessAdmission | None:
     """Admit a task; where it does not fit into the budget in time, it goes back to its queue, or waits if it cannot."""
     while True:
         try:
@@ -358,7 +356,7 @@ def _perform_as(request: Any, task: Any, body: Body, args: Any, kwargs: Any) -> 
         _task_stack.pop()
 
 
-def here(task: Any, body: Body, admission: InlineAdmission | ThreadAdmission, args: Any, kwargs: Any) -> Any:
+def here(task: Any, body: Body, admission: LocalAdmission, args: Any, kwargs: Any) -> Any:
     """Run a task's body in a thread of this process, where its policy says ``inline`` or ``thread``."""
     try:
         result = admission.call(_perform_as, task.request, task, body, args, kwargs)

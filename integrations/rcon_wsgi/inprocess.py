@@ -15,14 +15,14 @@ from rcon_wsgi import problem
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication
 
-    from rcon_plugins.confinement.admission import InlineAdmission, ThreadAdmission
+    from rcon_plugins.confinement.admission import LocalAdmission
 
 
 def run(
     app: WSGIApplication,
     environ: dict[str, Any],
     start_response: StartResponse,
-    admission: InlineAdmission | ThreadAdmission,
+    admission: LocalAdmission,
 ) -> Iterable[bytes]:
     """Call the application inside the confinement; its iterable enters it again for each chunk."""
     try:
@@ -49,7 +49,7 @@ def run(
 class _Response:
     """The application's iterable, confined whenever it runs."""
 
-    def __init__(self, result: Iterable[bytes], admission: InlineAdmission | ThreadAdmission) -> None:
+    def __init__(self, result: Iterable[bytes], admission: LocalAdmission) -> None:
         self._result = result
         self._admission = admission
         self._iterator: Iterator[bytes] | None = None

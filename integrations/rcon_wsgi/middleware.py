@@ -6,8 +6,9 @@ import atexit
 import logging
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from rcon_plugins.confinement.admission import ProcessAdmission
 from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.confinement.manager import Manager
 from rcon_plugins.errors import IdentityRefused, LimitExceeded, RconError
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     import socket
 
     from _typeshed.wsgi import StartResponse, WSGIApplication
-
-    from rcon_plugins.confinement.admission import InlineAdmission, ProcessAdmission, ThreadAdmission
 
 _log = logging.getLogger("rcon.wsgi")
 
@@ -89,10 +88,9 @@ class ConfineMiddleware:
             return problem.respond(environ, start_response, Outcome(ending="refused"))
         if admission is None:
             return self._app(environ, start_response)
-        if admission.isolation == "process":
-            return Exchange(environ, cast("ProcessAdmission", admission), client).begin(start_response)
-        here = cast("InlineAdmission | ThreadAdmission", admission)
-        return inprocess.run(self._app, environ, start_response, here)
+        if isinstance(admission, ProcessAdmission):
+            return Exchange(environ, admission, client).begin(start_response)
+        return inprocess.run(self._app, environ, start_response, admission)
 
     def close(self) -> None:
         """End the manager, if the middleware made it; also done when the process exits. Nothing is served then."""

@@ -10,7 +10,7 @@ from types import TracebackType
 import msgspec
 
 from rcon_plugins.builtin.plugins import make_plugin_manager
-from rcon_plugins.confinement.confinement import ThreadedConfinement
+from rcon_plugins.confinement.confinement import InlineConfinement
 from rcon_plugins.confinement.isolation import Server, judge
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.executors.inline import InlineExecutor
@@ -63,7 +63,7 @@ class Confined:
         self.policy = policy
         self._lock = threading.Lock()
         self._users = 0
-        self._confinement: ThreadedConfinement | None = None
+        self._confinement: InlineConfinement | None = None
         self._stays = _Stays()
 
     def open(self) -> Confined:
@@ -109,14 +109,14 @@ class Confined:
         finally:
             self.close()
 
-    def _make(self) -> ThreadedConfinement:
+    def _make(self) -> InlineConfinement:
         hook = make_plugin_manager(Settings(policies={self.policy.name: self.policy})).hook
         verdict = judge(self.policy, Server(), Hierarchy.discover(), hook)
         verdict.check()
         instance = _this_process.join()
         try:
             number = str(next(self._numbers))
-            return ThreadedConfinement(self.policy, number, verdict, instance, hook)
+            return InlineConfinement(self.policy, number, verdict, instance, hook)
         except BaseException:
             _this_process.leave()
             raise

@@ -7,8 +7,16 @@ import hashlib
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
+from rcon_plugins.confinement.admission import (
+    Admission,
+    InlineAdmission,
+    LocalAdmission,
+    ProcessAdmission,
+    ThreadAdmission,
+)
 from rcon_plugins.confinement.isolation import Isolation, Verdict, asked_resources
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.inline import InlineExecutor
@@ -18,10 +26,14 @@ from rcon_plugins.tree.locks import first_slot
 if TYPE_CHECKING:
     import pluggy
 
+    from rcon_plugins.confinement.queue import Reservation
+    from rcon_plugins.executors.pool import ExecutorPool
+    from rcon_plugins.executors.thread import ThreadExecutors
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup, Entrance
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tree.instance import Instance
+    from rcon_plugins.work import Work
 
 _PLAIN_KEY = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,99}")
 
@@ -46,7 +58,7 @@ def cgroup_name(policy: str, key: str | None, generation: int = 0) -> str:
 
 
 class Confinement:
-    """One policy, for one key, in force. ``users`` counts the works under way; its manager keeps it."""
+    """One policy, for one key, in force. The `Host` of its admissions. ``users`` counts them; its manager keeps it."""
 
     isolation: Isolation
 
@@ -57,6 +69,20 @@ class Confinement:
         self.isolation = verdict.isolation
         self.first_slot = first_slot(cgroup_name(policy.name, key))
         self.users = 0
+        self.pids_limit_hits: int | None = None
+        #: Called with each admission, once, when it has an outcome. Set by the manager.
+        self.on_conclusion: Callable[[Confinement, Admission], None] | None = None
+
+    def admit(
+        self, work: Work, reservation: Reservation, identity: Identity | None, memory: int | None
+    ) -> LocalAdmission | ProcessAdmission:
+        """Take an executor for the work, and return its admission. ``memory`` replaces ``each.memory`` for it alone."""
+        raise NotImplementedError
+
+    def conclude(self, admission: Admission) -> None:
+        """Tell the manager that the admission has its outcome."""
+        if self.on_conclusion is not None:
+            self.on_conclusion(self, admission)
 
     def close(self) -> None:
         """Remove what this process keeps of it in the kernel. No work may be under way."""
@@ -65,16 +91,22 @@ class Confinement:
 class ProcessConfinement(Confinement):
     """Its work runs in executor processes; the cgroups are made with them."""
 
-    def __init__(self, policy: Policy, key: str | None, verdict: Verdict, generation: int = 0) -> None:
+    def __init__(
+        self, policy: Policy, key: str | None, verdict: Verdict, pool: ExecutorPool, generation: int = 0
+    ) -> None:
         super().__init__(policy, key, verdict, generation)
-        #: Forks refused in the confinement's cgroup when somebody last looked.
-        self.pids_limit_hits: int | None = None
+        self._pool = pool
+
+    def admit(
+        self, work: Work, reservation: Reservation, identity: Identity | None, memory: int | None
+    ) -> ProcessAdmission:
+        return ProcessAdmission.begin(self, work, reservation, self._pool, identity, memory)
 
 
-class ThreadedConfinement(Confinement):
+class InlineConfinement(Confinement):
     """Its work runs in threads of this process, inside of its threaded cgroup; it has none where nothing is limited.
 
-    ``inline``: the threads that serve enter it and leave it (`enter`). ``thread``: threads of its own settle in it.
+    The threads that serve enter it and leave it (`enter`).
     """
 
     def __init__(
@@ -141,12 +173,14 @@ class ThreadedConfinement(Confinement):
                 executor.enter()
         return executor
 
-    def settle(self, identity: Identity | None) -> None:
-        """Confine the calling thread for good: its cgroup, then all that it must give up. Raises `KernelError`."""
-        self.enter()
-        self._hook.rcon_drop(policy=self.policy, place="thread", identity=identity)
-        if identity is not None:
-            join_new_session_keyring()
+    def admit(
+        self,
+        work: Work,
+        reservation: Reservation,
+        identity: Identity | None,  # noqa: ARG002 - judged: an inline policy has none
+        memory: int | None,  # noqa: ARG002 - judged: `each.memory` needs a process
+    ) -> LocalAdmission:
+        return InlineAdmission(self, work, reservation, self.enter)
 
     def close(self) -> None:
         """Close the ways in, and remove the cgroup unless threads of another worker are in it."""
@@ -156,3 +190,38 @@ class ThreadedConfinement(Confinement):
             self.executor.close()
         if self._home is not None:
             self._home.close()
+
+
+class ThreadConfinement(InlineConfinement):
+    """Its work runs in threads of its own, which settle in its threaded cgroup for good."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        key: str | None,
+        verdict: Verdict,
+        instance: Instance,
+        hook: pluggy.HookRelay,
+        threads: ThreadExecutors,
+        generation: int = 0,
+        attend: Callable[[Cgroup, Policy, str | None], object] | None = None,
+    ) -> None:
+        super().__init__(policy, key, verdict, instance, hook, generation, attend)
+        self._threads = threads
+
+    def admit(
+        self,
+        work: Work,
+        reservation: Reservation,
+        identity: Identity | None,
+        memory: int | None,  # noqa: ARG002 - judged: `each.memory` needs a process
+    ) -> LocalAdmission:
+        executor = self._threads.take((self.name, identity), partial(self.settle, identity))
+        return ThreadAdmission(self, work, reservation, self._threads, executor)
+
+    def settle(self, identity: Identity | None) -> None:
+        """Confine the calling thread for good: its cgroup, then all that it must give up. Raises `KernelError`."""
+        self.enter()
+        self._hook.rcon_drop(policy=self.policy, place="thread", identity=identity)
+        if identity is not None:
+            join_new_session_keyring()

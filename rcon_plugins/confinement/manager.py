@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rcon_plugins.builtin.log import LOGGER
 from rcon_plugins.builtin.plugins import calling
-from rcon_plugins.confinement.admission import Admission, InlineAdmission, ProcessAdmission, ThreadAdmission
+from rcon_plugins.confinement.admission import Admission, LocalAdmission, ProcessAdmission
 from rcon_plugins.confinement.budget import MemoryBudget, machine_ledger
 from rcon_plugins.confinement.confinement import (
     Confinement,
+    InlineConfinement,
     ProcessConfinement,
-    ThreadedConfinement,
+    ThreadConfinement,
     cgroup_name,
 )
 from rcon_plugins.confinement.isolation import Server
@@ -43,8 +44,6 @@ from rcon_plugins.tree.locks import ByteLocks
 
 if TYPE_CHECKING:
     from rcon_plugins.executors.fork_server import Service
-    from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.work import Work
 
@@ -195,7 +194,7 @@ class Manager:
 
     def admit(
         self, work: Work, *, wait: bool = False, memory: Callable[[Policy], int | None] | None = None
-    ) -> Admission | None:
+    ) -> LocalAdmission | ProcessAdmission | None:
         """Let a work run under its policy; None when no route names it and the settings allow that.
 
         Raises `ConfinementError` when the work cannot be confined (`IdentityRefused` when the identity that its policy
@@ -224,9 +223,7 @@ class Manager:
             own = memory(policy) if memory is not None else None
             reservations.reserve(reservation, confinement, own, wait=wait)
             self._work_started(work=work, policy=policy)
-            return reservations.retry(
-                wait, partial(self._make_admission, work, confinement, reservation, identity, own)
-            )
+            return reservations.retry(wait, partial(confinement.admit, work, reservation, identity, own))
         except BaseException as error:
             self._let_go(confinement, reservation)
             if not isinstance(error, Exception):
@@ -253,16 +250,11 @@ class Manager:
         if self._attendance is None and GroupMonitor.is_wanted(policies, self.hook):
             self._attendance = GroupMonitor(self._ready_instance(), self.hook, self._key_of)
 
-    def policy_cgroup(self, confinement: Confinement) -> Cgroup:
-        """The cgroup that holds all the work of a confinement that runs in processes."""
-        return self._ready_instance().policy_cgroup(confinement.name)
-
-    def concluded(
-        self, work: Work, confinement: Confinement, reservation: Reservation, outcome: Outcome
-    ) -> None:
-        """Take note of a work's outcome: called by its admission, once."""
-        self._let_go(confinement, reservation)
-        self._tell(work, outcome)
+    def _concluded(self, confinement: Confinement, admission: Admission) -> None:
+        """Take note of the outcome of an admission, once."""
+        self._let_go(confinement, admission.reservation)
+        if admission.outcome is not None:
+            self._tell(admission.work, admission.outcome)
 
     def _select(self, work: Work) -> str | None:
         selected: str | None = self._select_policy(work=work) or self.settings.fallback
@@ -293,6 +285,7 @@ class Manager:
                     found.users += 1
                     return found
             made = self._make_confinement(policy_name, key)
+            made.on_conclusion = self._concluded
             with self.lock:
                 made.users += 1
                 self._confinements[name] = made
@@ -306,11 +299,16 @@ class Manager:
         policy = self.settings.policies[policy_name]
         generation = self._generations.get(policy_name, 0)
         if verdict.isolation == "process":
-            return ProcessConfinement(policy, key, verdict, generation)
+            if self._pool is None:
+                raise ConfinementError(f"{policy_name} needs a process, and there is no fork server")
+            return ProcessConfinement(policy, key, verdict, self._pool, generation)
         attend = self._attendance.attend_threads if self._attendance is not None else None
-        return ThreadedConfinement(
-            policy, key, verdict, self._ready_instance(), self.hook, generation, attend
-        )
+        instance = self._ready_instance()
+        if verdict.isolation == "thread":
+            return ThreadConfinement(
+                policy, key, verdict, instance, self.hook, self._threads, generation, attend
+            )
+        return InlineConfinement(policy, key, verdict, instance, self.hook, generation, attend)
 
     def _superfluous(self) -> list[Confinement]:
         """Take out what is kept beyond the bound and unused, the longest unused first."""
@@ -337,22 +335,6 @@ class Manager:
             self._ready_instance().policy_cgroup(name).delete()
         except KernelError as error:
             LOGGER.error("the cgroup of %s could not be removed: %s", name, error)
-
-    def _make_admission(
-        self,
-        work: Work,
-        confinement: Confinement,
-        reservation: Reservation,
-        identity: Identity | None,
-        memory: int | None,
-    ) -> Admission:
-        if isinstance(confinement, ThreadedConfinement):
-            if confinement.isolation == "thread":
-                return ThreadAdmission(self, work, confinement, reservation, identity, self._threads)
-            return InlineAdmission(self, work, confinement, reservation)
-        if isinstance(confinement, ProcessConfinement) and self._pool is not None:
-            return ProcessAdmission(self, work, confinement, reservation, identity, self._pool, memory)
-        raise ConfinementError(f"{confinement.name} needs a process, and there is no fork server")
 
     def _let_go(self, confinement: Confinement, reservation: Reservation) -> None:
         with self.lock:

@@ -38,6 +38,7 @@ class Executor:
         name: str,
         policy: Policy,
         identity: Identity | None,
+        group: Cgroup,
         leaf: Cgroup,
         meter: Meter,
         channel: Channel,
@@ -46,6 +47,8 @@ class Executor:
         self.name = name
         self.policy = policy
         self.identity = identity
+        #: The cgroup of its confinement, and its own below that.
+        self.group = group
         self.leaf = leaf
         self.channel = channel
         #: Where somebody wants to know what happens to its cgroup.
@@ -75,7 +78,8 @@ class Executor:
         self.deadline: tuple[float, Callable[[], object]] | None = None
         self.alarm: float | None = None
         self._meter: Meter | None = meter
-        self._lock = threading.Lock()
+        #: Guards the meter, the callbacks, and who settles the work under way. Held for moments.
+        self.lock = threading.Lock()
         self._exit_callbacks: list[Callable[[], object]] = []
         #: What its cgroup had used after its last work, or at its end.
         self.reading: Reading = meter.read()
@@ -87,12 +91,12 @@ class Executor:
 
     def read(self) -> Reading:
         """What its cgroup has used; the last reading once it has ended. Raises `KernelError`."""
-        with self._lock:
+        with self.lock:
             return self.reading if self._meter is None else self._meter.read()
 
     def begin_work(self) -> Reading:
         """Count one more work, and begin a new memory peak where the kernel can. What was used before it."""
-        with self._lock:
+        with self.lock:
             if self.works and self._meter is not None:
                 self._meter.reset_peak()
         self.works += 1
@@ -101,7 +105,7 @@ class Executor:
 
     def shut(self) -> None:
         """Take the last reading and close what it is read by. Raises `KernelError`, and is shut all the same."""
-        with self._lock:
+        with self.lock:
             meter, self._meter = self._meter, None
             if meter is not None:
                 try:
@@ -118,7 +122,7 @@ class Executor:
 
     def when_ended(self, action: Callable[[], object]) -> None:
         """Have ``action`` called once the executor has ended, by the supervisor; or at once if it has."""
-        with self._lock:
+        with self.lock:
             if not self.ended.is_set():
                 self._exit_callbacks.append(action)
                 return
@@ -126,7 +130,7 @@ class Executor:
 
     def end(self) -> list[Callable[[], object]]:
         """Set ``ended``; what is now to be called."""
-        with self._lock:
+        with self.lock:
             self.ended.set()
             mourners, self._exit_callbacks = self._exit_callbacks, []
         return mourners

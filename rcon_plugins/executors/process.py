@@ -151,7 +151,8 @@ class ProcessExecutors:
             ours, theirs = socket.socketpair()
             undo.callback(theirs.close)
             undo.callback(ours.close)
-            executor = Executor(number, name, policy, identity, leaf, meter, Channel(ours))
+            group = self._instance.policy_cgroup(name)
+            executor = Executor(number, name, policy, identity, group, leaf, meter, Channel(ours))
             if self.attendant is not None:
                 executor.attention = self.attendant.attend(executor)
             undo.pop_all()

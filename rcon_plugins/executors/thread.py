@@ -82,7 +82,8 @@ class ThreadExecutor:
         #: Whether the thread ended, or never began: nothing can be called in it.
         self.ended = False
         self.cpu_seconds = 0.0
-        self._prepare = prepare
+        #: Confines the thread. Called in it, once, before anything else.
+        self.prepare = prepare
         self._begin = _Signal()
         self._done = _Signal()
         self._ending = False
@@ -160,7 +161,7 @@ class ThreadExecutor:
         try:
             # A thread shares its working directory and umask with the process unless it says otherwise (unshare(2)).
             unshare_directory_and_umask()
-            self._prepare()
+            self.prepare()
         except Exception as error:  # noqa: BLE001 - whatever it was: the caller is told and nothing runs
             self._outcome = None, error
             return False

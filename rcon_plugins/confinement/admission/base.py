@@ -1,85 +1,64 @@
-"""One work that may run, from its start to its one outcome: what both kinds have in common."""
+"""What every admission has: the unit of work, its host, and exactly one outcome."""
 
 from __future__ import annotations
 
-import threading
 import time
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from rcon_plugins.outcome import Ending, Outcome
 from rcon_plugins.usage import Usage
 
 if TYPE_CHECKING:
-    from rcon_plugins.confinement.confinement import Confinement
-    from rcon_plugins.confinement.isolation import Isolation
     from rcon_plugins.confinement.queue import Reservation
-    from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.work import Work
 
+_Result = TypeVar("_Result")
 
-#: How work ends that its service is done with.
+#: The endings that the service itself reports: done, raised, or returned a result above ``max_result``.
 Finished = Literal["ok", "error", "result"]
 
 
 class Host(Protocol):
-    """What an admission needs of the manager that made it."""
+    """The confinement that admits the work, as its admissions see it."""
 
-    #: Settles the few races between a work's own thread and the supervisor. Held for moments.
-    lock: threading.Lock
+    policy: Policy
+    #: The key of the confinement; None where the policy has none.
+    key: str | None
+    #: The name of the confinement, which is also the name of its cgroup.
+    name: str
+    #: The number of admissions under way. Its manager counts them.
+    users: int
+    #: Forks refused in the cgroup of the confinement at the last look; None if never read.
+    pids_limit_hits: int | None
 
-    def policy_cgroup(self, confinement: Confinement) -> Cgroup:
-        """The cgroup that holds all the work of a confinement that runs in processes."""
-
-    def concluded(
-        self, work: Work, confinement: Confinement, reservation: Reservation, outcome: Outcome
-    ) -> None:
-        """Take note of a work's outcome, once."""
+    def conclude(self, admission: Admission, /) -> None:
+        """Release what the admission holds and report ``admission.outcome``. Called once for each admission."""
 
 
 class Admission:
-    """One work that may run. Exactly one of `finish`, `died` and `abort` ends it; more calls change nothing."""
+    """One unit of work that may run. The first call of `finish`, `abort` or `ProcessAdmission.died` ends it.
 
-    isolation: Isolation
+    Later calls change nothing and return the same outcome.
+    """
 
-    def __init__(self, host: Host, work: Work, confinement: Confinement, reservation: Reservation) -> None:
+    def __init__(self, host: Host, work: Work, reservation: Reservation) -> None:
+        self.host = host
         self.work = work
-        self.confinement = confinement
-        self._host = host
-        self._reservation = reservation
+        self.reservation = reservation
+        self.policy = host.policy
+        self.key = host.key
+        #: How the work ended; None while it is under way.
+        self.outcome: Outcome | None = None
         self._started = time.monotonic()
-        self._outcome: Outcome | None = None
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """How the work ended; None while it is under way."""
-        return self._outcome
-
-    @property
-    def policy(self) -> Policy:
-        """The policy the work runs under."""
-        return self.confinement.policy
-
-    @property
-    def key(self) -> str | None:
-        """The key of its confinement, where the policy has one for each."""
-        return self.confinement.key
-
-    @property
-    def name(self) -> str:
-        """The name of its confinement, which is that of its cgroup."""
-        return self.confinement.name
 
     def finish(self, ending: Finished = "ok", detail: str = "") -> Outcome:
-        """The work ran to its end, or its own code raised; ``"result"``: it did, and says more than is taken."""
-        raise NotImplementedError
-
-    def died(self) -> Outcome:
-        """The channel to the work's executor is closed: find out how it ended."""
+        """Conclude work that ran to its end (``"ok"``), raised (``"error"``), or whose result is too large."""
         raise NotImplementedError
 
     def abort(self, detail: str) -> Outcome:
-        """Stop the work, which nobody waits for any more."""
+        """Stop work that nobody waits for any more, and conclude it."""
         raise NotImplementedError
 
     def _conclude(
@@ -91,7 +70,7 @@ class Admission:
         signal_number: int | None = None,
         detail: str = "",
     ) -> Outcome:
-        outcome = Outcome(
+        self.outcome = outcome = Outcome(
             ending=ending,
             usage=usage,
             policy=self.policy.name,
@@ -100,6 +79,18 @@ class Admission:
             signal=signal_number,
             detail=detail,
         )
-        self._outcome = outcome
-        self._host.concluded(self.work, self.confinement, self._reservation, outcome)
+        self.host.conclude(self)
         return outcome
+
+
+class LocalAdmission(Admission):
+    """Work that runs in a thread of this process: whatever is given to `call`."""
+
+    def __init__(self, host: Host, work: Work, reservation: Reservation) -> None:
+        super().__init__(host, work, reservation)
+        #: Whether any of the work ran.
+        self.ran = False
+
+    def call(self, function: Callable[..., _Result], *arguments: object) -> _Result:
+        """Call ``function`` confined. Return its result, or raise what it raises; ``ran`` tells if it was called."""
+        raise NotImplementedError

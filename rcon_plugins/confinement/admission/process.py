@@ -21,12 +21,11 @@ from rcon_plugins.settings.memory import Memory
 from rcon_plugins.usage import Usage
 
 if TYPE_CHECKING:
-    from rcon_plugins.confinement.confinement import ProcessConfinement
     from rcon_plugins.confinement.queue import Reservation
-    from rcon_plugins.executors.channel import Channel
+    from rcon_plugins.executors.executor import Executor
     from rcon_plugins.executors.pool import ExecutorPool
     from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.kernel.cgroup import Reading
+    from rcon_plugins.kernel.cgroup import Cgroup, Reading
     from rcon_plugins.kernel.events import Event, Watch
     from rcon_plugins.work import Work
 
@@ -46,58 +45,70 @@ class ProcessAdmission(Admission):
     for. ``on_deadline``, where set, is called then, in the supervisor's thread, to wake that thread up.
     """
 
-    isolation = "process"
-    confinement: ProcessConfinement
-
     def __init__(
-        self,
-        host: Host,
-        work: Work,
-        confinement: ProcessConfinement,
-        reservation: Reservation,
-        identity: Identity | None,
-        pool: ExecutorPool,
-        memory: int | None = None,
+        self, host: Host, work: Work, reservation: Reservation, pool: ExecutorPool, executor: Executor
     ) -> None:
-        """``memory``: bytes that this one work has in the place of ``each.memory``."""
-        super().__init__(host, work, confinement, reservation)
+        super().__init__(host, work, reservation)
+        #: The way to the executor process, which waits for the first frame of this work.
+        self.channel = executor.channel
         self.on_deadline: Callable[[], object] | None = None
+        self._pool = pool
+        self._executor = executor
+        self._own_memory: Memory | None = None
         self._noticed = False
         self._threads_left = False
         self._watch: Watch | None = None
-        self._pool = pool
         self._settled = False
         self._concluding = threading.Lock()
-        self._executor = executor = pool.take(confinement.name, confinement.policy, identity)
-        if not executor.works and confinement.policy.pids is not None:
-            confinement.pids_limit_hits = self._pids_limit_hits()
+        self._before = executor.reading
+
+    @classmethod
+    def begin(
+        cls,
+        host: Host,
+        work: Work,
+        reservation: Reservation,
+        pool: ExecutorPool,
+        identity: Identity | None,
+        memory: int | None = None,
+    ) -> ProcessAdmission:
+        """Take an executor process of the pool, and set the limits and the deadline of this work.
+
+        ``memory`` is in bytes and replaces ``each.memory`` for this work alone. Raises what `ExecutorPool.take` raises,
+        and `KernelError` where a limit cannot be set; the executor process is ended then.
+        """
+        executor = pool.take(host.name, host.policy, identity)
+        admission = cls(host, work, reservation, pool, executor)
+        try:
+            admission._set_limits(memory)
+        except BaseException:
+            admission._settle()
+            pool.discard(executor, "the limits of its work could not be set")
+            executor.channel.close()
+            raise
+        return admission
+
+    def _set_limits(self, memory: int | None) -> None:
+        executor, each = self._executor, self.policy.each
+        if not executor.works and self.policy.pids is not None:
+            self.host.pids_limit_hits = self._pids_limit_hits()
         self._before = executor.begin_work()
-        self._own_memory = None if memory is None else Memory(memory)
         if memory is not None:
-            try:
-                executor.leaf.configure(Resources(memory_max=memory, swap_max=confinement.policy.each.swap))
-            except BaseException:
-                self.abort("its memory cannot be set")
-                raise
-        each = confinement.policy.each
-        self._timeout = each.timeout
+            self._own_memory = Memory(memory)
+            executor.leaf.configure(Resources(memory_max=memory, swap_max=each.swap))
         if each.timeout_soft is not None:
-            pool.processes.arm(executor, self._started + each.timeout_soft, self._notice_time)
+            self._pool.processes.arm(executor, self._started + each.timeout_soft, self._notice_time)
         else:
             self._arm()
         if each.memory_soft is not None:
-            try:
-                self._watch = watcher_of_process().add(
-                    executor.leaf, self._notice_memory, kinds=(), thresholds=(each.memory_soft,)
-                )
-            except BaseException:
-                self.abort("its memory cannot be watched")
-                raise
+            self._watch = watcher_of_process().add(
+                executor.leaf, self._notice_memory, kinds=(), thresholds=(each.memory_soft,)
+            )
 
     @property
-    def channel(self) -> Channel:
-        """The way to the executor process, which waits for the first frame of this work."""
-        return self._executor.channel
+    def group(self) -> Cgroup:
+        """The cgroup of the confinement, which holds the executor process's own."""
+        return self._executor.group
 
     @property
     def executor_pid(self) -> int:
@@ -118,8 +129,8 @@ class ProcessAdmission(Admission):
             self._pool.processes.notify(self._executor, number)
 
     def finish(self, ending: Finished = "ok", detail: str = "") -> Outcome:
-        if self._outcome is not None:
-            return self._outcome
+        if self.outcome is not None:
+            return self.outcome
         if not self._settle():
             return self.died()  # it ran into its deadline just now
         try:
@@ -177,7 +188,7 @@ class ProcessAdmission(Admission):
 
     def _settle(self) -> bool:
         """Settle that the work is over; False when that was settled before."""
-        with self._host.lock:
+        with self._executor.lock:
             first = not self._settled
             self._settled = True
         if first:
@@ -187,8 +198,8 @@ class ProcessAdmission(Admission):
         return first
 
     def _arm(self) -> None:
-        if self._timeout is not None:
-            self._pool.processes.arm(self._executor, self._started + self._timeout, self._time_out)
+        if self.policy.each.timeout is not None:
+            self._pool.processes.arm(self._executor, self._started + self.policy.each.timeout, self._time_out)
 
     def _notice_time(self) -> None:
         """In the supervisor: the work is to come to its end."""
@@ -242,13 +253,13 @@ class ProcessAdmission(Admission):
     def _autopsy(self, detail: str = "") -> Outcome:
         """Find out how the work ended, and conclude it, unless that was done before."""
         with self._concluding:
-            if self._outcome is not None:
-                return self._outcome
+            if self.outcome is not None:
+                return self.outcome
             executor, work = self._executor, self.work.name
             self._pool.replace(executor, executor.fate or "died")
             usage = self._usage(self._last_reading())
             if executor.fate == "timeout":
-                limit = f"wall time limit {self._timeout} reached"
+                limit = f"wall time limit {self.policy.each.timeout} reached"
                 return self._conclude("timeout", usage, limit="each.timeout", detail=f"{work}: {limit}")
             if executor.fate == "aborted":
                 return self._conclude("aborted", usage, detail=detail)
@@ -294,7 +305,8 @@ class ProcessAdmission(Admission):
         if self._own_memory is not None and limit == "each.memory":
             return self._own_memory
         now = attention.memory(limit) if attention is not None else None
-        return now or (self.policy.each.memory if limit == "each.memory" else self.policy.memory)
+        policy = self.host.policy  # as it is now
+        return now or (policy.each.memory if limit == "each.memory" else policy.memory)
 
     def _limit(self, name: Literal["memory", "pids"]) -> str:
         """The limit that was hit: that of the single work, or that of all together."""
@@ -305,7 +317,7 @@ class ProcessAdmission(Admission):
             each = None if of_each is None else of_each.most
             together = None if of_all is None else of_all.most
         else:
-            each, together = self.policy.each.pids, self.policy.pids
+            each, together = self.host.policy.each.pids, self.host.policy.pids
         if each is None:
             return name
         if together is None:
@@ -321,14 +333,14 @@ class ProcessAdmission(Admission):
         if self.policy.pids is None:
             return False
         # Since 6.11 a hit is counted where the limit is: in the cgroup of all the work together.
-        before, hits = self.confinement.pids_limit_hits, self._pids_limit_hits()
-        self.confinement.pids_limit_hits = hits
+        before, hits = self.host.pids_limit_hits, self._pids_limit_hits()
+        self.host.pids_limit_hits = hits
         return before is not None and _rose(before, hits)
 
     def _pids_limit_hits(self) -> int | None:
         """Forks refused by the limit of all the work together; None if it cannot be told."""
         try:
-            return self._host.policy_cgroup(self.confinement).read().pids_limit_hits
+            return self._executor.group.read().pids_limit_hits
         except KernelError:
             return None  # its last leaf is gone, and so is it
 

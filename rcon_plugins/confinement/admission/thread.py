@@ -8,61 +8,59 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from rcon_plugins.confinement.admission.base import Admission, Finished, Host
+from rcon_plugins.confinement.admission.base import Finished, Host, LocalAdmission
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.usage import Usage
 
 if TYPE_CHECKING:
-    from rcon_plugins.confinement.confinement import ThreadedConfinement
     from rcon_plugins.confinement.queue import Reservation
     from rcon_plugins.executors.thread import ThreadExecutor, ThreadExecutors
-    from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.work import Work
 
 _Result = TypeVar("_Result")
 
 
-class ThreadAdmission(Admission):
-    """Work that runs in a thread of this process that is confined for good: whatever is given to `call`."""
-
-    isolation = "thread"
-    confinement: ThreadedConfinement
+class ThreadAdmission(LocalAdmission):
+    """Work that runs in a thread of this process which is confined for good."""
 
     def __init__(
         self,
         host: Host,
         work: Work,
-        confinement: ThreadedConfinement,
         reservation: Reservation,
-        identity: Identity | None,
         threads: ThreadExecutors,
+        executor: ThreadExecutor,
     ) -> None:
-        super().__init__(host, work, confinement, reservation)
-        self._identity = identity
+        """``executor`` was taken from ``threads``, and goes back there when the work is concluded."""
+        super().__init__(host, work, reservation)
         self._threads = threads
-        self._executor = self._take()
+        self._executor = executor
         self._context: Context | None = None
-        self._before = self._executor.cpu_seconds
-        #: Whether any of the work ran.
-        self.ran = False
+        self._cpu_before = executor.cpu_seconds
 
     def call(self, function: Callable[..., _Result], *arguments: object) -> _Result:
-        """Call ``function`` in the executor thread and wait for it. Raises what it raises.
+        """Call ``function`` in the executor thread and wait for it. Raise what it raises.
 
-        All calls of one work share a copy of the context (`contextvars`) that its first caller has: they find what the
-        serving thread had set, and what a call before set, as in one thread; no other work finds it.
+        All calls of one unit of work share a copy of the first caller's context (`contextvars`). They see what the
+        serving thread had set and what an earlier call set, as in one thread; no other work sees it.
 
-        After the work was concluded too, for what is left to be closed: in a thread of the same kind. Raises
-        `ConfinementError` where the executor thread ended, or where there are none any more.
+        May be called after the conclusion, to close what is left: it runs in another thread of the same kind then.
+        Raises `ConfinementError` where the executor thread ended, or where no thread can be had.
         """
-        if self._outcome is None:
+        if self.outcome is None:
             self.ran = True
             return self._call_in(self._executor, function, arguments)
-        executor = self._take()
+        executor = self._threads.take(self._executor.key, self._executor.prepare)
         try:
             return self._call_in(executor, function, arguments)
         finally:
             self._threads.give_back(executor)
+
+    def finish(self, ending: Finished = "ok", detail: str = "") -> Outcome:
+        return self.outcome or self._give_back(ending, detail)
+
+    def abort(self, detail: str) -> Outcome:
+        return self.outcome or self._give_back("aborted", detail)
 
     def _call_in(
         self, executor: ThreadExecutor, function: Callable[..., _Result], arguments: tuple[object, ...]
@@ -73,26 +71,16 @@ class ThreadAdmission(Admission):
         try:
             return executor.call(partial(context.run, function, *arguments))
         finally:
-            if executor.busy:  # the call was left, and goes on in this context, which nothing else can enter
+            if (
+                executor.busy
+            ):  # the caller left the call, which goes on in this context: nothing else can enter it
                 self._context = context.copy()
-
-    def finish(self, ending: Finished = "ok", detail: str = "") -> Outcome:
-        return self._outcome or self._give_back(ending, detail)
-
-    def died(self) -> Outcome:
-        raise TypeError("a thread does not die before its process")
-
-    def abort(self, detail: str) -> Outcome:
-        return self._outcome or self._give_back("aborted", detail)
-
-    def _take(self) -> ThreadExecutor:
-        key = (self.confinement.name, self._identity)
-        return self._threads.take(key, partial(self.confinement.settle, self._identity))
 
     def _give_back(self, ending: Finished | Literal["aborted"], detail: str) -> Outcome:
         executor = self._executor
         usage = Usage(
-            wall_seconds=time.monotonic() - self._started, cpu_seconds=executor.cpu_seconds - self._before
+            wall_seconds=time.monotonic() - self._started,
+            cpu_seconds=executor.cpu_seconds - self._cpu_before,
         )
         self._threads.give_back(executor)
         return self._conclude(ending, usage, detail=detail)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from rcon_plugins.confinement.admission import ThreadAdmission
+from rcon_plugins.confinement.admission import ProcessAdmission, ThreadAdmission
 from rcon_plugins.confinement.queue import Reservation
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.executors.thread import ThreadExecutors
@@ -68,24 +68,18 @@ class Executor:
 
 
 class Admission:
-    """One request's leave to run."""
+    """One request that may run, in the calling thread."""
 
     policy = SimpleNamespace(name="double")
     key = None
     name = "double"
 
     def __init__(self, manager: Manager, executor: Executor | None) -> None:
-        self.isolation = "inline" if executor is None else "process"
         self._manager = manager
         self._executor = executor
         self.outcome: Outcome | None = None
         self.depth = 0
         self.ran = False
-
-    @property
-    def channel(self) -> Channel:
-        assert self._executor is not None
-        return self._executor.channel
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -132,6 +126,14 @@ class Admission:
         self._manager.outcomes.append(outcome)
 
 
+class InProcess(Admission, ProcessAdmission):  # type: ignore[misc]
+    """One request that may run, in a forked process."""
+
+    def __init__(self, manager: Manager, executor: Executor) -> None:
+        super().__init__(manager, executor)
+        self.channel = executor.channel
+
+
 class Manager:
     """Admits everything, up to one work at a time."""
 
@@ -159,18 +161,19 @@ class Manager:
         if self.isolation == "inline":
             return Admission(self, None)
         if self.isolation == "thread":
-            confinement: Any = SimpleNamespace(
-                policy=Admission.policy, key=None, name="double", settle=lambda identity: None
+            host: Any = SimpleNamespace(
+                policy=Admission.policy, key=None, name="double", conclude=self._conclude
             )
-            host: Any = self
-            return ThreadAdmission(host, work, confinement, Reservation(), None, self._threads)
+            thread = self._threads.take(("double", None), lambda: None)
+            return ThreadAdmission(host, work, Reservation(), self._threads, thread)
         with self._lock:
             executor = self._idle.pop() if self._idle else Executor(self._service, self._idle)
-        return Admission(self, executor)
+        return InProcess(self, executor)
 
-    def concluded(self, work: Work, confinement: Any, turn: Any, outcome: Outcome) -> None:
-        """A thread's own admission tells its outcome."""
-        self.outcomes.append(self.verdict(outcome))
+    def _conclude(self, admission: ThreadAdmission) -> None:
+        """Record the outcome of an admission of a thread."""
+        assert admission.outcome is not None
+        self.outcomes.append(self.verdict(admission.outcome))
 
     def give_back(self, executor: Executor) -> None:
         with self._lock:

@@ -60,7 +60,7 @@ def site(policy: dict[str, Any]) -> Iterator[Site]:
 def test_a_limit_is_lifted_where_work_runs(gate: Path) -> None:
     with site({"memory": "200M", "cpu": "50%", "each": {"memory": "100M", "pids": 20}}) as here:
         work = begin(here.manager, "wait_for", str(gate))
-        group = here.manager.policy_cgroup(work.confinement)
+        group = work.group
         (leaf,) = [group.child(name) for name in group.children()]
         assert (here.set("cpu", "max").old, here.set("memory", "max").new) == ("50%", None)
         assert (read_limits(group).cpu_quota, read_limits(group).memory_max) == (MAX, MAX)
@@ -78,7 +78,7 @@ def test_first_limits_of_io_where_work_runs(gate: Path) -> None:
     with site({"each": {"timeout": "100s"}}) as here:
         path = DISK / f"rcon-changes-{os.getpid()}"
         work, other = (begin(here.manager, "wait_for", str(gate)) for _ in range(2))
-        group = here.manager.policy_cgroup(work.confinement)
+        group = work.group
         made = here.set(f"io.{DISK}.write", "4M")
         assert (made.old, made.new, made.cgroups, made.kept) == (None, "4M", 1, 0)
         (most,) = read_limits(group).io.values()
@@ -108,7 +108,7 @@ def test_first_limits_of_io_where_work_runs(gate: Path) -> None:
 def test_limits_of_io_of_each(gate: Path) -> None:
     with site({"each": {"timeout": "100s"}}) as here:
         work = begin(here.manager, "wait_for", str(gate))
-        group = here.manager.policy_cgroup(work.confinement)
+        group = work.group
         (leaf,) = [group.child(name) for name in group.children()]
         made = here.set(f"each.io.{DISK}", '{ write = "4M", read = "8M" }')
         assert (made.cgroups, made.kept, made.new) == (1, 0, {"read": "8M", "write": "4M"})
@@ -124,7 +124,7 @@ def test_memory_that_expands_from_now_on(gate: Path) -> None:
     with site({"memory": "300M", "each": {"memory": "48M"}}) as here:
         assert ask(here.manager, "allocate", 100)[1].ending == "memory"
         work = begin(here.manager, "wait_for", str(gate))
-        group = here.manager.policy_cgroup(work.confinement)
+        group = work.group
         assert here.set("each.memory", table % "200M").cgroups >= 1
         leaves = [group.child(name) for name in group.children()]
         eventually(lambda: all(read_limits(leaf).memory_max == 200 * MIB for leaf in leaves))
@@ -143,7 +143,7 @@ def test_memory_of_all_that_expands(gate: Path) -> None:
     table = '{ limit = "48M", expand = "2x", up_to = "%s" }'
     with site({"memory": "300M", "each": {"timeout": "100s"}}) as here:
         work = begin(here.manager, "wait_for", str(gate))
-        group = here.manager.policy_cgroup(work.confinement)
+        group = work.group
         for bound in ("200M", "250M"):
             here.set("memory", table % bound)
             assert read_limits(group).memory_max == int(bound[:-1]) * MIB

@@ -19,7 +19,7 @@ PATIENCE = 60.0
 
 def others(manager: Manager, admission: ProcessAdmission) -> list[int]:
     """The processes of a confinement but the one that serves this work."""
-    found = manager.policy_cgroup(admission.confinement).processes(subtree=True)
+    found = admission.group.processes(subtree=True)
     return [pid for pid in found if pid != admission.executor_pid]
 
 
@@ -88,7 +88,7 @@ def test_after_a_run_of_works_all_but_one_of_those_that_wait_end(monkeypatch: py
     with managing(FRESH) as manager:
         pids = [ask(manager, "pid")[0] for _ in range(20)]
         assert len(set(pids)) == 20
-        work = manager.policy_cgroup(next(iter(manager._confinements.values())))
+        work = manager._ready_instance().policy_cgroup(next(iter(manager._confinements)))
         assert soon(lambda: len(work.processes(subtree=True)) == len(work.children()) == 1, PATIENCE)
         assert supervisor_has_done_its_jobs(manager)
         assert manager._pool is not None

@@ -123,7 +123,7 @@ def test_rcon_event_tells_before_the_limit_is_reached_and_gives_more(tmp_path: P
     listener = Listener(memory_usage=Limits(memory=Memory("400M")))
     with managing({"each": {"memory": "128M"}}, plugins=[listener]) as manager:
         work = begin(manager, "allocate_and_wait", 120, str(go_on), 80)
-        leaf = manager.policy_cgroup(work.confinement).child(f"{os.getpid()}-0")
+        leaf = work.group.child(f"{os.getpid()}-0")
         eventually(lambda: read_limits(leaf).memory_max == 400 * MIB)
         go_on.touch()
         assert end(work)[1].ending == "ok"
@@ -131,7 +131,7 @@ def test_rcon_event_tells_before_the_limit_is_reached_and_gives_more(tmp_path: P
         assert (event.limit, event.bound) == ("each.memory", int(128 * MIB * 0.9))
         # That was for one work: no other begins with it.
         work = begin(manager, "sleep", 0.1)
-        leaf = manager.policy_cgroup(work.confinement).child(f"{os.getpid()}-1")
+        leaf = work.group.child(f"{os.getpid()}-1")
         assert read_limits(leaf).memory_max == 128 * MIB
         end(work)
 
@@ -144,7 +144,7 @@ def test_rcon_event_decides_instead_of_the_policy(tmp_path: Path) -> None:
     ) as manager:
         work = begin(manager, "allocate_and_wait", 80, str(go_on))
         eventually(lambda: listener.of("memory_limit"))
-        group = manager.policy_cgroup(work.confinement)
+        group = work.group
         eventually(lambda: read_limits(group).pids_max == 50)
         eventually(lambda: read_limits(group).memory_max == 120 * MIB)
         eventually(lambda: read_limits(group).memory_high in (None, MAX))

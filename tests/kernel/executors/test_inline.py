@@ -12,6 +12,7 @@ import pytest
 
 from rcon_plugins import Manager, Policy, Server, Work, confine
 from rcon_plugins.confinement.admission import InlineAdmission
+from rcon_plugins.confinement.confinement import InlineConfinement
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
@@ -181,7 +182,8 @@ def test_a_cgroup_that_another_worker_removed_is_made_again() -> None:
         with first.entered():
             pass
         first.finish()
-        executor = first.confinement.executor
+        assert isinstance(first.host, InlineConfinement)
+        executor = first.host.executor
         assert executor is not None
         executor.cgroup.delete()
         second = manager.admit(Work("call", "second"))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rcon_plugins import hookimpl
+from rcon_plugins.confinement.confinement import Confinement
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, LimitExceeded
 from rcon_plugins.executors import pool, process
 from rcon_plugins.kernel.cgroup import Hierarchy
@@ -137,7 +138,7 @@ def test_no_two_works_take_the_last_place() -> None:
     refused: set[str] = set()
     with managing({"isolation": "process", "pids": 4, "each": {"timeout": "30s"}}) as manager:
         admission = begin(manager, "pid")
-        cgroup = manager.policy_cgroup(admission.confinement)
+        cgroup = admission.group
         end(admission)
         over = threading.Event()
 
@@ -232,12 +233,10 @@ def test_a_changed_policy_has_a_cgroup_of_its_own_and_the_same_slots() -> None:
         changed = {"concurrency": 1, "memory": "32M"}
         with managing(changed, instance=before._instance, generations={"p": 1}) as after:
             second = begin(after, "pid")
-            assert (first.name, second.name) == ("p", "p.1")
-            assert first.confinement.first_slot == second.confinement.first_slot
-            limits = [
-                manager.policy_cgroup(work.confinement)
-                for manager, work in ((before, first), (after, second))
-            ]
-            assert len({cgroup.path for cgroup in limits}) == 2
+            assert (first.host.name, second.host.name) == ("p", "p.1")
+            assert isinstance(first.host, Confinement)
+            assert isinstance(second.host, Confinement)
+            assert first.host.first_slot == second.host.first_slot
+            assert first.group.path != second.group.path
             end(second)
         first.abort("over")

@@ -142,7 +142,7 @@ def _served(manager: object, host: str) -> bool:
 def test_confinements_are_kept_up_to_their_bound() -> None:
     with managing({"per": "host", "each": {"timeout": "60s"}}, settings={"confinements": 2}) as manager:
         admission = begin(manager, "pid", host="first")
-        work = manager.policy_cgroup(admission.confinement)
+        work = admission.group
         end(admission)
         for number in range(6):
             assert ask(manager, "pid", host=f"host-{number}")[1].ending == "ok"
@@ -158,7 +158,7 @@ def test_confinements_are_kept_up_to_their_bound() -> None:
 def test_no_key_names_a_cgroup_outside(key: str) -> None:
     with managing({"per": "host", "each": {"timeout": "60s"}}) as manager:
         admission = begin(manager, "pid", host=key)
-        cgroup = manager.policy_cgroup(admission.confinement)
+        cgroup = admission.group
         assert cgroup.name.startswith("p~")
         assert "/" not in cgroup.name
         assert len(cgroup.name) < 200

@@ -111,7 +111,7 @@ def test_a_fork_bomb_never_passes_its_pids_and_is_gone_after(level: str) -> None
     policy = {"pids": 16} if level == "pids" else {"each": {"pids": 16}}
     with managing({"isolation": "process", **policy}) as manager:
         admission = begin(manager, "fork_bomb", 1.0)
-        cgroup = manager.policy_cgroup(admission.confinement)
+        cgroup = admission.group
         seen: list[int] = []
         over = threading.Event()
 
@@ -138,7 +138,7 @@ def test_a_fork_bomb_never_passes_its_pids_and_is_gone_after(level: str) -> None
 def test_work_is_refused_while_its_confinement_is_full_of_processes() -> None:
     with managing({"isolation": "process", "pids": 6, "each": {"timeout": "30s"}}) as manager:
         bomb = begin(manager, "fork_bomb", 2.0)
-        cgroup = manager.policy_cgroup(bomb.confinement)
+        cgroup = bomb.group
         assert soon(lambda: cgroup.read().pids_current == 6)
         with pytest.raises(PidsLimitExceeded, match="6 processes"):
             begin(manager, "pid")
