@@ -14,8 +14,8 @@ from rcon_plugins.errors import DelegationError, KernelError
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup import mounts, v1, v2
 from rcon_plugins.kernel.cgroup.branch import check_path, levels
+from rcon_plugins.kernel.cgroup.limits import read_limits
 from rcon_plugins.kernel.cgroup.mounts import Mount
-from rcon_plugins.kernel.cgroup.read_limits import read_limits
 from rcon_plugins.tree import nested
 from rcon_plugins.tree.survey import INSTANCE_NAME
 

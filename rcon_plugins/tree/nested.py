@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup import mounts
-from rcon_plugins.kernel.cgroup.read_limits import read_limits
+from rcon_plugins.kernel.cgroup.limits import read_limits
 from rcon_plugins.kernel.cgroup.resources import Max, Resources
 from rcon_plugins.tree.survey import INSTANCE_NAME
 

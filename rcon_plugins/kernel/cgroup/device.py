@@ -21,6 +21,12 @@ class Device(NamedTuple):
     major: int
     minor: int
 
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """Return the device of ``MAJ:MIN``, as the kernel prints it."""
+        major, _, minor = text.partition(":")
+        return cls(int(major), int(minor))
+
     def __str__(self) -> str:
         return f"{self.major}:{self.minor}"
 
@@ -63,8 +69,7 @@ def whole_disk(device: Device) -> Device:
     real = os.path.realpath(entry)
     if not os.path.exists(f"{real}/partition"):
         return device
-    major, _, minor = files.read(os.path.dirname(real), "dev").strip().partition(":")
-    return Device(int(major), int(minor))
+    return Device.parse(files.read(os.path.dirname(real), "dev").strip())
 
 
 def _behind_anonymous(path: str, device: Device) -> Device:

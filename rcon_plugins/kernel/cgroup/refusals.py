@@ -9,7 +9,7 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup import mounts, v1, v2
 from rcon_plugins.kernel.cgroup.device import whole_disk
-from rcon_plugins.kernel.cgroup.resources import MAX, Resources, format_list, parse_list
+from rcon_plugins.kernel.cgroup.resources import MAX, Resources, controller_of, format_list, parse_list
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
@@ -23,24 +23,13 @@ class Refusal(NamedTuple):
     remedy: str
 
 
-#: By field, the controller.
-_NEEDS = {
-    "cpu_quota": "cpu",
-    "cpu_weight": "cpu",
-    "cpus": "cpuset",
-    "memory_max": "memory",
-    "memory_high": "memory",
-    "swap_max": "memory",
-    "io": "io",
-    "pids_max": "pids",
-}
-
-
 def refusals(
     hierarchy: Hierarchy, resources: Resources, *, threaded: bool, within: Resources | None
 ) -> list[Refusal]:
     """See :meth:`Hierarchy.refusals`."""
-    asked = [name for name in _NEEDS if getattr(resources, name) not in (None, MAX, {})]
+    asked = [
+        name for name in resources.written() if name != "oom_group" and getattr(resources, name) is not MAX
+    ]
     if resources.swap_max == 0 and not v1.has_swap():
         # Nothing to swap to: satisfied by the machine.
         asked.remove("swap_max")
@@ -55,7 +44,7 @@ def refusals(
 
 
 def _controller(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, str] | None:
-    controller = _NEEDS[name]
+    controller = controller_of(name)
     mount = hierarchy.mount_of(controller)
     if mount is None:
         if controller == "io" and hierarchy.io_holder is not None:

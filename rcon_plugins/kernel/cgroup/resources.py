@@ -7,9 +7,9 @@ interface writes for them is in :mod:`.v1` and :mod:`.v2`.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 
 from rcon_plugins.kernel.cgroup.device import Device
 
@@ -51,8 +51,8 @@ class _Limits(NamedTuple):
     memory_high: int | Max | None = None
     swap_max: int | Max | None = None
     oom_group: bool = False
-    io: Mapping[Device, IoMax] = MappingProxyType({})
     pids_max: int | Max | None = None
+    io: Mapping[Device, IoMax] = MappingProxyType({})
 
 
 class Resources(_Limits):
@@ -61,31 +61,20 @@ class Resources(_Limits):
     ``cpu_quota`` in CPUs (0.3 is 30 % of one, 1.5 one and a half), held over periods of 100 ms;
     ``cpu_weight`` 1..10000 relative to siblings (default of the kernel: 100); ``cpus`` a list such as
     ``"0-1,3"``; ``memory_max``, ``memory_high``, ``swap_max`` in bytes; ``oom_group``: an OOM kill takes
-    the whole cgroup (v2, kernel 4.19; without effect on v1); ``io`` per block device; ``pids_max`` in
-    processes and threads. Source: Documentation/admin-guide/cgroup-v2.rst.
+    the whole cgroup (v2, kernel 4.19; without effect on v1); ``pids_max`` in processes and threads; ``io``
+    per block device. Source: Documentation/admin-guide/cgroup-v2.rst.
     """
 
     __slots__ = ()
 
-    # No dataclass: to load that module takes as long as starting Python, and a command is to begin soon.
-    def __new__(
-        cls,
-        *,
-        cpu_quota: float | Max | None = None,
-        cpu_weight: int | None = None,
-        cpus: str | None = None,
-        memory_max: int | Max | None = None,
-        memory_high: int | Max | None = None,
-        swap_max: int | Max | None = None,
-        oom_group: bool = False,
-        io: Mapping[Device, IoMax] | None = None,
-        pids_max: int | Max | None = None,
-    ) -> Self:
-        made = super().__new__(
-            cls, cpu_quota, cpu_weight, cpus, memory_max, memory_high, swap_max, oom_group, io or {}, pids_max
-        )
-        made._check()
-        return made
+    # Not a dataclass: loading that module takes as long as starting Python, and delays the command of `rcon run`.
+    if not TYPE_CHECKING:  # type checkers take the signature from the fields above
+
+        def __new__(cls, **limits: Any) -> Self:
+            """Check the limits."""
+            made = super().__new__(cls, **{**limits, "io": limits.get("io") or {}})
+            made._check()
+            return made
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
         return (), self._asdict()
@@ -111,17 +100,48 @@ class Resources(_Limits):
 
     def controllers(self) -> frozenset[str]:
         """The controllers these limits need; a limit that is ``None`` needs none."""
-        wanted = {
-            "cpu": self.cpu_quota is not None or self.cpu_weight is not None,
-            "cpuset": self.cpus is not None,
-            "memory": self.memory_max is not None
-            or self.memory_high is not None
-            or self.swap_max is not None
-            or self.oom_group,
-            "io": bool(self.io),
-            "pids": self.pids_max is not None,
-        }
-        return frozenset(name for name, wants in wanted.items() if wants)
+        return frozenset(controller_of(name) for name in self.written())
+
+    def written(self) -> tuple[str, ...]:
+        """The fields that are set."""
+        values = self._asdict().items()
+        return tuple(
+            name for name, value in values if value is not None and value is not False and value != {}
+        )
+
+
+#: Controllers of the fields that are not named after theirs.
+_CONTROLLERS = {"cpus": "cpuset", "swap_max": "memory", "oom_group": "memory"}
+
+
+def controller_of(field: str) -> str:
+    """The controller of a field of `Resources`: the first word of its name, with the exceptions above."""
+    return _CONTROLLERS.get(field) or field.partition("_")[0]
+
+
+class LimitFile(NamedTuple):
+    """Where one version of the interface keeps one field of `Resources`: how the value is written and read back."""
+
+    field: str
+    file: str
+    write: Callable[[Any], str]
+    read: Callable[[str], Any]
+
+
+def pairs_of(rows: Iterable[LimitFile], resources: Resources) -> list[tuple[str, str]]:
+    """The limits that are set as (file, value), in the order of the rows."""
+    written = resources.written()
+    return [(row.file, row.write(getattr(resources, row.field))) for row in rows if row.field in written]
+
+
+#: The text of a file of one cgroup; None where there is no such file.
+Read = Callable[[str], str | None]
+
+
+def read_back(rows: Iterable[LimitFile], read: Read) -> dict[str, Any]:
+    """The fields whose files are there and not empty: the inverse of `pairs_of`."""
+    found = {row.field: row.read(text) for row in rows if (text := read(row.file))}
+    return {name: value for name, value in found.items() if value is not False}
 
 
 def _check_count(name: str, value: int | Max | None, least: int) -> None:
@@ -146,6 +166,16 @@ def parse_list(text: str) -> frozenset[int]:
             raise ValueError(f"not a list of CPUs: {text!r} (a range runs upwards, to 65535 at most)")
         numbers.update(range(low, high + 1))
     return frozenset(numbers)
+
+
+def number_or_max(text: str) -> int | Max:
+    """A count as the kernel spells it: a number or ``max``."""
+    return MAX if text == "max" else int(text)
+
+
+def cpus_of(quota: int, period: int) -> float:
+    """A CPU quota in CPUs. Others may have chosen a longer period, and less of it than can be set here."""
+    return max(quota / period, SMALLEST_CPU_QUOTA)
 
 
 def _is_number(text: str) -> bool:

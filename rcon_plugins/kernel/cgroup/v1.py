@@ -6,17 +6,28 @@ import errno
 import os
 import posix
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, levels
+from rcon_plugins.kernel.cgroup.device import Device
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.resources import (
     CPU_PERIOD_MICROSECONDS,
+    MAX,
+    IoMax,
+    LimitFile,
     Max,
+    Read,
     Resources,
+    cpus_of,
     format_list,
+    number_or_max,
+    pairs_of,
     parse_list,
+    read_back,
 )
 
 #: Controllers that act on a single thread. Memory is charged to the whole process.
@@ -28,6 +39,8 @@ KERNEL_NAMES = {"cpu": "cpu", "cpuset": "cpuset", "memory": "memory", "io": "blk
 #: The one hierarchy in which a cgroup may have to do without a directory: see `io_holder`.
 _ONLY_IO = frozenset({"blkio"})
 _UNLIMITED = "-1"
+#: What v1 reports where memory has no limit is just below 2**63, by the size of a page.
+_UNLIMITED_BYTES = 2**63 - 2**20
 _CPUSET = ("cpuset.cpus", "cpuset.mems")
 IO_FILES = {
     "rbps": "blkio.throttle.read_bps_device",
@@ -42,42 +55,80 @@ def shares_of(weight: int) -> int:
     return max(2, min(262_144, round(weight * 1024 / 100)))
 
 
+def weight_of(shares: int) -> int:
+    """The v2 weight of ``cpu.shares``: the inverse of `shares_of`."""
+    return max(1, min(10_000, round(shares * 100 / 1024)))
+
+
+def _write_bytes(value: int | Max) -> str:
+    return str(value) if isinstance(value, int) else _UNLIMITED
+
+
+def _read_bytes(text: str) -> int | Max:
+    return MAX if int(text) >= _UNLIMITED_BYTES else int(text)
+
+
+#: One row for each limit, in the order in which they are written. Quota, swap and ``io`` take more than one file.
+FILES = (
+    LimitFile(
+        "cpu_weight", "cpu.shares", lambda weight: str(shares_of(weight)), lambda text: weight_of(int(text))
+    ),
+    LimitFile("cpus", "cpuset.cpus", str, str),
+    LimitFile("memory_max", "memory.limit_in_bytes", _write_bytes, _read_bytes),
+    LimitFile("pids_max", "pids.max", str, number_or_max),
+)
+
+
 def pairs(resources: Resources) -> list[tuple[str, str]]:
     """The limits as (file, value), in the order in which they are written where they are lowered.
 
-    ``memory_high`` and ``oom_group`` do not exist on v1 and are not in the result. ``swap_max`` becomes a
-    limit on the sum with ``memory_max``. Raises ControllerUnavailable for what cannot be said on v1.
+    v1 has no ``oom_group``; it is not in the result. ``swap_max`` becomes a limit on the sum with ``memory_max``.
+    Raises ControllerUnavailable for what v1 cannot express.
     """
-    found: list[tuple[str, str]] = []
-    if resources.cpu_quota is not None:
-        found.append(("cpu.cfs_period_us", str(CPU_PERIOD_MICROSECONDS)))
-        quota = resources.cpu_quota
-        value = round(quota * CPU_PERIOD_MICROSECONDS) if isinstance(quota, float | int) else -1
-        found.append(("cpu.cfs_quota_us", str(value)))
-    if resources.cpu_weight is not None:
-        found.append(("cpu.shares", str(shares_of(resources.cpu_weight))))
-    if resources.cpus is not None:
-        found.append(("cpuset.cpus", resources.cpus))
     if resources.memory_high is not None:
         raise ControllerUnavailable(
             "cgroup v1 has no memory_high", value=str(resources.memory_high), hint="set memory_max alone"
         )
-    if resources.memory_max is not None:
-        found.append(("memory.limit_in_bytes", _number(resources.memory_max)))
+    found: list[tuple[str, str]] = []
+    if (quota := resources.cpu_quota) is not None:
+        found.append(("cpu.cfs_period_us", str(CPU_PERIOD_MICROSECONDS)))
+        value = _UNLIMITED if quota is MAX else str(round(quota * CPU_PERIOD_MICROSECONDS))
+        found.append(("cpu.cfs_quota_us", value))
+    found += pairs_of(FILES, resources)
     if resources.swap_max is not None:
         found.append(("memory.memsw.limit_in_bytes", _memory_and_swap(resources)))
     for device, limits in sorted(resources.io.items()):
-        for key, value in limits._asdict().items():
-            if value is not None:
+        for key, rate in limits._asdict().items():
+            if rate is not None:
                 # 0 removes the rule.
-                found.append((IO_FILES[key], f"{device} {value if isinstance(value, int) else 0}"))
-    if resources.pids_max is not None:
-        found.append(("pids.max", str(resources.pids_max)))
+                found.append((IO_FILES[key], f"{device} {rate if isinstance(rate, int) else 0}"))
     return found
 
 
-def _number(value: int | Max) -> str:
-    return str(value) if isinstance(value, int) else _UNLIMITED
+def limits_of(read: Read) -> dict[str, Any]:
+    """The fields of `Resources` that a directory of one hierarchy has files for: the inverse of `pairs`."""
+    found = read_back(FILES, read)
+    if (text := read("cpu.cfs_quota_us")) is not None:
+        period = int(read("cpu.cfs_period_us") or CPU_PERIOD_MICROSECONDS)
+        found["cpu_quota"] = MAX if int(text) < 0 else cpus_of(int(text), period)
+    memory, both = read("memory.limit_in_bytes"), read("memory.memsw.limit_in_bytes")
+    if memory is not None and both is not None:
+        unlimited = MAX in (_read_bytes(memory), _read_bytes(both))
+        found["swap_max"] = MAX if unlimited else max(0, int(both) - int(memory))
+    if devices := _throttled({key: read(file) or "" for key, file in IO_FILES.items()}):
+        found["io"] = devices
+    return found
+
+
+def _throttled(texts: Mapping[str, str]) -> dict[Device, IoMax]:
+    found: dict[Device, IoMax] = {}
+    for key, text in texts.items():
+        for line in text.splitlines():
+            name, value = line.split()
+            device = Device.parse(name)
+            known = found.get(device, IoMax(MAX, MAX, MAX, MAX))
+            found[device] = known._replace(**{key: int(value)})
+    return found
 
 
 def _memory_and_swap(resources: Resources) -> str:

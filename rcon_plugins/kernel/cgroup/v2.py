@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from typing import Any
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup.branch import Branch, create_levels
-from rcon_plugins.kernel.cgroup.resources import CPU_PERIOD_MICROSECONDS, MAX, Resources, parse_list
+from rcon_plugins.kernel.cgroup.device import Device
+from rcon_plugins.kernel.cgroup.resources import (
+    CPU_PERIOD_MICROSECONDS,
+    MAX,
+    IoMax,
+    LimitFile,
+    Max,
+    Read,
+    Resources,
+    cpus_of,
+    number_or_max,
+    pairs_of,
+    parse_list,
+    read_back,
+)
 
 #: Controllers that work in threaded cgroups (cgroup-v2.rst, "Threads").
 THREADED = frozenset({"cpu", "cpuset", "pids"})
@@ -20,35 +35,57 @@ _HINTS = {
 }
 
 
+def _write_quota(cpus: float | Max) -> str:
+    quota = cpus if cpus is MAX else round(cpus * CPU_PERIOD_MICROSECONDS)
+    return f"{quota} {CPU_PERIOD_MICROSECONDS}"
+
+
+def _read_quota(text: str) -> float | Max:
+    quota, _, period = text.partition(" ")
+    return MAX if quota == "max" else cpus_of(int(quota), int(period))
+
+
+#: One row for each limit but ``io``, in the order in which they are written.
+FILES = (
+    LimitFile("cpu_quota", "cpu.max", _write_quota, _read_quota),
+    LimitFile("cpu_weight", "cpu.weight", str, int),
+    LimitFile("cpus", "cpuset.cpus", str, str),
+    # high before max: max alone kills what high would have slowed down
+    LimitFile("memory_high", "memory.high", str, number_or_max),
+    LimitFile("memory_max", "memory.max", str, number_or_max),
+    LimitFile("swap_max", "memory.swap.max", str, number_or_max),
+    LimitFile("oom_group", "memory.oom.group", lambda _: "1", lambda text: text == "1"),  # kernel 4.19
+    LimitFile("pids_max", "pids.max", str, number_or_max),
+)
+
+
 def pairs(resources: Resources) -> list[tuple[str, str]]:
     """The limits as (file, value), in the order in which they are written."""
-    found: list[tuple[str, str]] = []
-    if resources.cpu_quota is not None:
-        found.append(("cpu.max", f"{_quota(resources.cpu_quota)} {CPU_PERIOD_MICROSECONDS}"))
-    if resources.cpu_weight is not None:
-        found.append(("cpu.weight", str(resources.cpu_weight)))
-    if resources.cpus is not None:
-        found.append(("cpuset.cpus", resources.cpus))
-    # high before max: max alone kills what high would have slowed down.
-    if resources.memory_high is not None:
-        found.append(("memory.high", str(resources.memory_high)))
-    if resources.memory_max is not None:
-        found.append(("memory.max", str(resources.memory_max)))
-    if resources.swap_max is not None:
-        found.append(("memory.swap.max", str(resources.swap_max)))
-    if resources.oom_group:
-        found.append(("memory.oom.group", "1"))  # kernel 4.19
+    found = pairs_of(FILES, resources)
     for device, limits in sorted(resources.io.items()):
         keys = " ".join(f"{key}={value}" for key, value in limits._asdict().items() if value is not None)
         if keys:
             found.append(("io.max", f"{device} {keys}"))
-    if resources.pids_max is not None:
-        found.append(("pids.max", str(resources.pids_max)))
     return found
 
 
-def _quota(cpus: object) -> str:
-    return str(MAX) if not isinstance(cpus, float | int) else str(round(cpus * CPU_PERIOD_MICROSECONDS))
+def limits_of(read: Read) -> dict[str, Any]:
+    """The fields of `Resources` that a directory has files for: the inverse of `pairs`."""
+    found = read_back(FILES, read)
+    if text := read("io.max"):
+        found["io"] = _io_max(text)
+    return found
+
+
+def _io_max(text: str) -> dict[Device, IoMax]:
+    found = {}
+    for line in text.splitlines():
+        device, *limits = line.split()
+        named = dict(limit.split("=", 1) for limit in limits)
+        found[Device.parse(device)] = IoMax(
+            **{key: number_or_max(named.get(key, "max")) for key in IoMax._fields}
+        )
+    return found
 
 
 class V2Branch(Branch):

@@ -31,8 +31,8 @@ def test_v2_pairs() -> None:
         ("cpuset.cpus", "0-1"),
         ("memory.max", "67108864"),
         ("memory.swap.max", "0"),
-        ("io.max", "254:0 rbps=10 wbps=5242880 riops=max"),
         ("pids.max", "16"),
+        ("io.max", "254:0 rbps=10 wbps=5242880 riops=max"),
     ]
 
 
@@ -43,11 +43,11 @@ def test_v1_pairs() -> None:
         ("cpu.shares", "2048"),
         ("cpuset.cpus", "0-1"),
         ("memory.limit_in_bytes", "67108864"),
+        ("pids.max", "16"),
         ("memory.memsw.limit_in_bytes", "67108864"),
         ("blkio.throttle.read_bps_device", "254:0 10"),
         ("blkio.throttle.write_bps_device", "254:0 5242880"),
         ("blkio.throttle.read_iops_device", "254:0 0"),
-        ("pids.max", "16"),
     ]
 
 
@@ -65,16 +65,16 @@ def test_no_limit() -> None:
         ("cpu.max", "max 100000"),
         ("memory.max", "max"),
         ("memory.swap.max", "max"),
-        ("io.max", "254:0 wbps=max"),
         ("pids.max", "max"),
+        ("io.max", "254:0 wbps=max"),
     ]
     assert v1.pairs(unlimited) == [
         ("cpu.cfs_period_us", "100000"),
         ("cpu.cfs_quota_us", "-1"),
         ("memory.limit_in_bytes", "-1"),
+        ("pids.max", "max"),
         ("memory.memsw.limit_in_bytes", "-1"),
         ("blkio.throttle.write_bps_device", "254:0 0"),
-        ("pids.max", "max"),
     ]
 
 

@@ -1,16 +1,16 @@
-"""Other limits for a cgroup that is in use: all of them, or none."""
+"""The limits of an existing cgroup: read what is in force, change it while it is in use."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files
-from rcon_plugins.kernel.cgroup import v1
-from rcon_plugins.kernel.cgroup.read_limits import read_limits
+from rcon_plugins.kernel.cgroup import v1, v2
 from rcon_plugins.kernel.cgroup.resources import MAX, IoMax, Resources
 
 if TYPE_CHECKING:
@@ -18,18 +18,36 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.mounts import Mount
 
 
+def read_limits(cgroup: Cgroup) -> Resources:
+    """Return the limits in force: :data:`MAX` is no limit, ``None`` where the kernel has no such limit.
+
+    Only the cgroup's own limits: those of the cgroups around it may be tighter. ``cpus`` is None where the cgroup has
+    the CPUs of the one above. Raises KernelError.
+    """
+    found: dict[str, Any] = {}
+    for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):
+        read = partial(files.read_if_there, directory)
+        if mount.version == 2:
+            found |= v2.limits_of(read)
+        else:
+            found |= v1.limits_of(read)
+            above = files.read_if_there(os.path.dirname(directory), "cpuset.cpus")
+            if "cpus" in found and found["cpus"] == above:
+                del found["cpus"]  # a new v1 cpuset is given the CPUs of the one above
+    return Resources(**found)
+
+
 def change_limits(cgroup: Cgroup, wanted: Resources, *, gather: bool = False) -> None:
-    """Write limits to a cgroup in use; what is ``None`` stays as it is.
+    """Write limits to a cgroup in use; fields that are ``None`` stay as they are. Raises KernelError.
 
-    All are in force afterwards, or, if one cannot be written, those of before.
+    All limits are in force afterwards, or, if one cannot be written, all of the limits before.
 
-    A limit below what is in use: processes beyond ``pids_max`` stay, and no more can be started. Beyond
-    ``memory_max`` the kernel takes back what it can; what does not fit then, it kills (v2), or it refuses the limit
-    (v1, EBUSY).
+    A limit may be below what is in use. Processes beyond ``pids_max`` stay, and no more can be started. For
+    ``memory_max`` the kernel first reclaims memory; then it kills processes (v2) or refuses the limit (v1, EBUSY).
 
-    ``gather``: for first limits of IO on v1, which hold for the processes of the cgroup itself alone, those of its
-    leaves are moved up into it, in that hierarchy; else such limits are refused. Not where somebody keeps the leaves'
-    files of IO open: they go. Raises KernelError.
+    ``gather`` is for the first IO limits of a cgroup on v1. They hold for processes of the cgroup itself only, so the
+    processes of its leaves are moved up into it, in the blkio hierarchy; without ``gather`` such limits are refused.
+    The blkio directories of the leaves are removed: do not use it where somebody keeps their files open.
     """
     before = read_limits(cgroup)
     wanted = _with_swap(wanted, before)
@@ -45,14 +63,14 @@ def change_limits(cgroup: Cgroup, wanted: Resources, *, gather: bool = False) ->
                 v1.gather_io(directory)
         cgroup.configure(wanted)
     except KernelError as error:
-        # What cannot be put back either is the lesser evil: the first error is the one to tell.
+        # Restore what can be restored; report the first error.
         with contextlib.suppress(KernelError):
             cgroup.configure(_undoing(cgroup, wanted, before))
-        raise _told_better(error) from None
+        raise _explained(error) from None
     finally:
         for directory in io if gather and wanted.io else ():
             if not v1.io_is_limited(directory):
-                # A leaf has its place in each hierarchy where nothing above it needs it.
+                # Without IO limits above them the leaves have their own blkio directories again.
                 for name in leaves:
                     files.make_directory(f"{directory}/{name}")
 
@@ -62,7 +80,7 @@ def _is_flat(mount: Mount) -> bool:
 
 
 def _with_swap(wanted: Resources, before: Resources) -> Resources:
-    """v1 limits memory and swap together: more memory needs a larger sum, and swap alone a sum to be part of."""
+    """Add what v1 needs to limit the sum of memory and swap: the swap in force for new memory, and the reverse."""
     if wanted.memory_max is not None and wanted.swap_max is None and isinstance(before.swap_max, int):
         return wanted.replaced(swap_max=before.swap_max)
     if wanted.swap_max is not None and wanted.memory_max is None:
@@ -71,12 +89,8 @@ def _with_swap(wanted: Resources, before: Resources) -> Resources:
 
 
 def _undoing(cgroup: Cgroup, wanted: Resources, before: Resources) -> Resources:
-    """Of ``before``, what ``wanted`` may have changed."""
-    kept: dict[str, Any] = {
-        name: getattr(before, name)
-        for name in Resources._fields
-        if name not in ("io", "oom_group") and getattr(wanted, name) is not None
-    }
+    """Return the limits of ``before`` that writing ``wanted`` may have changed."""
+    kept = {name: getattr(before, name) for name in wanted.written() if name not in ("io", "oom_group")}
     if wanted.cpus is not None and before.cpus is None:
         kept["cpus"] = _cpus_above(cgroup)
     kept["io"] = {device: before.io.get(device, IoMax(MAX, MAX, MAX, MAX)) for device in wanted.io}
@@ -91,13 +105,13 @@ def _cpus_above(cgroup: Cgroup) -> str | None:
     return None
 
 
-def _told_better(error: KernelError) -> KernelError:
+def _explained(error: KernelError) -> KernelError:
     if error.errno == errno.EBUSY and str(error.path).endswith(("limit_in_bytes", "memory.max")):
         return KernelError(
-            "more memory is in use than that, and the kernel could not take it back: all limits stay as they were",
+            "more memory is in use, and the kernel could not reclaim it: all limits stay as they were",
             errno=errno.EBUSY,
             path=error.path,
             value=error.value,
-            hint="end some of the processes first, or set a limit above what is in use",
+            hint="end some of the processes first, or set a limit above the memory in use",
         )
     return error

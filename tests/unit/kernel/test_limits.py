@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcon_plugins.kernel.cgroup import MAX, Device, IoMax, Resources, v1, v2
-from rcon_plugins.kernel.cgroup.read_limits import of_v1, of_v2, weight_of
+from rcon_plugins.kernel.cgroup.v1 import weight_of
 
 V2 = {
     "cpu.max": "30000 100000",
@@ -47,11 +47,11 @@ SAID = {
 
 
 def test_all_that_v2_says() -> None:
-    assert of_v2(V2.get) == {**SAID, "memory_high": MAX, "oom_group": True, "io": IO}
+    assert v2.limits_of(V2.get) == {**SAID, "memory_high": MAX, "oom_group": True, "io": IO}
 
 
 def test_all_that_v1_says() -> None:
-    assert of_v1(V1.get) == {**SAID, "io": IO}
+    assert v1.limits_of(V1.get) == {**SAID, "io": IO}
 
 
 def test_no_limit() -> None:
@@ -67,7 +67,7 @@ def test_no_limit() -> None:
         "pids.max": "max",
     }
     unlimited = {"cpu_quota": MAX, "cpu_weight": 100, "memory_max": MAX, "swap_max": MAX, "pids_max": MAX}
-    assert of_v2(none.get) == {**unlimited, "memory_high": MAX}
+    assert v2.limits_of(none.get) == {**unlimited, "memory_high": MAX}
     none = {
         "cpu.cfs_quota_us": "-1",
         "cpu.shares": "1024",
@@ -75,20 +75,22 @@ def test_no_limit() -> None:
         "memory.memsw.limit_in_bytes": "9223372036854771712",
         "pids.max": "max",
     }
-    assert of_v1(none.get) == unlimited
-    assert of_v1({**none, "memory.limit_in_bytes": "4096"}.get)["swap_max"] is MAX
+    assert v1.limits_of(none.get) == unlimited
+    assert v1.limits_of({**none, "memory.limit_in_bytes": "4096"}.get)["swap_max"] is MAX
 
 
 def test_without_a_controller_nothing_is_told() -> None:
-    assert of_v2(lambda _: None) == of_v1(lambda _: None) == {}
-    assert "swap_max" not in of_v1({"memory.limit_in_bytes": "4096"}.get)
+    assert v2.limits_of(lambda _: None) == v1.limits_of(lambda _: None) == {}
+    assert "swap_max" not in v1.limits_of({"memory.limit_in_bytes": "4096"}.get)
 
 
 def test_periods_that_others_chose() -> None:
-    assert of_v2({"cpu.max": "50000 1000000"}.get) == {"cpu_quota": 0.05}
-    assert of_v1({"cpu.cfs_quota_us": "500000", "cpu.cfs_period_us": "250000"}.get) == {"cpu_quota": 2.0}
+    assert v2.limits_of({"cpu.max": "50000 1000000"}.get) == {"cpu_quota": 0.05}
+    assert v1.limits_of({"cpu.cfs_quota_us": "500000", "cpu.cfs_period_us": "250000"}.get) == {
+        "cpu_quota": 2.0
+    }
     # So little cannot be asked for here, nor be written back.
-    assert Resources(**of_v2({"cpu.max": "1000 1000000"}.get)).cpu_quota == 0.01
+    assert Resources(**v2.limits_of({"cpu.max": "1000 1000000"}.get)).cpu_quota == 0.01
 
 
 @given(st.integers(1, 10_000))
@@ -111,10 +113,10 @@ limits = st.builds(
 @given(limits)
 def test_what_is_written_is_read_back(resources: Resources) -> None:
     """Both versions, by a kernel that says what it was told."""
-    assert Resources(**of_v2(dict(v2.pairs(resources)).get)) == resources
+    assert Resources(**v2.limits_of(dict(v2.pairs(resources)).get)) == resources
     told = {name: value if value != "-1" else str(2**63 - 4096) for name, value in v1.pairs(resources)}
     told["cpu.cfs_quota_us"] = dict(v1.pairs(resources))["cpu.cfs_quota_us"]
-    back = Resources(**of_v1(told.get))
+    back = Resources(**v1.limits_of(told.get))
     assert back.cpu_quota == resources.cpu_quota
     assert (back.memory_max, back.pids_max, back.cpus) == (
         resources.memory_max,
