@@ -91,7 +91,7 @@ def test_io_limits_come_and_go(command: Cgroup, own: str, capsys: pytest.Capture
     out, _ = said(
         capsys, ["set", f"{own}-command", "--write", "5M", "--read-iops", "100", "--device", str(DISK)]
     )
-    assert out.endswith(f", write 5M on {disk}, read-iops 100 on {disk}, pids 8\n")
+    assert out.endswith(f", pids 8, write 5M on {disk}, read-iops 100 on {disk}\n")
     said(capsys, ["set", f"{own}-command", "--write", "max", "--device", str(disk)])
     assert read_limits(command).io == {disk: IoMax(MAX, MAX, 100, MAX)}
     said(capsys, ["set", f"{own}-command", "--read-iops", "max", "--read", "2M", "--device", str(disk)])
@@ -202,7 +202,7 @@ def test_memory_below_what_is_in_use_is_refused_on_v1(
         eventually(lambda: (command.read().memory_current or 0) > 40 * MIB)
         before = read_limits(command)
         _, err = said(capsys, ["set", f"{own}-command", "--cpu", "20%", "--cpus", "0", "--memory", "8M"], 125)
-        assert "the kernel could not take it back: all limits stay as they were" in err
+        assert "the kernel could not reclaim it: all limits stay as they were" in err
         assert read_limits(command) == before
         assert child.status is None
 
