@@ -1,13 +1,16 @@
 """What holds for every test run. Tests are in tiers, one directory each: unit, contract, integrations, kernel.
 
-- The kernel tier needs root and a cgroup hierarchy, and is run again on pure cgroup v2 (tests/vm.py), where some of the
-  integrations are run, too. Its tests are marked `kernel` here. One that only makes sense on some hierarchies says so:
-  `@pytest.mark.layout("v2")`, or "v1", "hybrid"; on others it is deselected. Between this machine and the emulated one
-  each has to run. `@pytest.mark.init("systemd")` is for the one that systemd has booted (tests/vm_systemd.py). One that
-  would say the same twice is marked `once`, and not run in the emulated machine.
+- Tests of the kernel tier need root and a cgroup hierarchy; they are marked `kernel` here.
+- `each_layout` marks a test that depends on the cgroup hierarchy: tests/vm.py runs it again on pure cgroup v2. `smoke`
+  marks one quick test of each file of the kernel tier: `make check` runs it, and tests/vm.py does, as that machine has
+  another kernel, too.
+- `layout("v2")`, or "v1", "hybrid", marks a test for some hierarchies; on others it is deselected. Such a test counts as
+  `each_layout`. `init("systemd")` marks a test for the machine that systemd has booted (tests/vm_systemd.py).
+- `measures` marks a test that measures CPU time or the rate of IO. It runs alone: tests/run.py starts it after
+  everything else, and pytest-xdist (`-n`) is refused for it.
 - In CI (`CI` in the environment) a skip is a failure, and so is an empty tier.
-- `make test` runs a test that failed once more (--reruns 1), as quotas and deadlines are tested on machines whose
-  cores others use, too. Each is named at the end with how it failed, and more than FEW of them fail the run.
+- `--reruns 1` runs a test that failed a second time. Each is named at the end with how it failed, and more than FEW of
+  them fail the run.
 - After the run no process and no cgroup of the tests may be left (tests/leftovers.py); if one is, the run fails.
 - Irreversible acts are done in child processes: the fixture `in_child`.
 """
@@ -30,7 +33,7 @@ from tests import children, leftovers
 TESTS = Path(__file__).parent
 TIERS = ("unit", "contract", "integrations", "kernel")
 GRACE = 5.0  # seconds in which what was told to end may end
-FEW = 8  # tests of a run that may need a second attempt, of some four thousand
+FEW = 4  # tests of a run that may need a second attempt
 
 # Timings are never asserted, so neither by hypothesis; machines under test are slow.
 hypothesis.settings.register_profile("rcon", deadline=None)
@@ -54,8 +57,9 @@ def in_child() -> Any:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
+    """Supervise the run, except in a worker of pytest-xdist: the run that started it supervises that, too."""
     config = session.config
-    if config.option.collectonly:
+    if config.option.collectonly or is_worker(config):
         return
     # A shell that runs something in the background has it ignore these, and all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -64,6 +68,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
         supervisor = leftovers.supervise()  # its messages go to the real stderr
     config.stash[beginning] = Beginning(supervisor, leftovers.cgroups())
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this is a worker process of pytest-xdist. It has threads already, so it cannot fork and go on."""
+    return hasattr(config, "workerinput")
 
 
 def tier(item: pytest.Item) -> str:
@@ -79,16 +88,13 @@ def layout() -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    misplaced = [
-        item.nodeid for item in items if item.get_closest_marker("kernel") and tier(item) != "kernel"
-    ]
-    if misplaced:
-        raise pytest.UsageError(
-            f"marked kernel but not in tests/kernel, where they would be run again: {misplaced}"
-        )
     for item in items:
         if tier(item) == "kernel":
             item.add_marker("kernel")
+        elif item.get_closest_marker("kernel"):
+            raise pytest.UsageError(f"{item.nodeid} is marked kernel, but is not in tests/kernel")
+        if item.get_closest_marker("layout"):
+            item.add_marker("each_layout")
     here = {"layout": layout(), "init": os.environ.get("RCON_TEST_INIT", "")}
     elsewhere = [
         item
@@ -109,6 +115,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         )
     everything = any(Path(argument).resolve() == TESTS for argument in session.config.args)
     missing = [name for name in TIERS if name not in present]
+    measuring = [item.nodeid for item in session.items if item.get_closest_marker("measures")]
+    if measuring and is_worker(session.config):
+        raise pytest.UsageError(
+            f"{measuring[0]} measures CPU time or IO and runs alone; with -n, add: -m 'not measures'"
+        )
     if "CI" in os.environ and everything and missing:
         raise pytest.UsageError(f"in CI every tier is run, and no test was found in: {', '.join(missing)}")
 
@@ -148,8 +159,9 @@ def fail(report: pytest.TestReport | pytest.CollectReport) -> None:
     report.longrepr = f"in CI a skip is a failure: {report.longreprtext}"
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Nothing may be left. What was told to end gets a moment for it."""
+    """Nothing may be left. Processes that are ending get a moment for it. Workers of pytest-xdist have ended before."""
     start = session.config.stash.get(beginning, None)
     if start is None:
         return
@@ -198,6 +210,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 terminalreporter.line(f"{title}:\n{text}")
     if config.stash.get(left, None) == []:
         terminalreporter.line("no process and no cgroup of the tests is left")
-    if "RCON_TEST_BEGAN" in os.environ:
-        seconds = time.time() - float(os.environ["RCON_TEST_BEGAN"])
-        terminalreporter.line(f"make test: {seconds:.0f} s in all")

@@ -1,15 +1,15 @@
 """Run on pure cgroup v2, in an emulated machine, the tests that depend on the kernel's hierarchy.
 
-`python tests/vm.py [pytest arguments]` boots Debian's own kernel under QEMU, in software, with this host's file
+`python -m tests.vm [pytest arguments]` boots Debian's own kernel under QEMU, in software, with this host's file
 system underneath (read-only; what is written goes to memory), runs pytest there and ends with pytest's exit status.
-Unless the arguments name tests it runs those of `TESTS`, but for what is marked `once`: the kernel tier, and of the
-integrations those that show a whole server or runner at work. It takes five to ten times as long there as elsewhere, so
-what is the same under any hierarchy is left out.
+Unless the arguments name tests it runs those of `TESTS` that are marked `each_layout` or `smoke`; with `--measures` those
+marked `each_layout` and `measures`, for which nothing else should run beside. Everything takes five to ten times as long
+there as elsewhere, so tests that do not depend on the hierarchy are left out.
 
 In the machine the tests find:
 - cgroup v2 alone, with all of its controllers, at /sys/fs/cgroup;
 - `RCON_TEST_DISK`: a directory on a block device of its own (ext4 on a partition, O_DIRECT works), for IO limits;
-- `RCON_TEST_REQUESTS`: how many requests a test under load makes, fewer than elsewhere; see `PASSED_ON`;
+- `RCON_TEST_EMULATED=1`, by which a test under load makes fewer requests;
 - `TMPDIR` on a tmpfs, two CPUs, 1.5 GiB of memory, no swap, no network, everything as root.
 """
 
@@ -33,15 +33,16 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 PACKAGES = "linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file util-linux"
+SELECTED = "(each_layout or smoke) and not measures"
+MEASURING = "each_layout and measures"
 TESTS = (
     "tests/kernel",
     "tests/integrations/gunicorn/test_tenants.py",
     "tests/integrations/gunicorn/test_events.py",
 )
-REQUESTS = "1200"
 #: What of this environment pytest finds in the machine.
-PASSED_ON = ("CI", "HYPOTHESIS_PROFILE", "RCON_TEST_REQUESTS")
-#: Not pytest, but a program: `python tests/vm.py tests/benchmarks --only events`.
+PASSED_ON = ("CI", "HYPOTHESIS_PROFILE", "RCON_TEST_LONG")
+#: Not pytest, but a program: `python -m tests.vm tests/benchmarks --only events`.
 BENCHMARKS = "tests/benchmarks"
 SOURCES = ("rcon_plugins", "integrations", "tests", "examples")
 DISK_MIB = 256
@@ -200,12 +201,11 @@ def inside(arguments: list[str]) -> NoReturn:
         f"{os.cpu_count()} CPUs; {partition} (ext4) on {disk}; up {Path('/proc/uptime').read_text().split()[0]} s",
         flush=True,
     )
-    os.environ.setdefault("RCON_TEST_REQUESTS", REQUESTS)
-    os.environ.update(RCON_TEST_DISK=str(disk), TMPDIR=str(tmp), HOME=str(tmp))
+    os.environ.update(RCON_TEST_EMULATED="1", RCON_TEST_DISK=str(disk), TMPDIR=str(tmp), HOME=str(tmp))
     os.environ.update(PYTHONDONTWRITEBYTECODE="1", HYPOTHESIS_STORAGE_DIRECTORY=str(tmp / "hypothesis"))
     os.chdir(ROOT)
     # The root is read-only, so pytest keeps no cache; everything is several times slower here than on the host.
-    options = ["-p", "no:cacheprovider", "-o", "timeout=300", "--basetemp", str(tmp / "pytest")]
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=300", "--basetemp", str(tmp / "pytest")]
     if arguments[0] == BENCHMARKS:
         os.execv(sys.executable, [sys.executable, *arguments])
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *options, *arguments])
@@ -223,12 +223,16 @@ def main() -> int:
         help="the kernel, whose modules are in /lib/modules (default: the newest in /boot)",
     )
     parser.add_argument("--memory", default="1536M", help="memory of the machine (default: %(default)s)")
+    parser.add_argument(
+        "--measures", action="store_true", help="run the tests that measure CPU time or IO, and only those"
+    )
     parser.add_argument("--verbose", action="store_true", help="show the machine's console")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options, arguments = parser.parse_known_args()
     arguments = [a for a in arguments if a != "--"]
     if not any(not a.startswith("-") and (ROOT / a.split("::")[0]).exists() for a in arguments):
-        arguments = [*TESTS, "-m", "not once", "--reruns", "1", *arguments]
+        selected = MEASURING if options.measures else SELECTED
+        arguments = [*TESTS, "-m", selected, "--reruns", "1", *arguments]
     if options.inside:
         inside(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):
