@@ -14,7 +14,7 @@ DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs f
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo demo-customers demo-jobs redis serve test lint bench bench-vm clean root debian \
-	test-unit test-contract test-integrations test-kernel test-vm test-systemd
+	check test-long coverage test-unit test-contract test-integrations test-kernel test-vm test-systemd
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,17 +31,14 @@ demo-jobs: $(VENV)/.jobs redis ## two hundred jobs on one Celery worker, one in 
 serve: $(VENV)/.run ## leave the demo's confined server running, until Ctrl-C
 	@$(BIN)/python $(DEMO) --serve
 
-# Host tiers come last and in one pytest run, so that the last line is pytest's own count.
-test: root $(VENV)/.test debian ## lint, then all tests: on this machine, and on pure cgroup v2 in emulated ones (root)
-	@began=$$(date +%s); failed=; \
-	$(MAKE) --no-print-directory lint || exit 1; \
-	echo "== tests on pure cgroup v2, in an emulated machine"; \
-	$(BIN)/python tests/vm.py || failed="the tests on pure cgroup v2"; \
-	echo "== tests under systemd, in another emulated machine"; \
-	$(BIN)/python -m tests.vm_systemd || failed="$${failed:+$$failed and }the tests under systemd"; \
-	echo "== unit, contract, integration and kernel tests on this machine"; \
-	RCON_TEST_BEGAN=$$began $(BIN)/python -m pytest --reruns 1 tests || failed="$${failed:+$$failed and }the tests on this machine"; \
-	[ -z "$$failed" ] || { echo "make test: FAILED: $$failed ($$(($$(date +%s) - began)) s in all)" >&2; exit 1; }
+check: root $(VENV)/.test ## for every commit: lint, unit, contract, and a smoke test of each file of the kernel tier (root)
+	@$(BIN)/python -m tests.run check $(TIERS)
+
+test: root $(VENV)/.test debian ## all that CI runs, on this machine and in emulated ones (root); TIERS= names some of its tiers
+	@$(BIN)/python -m tests.run test $(TIERS)
+
+test-long: root $(VENV)/.test debian ## long CPU windows, 10,000 requests, Celery's own integration suite (root)
+	@$(BIN)/python -m tests.run long $(TIERS)
 
 lint: $(VENV)/.test ## ruff and mypy
 	@echo "== lint"
@@ -55,7 +52,7 @@ test-unit test-contract test-integrations test-kernel: test-%: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/$* $(ARGS)
 
 test-vm: $(VENV)/.test debian ## what tests/vm.py names, on pure cgroup v2; ARGS= are pytest's (so for test-unit and the other tiers)
-	@$(BIN)/python tests/vm.py $(ARGS)
+	@$(BIN)/python -m tests.vm $(ARGS)
 
 test-systemd: $(VENV)/.test debian ## what needs systemd as PID 1, in an emulated machine that it boots; ARGS= are pytest's
 	@$(BIN)/python -m tests.vm_systemd $(ARGS)
@@ -64,7 +61,7 @@ bench: $(VENV)/.run $(VENV)/.jobs redis ## throughput and latency with and witho
 	@$(BIN)/python tests/benchmarks $(ARGS)
 
 bench-vm: $(VENV)/.test debian ## how soon events are told, on pure cgroup v2 in an emulated machine; prints, asserts nothing
-	@$(BIN)/python tests/vm.py tests/benchmarks --only events
+	@$(BIN)/python -m tests.vm tests/benchmarks --only events
 
 clean: ## remove the venv, caches and build results
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info
@@ -102,7 +99,7 @@ redis:
 	@command -v redis-server >/dev/null || $(call apt,redis-server)
 
 root:
-	@[ "$$(id -u)" = 0 ] || { echo "make test needs root, for cgroups: sudo make test" >&2; \
+	@[ "$$(id -u)" = 0 ] || { echo "The kernel tier needs root, for cgroups: sudo make test" >&2; \
 		echo "Without root: make lint test-unit test-contract; and, where cgroups are delegated, test-integrations" >&2; exit 1; }
 
 debian:

@@ -4,10 +4,10 @@
 - `each_layout` marks a test that depends on the cgroup hierarchy: tests/vm.py runs it again on pure cgroup v2. `smoke`
   marks one quick test of each file of the kernel tier: `make check` runs it, and tests/vm.py does, as that machine has
   another kernel, too.
-- `layout("v2")`, or "v1", "hybrid", marks a test for some hierarchies; on others it is deselected. Such a test counts as
-  `each_layout`. `init("systemd")` marks a test for the machine that systemd has booted (tests/vm_systemd.py).
+- `layout("v2")`, or "v1", "hybrid", marks a test for some hierarchies; on others it is deselected. Such a test is
+  `each_layout`, too. `init("systemd")` marks a test for the machine that systemd has booted (tests/vm_systemd.py).
 - `measures` marks a test that measures CPU time or the rate of IO. It runs alone: tests/run.py starts it after
-  everything else, and pytest-xdist (`-n`) is refused for it.
+  everything else, and under pytest-xdist (`-n`) it fails. All other tests may run under `-n 2`.
 - In CI (`CI` in the environment) a skip is a failure, and so is an empty tier.
 - `--reruns 1` runs a test that failed a second time. Each is named at the end with how it failed, and more than FEW of
   them fail the run.
@@ -115,11 +115,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         )
     everything = any(Path(argument).resolve() == TESTS for argument in session.config.args)
     missing = [name for name in TIERS if name not in present]
-    measuring = [item.nodeid for item in session.items if item.get_closest_marker("measures")]
-    if measuring and is_worker(session.config):
-        raise pytest.UsageError(
-            f"{measuring[0]} measures CPU time or IO and runs alone; with -n, add: -m 'not measures'"
-        )
     if "CI" in os.environ and everything and missing:
         raise pytest.UsageError(f"in CI every tier is run, and no test was found in: {', '.join(missing)}")
 
@@ -133,6 +128,10 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A second attempt has the time of the first: pytest-timeout sets it once for both, and it is over by a timeout."""
+    if is_worker(item.config) and item.get_closest_marker("measures"):
+        pytest.fail(
+            "it measures CPU time or IO, so it runs alone; with -n, add: -m 'not measures'", pytrace=False
+        )
     if getattr(item, "execution_count", 1) > 1 and patience in item.stash:
         item.config.hook.pytest_timeout_cancel_timer(item=item)
         item.config.hook.pytest_timeout_set_timer(item=item, settings=item.stash[patience])

@@ -105,7 +105,8 @@ def plans() -> dict[str, list[Tier]]:
             machine("v2-measures", ALONE, "tests.vm", "--measures"),
         ],
         "long": [
-            pytest("measures-long", ALONE, "tests", "-m", "measures", RCON_TEST_LONG="1"),
+            pytest("measures", ALONE, "tests", "-m", "measures", RCON_TEST_LONG="1"),
+            pytest("tenants", ALONE, "tests/integrations/gunicorn/test_tenants.py", RCON_TEST_LONG="1"),
             Tier("celery", ALONE, (sys.executable, "-m", "tests.celery_suite"), tests=False),
         ],
     }
@@ -210,8 +211,12 @@ class Suite:
                 print(failures(text))
         print(f"\n{'tier':<16}{'seconds':>9}  result")
         for tier in self._tiers:
-            shown = ", ".join(f"{number} {name}" for name, number in tier.counts.items() if name != "deselected")
-            print(f"{tier.name:<16}{tier.seconds:>9.0f}  {tier.failure or 'passed'}{shown and f'  ({shown})'}")
+            shown = ", ".join(
+                f"{number} {name}" for name, number in tier.counts.items() if name != "deselected"
+            )
+            print(
+                f"{tier.name:<16}{tier.seconds:>9.0f}  {tier.failure or 'passed'}{shown and f'  ({shown})'}"
+            )
         too_many = counts["rerun"] > RERUNS
         if too_many:
             print(f"{counts['rerun']} tests needed a second attempt; {RERUNS} may")
@@ -219,7 +224,9 @@ class Suite:
         print(f"make {self._title}: {seconds:.0f} s in all; {'FAILED' if failed or too_many else 'passed'}")
         order = ("failed", "passed", "skipped", "xfailed", "xpassed", "error", "rerun")
         counts["failed"] += 0
-        line = ", ".join(f"{counts[name]} {name}" for name in order if counts[name] or name in ("failed", "passed"))
+        line = ", ".join(
+            f"{counts[name]} {name}" for name in order if counts[name] or name in ("failed", "passed")
+        )
         print(f"===== {line} in {seconds:.2f}s =====", flush=True)
         return 1 if failed or too_many else 0
 
@@ -228,7 +235,9 @@ def count(log: str) -> Counter[str]:
     """The counts in pytest's last line, by outcome."""
     found = _SUMMARY.findall(log)
     words = [part.split() for part in found[-1].split(", ")] if found else []
-    return Counter({name.removesuffix("s") if name == "errors" else name: int(number) for number, name in words})
+    return Counter(
+        {name.removesuffix("s") if name == "errors" else name: int(number) for number, name in words}
+    )
 
 
 def failures(log: str) -> str:

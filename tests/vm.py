@@ -2,9 +2,9 @@
 
 `python -m tests.vm [pytest arguments]` boots Debian's own kernel under QEMU, in software, with this host's file
 system underneath (read-only; what is written goes to memory), runs pytest there and ends with pytest's exit status.
-Unless the arguments name tests it runs those of `TESTS` that are marked `each_layout` or `smoke`; with `--measures` those
-marked `each_layout` and `measures`, for which nothing else should run beside. Everything takes five to ten times as long
-there as elsewhere, so tests that do not depend on the hierarchy are left out.
+Unless the arguments name tests it runs those of `TESTS` that are marked `each_layout` or `smoke`; with `--measures`
+those marked `each_layout` and `measures`, for which nothing else should run beside. Everything takes five to ten times
+as long there as elsewhere, so tests that do not depend on the hierarchy are left out.
 
 In the machine the tests find:
 - cgroup v2 alone, with all of its controllers, at /sys/fs/cgroup;
@@ -205,7 +205,8 @@ def inside(arguments: list[str]) -> NoReturn:
     os.environ.update(PYTHONDONTWRITEBYTECODE="1", HYPOTHESIS_STORAGE_DIRECTORY=str(tmp / "hypothesis"))
     os.chdir(ROOT)
     # The root is read-only, so pytest keeps no cache; everything is several times slower here than on the host.
-    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=300", "--basetemp", str(tmp / "pytest")]
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=300"]
+    options += ["--basetemp", str(tmp / "pytest")]
     if arguments[0] == BENCHMARKS:
         os.execv(sys.executable, [sys.executable, *arguments])
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *options, *arguments])

@@ -116,7 +116,8 @@ def prepare(directory: Path, arguments: list[str]) -> None:
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
         **{name: os.environ[name] for name in ("CI",) if name in os.environ},
     }
-    options = ["--color=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=300", "--basetemp", "/tmp/pytest"]
+    options = ["--color=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=300"]
+    options += ["--basetemp", "/tmp/pytest"]
     units.joinpath("tests.service").write_text(
         SERVICE.format(
             root=ROOT,

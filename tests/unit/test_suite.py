@@ -106,6 +106,16 @@ def test_a_second_attempt_that_hangs_is_ended_too(run: Run) -> None:
     assert "1 failed, 1 rerun" in output
 
 
+def test_workers_of_xdist_run_all_but_what_measures(run: Run, tmp_path: Path) -> None:
+    body = "@pytest.mark.measures\ndef test_alone(): pass\ndef test_one(): pass\ndef test_two(): pass\n"
+    status, output = run(body, "-n", "2", "tests/unit")
+    assert status == 1
+    assert "it measures CPU time or IO, so it runs alone; with -n, add: -m 'not measures'" in output
+    assert "1 error" in output or "1 failed" in output
+    assert "no process and no cgroup of the tests is left" in output
+    assert run(body, "-n", "2", "-m", "not measures", "tests/unit")[0] == 0
+
+
 def test_in_ci_a_skip_is_a_failure(run: Run) -> None:
     body = "def test_it(): pytest.skip('no kernel')\n@pytest.mark.xfail\ndef test_known(): raise OSError\n"
     assert run(body)[0] == 0

@@ -11,6 +11,8 @@ from tests import listener
 from tests.integrations.gunicorn.server import Gunicorn
 from tests.processes import until
 
+pytestmark = pytest.mark.each_layout
+
 SETTINGS = """
 plugins = ["listener"]
 

@@ -1,7 +1,4 @@
-"""Many requests of eight tenants at once in one worker, each under its tenant's uid. Also run on pure cgroup v2.
-
-`RCON_TEST_REQUESTS` says how many requests each test makes; the emulated machine makes fewer (tests/vm.py).
-"""
+"""Many requests of eight tenants at once in one worker, each under its tenant's uid."""
 
 from __future__ import annotations
 
@@ -20,7 +17,10 @@ from tests.integrations.gunicorn.tenants import TENANTS, ids, is_right, settings
 from tests.places import let_others_in
 from tests.processes import PATIENCE
 
-REQUESTS = int(os.environ.get("RCON_TEST_REQUESTS", "10000"))
+pytestmark = pytest.mark.each_layout
+
+#: `make test-long` makes more; the emulated machine is slow (tests/vm.py).
+REQUESTS = 10_000 if "RCON_TEST_LONG" in os.environ else 600 if "RCON_TEST_EMULATED" in os.environ else 2_000
 CLIENTS = 8
 #: At once; while others work; after a wait; from an iterable, piece by piece; with a body to read.
 MIX = ("/state", "/state", "/state?spin=0.002", "/state?sleep=0.005", "/states?pieces=3", "/posted")

@@ -81,6 +81,7 @@ def problem(answer: bytes) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize("path", ["errors", "chunks", "reads"])
 def test_a_tenant_has_the_server_work_for_it_hardly_more_than_it_may_itself(
     served: Served, path: str

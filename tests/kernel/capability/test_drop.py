@@ -40,6 +40,7 @@ def assert_is(state: State, identity: Identity, keep: Capabilities = NONE, *, am
     assert state.no_new_privs
 
 
+@pytest.mark.smoke
 def test_nothing_is_left(in_child: Any) -> None:
     assert_is(in_child(become, TENANT), TENANT)
 

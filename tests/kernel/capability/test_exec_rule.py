@@ -47,6 +47,7 @@ def executions() -> list[Execution]:
     return found
 
 
+@pytest.mark.smoke
 def test_the_rule_agrees_with_the_kernel(executions: list[Execution]) -> None:
     assert len(executions) >= 2000
     wrong = [text for one in executions if (text := disagreement(one))]

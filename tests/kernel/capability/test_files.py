@@ -58,6 +58,7 @@ def test_write_and_read(file: Path, capabilities: FileCapabilities) -> None:
         os.close(descriptor)
 
 
+@pytest.mark.smoke
 def test_version_3_of_uid_0_is_shown_as_version_2(file: Path) -> None:
     write_file_capabilities(str(file), FileCapabilities(RAW, RAW, True, rootid=0))
     assert read_file_capabilities(str(file)) == FileCapabilities(RAW, RAW, True)

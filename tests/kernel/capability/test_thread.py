@@ -26,6 +26,7 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
+@pytest.mark.smoke
 def test_the_state_is_that_of_the_standard_library() -> None:
     state = read_state()
     assert state.uids[:3] == os.getresuid()

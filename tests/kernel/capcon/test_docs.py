@@ -13,13 +13,12 @@ import pytest
 
 from tests.kernel.capcon.command import NOBODY
 
-pytestmark = pytest.mark.once
-
 ROOT = Path(__file__).resolve().parents[3]
 LASTING = ("http.server", "make -C")  # servers, and what needs files of its own
 FEWEST = 9
 
 
+@pytest.mark.smoke
 def test_commands_of_the_documentation(everybodys: Path, python: str) -> None:
     lines = [
         line

@@ -91,6 +91,7 @@ def test_explain_agrees_with_what_the_command_then_holds(programs: Path, case: s
         assert predicted["as_asked"], predicted
 
 
+@pytest.mark.smoke
 def test_what_will_not_be_held_and_why(programs: Path) -> None:
     options = ("--user", "nobody", "--cap", "net_raw")
     done = capcon("explain", *options, "--", programs / "that take nothing")

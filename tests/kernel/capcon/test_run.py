@@ -39,6 +39,7 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.smoke
 def test_a_web_server_on_a_low_port_as_nobody(everybodys: Path, python: str) -> None:
     """What the talk could not do: one capability, any user, an ordinary program."""
     with local_network():

@@ -44,6 +44,8 @@ def office(offices: Offices) -> Iterator[Office]:
         yield opened
 
 
+@pytest.mark.smoke
+@pytest.mark.each_layout
 def test_ends_are_told_by_name(office: Office) -> None:
     processes = office.worker.children()
     assert office.get("where")["confined"]
@@ -58,11 +60,13 @@ def test_ends_are_told_by_name(office: Office) -> None:
     assert "WorkerLostError" not in office.worker.log()
 
 
+@pytest.mark.each_layout
 def test_it_is_told_before(office: Office) -> None:
     assert office.get("soft_memory") == "cleaned up: soft_memory: its memory is nearly used up"
     assert office.get("soft_time") == "cleaned up"
 
 
+@pytest.mark.each_layout
 def test_more_memory_each_time(office: Office) -> None:
     result = office.send("learning", 100 * MIB)
     assert office.wait(result) == 100 * MIB
@@ -72,7 +76,6 @@ def test_more_memory_each_time(office: Office) -> None:
     assert 100 * MIB < (outcome.usage.memory_peak or 0) <= 128 * MIB
 
 
-@pytest.mark.once
 def test_what_it_started_ends_with_it(office: Office) -> None:
     pid = office.get("leaving")
     until(lambda: not alive(pid))
@@ -85,6 +88,7 @@ def test_what_it_started_ends_with_it(office: Office) -> None:
         office.end(left)
 
 
+@pytest.mark.each_layout
 def test_what_is_killed_comes_back(office: Office, offices: Offices, tmp_path: Path) -> None:
     """A task that is revoked, a worker that is killed, and the next one, with a budget. Nothing is left over of any."""
     gate = tmp_path / "gate"

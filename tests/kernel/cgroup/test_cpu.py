@@ -16,7 +16,7 @@ from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import running
 from tests.kernel.quota import judge
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.each_layout, pytest.mark.measures]
 
 SECONDS = 10.0
 QUOTAS = (0.1, 0.2, 0.5)

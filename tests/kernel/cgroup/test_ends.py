@@ -16,7 +16,7 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from tests import children
 from tests.kernel.cgroup.helpers import eventually, running, sleep_forever
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.each_layout
 
 
 def count(path: str) -> None:
@@ -27,6 +27,7 @@ def count(path: str) -> None:
             time.sleep(0.002)
 
 
+@pytest.mark.smoke
 def test_freeze_and_thaw(group: Cgroup, tmp_path: Path) -> None:
     path = tmp_path / "count"
     leaf = group.child("a").create().child("b").create()

@@ -13,9 +13,10 @@ from rcon_plugins.kernel.cgroup import Cgroup, IoMax, Resources, device_of
 from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, touch, write_directly
 from tests.processes import alive
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.each_layout
 
 
+@pytest.mark.smoke
 def test_memory_above_the_limit_is_killed_and_counted(group: Cgroup) -> None:
     group.configure(Resources(memory_max=64 * MIB, swap_max=0))
     greedy, modest = group.child("greedy").create(), group.child("modest").create()
@@ -96,6 +97,7 @@ def check_rate(cgroups: list[Cgroup], size: int, limit: int) -> None:
     pytest.fail(f"{rate / MIB:.2f} MiB/s, three times")
 
 
+@pytest.mark.measures
 def test_direct_writes(group: Cgroup) -> None:
     group.configure(Resources(io={device_of(str(DISK)): IoMax(wbps=5 * MIB)}))
     before = group.read().io_write_bytes
@@ -106,6 +108,7 @@ def test_direct_writes(group: Cgroup) -> None:
     assert after - before >= 20 * MIB
 
 
+@pytest.mark.measures
 def test_direct_writes_of_leaves_together(group: Cgroup) -> None:
     """Also on v1, where the kernel itself does not add up what child cgroups write."""
     leaves = [group.child("1").create(), group.child("2").create()]

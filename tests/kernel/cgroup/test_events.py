@@ -17,7 +17,7 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.kernel.events import POLLED_SECONDS, Event, Pressure, Watcher
 from tests.kernel.cgroup.helpers import MIB, eventually, layout, running, sleep_forever, touch
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.each_layout
 
 
 class Told:
@@ -80,6 +80,7 @@ def fork_until_refused() -> bool:
     return False
 
 
+@pytest.mark.smoke
 def test_memory_limit_and_kill(group: Cgroup, watcher: Watcher, told: Told) -> None:
     leaf = group.child("leaf").create()
     leaf.configure(Resources(memory_max=32 * MIB, swap_max=0))

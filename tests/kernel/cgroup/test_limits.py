@@ -13,9 +13,10 @@ from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel.cgroup import MAX, Cgroup, Device, Hierarchy, IoMax, Resources, device_of
 from tests.kernel.cgroup.helpers import DISK, MIB, layout, running, settings_of, sleep_forever, touch
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.each_layout
 
 
+@pytest.mark.smoke
 def test_every_controller_is_there(hierarchy: Hierarchy) -> None:
     assert hierarchy.controllers == {"cpu", "cpuset", "memory", "io", "pids"}
     assert hierarchy.layout == layout()

@@ -19,7 +19,7 @@ from rcon_plugins.kernel.cgroup import Cgroup, Resources
 from rcon_plugins.kernel.events import Event, Watcher, watcher_of_process
 from tests.kernel.cgroup.helpers import MIB, eventually, running, touch
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.each_layout
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -32,6 +32,7 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "rcon-events"]
 
 
+@pytest.mark.smoke
 def test_cgroup_that_is_deleted(group: Cgroup) -> None:
     """It is told once, and the others go on being watched."""
     gone: list[int] = []

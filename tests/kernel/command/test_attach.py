@@ -20,7 +20,9 @@ from rcon_plugins.tree import attach as tree_attach
 from rcon_plugins.tree.dead import collect
 from tests.kernel.command.harness import Done, left_by, rcon, until
 from tests.kernel.command.test_run import ALLOCATE
-from tests.kernel.quota import judge
+from tests.kernel.quota import WINDOW, judge
+
+pytestmark = pytest.mark.each_layout
 
 Processes = list[subprocess.Popen[bytes]]
 
@@ -66,6 +68,7 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.measures
 def test_two_processes_are_held_down_together_and_the_group_goes_with_them() -> None:
     with running("yes", count=2) as both:
         done = attach(both, "--cpu", "30%", "--group", "yes-yes")
@@ -75,7 +78,7 @@ def test_two_processes_are_held_down_together_and_the_group_goes_with_them() -> 
 
         def measure() -> dict[float, float]:
             before, began = sum(cpu_seconds(one.pid) for one in both), time.monotonic()
-            time.sleep(4)
+            time.sleep(WINDOW)
             used = sum(cpu_seconds(one.pid) for one in both) - before
             return {0.3: used / (time.monotonic() - began)}
 
@@ -85,6 +88,7 @@ def test_two_processes_are_held_down_together_and_the_group_goes_with_them() -> 
     until(lambda: not Path("/proc", str(mine)).exists(), "the watcher ends")
 
 
+@pytest.mark.smoke
 def test_release_puts_them_back() -> None:
     with running("sleep", "1000", count=3) as three:
         before = [where(process.pid) for process in three]

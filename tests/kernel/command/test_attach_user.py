@@ -17,6 +17,8 @@ from rcon_plugins.tree import attach
 from tests.children import in_child
 from tests.kernel.command.harness import rcon, until
 
+pytestmark = pytest.mark.each_layout
+
 #: A user that owns nothing: what is found to be its own is this test's, also where others test on the same machine.
 SOMEBODY = 1_000_000 + os.getpid()
 #: No report, which that user could not write where the tests have it.
@@ -109,6 +111,7 @@ def take_and_let_go(base: Cgroup, enter: Callable[[], None], *options: str) -> N
     until(lambda: not instances(base), "nothing is left")
 
 
+@pytest.mark.smoke
 @V1
 @pytest.mark.usefixtures("runtime")
 def test_ones_own_processes_are_taken_and_let_go(given: Cgroup) -> None:

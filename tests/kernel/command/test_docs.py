@@ -36,6 +36,7 @@ def test_its_commands_are_such(line: str) -> None:
     assert context.params
 
 
+@pytest.mark.smoke
 def test_it_describes_each_option() -> None:
     options = {one for command in COMMANDS.values() for parameter in command.params for one in parameter.opts}
     assert [
@@ -43,6 +44,7 @@ def test_it_describes_each_option() -> None:
     ] == []
 
 
+@pytest.mark.each_layout
 def test_the_example_runs(tmp_path: Path) -> None:
     script = tmp_path / "rcon"
     code = "from rcon_plugins.cli.rcon import main; main()"

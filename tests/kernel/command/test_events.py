@@ -9,8 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.kernel.command.harness import become_rcon, left_by, rcon, until
 from tests.kernel.command.test_run import ALLOCATE
+
+pytestmark = pytest.mark.each_layout
 
 FORKS = "(for i in 1 2 3 4 5 6; do sleep 5 & done) 2>/dev/null; exit 0"
 GROWS = ("--memory", "32M", "--expand", "2x", "--up-to")
@@ -20,6 +24,7 @@ def events(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.smoke
 def test_a_command_that_needs_more_than_the_first_limit_finishes() -> None:
     done = rcon("run", *GROWS, "1G", "--swap", "0", "--", "sh", "-c", ALLOCATE.format(100) + "; echo ${#x}")
     assert (done.status, done.err, done.out) == (0, "", f"{100 << 20}\n")

@@ -16,6 +16,8 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, devi
 from tests.kernel.cgroup.helpers import DISK, MIB, Running, running, sleep_forever
 from tests.kernel.command.harness import become_rcon, left_by, rcon, until
 
+pytestmark = pytest.mark.each_layout
+
 NOBODY = 65534
 DEAD = "rcon-999999999-5"
 
@@ -73,6 +75,7 @@ def where(pid: int) -> set[str]:
     return {line.split(":", 2)[2] for line in lines if "rcon-tests" in line}
 
 
+@pytest.mark.smoke
 def test_what_is_no_watchers_is_not_put_back(group: Cgroup) -> None:
     with nobody_in(group, f"{DEAD}/taken/x") as process:
         before = Path(f"/proc/{process.pid}/cgroup").read_text()

@@ -19,6 +19,8 @@ from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.command.harness import become_rcon, left_by, rcon
 from tests.kernel.quota import judge
 
+pytestmark = pytest.mark.each_layout
+
 NOBODY = 65534
 #: The command as a shell finds it; in the emulated machine Python takes seconds to start.
 RCON = str(Path(sys.executable).parent / "rcon")
@@ -91,6 +93,7 @@ def open_path() -> Iterator[Path]:
         shutil.rmtree(path)
 
 
+@pytest.mark.smoke
 def test_it_is_inside_of_the_others_group() -> None:
     done = rcon("run", "--pids", "40", "-g", "outer", "--", RCON, "run", "--pids", "9", "-g", "inner", "--",
                 "cat", "/proc/self/cgroup")  # fmt: skip
@@ -100,6 +103,7 @@ def test_it_is_inside_of_the_others_group() -> None:
     assert all("/work/outer/rcon-" in path for path in paths)
 
 
+@pytest.mark.measures
 @pytest.mark.layout("v1", "hybrid")
 def test_the_command_line_of_it_uses_the_outers_quota() -> None:
     """On one machine only: the inner Python has to start within the quota."""
@@ -112,6 +116,7 @@ def test_the_command_line_of_it_uses_the_outers_quota() -> None:
     judge(measure)
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize(("outer", "inner"), [(0.2, "80%"), (0.8, "20%")])
 def test_the_tighter_cpu_quota_holds(outer: float, inner: str, open_path: Path) -> None:
     def measure() -> dict[float, float]:

@@ -15,6 +15,8 @@ from tests.kernel.command.test_events import FORKS, events
 from tests.kernel.command.test_run import ALLOCATE
 from tests.listener import environ, install
 
+pytestmark = pytest.mark.each_layout
+
 
 def until_heard(folder: Path) -> str:
     """Takes more than 32M, and pauses until the plugin was asked and its answer applied: on v1 nothing slows it down.
@@ -50,6 +52,7 @@ def heard(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in events(folder / "heard") if event["kind"] == kind]
 
 
+@pytest.mark.smoke
 def test_a_plugin_gives_more_before_memory_that_grows_ends(
     tmp_path: Path, listener: Callable[..., Callable[[], None]]
 ) -> None:

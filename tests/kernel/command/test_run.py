@@ -26,6 +26,8 @@ FORK_BOMB = "b() { b | b & }; b; for i in 1 2 3 4 5; do sleep 1; done; exit 1"
 ALLOCATE = "x=$(head -c {}M /dev/zero | tr '\\0' x)"
 
 
+@pytest.mark.smoke
+@pytest.mark.each_layout
 def test_the_command_is_confined_before_its_first_instruction() -> None:
     done = rcon("run", "--memory", "64M", "--pids", "9", "--group", "first", "--", "cat", "/proc/self/cgroup")
     assert done.status == 0
@@ -55,6 +57,8 @@ def test_the_exit_status_is_the_commands(command: list[str], status: int, said: 
     assert done.report["outcome"] == ("ok" if status == 0 else "error" if status == 3 else "killed")
 
 
+@pytest.mark.measures
+@pytest.mark.each_layout
 def test_a_cpu_quota_holds() -> None:
     seconds = 3.0
 
@@ -68,6 +72,7 @@ def test_a_cpu_quota_holds() -> None:
     judge(measure)
 
 
+@pytest.mark.each_layout
 def test_a_memory_limit_kills_and_is_said() -> None:
     done = rcon("run", "--memory", "64M", "--swap", "0", "--", "sh", "-c", ALLOCATE.format(200))
     assert done.status == 137
@@ -78,6 +83,7 @@ def test_a_memory_limit_kills_and_is_said() -> None:
     assert done.report["usage"]["memory_peak"] == 64 << 20
 
 
+@pytest.mark.each_layout
 def test_a_fork_bomb_stops() -> None:
     done = rcon("run", "--pids", "8", "--timeout", "20s", "--", "sh", "-c", FORK_BOMB)
     assert done.status != 0
@@ -88,6 +94,7 @@ def test_a_fork_bomb_stops() -> None:
     )
 
 
+@pytest.mark.each_layout
 def test_what_somebody_ends_was_not_ended_by_a_limit_it_met_before() -> None:
     script = "(sleep 0 | sleep 0 | sleep 0 | sleep 0) 2>/dev/null; kill -TERM $$"
     done = rcon("run", "--pids", "3", "--", "sh", "-c", script)
@@ -107,6 +114,8 @@ def write_directly(target: Path, size: int, *limits: str | Path) -> float:
     return size / float(seconds[1])
 
 
+@pytest.mark.measures
+@pytest.mark.each_layout
 def test_writes_are_held_down_to_the_limit_and_no_further() -> None:
     size, limit = 20, 5
     target = DISK / f"rcon-run-{os.getpid()}"
@@ -124,6 +133,7 @@ def test_writes_are_held_down_to_the_limit_and_no_further() -> None:
         target.unlink(missing_ok=True)
 
 
+@pytest.mark.each_layout
 def test_a_timeout_ends_the_command_and_all_it_started(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = (
@@ -141,6 +151,7 @@ def test_a_timeout_ends_the_command_and_all_it_started(tmp_path: Path) -> None:
     assert not any(alive(int(number)) for number in numbers)
 
 
+@pytest.mark.each_layout
 def test_a_timeout_ends_what_has_stopped_itself(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     script = f"setsid sh -c 'echo $$ > {pid}; exec sleep 1000' & until [ -s {pid} ]; do sleep 0.1; done; kill -STOP $$"
@@ -166,6 +177,7 @@ def test_the_report_is_no_standard_stream_that_is_closed() -> None:
     assert (done.status, done.err, done.report["outcome"]) == (137, "", "timeout")
 
 
+@pytest.mark.each_layout
 def test_what_it_leaves_behind_ends_with_it(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     done = rcon(
@@ -246,6 +258,7 @@ def test_what_another_user_cannot_execute_is_said(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (126, f"rcon: {program}: Permission denied ({remedy})\n")
 
 
+@pytest.mark.each_layout
 def test_a_user_may_make_cgroups_inside_but_not_change_the_limits() -> None:
     script = """
     for line in $(cat /proc/self/cgroup); do
@@ -301,6 +314,7 @@ def test_a_signal_to_rcon_reaches_the_command_and_the_group_goes(
     assert out.read_text() == "ready\ngot\n"
 
 
+@pytest.mark.each_layout
 def test_if_rcon_is_killed_its_command_dies_and_the_next_run_clears_up(tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = "sh -c 'echo child $$; exec sleep 1000' & echo command $$; wait"
@@ -359,7 +373,6 @@ def test_a_policy_of_a_settings_file(tmp_path: Path) -> None:
     assert done.report["policy"] == "job"
 
 
-@pytest.mark.once
 def test_a_user_with_too_many_processes_gets_no_more_by_a_command(tmp_path: Path) -> None:
     """The kernel looks when the user is taken, and refuses to execute: the limit has to be there before that."""
     settings = tmp_path / "rcon.toml"
@@ -371,6 +384,7 @@ def test_a_user_with_too_many_processes_gets_no_more_by_a_command(tmp_path: Path
     assert os.strerror(errno.EAGAIN) in done.err
 
 
+@pytest.mark.each_layout
 def test_limits_of_the_command_line_come_on_top_of_a_policy(tmp_path: Path) -> None:
     settings = tmp_path / "rcon.toml"
     settings.write_text('[policy.job]\nmemory = "1G"\neach = { timeout = "100s" }\n')
@@ -382,6 +396,7 @@ def test_limits_of_the_command_line_come_on_top_of_a_policy(tmp_path: Path) -> N
     assert (done.status, done.report["outcome"]) == (137, "memory")
 
 
+@pytest.mark.each_layout
 def test_that_a_limit_of_a_policy_was_reached_is_said_in_one_line(tmp_path: Path) -> None:
     settings = tmp_path / "rcon.toml"
     settings.write_text('[policy.job]\neach = { timeout = "100ms" }\n')

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
+
 from tests.kernel.command.harness import terminal
 
 COUNT = "trap 'echo got-{0}' {0}; echo ready; for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.1; done; echo done; exit 4"
 
 
+@pytest.mark.smoke
 def test_ctrl_c_reaches_the_command_once_and_rcon_not_at_all() -> None:
     with terminal("run", "--", "bash", "-c", COUNT.format("INT")) as tty:
         tty.wait_for("ready")

@@ -17,6 +17,8 @@ from rcon_plugins.work import Work
 from tests.children import in_child
 from tests.kernel.executors.service import ask, begin, end, managing
 
+pytestmark = pytest.mark.each_layout
+
 POLICY = {"memory": "1G", "each": {"memory": "60M", "timeout": "60s"}}
 BUDGET = {"budget": {"memory": "100M", "wait": "300ms"}}
 
@@ -39,6 +41,7 @@ def refused(manager: Any) -> str:
     return "admitted"
 
 
+@pytest.mark.smoke
 def test_what_does_not_fit_waits_and_is_refused() -> None:
     def server() -> list[Any]:
         with budgeted() as manager:

@@ -21,7 +21,7 @@ from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, Resources, read_l
 from rcon_plugins.kernel.events import Watcher
 from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, sleep_forever, touch
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.each_layout
 
 
 def memory(limit: str, expand: str, up_to: str) -> Memory:
@@ -62,6 +62,7 @@ def read_file(path: str) -> int:
         return sum(len(data) for data in iter(lambda: file.read(MIB), b""))
 
 
+@pytest.mark.smoke
 def test_work_that_needs_more_gets_it(group: Cgroup, watcher: Watcher) -> None:
     told: list[Event] = []
 

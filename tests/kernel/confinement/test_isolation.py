@@ -12,6 +12,8 @@ from rcon_plugins.confinement.isolation import Verdict
 from rcon_plugins.errors import ConfinementError, SettingsError
 from rcon_plugins.settings.file import from_mapping
 
+pytestmark = pytest.mark.each_layout
+
 #: On a block device; in the emulated machine the root is none.
 DISK = os.environ.get("RCON_TEST_DISK", "/var/tmp")
 ALONE, THREADS, GREENLETS = Server(threads=False), Server(), Server(greenlets=True)
@@ -78,6 +80,7 @@ def test_a_policy_that_the_machine_cannot_enforce_is_refused_at_start() -> None:
     assert refused.value.hint
 
 
+@pytest.mark.smoke
 def test_cpus_that_are_not_there_are_refused_at_start() -> None:
     with pytest.raises(SettingsError, match=r"policy\.p\.cpus"):
         Manager(settings(cpus="0-4000"))

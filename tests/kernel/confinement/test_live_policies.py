@@ -20,6 +20,8 @@ from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import DISK, eventually
 from tests.kernel.executors.service import ask, begin, end, serve
 
+pytestmark = pytest.mark.each_layout
+
 MIB = 2**20
 
 
@@ -57,6 +59,7 @@ def site(policy: dict[str, Any]) -> Iterator[Site]:
         instance.close()
 
 
+@pytest.mark.smoke
 def test_a_limit_is_lifted_where_work_runs(gate: Path) -> None:
     with site({"memory": "200M", "cpu": "50%", "each": {"memory": "100M", "pids": 20}}) as here:
         work = begin(here.manager, "wait_for", str(gate))
@@ -73,6 +76,7 @@ def test_a_limit_is_lifted_where_work_runs(gate: Path) -> None:
         assert ask(here.manager, "allocate", 150)[1].ending == "ok"
 
 
+@pytest.mark.measures
 def test_first_limits_of_io_where_work_runs(gate: Path) -> None:
     """On v1 what runs is moved to where they hold; it goes on, and so does what begins beside it."""
     with site({"each": {"timeout": "100s"}}) as here:
@@ -159,7 +163,6 @@ def test_memory_of_all_that_expands(gate: Path) -> None:
         assert end(work)[1].ending == "ok"
 
 
-@pytest.mark.once
 def test_what_is_no_limit() -> None:
     with site({"each": {"timeout": "100s"}}) as here:
         for key, value, said in (

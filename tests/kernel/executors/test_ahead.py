@@ -30,6 +30,7 @@ def supervisor_has_done_its_jobs(manager: Manager) -> bool:
     return done.wait(PATIENCE)
 
 
+@pytest.mark.smoke
 def test_a_successor_waits_before_the_work_is_over_and_serves_the_next() -> None:
     with managing(FRESH) as manager:
         first = begin(manager, "sleep", 0.1)
@@ -74,6 +75,7 @@ def test_a_successor_is_no_work() -> None:
         assert [end(one)[1].ending for one in (first, second)] == ["ok", "ok"]
 
 
+@pytest.mark.each_layout
 def test_one_makes_room_for_another_confinement() -> None:
     with managing({**FRESH, "per": "host"}, settings={"processes": 2}) as manager:
         first = begin(manager, "sleep", 0.1, host="a")

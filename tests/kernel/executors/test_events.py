@@ -32,9 +32,10 @@ def threads() -> Iterator[None]:
     eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "rcon-events"])
 
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("threads")]
+pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.each_layout]
 
 
+@pytest.mark.smoke
 def test_nobody_watches_where_nobody_asked() -> None:
     with managing({"memory": "256M", "each": {"memory": "128M"}}) as manager:
         ask(manager, "allocate", 10)

@@ -17,6 +17,7 @@ from rcon_plugins.settings.file import from_mapping
 from tests.kernel.executors.service import ask, begin, end, managing
 
 
+@pytest.mark.smoke
 def test_rcon_policies_contributes_and_rcon_select_policy_chooses_before_the_router() -> None:
     class FromTheDatabase:
         @hookimpl
@@ -46,6 +47,7 @@ def test_a_policy_that_a_plugin_selects_has_to_exist() -> None:
         ask(manager, "pid")
 
 
+@pytest.mark.each_layout
 def test_rcon_configure_cgroup_writes_limits_of_its_own() -> None:
     class Weighty:
         @hookimpl

@@ -59,6 +59,7 @@ def of_the_server(manager: Manager) -> dict[str, int]:
     return {"worker": os.getpid(), "fork server": manager.fork_server_pid}
 
 
+@pytest.mark.smoke
 def test_it_is_who_the_policy_says_and_holds_nothing() -> None:
     with managing(POLICY) as manager:
         state, outcome = ask(manager, "state")

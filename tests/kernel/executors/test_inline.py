@@ -19,6 +19,8 @@ from tests.children import in_child
 from tests.kernel.cgroup.helpers import running
 from tests.kernel.quota import judge
 
+pytestmark = pytest.mark.each_layout
+
 ALONE = Server(threads=False)
 
 
@@ -42,6 +44,7 @@ def use(seconds: float) -> None:
         pass
 
 
+@pytest.mark.smoke
 def test_a_thread_is_inside_the_block_and_nowhere_else() -> None:
     def program() -> list[str]:
         seen = [where()]
@@ -102,6 +105,7 @@ def test_a_kept_confinement_is_entered_by_many_threads_at_once() -> None:
     assert in_child(program) == {True}
 
 
+@pytest.mark.measures
 def test_cpu_quotas_are_held_within_a_point() -> None:
     """Each in a process of its own: threads of one would stop each other while they hold the GIL."""
 
@@ -117,6 +121,7 @@ def test_cpu_quotas_are_held_within_a_point() -> None:
     judge(measure)
 
 
+@pytest.mark.measures
 def test_cpu_quota_above_one_cpu() -> None:
     """Two processes, since the GIL lets no two threads of one use 150 %."""
 

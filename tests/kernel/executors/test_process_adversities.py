@@ -21,6 +21,8 @@ from tests.kernel.executors.service import ask, begin, end, managing, soon, take
 from tests.processes import alive
 
 
+@pytest.mark.smoke
+@pytest.mark.each_layout
 def test_a_closed_way_into_a_cgroup_is_an_error_and_no_way_past_it() -> None:
     cgroup = Hierarchy.discover().cgroup(f"/rcon-closed-{os.getpid()}").create()
     try:
@@ -32,6 +34,7 @@ def test_a_closed_way_into_a_cgroup_is_an_error_and_no_way_past_it() -> None:
         cgroup.delete()
 
 
+@pytest.mark.each_layout
 def test_work_that_leaves_its_cgroup_still_has_its_deadline() -> None:
     with managing({"each": {"timeout": "1s"}}) as manager:
         admission = begin(manager, "sleep", 300)
@@ -80,6 +83,7 @@ def test_a_process_that_comes_back_late_serves_again(monkeypatch: pytest.MonkeyP
         assert alive(first)
 
 
+@pytest.mark.each_layout
 def test_one_slow_death_delays_nobody_elses_deadline() -> None:
     # Slow to die by its quota, and not too slow to be born under it: to drop takes milliseconds of CPU time, which an
     # emulated machine makes many.
@@ -181,6 +185,7 @@ def test_deadlines_of_works_that_are_over_are_not_kept() -> None:
         assert len(supervisor._deadlines) < 10
 
 
+@pytest.mark.each_layout
 @pytest.mark.parametrize("hook", ["rcon_select_policy", "rcon_configure_cgroup", "rcon_work_started"])
 @pytest.mark.parametrize("policy", [{"pids": 50}, {"each": {"timeout": "30s"}}], ids=["inline", "process"])
 def test_a_failing_plugin_refuses_the_work_and_leaks_nothing(hook: str, policy: dict[str, Any]) -> None:
@@ -227,6 +232,7 @@ def test_executors_hold_no_means_of_waking_the_server() -> None:
             os.close(descriptor)
 
 
+@pytest.mark.each_layout
 def test_a_changed_policy_has_a_cgroup_of_its_own_and_the_same_slots() -> None:
     with managing({"concurrency": 1, "memory": "64M"}) as before:
         first = begin(before, "sleep", 300)

@@ -18,6 +18,8 @@ from tests.kernel.executors.service import ask, begin, end, managing, soon
 from tests.processes import alive
 
 
+@pytest.mark.smoke
+@pytest.mark.each_layout
 def test_kill_9_of_an_executor_at_work() -> None:
     with managing({"each": {"timeout": "60s"}}) as manager:
         admission = begin(manager, "sleep", 300)
@@ -46,6 +48,7 @@ def test_an_executor_that_exits_in_mid_work() -> None:
         assert "exit status 3" in outcome.detail
 
 
+@pytest.mark.each_layout
 def test_kill_9_of_the_fork_server() -> None:
     lost = threading.Event()
     with managing({"each": {"timeout": "60s"}}, on_lost=lost.set) as manager:
@@ -59,6 +62,7 @@ def test_kill_9_of_the_fork_server() -> None:
             ask(manager, "pid")
 
 
+@pytest.mark.each_layout
 def test_kill_9_of_the_host_leaves_no_process_and_the_next_start_no_cgroup() -> None:
     reading, writing = os.pipe()
 
@@ -121,6 +125,7 @@ def test_concurrency_holds_in_all_workers_of_a_server_together() -> None:
     assert in_child(server) == ("concurrency 1", "ok", "2 held")
 
 
+@pytest.mark.each_layout
 def test_every_executor_process_at_work() -> None:
     with managing({"per": "host", "each": {"timeout": "60s"}}, settings={"processes": 2}) as manager:
         held = [begin(manager, "sleep", 300, host=host) for host in ("a", "b")]
@@ -139,6 +144,7 @@ def _served(manager: object, host: str) -> bool:
         return False
 
 
+@pytest.mark.each_layout
 def test_confinements_are_kept_up_to_their_bound() -> None:
     with managing({"per": "host", "each": {"timeout": "60s"}}, settings={"confinements": 2}) as manager:
         admission = begin(manager, "pid", host="first")

@@ -19,9 +19,12 @@ from tests.kernel.executors.service import ask, begin, end, managing, soon
 from tests.kernel.quota import judge
 from tests.processes import alive
 
+pytestmark = pytest.mark.each_layout
+
 MIB = 1024 * 1024
 
 
+@pytest.mark.smoke
 def test_a_work_that_ends_tells_its_usage() -> None:
     with managing({"memory": "256M", "each": {"memory": "128M"}}) as manager:
         answer, outcome = ask(manager, "burn", 0.2)
@@ -170,6 +173,7 @@ def test_a_work_may_hold_nothing_of_the_server() -> None:
         assert len(sockets) >= 1  # its own channel
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize("percents", [(10, 20, 50), (150,)], ids=str)
 def test_cpu_quotas_are_held_within_a_point(percents: tuple[int, ...]) -> None:
     quotas = {f"of-{percent}": percent / 100 for percent in percents}
@@ -191,6 +195,7 @@ def test_cpu_quotas_are_held_within_a_point(percents: tuple[int, ...]) -> None:
         judge(lambda: dict(zip(quotas.values(), clients.map(used, quotas), strict=True)))
 
 
+@pytest.mark.measures
 def test_io_of_all_the_work_together_is_one_limit() -> None:
     folder = Path(tempfile.mkdtemp(dir=DISK, prefix="rcon-test-"))
     try:

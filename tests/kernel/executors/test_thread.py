@@ -85,6 +85,8 @@ def others() -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.smoke
+@pytest.mark.each_layout
 def test_work_runs_as_the_tenant_in_its_cgroup_and_nothing_else_changes() -> None:
     def program(manager: Manager) -> Any:
         before = others()
@@ -405,6 +407,7 @@ def test_only_a_call_that_was_left_is_logged_as_one() -> None:
     assert managed(POLICY, program) == [0, 1]
 
 
+@pytest.mark.each_layout
 def test_a_server_that_closed_over_a_busy_thread_leaves_nothing_that_the_next_start_does_not_remove() -> None:
     policy = {**POLICY, "pids": 50}
 
@@ -551,6 +554,8 @@ def test_threads_that_ended_leave_no_descriptor() -> None:
     assert before == after < most
 
 
+@pytest.mark.measures
+@pytest.mark.each_layout
 def test_cpu_quota() -> None:
     def burn(seconds: float) -> float:
         wall, cpu = time.monotonic(), time.thread_time()

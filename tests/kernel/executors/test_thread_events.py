@@ -22,6 +22,8 @@ from tests.kernel.cgroup.helpers import eventually
 from tests.kernel.executors.service import ask, managing
 from tests.listener import Listener
 
+pytestmark = pytest.mark.each_layout
+
 PATIENCE = 60.0
 ISOLATIONS = ("inline", "thread")
 
@@ -178,6 +180,7 @@ def test_what_is_no_longer_kept_is_no_longer_watched(isolation: str) -> None:
     assert managed(isolation, {"pids": 9}, program, Listener(), confinements=2) == 2
 
 
+@pytest.mark.smoke
 def test_a_cgroup_that_another_worker_removed_is_watched_again() -> None:
     listener = Listener()
 

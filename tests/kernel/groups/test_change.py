@@ -26,6 +26,8 @@ from tests.kernel.cgroup.helpers import (
     write_directly,
 )
 
+pytestmark = pytest.mark.each_layout
+
 LIMITS = Resources(cpu_quota=0.5, memory_max=64 * MIB, pids_max=8)
 
 
@@ -52,6 +54,7 @@ def said(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int =
     return out, err
 
 
+@pytest.mark.smoke
 def test_limits_are_set_live(command: Cgroup, own: str, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = said(
         capsys,
@@ -63,6 +66,7 @@ def test_limits_are_set_live(command: Cgroup, own: str, capsys: pytest.CaptureFi
     assert (after.cpu_quota, after.memory_max, after.pids_max, after.cpu_weight) == (0.3, 128 * MIB, MAX, 50)
 
 
+@pytest.mark.measures
 def test_a_quota_that_was_set_live_holds(command: Cgroup, instance: Instance, own: str) -> None:
     """A busy process, first without a limit, then within one, as measured by the kernel."""
     change_limits(command, Resources(cpu_quota=MAX))
@@ -98,6 +102,7 @@ def test_io_limits_come_and_go(command: Cgroup, own: str, capsys: pytest.Capture
     assert read_limits(command).io == {disk: IoMax(2 * MIB, MAX, MAX, MAX)}
 
 
+@pytest.mark.measures
 def test_io_limits_of_a_command_that_runs(command: Cgroup, instance: Instance, own: str) -> None:
     """They hold, also on v1, where they would not for processes in a leaf; and the leaf is whole again after them."""
     main = instance.executor_cgroup(f"{own}-command", "main")

@@ -13,6 +13,8 @@ from rcon_plugins.kernel.cgroup import Resources
 from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import MIB, running, sleep_forever
 
+pytestmark = pytest.mark.each_layout
+
 ROOT = Path(__file__).parents[3]
 FEWEST = 10
 
@@ -26,6 +28,7 @@ def commands() -> list[str]:
     return [line.partition(" | ")[0] for line in lines if line.startswith("rcon ")]
 
 
+@pytest.mark.smoke
 def test_each_command_of_the_page(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As it stands there, of groups that no other test has; the live ones once."""
     instance.policy_cgroup(f"{own}~a.example").create().configure(

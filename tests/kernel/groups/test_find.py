@@ -19,6 +19,8 @@ from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, IoMax, Resources,
 from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, sleep_forever, touch
 
+pytestmark = pytest.mark.each_layout
+
 NOBODY = 65534
 
 
@@ -31,6 +33,7 @@ def found_in(base: Cgroup) -> dict[str, Group]:
     }
 
 
+@pytest.mark.smoke
 def test_groups_of_each_kind_and_nested_ones(
     hierarchy: Hierarchy, base: Cgroup, instance: Instance, own: str
 ) -> None:

@@ -13,6 +13,8 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import MIB, eventually, layout, running, sleep_forever, touch
 
+pytestmark = pytest.mark.each_layout
+
 
 def rows(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
     capsys.readouterr()
@@ -20,6 +22,7 @@ def rows(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
     return {row["group"]: row for row in json.loads(capsys.readouterr().out)}
 
 
+@pytest.mark.smoke
 def test_the_table(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
     together = instance.policy_cgroup(f"{own}~a.example").create()
     together.configure(Resources(cpu_quota=0.3, memory_max=64 * MIB, pids_max=8))

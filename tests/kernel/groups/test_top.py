@@ -15,6 +15,8 @@ from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import MIB, eventually, running
 from tests.terminals import MAIN, terminal
 
+pytestmark = pytest.mark.each_layout
+
 
 @pytest.fixture
 def busy(instance: Instance, own: str) -> Iterator[str]:
@@ -33,6 +35,7 @@ def _burn() -> None:
         pass
 
 
+@pytest.mark.smoke
 def test_a_live_table(busy: str) -> None:
     with terminal("top", "--interval", "0.5") as it:
         it.until(lambda: re.search(rf"{busy} +[1-9][0-9.]* +\d", "\n".join(it.screen())))

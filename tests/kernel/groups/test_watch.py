@@ -20,6 +20,8 @@ from rcon_plugins.kernel.cgroup import Cgroup, Resources
 from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import MIB, eventually, running, sleep_forever, touch
 
+pytestmark = pytest.mark.each_layout
+
 ROOT = Path(__file__).parents[3]
 MAIN = "from rcon_plugins.cli.rcon import main; main()"
 
@@ -85,6 +87,7 @@ def fork_too_many() -> None:
     sleep_forever()
 
 
+@pytest.mark.smoke
 def test_a_line_for_each_until_the_group_is_gone(group: Cgroup, own: str, watching: Watch) -> None:
     with watching(f"{own}-w", "--kind", "oom_kill,pids_limit") as it:
         # The leaf is in the way of nothing: v1 counts in the cgroup of the process itself.

@@ -50,6 +50,7 @@ def _asked_anew() -> None:
     assert [userdb.user(uid) for uid in (ANNA, BERTA, DEPLOY)] == [None, None, None]
 
 
+@pytest.mark.smoke
 def test_each_host_is_its_owner(sites: Path) -> None:
     policy = Policy.make("p", user=f"owner:{sites}/{{host}}")
     check(policy)
@@ -310,7 +311,6 @@ def test_a_group_that_is_not_known_here(sites: Path, keys: dict[str, Any], key: 
     assert resolve(allowed, {"host": "anna"}) == Identity(ANNA, 65534)
 
 
-@pytest.mark.once
 def test_whom_a_user_namespace_does_not_map_nobody_is(sites: Path) -> None:
     code = (
         "import sys; from rcon_plugins.errors import IdentityRefused\n"
@@ -395,7 +395,6 @@ GROUP = """
 """
 
 
-@pytest.mark.once
 def test_groups_are_those_of_the_group_database(tmp_path: Path, sites: Path) -> None:
     printed = with_databases(
         tmp_path,
@@ -437,7 +436,6 @@ def test_groups_are_those_of_the_group_database(tmp_path: Path, sites: Path) -> 
     ]
 
 
-@pytest.mark.once
 def test_a_user_who_is_removed_is_missed_when_the_answer_is_old(tmp_path: Path) -> None:
     printed = with_databases(
         tmp_path,

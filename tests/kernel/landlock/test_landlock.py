@@ -118,6 +118,8 @@ def every_change(below: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.smoke
+@pytest.mark.each_layout
 def test_this_kernel_has_landlock() -> None:
     assert landlock.abi() >= 2
 
@@ -183,6 +185,7 @@ def test_nothing_can_be_changed_below_a_forbidden_path_and_everything_beside_it(
     assert sorted(path.name for path in (folders / "shut").iterdir()) == ["file", "folder"]
 
 
+@pytest.mark.each_layout
 def test_truncating_is_forbidden_from_abi_3(folders: Path, in_child: Any) -> None:
     def tried() -> tuple[str, str]:
         landlock.forbid_writing_below([str(folders / "shut")])
@@ -213,6 +216,7 @@ def test_moving_across_directories_goes_on_but_not_out_of_nor_into_a_forbidden_o
     assert (folders / "other/folder/second").read_text() == "some text"
 
 
+@pytest.mark.each_layout
 def test_cgroups_cannot_be_written_made_nor_removed_and_the_machine_goes_on(
     tmp_path: Path, in_child: Any
 ) -> None:
@@ -350,6 +354,7 @@ def test_processes_inside_are_within_reach_and_inherit(folders: Path, in_child: 
     assert not (folders / "shut/new").exists()
 
 
+@pytest.mark.each_layout
 def test_signals_are_scoped_where_asked_and_the_kernel_can(in_child: Any) -> None:
     def tried(victim: int, signals: bool) -> tuple[str, str]:
         landlock.forbid_writing_below(CGROUPS, signals=signals)

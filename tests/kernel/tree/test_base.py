@@ -18,7 +18,7 @@ from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import layout, running
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.each_layout
 
 NOBODY = 65534
 CLONE_NEWNS = 0x00020000
@@ -31,6 +31,7 @@ def delegation_error(act: Callable[[], object]) -> tuple[int | None, str]:
     return caught.value.errno, str(caught.value)
 
 
+@pytest.mark.smoke
 def test_roots_own_base_comes_and_goes() -> None:
     instance = Instance.create(Hierarchy.discover())
     assert instance.base == "/rcon"

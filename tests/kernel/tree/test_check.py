@@ -36,6 +36,8 @@ def base() -> Iterator[Cgroup]:
         assert not any(Path(directory).exists() for directory in cgroup.directories)
 
 
+@pytest.mark.smoke
+@pytest.mark.each_layout
 def test_settings_that_can_be_enforced(
     base: Cgroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +63,7 @@ def test_settings_that_can_be_enforced(
     }
 
 
+@pytest.mark.each_layout
 def test_nothing_is_made_for_what_cannot_be_enforced(
     base: Cgroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +74,7 @@ def test_nothing_is_made_for_what_cannot_be_enforced(
     assert not any(Path(directory).exists() for directory in base.directories)
 
 
+@pytest.mark.each_layout
 def test_a_disk_that_is_not_there_is_told_of_the_policy_that_names_it(
     base: Cgroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +96,7 @@ def test_a_disk_that_is_not_there_is_told_of_the_policy_that_names_it(
         Plan.make(load(file)).check()
 
 
+@pytest.mark.each_layout
 def test_without_a_cgroup_of_ones_own(tmp_path: Path, in_child: Any) -> None:
     """An ordinary user is told the commands that make one, each in a line of its own."""
     file = tmp_path / "rcon.toml"
@@ -130,6 +135,7 @@ def test_without_a_cgroup_of_ones_own(tmp_path: Path, in_child: Any) -> None:
     assert steps[-1].startswith(("    and set cgroup = ", "    or start it with: "))
 
 
+@pytest.mark.each_layout
 def test_the_limit_is_named_as_the_policy_writes_it(base: Cgroup, tmp_path: Path) -> None:
     """Why a process, when it is because of a limit."""
     file = tmp_path / "rcon.toml"
@@ -139,7 +145,6 @@ def test_the_limit_is_named_as_the_policy_writes_it(base: Cgroup, tmp_path: Path
     assert text.startswith("web: process - memory: a thread cannot have memory limits of its own\n")
 
 
-@pytest.mark.once
 def test_commands_of_the_documentation(tmp_path: Path) -> None:
     """With the file that docs/reference/check.md shows, and what it says that they print."""
     page = (ROOT / "docs/reference/check.md").read_text()

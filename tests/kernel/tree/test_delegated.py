@@ -20,7 +20,7 @@ from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import layout, running, settings_of, sleep_forever
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.each_layout
 
 NOBODY = 65534
 
@@ -79,6 +79,7 @@ def test_the_printed_remedy_is_enough(group: Cgroup, deeper: str) -> None:
     assert pids == "9"
 
 
+@pytest.mark.smoke
 def test_what_root_gave_to_a_user_stays_when_root_has_used_it(
     group: Cgroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:

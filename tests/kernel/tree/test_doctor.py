@@ -16,6 +16,8 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from tests import children
 from tests.kernel.cgroup.helpers import DISK, layout
 
+pytestmark = pytest.mark.each_layout
+
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
 
@@ -37,6 +39,7 @@ def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {finding["name"]: finding for finding in found["findings"]}
 
 
+@pytest.mark.smoke
 def test_everything_works_for_root(capsys: pytest.CaptureFixture[str]) -> None:
     status, out = doctor(capsys, "--json")
     found = json.loads(out)

@@ -23,6 +23,8 @@ from tests import children
 from tests.kernel.cgroup.helpers import Running, eventually, sleep_forever
 from tests.processes import alive
 
+pytestmark = pytest.mark.each_layout
+
 NOBODY = 65534
 CLONE_NEWNS = 0x00020000
 
@@ -45,6 +47,7 @@ def gc(group: Cgroup, capsys: pytest.CaptureFixture[str], *options: str) -> tupl
     return status, out
 
 
+@pytest.mark.smoke
 def test_first_said_then_done(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     path, pid = children.in_child(leave, f"{group.path}/some/where")
     owner = path.rpartition("/")[2].split("-")[1]

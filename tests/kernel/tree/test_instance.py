@@ -20,7 +20,7 @@ from rcon_plugins.tree.dead import collect
 from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import eventually, layout, running, settings_of, sleep_forever
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.each_layout
 
 NOBODY = 65534
 
@@ -38,6 +38,7 @@ def where_am_i() -> str:
     return Path("/proc/self/cgroup").read_text()
 
 
+@pytest.mark.smoke
 def test_the_name_tells_who_owns_it(instance: Instance, group: Cgroup) -> None:
     (name,) = group.children()
     assert instance.path == f"{group.path}/{name}"

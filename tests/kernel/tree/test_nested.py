@@ -19,7 +19,7 @@ from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import DISK, layout, running, settings_of, sleep_forever
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.each_layout
 
 NOBODY = 65534
 CLONE_NEWCGROUP = 0x02000000
@@ -95,6 +95,7 @@ def test_inside_of_the_group(outer: Cgroup, kind: str, user: int | None) -> None
     assert group.children() == ["main"]
 
 
+@pytest.mark.smoke
 def test_and_again_inside_of_that(outer: Cgroup) -> None:
     group = outer.child("work").child("g")
 
