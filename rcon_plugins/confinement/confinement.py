@@ -117,11 +117,11 @@ class InlineConfinement(Confinement):
         instance: Instance,
         hook: pluggy.HookRelay,
         generation: int = 0,
-        attend: Callable[[Cgroup, Policy, str | None], object] | None = None,
+        watch: Callable[[Cgroup, Policy, str | None], object] | None = None,
     ) -> None:
-        """``attend`` is called with each new cgroup, this policy and key: before anything enters."""
+        """``watch`` is called with each new cgroup, this policy and key, before anything enters."""
         super().__init__(policy, key, verdict, generation)
-        self._attend = attend
+        self._watch = watch
         self._instance = instance
         self._hook = hook
         self._lock = threading.Lock()
@@ -146,8 +146,8 @@ class InlineConfinement(Confinement):
             cgroup = self._instance.threaded(self.name)
             cgroup.create(threaded=True, controllers=self._controllers)
             self._hook.rcon_configure_cgroup(cgroup=cgroup, limits=self.policy, policy=self.policy)
-            if self._attend is not None:
-                self._attend(cgroup, self.policy, self.key)
+            if self._watch is not None:
+                self._watch(cgroup, self.policy, self.key)
             entrance = cgroup.entrance(self._controllers)
             self.executor, former = InlineExecutor(cgroup, entrance, home), self.executor
             if former is not None:
@@ -204,9 +204,9 @@ class ThreadConfinement(InlineConfinement):
         hook: pluggy.HookRelay,
         threads: ThreadExecutors,
         generation: int = 0,
-        attend: Callable[[Cgroup, Policy, str | None], object] | None = None,
+        watch: Callable[[Cgroup, Policy, str | None], object] | None = None,
     ) -> None:
-        super().__init__(policy, key, verdict, instance, hook, generation, attend)
+        super().__init__(policy, key, verdict, instance, hook, generation, watch)
         self._threads = threads
 
     def admit(

@@ -92,8 +92,7 @@ class Manager:
         self._pid = 0
         self._reservations: Reservations | None = None
         self._pool: ExecutorPool | None = None
-        #: None where nobody wants to know what happens to cgroups, and no memory expands.
-        self._attendance: GroupMonitor | None = None
+        self._monitor: GroupMonitor | None = None
         self._threads = ThreadExecutors(settings.threads)
         self._confinements: OrderedDict[str, Confinement] = OrderedDict()
 
@@ -139,7 +138,7 @@ class Manager:
                 server_files = [*server_files, budget.ledger.file]
             kept = self.settings.confinements + self.settings.threads if self.plan.uses_threads else 0
             make_room_for_descriptors(kept + (self.settings.processes if self.plan.uses_processes else 0))
-            self._attend(self.settings.policies)
+            self._monitor = GroupMonitor(instance, self.hook, self._key_of, self.settings.policies)
             if self.plan.uses_processes and service is not None:
                 self._pool = ExecutorPool(
                     instance,
@@ -148,7 +147,7 @@ class Manager:
                     is_kept=self._confinements.__contains__,
                     on_end=self._executor_ended,
                     on_lost=self._on_lost,
-                    attendant=self._attendance,
+                    monitor=self._monitor,
                     current=self._in_force.current,
                 )
                 self._pool.processes.start(service, after_fork, server_files)
@@ -176,8 +175,8 @@ class Manager:
                 if not confinement.users:  # else a thread is in it, or on its way
                     last.callback(self._drop, confinement)
             last.callback(self._threads.close)
-            if self._attendance is not None:
-                last.callback(self._attendance.close)
+            if self._monitor is not None:
+                last.callback(self._monitor.close)
             if self._pool is not None:
                 last.callback(self._pool.close)
         self._confinements.clear()
@@ -242,13 +241,7 @@ class Manager:
             for confinement in list(self._confinements.values()):
                 confinement.policy = changed.get(confinement.policy.name, confinement.policy)
         if self._pool is not None:
-            self._attend(changed)
-            self._pool.processes.attendant = self._attendance
             self._pool.change(changed)
-
-    def _attend(self, policies: Mapping[str, Policy]) -> None:
-        if self._attendance is None and GroupMonitor.is_wanted(policies, self.hook):
-            self._attendance = GroupMonitor(self._ready_instance(), self.hook, self._key_of)
 
     def _concluded(self, confinement: Confinement, admission: Admission) -> None:
         """Take note of the outcome of an admission, once."""
@@ -302,13 +295,13 @@ class Manager:
             if self._pool is None:
                 raise ConfinementError(f"{policy_name} needs a process, and there is no fork server")
             return ProcessConfinement(policy, key, verdict, self._pool, generation)
-        attend = self._attendance.attend_threads if self._attendance is not None else None
+        watch = self._monitor.watch_threads if self._monitor is not None else None
         instance = self._ready_instance()
         if verdict.isolation == "thread":
             return ThreadConfinement(
-                policy, key, verdict, instance, self.hook, self._threads, generation, attend
+                policy, key, verdict, instance, self.hook, self._threads, generation, watch
             )
-        return InlineConfinement(policy, key, verdict, instance, self.hook, generation, attend)
+        return InlineConfinement(policy, key, verdict, instance, self.hook, generation, watch)
 
     def _superfluous(self) -> list[Confinement]:
         """Take out what is kept beyond the bound and unused, the longest unused first."""
@@ -318,8 +311,8 @@ class Manager:
 
     def _drop(self, confinement: Confinement) -> None:
         self._threads.forget(confinement.name)
-        if self._attendance is not None:
-            self._attendance.forget(confinement.name)
+        if self._monitor is not None:
+            self._monitor.forget(confinement.name)
         try:
             confinement.close()
         except KernelError as error:
@@ -340,8 +333,8 @@ class Manager:
         with self.lock:
             confinement.users -= 1
             idle = not confinement.users
-        if idle and self._attendance is not None and confinement.isolation == "process":
-            self._attendance.rest(confinement.name)
+        if idle and self._monitor is not None and confinement.isolation == "process":
+            self._monitor.shrink(confinement.name)
         self._ready_reservations().release(reservation)
 
     def _refuse(self, work: Work, policy: str, key: str | None, error: Exception) -> NoReturn:

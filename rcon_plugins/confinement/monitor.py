@@ -1,11 +1,11 @@
-"""What happens to the cgroups of a server's work: told to `rcon_event`, and memory that expands."""
+"""Watch the cgroups of a server's work: call `rcon_event`, and let memory limits expand."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 
@@ -27,58 +27,59 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("rcon")
 
-#: Of a memory limit, what has to be in use for plugins to be told, so that they can act before it is reached.
+#: The share of a memory limit at which plugins hear that memory is nearly used up, so that they can act in time.
 _NEARLY = 0.9
-#: What plugins are told of the pressure on all the work of a confinement: a tenth of two seconds, all of it waiting.
+#: The pressure on a confinement that plugins hear of: a tenth of two seconds with all of its work waiting.
 _PRESSURE = (Pressure("memory", 0.2, 2.0, "full"), Pressure("io", 0.2, 2.0, "full"))
 
 
 class GroupMonitor:
-    """The events of the work of one server process, and the growth of the memory limits of it. Thread-safe.
+    """Watches the cgroups of one server process: events for plugins, and memory limits that expand. Thread-safe.
 
-    ``key_of`` tells the key of a confinement by its name. Use it only where `is_wanted`.
+    Nothing is watched without a plugin that has `rcon_event`, and without memory that expands. ``key_of`` returns the
+    key of a confinement by its name.
     """
 
     def __init__(
-        self, instance: Instance, hook: pluggy.HookRelay, key_of: Callable[[str], str | None]
+        self,
+        instance: Instance,
+        hook: pluggy.HookRelay,
+        key_of: Callable[[str], str | None],
+        policies: Mapping[str, Policy],
     ) -> None:
         self._instance = instance
         self._hook = hook
         self._key_of = key_of
+        self._policies = dict(policies)
+        #: Whether a memory limit of any policy expands, so that `shrink` has something to do.
+        self.expands = _expand(self._policies)
         self._watcher = watcher_of_process()
         self._lock = threading.Lock()
         self._confinements: dict[str, MonitoredGroup] = {}
 
-    @staticmethod
-    def is_wanted(policies: Mapping[str, Policy], hook: pluggy.HookRelay) -> bool:
-        """Whether a plugin wants to be told, or memory expands."""
-        return listens(hook) or any(
-            memory is not None and memory.expands
-            for policy in policies.values()
-            for memory in (policy.memory, policy.each.memory)
-        )
-
     def limits(self, name: str, policy: Policy) -> Limits:
-        """Of a confinement, for all of its work together: the policy's, unless a plugin changed them."""
+        """Return the limits in force for all work of a confinement: the policy's, unless a plugin changed them."""
         with self._lock:
             found = self._confinements.get(name)
         return policy if found is None or not found.is_current else found.limits
 
-    def attend(self, executor: Executor) -> MonitoredGroup:
-        """Begin to watch an executor and, where that is not done yet, its confinement. Raises KernelError."""
+    def watch(self, executor: Executor) -> MonitoredGroup:
+        """Start watching a new executor and, if nothing watches it yet, its confinement. Raises `KernelError`."""
         name, policy = executor.name, executor.policy
-        together = self._together(name, policy)
+        above = self._watch_confinement(name, policy)
         about = Event.of_group(
             executor.leaf, group=name, policy=policy.name, key=self._key_of(name), limit="each."
         )
-        return MonitoredGroup(executor.leaf, policy, policy.each, about, self._hook, self._watcher, together)
+        return MonitoredGroup(
+            executor.leaf, policy, policy.each, about, self._hook, self._watcher, above
+        ).begin()
 
-    def attend_threads(self, cgroup: Cgroup, policy: Policy, key: str | None) -> None:
-        """Begin to watch the cgroup of a confinement of threads, which was just made. Raises KernelError."""
+    def watch_threads(self, cgroup: Cgroup, policy: Policy, key: str | None) -> None:
+        """Start watching the new cgroup of a confinement of threads. Raises `KernelError`."""
         if not listens(self._hook):
             return
         about = Event.of_group(cgroup, policy=policy.name, key=key)
-        made = MonitoredGroup(cgroup, policy, policy, about, self._hook, self._watcher, None)
+        made = MonitoredGroup(cgroup, policy, policy, about, self._hook, self._watcher, None).begin()
         with self._lock:
             former = self._confinements.get(cgroup.name)
             self._confinements[cgroup.name] = made
@@ -86,46 +87,48 @@ class GroupMonitor:
             former.close()
 
     def forget(self, name: str) -> None:
-        """A confinement is no longer kept, and its cgroup about to be removed: what happened last is still told."""
+        """Stop watching a confinement whose cgroup is about to be removed, after its last events."""
         with self._lock:
             found = self._confinements.pop(name, None)
         if found is not None:
-            found.part()
+            found.finish()
 
     def change(self, policies: Mapping[str, Policy]) -> None:
-        """These policies are otherwise now. But for memory that goes on expanding, they are watched anew, with the next
-        executor.
+        """Apply changed policies. Confinements are watched anew with their next executor, unless memory goes on
+        expanding as before.
         """
         with self._lock:
-            of_before = [name for name, one in self._confinements.items() if one.change(policies)]
-            unwatched = [self._confinements.pop(name) for name in of_before]
+            self._policies.update(policies)
+            self.expands = _expand(self._policies)
+            outdated = [name for name, one in self._confinements.items() if one.change(policies)]
+            unwatched = [self._confinements.pop(name) for name in outdated]
         for one in unwatched:
-            one.lift()
+            one.unthrottle()
             one.close()
 
-    def rest(self, name: str) -> None:
-        """No work of a confinement is under way: what it was given beyond its limit is taken back, soon."""
+    def shrink(self, name: str) -> None:
+        """Take back, soon, what an idle confinement was given beyond its memory limit."""
         with self._lock:
             found = self._confinements.get(name)
         if found is not None and found.expansion is not None and found.expansion.grew:
-            self._watcher.submit(found.rest)
+            self._watcher.submit(found.shrink)
 
     def close(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching."""
         with self._lock:
-            attended = list(self._confinements.values())
+            watched = list(self._confinements.values())
             self._confinements.clear()
-        for one in attended:
+        for one in watched:
             one.close()
 
-    def _together(self, name: str, policy: Policy) -> MonitoredGroup:
+    def _watch_confinement(self, name: str, policy: Policy) -> MonitoredGroup:
         with self._lock:
             found = self._confinements.get(name)
             if found is not None and found.is_current:
                 return found
             cgroup = self._instance.policy_cgroup(name)
             about = Event.of_group(cgroup, group=name, policy=policy.name, key=self._key_of(name))
-            made = MonitoredGroup(cgroup, policy, policy, about, self._hook, self._watcher, None)
+            made = MonitoredGroup(cgroup, policy, policy, about, self._hook, self._watcher, None).begin()
             self._confinements[name] = made
         if found is not None:
             found.close()
@@ -133,8 +136,9 @@ class GroupMonitor:
 
 
 class MonitoredGroup:
-    """One cgroup that is attended to: that of a confinement, or of one executor process in it (``above`` is the other
-    then).
+    """One watched cgroup: that of a confinement, or that of an executor process in it.
+
+    ``above`` is the monitored confinement around the cgroup of an executor process; None for a confinement itself.
     """
 
     def __init__(
@@ -148,29 +152,36 @@ class MonitoredGroup:
         above: MonitoredGroup | None,
     ) -> None:
         self.cgroup = cgroup
-        #: As they are now.
+        #: The limits as they are now.
         self.limits = limits
         self.changed_by_plugin = False
         self.expansion: Expansion | None = None
         self._policy = policy
         self._about = about
         self._hook = hook
+        self._watcher = watcher
         self._above = above
         self._watch: Watch | None = None
-        told = listens(hook)
+
+    def begin(self) -> Self:
+        """Start watching; return self. Raises `KernelError`."""
+        listening, memory = listens(self._hook), self.limits.memory
         try:
-            if limits.memory is not None and limits.memory.expands:
-                ask = self._ask if told else None
-                self.expansion = expand(cgroup, limits.memory, about=about, on_event=ask, watcher=watcher)
-            if told:
-                self._watch = self._listen(watcher)
+            if memory is not None and memory.expands:
+                ask = self._ask if listening else None
+                self.expansion = expand(
+                    self.cgroup, memory, about=self._about, on_event=ask, watcher=self._watcher
+                )
+            if listening:
+                self._watch = self._listen(self._watcher)
         except BaseException:
             self.close()
             raise
+        return self
 
     @property
     def is_current(self) -> bool:
-        """Whether the cgroup is still the one that is attended to; true where nothing of it is watched."""
+        """Whether the watched cgroup still exists; true if nothing of it is watched."""
         expansion, watch = self.expansion, self._watch
         return (expansion is None or not expansion.memory.expands or expansion.is_current) and (
             watch is None or watch.is_current
@@ -178,16 +189,16 @@ class MonitoredGroup:
 
     @property
     def changed(self) -> bool:
-        """Whether its limits are not the policy's any more."""
+        """Whether its limits differ from the policy's."""
         return self.changed_by_plugin or (self.expansion is not None and self.expansion.grew)
 
     def memory(self, limit: str) -> Memory | None:
-        """The limit of memory in force, of the executor (``each.memory``) or of its confinement."""
+        """Return the memory limit in force: ``each.memory`` of the executor, or ``memory`` of its confinement."""
         of = self._above if limit == "memory" and self._above is not None else self
         return of.limits.memory
 
     def change(self, policies: Mapping[str, Policy]) -> bool:
-        """These policies are otherwise now; whether its own is among them, and is to be watched anew."""
+        """Apply changed policies. Return whether its own is among them, so that it must be watched anew."""
         policy = policies.get(self._policy.name)
         if policy is None:
             return False
@@ -196,23 +207,23 @@ class MonitoredGroup:
         self.limits = policy if self._above is None else policy.each
         return self.expansion is None or self.limits.memory != before
 
-    def part(self) -> None:
-        """The cgroup is about to be removed: what happened last is still told."""
+    def finish(self) -> None:
+        """Report the last events of a cgroup that is about to be removed, and stop watching it."""
         if self._watch is not None:
             self._watch.finish()
         self.close()
 
-    def rest(self) -> None:
-        """Take back what was given beyond the limit, if it is not needed any more."""
+    def shrink(self) -> None:
+        """Return to the configured memory limit, unless the cgroup still needs more."""
         if self.expansion is not None:
-            self._or_say(self.expansion.reset, "the memory limit of %s could not be taken back: %s")
+            self._or_log(self.expansion.reset, "rcon: the expanded memory limit of %s was not taken back: %s")
 
-    def lift(self) -> None:
-        """Take away what slows it down at a limit that expands; the bound stays."""
+    def unthrottle(self) -> None:
+        """Stop slowing work down at a limit that expands. The upper bound stays."""
         if self.expansion is not None:
-            self._or_say(self.expansion.lift, "%s stays slowed down at its limit of before: %s")
+            self._or_log(self.expansion.unthrottle, "rcon: %s stays slowed down at its old memory limit: %s")
 
-    def _or_say(self, act: Callable[[], object], problem: str) -> None:
+    def _or_log(self, act: Callable[[], object], problem: str) -> None:
         try:
             act()
         except KernelError as error:
@@ -220,14 +231,14 @@ class MonitoredGroup:
                 LOGGER.error(problem, self.cgroup.path, error)
 
     def close(self) -> None:
-        """Watch it no more. Again is harmless."""
+        """Stop watching. Harmless when called again."""
         if self.expansion is not None:
             self.expansion.close()
         if self._watch is not None:
             self._watch.close()
 
     def _listen(self, watcher: Watcher) -> Watch | None:
-        """Watch what plugins are told of."""
+        """Watch for the events that plugins hear of."""
         limits = self.limits
         kinds: list[str] = []
         if limits.memory is not None:
@@ -235,7 +246,7 @@ class MonitoredGroup:
         if limits.memory_high is not None:
             kinds.append("memory_high")
         if self._above is not None and (limits.memory is not None or self._above.limits.memory is not None):
-            kinds.append("oom_kill")  # where the victim is, and so only once
+            kinds.append("oom_kill")  # only in the victim's own cgroup, so that one kill is one event
         if limits.pids is not None:
             kinds.append("pids_limit")
         if limits.cpu is not None:
@@ -245,7 +256,7 @@ class MonitoredGroup:
         try:
             return self._add(watcher, kinds, nearly, pressure)
         except ControllerUnavailable:
-            # Who has no pressure to tell of does without.
+            # A kernel without pressure information: do without it.
             return self._add(watcher, kinds, nearly, ())
 
     def _add(
@@ -260,7 +271,7 @@ class MonitoredGroup:
         return watcher.add(self.cgroup, self._hear, kinds=kinds, thresholds=nearly, pressure=pressure)
 
     def _hear(self, event: KernelEvent) -> None:
-        """In the watcher's thread."""
+        """Handle an event of the kernel. Runs in the watcher's thread."""
         own = self._about.replaced(event)
         if event.kind == "oom_kill" and self.limits.memory is None:
             own = msgspec.structs.replace(own, limit="memory")
@@ -269,7 +280,7 @@ class MonitoredGroup:
             self.expansion.take(answer.memory)
 
     def _ask(self, event: Event) -> Limits | None:
-        """Tell plugins, and apply what they answer at once."""
+        """Call the plugins, and apply the limits they return at once."""
         answer: Limits | None = self._hook.rcon_event(event=event)
         if answer is None:
             return None
@@ -280,7 +291,7 @@ class MonitoredGroup:
         except KernelError:
             if self.cgroup.exists():
                 raise
-            return None  # its last event: it is gone, and so is who would have had more
+            return None  # the last event of a cgroup that is gone: there is nothing to change
         news = {name: getattr(answer, name) for name in answer.asks()}
         old = {name: getattr(self.limits, name) for name in Limits.__struct_fields__}
         self.limits = Limits(**{**old, **news})
@@ -288,7 +299,7 @@ class MonitoredGroup:
         return answer
 
     def _with_swap(self, answer: Limits) -> Limits:
-        """Memory and swap are written together: v1 limits their sum."""
+        """Add swap to memory, or memory to swap: both are written together, since v1 limits their sum."""
         if answer.memory is not None and answer.swap is None:
             return msgspec.structs.replace(answer, swap=self.limits.swap)
         if answer.swap is not None and answer.memory is None:
@@ -297,5 +308,13 @@ class MonitoredGroup:
 
 
 def listens(hook: pluggy.HookRelay) -> bool:
-    """Whether a plugin has the hook `rcon_event`."""
+    """Return whether a plugin has the hook `rcon_event`."""
     return bool(hook.rcon_event.get_hookimpls())
+
+
+def _expand(policies: Mapping[str, Policy]) -> bool:
+    return any(
+        memory is not None and memory.expands
+        for policy in policies.values()
+        for memory in (policy.memory, policy.each.memory)
+    )

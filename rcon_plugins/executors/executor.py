@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rcon_plugins.executors.channel import Channel
 
 if TYPE_CHECKING:
-    from rcon_plugins.executors.attention import Attention
+    from rcon_plugins.executors.monitor import Monitored
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup, Meter, Reading
     from rcon_plugins.settings.policy import Policy
@@ -52,7 +52,7 @@ class Executor:
         self.leaf = leaf
         self.channel = channel
         #: Where somebody wants to know what happens to its cgroup.
-        self.attention: Attention | None = None
+        self.monitored: Monitored | None = None
         self.pid = 0
         self.works = 0
         self.fate: str | None = None

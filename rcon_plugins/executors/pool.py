@@ -18,7 +18,7 @@ from rcon_plugins.executors.process import LOGGER, ProcessExecutors
 if TYPE_CHECKING:
     import pluggy
 
-    from rcon_plugins.executors.attention import Attendant
+    from rcon_plugins.executors.monitor import Monitor
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tree.instance import Instance
@@ -50,11 +50,11 @@ class ExecutorPool:
         is_kept: Callable[[str], bool],
         on_end: Callable[[str], object],
         on_lost: Callable[[], object] | None = None,
-        attendant: Attendant | None = None,
+        monitor: Monitor,
         current: Callable[[Policy], Policy] = lambda policy: policy,
     ) -> None:
         self.processes = ProcessExecutors(
-            instance, hook, on_end=self._ended, on_lost=on_lost, attendant=attendant, current=current
+            instance, hook, on_end=self._ended, on_lost=on_lost, monitor=monitor, current=current
         )
         self._most = most
         self._is_kept = is_kept

@@ -39,7 +39,7 @@ from rcon_plugins.kernel import process
 if TYPE_CHECKING:
     import pluggy
 
-    from rcon_plugins.executors.attention import Attendant
+    from rcon_plugins.executors.monitor import Monitor
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.settings.limits import Limits
     from rcon_plugins.settings.policy import Policy
@@ -72,10 +72,10 @@ class ProcessExecutors:
         *,
         on_end: Callable[[Executor], object],
         on_lost: Callable[[], object] | None = None,
-        attendant: Attendant | None = None,
+        monitor: Monitor,
         current: Callable[[Policy], Policy] = lambda policy: policy,
     ) -> None:
-        self.attendant = attendant
+        self._monitor = monitor
         self._current = current
         self._instance = instance
         self._hook = hook
@@ -153,8 +153,7 @@ class ProcessExecutors:
             undo.callback(ours.close)
             group = self._instance.policy_cgroup(name)
             executor = Executor(number, name, policy, identity, group, leaf, meter, Channel(ours))
-            if self.attendant is not None:
-                executor.attention = self.attendant.attend(executor)
+            executor.monitored = self._monitor.watch(executor)
             undo.pop_all()
         self._living[number] = executor
         try:
@@ -176,17 +175,16 @@ class ProcessExecutors:
         return executor
 
     def _limits(self, name: str, policy: Policy) -> Limits:
-        return policy if self.attendant is None else self.attendant.limits(name, policy)
+        return self._monitor.limits(name, policy)
 
     def change(self, policies: Mapping[str, Policy]) -> list[Executor]:
         """These policies are otherwise now: those made by what was before, of which each does at most one more work."""
         old = [one for one in list(self._living.values()) if one.policy.name in policies]
         for executor in old:
             executor.policy, executor.stale = policies[executor.policy.name], True
-            if executor.attention is not None:
-                executor.attention.change(policies)
-        if self.attendant is not None:
-            self.attendant.change(policies)
+            if executor.monitored is not None:
+                executor.monitored.change(policies)
+        self._monitor.change(policies)
         return old
 
     def wait_ready(self, executor: Executor) -> None:
@@ -377,8 +375,8 @@ class ProcessExecutors:
                 if not (executor.told and executor.spared and executor.fate is None):
                     self._kill_again(executor, late)
                 return False
-            if executor.attention is not None:
-                executor.attention.part()
+            if executor.monitored is not None:
+                executor.monitored.finish()
             executor.shut()
             executor.leaf.delete(timeout=0)
         except KernelError as error:

@@ -91,13 +91,13 @@ def _tell_plugins(
     """As a server's manager does; what makes the limit of the group grow."""
     watcher = watcher_of_process()
     about = Event.of_group(group, policy=policy.name)
-    together = MonitoredGroup(group, policy, policy, about, hook, watcher, None)
+    together = MonitoredGroup(group, policy, policy, about, hook, watcher, None).begin()
     ending.callback(together.close)
     single = Event.of_group(leaf, group=about.group, policy=policy.name, limit="each.")
-    each = MonitoredGroup(leaf, policy, policy.each, single, hook, watcher, together)
+    each = MonitoredGroup(leaf, policy, policy.each, single, hook, watcher, together).begin()
     ending.callback(_flush)
-    ending.callback(together.part)
-    ending.callback(each.part)
+    ending.callback(together.finish)
+    ending.callback(each.finish)
     return together.expansion
 
 

@@ -242,7 +242,7 @@ class ProcessAdmission(Admission):
             return "was made by other limits"
         if executor.works >= self.policy.max_uses:
             return "served max_uses"
-        if self._own_memory is not None or (executor.attention is not None and executor.attention.changed):
+        if self._own_memory is not None or (executor.monitored is not None and executor.monitored.changed):
             return "its limits were changed for one work"
         most = self._own_memory or self.policy.each.memory or self.policy.memory
         held = reading.memory_current
@@ -301,10 +301,10 @@ class ProcessAdmission(Admission):
 
     def _memory(self, limit: str) -> Memory | None:
         """The limit ``memory`` or ``each.memory`` that is in force."""
-        attention = self._executor.attention
+        monitored = self._executor.monitored
         if self._own_memory is not None and limit == "each.memory":
             return self._own_memory
-        now = attention.memory(limit) if attention is not None else None
+        now = monitored.memory(limit) if monitored is not None else None
         policy = self.host.policy  # as it is now
         return now or (policy.each.memory if limit == "each.memory" else policy.memory)
 
