@@ -9,11 +9,11 @@ JOBS := examples/jobs/photos.py
 SOURCES := rcon_plugins integrations tests examples
 
 # What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them; brokers; systemd to ask.
-DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file redis-server rabbitmq-server systemd dbus
+DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file redis-server rabbitmq-server systemd dbus curl
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-customers demo-jobs redis serve test lint bench bench-vm clean root debian \
+.PHONY: help demo demo-customers demo-jobs redis serve test lint docs bench bench-vm clean root debian \
 	check test-long coverage test-unit test-contract test-integrations test-kernel test-vm test-systemd
 
 help: ## list the targets
@@ -63,6 +63,10 @@ bench: $(VENV)/.run $(VENV)/.jobs redis ## throughput and latency with and witho
 bench-vm: $(VENV)/.test debian ## how soon events are told, on pure cgroup v2 in an emulated machine; prints, asserts nothing
 	@$(BIN)/python -m tests.vm tests/benchmarks --only events
 
+docs: $(VENV)/.docs ## build the site in build/site; a warning is an error
+	@$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees -c docs . build/site
+	@echo "The site: build/site/index.html"
+
 clean: ## remove the venv, caches and build results
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info
 	find . -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +
@@ -93,6 +97,11 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 $(VENV)/.jobs: pyproject.toml | $(BIN)/python
 	@echo "Installing rcon-plugins, Celery and Pillow ..."
 	@$(BIN)/python -m pip install --quiet --editable . --group jobs
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	@echo "Installing what the site is built with ..."
+	@$(BIN)/python -m pip install --quiet --editable . --group docs
 	@touch $@
 
 redis:

@@ -14,15 +14,24 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 
-from rcon_plugins import hookspecs
+from rcon_plugins import errors, hookspecs
+from rcon_plugins.outcome import Ending
 from rcon_plugins.settings import file as settings
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("**/*.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
+]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 class Block(NamedTuple):
@@ -64,6 +73,23 @@ def test_every_hook_is_documented_with_its_parameters() -> None:
     documented = {name: [part.strip() for part in parameters.split(",")] for name, parameters in headings}
     assert len(hooks()) >= 6
     assert documented == hooks()
+
+
+def test_every_error_is_documented() -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text()
+    classes = {
+        name
+        for name, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, errors.RconError)
+    }
+    assert len(classes) >= 15
+    assert sorted(name for name in classes if f"`{name}`" not in page) == []
+
+
+def test_every_ending_is_documented() -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text()
+    documented = re.findall(r"^\| `([a-z]+)` \|", page, re.M)
+    assert sorted(documented) == sorted(get_args(Ending))
 
 
 def test_every_hook_is_used_in_a_test() -> None:
@@ -117,14 +143,20 @@ def test_notes_on_blocks_are_known() -> None:
     assert [str(block) for block in blocks(*known) if block.note not in known[block.language]] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", page.read_text())
     local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
     assert [link for link in local if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_each_link_has_a_text(page: Path) -> None:
+    """`[](page.md)` shows a title on the site, and nothing anywhere else."""
+    assert re.findall(r"(?<!!)\[\s*\]\([^)]*\)", page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_tables_are_tables(page: Path) -> None:
     """Each begins with its heads, and each row has as many cells: else it is shown as text, or cut."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
@@ -142,7 +174,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_to_headings(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", page.read_text())
     assert [
@@ -152,7 +184,7 @@ def test_links_lead_to_headings(page: Path) -> None:
     ] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+(?: [a-z-]+)*):", (ROOT / "Makefile").read_text(), re.M))
     targets = {name for names in targets for name in names.split()}
