@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import SettingsError
 
-#: How a value is written: ``"30%"``, ``"256M"``, ``64``, ``"0-1,3"``, ``"20s"``, ``"2x"``, ``"/srv"``.
-Unit = Literal["share", "size", "count", "cpus", "duration", "factor", "device"]
+#: How a value is written: ``"30%"``, ``"30ms"``, ``"256M"``, ``64``, ``"0-1,3"``, ``"20s"``, ``"2x"``, ``"/srv"``.
+Unit = Literal["share", "cpu_time", "size", "count", "cpus", "duration", "factor", "device"]
 
 _COUNT_MAX = 2**63 - 1
 _PAGE = 4096
@@ -29,7 +29,7 @@ class Limit(NamedTuple):
     table per device), or ``"each"`` for keys that only ``each`` has. ``field``: the field of `Resources` that it sets,
     for ``"io"`` that of `IoMax`; empty where the kernel has no such limit. ``least``, ``most``: the range of a number;
     the unit of a size is bytes. ``default``: the value that limits nothing, which the kernel reports anyway.
-    ``removable``: whether ``max`` removes the limit.
+    ``removable``: whether ``max`` removes the limit. ``needs``: the key of a limit without which this one is refused.
     """
 
     key: str
@@ -44,6 +44,7 @@ class Limit(NamedTuple):
     most: int = _COUNT_MAX
     default: int | None = None
     removable: bool = True
+    needs: str = ""
 
     @property
     def flag(self) -> str:
@@ -78,6 +79,12 @@ LIMITS: tuple[Limit, ...] = (
         field="cpu_quota",
     ),
     Limit(
+        "cpu_burst", "cpu_time", "TIME", "CPU time an idle group may save up and use at once: 30ms.",
+        "CPU time beyond the quota that an idle group may save up and use at once, as long as the quota's share of a "
+        "period of 100 ms at most: 30ms for 30%.", "30ms",
+        field="cpu_burst", default=0, removable=False, needs="cpu",
+    ),
+    Limit(
         "cpu_weight", "count", "N", "Weight when CPUs are scarce, 1 to 10000; default 100.",
         "Weight against other groups when CPUs are scarce, 1 to 10000; the default is 100.", 50,
         field="cpu_weight", least=1, most=10_000, default=100, removable=False,
@@ -95,7 +102,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(
         "memory_high", "size", "SIZE", "Slow down above this much memory; needs --memory.",
         "Bytes of memory above which allocation is slowed down.", "200M",
-        field="memory_high", least=_PAGE,
+        field="memory_high", least=_PAGE, needs="memory",
     ),
     Limit(
         "expand", "factor", "FACTOR", "Multiply the memory limit when it is hit: 2x; needs --up-to.",

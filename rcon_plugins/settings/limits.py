@@ -16,7 +16,10 @@ from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.conversion import dotted
 from rcon_plugins.settings.limit_table import BY_KEY
 from rcon_plugins.settings.memory import Memory
-from rcon_plugins.settings.units import CpuList, Cpus, Duration, Size, check_a_page, show
+from rcon_plugins.settings.units import CpuList, Cpus, CpuTime, Duration, Size, check_a_page, show
+
+#: CPU quotas hold over periods of this many seconds.
+_CPU_PERIOD = 0.1
 
 
 def _about(key: str) -> Meta:
@@ -56,6 +59,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     cpu: Annotated[Cpus | None, _about("cpu")] = None
+    cpu_burst: Annotated[CpuTime | None, _about("cpu_burst")] = None
     cpu_weight: Annotated[Annotated[int, _range("cpu_weight")] | None, _about("cpu_weight")] = None
     cpus: Annotated[CpuList | None, _about("cpus")] = None
     memory: Annotated[Memory | None, _about("memory")] = None
@@ -81,8 +85,27 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             check_a_page(getattr(self, name), name)
         if self.memory_high is not None:
             self._check_memory_high(self.memory_high)
+        if self.cpu_burst:
+            self._check_cpu_burst(self.cpu_burst)
         for device in self.io:
             _check_device(device)
+
+    def _check_cpu_burst(self, burst: CpuTime) -> None:
+        if self.cpu is None:
+            raise SettingsError(
+                "without cpu there is no quota to go beyond",
+                key="cpu_burst",
+                value=burst,
+                hint='set cpu too, such as "30%", or leave it out',
+            )
+        most = CpuTime(round(self.cpu * _CPU_PERIOD, 6))
+        if burst > most:
+            raise SettingsError(
+                f"{burst} is more than cpu = {self.cpu} allows in a period of 100 ms",
+                key="cpu_burst",
+                value=burst,
+                hint=f'at most "{most}", or raise cpu',
+            )
 
     def _check_memory_high(self, high: Size) -> None:
         if self.memory is not None and self.memory.expands:

@@ -149,6 +149,7 @@ class Duration(WrittenNumber, float):
         "s": Decimal(1),
         "ms": Decimal("0.001"),
     }
+    _may_be_zero: ClassVar[bool] = False
     _longest = Decimal(24 * 24 * 3600)  # poll(2) counts milliseconds in 31 bits: 24.8 days
     _hint = 'write "20s", "500ms", "2m" or "1h"'
 
@@ -162,8 +163,8 @@ class Duration(WrittenNumber, float):
         if not found:
             raise SettingsError(f"{show(value)} is not a length of time", value=value, hint=cls._hint)
         seconds = Decimal(found[1]) * cls._units[found[2]]
-        if not 0 < seconds <= cls._longest:
-            problem = "no time at all" if seconds == 0 else "longer than can be waited for"
+        if (not seconds and not cls._may_be_zero) or seconds > cls._longest:
+            problem = "longer than can be waited for" if seconds else "no time at all"
             raise SettingsError(
                 f"{show(value)} is {problem}", value=value, hint='more than "0s", at most "576h"'
             )
@@ -172,9 +173,16 @@ class Duration(WrittenNumber, float):
     def __str__(self) -> str:
         seconds = _exactly(self)
         for letter, unit in self._units.items():
-            if seconds % unit == 0:
+            if seconds and seconds % unit == 0:
                 return f"{_plain(seconds / unit)}{letter}"
         return f"{_plain(round(seconds * 1000, 6))}ms"
+
+
+class CpuTime(Duration):
+    """CPU time, in seconds: ``"30ms"``; ``"0ms"`` is none."""
+
+    __slots__ = ()
+    _may_be_zero = True
 
 
 class CpuList(Written, str):
@@ -232,6 +240,8 @@ def parse(unit: str, text: str) -> float | int | str:
     match unit:
         case "share":
             return float(Cpus.parse(text))
+        case "cpu_time":
+            return float(CpuTime.parse(text))
         case "size":
             return int(Size.parse(text))
         case "duration":
@@ -247,7 +257,7 @@ def parse(unit: str, text: str) -> float | int | str:
 
 def written(unit: str, value: Any) -> str:
     """A number as a settings file spells it: ``written("size", 67108864)`` is ``"64M"``."""
-    kind = {"share": Cpus, "size": Size, "duration": Duration}.get(unit)
+    kind = {"share": Cpus, "cpu_time": CpuTime, "size": Size, "duration": Duration}.get(unit)
     return str(value if kind is None else kind(value))
 
 

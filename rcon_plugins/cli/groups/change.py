@@ -27,7 +27,7 @@ from rcon_plugins.groups.find import Group, is_gone
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, Resources, change_limits, device_of
 from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD, OPTIONS
 from rcon_plugins.settings.limit_words import IO_KEYS, removes
-from rcon_plugins.settings.units import Size
+from rcon_plugins.settings.units import written
 
 #: How long processes that were killed are waited for, in seconds.
 _KILL_SECONDS = 10.0
@@ -70,10 +70,11 @@ def _asked_for(options: Mapping[str, Any], before: Resources) -> Resources:
     kept = {name: value for name, value in given.items() if name not in removed}
     if removed_io and not kept.keys() & IO_KEYS:
         kept.pop("device", None)
-    if {"memory_high", "swap"} & kept.keys() and "memory" not in given and isinstance(before.memory_max, int):
-        kept["memory"] = str(
-            Size(before.memory_max)
-        )  # what they are checked against, and on v1 swap is a part of
+    for name in [BY_KEY[name].needs for name in kept] + (["memory"] if "swap" in kept else []):
+        # the limit in force is what the new one is checked against; v1 limits swap only together with memory
+        value = getattr(before, BY_KEY[name].field) if name and name not in given else None
+        if isinstance(value, float | int):
+            kept[name] = written(BY_KEY[name].unit, value)
     policy = limits_of(kept)
     try:
         wanted = asked_resources(limits_manager().hook, policy, policy)

@@ -151,3 +151,9 @@ def create_levels(branch: Branch) -> Iterable[tuple[str, str]]:
     """The (parent, child) directories on the way down to ``branch``."""
     directories = [branch.mount.directory(path) for path in levels(branch.path)]
     return itertools.pairwise(directories)
+
+
+def lower_burst(directory: str, name: str, quota: str) -> None:
+    """Make a CPU burst in force fit under a new quota, in microseconds, or the kernel would refuse that (EINVAL)."""
+    if quota.isdigit() and int(files.read_if_there(directory, name) or 0) > int(quota):
+        files.write(directory, name, quota)

@@ -68,6 +68,21 @@ def _controller(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, s
     return None
 
 
+def _cpu_burst(
+    hierarchy: Hierarchy, resources: Resources, _within: Resources | None
+) -> tuple[str, str] | None:
+    mount = hierarchy.mount_of("cpu")
+    if mount is None or not resources.cpu_burst:
+        return None
+    quota, burst = (
+        ("cpu.max", "cpu.max.burst") if mount.version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_burst_us")
+    )
+    for directory in _with_controller(mount.path, quota):
+        if files.read_if_there(directory, burst) is None:
+            return ("this kernel has no CPU burst", "leave cpu_burst out, or boot Linux 5.14 or newer")
+    return None
+
+
 def _cpus(hierarchy: Hierarchy, resources: Resources, within: Resources | None) -> tuple[str, str] | None:
     mount = hierarchy.mount_of("cpuset")
     if mount is None:
@@ -134,4 +149,4 @@ def _io(hierarchy: Hierarchy, resources: Resources, within: Resources | None) ->
     return None
 
 
-_CHECKS = {"cpus": _cpus, "memory_high": _memory_high, "swap_max": _swap, "io": _io}
+_CHECKS = {"cpu_burst": _cpu_burst, "cpus": _cpus, "memory_high": _memory_high, "swap_max": _swap, "io": _io}

@@ -45,6 +45,7 @@ class IoMax(NamedTuple):
 
 class _Limits(NamedTuple):
     cpu_quota: float | Max | None = None
+    cpu_burst: float | None = None
     cpu_weight: int | None = None
     cpus: str | None = None
     memory_max: int | Max | None = None
@@ -59,10 +60,11 @@ class Resources(_Limits):
     """What a cgroup may use. Raises ValueError for a value no kernel takes.
 
     ``cpu_quota`` in CPUs (0.3 is 30 % of one, 1.5 one and a half), held over periods of 100 ms;
-    ``cpu_weight`` 1..10000 relative to siblings (default of the kernel: 100); ``cpus`` a list such as
-    ``"0-1,3"``; ``memory_max``, ``memory_high``, ``swap_max`` in bytes; ``oom_group``: an OOM kill takes
-    the whole cgroup (v2, kernel 4.19; without effect on v1); ``pids_max`` in processes and threads; ``io``
-    per block device. Source: Documentation/admin-guide/cgroup-v2.rst.
+    ``cpu_burst`` in seconds of CPU time that an idle cgroup may save up beyond the quota, at most the quota's
+    share of a period, 0 is none (kernel 5.14); ``cpu_weight`` 1..10000 relative to siblings (default of the
+    kernel: 100); ``cpus`` a list such as ``"0-1,3"``; ``memory_max``, ``memory_high``, ``swap_max`` in bytes;
+    ``oom_group``: an OOM kill takes the whole cgroup (v2, kernel 4.19; without effect on v1); ``pids_max`` in
+    processes and threads; ``io`` per block device. Source: Documentation/admin-guide/cgroup-v2.rst.
     """
 
     __slots__ = ()
@@ -87,6 +89,8 @@ class Resources(_Limits):
         quota = self.cpu_quota
         if quota is not None and quota is not MAX and not SMALLEST_CPU_QUOTA <= quota <= 1_000_000:
             raise ValueError(f"cpu_quota {quota!r} is not between {SMALLEST_CPU_QUOTA} and 1000000 CPUs")
+        if self.cpu_burst is not None and not 0 <= self.cpu_burst <= 1_000_000:
+            raise ValueError(f"cpu_burst {self.cpu_burst!r} is not between 0 and 1000000 seconds")
         if self.cpu_weight is not None and not 1 <= self.cpu_weight <= 10_000:
             raise ValueError(f"cpu_weight {self.cpu_weight!r} is not between 1 and 10000")
         if self.cpus is not None:
@@ -171,6 +175,16 @@ def parse_list(text: str) -> frozenset[int]:
 def number_or_max(text: str) -> int | Max:
     """A count as the kernel spells it: a number or ``max``."""
     return MAX if text == "max" else int(text)
+
+
+def in_microseconds(seconds: float) -> str:
+    """A length of time as the kernel spells it."""
+    return str(round(seconds * 1_000_000))
+
+
+def in_seconds(microseconds: str) -> float:
+    """The inverse of `in_microseconds`."""
+    return int(microseconds) / 1_000_000
 
 
 def cpus_of(quota: int, period: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
-from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, levels
+from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, levels, lower_burst
 from rcon_plugins.kernel.cgroup.device import Device
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.resources import (
@@ -24,6 +24,8 @@ from rcon_plugins.kernel.cgroup.resources import (
     Resources,
     cpus_of,
     format_list,
+    in_microseconds,
+    in_seconds,
     number_or_max,
     pairs_of,
     parse_list,
@@ -70,6 +72,7 @@ def _read_bytes(text: str) -> int | Max:
 
 #: One row for each limit, in the order in which they are written. Quota, swap and ``io`` take more than one file.
 FILES = (
+    LimitFile("cpu_burst", "cpu.cfs_burst_us", in_microseconds, in_seconds),  # kernel 5.14
     LimitFile(
         "cpu_weight", "cpu.shares", lambda weight: str(shares_of(weight)), lambda text: weight_of(int(text))
     ),
@@ -360,6 +363,7 @@ def _pass_cpuset_on(directory: str) -> bool:
 
 def _set_quota(directory: str, quota: int) -> None:
     """Write a CPU quota; on v1 none may be above that of a cgroup around it (EINVAL)."""
+    lower_burst(directory, "cpu.cfs_burst_us", str(quota))
     try:
         return files.write(directory, "cpu.cfs_quota_us", str(quota))
     except KernelError as error:

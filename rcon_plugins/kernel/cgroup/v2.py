@@ -8,7 +8,7 @@ from typing import Any
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
-from rcon_plugins.kernel.cgroup.branch import Branch, create_levels
+from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, lower_burst
 from rcon_plugins.kernel.cgroup.device import Device
 from rcon_plugins.kernel.cgroup.resources import (
     CPU_PERIOD_MICROSECONDS,
@@ -19,6 +19,8 @@ from rcon_plugins.kernel.cgroup.resources import (
     Read,
     Resources,
     cpus_of,
+    in_microseconds,
+    in_seconds,
     number_or_max,
     pairs_of,
     parse_list,
@@ -31,6 +33,7 @@ THREADED = frozenset({"cpu", "cpuset", "pids"})
 #: What a refused write usually means.
 _HINTS = {
     ("io.max", errno.ENODEV): "only whole disks that are present can be limited: see lsblk",
+    ("cpu.max.burst", errno.EINVAL): "at most what the quota allows in one period",
     ("cpuset.cpus", errno.ERANGE): "this machine has no such CPU: see lscpu",
 }
 
@@ -48,6 +51,7 @@ def _read_quota(text: str) -> float | Max:
 #: One row for each limit but ``io``, in the order in which they are written.
 FILES = (
     LimitFile("cpu_quota", "cpu.max", _write_quota, _read_quota),
+    LimitFile("cpu_burst", "cpu.max.burst", in_microseconds, in_seconds),  # kernel 5.14
     LimitFile("cpu_weight", "cpu.weight", str, int),
     LimitFile("cpus", "cpuset.cpus", str, str),
     # high before max: max alone kills what high would have slowed down
@@ -134,6 +138,8 @@ class V2Branch(Branch):
         for name, value in pairs(resources):
             if name.partition(".")[0] not in self.controllers:
                 continue
+            if name == "cpu.max":
+                lower_burst(self.directory, "cpu.max.burst", value.partition(" ")[0])
             try:
                 files.write(self.directory, name, value)
             except KernelError as error:

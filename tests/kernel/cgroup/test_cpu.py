@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -115,3 +116,33 @@ def test_processes_on_more_than_one_cpu(group: Cgroup) -> None:
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one and a half CPUs need two")
 def test_threads_on_more_than_one_cpu(group: Cgroup) -> None:
     judge(lambda: in_threads_of_processes(group, (1.5,), 2))
+
+
+def burn_cpu(seconds: float) -> None:
+    """Use this much CPU time."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        hashlib.sha256(BLOCK).digest()
+
+
+def test_an_idle_group_saves_up_its_burst(group: Cgroup) -> None:
+    """The kernel counts the periods in which a group used more than its quota (cpu.stat, nr_bursts)."""
+    busy = group.child("busy").create()
+    busy.configure(Resources(cpu_quota=0.2, cpu_burst=0.02))
+
+    def alternate() -> int:
+        for _ in range(40):
+            time.sleep(0.25)
+            burn_cpu(0.035)
+            if bursts := bursts_of(busy):
+                return bursts
+        return 0
+
+    with running(busy, alternate) as child:
+        assert child.result() > 0
+
+
+def bursts_of(group: Cgroup) -> int:
+    texts = (Path(directory, "cpu.stat") for directory in group.directories)
+    stat = next(text for path in texts if path.exists() and "nr_bursts" in (text := path.read_text()))
+    return int(dict(line.split() for line in stat.splitlines())["nr_bursts"])

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
-from rcon_plugins.kernel.cgroup import MAX, Cgroup, Device, Hierarchy, IoMax, Resources, device_of
+from rcon_plugins.kernel.cgroup import (
+    MAX,
+    Cgroup,
+    Device,
+    Hierarchy,
+    IoMax,
+    Resources,
+    device_of,
+    read_limits,
+)
 from tests.kernel.cgroup.helpers import DISK, MIB, layout, running, settings_of, sleep_forever, touch
 
 pytestmark = pytest.mark.each_layout
@@ -40,6 +49,7 @@ EXPECTED = {
     "v2": [
         (Resources(cpu_quota=0.3), "cpu.max", "30000 100000"),
         (Resources(cpu_quota=MAX), "cpu.max", "max 100000"),
+        (Resources(cpu_quota=0.3, cpu_burst=0.02), "cpu.max.burst", "20000"),
         (Resources(cpu_weight=321), "cpu.weight", "321"),
         (Resources(cpus="1"), "cpuset.cpus", "1"),
         (Resources(memory_max=32 * MIB), "memory.max", str(32 * MIB)),
@@ -53,6 +63,7 @@ EXPECTED = {
     "v1": [
         (Resources(cpu_quota=0.3), "cpu.cfs_quota_us", "30000"),
         (Resources(cpu_quota=MAX), "cpu.cfs_quota_us", "-1"),
+        (Resources(cpu_quota=0.3, cpu_burst=0.02), "cpu.cfs_burst_us", "20000"),
         (Resources(cpu_weight=200), "cpu.shares", "2048"),
         (Resources(cpus="1"), "cpuset.cpus", "1"),
         (Resources(memory_max=32 * MIB), "memory.limit_in_bytes", str(32 * MIB)),
@@ -63,7 +74,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize(("number"), range(11))
+@pytest.mark.parametrize(("number"), range(12))
 def test_written_as_the_kernel_reads_it(group: Cgroup, number: int) -> None:
     cases = EXPECTED["v2" if layout() == "v2" else "v1"]
     resources, name, value = cases[number % len(cases)]
@@ -84,6 +95,19 @@ def test_io(group: Cgroup) -> None:
         assert settings_of(group, "blkio.throttle.write_bps_device") == f"{disk} {6 * MIB}"
         assert settings_of(group, "blkio.throttle.read_iops_device") == ""
         assert settings_of(group, "blkio.throttle.write_iops_device") == f"{disk} 50"
+
+
+def test_cpu_quota_and_burst_raised_and_lowered(group: Cgroup) -> None:
+    """The kernel refuses a burst above the quota; a lower quota takes the burst along."""
+    for quota, burst in ((0.3, 0.03), (0.1, 0.01), (0.5, 0.02), (1.5, 0.15), (0.5, 0.0), (MAX, 0.0)):
+        group.configure(Resources(cpu_quota=quota, cpu_burst=burst))
+        assert (read_limits(group).cpu_quota, read_limits(group).cpu_burst) == (quota, burst)
+    group.configure(Resources(cpu_quota=0.5, cpu_burst=0.05))
+    group.configure(Resources(cpu_quota=0.2))
+    assert read_limits(group).cpu_burst == 0.02
+    with pytest.raises(KernelError) as caught:
+        group.configure(Resources(cpu_burst=0.03))
+    assert caught.value.errno == errno.EINVAL
 
 
 def test_memory_and_swap_raised_and_lowered_together(group: Cgroup) -> None:

@@ -90,6 +90,18 @@ def test_as_json(command: Cgroup, own: str, capsys: pytest.CaptureFixture[str]) 
     assert told["notes"] == []
 
 
+def test_a_cpu_burst_is_checked_against_the_quota_in_force(
+    command: Cgroup, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = said(capsys, ["set", f"{own}-command", "--cpu-burst", "30ms"])
+    assert "cpu 50%, cpu-burst 30ms, " in out
+    _, err = said(capsys, ["set", f"{own}-command", "--cpu-burst", "60ms"], 2)
+    assert err.startswith("rcon: --cpu-burst: 60ms is more than cpu = 50% allows in a period of 100 ms (")
+    assert read_limits(command).cpu_burst == 0.03
+    out, _ = said(capsys, ["set", f"{own}-command", "--cpu-burst", "0ms"])
+    assert "cpu-burst" not in out
+
+
 def test_io_limits_come_and_go(command: Cgroup, own: str, capsys: pytest.CaptureFixture[str]) -> None:
     disk = device_of(str(DISK))
     out, _ = said(

@@ -79,6 +79,7 @@ def test_nothing_reaches_the_terminal_but_text() -> None:
 def test_limits() -> None:
     limits = Resources(
         cpu_quota=0.3,
+        cpu_burst=0.02,
         cpu_weight=50,
         cpus="0-1",
         memory_max=64 << 20,
@@ -89,6 +90,7 @@ def test_limits() -> None:
     )
     assert limits_in_words(limits) == [
         "cpu 30%",
+        "cpu-burst 20ms",
         "cpu-weight 50",
         "cpus 0-1",
         "memory 64M",
@@ -99,6 +101,7 @@ def test_limits() -> None:
     ]
     assert limits_as_json(limits) == {
         "cpu": 0.3,
+        "cpu_burst": 0.02,
         "cpu_weight": 50,
         "cpus": "0-1",
         "memory": 64 << 20,
@@ -107,7 +110,7 @@ def test_limits() -> None:
         "io": {"254:0": {"read": "max", "write": 5 << 20, "read_iops": 100, "write_iops": "max"}},
         "pids": 16,
     }
-    nothing = Resources(cpu_quota=MAX, cpu_weight=100, memory_max=MAX, pids_max=MAX)
+    nothing = Resources(cpu_quota=MAX, cpu_burst=0, cpu_weight=100, memory_max=MAX, pids_max=MAX)
     assert limits_in_words(nothing) == limits_in_words(Resources()) == []
 
 

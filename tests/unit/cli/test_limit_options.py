@@ -32,12 +32,26 @@ def test_each_limit_of_a_policy_has_an_option() -> None:
 
 def test_options_are_the_policy_file() -> None:
     made = parsed(
-        *("--cpu", "30%", "--cpu-weight", "50", "--cpus", "0", "--memory", "64M", "--memory-high", "48M"),
+        *(
+            "--cpu",
+            "30%",
+            "--cpu-burst",
+            "20ms",
+            "--cpu-weight",
+            "50",
+            "--cpus",
+            "0",
+            "--memory",
+            "64M",
+            "--memory-high",
+            "48M",
+        ),
         *("--swap", "0", "--pids", "8", "--read", "10M", "--write-iops", "7", "--device", "254:0"),
     )
     assert made == Policy.make(
         made.name,
         cpu="30%",
+        cpu_burst="20ms",
         cpu_weight=50,
         cpus="0",
         memory="64M",
@@ -63,6 +77,7 @@ def test_the_device_is_that_of_the_working_directory(
 
 JUNK = {
     "--cpu": ["", "x", "30", "0%", "-5%"],
+    "--cpu-burst": ["", "x", "30", "30%", "-1ms", "10ms"],
     "--cpu-weight": ["", "x", "0", "10001", "-1", "1.5", "9" * 40],
     "--cpus": ["", "x", "3-1", "0-99999", "-1"],
     "--memory": ["", "x", "64MB", "-1", "1", "9" * 19 + "T"],

@@ -14,6 +14,7 @@ from rcon_plugins.settings.limit_table import OPTIONS
 
 LIMITS = {
     "--cpu": ["", "x", "30", "0%"],
+    "--cpu-burst": ["", "x", "30", "30ms"],
     "--cpu-weight": ["", "x", "0", "10001"],
     "--cpus": ["", "x", "3-1", "60000"],
     "--memory": ["", "x", "64MB", "-1", "1"],

@@ -10,6 +10,7 @@ from rcon_plugins.kernel.cgroup.v1 import weight_of
 
 V2 = {
     "cpu.max": "30000 100000",
+    "cpu.max.burst": "20000",
     "cpu.weight": "200",
     "cpuset.cpus": "0-1",
     "memory.max": "67108864",
@@ -22,6 +23,7 @@ V2 = {
 V1 = {
     "cpu.cfs_period_us": "100000",
     "cpu.cfs_quota_us": "30000",
+    "cpu.cfs_burst_us": "20000",
     "cpu.shares": "2048",
     "cpuset.cpus": "0-1",
     "memory.limit_in_bytes": "67108864",
@@ -38,6 +40,7 @@ IO = {
 }
 SAID = {
     "cpu_quota": 0.3,
+    "cpu_burst": 0.02,
     "cpu_weight": 200,
     "cpus": "0-1",
     "memory_max": 64 << 20,

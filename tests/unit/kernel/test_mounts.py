@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rcon_plugins.errors import ControllerUnavailable
@@ -135,3 +137,23 @@ def test_refusals(hierarchy: Hierarchy, resources: Resources, threaded: bool, li
     refusals = hierarchy.refusals(resources, threaded=threaded)
     assert [refusal.limit for refusal in refusals] == limits
     assert all(refusal.reason and refusal.remedy for refusal in refusals)
+
+
+@pytest.mark.parametrize(
+    ("version", "quota", "burst"),
+    [(2, "cpu.max", "cpu.max.burst"), (1, "cpu.cfs_quota_us", "cpu.cfs_burst_us")],
+)
+def test_a_kernel_without_cpu_burst_is_refused(tmp_path: Path, version: int, quota: str, burst: str) -> None:
+    hierarchy = Hierarchy.of([Mount(version, str(tmp_path), controllers=frozenset({"cpu"}))])
+    (tmp_path / "system.slice").mkdir()
+    (tmp_path / "system.slice" / quota).touch()
+    resources = Resources(cpu_quota=0.3, cpu_burst=0.02)
+    (refusal,) = hierarchy.refusals(resources)
+    assert refusal == (
+        "cpu_burst",
+        "this kernel has no CPU burst",
+        "leave cpu_burst out, or boot Linux 5.14 or newer",
+    )
+    assert hierarchy.refusals(resources.replaced(cpu_burst=0.0)) == []
+    (tmp_path / "system.slice" / burst).touch()
+    assert hierarchy.refusals(resources) == []

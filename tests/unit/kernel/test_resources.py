@@ -15,6 +15,7 @@ from rcon_plugins.kernel.cgroup.resources import format_list, parse_list
 DISK = Device(254, 0)
 EVERYTHING = Resources(
     cpu_quota=0.3,
+    cpu_burst=0.02,
     cpu_weight=200,
     cpus="0-1",
     memory_max=64 << 20,
@@ -27,6 +28,7 @@ EVERYTHING = Resources(
 def test_v2_pairs() -> None:
     assert v2.pairs(EVERYTHING) == [
         ("cpu.max", "30000 100000"),
+        ("cpu.max.burst", "20000"),
         ("cpu.weight", "200"),
         ("cpuset.cpus", "0-1"),
         ("memory.max", "67108864"),
@@ -40,6 +42,7 @@ def test_v1_pairs() -> None:
     assert v1.pairs(EVERYTHING) == [
         ("cpu.cfs_period_us", "100000"),
         ("cpu.cfs_quota_us", "30000"),
+        ("cpu.cfs_burst_us", "20000"),
         ("cpu.shares", "2048"),
         ("cpuset.cpus", "0-1"),
         ("memory.limit_in_bytes", "67108864"),
@@ -110,6 +113,7 @@ def test_shares(weight: int, shares: int) -> None:
         {"cpu_quota": -1.0},
         {"cpu_quota": float("nan")},
         {"cpu_quota": 0.001},
+        {"cpu_burst": -0.01},
         {"cpu_weight": 0},
         {"cpu_weight": 10_001},
         {"cpus": ""},

@@ -42,6 +42,7 @@ def test_help_fits_a_line_and_the_example_is_valid(limit: Limit) -> None:
     ("key", "text", "value"),
     [
         ("cpu", "150%", 1.5),
+        ("cpu_burst", "30ms", 0.03),
         ("cpus", "0,1", "0-1"),
         ("memory", "64M", 64 << 20),
         ("swap", "0", 0),
