@@ -11,7 +11,7 @@ import click
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.settings.file import check_cgroup
-from rcon_plugins.tree.nested import own_place
+from rcon_plugins.tree.nested import own_location
 
 #: The variable that names it for all commands of a shell; an option, or a settings file, comes before it.
 VARIABLE = "RCON_CGROUP"
@@ -39,8 +39,8 @@ def named_base(option: str | None, setting: str | None = None) -> str | None:
     variable = os.environ.get(VARIABLE)
     if not variable:
         return None
-    place = own_place(Hierarchy.discover())
-    return None if place is not None and place.boundary is not None else _checked(VARIABLE, variable)
+    location = own_location(Hierarchy.discover())
+    return None if location is not None and location.boundary is not None else _checked(VARIABLE, variable)
 
 
 def _checked(where: str, path: str) -> str:

@@ -123,7 +123,7 @@ def run(order: Order, hierarchy: Hierarchy, base: str | None = None) -> Ended:
     Terminal, job control and signals reach the command as if it had been executed in place of the calling process,
     whose standard input and output are closed when this returns (and all it was given but ``order.keep``). If the
     calling process is killed, the kernel kills the command; what else is in the group stays within its limits until
-    `rcon_plugins.tree.dead.collect` ends it.
+    `rcon_plugins.tree.garbage.collect` ends it.
 
     Raises `NotRun`, `KernelError`, `DelegationError`, and what ``become`` raises: nothing ran then, nothing is left.
     """

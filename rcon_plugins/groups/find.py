@@ -1,6 +1,6 @@
 """Groups as commands see them: what is confined on this machine, by whom, within which limits, and what it uses.
 
-A group is ``work/<name>``, ``host/<name>`` or ``taken/<name>`` of any instance in the visible cgroup tree: of a
+A group is ``work/<name>``, ``host/<name>`` or ``attached/<name>`` of any instance in the visible cgroup tree: of a
 server, of a command, of a program with ``with confine(…)``; nested ones too, and other users' as far as they can be
 read. All of it is looked up when asked; nothing is kept.
 """
@@ -30,9 +30,9 @@ from rcon_plugins.kernel.cgroup.statistics import (
 from rcon_plugins.kernel.proc import Process
 from rcon_plugins.tree.survey import INSTANCE_NAME, survey
 
-#: ``work``: in processes, ended with the instance. ``host``: threads of the server itself. ``taken``: processes that
-#: ran before, and are put back.
-Kind = Literal["work", "host", "taken"]
+#: ``work``: processes that end with the instance. ``host``: threads of the server itself. ``attached``: processes that
+#: ran before, and are moved back in the end.
+Kind = Literal["work", "host", "attached"]
 
 #: The leaf in which a command runs, beside which there may be instances within (see docs/reference/kernel.md).
 MAIN = "main"
@@ -171,7 +171,7 @@ def find_group(name: str, groups: Iterable[Group] | None = None) -> Group:
     """The group of this name, among all or among ``groups``.
 
     ``name`` is that of the group where it is the only one, else ``rcon-<pid>-<start>/<name>``, or with ``work``,
-    ``host`` or ``taken`` between the two. Raises `UnknownGroup`, also where it names several.
+    ``host`` or ``attached`` between the two. Raises `UnknownGroup`, also where it names several.
     """
     known = list(find_groups().groups if groups is None else groups)
     matching = [group for group in known if name in _names(group)]

@@ -1,8 +1,8 @@
-"""Running processes, taken into a group with limits and put back: what ``rcon attach`` does.
+"""Attach running processes to a group with limits, and release them: ``rcon attach``.
 
-A watcher, a small process that outlives the command and its terminal, owns the instance. It waits for the processes to
-end and removes the group then; told to end itself (SIGTERM), it puts them back first. If it is killed, the next start
-or ``rcon gc`` puts them back: they are never ended.
+A watcher (`attach_watcher`), a small process that outlives the command and its terminal, owns the instance. It waits
+for the processes to end and then removes the group. On SIGTERM it first moves them back to where they came from. If it
+is killed, the next start or ``rcon gc`` moves them back. Attached processes are never killed.
 """
 
 from __future__ import annotations
@@ -19,130 +19,126 @@ from typing import NamedTuple, NoReturn
 from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
-from rcon_plugins.kernel.proc import (
-    inherited_descriptors,
-    is_kernel_thread,
-    parents,
-    process_of,
-    read_process,
-)
 from rcon_plugins.tree import attach_watcher, previous_cgroups
 from rcon_plugins.tree.instance import Instance
+from rcon_plugins.tree.previous_cgroups import PreviousCgroups
 from rcon_plugins.tree.survey import INSTANCE_NAME
 
-#: How long processes that go on forking are taken in again.
-_TRIES = 20
+#: How often the processes that were forked meanwhile are attached, too.
+_ATTEMPTS = 20
 
 
 class AttachRefused(RconError):
-    """Raised when one of the processes cannot be taken; nothing was."""
+    """Raised when a process cannot be attached. Then none is."""
 
 
 class AttachRequest(NamedTuple):
-    """What to take, and into what.
+    """The processes to attach, and the ``group`` for them.
 
-    ``configure`` writes the limits to its ``cgroup``. ``attend`` begins, before any process is in it, what goes on in
-    threads of the watcher until the group goes, and returns what ends that.
+    ``configure`` writes the limits to its argument ``cgroup``. ``children``: attach all descendants, too. ``monitor``
+    is called with the group before any process is in it; it may start threads in the watcher, and returns the function
+    that stops them.
     """
 
     pids: tuple[int, ...]
     group: str
     configure: Callable[..., object]
     children: bool = False
-    attend: Callable[[Cgroup], Callable[[], object]] | None = None
+    monitor: Callable[[Cgroup], Callable[[], object]] | None = None
 
 
 def check(pids: Iterable[int], hierarchy: Hierarchy) -> None:
-    """Raise `AttachRefused`, with the remedy, for the first that cannot be taken by this process."""
+    """Raise `AttachRefused`, with the remedy, for the first process that this one cannot attach."""
     for pid in pids:
         if pid == os.getpid():
-            raise AttachRefused(f"{pid} is rcon itself (name the process to hold down; $$ is the shell)")
+            raise AttachRefused(f"process {pid} is rcon itself (name another process; $$ is the shell)")
         if pid == 1:
-            raise AttachRefused("1 is init, which starts all others (name the processes to hold down)")
-        found = read_process(pid)
+            raise AttachRefused("process 1 is init, which starts all others (name another process)")
+        found = proc.read_process(pid)
         if found is None or proc.start_time(pid) is None:
             raise AttachRefused(f"there is no process {pid}, or it has ended (ps -e lists them)")
-        if is_kernel_thread(pid):
-            raise AttachRefused(f"{pid} {found.command} is a thread of the kernel (name a process)")
-        if process_of(pid) != pid:
-            raise AttachRefused(f"{pid} is a thread of process {process_of(pid)} (name that)")
+        if proc.is_kernel_thread(pid):
+            raise AttachRefused(f"{pid} {found.command} is a kernel thread (name a process)")
+        if proc.process_of(pid) != pid:
+            raise AttachRefused(f"{pid} is a thread of process {proc.process_of(pid)} (name the process)")
         if os.geteuid() not in (0, found.uid):
-            raise AttachRefused(f"{pid} is another user's (run rcon as root)")
-        _check_place(pid, hierarchy)
+            raise AttachRefused(f"process {pid} belongs to another user (run rcon as root)")
+        _check_cgroups(pid, hierarchy)
 
 
-def _check_place(pid: int, hierarchy: Hierarchy) -> None:
+def _check_cgroups(pid: int, hierarchy: Hierarchy) -> None:
     try:
-        place = previous_cgroups.place_of(pid, hierarchy.cgroup("/"))
+        paths = previous_cgroups.cgroups_of(pid, hierarchy.cgroup("/"))
     except KernelError as error:
         raise AttachRefused(str(error)) from None
     inside = next(
-        (path for path in place.values() if any(map(INSTANCE_NAME.fullmatch, path.split("/")))), None
+        (path for path in paths.values() if any(map(INSTANCE_NAME.fullmatch, path.split("/")))), None
     )
     if inside is not None:
         raise AttachRefused(
-            f"{pid} is in a group already: {inside} (rcon set changes its limits, rcon attach --release lets it go)"
+            f"process {pid} is in a group already: {inside} (rcon set changes its limits, "
+            "rcon attach --release releases it)"
         )
 
 
-def staying(pids: Iterable[int], hierarchy: Hierarchy) -> list[int]:
-    """Those that this user may take, and not put back to where they are now."""
+def not_restorable(pids: Iterable[int], hierarchy: Hierarchy) -> list[int]:
+    """Return the processes that this user may attach, but not move back to their present cgroups."""
     if os.geteuid() == 0:
         return []
     mounts = {mount.path: mount for mount in hierarchy.limit_mounts}
     found = []
     for pid in pids:
         try:
-            place = previous_cgroups.place_of(pid, hierarchy.cgroup("/"))
+            paths = previous_cgroups.cgroups_of(pid, hierarchy.cgroup("/"))
         except KernelError:
-            continue  # it has ended, as who takes it will find
-        places = [f"{mounts[at].directory(path)}/cgroup.procs" for at, path in place.items() if at in mounts]
-        if not all(os.access(file, os.W_OK) for file in places):
+            continue  # it has ended, and `attach` refuses it
+        targets = [f"{mounts[at].directory(path)}/cgroup.procs" for at, path in paths.items() if at in mounts]
+        if not all(os.access(target, os.W_OK) for target in targets):
             found.append(pid)
     return found
 
 
-def take(wish: AttachRequest, hierarchy: Hierarchy, base: str | None = None) -> list[int]:
-    """Take them all, or none, and leave a watcher behind; those that were taken.
+def attach(request: AttachRequest, hierarchy: Hierarchy, base: str | None = None) -> list[int]:
+    """Attach all processes, or none, and leave a watcher behind; return the processes that were attached.
 
-    Raises `AttachRefused`, `KernelError`, and what ``configure`` raises.
+    Raises `AttachRefused`, `KernelError`, and what ``configure`` and ``monitor`` raise.
     """
-    check(wish.pids, hierarchy)
-    ours, theirs = os.pipe()
+    check(request.pids, hierarchy)
+    reading, writing = os.pipe()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     pid = os.fork()
     if pid == 0:
-        os.close(ours)
-        _become_watcher(wish, hierarchy, base, theirs)
-    os.close(theirs)
-    answer = b""
-    while piece := os.read(ours, 65536):
-        answer += piece
-    os.close(ours)
+        os.close(reading)
+        _become_watcher(request, hierarchy, base, writing)
+    os.close(writing)
+    data = b""
+    while piece := os.read(reading, 65536):
+        data += piece
+    os.close(reading)
     import pickle
 
-    result = pickle.loads(answer) if answer else KernelError("the watcher ended", path="fork")  # noqa: S301 - our fork
+    result = pickle.loads(data) if data else KernelError("the watcher ended", path="fork")  # noqa: S301 - our fork
     if isinstance(result, BaseException):
-        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
+        with contextlib.suppress(ChildProcessError):  # with SIGCHLD ignored, the kernel has reaped it
             os.waitpid(pid, 0)
         raise result
-    taken: list[int] = result
-    return taken
+    attached: list[int] = result
+    return attached
 
 
-def _become_watcher(wish: AttachRequest, hierarchy: Hierarchy, base: str | None, pipe: int) -> NoReturn:
+def _become_watcher(request: AttachRequest, hierarchy: Hierarchy, base: str | None, pipe: int) -> NoReturn:
     import pickle
 
     try:
         os.setsid()
-        # The end of the terminal is nothing to us; and nothing may end us half way.
+        # The terminal may go away, and no signal may end this process half way.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, attach_watcher.HEARD)
+        signal.pthread_sigmask(signal.SIG_BLOCK, attach_watcher.SIGNALS)
         instance = Instance.create(hierarchy, base)
         try:
-            group, pids, end = _fill(wish, instance)
+            group, pids, stop = _fill(request, instance)
         except BaseException:
             previous_cgroups.forget(attach_watcher.name_of(instance))
             instance.close()
@@ -154,87 +150,93 @@ def _become_watcher(wish: AttachRequest, hierarchy: Hierarchy, base: str | None,
         try:
             os.write(pipe, pickle.dumps(pids))
         except OSError:
-            # Who asked was interrupted, and knows of nothing that was taken.
-            attach_watcher.let_go(instance, group)
+            # The command was interrupted, and reports nothing as attached.
+            attach_watcher.release(instance, group)
             raise
         os.close(pipe)
-        for descriptor in inherited_descriptors():
+        for descriptor in proc.inherited_descriptors():
             os.close(descriptor)
-        _settle(instance, group, end)
-    except BaseException as error:  # noqa: BLE001 - the end of this process: who started it is told, whatever it was
+        _watch(instance, group, stop)
+    except BaseException as error:  # noqa: BLE001 - the end of this process: its parent raises the error
         with contextlib.suppress(OSError):
             os.write(pipe, pickle.dumps(error))
     finally:
         os._exit(1)
 
 
-def _fill(wish: AttachRequest, instance: Instance) -> tuple[Cgroup, list[int], Callable[[], object] | None]:
+def _fill(
+    request: AttachRequest, instance: Instance
+) -> tuple[Cgroup, list[int], Callable[[], object] | None]:
     if instance.needs_adoption:
         instance.adopt()
-    group = instance.taken(wish.group)
+    group = instance.attached(request.group)
     group.create()
-    known = previous_cgroups.Origins({})
-    end = None
+    previous = PreviousCgroups({})
+    stop = None
     try:
-        wish.configure(cgroup=group)
-        if wish.attend is not None:
-            end = wish.attend(group)
-        _move(wish, group, known, attach_watcher.name_of(instance))
+        request.configure(cgroup=group)
+        if request.monitor is not None:
+            stop = request.monitor(group)
+        _move(request, group, previous, attach_watcher.name_of(instance))
     except BaseException as error:
-        if end is not None:
-            end()
-        previous_cgroups.restore(group, known)
+        if stop is not None:
+            stop()
+        previous_cgroups.restore(group, previous)
         if isinstance(error, KernelError) and error.errno == errno.ESRCH:
-            raise AttachRefused(f"{error} (none was taken)") from None
+            raise AttachRefused(f"{error} (no process was attached)") from None
         raise
-    return group, sorted(pid for pid, _ in known.places), end
+    return group, sorted(pid for pid, _ in previous.by_process), stop
 
 
-def _move(wish: AttachRequest, group: Cgroup, known: previous_cgroups.Origins, instance: str) -> None:
-    pending = list(wish.pids)
-    for _ in range(_TRIES):
+def _move(request: AttachRequest, group: Cgroup, previous: PreviousCgroups, instance: str) -> None:
+    pending = list(request.pids)
+    for _ in range(_ATTEMPTS):
         for pid in pending:
             started = proc.start_time(pid)
-            place = previous_cgroups.place_of(pid, group)
+            paths = previous_cgroups.cgroups_of(pid, group)
             if started is None:
                 raise KernelError(f"process {pid} has ended", errno=errno.ESRCH)
-            known.places[pid, started] = place
-        previous_cgroups.save(instance, known)
+            previous.by_process[pid, started] = paths
+        previous_cgroups.save(instance, previous)
         for pid in pending:
             try:
                 group.attach(pid)
             except KernelError as error:
-                if error.errno == errno.ESRCH and pid not in wish.pids:
-                    continue  # a child that ended meanwhile
+                if error.errno == errno.ESRCH and pid not in request.pids:
+                    continue  # a descendant that ended meanwhile
                 if error.errno == errno.ESRCH:
                     raise KernelError(f"process {pid} has ended", errno=errno.ESRCH) from None
                 raise
-        # One that was about to fork has a child outside now; so also without --children.
+        # A process that was about to fork has a child outside of the group now.
         inside = set(group.processes())
         pending = [
             pid
-            for pid in (_descendants(inside) if wish.children else set[int]())
+            for pid in (_descendants(inside) if request.children else set[int]())
             if pid not in inside and proc.start_time(pid) is not None
         ]
         if not pending:
             return
-    raise AttachRefused("they fork faster than they can be taken (rcon kill, or SIGSTOP them first)")
+    raise AttachRefused(
+        "the processes fork faster than they can be attached (stop them first: kill -STOP PID, or end them: kill PID)"
+    )
 
 
 def _descendants(pids: set[int]) -> set[int]:
-    """All below them, but this process and who started it."""
-    of = parents()
-    mine = {os.getpid(), os.getppid()}
+    """Return all descendants, except this process and its parent."""
+    parent_of = proc.parents()
+    excluded = {os.getpid(), os.getppid()}
     found = set(pids)
-    while more := {pid for pid, parent in of.items() if parent in found and pid not in found} - mine:
+    while (
+        more := {pid for pid, parent in parent_of.items() if parent in found and pid not in found} - excluded
+    ):
         found |= more
     return found - pids
 
 
-def _settle(instance: Instance, group: Cgroup, end: Callable[[], object] | None) -> NoReturn:
-    """Go on as the watcher: in an interpreter that has loaded nothing else, so that it is small, but for ``end``."""
-    if not instance.needs_adoption and end is None:
-        words = [
+def _watch(instance: Instance, group: Cgroup, stop: Callable[[], object] | None) -> NoReturn:
+    """Go on as the watcher: executed anew, to be small, unless ``stop`` ends threads that must run on."""
+    if not instance.needs_adoption and stop is None:
+        command = [
             sys.executable,
             "-I",
             "-S",
@@ -244,28 +246,32 @@ def _settle(instance: Instance, group: Cgroup, end: Callable[[], object] | None)
             group.name,
         ]
         with contextlib.suppress(OSError):
-            os.execv(sys.executable, words)  # noqa: S606  no shell, on purpose
-    attach_watcher.watch(instance, group, end)
+            os.execv(sys.executable, command)  # noqa: S606  no shell, on purpose
+    attach_watcher.watch(instance, group, stop)
     os._exit(0)
 
 
-# -- letting go
+# -- release
 
 
 def release_group(group: Cgroup, instance: str, timeout: float = 10.0) -> None:
-    """Have all that is in a group put back where it was, by its watcher if that lives, and the group removed.
+    """Move all processes of a group back to where they came from, and remove it; its watcher does that if it lives.
 
-    Raises KernelError, ETIMEDOUT where the watcher does not do it, EACCES for what another user only calls so.
+    Raises KernelError: ETIMEDOUT if the watcher does not, EACCES if another user owns the group.
     """
     pid = int(instance.split("-")[1])
-    uid = previous_cgroups.stranger(group)
-    watching = read_process(pid)
-    if uid is not None and (watching is None or watching.uid != uid):
-        raise _not_ours(group, uid)
-    if not _tell(instance, signal.SIGTERM):
-        staying = previous_cgroups.restore(group, previous_cgroups.load(instance))
-        if staying:
-            raise KernelError(f"processes {staying} stay in {group.path}", errno=errno.EBUSY, path=group.path)
+    uid = previous_cgroups.other_owner(group)
+    watcher = proc.read_process(pid)
+    if uid is not None and (watcher is None or watcher.uid != uid):
+        raise _not_permitted(group, uid)
+    if not _signal(instance, signal.SIGTERM):
+        remaining = previous_cgroups.restore(group, previous_cgroups.load(instance))
+        if remaining:
+            raise KernelError(
+                f"processes {remaining} of {group.path} cannot be moved back",
+                errno=errno.EBUSY,
+                path=group.path,
+            )
         group.delete()
         previous_cgroups.forget(instance)
         return
@@ -273,7 +279,7 @@ def release_group(group: Cgroup, instance: str, timeout: float = 10.0) -> None:
     while any(os.path.isdir(directory) for directory in group.directories):
         if time.monotonic() > deadline:
             raise KernelError(
-                f"the watcher {pid} of {group.path} has not put its processes back within {timeout:g} s",
+                f"the watcher {pid} of {group.path} did not move its processes back within {timeout:g} s",
                 errno=errno.ETIMEDOUT,
                 path=group.path,
                 hint=f"kill -9 {pid}; rcon gc",
@@ -282,25 +288,25 @@ def release_group(group: Cgroup, instance: str, timeout: float = 10.0) -> None:
 
 
 def release_process(pid: int, group: Cgroup, instance: str) -> None:
-    """Put one process back where it was; its watcher ends when it was the last. Raises KernelError."""
-    uid = previous_cgroups.stranger(group)
+    """Move one process back to where it came from; the watcher ends after the last one. Raises KernelError."""
+    uid = previous_cgroups.other_owner(group)
     if uid is not None:
-        raise _not_ours(group, uid)
+        raise _not_permitted(group, uid)
     previous_cgroups.restore(group, previous_cgroups.load(instance), [pid])
-    _tell(instance, signal.SIGUSR1)
+    _signal(instance, signal.SIGUSR1)
 
 
-def _not_ours(group: Cgroup, uid: int) -> KernelError:
+def _not_permitted(group: Cgroup, uid: int) -> KernelError:
     return KernelError(
-        f"{group.path} is of uid {uid}, who can say where its processes were",
+        f"{group.path} belongs to uid {uid}, and only that user knows where its processes came from",
         errno=errno.EACCES,
         path=group.path,
         hint="release them as that user",
     )
 
 
-def _tell(instance: str, number: int) -> bool:
-    """Signal the watcher of an instance; False where it is dead."""
+def _signal(instance: str, number: int) -> bool:
+    """Signal the watcher of an instance; return False if it is dead."""
     _, pid, started = instance.split("-")[:3]
     try:
         descriptor = os.pidfd_open(int(pid))

@@ -1,7 +1,7 @@
-"""The watcher of a group of running processes that were taken: what ``rcon attach`` leaves behind. Also a program.
+"""The watcher of an attached group: the process that ``rcon attach`` leaves behind. Also a program.
 
-It owns the instance, waits for the processes to end and removes the group. Told to end itself (SIGTERM), it puts them
-back first; if it is killed, the next start or ``rcon gc`` puts them back.
+It owns the instance, waits for the processes to end, and removes the group. On SIGTERM it first moves the processes
+back to where they came from. If it is killed, the next start or ``rcon gc`` does that.
 """
 
 from __future__ import annotations
@@ -13,62 +13,62 @@ import signal
 import sys
 from collections.abc import Callable
 
-if __name__ == "__main__":  # by path, in an interpreter that knows nothing but its own library
+if __name__ == "__main__":  # executed by path, in an isolated interpreter
     sys.path.insert(0, __file__.rsplit("/", 3)[0])
 
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from rcon_plugins.tree import previous_cgroups
 from rcon_plugins.tree.instance import Instance
 
-#: SIGTERM asks it to put all back and end, SIGUSR1 to look again. Blocked in who becomes it.
-HEARD = (signal.SIGTERM, signal.SIGUSR1)
-#: Milliseconds after which it looks again, should a process be listed that has ended.
+#: SIGTERM: move all processes back and end. SIGUSR1: check the group again. Blocked before a process becomes a watcher.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+#: How long to wait before checking again while an ended process is still listed, milliseconds.
 _PAUSE = 100
 
 
 def main(base: str, name: str, group: str) -> None:
-    """Watch over a group of the instance that this very process made before it executed this."""
+    """Watch a group of the instance that this process made before it executed this program."""
     instance = Instance(Hierarchy.discover().narrowed(base), base, name, None)
-    watch(instance, instance.taken(group))
+    watch(instance, instance.attached(group))
 
 
 def name_of(instance: Instance) -> str:
-    """``rcon-<pid>-<starttime>``."""
+    """Return ``rcon-<pid>-<starttime>``."""
     return instance.path.rpartition("/")[2]
 
 
-def watch(instance: Instance, group: Cgroup, end: Callable[[], object] | None = None) -> None:
-    """Wait until nothing is in the group, or SIGTERM comes; put back what is left, and remove all. KernelError.
+def watch(instance: Instance, group: Cgroup, stop: Callable[[], object] | None = None) -> None:
+    """Wait until the group is empty or SIGTERM arrives; move back what is left, and remove everything. KernelError.
 
-    ``end`` ends what was done to the group in other threads meanwhile.
+    ``stop`` is called first: it ends the threads that monitor the group.
     """
-    bell, rope = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(rope, warn_on_full_buffer=False)
-    for number in HEARD:
+    wakeup, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in SIGNALS:
         signal.signal(number, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
-    heard = b""
-    while signal.SIGTERM not in heard and (pids := set(group.processes(subtree=True)) - {0}):
-        _wait_for(min(pids), bell)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    received = b""
+    while signal.SIGTERM not in received and (pids := set(group.processes(subtree=True)) - {0}):
+        _wait_for(min(pids), wakeup)
         with contextlib.suppress(BlockingIOError):
-            heard = os.read(bell, 4096)
-    if end is not None:
-        end()
-    let_go(instance, group)
+            received = os.read(wakeup, 4096)
+    if stop is not None:
+        stop()
+    release(instance, group)
 
 
-def let_go(instance: Instance, group: Cgroup) -> None:
-    """Put back what is in the group, and remove all. KernelError."""
+def release(instance: Instance, group: Cgroup) -> None:
+    """Move the processes of the group back to where they came from, and remove everything. Raises KernelError."""
     if not previous_cgroups.restore(group, previous_cgroups.load(name_of(instance))):
         group.delete()
         previous_cgroups.forget(name_of(instance))
     instance.close()
 
 
-def _wait_for(pid: int, bell: int) -> None:
-    """Until the process has ended, or the bell rings."""
+def _wait_for(pid: int, wakeup: int) -> None:
+    """Wait until the process has ended, or ``wakeup`` is readable."""
     waiting = select.poll()
-    waiting.register(bell, select.POLLIN)
+    waiting.register(wakeup, select.POLLIN)
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -78,7 +78,7 @@ def _wait_for(pid: int, bell: int) -> None:
         waiting.register(descriptor, select.POLLIN)
         if any(ready == descriptor for ready, _ in waiting.poll()):
             waiting.unregister(descriptor)
-            waiting.poll(_PAUSE)  # it is listed until it is reaped
+            waiting.poll(_PAUSE)  # the cgroup lists it until it is reaped
     finally:
         os.close(descriptor)
 

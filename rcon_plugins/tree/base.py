@@ -45,17 +45,17 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
             path=hierarchy.limit_mounts[0].path,
             hint="mount them anew in the namespace (unshare --cgroup --mount), or start this outside of it",
         )
-    place = nested.own_place(hierarchy)
-    if place is not None and place.boundary is not None:
-        return _inside(hierarchy, place, setting)
+    location = nested.own_location(hierarchy)
+    if location is not None and location.boundary is not None:
+        return _inside(hierarchy, location, setting)
     if setting is not None:
         return _prepare(hierarchy, check_path(setting))
-    if place is not None and place.base is not None and _is_writable(hierarchy, place.base):
-        return place.base
-    if place is None and (found := given(hierarchy)) is not None:
+    if location is not None and location.base is not None and _is_writable(hierarchy, location.base):
+        return location.base
+    if location is None and (found := given(hierarchy)) is not None:
         return found
     own, refused = own_cgroup(hierarchy), None
-    if ask is not None and place is None and hierarchy.layout == "v2" and not _read_only(hierarchy):
+    if ask is not None and location is None and hierarchy.layout == "v2" and not _read_only(hierarchy):
         _check_may_leave(hierarchy, own)
         try:
             ask()
@@ -195,10 +195,10 @@ def own_cgroup(hierarchy: Hierarchy) -> str | None:
     return paths.pop() if len(paths) == 1 else None
 
 
-def _inside(hierarchy: Hierarchy, place: nested.Place, setting: str | None) -> str:
+def _inside(hierarchy: Hierarchy, location: nested.Location, setting: str | None) -> str:
     """The base of a process that is held to limits: inside of what holds it, or refused."""
-    group = place.boundary or "/"
-    base = place.base if setting is None else check_path(setting)
+    group = location.boundary or "/"
+    base = location.base if setting is None else check_path(setting)
     if setting is not None and not nested.is_within(setting, group):
         raise DelegationError(
             f"{setting} is outside of {group}, whose limits hold for this process",

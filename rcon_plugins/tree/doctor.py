@@ -189,7 +189,7 @@ def _ways_in(instance: Instance, leaf: Cgroup) -> Iterator[Finding]:
     )
     yield _attempt("works", "inline", lambda: _inline(instance), "isolation = inline and thread, confine()")
     try:
-        previous_cgroups.check_room()
+        previous_cgroups.check_writable()
     except KernelError as error:
         yield Finding("works", "attach", "absent", f"rcon attach: {error.problem}", error.hint)
     else:

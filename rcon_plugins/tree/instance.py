@@ -16,7 +16,7 @@ from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, mounts, v2
 from rcon_plugins.tree import systemd
 from rcon_plugins.tree.base import find_base, own_cgroup, remove_root_base
-from rcon_plugins.tree.dead import collect, processes_leave, work_of_the_dead
+from rcon_plugins.tree.garbage import collect, running_work, wait_until_empty
 
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 #: How often to begin again because another server's end took the base away.
@@ -146,9 +146,9 @@ class Instance:
         """``work/<name>/<leaf>``: the place of one executor process. ValueError for what is no name."""
         return self.policy_cgroup(name).child(leaf)
 
-    def taken(self, name: str) -> Cgroup:
-        """``taken/<name>``: running processes that were taken from elsewhere. ValueError for what is no name."""
-        return self._root.child("taken", shared=True).child(name)
+    def attached(self, name: str) -> Cgroup:
+        """Return ``attached/<name>``, the group of running processes that were moved there. Raises ValueError."""
+        return self._root.child("attached", shared=True).child(name)
 
     def threaded(self, name: str) -> Cgroup:
         """``host/<name>``, to be entered by threads. On v2 the process has to be adopted first.
@@ -252,7 +252,7 @@ class Instance:
         deadline = time.monotonic() + timeout
         while orphans := [
             *filter(self._is_orphaned, self._leaves()),
-            *work_of_the_dead(self.hierarchy, self.base),
+            *running_work(self.hierarchy, self.base),
         ]:
             for leaf in orphans:
                 leaf.kill_once()
@@ -308,10 +308,10 @@ class Instance:
         self._work.kill(timeout)
         self._work.delete(recursive=True)
         self.release()
-        if processes_leave(self._host):
+        if wait_until_empty(self._host):
             return False
         self._host.delete(recursive=True)
-        if self._root.child("taken").processes(subtree=True):
+        if self._root.child("attached").processes(subtree=True):
             return False
         gone = self._root.delete(recursive=True)
         if gone:

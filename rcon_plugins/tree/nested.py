@@ -1,6 +1,7 @@
-"""Inside of a group that holds a process to limits: where its own groups may be. The inner can only narrow.
+"""Nested instances: where a process that is held to the limits of a group may make its own cgroups.
 
-The tree recognised here is the one that :class:`~rcon_plugins.tree.instance.Instance` makes (docs/reference/kernel.md).
+The inner instance can only narrow: everything it makes must be inside of the group. The tree recognised here is the one
+that :class:`~rcon_plugins.tree.instance.Instance` makes (docs/reference/kernel.md).
 """
 
 from __future__ import annotations
@@ -17,28 +18,30 @@ from rcon_plugins.tree.survey import INSTANCE_NAME
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
 
-#: In a group that is made to have others beside it: where its own processes are.
+#: The leaf of a group for its own processes; instances may be beside it.
 MAIN = "main"
 
 
-class Place(NamedTuple):
-    """What the path of a process inside of an instance says.
+class Location(NamedTuple):
+    """Where a process is, as its cgroup path tells.
 
-    ``base`` is where a tree of its own may be: None where that cannot be anywhere. ``boundary`` is the
-    group whose limits hold for the process: nothing it makes may be outside. None: it has no limits.
+    ``base`` is the cgroup in which it may make its own instance; None if there is none. ``boundary`` is the group whose
+    limits hold for it: it may make nothing outside. None: no limits hold.
     """
 
     base: str | None
     boundary: str | None
 
 
-def place_of(path: str) -> Place | None:
-    """The place of a process that is in the cgroup ``path``; None outside of any instance.
+def location_of(path: str) -> Location | None:
+    """Return the location of a process in the cgroup ``path``; None outside of every instance.
 
-    - in ``host/``: the server's own, beside whose tree another may be
-    - in ``work/<group>/main`` or ``taken/<group>/main``: the group, which has nothing in it but cgroups
-    - in any other leaf, that of an executor too: that leaf, as its limits are its own
-    - in ``host/<group>``: threads; a process that one of them started cannot have a tree there
+    The base and boundary are:
+
+    - in ``host/``: the base of the server; another instance may be beside the server's
+    - in ``work/<group>/main`` or ``attached/<group>/main``: the group, which contains nothing but cgroups
+    - in any other leaf, also of an executor process: that leaf, since it has limits of its own
+    - in ``host/<group>``, a cgroup of threads: no base, since a process started there cannot make cgroups there
     """
     parts = path.split("/")
     instances = [index for index, part in enumerate(parts) if INSTANCE_NAME.fullmatch(part)]
@@ -48,31 +51,31 @@ def place_of(path: str) -> Place | None:
     inside = parts[last + 1 :]
     if len(inside) <= 1:
         around = "/".join(parts[:last]) or "/"
-        return Place(around, around if len(instances) > 1 else None)
+        return Location(around, around if len(instances) > 1 else None)
     if inside[0] == "host":
-        return Place(None, path)
+        return Location(None, path)
     if len(inside) == 3 and inside[2] == MAIN:
         group = path.removesuffix(f"/{MAIN}")
-        return Place(group, group)
-    return Place(path, path)
+        return Location(group, group)
+    return Location(path, path)
 
 
-def own_place(hierarchy: Hierarchy) -> Place | None:
-    """The place of this process, by its paths in all hierarchies; None outside of any instance."""
+def own_location(hierarchy: Hierarchy) -> Location | None:
+    """Return the location of this process, from its paths in all hierarchies; None outside of every instance."""
     own = mounts.parse_membership(files.read_own("cgroup"))
-    place = place_among(mounts.membership(mount, own) for mount in hierarchy.mounts)
-    if place is None or place.base is None or place.base != place.boundary:
-        return place
-    main = f"{place.base}/{MAIN}"
+    location = combine_locations(mounts.membership(mount, own) for mount in hierarchy.mounts)
+    if location is None or location.base is None or location.base != location.boundary:
+        return location
+    main = f"{location.base}/{MAIN}"
     here = hierarchy.where(main)
     if here is not None and limits_something(read_limits(here.cgroup(main))):
-        # The limits of a single command beside those of its group: they would not hold beside it.
-        return Place(main, main)
-    return place
+        # A single command has limits of its own; they would not hold for a cgroup beside it.
+        return Location(main, main)
+    return location
 
 
 def limits_something(resources: Resources, *, but_pids: bool = False) -> bool:
-    """Whether these limits, read from a cgroup, hold anything back (``but_pids``: but the number of processes)."""
+    """Return whether any of these limits, read from a cgroup, is set. ``but_pids``: ignore ``pids_max``."""
     numbers: list[float | Max | None] = [
         resources.cpu_quota, resources.memory_max, resources.memory_high, resources.swap_max
     ]  # fmt: skip
@@ -81,24 +84,26 @@ def limits_something(resources: Resources, *, but_pids: bool = False) -> bool:
     return bool(resources.cpus or resources.io) or any(isinstance(number, int | float) for number in numbers)
 
 
-def place_among(paths: Iterable[str | None]) -> Place | None:
-    """The place of a process that is in these cgroups, one for each hierarchy; None: it cannot be seen there.
+def combine_locations(paths: Iterable[str | None]) -> Location | None:
+    """Return the location of a process from its cgroup in each hierarchy; None: it cannot be seen in that one.
 
-    On v1 they may differ: for IO a group's own directory stands for those below it, and a thread enters
-    only the hierarchies it has to. The deepest decides; where it is not inside of the group that another
-    hierarchy names, there is no base.
+    On v1 they may differ: for IO, processes below a group stay in the group's own directory, and a thread enters only
+    the hierarchies that it needs. The deepest path decides. If it is not inside the group that another hierarchy names,
+    there is no base.
     """
-    places = {path: place for path in paths if path is not None and (place := place_of(path)) is not None}
-    if not places:
+    locations = {
+        path: location for path in paths if path is not None and (location := location_of(path)) is not None
+    }
+    if not locations:
         return None
-    deepest = max(places, key=lambda path: (path.count("/"), path))
-    base, boundary = places[deepest]
-    around = [place.boundary for place in places.values() if place.boundary is not None]
+    deepest = max(locations, key=lambda path: (path.count("/"), path))
+    base, boundary = locations[deepest]
+    around = [location.boundary for location in locations.values() if location.boundary is not None]
     if base is not None and not all(is_within(base, group) for group in around):
         base = None
-    return Place(base, boundary or max(around, key=len, default=None))
+    return Location(base, boundary or max(around, key=len, default=None))
 
 
 def is_within(path: str, group: str) -> bool:
-    """Whether the cgroup ``path`` is ``group`` or below it."""
+    """Return whether the cgroup ``path`` is ``group`` or below it."""
     return path == group or path.startswith(f"{group.rstrip('/')}/")

@@ -1,7 +1,7 @@
-"""Where processes came from that were taken into a group, kept so that they can be put back, whoever does it.
+"""Where attached processes came from: recorded, so that any later process can move them back.
 
-By whom they were taken is written down in a file for each instance, beside the other things that do not outlast a
-boot: ``/run/rcon/<instance>.json`` for root, else in the user's own runtime directory.
+Each instance has a file beside other things that do not survive a boot: ``/run/rcon/<instance>.json`` for root,
+otherwise in the user's runtime directory.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, mounts
 from rcon_plugins.tree.survey import INSTANCE_NAME
 
-#: How long processes that go on forking are moved again, seconds.
+#: How long `restore` follows processes that go on forking, seconds.
 _SECONDS = 2.0
-#: What is said of a place that takes no process (any more): the one above it is tried.
-_NO_PLACE = frozenset({errno.ENOENT, errno.ENODEV, errno.EBUSY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSPC})
+#: Errors of a cgroup that takes no processes, or no longer exists: the one above it is tried.
+_UNUSABLE = frozenset({errno.ENOENT, errno.ENODEV, errno.EBUSY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSPC})
 
-#: By mount point the path of a cgroup: where a process is, in all hierarchies that matter.
-Place = Mapping[str, str]
+#: The cgroups of one process: by mount point, the path in that hierarchy.
+Paths = Mapping[str, str]
 
 
-class Origins(NamedTuple):
-    """By process (pid and start time) where it was. One that was forked since goes where the first was."""
+class PreviousCgroups(NamedTuple):
+    """By process (pid and start time) the cgroups that it came from."""
 
-    places: dict[tuple[int, int], Place]
+    by_process: dict[tuple[int, int], Paths]
 
-    def of(self, pid: int) -> Place:
-        """Where a process is to go back to."""
+    def of(self, pid: int) -> Paths:
+        """Return the cgroups of a process; of one forked since, those of the first process recorded."""
         started = proc.start_time(pid)
-        known = None if started is None else self.places.get((pid, started))
-        return known or next(iter(self.places.values()), {})
+        known = None if started is None else self.by_process.get((pid, started))
+        return known or next(iter(self.by_process.values()), {})
 
 
-def place_of(pid: int, group: Cgroup) -> Place:
-    """Where a process is, in the hierarchies of ``group``. Raises KernelError, ESRCH where it has ended."""
+def cgroups_of(pid: int, group: Cgroup) -> Paths:
+    """Return the cgroups of a process in the hierarchies of ``group``. Raises KernelError, ESRCH if it has ended."""
     text = proc.membership(pid)
     if text is None:
         raise KernelError(f"process {pid} has ended", errno=errno.ESRCH)
@@ -51,30 +51,30 @@ def place_of(pid: int, group: Cgroup) -> Place:
         path = mounts.membership(mount, membership)
         if path is None:
             raise KernelError(
-                f"process {pid} is outside of what {mount.path} shows",
+                f"the cgroup of process {pid} cannot be seen below {mount.path}",
                 errno=errno.EXDEV,
                 path=mount.path,
-                hint="run rcon where it can be seen, outside of the container",
+                hint="run rcon outside of the container",
             )
         found[mount.path] = path
     return found
 
 
-def stranger(group: Cgroup) -> int | None:
-    """The uid of another user that has any of this cgroup; None where all of it is this user's.
+def other_owner(group: Cgroup) -> int | None:
+    """Return the uid of another user who owns a directory of this cgroup; None if all are this user's.
 
-    Whoever may make cgroups in a group that holds it to limits may make one that looks like what was taken. What is
-    put back leaves these limits, so that nothing is that is not this user's own.
+    A user who may make cgroups in a group with limits could make one that looks attached. Moving processes back would
+    take them out of these limits, so this is done only for cgroups that this user owns.
     """
     found = {uid for one in group.directories if (uid := files.owner_of(one)) is not None} - {os.geteuid()}
     return min(found, default=None)
 
 
-def restore(group: Cgroup, origins: Origins, pids: Iterable[int] | None = None) -> list[int]:
-    """Move processes out of ``group``, and what they fork meanwhile, to where they were; those that stay.
+def restore(group: Cgroup, previous: PreviousCgroups, pids: Iterable[int] | None = None) -> list[int]:
+    """Move the processes of ``group``, and what they fork meanwhile, to where they came from; return the rest.
 
-    ``pids``: only these. A place that is gone, or takes no processes any more, is replaced by the next above it.
-    Raises KernelError.
+    ``pids``: only these. A cgroup that is gone or takes no processes is replaced by the next one above. Raises
+    KernelError.
     """
     deadline = time.monotonic() + _SECONDS
     wanted = None if pids is None else set(pids)
@@ -82,19 +82,19 @@ def restore(group: Cgroup, origins: Origins, pids: Iterable[int] | None = None) 
         inside = {pid for pid in group.processes(subtree=True) if wanted is None or pid in wanted}
         if not inside or time.monotonic() > deadline:
             return sorted(inside)
-        for pid in inside - {0}:  # 0 is one of a PID namespace that cannot be seen from here
-            put_back_one(pid, group, origins.of(pid))
+        for pid in inside - {0}:  # 0: a process of a PID namespace that cannot be seen from here
+            restore_process(pid, group, previous.of(pid))
 
 
-def put_back_one(pid: int, group: Cgroup, origin: Place) -> None:
-    """Move one process to its place in each hierarchy. One that ended meanwhile is fine. Raises KernelError.
+def restore_process(pid: int, group: Cgroup, paths: Paths) -> None:
+    """Move one process to its cgroup in each hierarchy; do nothing if it has ended. Raises KernelError.
 
-    Where this user may not (v1 lets it take what is its own from anywhere, and put it only where it may write), it is
-    left in the base of the group, whose limits are not ours.
+    v1 lets a user take own processes from any cgroup, and move them only to cgroups that the user may write. Where
+    that is forbidden the process goes to the base of the group, outside of our limits.
     """
     base = _base_of(group)
     for mount in group.mounts:
-        path = origin.get(mount.path, "/")
+        path = paths.get(mount.path, "/")
         while True:
             try:
                 files.write(mount.directory(path), "cgroup.procs", str(pid))
@@ -105,34 +105,37 @@ def put_back_one(pid: int, group: Cgroup, origin: Place) -> None:
                 if error.errno in (errno.EACCES, errno.EPERM) and path != base:
                     path = base
                     continue
-                if error.errno not in _NO_PLACE or path == "/":
+                if error.errno not in _UNUSABLE or path == "/":
                     raise
                 path = path.rpartition("/")[0] or "/"
 
 
 def _base_of(group: Cgroup) -> str:
-    """The cgroup that the instance of a group was made in."""
+    """Return the cgroup that contains the instance of a group."""
     parts = group.path.split("/")
     instances = [index for index, part in enumerate(parts) if INSTANCE_NAME.fullmatch(part)]
     return "/".join(parts[: max(instances, default=1)]) or "/"
 
 
 _HINT = (
-    "where processes came from is kept there: as an ordinary user, set XDG_RUNTIME_DIR to a directory of this user's "
-    "own"
+    "rcon records there where attached processes came from; as an ordinary user, set XDG_RUNTIME_DIR to a directory "
+    "of this user"
 )
 
 
-def save(instance: str, origins: Origins) -> None:
-    """Write them down; whatever happens, those of before are there or these. Raises KernelError."""
+def save(instance: str, previous: PreviousCgroups) -> None:
+    """Write the record, replacing the former one atomically. Raises KernelError."""
     path = _path(instance)
     new = f"{path}.new"
-    told = [{"pid": pid, "started": started, "at": dict(at)} for (pid, started), at in origins.places.items()]
+    entries = [
+        {"pid": pid, "started": started, "at": dict(paths)}
+        for (pid, started), paths in previous.by_process.items()
+    ]
     try:
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            os.write(descriptor, json.dumps(told).encode())
+            os.write(descriptor, json.dumps(entries).encode())
         finally:
             os.close(descriptor)
         os.rename(new, path)
@@ -140,29 +143,29 @@ def save(instance: str, origins: Origins) -> None:
         raise KernelError.from_oserror(error, path=path, hint=_HINT) from None
 
 
-def check_room() -> None:
-    """That something could be written down here, without doing it. Raises KernelError."""
+def check_writable() -> None:
+    """Raise KernelError if no record could be written here. Writes nothing."""
     folder = _folder()
-    there = folder
-    while not os.path.isdir(there):
-        there = os.path.dirname(there)
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+    existing = folder
+    while not os.path.isdir(existing):
+        existing = os.path.dirname(existing)
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
         refused = OSError(errno.EACCES, os.strerror(errno.EACCES))
         raise KernelError.from_oserror(refused, path=folder, hint=_HINT)
 
 
-def load(instance: str) -> Origins:
-    """What was written down; nothing where that is gone, so that they go to the root of the tree."""
+def load(instance: str) -> PreviousCgroups:
+    """Return the record; an empty one if it is gone, so that processes move to the root of the tree."""
     try:
         with open(_path(instance), "rb") as file:
-            told = json.loads(file.read())
-        return Origins({(int(one["pid"]), int(one["started"])): dict(one["at"]) for one in told})
+            entries = json.loads(file.read())
+        return PreviousCgroups({(int(one["pid"]), int(one["started"])): dict(one["at"]) for one in entries})
     except (OSError, ValueError, KeyError, TypeError):
-        return Origins({})
+        return PreviousCgroups({})
 
 
 def forget(instance: str) -> None:
-    """Remove what was written down."""
+    """Remove the record."""
     for path in (_path(instance), f"{_path(instance)}.new"):
         with contextlib.suppress(OSError):
             os.unlink(path)

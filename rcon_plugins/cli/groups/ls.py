@@ -155,7 +155,7 @@ def stat(group: Group, as_json: bool) -> int:
 _KINDS = {
     "work": "work: processes, which end with their owner",
     "host": "host: threads of the server itself, which enter and leave",
-    "taken": "taken: processes that ran before, which are put back",
+    "attached": "attached: running processes that rcon attach moved here",
 }
 
 

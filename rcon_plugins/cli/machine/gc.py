@@ -7,9 +7,7 @@ import json
 from rcon_plugins.cli.exit import BAD_USAGE, Refused
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.branch import check_path
-from rcon_plugins.tree import leftovers
-from rcon_plugins.tree.dead import UNSEEN, taken_by
-from rcon_plugins.tree.leftovers import Left
+from rcon_plugins.tree.garbage import Collected, Garbage, collect_garbage, find_garbage
 
 
 def gc(below: str, dry_run: bool, as_json: bool) -> tuple[str, bool]:
@@ -20,36 +18,39 @@ def gc(below: str, dry_run: bool, as_json: bool) -> tuple[str, bool]:
     except ValueError as error:
         raise Refused(f"--below: {error} (below the mounts, such as /rcon)", BAD_USAGE) from error
     if dry_run:
-        left = leftovers.find(hierarchy, below)
-        told = [{**one._asdict(), "said": _would(one)} for one in left]
-        good = not any(one.stays for one in left)
+        garbage = find_garbage(hierarchy, below)
+        trees = [{**tree._asdict(), "message": _plan(tree)} for tree in garbage]
+        good = not any(tree.stays for tree in garbage)
     else:
-        done = leftovers.remove(hierarchy, below)
-        told = [one._asdict() for one in done]
+        done = collect_garbage(hierarchy, below)
+        trees = [
+            {"path": one.path, "removed": one.removed, "state": one.state, "message": one.message}
+            for one in done
+        ]
         good = all(one.removed for one in done)
     if as_json:
-        return json.dumps({"good": good, "dry_run": dry_run, "trees": told}, indent=2), good
-    return "\n".join(f"{one['path']}: {one['said']}" for one in told), good
+        return json.dumps({"good": good, "dry_run": dry_run, "trees": trees}, indent=2), good
+    return "\n".join(f"{tree['path']}: {tree['message']}" for tree in trees), good
 
 
-def _would(left: Left) -> str:
-    """What would be done, in words."""
-    dead = f"its owner {left.pid} is dead"
-    if left.unseen:
-        return f"{dead}: would be {UNSEEN}"
-    parts = []
-    if left.work:
-        parts.append(f"kill {_processes(left.work)}")
-    if left.stranger is not None:
-        parts.append(f"be {taken_by(left.stranger)}")
-        return f"{dead}: would {', then '.join(parts)}"
-    if left.taken:
-        parts.append(f"put {_processes(left.taken)} back")
-    if left.host:
-        parts.append(f"leave it for its server's own {_processes(left.host)}")
+def _plan(tree: Garbage) -> str:
+    """Say what `collect_garbage` would do."""
+    dead = f"its owner {tree.pid} is dead"
+    if tree.unseen:
+        return f"{dead}; would be {Collected(tree.path, 'unseen').message}"
+    steps = []
+    if tree.work:
+        steps.append(f"kill {_processes(tree.work)}")
+    if tree.other_uid is not None:
+        kept = f"would be {Collected(tree.path, 'other_user', uid=tree.other_uid).message}"
+        return "; ".join([dead, *(f"would {step}" for step in steps), kept])
+    if tree.attached:
+        steps.append(f"move {_processes(tree.attached)} back")
+    if tree.host:
+        steps.append(f"keep it for its server's own {_processes(tree.host)}")
     else:
-        parts.append("remove it")
-    return f"{dead}: would {', '.join(parts)}"
+        steps.append("remove it")
+    return f"{dead}: would {', '.join(steps)}"
 
 
 def _processes(pids: list[int]) -> str:

@@ -41,15 +41,15 @@ def attach(options: Mapping[str, Any]) -> int:
     try:
         tree_attach.check(pids, hierarchy)
         group = named_group(options["group"]) or _name(pids[0])
-        wish = tree_attach.AttachRequest(
+        request = tree_attach.AttachRequest(
             pids=pids,
             group=group,
             configure=partial(hook.rcon_configure_cgroup, limits=policy, policy=policy),
             children=options["children"],
-            attend=_growing(policy.memory),
+            monitor=_growing(policy.memory),
         )
-        staying = tree_attach.staying(pids, hierarchy)
-        found = tree_attach.take(wish, hierarchy, named_base(options["cgroup"]))
+        left_behind = tree_attach.not_restorable(pids, hierarchy)
+        attached = tree_attach.attach(request, hierarchy, named_base(options["cgroup"]))
     except tree_attach.AttachRefused as error:
         raise click.UsageError(str(error)) from None
     if policy.memory is not None:
@@ -57,13 +57,13 @@ def attach(options: Mapping[str, Any]) -> int:
             "rcon",
             "--memory: memory they have already stays where it was, and is not counted; what they add is",
         )
-    if staying:
+    if left_behind:
         say(
             "rcon",
-            f"--release will leave {' '.join(map(str, staying))} in this user's own cgroup: "
+            f"--release will leave {' '.join(map(str, left_behind))} in this user's own cgroup: "
             "only root can put processes back to where these were",
         )
-    click.echo(f"{group}: {len(found)} {'process' if len(found) == 1 else 'processes'}")
+    click.echo(f"{group}: {len(attached)} {'process' if len(attached) == 1 else 'processes'}")
     return 0
 
 
@@ -79,7 +79,7 @@ def _growing(memory: Memory | None) -> Callable[[Cgroup], Callable[[], object]] 
 def _name(pid: int) -> str:
     found = read_process(pid)
     words = found.command.split() if found is not None else []
-    return group_name(words[0] if words else "taken", pid)
+    return group_name(words[0] if words else "attached", pid)
 
 
 def _pid(word: str) -> int:
@@ -94,7 +94,7 @@ def _release(words: tuple[str, ...], options: Mapping[str, Any]) -> int:
         raise click.UsageError(
             "--release takes nothing but groups and processes (leave the other options out)"
         )
-    known = [group for group in find_groups().groups if group.kind == "taken"]
+    known = [group for group in find_groups().groups if group.kind == "attached"]
     wanted = [_found(word, known) for word in words]
     for pid, group in wanted:
         try:

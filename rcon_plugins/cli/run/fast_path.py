@@ -125,7 +125,9 @@ def _is_new(group: str, hierarchy: Hierarchy) -> bool:
     """Whether no group of this name is there, of whomever. Raises KernelError."""
     from rcon_plugins.tree.survey import survey
 
-    kinds = [f"{path}/{kind}" for path in survey(hierarchy).instances for kind in ("work", "host", "taken")]
+    kinds = [
+        f"{path}/{kind}" for path in survey(hierarchy).instances for kind in ("work", "host", "attached")
+    ]
     return not any(group in hierarchy.cgroup(kind).children() for kind in kinds)
 
 

@@ -108,7 +108,7 @@ def named_group(name: str | None) -> str | None:
         raise click.UsageError(f"--group: {error} (for example build-1)") from None
     from rcon_plugins.groups.find import find_groups
 
-    known = (group for group in find_groups().groups if group.owner.alive or group.kind == "taken")
+    known = (group for group in find_groups().groups if group.owner.alive or group.kind == "attached")
     if any(group.name == name for group in known):
         raise click.UsageError(
             f"--group: {name!r} is in use (take another name; rcon set changes its limits, "

@@ -107,7 +107,7 @@ class Branch(abc.ABC):
     def thread_file(self) -> str:
         """The name of the file to which a thread writes ``0``."""
 
-    def place(self) -> str:
+    def entry_directory(self) -> str:
         """The directory that processes of this cgroup enter."""
         return self.directory
 
@@ -117,7 +117,7 @@ class Branch(abc.ABC):
 
     def attach(self, pid: int) -> None:
         """Move a process with all its threads here. Costs milliseconds: never on a hot path."""
-        files.write(self.place(), "cgroup.procs", str(pid))
+        files.write(self.entry_directory(), "cgroup.procs", str(pid))
 
     def ids(self, name: str, *, subtree: bool = False) -> set[int]:
         """The numbers in the file ``name`` of this cgroup, or also of all below it.

@@ -170,7 +170,9 @@ class Cgroup:
         wanted = None if controllers is None else frozenset(controllers)
         places = []
         for branch in self._thread_branches(wanted):
-            place = branch.place() if home is None else branch.mount.directory(home[branch.mount.path])
+            place = (
+                branch.entry_directory() if home is None else branch.mount.directory(home[branch.mount.path])
+            )
             places.append((place, branch.thread_file))
         return Entrance(places)
 
@@ -222,7 +224,7 @@ class Cgroup:
             table = meter.V2_FILES if isinstance(branch, V2Branch) else meter.V1_FILES
             if isinstance(branch, V2Branch) and len(self._branches) > 1 and not branch.controllers:
                 continue
-            if branch.place() != branch.directory:
+            if branch.entry_directory() != branch.directory:
                 continue  # shares its parent's IO, see V1Branch
             for name, (controller, parser) in table.items():
                 if controller in wanted and self._accounts(branch, name):

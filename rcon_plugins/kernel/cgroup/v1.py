@@ -187,7 +187,7 @@ class V1Branch(Branch):
         """Where the processes have to stay to be held by the IO limits of a cgroup above."""
         return io_holder(self.mount, os.path.dirname(self.path))
 
-    def place(self) -> str:
+    def entry_directory(self) -> str:
         """The directory that processes enter: the one above, where that one's IO limits are to hold."""
         if self.mount.controllers != _ONLY_IO or super().exists():
             return self.directory
@@ -199,7 +199,7 @@ class V1Branch(Branch):
 
     def delegate(self, uid: int, gid: int, *, shut: bool = False) -> None:
         """As for others; but not where IO is limited: what entered a cgroup below would not be held to that."""
-        if not (self.mount.controllers == {"blkio"} and io_is_limited(self.place())):
+        if not (self.mount.controllers == {"blkio"} and io_is_limited(self.entry_directory())):
             super().delegate(uid, gid, shut=shut)
 
     @property
@@ -215,7 +215,7 @@ class V1Branch(Branch):
         except KernelError as error:
             if error.errno != errno.ENOENT:
                 raise
-            files.write(self.place(), name, "0")
+            files.write(self.entry_directory(), name, "0")
 
     def freeze(self, frozen: bool) -> bool:
         """Stop or continue the subtree (cgroup-v1/freezer-subsystem.rst)."""

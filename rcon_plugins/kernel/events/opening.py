@@ -215,7 +215,7 @@ def _pressure(opening: _Opening, pressure: Pressure) -> Source:
 def _populated(opening: _Opening, wanted: bool) -> Source:
     if opening.unified is not None and files.is_file(opening.unified, "cgroup.events"):
         return sources.Populated(opening.path, opening.unified, wanted)
-    # One with all of its processes: not that of IO, see V1Branch.place.
+    # One with all of its processes: not that of IO, see V1Branch.entry_directory.
     place = next((d for d in opening.cgroup.directories if "/blkio/" not in d), opening.cgroup.directories[0])
     return sources.PolledPopulated(opening.path, place, wanted)
 

@@ -17,7 +17,7 @@ from rcon_plugins.groups.find import find_group
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from rcon_plugins.tree import attach as tree_attach
-from rcon_plugins.tree.dead import collect
+from rcon_plugins.tree.garbage import collect
 from tests.kernel.command.harness import Done, left_by, rcon, until
 from tests.kernel.command.test_run import ALLOCATE
 from tests.kernel.quota import WINDOW, judge
@@ -54,7 +54,7 @@ def where(pid: int) -> str:
 
 def watcher(pid: int) -> int:
     """The process that watches over the group that this one is in."""
-    found = re.search(r"/rcon-([0-9]+)-[0-9]+/taken/", where(pid))
+    found = re.search(r"/rcon-([0-9]+)-[0-9]+/attached/", where(pid))
     assert found, where(pid)
     return int(found[1])
 
@@ -145,8 +145,8 @@ def test_what_a_killed_watcher_leaves_is_put_back_and_never_ended() -> None:
         mine = watcher(one[0].pid)
         os.kill(mine, signal.SIGKILL)
         until(lambda: not Path("/proc", str(mine)).exists(), "it is dead")
-        assert "/taken/sleep-" in where(one[0].pid)
-        assert any(f"rcon-{mine}-" in line for line in collect(Hierarchy.discover(), "/rcon"))
+        assert "/attached/sleep-" in where(one[0].pid)
+        assert any(f"rcon-{mine}-" in one.path for one in collect(Hierarchy.discover(), "/rcon"))
         assert where(one[0].pid) == before
         assert one[0].poll() is None
         assert left_by(mine) == []
@@ -181,7 +181,7 @@ def test_a_taken_process_is_not_taken_again_nor_a_name_twice() -> None:
         named = attach(both[1:], "--group", "once")
         assert named.status == 2
         assert "'once' is in use" in named.err
-        assert "/taken/" not in where(both[1].pid)
+        assert "/attached/" not in where(both[1].pid)
         rcon("attach", "--release", "once")
 
 
@@ -217,7 +217,7 @@ def test_where_who_asks_is_killed_meanwhile_nothing_stays_taken() -> None:
         asking = os.fork()
         if asking == 0:
             asking = os.getpid()
-            tree_attach.take(
+            tree_attach.attach(
                 tree_attach.AttachRequest((one[0].pid,), "unasked", kill_who_asks), Hierarchy.discover(), base
             )
         assert os.waitstatus_to_exitcode(os.waitpid(asking, 0)[1]) == -signal.SIGKILL
@@ -236,9 +236,9 @@ def test_one_that_ends_meanwhile_takes_none_of_the_others() -> None:
             os.kill(both[1].pid, signal.SIGKILL)
             until(lambda: proc.start_time(both[1].pid) is None, "it has ended")
 
-        wish = tree_attach.AttachRequest((both[0].pid, both[1].pid), "ending", end_one)
+        request = tree_attach.AttachRequest((both[0].pid, both[1].pid), "ending", end_one)
         with pytest.raises(tree_attach.AttachRefused, match=f"process {both[1].pid} has ended"):
-            tree_attach.take(wish, Hierarchy.discover(), base)
+            tree_attach.attach(request, Hierarchy.discover(), base)
         assert where(both[0].pid) == before
     cgroup = Hierarchy.discover().cgroup(base)
     until(lambda: not cgroup.children(), "the group is gone")

@@ -102,7 +102,7 @@ def take_and_let_go(base: Cgroup, enter: Callable[[], None], *options: str) -> N
         said = f"--release will leave {pid} in this user's own cgroup: only root can put processes back"
         assert said in done.err if enter is outside else done.err == ""
         assert f"{base.path}/rcon-" in where(pid)
-        assert f"/taken/{name}" in where(pid)
+        assert f"/attached/{name}" in where(pid)
         done = rcon("attach", "--release", name, before=enter)
         assert (done.status, done.err) == (0, "")
         # Only root may put a process where it was, if that is outside of what is this user's.
@@ -119,14 +119,14 @@ def test_ones_own_processes_are_taken_and_let_go(given: Cgroup) -> None:
 
     def take(pid: int) -> list[int]:
         enter()
-        wish = attach.AttachRequest((pid,), "mine", lambda cgroup: cgroup.configure(Resources(pids_max=9)))
-        return attach.take(wish, Hierarchy.discover(), given.path)
+        request = attach.AttachRequest((pid,), "mine", lambda cgroup: cgroup.configure(Resources(pids_max=9)))
+        return attach.attach(request, Hierarchy.discover(), given.path)
 
     with sleeping(enter) as pid:
         before = where(pid)
         assert in_child(take, pid) == [pid]
         assert f"{given.path}/rcon-" in where(pid)
-        assert "/taken/mine" in where(pid)
+        assert "/attached/mine" in where(pid)
         done = rcon("attach", "--release", "mine", before=enter)
         assert (done.status, done.err) == (0, "")
         assert where(pid) == before
@@ -149,7 +149,7 @@ def test_without_a_place_to_note_where_they_came_from(given: Cgroup, monkeypatch
         done = rcon("attach", "--cgroup", given.path, "--pids", "9", str(pid), before=outside)
         assert (done.status, done.out, done.err.count("\n")) == (125, "", 1)
         assert said in done.err
-        assert "set XDG_RUNTIME_DIR to a directory of this user's own" in done.err
+        assert "set XDG_RUNTIME_DIR to a directory of this user" in done.err
         assert given.path not in where(pid)
     until(lambda: not instances(given), "nothing is left")
     done = rcon("doctor", "--cgroup", given.path, before=outside)
@@ -243,7 +243,7 @@ def test_those_of_others_are_not(given: Cgroup, uid: int) -> None:
         before = where(pid)
         done = rcon("attach", "--pids", "9", str(pid), before=within(given, SOMEBODY))
         assert (done.status, done.out) == (2, "")
-        assert f"{pid} is another user's (run rcon as root)" in done.err
+        assert f"process {pid} belongs to another user (run rcon as root)" in done.err
         assert len(done.err.splitlines()) == 1
         assert where(pid) == before
         assert instances(given) == []

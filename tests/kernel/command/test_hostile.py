@@ -77,12 +77,12 @@ def where(pid: int) -> set[str]:
 
 @pytest.mark.smoke
 def test_what_is_no_watchers_is_not_put_back(group: Cgroup) -> None:
-    with nobody_in(group, f"{DEAD}/taken/x") as process:
+    with nobody_in(group, f"{DEAD}/attached/x") as process:
         before = Path(f"/proc/{process.pid}/cgroup").read_text()
-        assert where(process.pid) == {f"{group.path}/{DEAD}/taken/x"}
+        assert where(process.pid) == {f"{group.path}/{DEAD}/attached/x"}
         done = rcon("gc", "--below", group.path)
         assert done.status == 1
-        assert f"left alone: what is in taken/ is of uid {NOBODY}" in done.out
+        assert f"kept: attached/ belongs to uid {NOBODY}" in done.out
         assert Path(f"/proc/{process.pid}/cgroup").read_text() == before
 
 
@@ -91,13 +91,13 @@ def test_release_signals_no_stranger(group: Cgroup, whole: bool) -> None:
     name = f"backup-{os.getpid()}"
     with running(None, sleep_forever) as victim:
         instance = f"rcon-{victim.pid}-{proc.start_time(victim.pid)}"
-        with nobody_in(group, f"{instance}/taken/{name}") as process:
+        with nobody_in(group, f"{instance}/attached/{name}") as process:
             done = rcon("attach", "--release", name if whole else str(process.pid))
             assert done.status != 0
-            assert f"is of uid {NOBODY}" in done.err
+            assert f"belongs to uid {NOBODY}" in done.err
             assert done.err.count("\n") == 1
             assert proc.start_time(victim.pid) is not None
-            assert where(process.pid) == {f"{group.path}/{instance}/taken/{name}"}
+            assert where(process.pid) == {f"{group.path}/{instance}/attached/{name}"}
 
 
 def make_deep(directories: list[str]) -> None:

@@ -39,7 +39,7 @@ def test_groups_of_each_kind_and_nested_ones(
 ) -> None:
     instance.policy_cgroup(f"{own}~a.example").create()
     leaf = instance.executor_cgroup(f"{own}-command", "main").create()
-    taken = hierarchy.cgroup(f"{instance.path}/taken/{own}-taken").create()
+    taken = hierarchy.cgroup(f"{instance.path}/attached/{own}-taken").create()
     threaded = instance.threaded(f"{own}-web").create(threaded=True, controllers=frozenset({"cpu"}))
     within = Instance.create(hierarchy, base=instance.policy_cgroup(f"{own}-command").path)
     try:
@@ -50,7 +50,7 @@ def test_groups_of_each_kind_and_nested_ones(
             f"{name}/work/{own}~a.example",
             f"{name}/work/{own}-command",
             f"{name}/work/{own}-command/{name}/work/{own}-inner",
-            f"{name}/taken/{own}-taken",
+            f"{name}/attached/{own}-taken",
             f"{name}/host/{own}-web",
         }
         by_name = {group.name: group for group in found.values()}

@@ -118,7 +118,7 @@ def test_what_is_attached_is_put_back_into_its_own_unit() -> None:
         done = rcon("attach", "--pids", "9", "--group", "held", str(child.pid))
         assert (done.status, done.err) == (0, "")
         scope = scope_of(where.read_text())
-        assert "/taken/held\n" in where.read_text()
+        assert "/attached/held\n" in where.read_text()
         assert rcon("attach", "--release", "held").status == 0
         assert where.read_text() == before
     until(lambda: gone(scope), "the scope goes with the watcher")

@@ -80,7 +80,7 @@ def test_a_servers_own_processes_are_left_alone(group: Cgroup, capsys: pytest.Ca
     path, pid = children.in_child(leave, group.path, "host")
     status, out = gc(group, capsys, "--dry-run")
     assert status == 1
-    assert f"leave it for its server's own process {pid}" in out
+    assert f"keep it for its server's own process {pid}" in out
     status, out = gc(group, capsys)
     assert status == 1
     assert f"processes [{pid}] of its server still run" in out
@@ -144,12 +144,12 @@ def test_as_json(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     found: dict[str, Any] = json.loads(gc(group, capsys, "--json", "--dry-run")[1])
     assert (found["good"], found["dry_run"]) == (True, True)
     (tree,) = found["trees"]
-    assert (tree["path"], tree["work"], tree["taken"], tree["host"]) == (path, [pid], [], [])
+    assert (tree["path"], tree["work"], tree["attached"], tree["host"]) == (path, [pid], [], [])
     found = json.loads(gc(group, capsys, "--json")[1])
     assert found == {
         "good": True,
         "dry_run": False,
-        "trees": [{"path": path, "removed": True, "said": "removed"}],
+        "trees": [{"path": path, "removed": True, "state": "removed", "message": "removed"}],
     }
 
 
@@ -164,13 +164,13 @@ def test_what_is_not_ours_stays(group: Cgroup, capsys: pytest.CaptureFixture[str
 
     status, out = children.in_child(as_nobody)
     assert status == 1
-    assert out.startswith(f"{path}: left for the next time: ")
+    assert out.startswith(f"{path}: kept: ")
     assert os.strerror(errno.EACCES) in out or os.strerror(errno.EPERM) in out
     assert alive(pid)
     assert gc(group, capsys)[0] == 0
 
 
-def test_what_was_taken_goes_back(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attached_processes_are_moved_back(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     """`rcon attach` leaves a watcher behind; here that is killed."""
     child = Running(group, sleep_forever)
     name = f"held-{os.getpid()}"
@@ -178,14 +178,14 @@ def test_what_was_taken_goes_back(group: Cgroup, capsys: pytest.CaptureFixture[s
         assert children.in_child(run_main, ["attach", str(child.pid), "--pids", "9", "--group", name]) == 0
         held = next(found for found in find_groups().groups if found.name == name)
         assert held.pids() == [child.pid]
-        path = held.cgroup.path.partition("/taken/")[0]
+        path = held.cgroup.path.partition("/attached/")[0]
         os.kill(held.owner.pid, signal.SIGKILL)
         eventually(lambda: not alive(held.owner.pid))
 
         run_main(["gc", "--below", ROOT_BASE, "--dry-run"])
         out = capsys.readouterr().out
         assert (
-            f"{path}: its owner {held.owner.pid} is dead: would put process {child.pid} back, remove it\n"
+            f"{path}: its owner {held.owner.pid} is dead: would move process {child.pid} back, remove it\n"
             in out
         )
         run_main(["gc", "--below", ROOT_BASE])
@@ -198,29 +198,29 @@ def test_what_was_taken_goes_back(group: Cgroup, capsys: pytest.CaptureFixture[s
         child.end()
 
 
-def leave_taken_by_another(base: str) -> tuple[str, int, int]:
-    """In a child that then dies: make a tree with a process in it that looks like one that nobody took."""
+def leave_attached_by_another_user(base: str) -> tuple[str, int, int]:
+    """In a child that then dies: make a tree with a process that looks as if nobody had attached it."""
     instance = Instance.create(Hierarchy.discover(), base)
     work = Running(instance.executor_cgroup("g", "main").create(), sleep_forever).pid
-    cgroup = instance.taken("held").create()
+    cgroup = instance.attached("held").create()
     pid = Running(cgroup, sleep_forever).pid
-    instance.hierarchy.cgroup(f"{instance.path}/taken").delegate(NOBODY, NOBODY)
+    instance.hierarchy.cgroup(f"{instance.path}/attached").delegate(NOBODY, NOBODY)
     return instance.path, work, pid
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
-def test_of_what_another_user_took_the_same_is_first_said_and_then_done(
+def test_dry_run_and_gc_agree_on_what_another_user_attached(
     group: Cgroup, capsys: pytest.CaptureFixture[str], form: list[str]
 ) -> None:
-    path, work, pid = children.in_child(leave_taken_by_another, group.path)
-    left = f"left alone: what is in taken/ is of uid {NOBODY}, who can say where it was: rcon gc as that user"
+    path, work, pid = children.in_child(leave_attached_by_another_user, group.path)
+    kept = f"kept: attached/ belongs to uid {NOBODY}, and only that user knows"
     status, out = gc(group, capsys, "--dry-run", *form)
     assert status == 1
-    assert f"is dead: would kill process {work}, then be {left}" in out
+    assert f"is dead; would kill process {work}; would be {kept}" in out
     assert "back" not in out
     status, out = gc(group, capsys, *form)
     assert status == 1
-    assert left in out
+    assert kept in out
     assert not alive(work)
     assert alive(pid)
     os.kill(pid, signal.SIGKILL)

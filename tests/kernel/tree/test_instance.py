@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import signal
 import threading
 import time
@@ -16,7 +15,7 @@ import pytest
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
-from rcon_plugins.tree.dead import collect
+from rcon_plugins.tree.garbage import Collected, collect
 from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import eventually, layout, running, settings_of, sleep_forever
 
@@ -296,7 +295,7 @@ def test_what_a_dead_owner_left_is_removed(hierarchy: Hierarchy, instance: Insta
     (dead,) = set(group.children()) - {instance.path.rpartition("/")[2], *(c.name for c in foreign)}
     assert len(hierarchy.cgroup(f"{group.path}/{dead}").processes(subtree=True)) == 2
     (report,) = collect(hierarchy, group.path)
-    assert re.fullmatch(rf"{dead}: removed", report)
+    assert report == Collected(f"{group.path}/{dead}", "removed")
     # The living and everything else stay as they are.
     assert instance.work.exists()
     assert set(group.children()) == {instance.path.rpartition("/")[2], *(c.name for c in foreign)}
@@ -312,7 +311,7 @@ def test_work_of_a_dead_owner_ends_before_it_is_done_again(
     assert work.processes(subtree=True)
     instance.end_orphans()
     assert not work.processes(subtree=True)
-    assert collect(hierarchy, group.path) == [f"{dead}: removed"]
+    assert collect(hierarchy, group.path) == [Collected(f"{group.path}/{dead}", "removed")]
 
 
 def test_a_dead_owners_own_processes_are_never_killed(hierarchy: Hierarchy, group: Cgroup) -> None:
@@ -323,12 +322,11 @@ def test_a_dead_owners_own_processes_are_never_killed(hierarchy: Hierarchy, grou
     (report,) = collect(hierarchy, group.path)
     assert 0.9 < time.monotonic() - begin < 4
     (survivor,) = host.processes()
-    assert str(survivor) in report
-    assert "left for the next time" in report
+    assert report == Collected(f"{group.path}/{name}", "host_runs", (survivor,))
     assert hierarchy.cgroup(f"{group.path}/{name}").children() == ["host"]
     os.kill(survivor, signal.SIGKILL)
     eventually(lambda: not host.processes())
-    assert collect(hierarchy, group.path) == [f"{name}: removed"]
+    assert collect(hierarchy, group.path) == [Collected(f"{group.path}/{name}", "removed")]
     assert group.children() == []
 
 
@@ -343,7 +341,7 @@ def test_the_next_start_removes_it(hierarchy: Hierarchy, group: Cgroup) -> None:
 def test_a_number_taken_over_by_another_process(hierarchy: Hierarchy, group: Cgroup) -> None:
     """The pid is there, but it started at another time: the owner is dead."""
     taken_over = group.child(f"rcon-{os.getpid()}-1").create()
-    assert collect(hierarchy, group.path) == [f"{taken_over.name}: removed"]
+    assert collect(hierarchy, group.path) == [Collected(taken_over.path, "removed")]
 
 
 def test_close_waits_for_nobody_else(hierarchy: Hierarchy, group: Cgroup) -> None:

@@ -79,7 +79,7 @@ def a_tree_of_its_own() -> tuple[str, set[str]]:
     return instance.base, seen
 
 
-@pytest.mark.parametrize("kind", ["work", "taken"])
+@pytest.mark.parametrize("kind", ["work", "attached"])
 @pytest.mark.parametrize("user", [None, NOBODY])
 def test_inside_of_the_group(outer: Cgroup, kind: str, user: int | None) -> None:
     group = outer.child(kind).child("g")

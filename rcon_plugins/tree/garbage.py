@@ -1,0 +1,224 @@
+"""Find and remove the cgroup trees that dead owners left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel import files, proc
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from rcon_plugins.kernel.cgroup.branch import check_path
+from rcon_plugins.tree.base import remove_root_base
+from rcon_plugins.tree.survey import INSTANCE_NAME, survey
+
+#: How long `wait_until_empty` waits for processes in ``host/``; in most cases they are about to end. Seconds.
+_HOST_SECONDS = 1.0
+
+
+class Garbage(NamedTuple):
+    """The tree of a dead owner: its ``path``, the ``pid`` that the owner had, and the processes still in it.
+
+    `collect_garbage` kills those in ``work``, moves those in ``attached`` back to where they came from, and never
+    touches those in ``host``. ``unseen``: the tree contains processes of a PID namespace that cannot be seen from here.
+    ``other_uid`` is the uid of another user who owns ``attached``. In these three cases the tree stays.
+    """
+
+    path: str
+    pid: int
+    work: list[int]
+    attached: list[int]
+    host: list[int]
+    unseen: bool = False
+    other_uid: int | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether `collect_garbage` will not remove the tree."""
+        return self.unseen or self.other_uid is not None or bool(self.host)
+
+
+#: Why a tree was removed, or not.
+State = Literal["removed", "unseen", "other_user", "not_restored", "host_runs", "failed"]
+
+
+class Collected(NamedTuple):
+    """The result for one tree. ``processes`` kept it, ``uid`` is the user who did, ``error`` is what failed."""
+
+    path: str
+    state: State
+    processes: tuple[int, ...] = ()
+    uid: int | None = None
+    error: str = ""
+
+    @property
+    def removed(self) -> bool:
+        """Whether the tree is gone."""
+        return self.state == "removed"
+
+    @property
+    def message(self) -> str:
+        """The result as a sentence, with the remedy."""
+        match self.state:
+            case "removed":
+                return "removed"
+            case "unseen":
+                return "kept: it contains processes of a PID namespace that cannot be seen from here"
+            case "other_user":
+                return (
+                    f"kept: attached/ belongs to uid {self.uid}, and only that user knows where its processes came "
+                    "from: run rcon gc as that user"
+                )
+            case "not_restored":
+                return f"kept: processes {list(self.processes)} cannot be moved back to where they came from"
+            case "host_runs":
+                return f"kept: processes {list(self.processes)} of its server still run"
+            case "failed":
+                return f"kept: {self.error}"
+
+
+def find_garbage(hierarchy: Hierarchy, below: str = "/") -> list[Garbage]:
+    """Return the trees of dead owners in the visible tree, from ``below`` down. Raises KernelError, ValueError.
+
+    A tree inside the ``work/`` of a dead owner goes with that one and is not listed. Directories that this user may
+    not read are skipped: they contain nothing of this user.
+    """
+    found: list[Garbage] = []
+    for path in survey(hierarchy, check_path(below), every=True).instances:
+        match = INSTANCE_NAME.fullmatch(path.rpartition("/")[2])
+        if match is None or any(path.startswith(f"{other.path}/work/") for other in found):
+            continue
+        pid = int(match[1])
+        if not proc.is_alive(pid, int(match[2])):
+            work, attached, host = (
+                [
+                    one
+                    for one in hierarchy.cgroup(f"{path}/{kind}").processes(subtree=True)
+                    if one != os.getpid()
+                ]
+                for kind in ("work", "attached", "host")
+            )
+            unseen, other_uid = _has_unseen(hierarchy, path), _other_owner(hierarchy, path)
+            found.append(Garbage(path, pid, work, attached, host, unseen, other_uid))
+    return found
+
+
+def collect_garbage(hierarchy: Hierarchy, below: str = "/") -> list[Collected]:
+    """Remove the trees of dead owners from ``below`` down; see `collect`. Raises KernelError, ValueError.
+
+    Trees of living owners are never touched.
+    """
+    report = []
+    garbage = find_garbage(hierarchy, below)
+    for base in sorted({_base_of(tree.path) for tree in garbage}):
+        paths = [tree.path for tree in garbage if _base_of(tree.path) == base]
+        try:
+            done = {one.path: one for one in collect(hierarchy, base)}
+        except KernelError as error:
+            done = {path: Collected(path, "failed", error=str(error)) for path in paths}
+        # One that is not in the report was removed by another process meanwhile.
+        report += [done.get(path, Collected(path, "removed")) for path in paths]
+    for base in {_base_of(one.path) for one in report}:
+        remove_root_base(hierarchy, base)
+    return report
+
+
+def collect(hierarchy: Hierarchy, base: str) -> list[Collected]:
+    """Remove the trees of dead owners directly below ``base``; one result for each.
+
+    Processes in ``work/`` are killed. Processes in ``attached/`` are moved back to where they came from. Processes in
+    ``host/``, which belong to the server itself, are never killed: they get a second to end, otherwise the tree stays
+    until the next start. Nothing else below ``base`` is touched. Raises KernelError only if ``base`` cannot be read.
+    """
+    report = []
+    for path in _dead_instances(hierarchy, base):
+        try:
+            report.append(_collect_one(hierarchy, path))
+        except KernelError as error:
+            report.append(Collected(path, "failed", error=str(error)))
+    return report
+
+
+def running_work(hierarchy: Hierarchy, base: str) -> list[Cgroup]:
+    """Return ``work/`` of each dead owner's tree directly below ``base`` in which processes still run."""
+    found = []
+    for path in _dead_instances(hierarchy, base):
+        work = hierarchy.cgroup(f"{path}/work")
+        running = work.processes(subtree=True)
+        if running and 0 not in running:  # 0: a process of a PID namespace that cannot be seen from here
+            found.append(work)
+    return found
+
+
+def wait_until_empty(cgroup: Cgroup) -> list[int]:
+    """Wait up to a second for the processes in ``cgroup`` to end; return those that still run."""
+    deadline = time.monotonic() + _HOST_SECONDS
+    while running := cgroup.processes(subtree=True):
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.01)
+    return running
+
+
+def _base_of(path: str) -> str:
+    return path.rpartition("/")[0] or "/"
+
+
+def _dead_instances(hierarchy: Hierarchy, base: str) -> Iterator[str]:
+    """Yield the paths of the instances directly below ``base`` whose owner is dead. Raises KernelError."""
+    for name in hierarchy.cgroup(base).children():
+        match = INSTANCE_NAME.fullmatch(name)
+        if match and not proc.is_alive(int(match[1]), int(match[2])):
+            yield f"{base.rstrip('/')}/{name}"
+
+
+def _collect_one(hierarchy: Hierarchy, path: str) -> Collected:
+    if _has_unseen(hierarchy, path):
+        return Collected(path, "unseen")
+    work, host = hierarchy.cgroup(f"{path}/work"), hierarchy.cgroup(f"{path}/host")
+    work.kill()
+    work.delete()
+    if (uid := _other_owner(hierarchy, path)) is not None:
+        return Collected(path, "other_user", uid=uid)
+    if remaining := _restore_attached(hierarchy, path):
+        return Collected(path, "not_restored", tuple(remaining))
+    if running := wait_until_empty(host):
+        return Collected(path, "host_runs", tuple(running))
+    host.delete()
+    hierarchy.cgroup(path).delete()
+    return Collected(path, "removed")
+
+
+def _has_unseen(hierarchy: Hierarchy, path: str) -> bool:
+    """Return whether the instance contains processes that have no number in this PID namespace. Raises KernelError."""
+    return 0 in hierarchy.cgroup(path).processes(subtree=True)
+
+
+def _other_owner(hierarchy: Hierarchy, path: str) -> int | None:
+    """Return the uid of another user who owns a populated ``attached/``; None if there is none. Raises KernelError.
+
+    Its processes are not moved: see `previous_cgroups.other_owner`.
+    """
+    attached = hierarchy.cgroup(f"{path}/attached")
+    if not attached.processes(subtree=True):
+        return None
+    from rcon_plugins.tree import previous_cgroups
+
+    return previous_cgroups.other_owner(attached)
+
+
+def _restore_attached(hierarchy: Hierarchy, path: str) -> list[int]:
+    """Move the processes in ``attached/`` back to where they came from; return those that remain. KernelError."""
+    attached = hierarchy.cgroup(f"{path}/attached")
+    if not any(files.is_directory(directory) for directory in attached.directories):
+        return []
+    from rcon_plugins.tree import previous_cgroups
+
+    instance = path.rpartition("/")[2]
+    remaining = previous_cgroups.restore(attached, previous_cgroups.load(instance))
+    if not remaining:
+        attached.delete()
+        previous_cgroups.forget(instance)
+    return remaining
