@@ -11,13 +11,18 @@
     @confined(memory="512M", timeout="60s")
     def render(name): ...
 
-`install` comes before the tasks are used. Outside of workers, in eager mode too, tasks run as they always did.
+Call `install` before the tasks are used. Outside of workers, and in eager mode, tasks run as they always did.
+
+The modules, in the order of a task's path: `install` (an application), `worker` (the worker's main process),
+`pool_process` (a process that runs tasks), `call`, `codec` and `wire` (one task, on its way to an executor process),
+`service` (the executor process), `results` (its outcome); ``retry/`` (the task's next attempt). `decorator` and
+`task_annotations` connect a task's code to them, `remote_control` asks all workers.
 """
 
 from __future__ import annotations
 
 from rcon_celery.decorator import confined
-from rcon_celery.installation import install
+from rcon_celery.install import install
 from rcon_celery.results import outcome_of
 from rcon_celery.retry.attempt import expand
 

@@ -1,4 +1,4 @@
-"""How arguments, results and exceptions cross: by the serializers of the application itself."""
+"""How arguments, results and exceptions cross to an executor process and back: by the application's own serializers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kombu import serialization as _serialization
 from kombu.utils.encoding import safe_repr as _safe_repr
 
 from rcon_celery.task_annotations import STAGE
-from rcon_celery.wire import Body
+from rcon_celery.wire import Payload
 from rcon_plugins.executors.channel import ProtocolViolation
 
 serialization: Any = _serialization  # its functions have no types
@@ -28,160 +28,231 @@ safe_repr: Any = _safe_repr
 _NOT_SENT = frozenset({"args", "kwargs", "called_directly", STAGE})
 
 
-def accepted(app: Any) -> set[str]:
-    """The content types that the application reads, from its broker or its result backend.
+def accepted_content_types(app: Any) -> set[str]:
+    """Return the content types that the application reads from its broker or its result backend.
 
-    To be asked once in a process: it takes longer than to encode what is usual.
+    Call it once in a process: it takes longer than to encode a usual task.
     """
     names = {*app.conf.accept_content, *(app.conf.result_accept_content or ())}
     return set(serialization.prepare_accept_content(names))
 
 
-def encode(value: object, serializers: Iterable[str | None]) -> tuple[Body, bytes]:
-    """The value by the first of these serializers that can. Raises the last one's exception."""
+def encode(value: object, serializers: Iterable[str | None]) -> tuple[Payload, bytes]:
+    """Encode the value by the first of these serializers that can. Raises the exception of the last one."""
     error: Exception | None = None
     for name in dict.fromkeys(serializers):
         try:
             content_type, encoding, data = serialization.dumps(value, serializer=name)
-            payload = data if not isinstance(data, str) else data.encode(_charset(encoding))
+            if isinstance(data, str):
+                data = data.encode(encoding if encoding != "binary" else "utf-8")
         except Exception as failed:  # noqa: BLE001 - serializers are the application's own, and raise what they like
             error = failed
             continue
-        return Body(content_type, encoding, len(payload)), payload
+        return Payload(content_type, encoding, len(data)), data
     raise error or TypeError("no serializer")
 
 
-def decode(body: Body, payload: bytes, accept: set[str]) -> Any:
-    """What was encoded. Raises `ProtocolViolation` for what the application does not accept."""
+def decode(payload: Payload, data: bytes, accept: set[str]) -> Any:
+    """Decode a payload. Raises `ProtocolViolation` where the application does not accept it or it is malformed."""
     try:
         return serialization.loads(
-            payload, body.content_type, body.content_encoding, accept=accept, force=True
+            data, payload.content_type, payload.content_encoding, accept=accept, force=True
         )
-    except Exception as error:  # noqa: BLE001 - a serializer may raise anything on what is not its own
-        raise ProtocolViolation(f"a body that cannot be read: {type(error).__name__}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - a serializer may raise anything on malformed data
+        raise ProtocolViolation(f"a payload cannot be decoded: {type(error).__name__}: {error}") from None
 
 
-def encode_task(task: Any, request: Any, args: Any, kwargs: Any, accept: set[str]) -> tuple[Body, bytes]:
-    """A task's arguments and its request, without what only has a meaning in the host. ``accept``: `accepted`."""
-    context = {
-        name: value for name, value in vars(request).items() if name[0] != "_" and name not in _NOT_SENT
-    }
-    serializers = _of_arguments(task, accept)
+def encode_task(task: Any, request: Any, args: Any, kwargs: Any, accept: set[str]) -> tuple[Payload, bytes]:
+    """Encode a task's arguments and its request, without the attributes that have a meaning only in this process.
+
+    ``accept``: the `accepted_content_types`.
+    """
+    context = {}
+    for name, value in vars(request).items():
+        if name[0] != "_" and name not in _NOT_SENT:
+            context[name] = value
+    own = task.serializer or task.app.conf.task_serializer
+    # A message may have come by another serializer than the task's own, and hold a value that only that one carries.
+    # Pickle carries all of them, and pickles here only what this process has decoded.
+    serializers = (own,) if len(accept) == 1 else ("pickle", own)
     try:
         return encode({"args": args, "kwargs": kwargs, "request": context}, serializers)
     except Exception:  # noqa: BLE001 - as in encode
-        plain = {name: value for name, value in context.items() if _is_data(value, serializers)}
+        plain = {name: value for name, value in context.items() if _can_encode(value, serializers)}
         return encode({"args": args, "kwargs": kwargs, "request": plain}, serializers)
 
 
-def encode_result(task: Any, result: object, children: Iterable[Any], serializer: str) -> tuple[Body, bytes]:
-    """A task's result, and what it sent off. Runs in the executor. Raises what serializers raise.
+def encode_result(
+    task: Any, result: object, children: Iterable[Any], serializer: str
+) -> tuple[Payload, bytes]:
+    """Encode a task's result and the tasks that it sent. Runs in the executor. Raises what serializers raise.
 
-    ``serializer``, here and below, is that of its result backend.
+    ``serializer``, here and below, is that of the result backend.
     """
-    payload: dict[str, Any] = {"children": [child.as_tuple() for child in children]}
+    content: dict[str, Any] = {"children": [child.as_tuple() for child in children]}
     if isinstance(result, ResultBase):
-        payload["tuple"] = result.as_tuple()
+        content["tuple"] = result.as_tuple()
     else:
-        payload["value"] = result
-    return encode(payload, _of_results(task, serializer))
+        content["value"] = result
+    return encode(content, _result_serializers(task, serializer))
 
 
-def encode_exception(error: BaseException, children: Iterable[Any], serializer: str) -> tuple[Body, bytes]:
-    """An exception, as far as the serializer of the result backend carries it. Runs in the executor."""
-    payload = {"error": _told(error, serializer), "children": [child.as_tuple() for child in children]}
-    return encode(payload, (serializer,))
+def encode_exception(error: BaseException, children: Iterable[Any], serializer: str) -> tuple[Payload, bytes]:
+    """Encode an exception, as far as the serializer of the result backend can. Runs in the executor."""
+    content = {"error": _described(error, serializer), "children": [child.as_tuple() for child in children]}
+    return encode(content, (serializer,))
 
 
 def encode_predicate(
     task: Any, error: Exception, children: Iterable[Any], serializer: str
-) -> tuple[Body, bytes]:
-    """A `Retry`, `Ignore` or `Reject`. Runs in the executor."""
-    payload: dict[str, Any] = {"children": [child.as_tuple() for child in children]}
-    serializers = _of_results(task, serializer)
+) -> tuple[Payload, bytes]:
+    """Encode a `Retry`, `Ignore` or `Reject`. Runs in the executor."""
+    content: dict[str, Any] = {"children": [child.as_tuple() for child in children]}
+    serializers = _result_serializers(task, serializer)
     if isinstance(error, Retry):
-        payload |= {
-            "message": _data(error.message, serializers),
-            "error": _told(error.exc, serializer) if error.exc is not None else None,
+        content |= {
+            "message": _data_or_repr(error.message, serializers),
+            "error": _described(error.exc, serializer) if error.exc is not None else None,
             "text": error.excs,
-            "when": _data(error.when, serializers),
-            "sig": error.sig if _is_data(error.sig, serializers) else None,
+            "when": _data_or_repr(error.when, serializers),
+            "sig": error.sig if _can_encode(error.sig, serializers) else None,
         }
     elif isinstance(error, Reject):
-        payload |= {"reason": _data(error.reason, serializers), "requeue": bool(error.requeue)}
+        content |= {"reason": _data_or_repr(error.reason, serializers), "requeue": bool(error.requeue)}
     else:
-        payload["args"] = [_data(value, serializers) for value in error.args]
-    return encode(payload, serializers)
+        content["args"] = [_data_or_repr(value, serializers) for value in error.args]
+    return encode(content, serializers)
+
+
+def encode_no_result(task: Any, serializer: str) -> tuple[Payload, bytes]:
+    """Encode an answer without a result, where the result is too large. Runs in the executor."""
+    return encode({"children": []}, _result_serializers(task, serializer))
 
 
 def is_ignored(task: Any, request: Any) -> bool:
-    """Whether nobody is to get the result, so that it need not be data, nor short."""
+    """Return whether the result is dropped, so that it may be too large, or no serializer may take it."""
     return bool(get_actual_ignore_result(task, request)) or isinstance(task.backend, DisabledBackend)
 
 
-def encode_nothing(task: Any, serializer: str) -> tuple[Body, bytes]:
-    """In the place of an answer that is too long. Runs in the executor."""
-    return encode({"children": []}, _of_results(task, serializer))
+def decode_value(app: Any, content: dict[str, Any]) -> Any:
+    """Return the result that `encode_result` encoded."""
+    if "tuple" in content:
+        return result_from_tuple(content["tuple"], app=app)
+    return content["value"]
 
 
-def value_of(app: Any, payload: dict[str, Any]) -> Any:
-    """A result, as `encode_result` made it."""
-    if "tuple" in payload:
-        return result_from_tuple(payload["tuple"], app=app)
-    return payload["value"]
+def decode_exception(described: dict[str, Any], traceback_text: str) -> Exception:
+    """Return the exception that `encode_exception` encoded, of its own class where this process has that loaded.
 
-
-def exception_of(told: dict[str, Any], text: str) -> Exception:
-    """An exception, as `encode_exception` made it: of its own class where this process has that loaded.
-
-    The same rule as that of Celery for what a result backend holds: nothing is imported because an executor process
-    named it, and a class that is not found is made. Raises `ProtocolViolation`.
+    This is Celery's own rule for the exceptions in a result backend: an executor process cannot name a module to be
+    imported, and a class that is not loaded gets a stand-in. Raises `ProtocolViolation`.
     """
-    error = _made_again(told)
-    if text:
-        error.__cause__ = RemoteTraceback(f"\n{text}")
+    error = _rebuilt(described)
+    if traceback_text:
+        error.__cause__ = RemoteTraceback(f"\n{traceback_text}")
     return error
 
 
-def _made_again(told: dict[str, Any]) -> Exception:
-    cls = _class(told["module"], told["type"])
-    args = tuple(_argument_of(each) for each in told["args"])
-    made_of = tuple(_argument_of(each) for each in told["made_of"])
+def decode_predicate(task: Any, how: str, content: dict[str, Any]) -> Exception:
+    """Return the `Retry`, `Ignore` or `Reject` that `encode_predicate` encoded."""
+    error: Exception
+    if how == "retry":
+        cause = content["error"]
+        error = Retry(
+            content["message"],
+            exc=decode_exception(cause, "") if cause is not None else content["text"],
+            when=content["when"],
+            sig=task.app.signature(content["sig"]) if content["sig"] is not None else None,
+        )
+    elif how == "reject":
+        error = Reject(content["reason"], requeue=content["requeue"])
+    else:
+        error = Ignore(*content["args"])
+    return error
+
+
+def sentence(error: BaseException) -> str:
+    """Return the class and message of an exception, also where its ``__str__`` fails."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - its own ``__str__``
+        return f"{type(error).__name__}: {safe_repr(error.args)}"
+
+
+def _result_serializers(task: Any, serializer: str) -> tuple[str, str]:
+    return serializer, task.serializer or task.app.conf.task_serializer
+
+
+def _described(error: BaseException, serializer: str) -> dict[str, Any]:
+    """Return an exception as data: its class, arguments and attributes, as far as the serializer takes them."""
+    cls, serializers = type(error), (serializer,)
+    try:
+        reduced = error.__reduce__()
+    except Exception:  # noqa: BLE001 - one of its own
+        reduced = ""
+    # An OSError is constructed from more than its args.
+    constructor_args = reduced[1] if isinstance(reduced, tuple) and reduced[0] is cls else error.args
+    state = {name: value for name, value in vars(error).items() if name[:2] != "__" and name != "args"}
+    return {
+        "module": cls.__module__,
+        "type": cls.__qualname__,
+        "args": [_described_argument(value, serializer) for value in error.args],
+        "constructor_args": [_described_argument(value, serializer) for value in constructor_args],
+        "state": {name: value for name, value in state.items() if _can_encode(value, serializers)},
+    }
+
+
+def _described_argument(value: object, serializer: str) -> list[Any]:
+    """Return whether the argument of an exception is an exception itself, or a list of them, and the argument."""
+    serializers = (serializer,)
+    if isinstance(value, Exception) and not _can_encode(value, serializers):
+        return [True, _described(value, serializer)]
+    if _are_exceptions(value) and not _can_encode(value, serializers):  # of an ExceptionGroup
+        return [True, [_described(each, serializer) for each in value]]
+    return [False, _data_or_repr(value, serializers)]
+
+
+def _rebuilt(described: dict[str, Any]) -> Exception:
+    cls = _exception_class(described["module"], described["type"])
+    args = tuple(_rebuilt_argument(each) for each in described["args"])
+    constructor_args = tuple(_rebuilt_argument(each) for each in described["constructor_args"])
     if issubclass(cls, UnpickleableExceptionWrapper):
-        # Stands for an exception of a module that it names.
-        args = made_of = (
+        # It stands for an exception of the module that its first argument names.
+        args = constructor_args = (
             *(name if name in sys.modules else celery.exceptions.__name__ for name in args[:1]),
             *args[1:],
         )
-    error = _constructed(cls, made_of, args)
+    error = _constructed(cls, constructor_args, args)
     if error is None:
-        named = f"{cls.__name__}({', '.join(map(safe_repr, args))})"
-        stands_for_it: Exception = UnpickleableExceptionWrapper(cls.__module__, cls.__name__, args, named)
-        return stands_for_it
+        text = f"{cls.__name__}({', '.join(map(safe_repr, args))})"
+        wrapper: Exception = UnpickleableExceptionWrapper(cls.__module__, cls.__name__, args, text)
+        return wrapper
     error.args = args
-    vars(error).update(
-        {name: value for name, value in told["state"].items() if not callable(getattr(cls, name, None))}
-    )
+    for name, value in described["state"].items():
+        if not callable(getattr(cls, name, None)):
+            vars(error)[name] = value
     return error
 
 
-def _constructed(cls: type[Exception], made_of: tuple[Any, ...], args: tuple[Any, ...]) -> Exception | None:
-    """An exception of this class; None where it takes more than is known of it to make one."""
+def _constructed(
+    cls: type[Exception], constructor_args: tuple[Any, ...], args: tuple[Any, ...]
+) -> Exception | None:
+    """Return an exception of this class; None where its constructor takes other arguments."""
     with contextlib.suppress(Exception):
-        return cls(*made_of)
+        return cls(*constructor_args)
     with contextlib.suppress(Exception):
         return cls.__new__(cls, *args)
     return None
 
 
-def _argument_of(told: list[Any]) -> Any:
-    is_exception, value = told
+def _rebuilt_argument(described: list[Any]) -> Any:
+    is_exception, value = described
     if is_exception and isinstance(value, list):
-        return [_made_again(each) for each in value]
-    return _made_again(value) if is_exception else value
+        return [_rebuilt(each) for each in value]
+    return _rebuilt(value) if is_exception else value
 
 
-def _class(module: str | None, name: str) -> type[Exception]:
+def _exception_class(module: str | None, name: str) -> type[Exception]:
     found: Any = sys.modules.get(module) if module is not None else None
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -195,74 +266,8 @@ def _class(module: str | None, name: str) -> type[Exception]:
 
 
 def _stand_in(name: str) -> type[Exception]:
-    # Of a module that is loaded: to pickle it, as Celery tries, would import any other.
+    # In a module that is loaded: Celery pickles the exception to try it, which would import any other module.
     return create_exception_cls(name, celery.exceptions.__name__)  # type: ignore[no-any-return]
-
-
-def predicate_of(task: Any, how: str, payload: dict[str, Any]) -> Exception:
-    """A `Retry`, `Ignore` or `Reject`, as `encode_predicate` made it."""
-    error: Exception
-    if how == "retry":
-        cause = payload["error"]
-        error = Retry(
-            payload["message"],
-            exc=exception_of(cause, "") if cause is not None else payload["text"],
-            when=payload["when"],
-            sig=task.app.signature(payload["sig"]) if payload["sig"] is not None else None,
-        )
-    elif how == "reject":
-        error = Reject(payload["reason"], requeue=payload["requeue"])
-    else:
-        error = Ignore(*payload["args"])
-    return error
-
-
-def sentence(error: BaseException) -> str:
-    """An exception in words, whatever it makes of that itself: its class may be anybody's."""
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001 - its own ``__str__``
-        return f"{type(error).__name__}: {safe_repr(error.args)}"
-
-
-def _of_arguments(task: Any, accept: set[str]) -> list[str]:
-    own = task.serializer or task.app.conf.task_serializer
-    if len(accept) == 1:
-        return [own]
-    # A message may have come by another than the task's own, and hold what only that carries. Pickle carries all; it is
-    # the host that pickles here, what it has decoded already.
-    return ["pickle", own]
-
-
-def _of_results(task: Any, serializer: str) -> list[str]:
-    return [serializer, task.serializer or task.app.conf.task_serializer]
-
-
-def _told(error: BaseException, serializer: str) -> dict[str, Any]:
-    cls, serializers = type(error), (serializer,)
-    try:
-        reduced = error.__reduce__()
-    except Exception:  # noqa: BLE001 - one of its own
-        reduced = ""
-    # An OSError is made of more than its args.
-    made_of = reduced[1] if isinstance(reduced, tuple) and reduced[0] is cls else error.args
-    state = {name: value for name, value in vars(error).items() if name[:2] != "__" and name != "args"}
-    return {
-        "module": cls.__module__,
-        "type": cls.__qualname__,
-        "args": [_argument(value, serializer) for value in error.args],
-        "made_of": [_argument(value, serializer) for value in made_of],
-        "state": {name: value for name, value in state.items() if _is_data(value, serializers)},
-    }
-
-
-def _argument(value: object, serializer: str) -> list[Any]:
-    serializers = (serializer,)
-    if isinstance(value, Exception) and not _is_data(value, serializers):
-        return [True, _told(value, serializer)]
-    if _are_exceptions(value) and not _is_data(value, serializers):  # of an ExceptionGroup
-        return [True, [_told(each, serializer) for each in value]]
-    return [False, _data(value, serializers)]
 
 
 def _are_exceptions(value: object) -> TypeGuard[Sequence[BaseException]]:
@@ -273,7 +278,7 @@ def _are_exceptions(value: object) -> TypeGuard[Sequence[BaseException]]:
     )
 
 
-def _is_data(value: object, serializers: Iterable[str]) -> bool:
+def _can_encode(value: object, serializers: Iterable[str]) -> bool:
     try:
         encode(value, serializers)
     except Exception:  # noqa: BLE001 - as in encode
@@ -281,9 +286,5 @@ def _is_data(value: object, serializers: Iterable[str]) -> bool:
     return True
 
 
-def _charset(encoding: str) -> str:
-    return encoding if encoding != "binary" else "utf-8"
-
-
-def _data(value: object, serializers: Iterable[str]) -> Any:
-    return value if _is_data(value, serializers) else safe_repr(value)
+def _data_or_repr(value: object, serializers: Iterable[str]) -> Any:
+    return value if _can_encode(value, serializers) else safe_repr(value)

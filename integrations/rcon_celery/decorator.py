@@ -1,4 +1,4 @@
-"""``@confined(...)``: what a task's own code says of its confinement."""
+"""``@confined(...)``: the policy of a task, written in the task's own code."""
 
 from __future__ import annotations
 
@@ -13,98 +13,119 @@ from celery.app.task import Task
 from celery.exceptions import WorkerTerminate
 from celery.local import Proxy
 
-from rcon_celery.retry.attempt import Learning
+from rcon_celery.retry.attempt import RetryPolicy
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.limit_table import SHARED_KEYS
 from rcon_plugins.settings.policy import Policy
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-LOGGER = logging.getLogger("rcon")
-_MARK = "__rcon__"
-#: Keywords that say something of the policy, and not of each task.
-_OF_THE_POLICY = frozenset({*Policy.__struct_fields__} - {"name", "each", "isolation"})
+_log = logging.getLogger("rcon")
+_ATTRIBUTE = "__rcon__"
+#: Keywords that are no limits of each task, but keys of the policy.
+_POLICY_KEYS = frozenset(Policy.__struct_fields__) - {*SHARED_KEYS, "name", "each", "isolation"}
 
 
-class Mark(NamedTuple):
-    """What `confined` was given: the name of a policy, or what one says."""
+class TaskPolicy(NamedTuple):
+    """The policy that `confined` gives a task: the name of one in the settings, or the table of one."""
 
-    policy: str | None
-    content: Mapping[str, Any]
-    #: What becomes of it when it dies, before what its policy says.
-    learning: Learning | None = None
+    name: str | None
+    table: Mapping[str, Any]
+    #: The retry keys beside a name, which override those of the policy.
+    retry: RetryPolicy | None = None
 
-    def named(self, task: str, taken: Container[str]) -> Policy:
-        """The policy of a task of this name, under a name that is not taken."""
+    def make(self, task: str, taken: Container[str]) -> Policy:
+        """Make the policy of a task of this name, under a name that is not taken."""
         name = policy_name(task)
         if name in taken:
             name = f"{name[:54]}-{hashlib.blake2b(task.encode(), digest_size=4).hexdigest()}"
-        return Policy.make(name, **self.content)
+        return Policy.make(name, **self.table)
 
 
 def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
     """Confine a task: under ``@app.task``, or on a task class.
 
-    Either the name of a policy in the settings that `install` was given, or limits, spelled as a policy file spells
-    them: they hold for each task by itself. ``together`` is a mapping of limits for all of the task's runs on a node at
-    once; what else a policy may say (``per``, ``concurrency``, ``max_uses``, ``user``, ``capabilities``, …) is said as
-    in a policy::
+    Give either the name of a policy in the settings of `install`, or limits, spelled as in a policy file. A limit holds
+    for each run of the task by itself. ``together`` is a mapping of limits for all runs of the task on a worker
+    together. The other keys of a policy (``per``, ``concurrency``, ``max_uses``, ``user``, ``capabilities``, …) are
+    written as in a policy::
 
         @app.task
         @confined(memory="512M", timeout="60s", together={"cpu": "150%"}, concurrency=4)
         def render(name): ...
 
-    ``on_memory``, ``max_deaths`` and ``dead_letter`` say what becomes of a task that dies: see
-    `rcon_celery.retry.attempt`. They may stand beside a policy's name too, and go before what that says.
+    ``on_memory``, ``max_deaths`` and ``dead_letter`` say what happens after the task died: see
+    `rcon_celery.retry.attempt`. They may stand beside the name of a policy, and override its keys.
 
-    Raises `SettingsError` for what a policy file could not say either. A worker whose app was not given to `install`
-    does not start.
+    Raises `SettingsError` for whatever a policy file may not contain. A worker whose application was not given to
+    `install` does not start.
     """
-    tries = {name: value for name, value in limits.items() if name in Learning.__struct_fields__}
-    if policy is not None and limits.keys() - tries:
-        raise SettingsError("a policy's name and limits at once", key="@confined", hint="give one of them")
-    if policy is None and not limits.keys() - tries:  # what becomes of deaths is no limit
+    retry = {name: value for name, value in limits.items() if name in RetryPolicy.__struct_fields__}
+    if policy is not None and limits.keys() - retry:
         raise SettingsError(
-            "says nothing", key="@confined", hint='for example memory="512M", or a policy\'s name'
+            "the name of a policy and limits exclude each other", key="@confined", hint="give one of them"
+        )
+    if policy is None and not limits.keys() - retry:
+        raise SettingsError(
+            "no limit is given",
+            key="@confined",
+            hint='give one, such as memory="512M", or the name of a policy',
         )
     if policy is None:
-        mark = Mark(None, _content(limits))
-        _check(mark)
+        task_policy = TaskPolicy(None, _table(limits))
+        _check(task_policy)
     else:
-        mark = Mark(policy, {}, Learning.make(tries))
+        task_policy = TaskPolicy(policy, {}, RetryPolicy.make(retry))
 
     def decorate(function: _F) -> _F:
         if isinstance(function, (Task, Proxy)):
             raise SettingsError(
-                "stands above @app.task, where it comes too late",
+                "it stands above @app.task, which has made the task already",
                 key="@confined",
                 hint="put it under @app.task",
             )
-        # Not a wrapper: Celery looks at what arguments the function takes.
-        setattr(function, _MARK, mark)
+        # Not a wrapper: Celery inspects the arguments that the function takes.
+        setattr(function, _ATTRIBUTE, task_policy)
         signals.worker_init.connect(_refuse_without_install, weak=False, dispatch_uid="rcon_celery.confined")
         return function
 
     return decorate
 
 
+def policy_of_class(cls: type) -> TaskPolicy | None:
+    """Return the policy that `confined` gave a task's class, or the function that it runs."""
+    for holder in (cls, getattr(cls, "run", None)):
+        task_policy = getattr(holder, _ATTRIBUTE, None)
+        if isinstance(task_policy, TaskPolicy):
+            return task_policy
+    return None
+
+
+def policy_name(task: str) -> str:
+    """Return the name of the policy made for a task: ``reports-render`` for ``reports.render``."""
+    name = re.sub(r"[^a-z0-9_]+", "-", task.lower()).strip("-")
+    if not re.match("[a-z]", name):
+        name = f"task-{name}"
+    return name[:63]
+
+
 def _refuse_without_install(sender: Any, **_: object) -> None:
-    """A worker starts: not with tasks that are to be confined and would not be."""
+    """Keep a worker from starting that would run tasks with `confined` unconfined."""
     if getattr(sender.app, "rcon", None) is not None:
         return
     for name, task in sorted(sender.app.tasks.items()):
-        if mark_of(type(task)) is not None:
-            LOGGER.error(
-                "rcon: %s is to be confined, and its application was not given to rcon_celery.install; "
-                "the worker does not start",
+        if policy_of_class(type(task)) is not None:
+            _log.error(
+                "rcon: the worker does not start: task %s has @confined, but its application was not given to "
+                "rcon_celery.install; call install(app) where the application is made",
                 name,
             )
-            raise WorkerTerminate(1)  # what is no Exception is all that a signal's sender lets through
+            raise WorkerTerminate(1)  # Celery's signals let no Exception through, and this is none
 
 
-def _check(mark: Mark) -> None:
-    """Raise `SettingsError` for what no policy can say, here, where it is written; the key is as it is written."""
+def _check(task_policy: TaskPolicy) -> None:
+    """Raise `SettingsError` for a table that is no policy, with the key as it is written in the decorator."""
     try:
-        Policy.make("confined", **mark.content)
+        Policy.make("confined", **task_policy.table)
     except SettingsError as error:
         key = (error.key or "").removeprefix("policy.confined.").removeprefix("policy.confined")
         first = re.split(r"[.\[]", key)[0]
@@ -112,33 +133,13 @@ def _check(mark: Mark) -> None:
         raise
 
 
-def mark_of(cls: type) -> Mark | None:
-    """The mark of a task class, whether on it or on the function that it runs."""
-    for holder in (cls, getattr(cls, "run", None)):
-        mark = getattr(holder, _MARK, None)
-        if isinstance(mark, Mark):
-            return mark
-    return None
-
-
-def policy_name(task: str) -> str:
-    """A name of a policy for a task: ``reports.render`` has ``reports-render``."""
-    name = re.sub(r"[^a-z0-9_]+", "-", task.lower()).strip("-")
-    if not re.match("[a-z]", name):
-        name = f"task-{name}"
-    return name[:63]
-
-
-def _content(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """A policy's table from the keywords of the decorator."""
-    together = dict(keywords.get("together") or {})
-    content: dict[str, Any] = {}
+def _table(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table of a policy, from the keywords of the decorator."""
+    table: dict[str, Any] = {}
     each: dict[str, Any] = {}
     for key, value in keywords.items():
-        if key == "together":
-            continue
-        if key in _OF_THE_POLICY and key not in SHARED_KEYS:
-            content[key] = value
-        else:
+        if key in _POLICY_KEYS:
+            table[key] = value
+        elif key != "together":
             each[key] = value
-    return {**content, **together, "each": each}
+    return {**table, **dict(keywords.get("together") or {}), "each": each}

@@ -1,12 +1,16 @@
-"""The executor's side: runs the body of one task after the other."""
+"""The executor's side: runs the code of one task after the other, each in the same process state."""
 
 from __future__ import annotations
 
+import concurrent.futures.thread
+import os
 import signal
+import sys
+import threading
 import time
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from celery import signals
@@ -14,105 +18,100 @@ from celery._state import _task_stack
 from celery.app.task import Task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
-from rcon_celery import codec, place, results, task_annotations, threads, wire
-from rcon_celery.process_state import ProcessState
-from rcon_celery.task_annotations import Body, perform
+from rcon_celery import codec, results, task_annotations, wire
+from rcon_celery.task_annotations import TaskCode
 from rcon_plugins.errors import SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 
-_OURS: Final = frozenset({__file__, task_annotations.__file__})
-#: These end the executor process: its host is gone, or the task asked the process to end.
+_OWN_FILES: Final = frozenset({__file__, task_annotations.__file__})
+_THREAD_POOL: Final = concurrent.futures.thread.__file__
+#: Exceptions that end the executor process: the pool's process is gone, or the task asked the process to end.
 _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
 
 
 class TaskService:
-    """Serves the tasks of an application in executor processes; give it to `Manager.start`."""
+    """Serves the tasks of an application in executor processes; pass it to `Manager.start`."""
 
-    def __init__(self, app: Any, bodies: Mapping[str, Body], hostname: str, *, greenlets: bool) -> None:
-        """``greenlets``: the worker has a loop of gevent's."""
+    def __init__(self, app: Any, codes: Mapping[str, TaskCode], hostname: str, *, greenlets: bool) -> None:
+        """``codes`` are by the name of the task; ``greenlets``: the worker runs gevent's loop."""
         self._greenlets = greenlets
-        # Known here, for it takes a new process longer to make a backend than all else of its first task.
+        # Found here, before the fork: to make a backend takes a new process longer than the rest of its first task.
         self._serializer = results.serializer_of(app)
         self._app = app
-        self._bodies = bodies
+        self._codes = codes
         self._hostname = hostname
-        #: The task whose body runs now.
+        #: The name of the task whose code runs now.
         self._task: str | None = None
-        #: What it is to be told when it begins.
+        #: A soft limit that was reached before the code of the task began.
         self._early: Exception | None = None
-        self._handlers = {SOFT_TIME: self._notice_time, SOFT_MEMORY: self._notice_memory}
-        #: What each task finds; None before the first.
-        self._ground: ProcessState | None = None
+        self._handlers = {SOFT_TIME: self._soft_time_reached, SOFT_MEMORY: self._soft_memory_reached}
+        #: The state in which each task finds the process; None before the first.
+        self._state: ProcessState | None = None
 
     def __call__(self, channel: Channel, frame: Frame) -> None:
-        """Run one task; ``frame`` is its first. Returns when its answer is sent."""
-        if self._ground is None:
+        """Run one task, whose head is in ``frame``, and send its answer."""
+        if self._state is None:
             self._begin()
-            self._ground = ProcessState(self._handlers)
-        self._ground.restore()
-        head = wire.decode_task(frame)
-        payload = wire.receive_body(channel, head.body.size)
-        order = codec.decode(head.body, payload, {head.body.content_type})
+            self._state = ProcessState(self._handlers)
+        self._state.restore()
+        head, data = wire.receive_task(channel, frame)
+        content = codec.decode(head.payload, data, {head.payload.content_type})
         task = self._app.tasks[head.name]
-        before = threads.alive()
-        how, text, (body, answer) = self._perform(task, order, head.longest)
-        if len(answer) > head.longest:
-            nothing = codec.encode_nothing(task, self._serializer_of(task))
-            how, text, (body, answer) = "too long", str(len(answer)), nothing
-        busy = threads.go_on(before)
-        wire.send(channel, wire.ANSWER, wire.AnswerHead(head.number, how, text, body, busy), answer)
+        threads_before = set(threading.enumerate())
+        how, text, (payload, answer) = self._run(task, content, head.max_result)
+        if len(answer) > head.max_result:
+            how, text = "too long", str(len(answer))
+            payload, answer = codec.encode_no_result(task, self._serializer_of(task))
+        busy = threads_left(threads_before)
+        wire.send(channel, wire.ANSWER, wire.AnswerHead(head.number, how, text, payload, busy), answer)
 
-    def expect_notices(self) -> None:
-        """In a new executor process: what the signals mean that its host sends it."""
+    def install_signal_handlers(self) -> None:
+        """Handle the signals of soft limits. Called in each new executor process."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _notice_time(self, *_: object) -> None:
-        self._notice(SoftTimeLimitExceeded())
+    def _soft_time_reached(self, *_: object) -> None:
+        self._raise_in_task(SoftTimeLimitExceeded())
 
-    def _notice_memory(self, *_: object) -> None:
-        told = f"{self._task or 'a task'}: its memory is nearly used up"
-        self._notice(SoftMemoryLimitExceeded(told, limit="each.memory_soft"))
+    def _soft_memory_reached(self, *_: object) -> None:
+        message = (
+            f"{self._task or 'a task'}: memory_soft reached; return before the memory limit kills the task"
+        )
+        self._raise_in_task(SoftMemoryLimitExceeded(message, limit="each.memory_soft"))
 
-    def _notice(self, what: Exception) -> None:
+    def _raise_in_task(self, error: Exception) -> None:
         if self._task is not None:
-            raise what
-        # Before its body begins, for which it is kept; or after its end: a process that was told serves no other.
-        self._early = what
+            raise error
+        # Kept for the code of the task, which has not begun; or too late, and then this process serves no other task.
+        self._early = error
 
     def _begin(self) -> None:
-        """What a pool's process does when it starts: connections that are made then belong to one process."""
-        place.become_executor()
+        """Send the signal that a pool's process sends at its start, so that its handlers connect in this process."""
         if self._greenlets:
-            time.sleep(0.001)  # gevent closes files when its loop gets its turn
+            time.sleep(0.001)  # gevent closes files when its loop runs
         signals.worker_process_init.send(sender=self._hostname)
 
     def _serializer_of(self, task: Any) -> str:
-        """That of its result backend."""
+        """Return the serializer of the task's result backend."""
         has_own = type(task).backend is not Task.backend or vars(task).get("_backend") is not None
         return str(task.backend.serializer) if has_own or self._serializer is None else self._serializer
 
-    def _perform(
-        self, task: Any, order: Mapping[str, Any], longest: int
-    ) -> tuple[wire.How, str, tuple[wire.Body, bytes]]:
-        args, kwargs = order["args"], order["kwargs"]
+    def _run(
+        self, task: Any, content: Mapping[str, Any], max_result: int
+    ) -> tuple[wire.How, str, tuple[wire.Payload, bytes]]:
+        """Run the task; return the fields of its answer."""
+        args, kwargs = content["args"], content["kwargs"]
         _task_stack.push(task)
-        task.push_request(order["request"], args=args, kwargs=kwargs, called_directly=False)
+        task.push_request(content["request"], args=args, kwargs=kwargs, called_directly=False)
         request = task.request_stack.top
-        request.headers = order["request"].get("headers")  # not what Celery makes of what it does not know
+        request.headers = content["request"].get("headers")  # Celery replaces headers that it does not know
         task_annotations.begin(request)
         serializer = self._serializer_of(task)
-        vars(task).pop("run", None)  # what autoretry_for puts around it does its part in the host
+        vars(task).pop("run", None)  # the wrapper of autoretry_for acts in the pool's process
         try:
             try:
-                try:
-                    self._task = task.name
-                    if self._early is not None:
-                        raise self._early
-                    result = perform(task, self._bodies[task.name], args, kwargs)
-                finally:
-                    self._task = None
+                result = self._execute(task, args, kwargs)
             except _ENDS_THE_PROCESS:
                 raise
             except Retry as error:
@@ -121,37 +120,95 @@ class TaskService:
                 return "reject", "", codec.encode_predicate(task, error, request.children, serializer)
             except Ignore as error:
                 return "ignore", "", codec.encode_predicate(task, error, request.children, serializer)
-            except BaseException as error:  # noqa: BLE001 - whatever the task raised belongs to its host
-                text = "".join(
-                    traceback.format_exception(type(error), error, _of_the_task(error.__traceback__))
-                )
-                return (
-                    "error",
-                    wire.shortened(text),
-                    codec.encode_exception(error, request.children, serializer),
-                )
+            except BaseException as error:  # noqa: BLE001 - whatever the task raised is for the pool's process
+                frames = _frames_of_task(error.__traceback__)
+                text = wire.shortened("".join(traceback.format_exception(type(error), error, frames)))
+                return "error", text, codec.encode_exception(error, request.children, serializer)
             try:
-                body, answer = codec.encode_result(task, result, request.children, serializer)
-                if len(answer) <= longest or not codec.is_ignored(task, request):
-                    return "ok", "", (body, answer)
-                return (
-                    "unencodable",
-                    wire.shortened(codec.safe_repr(result)),
-                    codec.encode_nothing(task, serializer),
-                )
+                payload, answer = codec.encode_result(task, result, request.children, serializer)
+                if len(answer) <= max_result or not codec.is_ignored(task, request):
+                    return "ok", "", (payload, answer)
+                encoded = codec.encode_no_result(task, serializer)
             except Exception as error:  # noqa: BLE001 - serializers raise what they like
-                return (
-                    "unencodable",
-                    wire.shortened(codec.safe_repr(result)),
-                    codec.encode_exception(error, [], serializer),
-                )
+                encoded = codec.encode_exception(error, [], serializer)
+            return "unencodable", wire.shortened(codec.safe_repr(result)), encoded
         finally:
             task.pop_request()
             _task_stack.pop()
 
+    def _execute(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Run the code of the task; the signal of a soft limit raises in here only."""
+        try:
+            self._task = task.name
+            if self._early is not None:
+                raise self._early
+            return self._codes[task.name].execute(task, args, kwargs)
+        finally:
+            self._task = None
 
-def _of_the_task(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """A traceback without the frames that are ours, which come first."""
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename in _OURS:
+
+class ProcessState:
+    """The working directory, umask, signal mask, alarm and some signal handlers of this process, to be restored.
+
+    All else that a task leaves stays, as in a process of Celery's own pool: environment, handlers of other signals,
+    imported modules, open files.
+    """
+
+    def __init__(self, handlers: Mapping[signal.Signals, Callable[..., object]]) -> None:
+        """Note the state as it is now. ``handlers`` are the signal handlers to restore."""
+        self._handlers = handlers
+        self._directory = _working_directory()
+        self._umask = os.umask(0o777)
+        os.umask(self._umask)
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._alarm = signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0)
+
+    def restore(self) -> None:
+        """Restore the state, which takes microseconds. Call it in the main thread."""
+        os.umask(self._umask)
+        if _working_directory() != self._directory:
+            try:
+                os.chdir(self._directory or "/")
+            except OSError:  # it was removed, or this user may not enter it
+                os.chdir("/")
+        if not self._alarm:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+
+def threads_left(before: set[threading.Thread]) -> bool:
+    """Return whether threads run that did not run before, and that Python would wait for at its exit.
+
+    Daemon threads do not count, nor threads of a `ThreadPoolExecutor` that have nothing to do: libraries keep both for
+    the next task.
+    """
+    if threading.active_count() == 1:
+        return False
+    new = [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
+    if not new:
+        return False
+    frames = sys._current_frames()  # noqa: SLF001 - documented
+    return any(not _waits_in_pool(frames.get(thread.ident or 0)) for thread in new)
+
+
+def _waits_in_pool(frame: types.FrameType | None) -> bool:
+    """Return whether the innermost code that a thread runs is that of the standard library's thread pool."""
+    return frame is not None and frame.f_code.co_filename == _THREAD_POOL
+
+
+def _working_directory() -> str | None:
+    """Return the working directory; None where it was removed."""
+    try:
+        return os.getcwd()  # noqa: PTH109 - before each task, and pathlib is slow
+    except OSError:
+        return None
+
+
+def _frames_of_task(trace: types.TracebackType | None) -> types.TracebackType | None:
+    """Return a traceback without its first frames, which are those of this package."""
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename in _OWN_FILES:
         trace = trace.tb_next
     return trace

@@ -1,20 +1,19 @@
-"""The messages of one task between the host and an executor process.
+"""The messages of one task between the pool's process and an executor process.
 
 ::
 
-    host                     executor
+    pool's process           executor process
       TASK head, DATA*   ->
                         <-     ANSWER head, DATA*
 
-A head says how long the body is that the ``DATA`` frames make up, and how it is encoded. A task begins with a number
-that nobody can know before, and so does its answer: what an earlier work left behind cannot pass for one. All the
-executor says is hostile: a head is decoded into `Answer`, a body with the serializers that the application accepts,
-and anything else is a `ProtocolViolation`.
+A head gives the size of the payload that the ``DATA`` frames carry, and how it is encoded. A task begins with a random
+number, and so does its answer: a message that an earlier task left behind cannot pass for the answer. The pool's
+process trusts nothing from an executor process: it decodes a head into `AnswerHead` and a payload with the serializers
+that the application accepts; anything else is a `ProtocolViolation`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, Literal, TypeVar
 
 import msgspec
@@ -25,15 +24,15 @@ TASK: Final = FIRST_SERVICE_KIND
 DATA: Final = TASK + 1
 ANSWER: Final = TASK + 2
 
-#: How many bytes the number of a task has.
+#: The size of a task's random number, bytes.
 NUMBER_SIZE: Final = 8
 _TEXT_CHARACTERS: Final = 64 * 1024
 
 How = Literal["ok", "error", "retry", "ignore", "reject", "unencodable", "too long"]
 
 
-class Body(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """Something encoded: how, and what."""
+class Payload(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """How a payload is encoded, and its size in bytes."""
 
     content_type: str
     content_encoding: str
@@ -41,24 +40,24 @@ class Body(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=T
 
 
 class TaskHead(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """A task to be run: its name, how its arguments and request are encoded, and how long its answer may be."""
+    """A task to run; ``payload`` is its arguments and request, ``max_result`` the largest answer in bytes."""
 
     number: bytes
     name: str
-    body: Body
-    longest: int
+    payload: Payload
+    max_result: int
 
 
 class AnswerHead(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """How a task ended. ``text``: a traceback, or why its result could not be encoded, or how long it is.
+    """How a task ended. ``text`` is a traceback, the repr of a result that no serializer takes, or the answer's size.
 
-    ``busy``: threads go on that it has started.
+    ``busy``: threads that the task started still run.
     """
 
     number: bytes
     how: How
     text: str
-    body: Body
+    payload: Payload
     busy: bool = False
 
 
@@ -68,54 +67,63 @@ _answer_decoder = msgspec.msgpack.Decoder(AnswerHead)
 _Head = TypeVar("_Head", TaskHead, AnswerHead)
 
 
-def send(channel: Channel, kind: int, head: TaskHead | AnswerHead, body: bytes) -> None:
-    """Send a head and its body, in as many frames as that takes. Raises `ChannelClosed`."""
+def send(channel: Channel, kind: int, head: TaskHead | AnswerHead, data: bytes) -> None:
+    """Send a head and its payload, in as many frames as that takes. Raises `ChannelClosed`."""
     first = (kind, _encoder.encode(head))
-    if len(body) <= CHUNK:
-        channel.send(first, (DATA, body))
+    if len(data) <= CHUNK:
+        channel.send(first, (DATA, data))
         return
     channel.send(first)
-    with memoryview(body) as view:
+    with memoryview(data) as view:
         for start in range(0, len(view), CHUNK):
             channel.send((DATA, bytes(view[start : start + CHUNK])))
 
 
-def receive_body(channel: Channel, size: int) -> bytes:
-    """The body that follows a head. Raises `ChannelClosed`, `ProtocolViolation`."""
-    body = bytearray()
-    while True:
-        frame = channel.receive()
-        if frame.kind != DATA or len(body) + len(frame.payload) > size:
-            raise ProtocolViolation("a body that is not what its head says")
-        body += frame.payload
-        if len(body) == size:
-            return bytes(body)
-        if not frame.payload:
-            raise ProtocolViolation("an empty piece of a body")
+def receive_task(channel: Channel, frame: Frame) -> tuple[TaskHead, bytes]:
+    """Receive a task, whose head is in ``frame``. Raises `ChannelClosed`, `ProtocolViolation`."""
+    head = _decode(frame, TASK, _task_decoder)
+    return head, _receive_data(channel, head.payload.size)
 
 
-def decode_task(frame: Frame) -> TaskHead:
-    """A task's head. Runs in the executor. Raises `ProtocolViolation`."""
-    return _decode(frame, TASK, _task_decoder.decode)
-
-
-def decode_answer(frame: Frame) -> AnswerHead:
-    """An answer's head, as an executor sent it. Raises `ProtocolViolation`."""
-    return _decode(frame, ANSWER, _answer_decoder.decode)
+def receive_answer(channel: Channel, number: bytes, max_result: int) -> tuple[AnswerHead, bytes]:
+    """Receive the answer to the task with this number. Raises `ChannelClosed`, `ProtocolViolation`."""
+    head = _decode(channel.receive(), ANSWER, _answer_decoder)
+    if head.number != number:
+        raise ProtocolViolation("the executor process answered another task")
+    size = head.payload.size
+    if not 0 < size <= max_result:
+        raise ProtocolViolation(f"an answer of {size} bytes, where max_result is {max_result} bytes")
+    data = _receive_data(channel, size)
+    if not channel.drained:
+        raise ProtocolViolation("a frame after the end of the answer")
+    return head, data
 
 
 def shortened(text: str) -> str:
-    """The text as it crosses: no more of it than is sensible, and such that it can be UTF-8."""
+    """Return the text with its middle cut out where it is long, and such that UTF-8 can encode it."""
     if len(text) > _TEXT_CHARACTERS:
         half = _TEXT_CHARACTERS // 2
         text = f"{text[:half]}\n[...]\n{text[-half:]}"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _decode(frame: Frame, kind: int, decode: Callable[[bytes], _Head]) -> _Head:
+def _receive_data(channel: Channel, size: int) -> bytes:
+    data = bytearray()
+    while True:
+        frame = channel.receive()
+        if frame.kind != DATA or len(data) + len(frame.payload) > size:
+            raise ProtocolViolation(f"the payload is not the {size} bytes of data that its head announced")
+        data += frame.payload
+        if len(data) == size:
+            return bytes(data)
+        if not frame.payload:
+            raise ProtocolViolation("an empty frame within a payload")
+
+
+def _decode(frame: Frame, kind: int, decoder: msgspec.msgpack.Decoder[_Head]) -> _Head:
     if frame.kind != kind:
-        raise ProtocolViolation(f"a frame of kind {frame.kind} where a head is due")
+        raise ProtocolViolation(f"a frame of kind {frame.kind} instead of a head, kind {kind}")
     try:
-        return decode(frame.payload)
+        return decoder.decode(frame.payload)
     except msgspec.MsgspecError as error:
-        raise ProtocolViolation(f"not a head: {error}") from None
+        raise ProtocolViolation(f"the head of a message cannot be decoded: {error}") from None

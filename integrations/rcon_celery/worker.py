@@ -1,20 +1,26 @@
-"""What the worker holds for the processes of its pool: the settings in force, and this worker's cgroups."""
+"""A confined worker: its main process judges the settings and makes the cgroups that its pool's processes share."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
-from rcon_celery.ending_counters import EndingCounters
-from rcon_celery.pools import Pool
+from celery import bootsteps
+from celery.exceptions import CeleryCommandException
+
 from rcon_plugins.confinement.budget import machine_ledger
+from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.confinement.live_policies import Change, PolicyChangeLog, change
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import ConfinementError, RconError
 from rcon_plugins.hookspecs import hookimpl
+from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.file import Settings
 from rcon_plugins.settings.policy import Policy
 from rcon_plugins.settings.units import Size
@@ -24,8 +30,77 @@ from rcon_plugins.work import Work
 _log = logging.getLogger("rcon")
 
 
-class Node:
-    """The state of one worker. Made in its main process, and inherited by the processes of its pool."""
+class Pool(NamedTuple):
+    """How a pool of Celery runs tasks. ``children``: in processes that it forks, each of which has a manager."""
+
+    server: Server
+    children: bool = False
+
+    @property
+    def single_threaded(self) -> bool:
+        """Whether the process that runs a task does nothing else meanwhile, so that it may fork."""
+        return not self.server.threads and not self.server.greenlets
+
+
+_POOLS: Final = {
+    "celery.concurrency.prefork.TaskPool": Pool(Server(threads=False, tasks=True), children=True),
+    "celery.concurrency.solo.TaskPool": Pool(Server(threads=False, tasks=True)),
+    "celery.concurrency.thread.TaskPool": Pool(Server(threads=True, tasks=True)),
+    "celery.concurrency.gevent.TaskPool": Pool(Server(threads=False, greenlets=True, tasks=True)),
+}
+
+
+def pool_of(pool_class: Any, start_method: str) -> Pool:
+    """Return how a pool's class runs tasks; subclasses of Celery's own count.
+
+    Raises `ConfinementError` for a pool whose tasks cannot be confined.
+    """
+    known = (_POOLS.get(f"{base.__module__}.{base.__qualname__}") for base in pool_class.__mro__)
+    pool = next((pool for pool in known if pool is not None), None)
+    if pool is None:
+        name = f"{pool_class.__module__}.{pool_class.__qualname__}"
+        reason = (
+            "eventlet's loop does not survive the forks that make executor processes"
+            if ".eventlet" in name
+            else "rcon_celery does not know how it runs tasks"
+        )
+        raise ConfinementError(
+            f"the pool {name} cannot be confined: {reason}; use prefork, threads, solo or gevent (-P prefork)"
+        )
+    if pool.children and start_method != "fork":
+        raise ConfinementError(
+            f'worker_pool_start_method = "{start_method}" cannot be confined: only forked processes share the limits '
+            'of a worker; set it to "fork"'
+        )
+    return pool
+
+
+class StartRefused(RconError, CeleryCommandException):  # type: ignore[misc]
+    """Raised when a worker must not start. Celery prints the message alone and exits with 1."""
+
+    def __init__(self, message: str) -> None:
+        CeleryCommandException.__init__(self, message=message, exit_code=1)
+
+
+def start_step(start: Callable[[Any], object]) -> type:
+    """Return the step of a worker's start that calls ``start`` with Celery's worker, before its pool forks."""
+
+    class Confinement(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Confine the tasks of the worker, or refuse to start."""
+
+        label = "rcon"
+
+        def create(self, parent: Any) -> None:
+            try:
+                start(parent)
+            except RconError as error:
+                raise StartRefused(str(error)) from None
+
+    return Confinement
+
+
+class ConfinedWorker:
+    """The state of one worker: made in its main process, and inherited by the processes of its pool."""
 
     def __init__(
         self, settings: Settings, pool: Pool, plugins: Sequence[object], instance: Instance, hostname: str
@@ -35,75 +110,73 @@ class Node:
         self.plugins = plugins
         self.instance = instance
         self.hostname = hostname
-        #: The policies in force, those of decorators too.
+        #: The policies in force, with those of decorators.
         self.policies: Mapping[str, Policy] = settings.policies
-        self.tally = EndingCounters()
-        #: Limits that were changed since, for every process of the pool.
+        self.ending_counters = EndingCounters()
+        #: The limits changed since the start, which every process of the pool reads.
         self.changes = PolicyChangeLog()
         self._plan: Plan | None = None
         #: Whether the worker sends events.
-        self.events = False
+        self.sends_events = False
         self._pid = os.getpid()
 
     @classmethod
     def start(
         cls,
         settings: Settings,
-        names: Mapping[str, str],
-        policies: Sequence[Policy],
+        tasks: ConfinedTasks,
         pool: Pool,
         hostname: str,
-        most: Mapping[str, Size],
-    ) -> Node:
-        """Make sure that this machine can enforce the settings, and make the cgroups.
+        largest: Mapping[str, Size],
+    ) -> ConfinedWorker:
+        """Check that this machine can enforce the settings, and make the cgroups.
 
-        ``names`` and ``policies`` are those of tasks with `confined`, ``most`` by key what such tasks may be given when
-        they are tried again. Raises `RconError` with what is wrong and what to
-        do.
+        ``largest`` is the most memory that tasks may be given when they are retried, by its key in an error message.
+        Raises `RconError` with the problem and its remedy.
         """
-        plugins = [MarkedTasks(names, policies)]
-        plan = Plan.make(settings, pool.server, plugins)
-        for key, memory in most.items():
+        plan = Plan.make(settings, pool.server, [tasks])
+        for key, memory in largest.items():
             plan.check_fits(memory, key)
         plan.check()
         if settings.budget is not None:
             machine_ledger()
         instance = Instance.create(plan.hierarchy, base=settings.cgroup)
-        node = cls(settings, pool, plugins, instance, hostname)
-        node.policies = plan.settings.policies
-        atexit.register(node.close)
+        worker = cls(settings, pool, [tasks], instance, hostname)
+        worker.policies = plan.settings.policies
+        atexit.register(worker.close)
         plan = plan.within(instance.hierarchy)
         plan.check()
-        node._plan = plan
+        worker._plan = plan
         if plan.wants_adoption(instance):
             instance.adopt()
-        _log.info("rcon: tasks are confined, cgroups are in %s", instance.path)
+        _log.info("rcon: tasks are confined in the cgroup %s", instance.path)
         for warning in plan.warnings():
             _log.warning("rcon: %s", warning)
-        return node
+        return worker
 
-    def close_first(self) -> None:
-        """Let `close` come before all else that is put off until the exit.
+    def close_before_restart(self) -> None:
+        """Have `close` called before all other exit handlers.
 
-        After a SIGHUP Celery starts itself anew there, in the same process: what it leaves then has a living owner.
+        After a SIGHUP an exit handler of Celery's executes the worker anew in the same process. A cgroup that is left
+        until then belongs to a living process, so no later start would remove it.
         """
         if os.getpid() == self._pid:
             atexit.unregister(self.close)
             atexit.register(self.close)
 
-    def change(self, policy: str, key: str, value: str) -> Change:
-        """Change one limit of a policy, here and in every process of the pool. Raises `RconError`.
+    def change(self, policy: str, limit: str, value: str) -> Change:
+        """Change one limit of a policy in every process of the pool. Raises `RconError`.
 
-        Call it in the worker's main process, one at a time.
+        Call it in the worker's main process, one call at a time.
         """
         if self._plan is None:
-            raise ConfinementError("the worker has not started yet")
-        made = change(self._plan, self.policies, self.instance, self.changes, policy, key, value)
+            raise ConfinementError("the worker has not started yet; try again")
+        made = change(self._plan, self.policies, self.instance, self.changes, policy, limit, value)
         self.policies = {**self.policies, policy: made.policy}
         return made
 
     def close(self) -> None:
-        """End all tasks and remove the cgroups. Does nothing in a process that is not the worker's main one."""
+        """Kill all tasks and remove the cgroups. Does nothing in other processes than the worker's main one."""
         if os.getpid() != self._pid:
             return
         atexit.unregister(self.close)
@@ -111,19 +184,48 @@ class Node:
             self.instance.close()
 
 
-class MarkedTasks:
+class ConfinedTasks:
     """A plugin: the policies of tasks with `confined`, and which task has which."""
 
     def __init__(self, names: Mapping[str, str], policies: Sequence[Policy]) -> None:
+        """``names`` are those of policies, by task."""
         self._names = names
         self._policies = policies
 
     @hookimpl
     def rcon_policies(self) -> Sequence[Policy]:
-        """The policies that the decorators made."""
+        """Return the policies made from decorators."""
         return self._policies
 
     @hookimpl
     def rcon_select_policy(self, work: Work) -> str | None:
-        """The policy that a task's own code names."""
+        """Return the policy that the task's own code names."""
         return self._names.get(work.attributes.get("task", ""))
+
+
+class EndingCounters:
+    """How many tasks ended by a limit or a signal: counted by all processes of the pool in one file in memory.
+
+    Each ending is one byte. Made before the pool forks; safe in every process.
+    """
+
+    #: The endings that are counted; the byte is the index here.
+    COUNTED: Final = ("memory", "timeout", "pids", "killed", "refused", "forbidden")
+
+    def __init__(self) -> None:
+        self.file = os.memfd_create("rcon-endings")
+        fcntl.fcntl(self.file, fcntl.F_SETFL, os.O_APPEND)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count an outcome, if its ending is counted."""
+        if outcome.ending in self.COUNTED:
+            os.write(self.file, bytes([self.COUNTED.index(outcome.ending)]))
+
+    def read(self) -> dict[str, int]:
+        """Return how many tasks ended so, by ending; without those that are 0."""
+        counts: Counter[int] = Counter()
+        offset = 0
+        while chunk := os.pread(self.file, 65536, offset):
+            counts.update(chunk)
+            offset += len(chunk)
+        return {self.COUNTED[index]: count for index, count in sorted(counts.items())}

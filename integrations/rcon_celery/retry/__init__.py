@@ -1,1 +1,1 @@
-"""Retries and redeliveries of a task: the lease it holds while it runs, and what its messages say of attempts."""
+"""Retry and redelivery: the lease that a running task holds, and the deaths that its messages carry along."""

@@ -1,16 +1,17 @@
-"""Retry that learns: a task that died of memory is tried again with more, and not for ever.
+"""Retry with more memory: a task that died at its memory limit is tried again with a higher one, a few times.
 
-How often it died is in the headers of its message, so that any worker and any broker carries it on. A worker that dies
-under a task writes no headers: so a task that is acknowledged late is noted in the result backend while it runs (see
-`rcon_celery.retry.lease`), and what is found there by its next run are deaths too. With a backend that keeps no keys
-and values (``rpc``, a database), or none, all that is known is that a message was delivered again: it is sent once
-more, with that as a death in its headers.
+The headers of the message count the deaths, so any worker and any broker can carry on. A worker that dies with its task
+writes no headers. So a task that is acknowledged late holds a lease in the result backend while it runs
+(`rcon_celery.retry.lease`); its next run finds the lease and counts a death. A backend without keys and values
+(``rpc``, a database) cannot hold a lease. Then the broker's redelivered flag counts as a death, and the message is sent
+again with that death in its headers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -27,20 +28,20 @@ from rcon_plugins.settings.policy import Policy
 
 _log = logging.getLogger("rcon")
 
-#: Where nothing else is said.
-_DEFAULT_DEATHS: Final = 3
-#: How often a task may be sent once more whose fork server was ended under it, where nobody counts its deaths.
-_MOST_LOST: Final = 10
+#: ``max_deaths`` where neither the task nor its policy sets it.
+_DEFAULT_MAX_DEATHS: Final = 3
+#: How often a task without a retry policy is sent again because its fork server was killed.
+_MAX_LOST: Final = 10
 
 
-class ServerLost(Exception):
-    """Raised where the fork server ended under a task that is acknowledged late: by no fault of its own, may be."""
+class ForkServerLost(Exception):
+    """Raised when the fork server ended while a task ran that is acknowledged late. The task may not be the cause."""
 
 
-class Learning(msgspec.Struct, frozen=True, kw_only=True):
-    """What becomes of a task that died: the keys ``on_memory``, ``max_deaths`` and ``dead_letter`` of its policy.
+class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """What happens after a task died: the keys ``on_memory``, ``max_deaths`` and ``dead_letter`` of a policy.
 
-    Those that `confined` says beside the name of a policy go before the policy's.
+    Keywords of `confined` override the keys of the policy.
     """
 
     on_memory: OnMemory | None = None
@@ -48,29 +49,29 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True):
     dead_letter: Annotated[str, Meta(min_length=1)] | None = None
 
     @classmethod
-    def make(cls, keywords: Mapping[str, Any]) -> Learning | None:
-        """From the keywords of `confined` that are its own; None without any. Raises `SettingsError`."""
+    def make(cls, keywords: Mapping[str, Any]) -> RetryPolicy | None:
+        """Return the retry policy that keywords of `confined` give; None without any. Raises `SettingsError`."""
         return convert(dict(keywords), cls, "@confined") if keywords else None
 
     @classmethod
-    def of(cls, policy: Policy | None, own: Learning | None) -> Learning | None:
-        """What a policy says, and before it what a task says itself; None where nobody says anything."""
+    def of(cls, policy: Policy | None, own: RetryPolicy | None) -> RetryPolicy | None:
+        """Return the retry policy of a policy, with the keys that the task itself sets; None where neither has one."""
         if policy is None or not policy.wants_tries:
             return own
-        said = {name: getattr(policy, name) for name in cls.__struct_fields__}
-        return cls(**said) if own is None else cls(**{**said, **own.said()})
+        keys = {name: getattr(policy, name) for name in cls.__struct_fields__}
+        return cls(**keys) if own is None else cls(**{**keys, **own.keys()})
 
-    def said(self) -> dict[str, Any]:
-        """What is said, by its key."""
+    def keys(self) -> dict[str, Any]:
+        """Return the keys that are set."""
         return {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
 
     @property
     def most_deaths(self) -> int:
-        """After how many deaths the task is not tried again."""
-        return self.max_deaths or _DEFAULT_DEATHS
+        """After how many deaths the task fails for good."""
+        return self.max_deaths or _DEFAULT_MAX_DEATHS
 
     def memory(self, policy: Policy, deaths: int) -> int | None:
-        """The memory, in bytes, that a task gets after so many deaths of it; None for what its policy says."""
+        """Return the memory limit, in bytes, of a task that died so often; None to keep the policy's limit."""
         limit = policy.each.memory
         if self.on_memory is None or limit is None or not deaths:
             return None
@@ -78,128 +79,133 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def expand(factor: str, *, up_to: str | int) -> Mapping[str, Any]:
-    """For `confined`: ``on_memory=expand("2x", up_to="2G")``; a policy file writes a table of the two."""
+    """Return the value of ``on_memory`` for `confined`: ``on_memory=expand("2x", up_to="2G")``.
+
+    A policy file writes a table: ``on_memory = { expand = "2x", up_to = "2G" }``.
+    """
     return {"expand": factor, "up_to": up_to}
 
 
 class Attempt:
-    """One delivery of a task: how often it died so far, and what that comes to."""
+    """One delivery of a task: its deaths so far, and what follows from the next one."""
 
-    def __init__(self, task: Any, learning: Learning | None) -> None:
+    def __init__(self, task: Any, retry_policy: RetryPolicy | None) -> None:
         self._task = task
-        self._learning = learning
-        #: Those that its message tells of: each was one of memory.
-        self.deaths = redelivery.count(task, redelivery.DEATHS)
-        #: How often the process that ran it ended.
-        self.lost = redelivery.count(task, redelivery.LOST)
+        self._retry_policy = retry_policy
+        #: How often the task died at its memory limit; how often the process that ran it ended; the broker's flag.
+        self.deaths, self.lost, self.redelivered = redelivery.history_of(task)
         self._policy: Policy | None = None
 
     def memory(self, policy: Policy) -> int | None:
-        """The memory of this run under its policy, in bytes; None for what that says."""
+        """Return the memory limit of this attempt, in bytes; None to keep the policy's limit."""
         self._policy = policy
-        return self._learning.memory(policy, self.deaths) if self._learning is not None else None
+        return self._retry_policy.memory(policy, self.deaths) if self._retry_policy is not None else None
 
-    def run(self, pulse: Heartbeat, confine: Callable[[Attempt], Any]) -> Any:
-        """Run the task by ``confine``, if it did not die too often, and act on its death."""
-        if not self._task.acks_late:
-            return self._try(confine)
-        delivery = Lease(self._task, pulse, counts=self._learning is not None)
-        self.lost += delivery.lost
-        if self._learning is not None and self.deaths + self.lost >= self._learning.most_deaths:
-            delivery.forget()
-            raise self._too_often()
-        if delivery.lost and not delivery.is_noted:
-            # The message alone can keep the count, so that another one has to.
-            raise self._once_more("it was delivered again")
-        with delivery.under_way():
-            try:
-                return self._try(confine)
-            except ServerLost as error:
-                raise self._after_loss(str(error)) from None
+    @contextlib.contextmanager
+    def leased(self, heartbeat: Heartbeat) -> Iterator[None]:
+        """Hold the lease of a task that is acknowledged late while the ``with`` block runs it.
 
-    def back_to_the_queue(self, error: ConcurrencyLimitExceeded) -> Exception | None:
-        """Send a task that was not begun to its queue, and what to raise for this run of it; None if it cannot be sent.
-
-        As a new message, and not by rejecting the old one: that would come back as one under which a worker died, and
-        is there no more where it was acknowledged early.
+        Raises `Ignore` or `Reject` where the task must not run now, `Killed` where it died too often.
         """
-        pause = error.retry_after
-        _log.warning("rcon: %s: %s; it goes back to its queue", self._task.name, error)
-        return self._retry(error, pause, countdown=pause)
+        lease = Lease(
+            self._task,
+            heartbeat,
+            counts_deaths=self._retry_policy is not None,
+            redelivered=self.redelivered,
+        )
+        self.lost += lease.lost
+        if self._retry_policy is not None and self.deaths + self.lost >= self._retry_policy.most_deaths:
+            lease.delete()
+            raise self._died_too_often()
+        if lease.lost and not lease.is_stored:
+            # Only a message can keep the count, so a new message must.
+            raise self._resend("the broker delivered it again")
+        with lease.held():
+            try:
+                yield
+            except ForkServerLost as error:
+                raise self._after_lost_server(str(error)) from None
+
+    def back_to_queue(self, error: ConcurrencyLimitExceeded) -> Exception | None:
+        """Send a task that did not begin back to its queue. Return the exception to raise; None if sending failed.
+
+        It goes as a new message. A rejected message would come back with the redelivered flag and count as a death,
+        and an early acknowledgement has removed it already.
+        """
+        _log.warning("rcon: %s: %s; sent back to its queue", self._task.name, error)
+        return self._retry(error, error.retry_after, countdown=error.retry_after)
+
+    def after_memory_death(self, error: MemoryLimitExceeded) -> Exception:
+        """Return the exception to raise after the task died at its memory limit: `Retry`, or the error itself."""
+        rules, policy, deaths = self._retry_policy, self._policy, self.deaths + 1
+        if rules is None or rules.on_memory is None or policy is None:
+            return error
+        before = rules.memory(policy, self.deaths) or policy.each.memory
+        after = rules.memory(policy, deaths)
+        if before is None or after is None or after <= before or deaths + self.lost >= rules.most_deaths:
+            self._send_to_dead_letters(error, deaths)
+            return error
+        _log.warning("rcon: %s; retried with a limit of %.1f MiB", error, after / 2**20)
+        self.deaths = deaths
+        return self._retry(error, 0) or error
 
     def _retry(self, error: Exception, pause: float, **options: Any) -> Exception | None:
-        """Send its message once more, and what to raise for this run of it; None if it cannot be sent."""
+        """Send the message again. Return the exception to raise; None if sending failed."""
         try:
-            retry: Exception = Retry(exc=error, when=pause, sig=self._sent(**options))
+            signature = redelivery.resend(self._task, self.deaths, self.lost, **options)
         except OperationalError as problem:
-            return self._not_sent(problem)
+            return self._sending_failed(problem)
+        retry: Exception = Retry(exc=error, when=pause, sig=signature)
         return retry
 
-    def _sent(self, **options: Any) -> Any:
-        """Its message, sent once more, with what is known."""
-        return redelivery.send_again(self._task, self.deaths, self.lost, **options)
-
-    def _not_sent(self, problem: Exception) -> Exception | None:
-        """What to raise where the broker cannot be reached, which still has the message of a late acknowledgement."""
-        _log.warning("rcon: %s[%s] cannot be sent: %s", self._task.name, self._task.request.id, problem)
+    def _sending_failed(self, problem: Exception) -> Exception | None:
+        """Return what to raise while the broker cannot be reached: it still has a message acknowledged late."""
+        _log.warning(
+            "rcon: %s[%s] could not be sent to the broker: %s",
+            self._task.name,
+            self._task.request.id,
+            problem,
+        )
         if not self._task.acks_late:
             return None
         reject: Exception = Reject(str(problem), requeue=True)
         return reject
 
-    def _try(self, confine: Callable[[Attempt], Any]) -> Any:
-        try:
-            return confine(self)
-        except MemoryLimitExceeded as error:
-            raise self._after(error) from None
-
-    def _after(self, error: MemoryLimitExceeded) -> Exception:
-        """What to raise for a task that died of memory: `Retry` where it is tried again, else the error."""
-        learning, policy, deaths = self._learning, self._policy, self.deaths + 1
-        if learning is None or learning.on_memory is None or policy is None:
-            return error
-        more = learning.memory(policy, deaths)
-        had = learning.memory(policy, self.deaths) or policy.each.memory
-        if more is None or had is None or more <= had or deaths + self.lost >= learning.most_deaths:
-            self._reap(error, deaths)
-            return error
-        _log.warning("rcon: %s; it is tried again with %.1f MiB", error, more / 2**20)
-        self.deaths = deaths
-        return self._retry(error, 0) or error
-
-    def _after_loss(self, detail: str) -> Exception:
-        """What to raise for a task whose fork server ended."""
+    def _after_lost_server(self, detail: str) -> Exception:
+        """Return the exception to raise after the fork server ended with the task."""
         self.lost += 1
-        most = _MOST_LOST if self._learning is None else self._learning.most_deaths
+        most = _MAX_LOST if self._retry_policy is None else self._retry_policy.most_deaths
         if self.deaths + self.lost >= most:
-            return self._too_often()
-        return self._once_more(detail)
+            return self._died_too_often()
+        return self._resend(detail)
 
-    def _too_often(self) -> Exception:
+    def _died_too_often(self) -> Exception:
+        times = "once" if self.lost == 1 else f"{self.lost} times"
         error = Killed(
-            f"{self._task.name}: {self.lost} times the process that ran it ended, and it is not run again"
+            f"{self._task.name}: the process that ran it ended {times}; not retried. "
+            "Look into the logs of the worker and of the kernel for the cause, then send it again"
         )
-        self._reap(error, self.deaths)
+        self._send_to_dead_letters(error, self.deaths)
         return error.plain()
 
-    def _once_more(self, why: str) -> Exception:
-        """Send the message again, with what is known, and what to raise for this run."""
+    def _resend(self, why: str) -> Exception:
+        """Send the message again with the deaths known so far. Return the exception to raise for this attempt."""
         try:
-            self._sent()
+            redelivery.resend(self._task, self.deaths, self.lost)
         except OperationalError as problem:
-            return self._not_sent(problem) or problem
-        _log.warning("rcon: %s: %s; it is tried again", self._task.name, why)
+            return self._sending_failed(problem) or problem
+        _log.warning("rcon: %s: %s; retried", self._task.name, why)
         ignore: Exception = Ignore(why)
         return ignore
 
-    def _reap(self, error: Exception, deaths: int) -> None:
-        """Send the task to its dead-letter queue, if it has one and does not come from there."""
-        if self._learning is None or self._learning.dead_letter is None:
+    def _send_to_dead_letters(self, error: Exception, deaths: int) -> None:
+        """Send the task to its dead-letter queue, unless it has none or came from there."""
+        if self._retry_policy is None or self._retry_policy.dead_letter is None:
             return
-        if redelivery.was_buried(self._task):
-            _log.error("rcon: %s; it has been in a dead-letter queue, and does not go there again", error)
+        if redelivery.was_dead_letter(self._task):
+            _log.error("rcon: %s; it came from a dead-letter queue and is not sent there again", error)
             return
         try:
-            redelivery.send_again(self._task, deaths, self.lost, str(error), queue=self._learning.dead_letter)
+            redelivery.resend(self._task, deaths, self.lost, str(error), queue=self._retry_policy.dead_letter)
         except OperationalError as problem:
-            self._not_sent(problem)
+            self._sending_failed(problem)

@@ -1,14 +1,15 @@
-"""The runs of tasks that are acknowledged late, as other deliveries of their messages have to know of them.
+"""The lease of a running task that is acknowledged late: it keeps a second delivery from running the task twice.
 
-A broker delivers a message again when the worker died that had it; but also while that still runs the task: when
-Redis' visibility timeout is over, or when the connection broke. So a run is noted in the result backend, where that is
-a store of keys and values: by which process, and when that last said so. Whoever gets the message again finds there
+A broker delivers a message again when the worker that had it died, but also while that worker still runs the task: at
+the end of Redis' visibility timeout, or when the connection broke. So a run keeps a lease in the result backend, where
+that stores keys and values: which process runs the task, and the time of its last heartbeat. A worker that receives the
+message again finds
 
-- a run that is under way: it lets the message wait until that is over, and runs the task only if that is lost;
-- one that is lost, since its process has gone, or has said nothing for so long: it runs the task;
-- one that is over: the task was done.
+- a live lease: the duplicate waits until the run ends, and runs the task only if the run is lost;
+- a lost lease: the process is gone, or its heartbeat stopped. The worker runs the task;
+- a finished lease: the task was done. The worker ignores the duplicate.
 
-What takes less than a second is noted only for tasks whose deaths are counted, and costs the others nothing.
+A run of less than a second stores a lease only if its deaths are counted, and costs the others nothing.
 """
 
 from __future__ import annotations
@@ -35,98 +36,157 @@ from rcon_plugins.tree.presence import Presence
 _log = logging.getLogger("rcon")
 bytes_to_str: Any = _bytes_to_str  # has no types
 
-#: A run that takes so long is noted, and after its end it still is: as long as results are, seconds.
-_LASTING: Final = 1.0
-#: How often a run says that it is under way, and after how long without that it is lost, seconds. The clocks of
-#: workers may differ by what is between the two.
-_BEAT, _VALID = 5.0, 20.0
-#: How long a message waits before it looks again whether the other run is over, seconds.
-_PAUSE: Final = 10.0
-#: So long after its time a message that waits is taken for lost, seconds.
-_LATE: Final = 3600.0
-#: How long a task waits in its process for a backend that cannot be reached, and how often it looks, seconds.
-_PATIENCE, _LOOK = 20.0, 1.0
-#: How long several may take to write what one of them is to read, seconds.
-_SETTLED: Final = 1.0
-#: How long the thread may take to come to its end, seconds.
-_STOP: Final = 5.0
+#: A run that takes longer stores its lease, and keeps it after its end for as long as results are kept; seconds.
+_SHORT_RUN: Final = 1.0
+#: The interval of heartbeats, and how long after the last one a lease lives, seconds. The clocks of workers may differ
+#: by the difference.
+_HEARTBEAT, _LIFETIME = 5.0, 20.0
+#: How long a duplicate waits before it looks at the lease again, seconds.
+_DUPLICATE_WAIT: Final = 10.0
+#: A duplicate that did not come back so long after its time is lost, seconds.
+_DUPLICATE_LOST: Final = 3600.0
+#: How long a task waits for a result backend that cannot be reached, and how often it tries, seconds.
+_BACKEND_WAIT, _BACKEND_INTERVAL = 20.0, 1.0
+#: How long workers that claim the same run get to write their claims, where claiming is not atomic; seconds.
+_CLAIM_SETTLES: Final = 1.0
+#: How long the heartbeat thread gets to end, seconds.
+_JOIN: Final = 5.0
 
 
-class Run(msgspec.Struct, frozen=True):
-    """What is noted of a run. ``lost`` runs before it never came to an end; ``beat`` is by the clock of its machine."""
+class StoredLease(msgspec.Struct, frozen=True):
+    """A lease as the result backend keeps it.
+
+    ``lost`` is how many runs before this one never ended; ``heartbeat`` is in seconds, by the clock of the worker.
+    """
 
     lost: int
-    by: Presence
-    beat: float
-    over: bool = False
+    process: Presence
+    heartbeat: float
+    finished: bool = False
 
     def is_fresh(self) -> bool:
-        """Whether it was said just now."""
-        return time.time() <= self.beat + _VALID
+        """Return whether the last heartbeat is recent."""
+        return time.time() <= self.heartbeat + _LIFETIME
 
 
 class WaitingDuplicate(msgspec.Struct, frozen=True):
-    """The one message that waits for the end of a run, among all that are the same."""
+    """The one duplicate that waits for the end of a run; all others of the same message are ignored."""
 
     number: str
     due: float
 
 
 class Lease:
-    """One message of a task that is acknowledged late, delivered here. ``lost``: how many runs never came to an end."""
+    """The lease of one delivery of a task. ``lost`` is how many runs before it never ended."""
 
-    def __init__(self, task: Any, pulse: Heartbeat, *, counts: bool) -> None:
-        """``counts``: its deaths are counted. Raises `Ignore` where it must not be run, or not now."""
+    def __init__(self, task: Any, heartbeat: Heartbeat, *, counts_deaths: bool, redelivered: bool) -> None:
+        """Look at the lease that an earlier delivery left. Raises `Ignore` or `Reject` where the task must not run."""
         self._task = task
-        self._pulse = pulse
-        self._counts = counts
-        self._name = f"rcon-runs-{redelivery.identity(task)}"
-        self._number: str | None = getattr(task.request, redelivery.HEIR, None)
-        self.again = redelivery.is_redelivered(task) or self._number is not None
-        #: Whether the backend can keep what is noted.
-        self.is_noted = isinstance(task.backend, BaseKeyValueStoreBackend)
+        self._heartbeat = heartbeat
+        self._store_at_once = counts_deaths
+        self._name = f"rcon-lease-{redelivery.message_id(task)}"
+        self._duplicate: str | None = getattr(task.request, redelivery.DUPLICATE, None)
+        #: Whether the message was delivered before.
+        self.redelivered = redelivered or self._duplicate is not None
+        #: Whether the result backend can store leases.
+        self.is_stored = isinstance(task.backend, BaseKeyValueStoreBackend)
         self.lost = 0
-        self._began = self._said = 0.0
+        self._began = self._written_at = 0.0
         self._lock = threading.Lock()
-        self._written = self._over = False
-        self._claimed: str | None = None
-        if self.is_noted and (counts or self.again):
-            self._patiently(self._look)
-        elif counts and self.again:
+        self._written = self._ended = False
+        self._claim_suffix: str | None = None
+        if self.is_stored and (counts_deaths or self.redelivered):
+            self._with_backend(self._inspect)
+        elif counts_deaths and self.redelivered:
             self.lost = 1
 
-    def _look(self) -> None:
-        before = _decoded(self._task.backend.get(self._key()), Run)
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lease while the ``with`` block runs the task."""
+        if not self.is_stored:
+            yield
+            return
+        self._began = time.monotonic()
+        if self._store_at_once:
+            self._with_backend(partial(self._write, finished=False))
+        self._heartbeat.add(self)
+        finished = False
+        try:
+            yield
+            finished = True
+        except Reject:
+            raise  # the task asks for another delivery, which is no death
+        except Exception:
+            finished = True
+            raise
+        finally:
+            self._heartbeat.remove(self)
+            with self._lock:
+                self._ended = True
+            try:
+                self._release(finished=finished)
+            except Exception as error:  # noqa: BLE001 - of any backend; the result of the task stands all the same
+                _log.warning(
+                    "rcon: %s[%s] ended, but its lease in the result backend could not be updated: %s",
+                    self._task.name,
+                    self._task.request.id,
+                    error,
+                )
+
+    def renew(self) -> bool:
+        """Write a heartbeat if one is due; return whether it was. Runs in the heartbeat thread."""
+        now = time.monotonic()
+        if now < (self._written_at + _HEARTBEAT if self._written else self._began + _SHORT_RUN):
+            return False
+        with self._lock:
+            if not self._ended:
+                self._write(finished=False)
+        return True
+
+    def delete(self) -> None:
+        """Remove the lease from the result backend."""
+        if self.is_stored:
+            self._task.backend.delete(self._key())
+
+    def _inspect(self) -> None:
+        before = _decoded(self._task.backend.get(self._key()), StoredLease)
         if before is not None:
-            if before.over and self.again and self._was_done(before):
-                raise self._superfluous("it was done before")
-            lives = self._lives(before) if self.again else not before.by.has_gone() and before.is_fresh()
-            if lives and self.again:
+            if before.finished and self.redelivered and self._was_done(before):
+                raise self._ignore_duplicate("it was done before")
+            live = (
+                self._may_live(before)
+                if self.redelivered
+                else not before.process.has_gone() and before.is_fresh()
+            )
+            if live and self.redelivered:
                 raise self._wait(before)
-            if not lives and (self.again or not before.over):
+            if not live and (self.redelivered or not before.finished):
                 self.lost = before.lost + 1
-            # Else another message, with an id that somebody uses again.
-        if self.again and not self._claim(before):
+            # Else it is another message with an id that was used before.
+        if self.redelivered and not self._claim(before):
             raise self._wait(before)
-        self._counts = True  # it is known, or there is something to be overwritten
+        self._store_at_once = True  # there may be a lease to overwrite
 
-    def _lives(self, before: Run) -> bool:
-        """Whether the run may still be under way, or what Celery does after it.
+    def _may_live(self, before: StoredLease) -> bool:
+        """Return whether the run, or what Celery does after it, may still be under way.
 
-        Where nobody has said so for long, that has to be seen twice: the backend may have been gone, or clocks changed.
+        A heartbeat that stopped counts only when a second look finds the same one: the backend may have been
+        unreachable, or the clocks were changed.
         """
-        if before.by.has_gone():
+        if before.process.has_gone():
             return False
         return before.is_fresh() or (
-            not before.over and getattr(self._task.request, redelivery.SEEN, None) != before.beat
+            not before.finished
+            and getattr(self._task.request, redelivery.LAST_HEARTBEAT, None) != before.heartbeat
         )
 
-    def _patiently(self, act: Callable[[], object]) -> None:
-        """Do something with the backend, and give it time to come back. Raises `Reject` where it does not.
+    def _with_backend(self, act: Callable[[], object]) -> None:
+        """Call ``act``, which uses the result backend, and give an unreachable backend time to come back.
 
-        The task has not begun: what it was told by then would pass for its own end.
+        Raises `Reject` where it does not come back: the task has not begun, and another exception would become its
+        result.
         """
-        until = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _BACKEND_WAIT
         while True:
             try:
                 act()
@@ -134,207 +194,168 @@ class Lease:
             except (Ignore, Reject, SoftTimeLimitExceeded):
                 raise
             except Exception as error:
-                # Backends and brokers raise what they like.
-                if time.monotonic() >= until:
+                # Each backend raises exceptions of its own.
+                if time.monotonic() >= deadline:
                     _log.warning(
-                        "rcon: %s[%s]: whether it runs elsewhere cannot be told, and it goes back to its queue: %s",
+                        "rcon: %s[%s] sent back to its queue: the result backend did not tell for %.0f seconds "
+                        "whether another worker runs it: %s",
                         self._task.name,
                         self._task.request.id,
+                        _BACKEND_WAIT,
                         error,
                     )
                     raise Reject(str(error), requeue=True) from error
-            time.sleep(_LOOK)
+            time.sleep(_BACKEND_INTERVAL)
 
-    def _claim(self, before: Run | None) -> bool:
-        """Whether this is the one that runs it, of several that come at the same time and find the same.
-
-        As those do that waited beyond the visibility timeout, which are several by then.
-        """
+    def _claim(self, before: StoredLease | None) -> bool:
+        """Return whether this delivery may run the task, of several that found the same lost lease at the same time."""
         backend, number = self._task.backend, os.urandom(8).hex()
-        self._claimed = f"-claim-{before.beat if before is not None else 0}"
-        key = self._key(self._claimed)
+        self._claim_suffix = f"-claim-{before.heartbeat if before is not None else 0}"
+        key = self._key(self._claim_suffix)
         if _is_redis(backend):
-            return bool(backend.client.set(key, number, nx=True, ex=int(_VALID)))
-        # Nothing is at once with other backends: of several the last one counts, when each has had its time to write.
+            return bool(backend.client.set(key, number, nx=True, ex=int(_LIFETIME)))
+        # Other backends have no atomic claim: the last writer wins, once each had the time to write.
         backend.set(key, number)
-        time.sleep(_SETTLED)
+        time.sleep(_CLAIM_SETTLES)
         return bool(bytes_to_str(backend.get(key)) == number)
 
-    def _was_done(self, before: Run) -> bool:
-        """Whether what comes after the body was done too: Celery stores the result last."""
+    def _was_done(self, before: StoredLease) -> bool:
+        """Return whether Celery finished the task too: it stores the result last."""
         if self._task.request.ignore_result or self._task.ignore_result:
-            return not before.by.has_gone()
+            return not before.process.has_gone()
         state = self._task.backend.get_task_meta(self._task.request.id)["status"]
         return state in states.READY_STATES or state == states.RETRY
 
-    def _wait(self, before: Run | None) -> Exception:
-        """Let the message wait, if no other of the same does. What to raise."""
-        backend, key, now = self._task.backend, self._key("-heir"), time.time()
-        heir = _decoded(backend.get(key), WaitingDuplicate)
-        if heir is not None and heir.number != self._number and now < heir.due + _LATE:
-            return self._superfluous("it runs, and another message waits for its end")
+    def _wait(self, before: StoredLease | None) -> Exception:
+        """Send the message again as the waiting duplicate, if there is none. Return the exception to raise."""
+        backend, key, now = self._task.backend, self._key("-duplicate"), time.time()
+        waiting = _decoded(backend.get(key), WaitingDuplicate)
+        if waiting is not None and waiting.number != self._duplicate and now < waiting.due + _DUPLICATE_LOST:
+            return self._ignore_duplicate("it is running, and another duplicate waits for its end")
         number = os.urandom(8).hex()
-        backend.set(key, _encoded(WaitingDuplicate(number, now + _PAUSE)))
-        redelivery.send_heir(self._task, number, _PAUSE, before.beat if before is not None else None)
-        told = _log.info if self._number is not None else _log.warning
-        told(
-            "rcon: %s[%s] was delivered again while it runs; the message waits",
+        backend.set(key, _encoded(WaitingDuplicate(number, now + _DUPLICATE_WAIT)))
+        last_heartbeat = before.heartbeat if before is not None else None
+        redelivery.send_duplicate(self._task, number, _DUPLICATE_WAIT, last_heartbeat)
+        _log.log(
+            logging.INFO if self._duplicate is not None else logging.WARNING,
+            "rcon: %s[%s] was delivered again while it is running; the duplicate waits for its end",
             self._task.name,
             self._task.request.id,
         )
-        return _ignored("it runs already")
+        return _ignore("it is running already")
 
-    def _superfluous(self, why: str) -> Exception:
-        _log.warning("rcon: %s[%s] was delivered again; %s", self._task.name, self._task.request.id, why)
-        return _ignored(why)
+    def _ignore_duplicate(self, why: str) -> Exception:
+        _log.warning(
+            "rcon: %s[%s] was delivered again and is ignored: %s", self._task.name, self._task.request.id, why
+        )
+        return _ignore(why)
 
-    @contextlib.contextmanager
-    def under_way(self) -> Iterator[None]:
-        """Note the run, as long as it is under way."""
-        if not self.is_noted:
-            yield
-            return
-        self._began = time.monotonic()
-        if self._counts:
-            self._patiently(partial(self._write, over=False))
-        self._pulse.add(self)
-        ended = False
-        try:
-            yield
-            ended = True
-        except Reject:
-            raise  # the task has its message delivered again, which is no death
-        except Exception:
-            ended = True
-            raise
-        finally:
-            self._pulse.remove(self)
-            with self._lock:
-                self._over = True
-            try:
-                self._conclude(ended=ended)
-            except Exception as error:  # noqa: BLE001 - of any backend; what the task did counts all the same
-                _log.warning("rcon: %s: the result backend cannot be told of its end: %s", self._name, error)
-
-    def _conclude(self, *, ended: bool) -> None:
+    def _release(self, *, finished: bool) -> None:
         if self._written:
-            if ended and time.monotonic() > self._began + _LASTING:
-                self._write(over=True)
+            if finished and time.monotonic() > self._began + _SHORT_RUN:
+                self._write(finished=True)
             else:
-                self.forget()
-        if self._claimed is not None:
-            self._task.backend.delete(self._key(self._claimed))
-
-    def say(self) -> bool:
-        """In the thread that does so: that it is under way, where that is to be said by now; whether it was."""
-        now = time.monotonic()
-        if now < (self._said + _BEAT if self._written else self._began + _LASTING):
-            return False
-        with self._lock:
-            if not self._over:
-                self._write(over=False)
-        return True
-
-    def forget(self) -> None:
-        """Leave no note of it."""
-        if self.is_noted:
-            self._task.backend.delete(self._key())
+                self.delete()
+        if self._claim_suffix is not None:
+            self._task.backend.delete(self._key(self._claim_suffix))
 
     def _key(self, suffix: str = "") -> Any:
-        """Where the backend keeps it: some want text, and some bytes."""
+        """Return a key of the result backend: text or bytes, as the backend takes it."""
         return self._task.backend.key_t(self._name + suffix)
 
-    def _write(self, *, over: bool) -> None:
+    def _write(self, *, finished: bool) -> None:
         self._written = True
-        run = Run(self.lost, self._pulse.presence(), time.time(), over)
-        self._task.backend.set(self._key(), _encoded(run))
-        self._said = time.monotonic()
+        lease = StoredLease(self.lost, self._heartbeat.process(), time.time(), finished)
+        self._task.backend.set(self._key(), _encoded(lease))
+        self._written_at = time.monotonic()
 
 
 class Heartbeat:
-    """The one thread of a process that says of all its runs that they are under way. It is made when it is needed."""
+    """The thread that renews all leases of this process. It starts with the first lease."""
 
     def __init__(self) -> None:
-        self._runs: set[Lease] = set()
+        self._leases: set[Lease] = set()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._pid = 0
-        self._presence: Presence | None = None
+        self._process: Presence | None = None
         self._idle = self._stopping = self._failing = False
 
-    def presence(self) -> Presence:
-        """This process."""
-        if self._presence is None or self._presence.pid != os.getpid():
-            self._presence = Presence.here()
-        return self._presence
+    def process(self) -> Presence:
+        """Return this process, as another worker can check it."""
+        if self._process is None or self._process.pid != os.getpid():
+            self._process = Presence.here()
+        return self._process
 
-    def add(self, run: Lease) -> None:
-        """A run begins."""
+    def add(self, lease: Lease) -> None:
+        """Renew this lease from now on."""
         with self._changed:
-            self._runs.add(run)
+            self._leases.add(lease)
             if self._thread is None or self._pid != os.getpid():
                 self._stopping = False
                 self._pid = os.getpid()
-                self._thread = threading.Thread(target=self._beat, name="rcon-pulse", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="rcon-heartbeat", daemon=True)
                 self._thread.start()
             elif self._idle:
                 self._changed.notify()
 
-    def remove(self, run: Lease) -> None:
-        """A run has ended."""
+    def remove(self, lease: Lease) -> None:
+        """Renew this lease no more."""
         with self._changed:
-            self._runs.discard(run)
+            self._leases.discard(lease)
 
     def stop(self) -> None:
-        """End the thread, before this process forks; the next run makes another."""
+        """End the thread, before this process forks. The next lease starts another."""
         with self._changed:
             thread, self._thread = self._thread, None
             self._stopping = True
             self._changed.notify()
         if thread is not None and self._pid == os.getpid():
-            thread.join(_STOP)
+            thread.join(_JOIN)
 
-    def _beat(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._runs and not self._stopping:
+                while not self._leases and not self._stopping:
                     self._idle = True
                     self._changed.wait()
                 self._idle = False
-                self._changed.wait_for(lambda: self._stopping, _LASTING / 2)
+                self._changed.wait_for(lambda: self._stopping, _SHORT_RUN / 2)
                 if self._stopping:
                     return
-                runs = list(self._runs)
-            for run in runs:
-                self._say(run)
+                leases = list(self._leases)
+            for lease in leases:
+                self._renew(lease)
 
-    def _say(self, run: Lease) -> None:
+    def _renew(self, lease: Lease) -> None:
         try:
-            if run.say():
+            if lease.renew():
                 self._failing = False
-        except Exception as error:  # noqa: BLE001 - a backend raises what it likes; it may be there again soon
+        except Exception as error:  # noqa: BLE001 - each backend raises its own; it may be reachable again soon
             if not self._failing:
-                _log.warning("rcon: the result backend cannot be told of tasks that run: %s", error)
+                _log.warning(
+                    "rcon: the leases of running tasks cannot be renewed in the result backend: %s", error
+                )
             self._failing = True
 
 
-def _ignored(why: str) -> Exception:
+def _ignore(why: str) -> Exception:
     error: Exception = Ignore(why)
     return error
 
 
-def _encoded(what: msgspec.Struct) -> str:
-    return msgspec.json.encode(what).decode()
+def _encoded(value: msgspec.Struct) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _is_redis(backend: Any) -> bool:
-    """Whether results are in Redis; found without an import, which takes a package that only its users have."""
+    """Return whether results are in Redis, without importing its backend: the package may not be installed."""
     module = sys.modules.get("celery.backends.redis")
     return module is not None and isinstance(backend, module.RedisBackend)
 
 
 def _decoded(data: Any, kind: type[Any]) -> Any:
-    """What is in the backend; None where nothing of that kind is."""
+    """Return what the backend stores under a key; None where it is nothing of this kind."""
     try:
         return None if data is None else msgspec.json.decode(data, type=kind)
     except msgspec.MsgspecError:

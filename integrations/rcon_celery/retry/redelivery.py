@@ -1,83 +1,95 @@
-"""Messages that are sent once more: what their headers tell the next one who gets them."""
+"""Messages that are sent again, and the headers that carry a task's deaths from one delivery to the next."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-#: How often the task died of memory.
+#: Header: how often the task died at its memory limit.
 DEATHS: Final = "rcon_deaths"
-#: How often the process that ran it ended.
+#: Header: how often the process that ran the task ended.
 LOST: Final = "rcon_lost"
-#: Why it is in a dead-letter queue. A worker that takes it from there tries it anew.
+#: Header: why the message is in a dead-letter queue. A worker that takes it from there counts deaths from 0.
 REASON: Final = "rcon_reason"
-#: That it was in a dead-letter queue: it does not go there again, or could do so for ever.
-_BURIED: Final = "rcon_buried"
-#: The number of a message that waits for the end of a run that is under way.
-HEIR: Final = "rcon_heir"
-#: When the run that it waits for last said that it is under way.
-SEEN: Final = "rcon_seen"
-#: How often the task was sent once more, by us.
-_SENT: Final = "rcon_sent"
-#: Of one message, and not of the next.
-_NOT_CARRIED: Final = frozenset({HEIR, SEEN, "redelivered"})
+#: Header: the message was in a dead-letter queue before. It never goes there a second time.
+_WAS_DEAD_LETTER: Final = "rcon_was_dead_letter"
+#: Header: the number of a duplicate that waits for the end of a run.
+DUPLICATE: Final = "rcon_duplicate"
+#: Header of a duplicate: the last heartbeat of the run that it waits for.
+LAST_HEARTBEAT: Final = "rcon_last_heartbeat"
+#: Header: how often this package sent the message again.
+_RESENT: Final = "rcon_resent"
+#: Headers of one message, not copied to the next.
+_NOT_COPIED: Final = frozenset({DUPLICATE, LAST_HEARTBEAT, "redelivered"})
 
 
-def count(task: Any, name: str) -> int:
-    """A header that counts something; 0 where it is not there. Whoever sends messages can put anything there."""
-    value = getattr(task.request, name, None)
-    if not isinstance(value, int) or value < 0 or getattr(task.request, REASON, None) is not None:
-        return 0
-    return int(value)
+class History(NamedTuple):
+    """The past of a task as its message tells it; ``redelivered`` is the broker's flag."""
+
+    deaths: int
+    lost: int
+    redelivered: bool
 
 
-def identity(task: Any) -> str:
-    """What tells a message from all others, of the same task too; the same each time that it is delivered."""
+def history_of(task: Any) -> History:
+    """Return the history of the message that the worker runs now.
+
+    Anybody who sends messages can put anything into the headers, so a count that is no natural number is 0.
+    """
+    headers = vars(task.request)
+    redelivered = bool((task.request.delivery_info or {}).get("redelivered"))
+    if headers.get(REASON) is not None:
+        return History(0, 0, redelivered)
+    deaths, lost = headers.get(DEATHS), headers.get(LOST)
+    return History(
+        deaths if isinstance(deaths, int) and deaths > 0 else 0,
+        lost if isinstance(lost, int) and lost > 0 else 0,
+        redelivered,
+    )
+
+
+def message_id(task: Any) -> str:
+    """Return an id of the message: the same at each delivery, another for each retry of the same task."""
     request = task.request
     replaced = request.replaced_task_nesting or 0
-    return f"{request.id}-{request.retries or 0}-{replaced}-{getattr(request, _SENT, None) or 0}"
+    return f"{request.id}-{request.retries or 0}-{replaced}-{getattr(request, _RESENT, None) or 0}"
 
 
-def is_redelivered(task: Any) -> bool:
-    """Whether the broker says that it delivered the message before."""
-    return bool((task.request.delivery_info or {}).get("redelivered"))
+def was_dead_letter(task: Any) -> bool:
+    """Return whether the task was in a dead-letter queue before."""
+    return any(getattr(task.request, name, None) is not None for name in (REASON, _WAS_DEAD_LETTER))
 
 
-def was_buried(task: Any) -> bool:
-    """Whether the task was in a dead-letter queue before."""
-    return any(getattr(task.request, name, None) is not None for name in (REASON, _BURIED))
+def resend(task: Any, deaths: int, lost: int, reason: str | None = None, **options: Any) -> Any:
+    """Send the message of the running task again, with its deaths; this is no retry of the task's own.
 
-
-def send_again(task: Any, deaths: int, lost: int, reason: str | None = None, **options: Any) -> Any:
-    """Send the message of a task that runs once more, with what is known; it is no try of the task's own.
-
-    ``reason``: why it goes to a dead-letter queue, which ``queue`` names then.
+    ``reason`` says why it goes to a dead-letter queue; pass that queue as ``queue``. Return the signature sent.
     """
     headers: dict[str, Any] = {
         DEATHS: deaths,
         LOST: lost,
-        _SENT: (getattr(task.request, _SENT, None) or 0) + 1,
+        _RESENT: (getattr(task.request, _RESENT, None) or 0) + 1,
     }
     if reason is not None:
         headers[REASON] = reason
-    elif was_buried(task):
-        headers[_BURIED] = True
-    return _send(task, headers, _NOT_CARRIED | {REASON}, **options)
+    elif was_dead_letter(task):
+        headers[_WAS_DEAD_LETTER] = True
+    return _send(task, headers, _NOT_COPIED | {REASON}, **options)
 
 
-def send_heir(task: Any, number: str, countdown: float, seen: float | None) -> None:
-    """Send the same message once more, as one that waits. ``seen``: when the run last said that it is under way."""
-    headers: dict[str, Any] = {HEIR: number}
-    if seen is not None:
-        headers[SEEN] = seen
-    _send(task, headers, _NOT_CARRIED, countdown=countdown)
+def send_duplicate(task: Any, number: str, countdown: float, last_heartbeat: float | None) -> None:
+    """Send the same message again, to be delivered after ``countdown`` seconds."""
+    headers: dict[str, Any] = {DUPLICATE: number}
+    if last_heartbeat is not None:
+        headers[LAST_HEARTBEAT] = last_heartbeat
+    _send(task, headers, _NOT_COPIED, countdown=countdown)
 
 
 def _send(task: Any, headers: Mapping[str, Any], without: Collection[str], **options: Any) -> Any:
     request = task.request
-    carried = {name: value for name, value in (request.headers or {}).items() if name not in without}
+    copied = {name: value for name, value in (request.headers or {}).items() if name not in without}
     signature = task.signature_from_request(
-        request, retries=request.retries, headers={**carried, **headers}, **options
+        request, retries=request.retries, headers={**copied, **headers}, **options
     )
-    signature.apply_async(add_to_parent=False)  # it is the task itself, and no child of it
+    signature.apply_async(add_to_parent=False)  # it is the task itself, not a child of it
     return signature

@@ -17,7 +17,7 @@ def workers(application: str) -> Source:
     """The workers of what ``celery -A`` calls so. Raises click.UsageError, or `Refused` where there is no Celery."""
     try:
         # By name: the core knows no server, and Celery is there only where somebody asked for it.
-        remote = import_module("rcon_celery.remote")
+        remote = import_module("rcon_celery.remote_control")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("celery", "kombu", "rcon_celery"):
             raise
@@ -28,7 +28,7 @@ def workers(application: str) -> Source:
         app = remote.load(application)
     except SettingsError as error:
         raise click.UsageError(f"--celery: {error}") from None
-    source: Source = remote.Nodes(app, partial(_note, "rcon")).samples
+    source: Source = remote.Workers(app, partial(_note, "rcon")).samples
     return source
 
 

@@ -504,7 +504,7 @@ def answer_as(how: str, *arguments: Any) -> None:
     if manner == "wrong":
         number = bytes(8)
     told: Any = "error" if kind == "error" else "ok"
-    head = wire.AnswerHead(number, told, "", wire.Body(*content, size))
+    head = wire.AnswerHead(number, told, "", wire.Payload(*content, size))
     frames = [(wire.ANSWER, msgspec.msgpack.encode(head)), (wire.DATA, data)]
     if manner == "twice":
         frames *= 2
@@ -516,7 +516,7 @@ def answer_as(how: str, *arguments: Any) -> None:
 
 def parts(*args: Any) -> dict[str, Any]:
     told = [[False, arg] for arg in args]
-    return {"args": told, "made_of": told, "state": {"with_traceback": 5, "__traceback__": 5}}
+    return {"args": told, "constructor_args": told, "state": {"with_traceback": 5, "__traceback__": 5}}
 
 
 def held_number() -> bytes:

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from rcon_celery import confined, outcome_of
-from rcon_celery.retry.attempt import Learning
+from rcon_celery.retry.attempt import RetryPolicy
 from rcon_plugins.errors import Killed, MemoryLimitExceeded, SettingsError
 from rcon_plugins.settings.policy import Policy
 from tests.integrations.celery import limited
@@ -107,7 +107,7 @@ def test_deaths_of_workers_are_counted(offices: Offices, tmp_path: Path) -> None
             gate.touch()
             assert third.get("learning_late", "well", str(gate)) == "done"
             with contextlib.closing(redis.Redis.from_url(office.url)) as client:
-                until(lambda: not client.keys("rcon-runs-*"))
+                until(lambda: not client.keys("rcon-lease-*"))
 
 
 def test_deaths_are_counted_without_a_backend(offices: Offices, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_redelivered_while_it_runs(offices: Offices, tmp_path: Path, name: str) 
 def notes(office: Office) -> dict[str, dict[str, Any]]:
     """What the backend knows of runs."""
     with contextlib.closing(redis.Redis.from_url(office.url)) as client:
-        keys: Any = client.keys("rcon-runs-*-0-0-0")
+        keys: Any = client.keys("rcon-lease-*-0-0-0")
         found: dict[str, Any] = {key: client.get(key) for key in keys}
         return {key: json.loads(note) for key, note in found.items() if note}
 
@@ -369,23 +369,23 @@ def test_a_policy_says_it_wrongly(offices: Offices, old: str, new: str, told: st
 
 def test_what_it_gets() -> None:
     policy = Policy.make("small", each={"memory": "64M"}, on_memory={"expand": "2x", "up_to": "300M"})
-    learning = Learning.of(policy, None)
+    learning = RetryPolicy.of(policy, None)
     assert learning is not None
     assert learning.most_deaths == 3
     given = [learning.memory(policy, deaths) for deaths in range(5)]
     assert given == [None, 128 * MIB, 256 * MIB, 300 * MIB, 300 * MIB]
     assert learning.memory(Policy.make("free", pids=1), 2) is None
-    assert Learning.of(Policy.make("free", pids=1), None) is None
+    assert RetryPolicy.of(Policy.make("free", pids=1), None) is None
 
 
 def test_what_a_task_says_goes_before_its_policy() -> None:
     policy = Policy.make("small", max_deaths=5, dead_letter="dead")
-    own = Learning.make({"max_deaths": 2, "on_memory": {"expand": "2x", "up_to": "300M"}})
-    learning = Learning.of(policy, own)
+    own = RetryPolicy.make({"max_deaths": 2, "on_memory": {"expand": "2x", "up_to": "300M"}})
+    learning = RetryPolicy.of(policy, own)
     assert learning is not None
     assert (learning.most_deaths, learning.dead_letter) == (2, "dead")
     assert learning.on_memory is not None
-    assert Learning.of(Policy.make("free", pids=1), own) == own
+    assert RetryPolicy.of(Policy.make("free", pids=1), own) == own
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,259 @@
+"""One call of a task, in the pool's process: what routes see of it, and how an executor runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+
+from celery._state import _task_stack
+from celery.canvas import signature
+from celery.exceptions import TaskPredicate
+from celery.result import result_from_tuple
+
+from rcon_celery import codec, wire
+from rcon_celery.retry.attempt import ForkServerLost
+from rcon_plugins.errors import ConfinementError, Killed, LimitExceeded, MemoryLimitExceeded, RconError
+from rcon_plugins.executors.channel import ChannelClosed, ProtocolViolation
+from rcon_plugins.executors.executor import SOFT_TIME
+from rcon_plugins.work import Work
+
+if TYPE_CHECKING:
+    from rcon_celery.task_annotations import TaskCode
+    from rcon_plugins.confinement.admission import LocalAdmission, ProcessAdmission
+    from rcon_plugins.outcome import Outcome
+
+#: Celery's own tasks that call other tasks in their own process.
+_CALL_OTHERS: Final = frozenset({"celery.map", "celery.starmap"})
+_CELERYS_OWN: Final = "celery.app.builtins"
+#: How a task ends by one of Celery's own exceptions, which are no errors.
+_PREDICATES: Final = ("retry", "ignore", "reject")
+
+
+def is_celerys_own(cls: Any) -> bool:
+    """Return whether a task is a part of Celery that only sends other tasks, or looks after them."""
+    return str(cls.__module__) == _CELERYS_OWN and cls.name not in _CALL_OTHERS
+
+
+def work_of(task: Any, args: Any, kwargs: Any) -> Work:
+    """Return a task as a unit of work: the attributes that routes match and ``per`` takes its key from.
+
+    Raises `ConfinementError` for a map of a map.
+    """
+    name = task.name
+    if name in _CALL_OTHERS:
+        name = _mapped_name(task.app, kwargs.get("task", args[0] if args else None))
+    attributes = {"task": name}
+    queue = _queue_of(task.app, task.request.delivery_info or {})
+    if queue:
+        attributes["queue"] = queue
+    return Work("task", name, attributes)
+
+
+def _mapped_name(app: Any, inner: object) -> str:
+    """Return the name of the task that a map calls for each item, resolved as Celery does.
+
+    Raises what Celery would raise, and `ConfinementError`.
+    """
+    name = str(signature(inner, app=app).type.name)
+    if name in _CALL_OTHERS:
+        raise ConfinementError(
+            f"a map of {name}: the policy of the tasks inside cannot be known; map the task itself"
+        )
+    return name
+
+
+def _queue_of(app: Any, delivery: Mapping[str, Any]) -> str | None:
+    """Return the queue that a message came from, by the exchange and routing key that it was sent with."""
+    exchange, key = delivery.get("exchange") or "", delivery.get("routing_key")
+    queues: Mapping[str, Any] = app.amqp.queues
+    if not exchange and key in queues:
+        return str(key)
+    for name, queue in queues.items():
+        if queue.routing_key == key and (queue.exchange is None or queue.exchange.name == exchange):
+            return str(name)
+    return str(key) if key else None
+
+
+class SoftTimeLimit:
+    """Passes the signal of Celery's ``soft_time_limit`` on to the executor process that runs the task.
+
+    The pool sends it to its process, whose handler would raise there. The handler of this class is installed once,
+    since that takes longer than to pass a task on; use it in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._admission: ProcessAdmission | None = None
+        self._previous: Any = None
+        self._installed = False
+
+    @contextlib.contextmanager
+    def passed_to(self, admission: ProcessAdmission) -> Iterator[None]:
+        """Pass the signal to this admission's executor process while the ``with`` block runs."""
+        if not self._installed:
+            self._previous, self._installed = signal.signal(SOFT_TIME, self._handle), True
+        self._admission = admission
+        try:
+            yield
+        finally:
+            self._admission = None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        admission = self._admission
+        if admission is not None:
+            admission.notify(SOFT_TIME)
+        elif callable(self._previous):
+            self._previous(number, frame)
+
+
+class Host(Protocol):
+    """The process that received the task."""
+
+    #: The content types that the application reads.
+    accepted: set[str]
+    #: Whether the fork server ended, and all executor processes with it.
+    is_lost: bool
+    #: None where the pool does not send the signal of a soft time limit.
+    soft_time_limit: SoftTimeLimit | None
+
+
+class UnencodableResult:
+    """Stands for an ignored result that no serializer of the application takes; it has its repr."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def run_in_process(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, host: Host) -> Any:
+    """Have an executor process run the task; return its result or raise its exception."""
+    relay = host.soft_time_limit
+    # Until the admission is settled: a signal that comes late must not interrupt that.
+    with relay.passed_to(admission) if relay is not None else contextlib.nullcontext():
+        head, answer = _exchange(task, admission, args, kwargs, host)
+        return _settle(task, admission, head, answer)
+
+
+def _exchange(
+    task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, host: Host
+) -> tuple[wire.AnswerHead, dict[str, Any]]:
+    """Send the task and receive its answer."""
+    number, channel, max_result = (
+        os.urandom(wire.NUMBER_SIZE),
+        admission.channel,
+        admission.policy.result_limit,
+    )
+    try:
+        payload, data = codec.encode_task(task, task.request, args, kwargs, host.accepted)
+        wire.send(channel, wire.TASK, wire.TaskHead(number, task.name, payload, int(max_result)), data)
+        head, data = wire.receive_answer(channel, number, max_result)
+        answer = codec.decode(head.payload, data, host.accepted)
+        if not isinstance(answer, dict):
+            raise ProtocolViolation("an answer that is not a mapping")
+    except ChannelClosed:
+        outcome = admission.died()
+        if task.acks_late and outcome.ending == "killed" and host.is_lost:
+            # The broker still has its message, and the task need not be the cause.
+            raise ForkServerLost(outcome.detail) from None
+        raise _exception_of(outcome) from None
+    except BaseException as error:
+        # Without waiting: a pool that ends this process gives it a tenth of a second.
+        admission.abandon(codec.sentence(error))
+        raise
+    return head, answer
+
+
+def _settle(task: Any, admission: ProcessAdmission, head: wire.AnswerHead, answer: dict[str, Any]) -> Any:
+    """Finish the admission; return the task's result or raise its exception."""
+    if head.busy:
+        admission.leaves_threads()
+    try:
+        children = [result_from_tuple(child, app=task.app) for child in answer["children"]]
+        value, error = _read(task, head, answer)
+        size = int(head.text) if head.how == "too long" else 0
+    except Exception as malformed:  # noqa: BLE001 - an executor process may send anything
+        admission.abort(f"malformed answer: {codec.sentence(malformed)}")
+        raise Killed(
+            f"{task.name}: killed, since its process sent a malformed answer: "
+            "the task or a library that it uses wrote to the channel of the process"
+        ) from None
+    if head.how == "too long":
+        outcome = admission.finish("result", _too_large(task, size, admission))
+    elif error is None or head.how in _PREDICATES:
+        outcome = admission.finish("ok")
+    else:
+        outcome = admission.finish("error", codec.sentence(error))
+    if outcome.ending not in ("ok", "error"):
+        raise _exception_of(outcome) from error
+    for child in children:
+        task.add_trail(child)
+    if isinstance(error, MemoryError):
+        # Celery ends the whole worker for a MemoryError.
+        message = f"{task.name}: {codec.sentence(error)}"
+        exceeded = MemoryLimitExceeded(message, policy=outcome.policy, key=outcome.key, usage=outcome.usage)
+        raise exceeded.plain() from error.__cause__
+    if error is not None:
+        raise error
+    return value
+
+
+def _read(task: Any, head: wire.AnswerHead, answer: dict[str, Any]) -> tuple[Any, Exception | None]:
+    """Return the result and the exception of an answer."""
+    if head.how == "ok":
+        return codec.decode_value(task.app, answer), None
+    if head.how == "too long":
+        return None, None
+    if head.how == "unencodable" and codec.is_ignored(task, task.request):
+        return UnencodableResult(head.text), None
+    if head.how in ("error", "unencodable"):
+        return None, codec.decode_exception(answer["error"], head.text)
+    return None, codec.decode_predicate(task, head.how, answer)
+
+
+def _too_large(task: Any, size: int, admission: ProcessAdmission) -> str:
+    return (
+        f"{task.name}: its result has {size / 2**20:.1f} MiB, max_result is {admission.policy.result_limit}: "
+        'return less, return where the result is stored, or raise the limit (max_result = "64M")'
+    )
+
+
+def run_in_thread(task: Any, code: TaskCode, admission: LocalAdmission, args: Any, kwargs: Any) -> Any:
+    """Run the task in a thread of this process, where its policy says ``inline`` or ``thread``."""
+    try:
+        result = admission.call(_execute_with, task.request, task, code, args, kwargs)
+    except BaseException as error:
+        if not admission.ran and isinstance(error, RconError):
+            admission.abort(str(error))
+            raise
+        ending: Literal["ok", "error"] = "ok" if isinstance(error, TaskPredicate) else "error"
+        outcome = admission.finish(ending, codec.sentence(error))
+        if outcome.ran_into_limit and isinstance(error, Exception):
+            raise _exception_of(outcome) from error
+        raise
+    admission.finish("ok")
+    return result
+
+
+def _execute_with(request: Any, task: Any, code: TaskCode, args: Any, kwargs: Any) -> Any:
+    """Run the code of a task in this thread, with its request: Celery keeps a stack of requests for each thread."""
+    if task.request_stack.top is request:
+        return code.execute(task, args, kwargs)
+    _task_stack.push(task)
+    task.request_stack.push(request)
+    try:
+        return code.execute(task, args, kwargs)
+    finally:
+        task.request_stack.pop()
+        _task_stack.pop()
+
+
+def _exception_of(outcome: Outcome) -> Exception:
+    """Return the exception of a task that a limit or a signal ended."""
+    error = outcome.error()
+    if error is None:
+        error = Killed(outcome.detail or outcome.ending, outcome.signal, outcome.usage)
+    return error.plain() if isinstance(error, Killed | LimitExceeded) else error

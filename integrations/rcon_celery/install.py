@@ -1,0 +1,171 @@
+"""`install`: confines the tasks of one application, in the worker and in each process of its pool."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from celery import signals
+
+from rcon_celery import remote_control, results
+from rcon_celery.call import is_celerys_own
+from rcon_celery.decorator import TaskPolicy, policy_of_class
+from rcon_celery.pool_process import PoolProcess
+from rcon_celery.retry.attempt import RetryPolicy
+from rcon_celery.task_annotations import Annotations, TaskCode
+from rcon_celery.worker import ConfinedTasks, ConfinedWorker, pool_of, start_step
+from rcon_plugins.errors import SettingsError
+from rcon_plugins.settings.file import Settings, load
+from rcon_plugins.settings.policy import Policy
+from rcon_plugins.settings.units import Size
+
+
+def install(app: Any, settings: Settings | str | os.PathLike[str] | None = None) -> None:
+    """Confine the tasks of a Celery application wherever a worker runs them.
+
+    A task with `confined` has the policy that the decorator gives it. All others have the policy that the routes of
+    ``settings``, a policy file or `Settings`, give them by name (``task``) and queue (``queue``); without settings they
+    are not confined. The file is read when a worker starts. A worker does not start with settings that are wrong, or
+    that this machine cannot enforce.
+
+    Call it where the application is made, before its tasks are used. Raises `SettingsError` when that is too late, or
+    when it was called before.
+    """
+    if getattr(app, "rcon", None) is not None:
+        raise SettingsError(
+            "the application is installed already", key="rcon_celery.install", hint="call it once"
+        )
+    if app.finalized:
+        raise SettingsError(
+            "the tasks of the application are in use already",
+            key="rcon_celery.install",
+            hint="call it where the application is made",
+        )
+    app.rcon = Installation(app, settings)
+
+
+class Installation:
+    """The confinement of one application, as ``app.rcon``."""
+
+    def __init__(self, app: Any, settings: Settings | str | os.PathLike[str] | None) -> None:
+        self._app = app
+        self._given = settings
+        #: By the name of the task.
+        self._codes: dict[str, TaskCode] = {}
+        self._task_policies: dict[str, TaskPolicy] = {}
+        #: The worker that runs here; None in other programs that load the application.
+        self.worker: ConfinedWorker | None = None
+        self._process: PoolProcess | None = None
+        #: Runs tasks confined; None outside of workers, and in executor processes, which are confined already.
+        self.runner: PoolProcess | None = None
+        remote_control.register()
+        app.on_after_configure.connect(self._annotate, weak=False)
+        if app.configured:
+            self._annotate()
+        app.steps["worker"].add(start_step(self._start_worker))
+        signals.worker_process_init.connect(self._start_pool_process, weak=False)
+        signals.worker_process_shutdown.connect(self._close_pool_process, weak=False)
+        signals.worker_shutdown.connect(self._close_worker_first, weak=False)
+
+    def register(self, cls: Any, code: TaskCode) -> bool:
+        """Note the class and code of a task; return False for a task that is never confined."""
+        task_policy = policy_of_class(cls)
+        if task_policy is not None:
+            self._task_policies[cls.name] = task_policy
+        elif is_celerys_own(cls):
+            return False
+        self._codes[cls.name] = code
+        return True
+
+    def _annotate(self, **_: object) -> None:
+        """Annotate the tasks of the application, whose configuration is read."""
+        own = self._app.conf.task_annotations
+        if not isinstance(own, Annotations):
+            self._app.conf.task_annotations = Annotations(own, self)
+            results.add_to_backend(self._app)
+
+    def _start_worker(self, parent: Any) -> None:
+        """Confine the tasks of Celery's worker ``parent``, which starts. Raises `RconError`."""
+        pool = pool_of(parent.pool_cls, parent.pool_start_method)
+        settings = self._settings()
+        tasks = self._confined_tasks(settings)
+        worker = ConfinedWorker.start(settings, tasks, pool, parent.hostname, self._largest_memory())
+        worker.sends_events = bool(parent.task_events)
+        retry_policies = {
+            task: policy.retry for task, policy in self._task_policies.items() if policy.retry is not None
+        }
+        self.worker = worker
+        self._process = PoolProcess(self._app, worker, self._codes, retry_policies, self._enter_executor)
+        self.runner = self._process
+        if not self.runner.is_of_pool:
+            self.runner.start()
+
+    def _start_pool_process(self, **_: object) -> None:
+        if self.runner is not None and self.runner.is_of_pool:
+            self.runner.try_to_start()  # Celery would ignore an exception
+
+    def _enter_executor(self) -> None:
+        """Note that this process is an executor process."""
+        self.runner = None
+
+    def _close_pool_process(self, **_: object) -> None:
+        if self._process is not None:
+            self._process.close()
+
+    def _close_worker_first(self, **_: object) -> None:
+        if self.worker is not None:
+            self.worker.close_before_restart()
+
+    def _settings(self) -> Settings:
+        """Return the settings, from the file as it is now. Raises `SettingsError`."""
+        if self._given is None:
+            return Settings(unmatched="allow")
+        return self._given if isinstance(self._given, Settings) else load(self._given)
+
+    def _confined_tasks(self, settings: Settings) -> ConfinedTasks:
+        """Return the tasks with `confined`: the policy of each, made from its limits or named in the settings."""
+        names: dict[str, str] = {}
+        made: list[Policy] = []
+        taken = set(settings.policies)
+        for task, task_policy in sorted(self._task_policies.items()):
+            if task_policy.name is None:
+                policy = task_policy.make(task, taken)
+                taken.add(policy.name)
+                made.append(policy)
+                names[task] = policy.name
+            elif task_policy.name in settings.policies or settings.plugins:
+                names[task] = task_policy.name
+                _check_retry(task, task_policy, settings.policies)
+            else:
+                raise SettingsError(
+                    f"there is no policy {task_policy.name!r}",
+                    key=f"@confined of {task}",
+                    file=settings.file,
+                    hint=f"one of: {', '.join(settings.policies)}"
+                    if settings.policies
+                    else "add the policy to the settings, or write its limits",
+                )
+        return ConfinedTasks(names, made)
+
+    def _largest_memory(self) -> dict[str, Size]:
+        """Return the most memory that each task may be given when it is retried, by its key in an error message."""
+        found = {}
+        for task, task_policy in sorted(self._task_policies.items()):
+            retry = task_policy.retry if task_policy.name is not None else task_policy.make(task, ())
+            if retry is not None and retry.on_memory is not None:
+                found[f"@confined of {task}: on_memory.up_to"] = retry.on_memory.up_to
+        return found
+
+
+def _check_retry(task: str, task_policy: TaskPolicy, policies: Mapping[str, Policy]) -> None:
+    """Raise `SettingsError` where the retry keys of a task contradict the policy that it names."""
+    policy = policies.get(task_policy.name or "")
+    retry: RetryPolicy | None = task_policy.retry
+    if policy is None or retry is None:
+        return
+    try:
+        msgspec.structs.replace(policy, **retry.keys())
+    except SettingsError as error:
+        raise SettingsError(error.problem, key=f"@confined of {task}: {error.key}", hint=error.hint) from None

@@ -1,0 +1,264 @@
+"""A process that confines tasks: one of a prefork pool, or the worker's own process with the other pools."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from celery.exceptions import Reject, SoftTimeLimitExceeded
+
+from rcon_celery import codec, results
+from rcon_celery.call import SoftTimeLimit, run_in_process, run_in_thread, work_of
+from rcon_celery.retry.attempt import Attempt, ForkServerLost, RetryPolicy
+from rcon_celery.retry.lease import Heartbeat
+from rcon_celery.service import TaskService
+from rcon_plugins.confinement.admission import ProcessAdmission
+from rcon_plugins.confinement.manager import Manager
+from rcon_plugins.errors import (
+    ConcurrencyLimitExceeded,
+    ConfinementError,
+    MemoryLimitExceeded,
+    RconError,
+)
+from rcon_plugins.executors import log_files
+from rcon_plugins.settings.budget import BUDGET
+
+if TYPE_CHECKING:
+    from rcon_celery.task_annotations import TaskCode
+    from rcon_celery.worker import ConfinedWorker
+    from rcon_plugins.confinement.admission import LocalAdmission
+    from rcon_plugins.work import Work
+
+_log = logging.getLogger("rcon")
+
+#: How often a task is tried that did not begin because the fork server ended, and how often a start is tried.
+_ATTEMPTS: Final = 3
+#: The pause between tries to start, seconds.
+_PAUSE: Final = 1.0
+#: In the names of the files that billiard's shared memory lies in.
+_BILLIARD_FILE: Final = "/pymp-"
+
+
+class PoolProcess:
+    """Runs the tasks of this process confined. `start` it in the process that runs tasks."""
+
+    def __init__(
+        self,
+        app: Any,
+        worker: ConfinedWorker,
+        codes: Mapping[str, TaskCode],
+        retry_policies: Mapping[str, RetryPolicy],
+        after_fork: Callable[[], object],
+    ) -> None:
+        """``codes`` and ``retry_policies`` are by the name of the task.
+
+        ``after_fork`` is called in each new executor process.
+        """
+        self._app = app
+        self._worker = worker
+        self._codes = codes
+        self._retry_policies = retry_policies
+        self._after_fork = after_fork
+        self._manager: Manager | None = None
+        self._pid = 0
+        #: Why there is no manager.
+        self._problem = "it was not started"
+        #: Whether a policy has keys of a `RetryPolicy`.
+        self._policies_retry = False
+        self._heartbeat = Heartbeat()
+        self.accepted: set[str] = set()
+        #: Whether the fork server ended before its time.
+        self.is_lost = False
+        self.soft_time_limit: SoftTimeLimit | None = SoftTimeLimit() if worker.pool.children else None
+
+    @property
+    def is_of_pool(self) -> bool:
+        """Whether tasks run in processes that the pool forks, each of which starts this."""
+        return self._worker.pool.children
+
+    def start(self) -> None:
+        """Start the manager and its fork server. Raises `RconError`."""
+        worker, server = self._worker, self._worker.pool.server
+        self.accepted = codec.accepted_content_types(self._app)
+        manager = Manager(
+            worker.settings,
+            server=server,
+            instance=worker.instance,
+            plugins=worker.plugins,
+            on_lost=self._lost,
+            changes=worker.changes,
+        )
+        service = TaskService(self._app, self._codes, worker.hostname, greenlets=server.greenlets)
+        after_fork = [
+            self._after_fork,
+            log_files.leaving_log_files(_loggers()),
+            service.install_signal_handlers,
+        ]
+        if server.greenlets:
+            import gevent  # type: ignore[import-untyped]
+
+            after_fork.append(gevent.reinit)  # else its loop and threads are those of the worker
+        manager.start(
+            service,
+            after_fork=after_fork,
+            server_files=[*server_files(), worker.ending_counters.file, worker.changes.file],
+        )
+        self._manager, self._pid, self.is_lost = manager, os.getpid(), False
+        self._policies_retry = any(policy.wants_tries for policy in manager.settings.policies.values())
+
+    def try_to_start(self) -> bool:
+        """Start, or log why that failed. A task that comes tries again."""
+        try:
+            self.start()
+        except (RconError, OSError) as error:
+            self._problem = str(error)
+            _log.error("rcon: this pool process cannot confine tasks: %s", error)
+            return False
+        return True
+
+    def close(self) -> None:
+        """End all executor processes of this process."""
+        if self._manager is not None and self._pid == os.getpid():
+            self._manager.close()
+            self._manager = None
+
+    def run(self, task: Any, code: TaskCode, args: Any, kwargs: Any) -> Any:
+        """Run a task confined; return its result or raise its exception."""
+        if self._manager is None and self._worker.pool.single_threaded:
+            self._start_again(task)
+        manager = self._started_manager()
+        if self.is_lost:
+            self._replace_fork_server(task)
+        work = work_of(task, args, kwargs)
+        retry_policy = self._retry_policies.get(task.name)
+        if self._policies_retry:
+            retry_policy = _with_policy_keys(retry_policy, manager, work)
+        attempt = Attempt(task, retry_policy)
+        if attempt.redelivered:
+            self._worker.instance.end_orphans()  # it may still run for a process that is gone
+        if not task.acks_late:
+            return self._run_attempt(task, code, args, kwargs, work, attempt)
+        with attempt.leased(self._heartbeat):
+            return self._run_attempt(task, code, args, kwargs, work, attempt)
+
+    def _run_attempt(
+        self, task: Any, code: TaskCode, args: Any, kwargs: Any, work: Work, attempt: Attempt
+    ) -> Any:
+        try:
+            admission = self._admit(task, work, attempt)
+            if admission is None:
+                return code.execute(task, args, kwargs)
+            try:
+                if isinstance(admission, ProcessAdmission):
+                    return run_in_process(task, admission, args, kwargs, self)
+                return run_in_thread(task, code, admission, args, kwargs)
+            finally:
+                outcome = admission.outcome
+                if outcome is not None:
+                    self._worker.ending_counters.add(outcome)
+                    results.record(task, outcome, send_event=self._worker.sends_events)
+        except MemoryLimitExceeded as error:
+            raise attempt.after_memory_death(error) from None
+
+    def _admit(self, task: Any, work: Work, attempt: Attempt) -> LocalAdmission | ProcessAdmission | None:
+        """Admit a task once there is room. A task that finds no room in the budget goes back to its queue."""
+        failures = 0
+        while True:
+            manager = self._started_manager()
+            try:
+                return manager.admit(work, wait=True, memory=attempt.memory)
+            except ConcurrencyLimitExceeded as error:
+                if error.limit != BUDGET:
+                    raise
+                retry = attempt.back_to_queue(error)
+                if retry is not None:
+                    raise retry from None
+            except ConfinementError as error:
+                if isinstance(error.__cause__, SoftTimeLimitExceeded):  # while it waited
+                    raise error.__cause__ from None
+                # It has not begun, so it may be tried again.
+                failures += 1
+                if not manager.is_lost or not self._replace_fork_server(task):
+                    raise
+                if failures == _ATTEMPTS:
+                    if task.acks_late:
+                        raise ForkServerLost(str(error)) from None
+                    raise
+
+    def _started_manager(self) -> Manager:
+        if self._manager is None or self._pid != os.getpid():
+            raise ConfinementError(f"this pool process cannot confine tasks: {self._problem}")
+        return self._manager
+
+    def _lost(self) -> None:
+        """Note that the fork server ended. Runs in another thread."""
+        self.is_lost = True
+        if not self._worker.pool.single_threaded:
+            # No fork server can be made beside other threads: let the running tasks finish, and begin no other.
+            _log.error("rcon: the fork server ended; this worker finishes its tasks and exits")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _replace_fork_server(self, task: Any) -> bool:
+        """Start another fork server; return False where this process cannot, and the task cannot be rejected.
+
+        Raises `Reject`, `ConfinementError`.
+        """
+        if self._worker.pool.single_threaded:
+            _log.error("rcon: the fork server of this pool process ended; starting another")
+            self.close()
+            self._start_again(task)
+            return True
+        if task.acks_late:
+            raise Reject("the fork server of this worker ended", requeue=True)
+        return False
+
+    def _start_again(self, task: Any) -> None:
+        """Start, where the first start failed or the fork server ended.
+
+        After some tries a task that is acknowledged late goes back to its queue. Raises `Reject`.
+        """
+        self._heartbeat.stop()  # this process must not fork beside another thread
+        for _ in range(_ATTEMPTS):
+            if self.try_to_start():
+                return
+            time.sleep(_PAUSE)  # also so that it does not take tasks from processes that can confine them
+        if task.acks_late:
+            raise Reject(f"this pool process cannot confine tasks: {self._problem}", requeue=True)
+
+
+def _with_policy_keys(own: RetryPolicy | None, manager: Manager, work: Work) -> RetryPolicy | None:
+    """Return the retry policy of a task: the keys of its policy, overridden by its own."""
+    try:
+        policy = manager.policy_of(work)
+    except Exception:  # noqa: BLE001 - whatever a plugin raises: it refuses the task when it is admitted
+        return own
+    return RetryPolicy.of(policy, own)
+
+
+def server_files() -> list[int]:
+    """Return the descriptors of the worker's log files and of its pool's shared memory, which executors must not have.
+
+    Standard output and standard error are not among them; sockets and pipes are closed anyway.
+    """
+    logs = log_files.open_log_files(_loggers())
+    return sorted({number for number in {*logs, *_shared_memory_files()} if number > 2})
+
+
+def _shared_memory_files() -> Iterator[int]:
+    for entry in Path("/dev/fd").iterdir():
+        try:
+            if _BILLIARD_FILE in str(entry.readlink()):
+                yield int(entry.name)
+        except OSError:
+            continue  # the descriptor of the listing itself
+
+
+def _loggers() -> list[logging.Logger]:
+    """Return all loggers: Celery writes the lines of each of them to its log."""
+    known = logging.Logger.manager.loggerDict.values()
+    return [logging.getLogger(), *(each for each in known if isinstance(each, logging.Logger))]

@@ -1,0 +1,222 @@
+"""The confinements of all workers of an application, over Celery's own remote control.
+
+Workers answer the commands ``celery -A proj inspect rcon`` and ``celery -A proj control rcon_set``; `Workers` sends the
+first for ``rcon top --celery proj``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from celery import Celery
+from celery.app.utils import find_app
+from celery.worker.control import control_command, inspect_command
+from kombu.exceptions import OperationalError
+
+from rcon_celery.worker import ConfinedWorker
+from rcon_plugins.errors import KernelError, RconError, SettingsError
+from rcon_plugins.groups.find import Group, Sample, find_groups
+from rcon_plugins.groups.sample import as_data, of_data
+from rcon_plugins.settings.limit_words import as_written
+
+_NOT_CONFINED: Final = {
+    "error": "tasks are not confined: the application was not given to rcon_celery.install"
+}
+#: How long all workers get to answer the first time, and later; seconds.
+_FIRST_WAIT, _WAIT = 2.0, 1.0
+#: How often all workers are asked, so that new ones are found; seconds.
+_SEARCH: Final = 10.0
+
+_log = logging.getLogger("rcon")
+
+
+def register() -> None:
+    """Register the commands, with workers and with ``celery inspect``, which loads the application too."""
+    inspect_command(name="rcon", default_timeout=5.0)(rcon)
+    control_command(
+        name="rcon_set",
+        args=[("policy", str), ("limit", str), ("value", str)],
+        signature="POLICY LIMIT VALUE",
+        default_timeout=5.0,
+    )(rcon_set)
+
+
+def rcon(state: Any) -> dict[str, Any]:
+    """Show policies, running confinements, what they use, and how many tasks a limit or a signal ended."""
+    worker = _worker_of(state)
+    if worker is None:
+        return _NOT_CONFINED
+    return {
+        "when": time.monotonic(),
+        "cgroup": worker.instance.path,
+        "policies": {name: _limits_of(policy) for name, policy in sorted(worker.policies.items())},
+        "confinements": _confinements(worker),
+        "endings": worker.ending_counters.read(),
+    }
+
+
+def rcon_set(state: Any, policy: str = "", limit: str = "", value: str = "") -> dict[str, Any]:
+    """Change a limit of a policy, for running tasks and later ones."""
+    worker = _worker_of(state)
+    if worker is None:
+        return _NOT_CONFINED
+    if not (policy and limit and value):
+        return {"error": "give POLICY, LIMIT and VALUE: rcon_set reports each.memory 512M"}
+    try:
+        made = worker.change(policy, limit, str(value))
+    except RconError as error:
+        return {"error": " ".join(str(error).split())}
+    _log.warning("rcon: policy %s: %s changed from %s to %s", policy, limit, made.old or "not set", made.new)
+    return {
+        "ok": {
+            "policy": policy,
+            "limit": limit,
+            "before": made.old,
+            "after": made.new,
+            "cgroups": made.cgroups,
+            "kept": made.kept,
+        }
+    }
+
+
+def _worker_of(state: Any) -> ConfinedWorker | None:
+    """Return the confined worker that a command reached; None where its application is not installed."""
+    installation = getattr(state.app, "rcon", None)
+    worker: ConfinedWorker | None = None if installation is None else installation.worker
+    return worker
+
+
+def _limits_of(policy: Any) -> dict[str, Any]:
+    """Return the limits of a policy that are set, spelled as in a settings file."""
+    limits = {name: as_written(getattr(policy, name)) for name in policy.asks() if "." not in name}
+    each = {name: as_written(getattr(policy.each, name)) for name in policy.each.asks()}
+    if policy.concurrency is not None:
+        limits["concurrency"] = policy.concurrency
+    limits |= {name: as_written(getattr(policy, name)) for name in policy.wants_tries}
+    return {**limits, "each": each} if each else limits
+
+
+def _confinements(worker: ConfinedWorker) -> dict[str, dict[str, Any]]:
+    """Return what each running confinement of a worker uses, all its tasks together, by name."""
+    instance = worker.instance.path.rpartition("/")[2]
+    found = {}
+    for group in find_groups().groups:
+        if group.instance == instance and group.kind == "work":
+            try:
+                found[group.name] = _usage_of(group)
+            except KernelError:
+                continue  # it ended meanwhile
+    return found
+
+
+def _usage_of(group: Group) -> dict[str, Any]:
+    return {"processes": len(group.pids()), **as_data(group.sample())}
+
+
+class NoAnswer(RconError):
+    """Raised when the workers of an application cannot be asked, or none of them confines tasks."""
+
+
+def load(name: str) -> Celery:
+    """Return the application that ``celery -A NAME`` loads. Raises `SettingsError` where that fails."""
+    hint = f"celery -A {name} report must work"
+    try:
+        app = find_app(name)
+    except Exception as error:
+        raise SettingsError(
+            f"{name!r} cannot be loaded as a Celery application: {type(error).__name__}: {error}", hint=hint
+        ) from error
+    if not isinstance(app, Celery):
+        raise SettingsError(f"{name!r} is not a Celery application", hint=hint)
+    return app
+
+
+class Workers:
+    """All workers of an application. ``say`` gets a message, once, for each worker that does not confine tasks."""
+
+    def __init__(self, app: Celery, say: Callable[[str], object]) -> None:
+        self._app = app
+        self._say = say
+        self._connection = app.connection_for_write()
+        self._known: list[str] = []
+        self._searched: float | None = None
+
+    def samples(self) -> list[Sample]:
+        """Return a sample of each confinement on each worker.
+
+        Raises `NoAnswer` where the broker cannot be reached; the first time also where no worker answers.
+        """
+        first = self._searched is None
+        answers = self._ask()
+        samples: list[Sample] = []
+        errors: dict[str, str] = {}
+        for node, answer in sorted(answers.items()):
+            try:
+                samples += _samples(node, answer)
+            except RconError as error:
+                errors[node] = str(error)
+        if first and not answers:
+            raise NoAnswer(
+                f"no worker answers on the broker {self._connection.as_uri()}: "
+                "start one, with remote control, on this broker"
+            )
+        if first and len(errors) == len(answers):
+            node, error_text = next(iter(errors.items()))
+            raise NoAnswer(f"{node}: {error_text}")
+        if first:
+            for node, error_text in errors.items():
+                self._say(f"{node}: {error_text}")
+        return samples
+
+    def _ask(self) -> dict[str, Any]:
+        """Return each worker's answer. All are asked now and then, else those that answered, which is faster."""
+        searching = self._searched is None or not self._known or time.monotonic() >= self._searched + _SEARCH
+        among: Mapping[str, Any] = (
+            {} if searching else {"destination": self._known, "limit": len(self._known)}
+        )
+        try:
+            if not self._connection.connected:
+                self._connection.ensure_connection(max_retries=1, interval_start=0)
+            replies: Sequence[Mapping[str, Any]] | None = self._app.control.broadcast(
+                "rcon",
+                reply=True,
+                timeout=_FIRST_WAIT if self._searched is None else _WAIT,
+                connection=self._connection,
+                **among,
+            )
+        except (
+            OperationalError,
+            *self._connection.connection_errors,
+            *self._connection.channel_errors,
+        ) as error:
+            self._connection.close()
+            self._connection = self._app.connection_for_write()
+            raise NoAnswer(f"the broker {self._connection.as_uri()} cannot be reached: {error}") from error
+        if searching:
+            self._searched = time.monotonic()
+        answers = {node: answer for reply in replies or () for node, answer in reply.items()}
+        self._known = sorted(answers)
+        return answers
+
+
+def _samples(node: str, answer: Any) -> list[Sample]:
+    """Return the samples in one worker's answer. Raises `RconError` where it has none."""
+    if not isinstance(answer, Mapping) or not isinstance(answer.get("confinements"), Mapping):
+        error = answer.get("error") if isinstance(answer, Mapping) else None
+        raise NoAnswer(
+            str(error or "it does not answer `inspect rcon`: install this version of rcon-plugins on it")
+        )
+    cgroup = answer.get("cgroup")
+    return [
+        of_data(
+            data,
+            id=f"{node} {cgroup}/{name}",
+            name=f"{node}/{name}",
+            owner=f"celery worker {node}",
+            node=node,
+        )
+        for name, data in sorted(answer["confinements"].items())
+    ]
