@@ -216,7 +216,7 @@ def _read(task: Any, head: wire.AnswerHead, answer: dict[str, Any]) -> tuple[Any
 
 def _too_large(task: Any, size: int, admission: ProcessAdmission) -> str:
     return (
-        f"{task.name}: its result has {size / 2**20:.1f} MiB, max_result is {admission.policy.result_limit}: "
+        f"{task.name}: its result has {size / 2**20:.1f} MiB, above max_result = {admission.policy.result_limit}: "
         'return less, return where the result is stored, or raise the limit (max_result = "64M")'
     )
 

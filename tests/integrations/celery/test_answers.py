@@ -29,9 +29,7 @@ def test_a_longer_answer_than_its_policy_takes(office: Office, how: str) -> None
     with pytest.raises(ResultTooLarge) as caught:
         office.wait(result)
     error = caught.value
-    assert re.match(
-        r"lengthy: its answer has [36]\.0 MiB, and the policy takes 1M: return less, ", str(error)
-    )
+    assert re.match(r"lengthy: its result has [36]\.0 MiB, above max_result = 1M: return less, ", str(error))
     assert (error.limit, error.policy) == ("max_result", "lengthy")
     assert error.usage is not None
     outcome = outcome_of(result)

@@ -45,7 +45,7 @@ def test_inspect(offices: Offices) -> None:
         (told,) = json.loads(done.stdout).values()
         assert told["policies"]["hog"] == {"each": {"memory": "64M", "timeout": "1m"}}
         assert told["policies"]["small"]["memory"] == "1G"
-        assert told["deaths"] == {"memory": 2, "timeout": 1}
+        assert told["endings"] == {"memory": 2, "timeout": 1}
         assert told["confinements"]["where"]["cpu_seconds"] > 0
 
 
@@ -99,14 +99,14 @@ def test_set_while_work_runs(offices: Offices) -> None:
         stay = group_of(office, "stay")
 
         told = rcon_set(office, "hog", "each.memory", "128M")["ok"]
-        assert (told["policy"], told["limit"], told["old"], told["new"]) == (
+        assert (told["policy"], told["limit"], told["before"], told["after"]) == (
             "hog",
             "each.memory",
             "64M",
             "128M",
         )
         told = rcon_set(office, "stay", "each.pids", "32")["ok"]
-        assert (told["old"], told["new"], told["kept"]) == (64, 32, 0)
+        assert (told["before"], told["after"], told["kept"]) == (64, 32, 0)
         assert told["cgroups"] >= 1
         leaves = [stay.cgroup.child(name) for name in stay.cgroup.children()]
         assert {read_limits(leaf).pids_max for leaf in leaves} == {32}
@@ -115,7 +115,7 @@ def test_set_while_work_runs(offices: Offices) -> None:
             assert told["kept"] == 0
             assert {read_limits(leaf).memory_max for leaf in leaves} == {Size.parse(limit)}
         told = rcon_set(office, "stay", "memory", "256M")["ok"]
-        assert (told["old"], told["new"], told["cgroups"]) == (None, "256M", 1)
+        assert (told["before"], told["after"], told["cgroups"]) == (None, "256M", 1)
         assert stay.limits().memory_max == 256 << 20
         assert len(stay.pids()) >= 2  # and it goes on
 
@@ -153,7 +153,7 @@ def test_set_of_what_is_made_anew_for_each(offices: Offices) -> None:
             for _ in range(4):
                 office.get("fresh")
             before = [office.send("fresh") for _ in range(6)]
-            assert rcon_set(office, "fresh", "memory", limit)["ok"]["new"] == limit
+            assert rcon_set(office, "fresh", "memory", limit)["ok"]["after"] == limit
             for result in [*before, *(office.send("fresh") for _ in range(6))]:
                 office.wait(result)
             until(lambda: bool(group_of(office, "fresh").pids()))
@@ -166,19 +166,19 @@ def test_set_no_limit(offices: Offices) -> None:
         office.send("stay", "watched")
         until(lambda: bool(office.log("watched")))
         stay = group_of(office, "stay")
-        assert rcon_set(office, "stay", "memory", "1G")["ok"]["new"] == "1G"
+        assert rcon_set(office, "stay", "memory", "1G")["ok"]["after"] == "1G"
         assert rcon_set(office, "stay", "cpu", "150%")["ok"]["cgroups"] == 1
         leaves = [stay.cgroup.child(name) for name in stay.cgroup.children()]
         for key in ("memory", "cpu", "each.pids"):
             told = rcon_set(office, "stay", key, "max")["ok"]
-            assert told["new"] is None
+            assert told["after"] is None
             assert told["cgroups"] >= 1
         assert (stay.limits().memory_max, stay.limits().cpu_quota) == (MAX, MAX)
         assert {read_limits(leaf).pids_max for leaf in leaves} == {MAX}
         # And for what begins: no process of the pool writes the old limit again.
         for _ in range(3):
             assert "memory limit 64M" in str(office.error("hog", MemoryLimitExceeded))
-        assert rcon_set(office, "hog", "each.memory", "max")["ok"]["old"] == "64M"
+        assert rcon_set(office, "hog", "each.memory", "max")["ok"]["before"] == "64M"
         assert [office.get("hog") for _ in range(3)] == [256 << 20] * 3
 
 
@@ -189,12 +189,12 @@ def test_set_memory_that_expands(offices: Offices) -> None:
         for _ in range(3):
             assert "memory limit 64M" in str(office.error("hog", MemoryLimitExceeded))
         told = rcon_set(office, "hog", "each.memory", table % "1G")["ok"]
-        assert (told["old"], told["new"]) == ("64M", {"limit": "64M", "expand": "2x", "up_to": "1G"})
+        assert (told["before"], told["after"]) == ("64M", {"limit": "64M", "expand": "2x", "up_to": "1G"})
         assert [office.get("hog") for _ in range(3)] == [256 << 20] * 3
-        assert rcon_set(office, "hog", "each.memory", table % "128M")["ok"]["old"]["up_to"] == "1G"
+        assert rcon_set(office, "hog", "each.memory", table % "128M")["ok"]["before"]["up_to"] == "1G"
         for _ in range(3):
             assert "memory limit 128M (up_to" in str(office.error("hog", MemoryLimitExceeded))
-        assert rcon_set(office, "hog", "each.memory", "96M")["ok"]["new"] == "96M"
+        assert rcon_set(office, "hog", "each.memory", "96M")["ok"]["after"] == "96M"
         for _ in range(3):
             assert "memory limit 96M" in str(office.error("hog", MemoryLimitExceeded))
         # Of all work together, while it runs.
@@ -204,7 +204,7 @@ def test_set_memory_that_expands(offices: Offices) -> None:
         assert group_of(office, "stay").limits().memory_max == 1 << 30
         assert rcon_set(office, "stay", "memory", table % "512M")["ok"]["cgroups"] == 1
         assert group_of(office, "stay").limits().memory_max == 512 << 20
-        assert rcon_set(office, "stay", "memory", "max")["ok"]["new"] is None
+        assert rcon_set(office, "stay", "memory", "max")["ok"]["after"] is None
         assert group_of(office, "stay").limits().memory_max == MAX
 
 
@@ -223,19 +223,19 @@ def test_set_limits_of_io(offices: Offices, tmp_path: Path) -> None:
         result = office.send("write", f"{disk}/file", str(tmp_path / "stop"))
         until(lambda: len(office.log("writes")) >= 8)
         told = rcon_set(office, "write", f"io.{disk}.write", "2M")["ok"]
-        assert (told["old"], told["new"], told["cgroups"], told["kept"]) == (None, "2M", 1, 0)
+        assert (told["before"], told["after"], told["cgroups"], told["kept"]) == (None, "2M", 1, 0)
         group = group_of(office, "write")
         assert [most.wbps for most in group.limits().io.values()] == [slow]
         assert rate(len(office.log("writes")) + 2) < 2 * slow
         # Another value, more keys, and none again.
         table = '{ write = "1M", write_iops = 500 }'
-        assert rcon_set(office, "write", f"io.{disk}", table)["ok"]["old"] == {"write": "2M"}
+        assert rcon_set(office, "write", f"io.{disk}", table)["ok"]["before"] == {"write": "2M"}
         (most,) = group.limits().io.values()
         assert (most.wbps, most.wiops) == (1 << 20, 500)
-        assert rcon_set(office, "write", f'io."{disk}".write', "max")["ok"]["old"] == "1M"
+        assert rcon_set(office, "write", f'io."{disk}".write', "max")["ok"]["before"] == "1M"
         (most,) = group.limits().io.values()
         assert (most.wbps, most.wiops) in ((MAX, 500), (None, 500))
-        assert rcon_set(office, "write", f"io.{disk}", "max")["ok"]["new"] is None
+        assert rcon_set(office, "write", f"io.{disk}", "max")["ok"]["after"] is None
         assert not group.limits().io
         (tmp_path / "stop").touch()
         assert office.wait(result) == "done"
@@ -258,7 +258,7 @@ def disk_of(path: Path) -> str:
 def test_set_a_timeout_in_every_pool(offices: Offices, pool: str) -> None:
     with offices(pool=pool, concurrency=1) as office:
         assert "wall time limit 1s reached" in str(office.error("hang", TimeLimitExceeded))
-        assert rcon_set(office, "hang", "each.timeout", "500ms")["ok"]["old"] == "1s"
+        assert rcon_set(office, "hang", "each.timeout", "500ms")["ok"]["before"] == "1s"
         assert "wall time limit 500ms reached" in str(office.error("hang", TimeLimitExceeded))
 
 
@@ -276,7 +276,7 @@ def test_set_what_cannot_be(offices: Offices) -> None:
                 ("small", "io./nowhere.read", "1M"),
                 "policy.small.io./nowhere: cannot be enforced on this machine: ",
             ),
-            (("small", "memory"), "say POLICY LIMIT VALUE, all three"),
+            (("small", "memory"), "give POLICY, LIMIT and VALUE: "),
         ):
             told = rcon_set(office, *arguments)
             assert told["error"].startswith(error)
@@ -376,7 +376,7 @@ def test_top_on_a_terminal(offices: Offices, tmp_path: Path, monkeypatch: pytest
 def test_top_without_workers(offices: Offices, redis_server: RedisServer) -> None:
     done = top("--iterations", "1", url=redis_server.database())
     assert done.returncode == 125
-    assert done.stderr.startswith("rcon: no worker answers: is one running")
+    assert done.stderr.startswith("rcon: no worker answers on the broker redis://")
     assert done.stderr.count("\n") == 1
     done = top("--iterations", "1", url="redis://127.0.0.1:1/0")
     assert done.returncode == 125

@@ -108,7 +108,7 @@ def test_fork_server_killed_beside_threads(offices: Offices) -> None:
         os.kill(fork_server(office.worker.pid), signal.SIGKILL)
         until(lambda: office.worker.process.poll() is not None)
         assert office.worker.process.returncode == 0
-        assert "this worker finishes its tasks and ends" in office.worker.log()
+        assert "this worker finishes its tasks and exits" in office.worker.log()
 
 
 def test_fork_server_killed_without_late_acknowledgement(offices: Offices) -> None:

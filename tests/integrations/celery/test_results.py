@@ -99,4 +99,4 @@ def test_an_event_that_cannot_be_sent(offices: Offices, redis_server: RedisServe
             broker.process.wait()
             gate.touch()
             assert office.wait(result) == "done"
-            assert "its event cannot be sent" in office.worker.log()
+            assert "its rcon-task event cannot be sent" in office.worker.log()

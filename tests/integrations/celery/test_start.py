@@ -124,7 +124,7 @@ def refused(offices: Offices, *arguments: str, **options: Any) -> str:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (None, ": there is no policy 'small' (write it, or its limits)"),
+        (None, ": there is no policy 'small' (add the policy to the settings, or write its limits)"),
         (SETTINGS + "[policy.x]\nmemroy = '1G'\n", "policy.x.memroy: unknown key (did you mean 'memory'?)"),
         (SETTINGS + "[policy.x]\nio.'/nowhere' = { read = '1M' }\n", "/nowhere"),
     ],
@@ -137,7 +137,10 @@ def test_wrong_settings(offices: Offices, settings: str | None, told: str) -> No
 
 def test_a_pool_that_is_not_known(offices: Offices) -> None:
     log = refused(offices, pool="custom", CELERY_CUSTOM_WORKER_POOL="tests.integrations.celery.pools:OwnPool")
-    assert "the pool tests.integrations.celery.pools.OwnPool cannot be confined: nothing is known" in log
+    assert (
+        "the pool tests.integrations.celery.pools.OwnPool cannot be confined: rcon_celery does not know"
+        in log
+    )
 
 
 def test_spawned_pool(offices: Offices) -> None:
@@ -147,7 +150,10 @@ def test_spawned_pool(offices: Offices) -> None:
 
 def test_not_installed(offices: Offices) -> None:
     log = refused(offices, **{limited.INSTALL: "no"})
-    assert "die is to be confined, and its application was not given to rcon_celery.install" in log
+    assert (
+        "task die has @confined, but its application was not given to rcon_celery.install; call install(app)"
+        in log
+    )
 
 
 def test_installed_too_late() -> None:
@@ -181,7 +187,7 @@ def test_above_the_task() -> None:
         ({"memroy": "1G"}, "did you mean 'memory'"),
         ({"memory": "2G", "together": {"memory": "1G"}}, "@confined: memory: 2G is never reached"),
         ({"together": {"cpu": 0}}, "@confined: together.cpu: "),
-        ({}, "says nothing"),
+        ({}, "no limit is given"),
     ],
 )
 def test_a_wrong_decorator(limits: dict[str, Any], told: str) -> None:
@@ -191,7 +197,7 @@ def test_a_wrong_decorator(limits: dict[str, Any], told: str) -> None:
 
 
 def test_a_name_and_limits() -> None:
-    with pytest.raises(SettingsError, match="at once"):
+    with pytest.raises(SettingsError, match="exclude each other"):
         confined("small", memory="1G")
 
 
