@@ -176,10 +176,10 @@ def _settle(task: Any, admission: ProcessAdmission, head: wire.AnswerHead, answe
         value, error = _read(task, head, answer)
         size = int(head.text) if head.how == "too long" else 0
     except Exception as malformed:  # noqa: BLE001 - an executor process may send anything
-        admission.abort(f"malformed answer: {codec.sentence(malformed)}")
+        admission.abort(f"answer that cannot be decoded: {codec.sentence(malformed)}")
         raise Killed(
-            f"{task.name}: killed, since its process sent a malformed answer: "
-            "the task or a library that it uses wrote to the channel of the process"
+            f"{task.name}: its process sent an answer that cannot be decoded, and was killed; "
+            "look for code that writes to file descriptors which it did not open"
         ) from None
     if head.how == "too long":
         outcome = admission.finish("result", _too_large(task, size, admission))

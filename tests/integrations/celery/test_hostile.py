@@ -12,7 +12,10 @@ from celery.utils.serialization import UnpickleableExceptionWrapper
 from rcon_plugins.errors import Killed, TimeLimitExceeded
 from tests.integrations.celery.office import Office, Offices
 
-UNREADABLE = "hostile: its process gave an answer that cannot be read"
+UNREADABLE = (
+    "hostile: its process sent an answer that cannot be decoded, and was killed; "
+    "look for code that writes to file descriptors which it did not open"
+)
 
 
 @pytest.fixture(scope="module")
