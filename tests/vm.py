@@ -3,7 +3,7 @@
 `python -m tests.vm [pytest arguments]` boots Debian's own kernel under QEMU, in software, with this host's file
 system underneath (read-only; what is written goes to memory), runs pytest there and ends with pytest's exit status.
 Unless the arguments name tests it runs those of `TESTS` that are marked `each_layout` or `smoke`; with `--measures`
-those marked `each_layout` and `measures`, for which nothing else should run beside. Everything takes five to ten times
+those marked `measures(each_layout=True)`, for which nothing else should run beside. Everything takes five to ten times
 as long there as elsewhere, so tests that do not depend on the hierarchy are left out.
 
 In the machine the tests find:
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 PACKAGES = "linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file util-linux"
 SELECTED = "(each_layout or smoke) and not measures"
-MEASURING = "each_layout and measures"
+MEASURING = "measures(each_layout=True)"
 TESTS = (
     "tests/kernel",
     "tests/integrations/gunicorn/test_tenants.py",

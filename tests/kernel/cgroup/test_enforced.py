@@ -97,7 +97,7 @@ def check_rate(cgroups: list[Cgroup], size: int, limit: int) -> None:
     pytest.fail(f"{rate / MIB:.2f} MiB/s, three times")
 
 
-@pytest.mark.measures
+@pytest.mark.measures(each_layout=True)
 def test_direct_writes(group: Cgroup) -> None:
     group.configure(Resources(io={device_of(str(DISK)): IoMax(wbps=5 * MIB)}))
     before = group.read().io_write_bytes
@@ -108,7 +108,7 @@ def test_direct_writes(group: Cgroup) -> None:
     assert after - before >= 20 * MIB
 
 
-@pytest.mark.measures
+@pytest.mark.measures(each_layout=True)
 def test_direct_writes_of_leaves_together(group: Cgroup) -> None:
     """Also on v1, where the kernel itself does not add up what child cgroups write."""
     leaves = [group.child("1").create(), group.child("2").create()]

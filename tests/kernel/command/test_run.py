@@ -15,7 +15,7 @@ import pytest
 
 from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.command.harness import MOUNTS, become_rcon, left_by, rcon, until
-from tests.kernel.quota import judge
+from tests.kernel.quota import WINDOW, judge
 from tests.processes import alive
 
 NOBODY = 65534
@@ -58,13 +58,10 @@ def test_the_exit_status_is_the_commands(command: list[str], status: int, said: 
 
 
 @pytest.mark.measures
-@pytest.mark.each_layout
 def test_a_cpu_quota_holds() -> None:
-    seconds = 3.0
-
     def measure() -> dict[float, float]:
         done = rcon(
-            "run", "--cpu", "10%", "--timeout", f"{seconds:g}s", "--", "sh", "-c", "while :; do :; done"
+            "run", "--cpu", "10%", "--timeout", f"{WINDOW:g}s", "--", "sh", "-c", "while :; do :; done"
         )
         assert done.report["outcome"] == "timeout"
         return {0.1: done.report["usage"]["cpu_seconds"] / done.report["usage"]["wall_seconds"]}
@@ -114,8 +111,7 @@ def write_directly(target: Path, size: int, *limits: str | Path) -> float:
     return size / float(seconds[1])
 
 
-@pytest.mark.measures
-@pytest.mark.each_layout
+@pytest.mark.measures(each_layout=True)
 def test_writes_are_held_down_to_the_limit_and_no_further() -> None:
     size, limit = 20, 5
     target = DISK / f"rcon-run-{os.getpid()}"

@@ -76,7 +76,7 @@ def test_a_limit_is_lifted_where_work_runs(gate: Path) -> None:
         assert ask(here.manager, "allocate", 150)[1].ending == "ok"
 
 
-@pytest.mark.measures
+@pytest.mark.measures(each_layout=True)
 def test_first_limits_of_io_where_work_runs(gate: Path) -> None:
     """On v1 what runs is moved to where they hold; it goes on, and so does what begins beside it."""
     with site({"each": {"timeout": "100s"}}) as here:

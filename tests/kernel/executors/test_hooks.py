@@ -140,19 +140,26 @@ def test_an_error_in_rcon_work_finished_is_logged_and_harms_nobody(caplog: pytes
 
 
 def test_every_refusal_and_limit_hit_is_one_line_of_json(caplog: pytest.LogCaptureFixture) -> None:
-    keys = {"per": "host", "concurrency": 1, "each": {"timeout": "500ms"}}
-    with managing(keys) as manager:
-        held = begin(manager, "sleep", 300, host="a\nb")
+    settings = {
+        "policy": {
+            "p": {"per": "host", "concurrency": 1, "isolation": "process"},
+            "short": {"per": "host", "each": {"timeout": "500ms"}},
+        },
+        "route": [{"host": "late", "policy": "short"}, {"policy": "p"}],
+    }
+    with managing({}, settings=settings) as manager:
+        held = begin(manager, "pid", host="a\nb")  # done at once, and finished by `end`
         with pytest.raises(rcon_plugins.errors.ConcurrencyLimitExceeded):
             begin(manager, "pid", host="a\nb")
         end(held)
+        ask(manager, "sleep", 300, host="late")
         ask(manager, "pid", host="c")
     records = [record for record in caplog.records if record.name == "rcon"]
     assert all("\n" not in record.getMessage() for record in records)
     lines = [json.loads(record.getMessage()) for record in records if record.getMessage().startswith("{")]
     assert [(line["event"], line["policy"], line["key"], line["limit"]) for line in lines] == [
         ("concurrency", "p", "a\nb", "concurrency"),
-        ("timeout", "p", "a\nb", "each.timeout"),
+        ("timeout", "short", "late", "each.timeout"),
     ]
     assert lines[1]["usage"]["wall_seconds"] >= 0.5
 

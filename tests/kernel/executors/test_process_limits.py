@@ -16,7 +16,7 @@ from rcon_plugins.errors import MemoryLimitExceeded, PidsLimitExceeded, TimeLimi
 from rcon_plugins.kernel.cgroup import Cgroup
 from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.executors.service import ask, begin, end, managing, soon
-from tests.kernel.quota import judge
+from tests.kernel.quota import WINDOW, judge
 from tests.processes import alive
 
 pytestmark = pytest.mark.each_layout
@@ -78,10 +78,14 @@ def test_memory_of_all_the_work_together_is_one_limit() -> None:
 
 
 def test_a_work_beyond_its_wall_time_is_killed_with_all_it_started() -> None:
-    with managing({"each": {"timeout": "1s"}}) as manager:
+    settings = {
+        "policy": {"short": {"each": {"timeout": "1s"}}, "p": {"each": {"timeout": "60s"}}},
+        "route": [{"host": "short", "policy": "short"}, {"policy": "p"}],
+    }
+    with managing({}, settings=settings) as manager:
         sleepers = ask(manager, "leave_sleepers", 1)[0]
         assert soon(lambda: not alive(sleepers[0]))
-        admission = begin(manager, "sleep", 300)
+        admission = begin(manager, "sleep", 300, host="short")
         pid = admission.executor_pid
         answer, outcome = end(admission)
         assert answer is None
@@ -186,7 +190,7 @@ def test_cpu_quotas_are_held_within_a_point(percents: tuple[int, ...]) -> None:
     ):
 
         def used(name: str) -> float:
-            usage = ask(manager, "burn", 10.0, 2 if quotas[name] > 1 else 1, host=name)[1].usage
+            usage = ask(manager, "burn", WINDOW, 2 if quotas[name] > 1 else 1, host=name)[1].usage
             assert usage.cpu_seconds is not None
             return usage.cpu_seconds / usage.wall_seconds
 

@@ -27,7 +27,7 @@ from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.executors import ways_back
 from tests.kernel.executors.service import soon, status
-from tests.kernel.quota import judge
+from tests.kernel.quota import WINDOW, judge
 
 TENANT, OTHER = 61001, 61002
 POLICY: dict[str, Any] = {"isolation": "thread", "user": TENANT, "group": TENANT, "groups": [61011]}
@@ -555,7 +555,6 @@ def test_threads_that_ended_leave_no_descriptor() -> None:
 
 
 @pytest.mark.measures
-@pytest.mark.each_layout
 def test_cpu_quota() -> None:
     def burn(seconds: float) -> float:
         wall, cpu = time.monotonic(), time.thread_time()
@@ -563,4 +562,4 @@ def test_cpu_quota() -> None:
             pass
         return (time.thread_time() - cpu) / (time.monotonic() - wall)
 
-    judge(lambda: {0.2: managed({**POLICY, "cpu": "20%"}, lambda manager: run(manager, burn, 10.0))})
+    judge(lambda: {0.2: managed({**POLICY, "cpu": "20%"}, lambda manager: run(manager, burn, WINDOW))})
