@@ -31,10 +31,10 @@ demo-jobs: $(VENV)/.jobs redis ## two hundred jobs on one Celery worker, one in 
 serve: $(VENV)/.run ## leave the demo's confined server running, until Ctrl-C
 	@$(BIN)/python $(DEMO) --serve
 
-check: root $(VENV)/.test ## for every commit: lint, unit, contract, and a smoke test of each file of the kernel tier (root)
+check: root $(VENV)/.test $(VENV)/.docs ## for every commit: lint, docs, unit, contract, and a smoke test of each file of the kernel tier (root)
 	@$(BIN)/python -m tests.run check $(TIERS)
 
-test: root $(VENV)/.test debian ## all that CI runs, on this machine and in emulated ones (root); TIERS= names some of its tiers
+test: root $(VENV)/.test $(VENV)/.docs debian ## all that CI runs, on this machine and in emulated ones (root); TIERS= names some of its tiers
 	@$(BIN)/python -m tests.run test $(TIERS)
 
 test-long: root $(VENV)/.test debian ## long CPU windows, 10,000 requests, Celery's own integration suite (root)

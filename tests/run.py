@@ -77,6 +77,7 @@ def machine(name: str, lane: str, *arguments: str) -> Tier:
 
 
 LINT = Tier("lint", "free", ("make", "--no-print-directory", "lint"), tests=False)
+DOCS = ("make", "--no-print-directory", "docs")
 QUIET = "not measures"
 HOST = ("--reruns", "1")
 
@@ -92,6 +93,7 @@ def plans() -> dict[str, list[Tier]]:
             contract,
             pytest("kernel-smoke", "host", "tests/kernel", "-m", "smoke", *HOST),
             Tier("lint", "lint", LINT.command, tests=False),
+            Tier("docs", "lint", DOCS, tests=False),
         ],
         "test": [
             machine("v2", "emulated", "tests.vm"),
@@ -99,6 +101,7 @@ def plans() -> dict[str, list[Tier]]:
             pytest("integrations", "host", "tests/integrations", "-m", QUIET, *HOST),
             pytest("kernel", "host", "tests/kernel", "-m", QUIET, *HOST),
             LINT,
+            Tier("docs", "free", DOCS, tests=False),
             unit,
             pytest("contract", "free", "tests/contract"),
             pytest("measures", ALONE, "tests", "-m", "measures", *HOST),
