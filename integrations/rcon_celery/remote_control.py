@@ -18,8 +18,8 @@ from kombu.exceptions import OperationalError
 
 from rcon_celery.worker import ConfinedWorker
 from rcon_plugins.errors import KernelError, RconError, SettingsError
-from rcon_plugins.groups.find import Group, Sample, find_groups
-from rcon_plugins.groups.sample import as_data, of_data
+from rcon_plugins.groups.find import Group, find_groups
+from rcon_plugins.groups.sample import Sample, from_data, to_data
 from rcon_plugins.settings.limit_words import as_written
 
 _NOT_CONFINED: Final = {
@@ -113,7 +113,7 @@ def _confinements(worker: ConfinedWorker) -> dict[str, dict[str, Any]]:
 
 
 def _usage_of(group: Group) -> dict[str, Any]:
-    return {"processes": len(group.pids()), **as_data(group.sample())}
+    return {"processes": len(group.pids()), **to_data(group.sample())}
 
 
 class NoAnswer(RconError):
@@ -211,7 +211,7 @@ def _samples(node: str, answer: Any) -> list[Sample]:
         )
     cgroup = answer.get("cgroup")
     return [
-        of_data(
+        from_data(
             data,
             id=f"{node} {cgroup}/{name}",
             name=f"{node}/{name}",

@@ -1,1 +1,1 @@
-"""Every group on this machine, seen from outside: found, sampled, watched."""
+"""All groups on this machine, seen from outside: find, sample, watch."""

@@ -1,4 +1,4 @@
-"""What happens to groups: memory, processes, CPU, pressure, emptiness; for loops and callbacks.
+"""Events of groups: memory, processes, CPU, pressure, and that a group is empty; for loops and callbacks.
 
 ::
 
@@ -6,7 +6,7 @@
         for event in events:
             print(event.kind, event.usage)
 
-The kernel's side is `rcon_plugins.kernel.events`; docs/howto/events.md has all kinds of events.
+`rcon_plugins.kernel.events` detects them; docs/howto/events.md lists all kinds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Event", "Events", "Pressure", "watch"]
 
-#: What a policy calls the limit that an event is about.
+#: By kind of event, the policy key of the limit concerned.
 _LIMITS: dict[Kind, str] = {
     "memory_high": "memory_high",
     "memory_limit": "memory",
@@ -37,19 +37,19 @@ _LIMITS: dict[Kind, str] = {
     "pids_limit": "pids",
     "cpu_throttled": "cpu",
 }
-#: As many events wait to be taken; then the oldest is dropped.
+#: The most events that wait for the reader; then the oldest is dropped.
 _MOST_WAITING = 10_000
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to a group.
 
-    ``group`` is its name, ``cgroup`` its path, ``policy`` and ``key`` those it belongs to ("" and None where they
-    are not known). ``limit`` is the limit it is about as a policy spells it (``each.memory``; "" where it is about
-    none), ``bound`` what that is, ``usage`` what was used when it was noticed: bytes of memory; processes and threads;
-    CPUs, and the seconds for which threads were held back; for ``pressure`` the seconds of the trigger, and the share
-    of the last ten seconds, 0 to 1. ``count`` is how often it happened since it was last told, ``total`` since
-    the group was made. Where the limit expands, ``next_bound`` is what it becomes.
+    ``group`` is its name, ``cgroup`` its path, ``policy`` and ``key`` those it belongs to ("" and None if unknown).
+    ``limit`` is the policy key of the limit concerned (``each.memory``; "" if there is none), ``bound`` the value of
+    that limit, ``usage`` the usage at the time of the event. Both are bytes of memory, or processes and threads; for
+    ``cpu_throttled`` CPUs and the seconds for which threads were throttled; for ``pressure`` the seconds of the trigger
+    and the share of the last ten seconds, 0 to 1. ``count`` is how often it happened since the last event, ``total``
+    since the group was made. If the limit expands, ``next_bound`` is its next value.
     """
 
     kind: Kind
@@ -63,23 +63,23 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     count: int = 1
     total: int | None = None
     next_bound: int | None = None
-    #: Of ``pressure``: what is short; and whether some or all of the threads were waiting for it.
+    #: Of ``pressure``: the resource, and whether some or all threads waited for it.
     resource: Literal["cpu", "memory", "io"] | None = None
     share: Literal["some", "full"] | None = None
-    #: When it was noticed: seconds of `time.time`.
+    #: The time of the event, as `time.time`.
     time: float = 0.0
 
     @classmethod
     def of_group(
         cls, cgroup: Cgroup, *, group: str = "", policy: str = "", key: str | None = None, limit: str = ""
     ) -> Event:
-        """What all events of a group have in common; ``limit`` is ``"each."`` for those of a single work."""
+        """Return what all events of a group share; ``limit`` is ``"each."`` for a single request or task."""
         return cls(
             kind="empty", group=group or cgroup.name, cgroup=cgroup.path, policy=policy, key=key, limit=limit
         )
 
     def replaced(self, event: KernelEvent, **more: Any) -> Event:
-        """What the kernel told, of the group that this event is about."""
+        """Return this event with the kernel's values, and ``more`` fields."""
         kind: Kind = more.pop("kind", event.kind)
         name = _LIMITS.get(kind, "")
         news = {
@@ -97,15 +97,15 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, **news)
 
     def to_json(self) -> bytes:
-        """One object, all of its keys, on one line without its end."""
+        """Return the event as one JSON object on one line, with all keys."""
         return msgspec.json.encode(self)
 
 
 class Events:
-    """The events of one group, as they come: iterate, which waits for the next, or ask `get`. Made by `watch`.
+    """The events of one group as they happen. Iterate, which waits for the next event, or call `get`. See `watch`.
 
-    The iteration ends when the group is removed, or when another thread closes this. At most 10,000 events
-    wait to be taken; ``dropped`` counts those that were lost for want of room.
+    The iteration ends when the group is removed or another thread calls `close`. At most 10,000 events wait for the
+    reader; ``dropped`` counts those that were lost.
     """
 
     def __init__(self, callback: Callable[[Event], object] | None) -> None:
@@ -117,18 +117,18 @@ class Events:
         self._close: Callable[[], object] = lambda: None
 
     def get(self, timeout: float | None = None) -> Event | None:
-        """The next event, waiting for it ``timeout`` seconds; None when there is none, or will be none any more."""
+        """Wait up to ``timeout`` seconds for the next event; return None if there is none, or no more will come."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._ended, timeout)
             return self._waiting.popleft() if self._waiting else None
 
     @property
     def ended(self) -> bool:
-        """Whether there will be no more than those that wait to be taken."""
+        """Whether no more events will come than those that wait for the reader."""
         return self._ended
 
     def close(self) -> None:
-        """Hear no more. Again is harmless."""
+        """Stop watching. Calling it again does nothing."""
         self._close()
         self._end()
 
@@ -150,7 +150,7 @@ class Events:
             self._ended = True
             self._changed.notify_all()
 
-    def _tell(self, event: Event) -> None:
+    def _add(self, event: Event) -> None:
         if self._callback is not None:
             self._callback(event)
             return
@@ -171,20 +171,19 @@ def watch(
     pressure: Collection[Pressure] = (),
     watcher: Watcher | None = None,
 ) -> Events:
-    """Tell what happens to a group from now on, until it is closed (it is a context manager) or the group is gone.
+    """Watch a group until the returned `Events`, a context manager, is closed or the group is removed.
 
-    ``group`` is the name of one as ``rcon ls`` shows it, or a `Cgroup`. Without a ``callback`` iterate over what
-    is returned; a callback is called in the watcher's thread, one event at a time, and should not take long.
-    ``kinds`` are the kinds of events wanted, all that the machine can tell where not given; ``thresholds`` (bytes) ask
-    for ``memory_usage``, ``pressure`` for that. Raises ControllerUnavailable for what was asked for by name and
-    cannot be told on this machine, `UnknownGroup`, KernelError, ValueError. One thread watches all groups of a process;
-    it runs while one is watched.
+    ``group`` is a name as ``rcon ls`` shows it, or a `Cgroup`. Without a ``callback``, iterate over the result. A
+    callback runs in the watcher's thread, one event at a time; it should return soon. ``kinds`` are the kinds of events
+    wanted; the default is all that this machine can report. ``thresholds`` (bytes) add ``memory_usage`` events,
+    ``pressure`` adds pressure events. One thread watches all groups of a process, as long as there are any. Raises
+    ControllerUnavailable for a named kind that this machine cannot report, `UnknownGroup`, KernelError, ValueError.
     """
     about, cgroup = _about(group)
     events = Events(callback)
     opened = (watcher or watcher_of_process()).add(
         cgroup,
-        lambda event: events._tell(about.replaced(event)),  # noqa: SLF001 - made here
+        lambda event: events._add(about.replaced(event)),  # noqa: SLF001 - made here
         kinds=kinds,
         thresholds=thresholds,
         pressure=pressure,
@@ -197,7 +196,7 @@ def watch(
 def _about(group: str | Cgroup) -> tuple[Event, Cgroup]:
     if not isinstance(group, str):
         return Event.of_group(group), group
-    # Imported here: who watches a cgroup of its own needs no survey of the machine.
+    # Imported here: watching a Cgroup does not need it.
     from rcon_plugins.groups.find import find_group
 
     found = find_group(group)

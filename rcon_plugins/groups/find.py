@@ -1,8 +1,8 @@
-"""Groups as commands see them: what is confined on this machine, by whom, within which limits, and what it uses.
+"""Find groups: what is confined on this machine, by which process, and within which limits.
 
 A group is ``work/<name>``, ``host/<name>`` or ``attached/<name>`` of any instance in the visible cgroup tree: of a
-server, of a command, of a program with ``with confine(…)``; nested ones too, and other users' as far as they can be
-read. All of it is looked up when asked; nothing is kept.
+server, of a command, of a program with ``with confine(…)``; nested ones, too, and those of other users as far as this
+user may read them. Each call reads the tree again; nothing is cached.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import errno
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from rcon_plugins.errors import KernelError, UnknownGroup
+from rcon_plugins.groups.sample import Sample
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.statistics import (
@@ -28,23 +29,21 @@ from rcon_plugins.kernel.cgroup.statistics import (
     read_usage,
 )
 from rcon_plugins.kernel.proc import Process
+from rcon_plugins.tree.nested import MAIN
 from rcon_plugins.tree.survey import INSTANCE_NAME, survey
 
 #: ``work``: processes that end with the instance. ``host``: threads of the server itself. ``attached``: processes that
 #: ran before, and are moved back in the end.
 Kind = Literal["work", "host", "attached"]
 
-#: The leaf in which a command runs, beside which there may be instances within (see docs/reference/kernel.md).
-MAIN = "main"
-
 _WITH_KEY = re.compile(r"(?P<policy>[a-z][a-z0-9_-]{0,62})(?:\.[0-9]+)?(?P<hashed>~~?)(?P<key>.+)")
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that made an instance. ``pid`` as it is seen from here, else as the name of the instance has it.
+    """The process that made an instance. ``pid`` is its number here, or, if it is dead, that in the instance's name.
 
-    ``command`` and ``uid`` are None where it is dead, or cannot be seen.
+    ``command`` and ``uid`` are None if it is dead or this user may not see it.
     """
 
     pid: int
@@ -53,31 +52,12 @@ class Owner:
     command: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """What one group has used at a moment: two of them make a rate.
-
-    ``id`` tells groups apart from one sample to the next; ``when`` is in seconds, of a clock that only goes forward.
-    ``node`` is the worker that told of it, where that was another.
-    """
-
-    id: str
-    name: str
-    owner: str
-    when: float
-    reading: Reading
-    limits: Resources = field(default_factory=Resources)
-    statistics: Statistics = field(default_factory=Statistics)
-    pressure: Mapping[str, Pressure] = field(default_factory=dict)
-    node: str | None = None
-
-
 @dataclass(frozen=True)
 class Group:
-    """One group, and the way to it.
+    """One group. ``label`` is its shortest name that no other group has.
 
-    ``label`` is the shortest that names it and no other; ``policy`` and ``key`` are None where the name does not tell
-    them. Its methods raise KernelError; :func:`is_gone` says whether that is because the group has gone meanwhile.
+    ``policy`` and ``key`` are None if the name does not contain them. The methods raise KernelError; :func:`is_gone`
+    tells whether that is because the group was removed meanwhile.
     """
 
     name: str
@@ -90,42 +70,42 @@ class Group:
     key: str | None = None
 
     def limits(self) -> Resources:
-        """Its own limits, as the kernel has them: see :func:`~rcon_plugins.kernel.cgroup.read_limits`."""
+        """Return its own limits, read from the kernel: see :func:`~rcon_plugins.kernel.cgroup.read_limits`."""
         return read_limits(self.cgroup)
 
     def usage(self) -> Reading:
-        """What it has used until now, all below it counted in."""
+        """Return its usage until now, including everything below it."""
         return read_usage(self.cgroup)
 
     def statistics(self) -> Statistics:
-        """What the kernel counts beyond its usage."""
+        """Return the kernel's further counters."""
         return read_statistics(self.cgroup)
 
     def pressure(self) -> dict[str, Pressure]:
-        """How long it waited for cpu, memory and io; empty where the kernel does not tell."""
+        """Return how long it waited for cpu, memory and io; empty if the kernel does not measure it."""
         return read_pressure(self.cgroup)
 
     def is_frozen(self) -> bool:
-        """Whether all of it has come to a stop."""
+        """Return whether all its processes are frozen."""
         return is_frozen(self.cgroup)
 
     def pids(self) -> list[int]:
-        """The processes in it or below it; of a group of threads, those that they belong to."""
+        """Return the processes in it or below it; of a group of threads, the processes that they belong to."""
         if self.kind != "host":
             return self.cgroup.processes(subtree=True)
         owners = (proc.process_of(thread) for thread in self.cgroup.threads(subtree=True))
         return sorted({pid for pid in owners if pid is not None})
 
     def processes(self) -> list[Process]:
-        """Those of :meth:`pids` that can be seen."""
+        """Return those of :meth:`pids` that this user may see."""
         return [found for pid in self.pids() if (found := proc.read_process(pid)) is not None]
 
     def is_of_server(self) -> bool:
-        """Whether a server, and not a command, made it: one that may write its limits again."""
+        """Return whether a server made it, not a command. A server may write its limits again."""
         return self.kind == "host" or (self.kind == "work" and MAIN not in self.cgroup.children())
 
     def sample(self) -> Sample:
-        """Its usage, limits, statistics and pressure, now."""
+        """Return its present usage, limits, statistics and pressure."""
         return Sample(
             id=self.cgroup.path,
             name=self.label,
@@ -139,22 +119,22 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Found:
-    """All ``groups``, by name, and the directories that could not be looked into."""
+class FoundGroups:
+    """All ``groups``, sorted by name, and the directories that could not be read."""
 
     groups: list[Group]
     unreadable: list[str]
 
 
-def find_groups(hierarchy: Hierarchy | None = None) -> Found:
-    """Every group of every instance in the visible tree. Raises KernelError where no cgroups are mounted."""
+def find_groups(hierarchy: Hierarchy | None = None) -> FoundGroups:
+    """Return every group of every instance in the visible tree. Raises KernelError if no cgroups are mounted."""
     hierarchy = Hierarchy.discover() if hierarchy is None else hierarchy
     found = survey(hierarchy)
     groups: list[Group] = []
     unreadable = list(found.unreadable)
     for path in found.instances:
         instance = path.rpartition("/")[2]
-        made_by = _owner(instance)
+        owner = _owner(instance)
         for kind in get_args(Kind):
             for name in hierarchy.cgroup(f"{path}/{kind}").children():
                 try:
@@ -163,15 +143,15 @@ def find_groups(hierarchy: Hierarchy | None = None) -> Found:
                     unreadable.append(error.path or path)
                     continue
                 if cgroup is not None and not INSTANCE_NAME.fullmatch(name):
-                    groups.append(Group(name, kind, instance, cgroup, made_by, "", *split_name(name)))
-    return Found(labelled(groups), unreadable)
+                    groups.append(Group(name, kind, instance, cgroup, owner, "", *split_name(name)))
+    return FoundGroups(with_labels(groups), unreadable)
 
 
 def find_group(name: str, groups: Iterable[Group] | None = None) -> Group:
-    """The group of this name, among all or among ``groups``.
+    """Return the group of this name, among all groups or among ``groups``.
 
-    ``name`` is that of the group where it is the only one, else ``rcon-<pid>-<start>/<name>``, or with ``work``,
-    ``host`` or ``attached`` between the two. Raises `UnknownGroup`, also where it names several.
+    ``name`` is the group's own name if no other group has it; otherwise ``rcon-<pid>-<start>/<name>``, or the same with
+    ``work``, ``host`` or ``attached`` in between. Raises `UnknownGroup`, also if several groups have the name.
     """
     known = list(find_groups().groups if groups is None else groups)
     matching = [group for group in known if name in _names(group)]
@@ -181,19 +161,19 @@ def find_group(name: str, groups: Iterable[Group] | None = None) -> Group:
         labels = ", ".join(sorted(group.label for group in matching))
         raise UnknownGroup(f"{name!r} names {len(matching)} groups", hint=f"one of: {labels}")
     near = difflib.get_close_matches(name, [one for group in known for one in (group.name, group.label)], n=1)
-    hint = f"did you mean {near[0]}?" if near else "rcon ls lists those there are"
+    hint = f"did you mean {near[0]}?" if near else "rcon ls lists all groups"
     raise UnknownGroup(f"there is no group {name!r}", hint=hint)
 
 
 def is_gone(error: KernelError) -> bool:
-    """Whether it says that what was asked about has gone meanwhile."""
+    """Return whether an error means that the group or process was gone already."""
     return error.errno in (errno.ENOENT, errno.ENODEV, errno.ESRCH)
 
 
 def split_name(name: str) -> tuple[str | None, str | None]:
-    """The policy and the key of a group with a key; of one whose key is kept as a hash, the policy alone.
+    """Return the policy and the key in the name of a group; the policy alone if the key is stored as a hash.
 
-    The inverse of :func:`rcon_plugins.confinement.confinement.cgroup_name`, as far as there is one.
+    The inverse of :func:`rcon_plugins.confinement.confinement.cgroup_name`, as far as possible.
     """
     parts = _WITH_KEY.fullmatch(name)
     if parts is None:
@@ -202,7 +182,7 @@ def split_name(name: str) -> tuple[str | None, str | None]:
 
 
 def _existing(hierarchy: Hierarchy, path: str, kind: Kind) -> Cgroup | None:
-    """The cgroup of a group with what it really has; None where it has gone meanwhile."""
+    """Return the cgroup with the controllers that it has; None if it is gone."""
     here = hierarchy.where(path)
     if here is None:
         return None
@@ -215,7 +195,7 @@ def _existing(hierarchy: Hierarchy, path: str, kind: Kind) -> Cgroup | None:
 def _owner(instance: str) -> Owner:
     match = INSTANCE_NAME.fullmatch(instance)
     if match is None:
-        raise ValueError(f"not the name of an instance: {instance!r}")
+        raise ValueError(f"{instance!r} is not the name of an instance")
     named = int(match[1])
     pid = proc.visible_pid(named, int(match[2]))
     process = None if pid is None else proc.read_process(pid)
@@ -225,7 +205,7 @@ def _owner(instance: str) -> Owner:
 
 
 def _names(group: Group) -> tuple[str, ...]:
-    """All that name it, the shortest first."""
+    """Return all names of a group, the shortest first."""
     return (
         group.name,
         f"{group.instance}/{group.name}",
@@ -234,11 +214,11 @@ def _names(group: Group) -> tuple[str, ...]:
     )
 
 
-def labelled(groups: Iterable[Group]) -> list[Group]:
-    """The same by name, each with the shortest label that no other of them has."""
+def with_labels(groups: Iterable[Group]) -> list[Group]:
+    """Return the groups sorted by name, each with the shortest label that no other has."""
     groups = list(groups)
     counts = Counter(name for group in groups for name in _names(group))
-    labelled = [
+    found = [
         replace(group, label=next(name for name in _names(group) if counts[name] == 1)) for group in groups
     ]
-    return sorted(labelled, key=lambda group: (group.name, group.cgroup.path))
+    return sorted(found, key=lambda group: (group.name, group.cgroup.path))

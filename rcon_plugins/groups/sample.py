@@ -1,22 +1,42 @@
-"""A sample of a group as plain data, for those who watch it from another machine."""
+"""A sample of one group, and its form as plain data for another machine."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from rcon_plugins.errors import ConfinementError
-from rcon_plugins.groups.find import Sample
 from rcon_plugins.kernel.cgroup import Reading, Resources
 from rcon_plugins.kernel.cgroup.statistics import Pressure, Stall, Statistics
 
 
-class Told(msgspec.Struct, frozen=True, kw_only=True):
-    """What is told of a group. Sizes in bytes, times in seconds; None is "not told here", of a limit also "none".
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The usage of one group at one moment. Two samples make a rate.
 
-    ``when`` is of the clock of the machine that the group is on, which only goes forward while that is up.
-    ``pressure`` is the share of the last ten seconds for which some of it waited, by resource.
+    ``id`` identifies the group across samples. ``when`` is in seconds of a monotonic clock. ``node`` is the Celery
+    worker that reported it, if it is not of this machine.
+    """
+
+    id: str
+    name: str
+    owner: str
+    when: float
+    reading: Reading
+    limits: Resources = field(default_factory=Resources)
+    statistics: Statistics = field(default_factory=Statistics)
+    pressure: Mapping[str, Pressure] = field(default_factory=dict)
+    node: str | None = None
+
+
+class SampleData(msgspec.Struct, frozen=True, kw_only=True):
+    """A sample as plain data. Sizes are bytes, times seconds; None is "not measured", of a limit also "no limit".
+
+    ``when`` is a monotonic clock of the machine of the group. ``pressure`` is, by resource, the share of the last ten
+    seconds in which at least one thread waited.
     """
 
     when: float
@@ -36,10 +56,10 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     oom_kills: int | None = None
 
 
-def as_data(sample: Sample) -> dict[str, Any]:
-    """The fields of `Told`, as anything carries them."""
+def to_data(sample: Sample) -> dict[str, Any]:
+    """Return the fields of `SampleData` as built-in types."""
     reading, limits, statistics = sample.reading, sample.limits, sample.statistics
-    told = Told(
+    data = SampleData(
         when=sample.when,
         cpu_seconds=reading.cpu_seconds,
         cpu_periods=statistics.cpu_periods,
@@ -58,34 +78,34 @@ def as_data(sample: Sample) -> dict[str, Any]:
         pids_limit_hits=reading.pids_limit_hits,
         oom_kills=reading.oom_kills,
     )
-    found: dict[str, Any] = msgspec.to_builtins(told)
+    found: dict[str, Any] = msgspec.to_builtins(data)
     return found
 
 
-def of_data(data: object, *, id: str, name: str, owner: str, node: str) -> Sample:  # noqa: A002 - a sample's own word
-    """The sample that `as_data` told of, as far as that goes. Raises `ConfinementError` where ``data`` is none."""
+def from_data(data: object, *, id: str, name: str, owner: str, node: str) -> Sample:  # noqa: A002 - the name of the field
+    """Return the sample of which `to_data` made ``data``. Raises `ConfinementError` if it is not such data."""
     try:
-        told = msgspec.convert(data, Told)
+        received = msgspec.convert(data, SampleData)
     except msgspec.ValidationError as error:
-        raise ConfinementError(f"{name}: what was told of it is no sample: {error}") from None
+        raise ConfinementError(f"{name}: {node} sent no valid sample: {error}") from None
     return Sample(
         id=id,
         name=name,
         owner=owner,
         node=node,
-        when=told.when,
+        when=received.when,
         reading=Reading(
-            cpu_seconds=told.cpu_seconds,
-            memory_current=told.memory,
-            memory_peak=told.memory_peak,
-            io_read_bytes=told.io_read_bytes,
-            io_write_bytes=told.io_write_bytes,
-            pids_current=told.pids,
-            oom_kills=told.oom_kills,
-            memory_limit_hits=told.memory_limit_hits,
-            pids_limit_hits=told.pids_limit_hits,
+            cpu_seconds=received.cpu_seconds,
+            memory_current=received.memory,
+            memory_peak=received.memory_peak,
+            io_read_bytes=received.io_read_bytes,
+            io_write_bytes=received.io_write_bytes,
+            pids_current=received.pids,
+            oom_kills=received.oom_kills,
+            memory_limit_hits=received.memory_limit_hits,
+            pids_limit_hits=received.pids_limit_hits,
         ),
-        limits=Resources(memory_max=told.memory_limit, pids_max=told.pids_limit),
-        statistics=Statistics(cpu_periods=told.cpu_periods, cpu_throttled=told.cpu_throttled),
-        pressure={name: Pressure(some=Stall(share, 0.0)) for name, share in told.pressure.items()},
+        limits=Resources(memory_max=received.memory_limit, pids_max=received.pids_limit),
+        statistics=Statistics(cpu_periods=received.cpu_periods, cpu_throttled=received.cpu_throttled),
+        pressure={name: Pressure(some=Stall(share, 0.0)) for name, share in received.pressure.items()},
     )

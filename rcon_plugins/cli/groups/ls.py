@@ -23,7 +23,7 @@ from rcon_plugins.cli.columns import (
 )
 from rcon_plugins.cli.exit import say
 from rcon_plugins.errors import KernelError
-from rcon_plugins.groups.find import Found, Group, Owner, find_groups, is_gone
+from rcon_plugins.groups.find import FoundGroups, Group, Owner, find_groups, is_gone
 from rcon_plugins.identity import userdb
 from rcon_plugins.kernel.cgroup import Reading
 from rcon_plugins.kernel.cgroup.statistics import Pressure, Stall
@@ -53,7 +53,7 @@ def ls(as_json: bool) -> int:
     return 0
 
 
-def tell_unreadable(found: Found) -> None:
+def tell_unreadable(found: FoundGroups) -> None:
     """One line on standard error, if there is something to say."""
     if found.unreadable:
         first, more = found.unreadable[0], len(found.unreadable) - 1

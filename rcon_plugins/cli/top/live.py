@@ -15,7 +15,8 @@ from rcon_plugins.cli.top.request import Asked
 from rcon_plugins.cli.top.rows import Rates, Row
 from rcon_plugins.cli.top.table import SORTS, as_json, as_text, ordered, shown, summary
 from rcon_plugins.errors import KernelError, RconError
-from rcon_plugins.groups.find import Sample, find_groups, is_gone
+from rcon_plugins.groups.find import find_groups, is_gone
+from rcon_plugins.groups.sample import Sample
 
 #: Gives a sample of each group, whenever it is called.
 Source = Callable[[], Iterable[Sample]]

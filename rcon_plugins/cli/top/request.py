@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from rcon_plugins.groups.find import Sample
+from rcon_plugins.groups.sample import Sample
 
 
 class Asked:

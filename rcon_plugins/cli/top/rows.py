@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from rcon_plugins.groups.find import Sample
+from rcon_plugins.groups.sample import Sample
 from rcon_plugins.kernel.cgroup import Reading
 
 

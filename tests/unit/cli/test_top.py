@@ -13,8 +13,7 @@ from rcon_plugins.cli.groups.commands import _SORTS
 from rcon_plugins.cli.top.rows import Rates, Row
 from rcon_plugins.cli.top.table import SORTS, as_json, as_text, ordered, shown, summary
 from rcon_plugins.errors import ConfinementError
-from rcon_plugins.groups.find import Sample
-from rcon_plugins.groups.sample import as_data, of_data
+from rcon_plugins.groups.sample import Sample, from_data, to_data
 from rcon_plugins.kernel.cgroup import MAX, Reading, Resources
 from rcon_plugins.kernel.cgroup.statistics import Pressure, Stall, Statistics
 
@@ -62,7 +61,7 @@ def test_told_from_another_machine() -> None:
     """What a table shows of a group is the same wherever it is looked at."""
     here = [sample(10.0), sample(12.0, cpu=0.5, hits=4, periods=20)]
     there = [
-        of_data(json.loads(json.dumps(as_data(one))), id="n a", name="n/a", owner="worker n", node="n")
+        from_data(json.loads(json.dumps(to_data(one))), id="n a", name="n/a", owner="worker n", node="n")
         for one in here
     ]
     told, seen = Rates(), Rates()
@@ -71,8 +70,8 @@ def test_told_from_another_machine() -> None:
         pressure = {name: share for name, share in expected.pressure.items() if share is not None}
         expected = replace(expected, name="n/a", owner="worker n", node="n", pressure=pressure)
         assert told.rows([far]) == [expected]
-    with pytest.raises(ConfinementError, match=r"^n/a: what was told of it is no sample"):
-        of_data({"when": "now"}, id="n a", name="n/a", owner="", node="n")
+    with pytest.raises(ConfinementError, match=r"^n/a: n sent no valid sample"):
+        from_data({"when": "now"}, id="n a", name="n/a", owner="", node="n")
 
 
 def test_groups_come_and_go() -> None:

@@ -21,7 +21,7 @@ def event(number: int = 1) -> Event:
 def told(*numbers: int) -> Events:
     queue = Events(None)
     for number in numbers:
-        queue._tell(event(number))
+        queue._add(event(number))
     return queue
 
 
@@ -37,7 +37,7 @@ def test_waiting_for_one() -> None:
     queue = told()
     assert queue.get(0.01) is None
     assert not queue.ended
-    threading.Timer(0.05, queue._tell, (event(7),)).start()
+    threading.Timer(0.05, queue._add, (event(7),)).start()
     found = queue.get(20)
     assert found is not None
     assert found.count == 7

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rcon_plugins.confinement.confinement import cgroup_name
 from rcon_plugins.errors import KernelError, UnknownGroup
-from rcon_plugins.groups.find import Group, Kind, Owner, find_group, is_gone, labelled, split_name
+from rcon_plugins.groups.find import Group, Kind, Owner, find_group, is_gone, split_name, with_labels
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.mounts import Mount
 
@@ -43,7 +43,7 @@ def test_keys_are_read_out_of_names() -> None:
 
 
 def test_the_shortest_label_that_names_one() -> None:
-    found = labelled(
+    found = with_labels(
         [
             group("a"),
             group("b"),
@@ -74,13 +74,13 @@ def test_the_shortest_label_that_names_one() -> None:
     [
         ("tenant~a.exmple", "there is no group 'tenant~a.exmple' (did you mean tenant~a.example?)"),
         ("b", "'b' names 2 groups (one of: rcon-1-10/b, rcon-2-20/b)"),
-        ("zzzz", "there is no group 'zzzz' (rcon ls lists those there are)"),
-        ("", "there is no group '' (rcon ls lists those there are)"),
-        ("../a\0", "there is no group '../a\\x00' (rcon ls lists those there are)"),
+        ("zzzz", "there is no group 'zzzz' (rcon ls lists all groups)"),
+        ("", "there is no group '' (rcon ls lists all groups)"),
+        ("../a\0", "there is no group '../a\\x00' (rcon ls lists all groups)"),
     ],
 )
 def test_unknown_and_ambiguous_names(name: str, says: str) -> None:
-    known = labelled([group("tenant~a.example"), group("b"), group("b", instance="rcon-2-20")])
+    known = with_labels([group("tenant~a.example"), group("b"), group("b", instance="rcon-2-20")])
     with pytest.raises(UnknownGroup) as caught:
         find_group(name, known)
     assert str(caught.value) == says
