@@ -36,7 +36,7 @@ from rcon_plugins.errors import (
 from rcon_plugins.executors.pool import ExecutorPool
 from rcon_plugins.executors.thread import ThreadExecutors
 from rcon_plugins.identity.resolution import resolve
-from rcon_plugins.kernel.process import make_room_for_descriptors
+from rcon_plugins.kernel.process import raise_descriptor_limit
 from rcon_plugins.outcome import Ending, Outcome
 from rcon_plugins.settings.file import Settings
 from rcon_plugins.tree.instance import Instance
@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from rcon_plugins.executors.fork_server import Service
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.work import Work
+
+#: Open files of a server, and of an executor: its socket, usage files, ways in and out of a cgroup, wake-up pipes.
+_SERVER_FILES = 1024
+_EXECUTOR_FILES = 16
 
 
 class Manager:
@@ -137,7 +141,8 @@ class Manager:
             if budget is not None:
                 server_files = [*server_files, budget.ledger.file]
             kept = self.settings.confinements + self.settings.threads if self.plan.uses_threads else 0
-            make_room_for_descriptors(kept + (self.settings.processes if self.plan.uses_processes else 0))
+            executors = kept + (self.settings.processes if self.plan.uses_processes else 0)
+            raise_descriptor_limit(_SERVER_FILES + executors * _EXECUTOR_FILES)
             self._monitor = GroupMonitor(instance, self.hook, self._key_of, self.settings.policies)
             if self.plan.uses_processes and service is not None:
                 self._pool = ExecutorPool(

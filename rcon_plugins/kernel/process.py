@@ -24,8 +24,6 @@ from rcon_plugins.kernel.syscalls import CLONE_FS, PR_SET_PDEATHSIG, prctl, sysc
 
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _DESCRIPTORS = "/proc/self/fd"
-_FILES_OF_A_SERVER = 1024
-_FILES_OF_AN_EXECUTOR = 16
 _CGROUP_TREE = "/sys/fs/cgroup/"
 
 
@@ -201,23 +199,18 @@ def reap(pid: int, timeout: float = 5.0) -> int | None:
         time.sleep(0.005)
 
 
-def make_room_for_descriptors(executors: int) -> None:
-    """Raise the soft limit of open files (getrlimit(2)) for that many executors, at most to the hard limit.
-
-    Never lowers it. An executor process needs a socket and its usage files; a confinement of threads needs the files
-    by which threads enter and leave its cgroup; a thread needs the pipes that wake it.
-    """
+def raise_descriptor_limit(wanted: int) -> None:
+    """Raise the soft limit of open files (getrlimit(2)) to ``wanted``, at most to the hard limit. Never lower it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES_OF_A_SERVER + executors * _FILES_OF_AN_EXECUTOR
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def shared_descriptors(private: str) -> list[int]:
-    """Return the open descriptors above 2 that confined code must not have.
+    """Return the open descriptors above 2 that a child running untrusted code must not have.
 
-    These are sockets, pipes, epolls and the like, which are shared with the server and every other executor process;
+    These are sockets, pipes, epolls and the like, which are shared with the parent and every other child;
     files of the cgroup tree; and regular files whose target begins with ``private``. Other regular files, directories
     and devices stay: the application may have opened them while it was loaded.
     """

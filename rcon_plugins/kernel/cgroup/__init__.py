@@ -3,7 +3,7 @@
 ::
 
     hierarchy = Hierarchy.discover()
-    cgroup = hierarchy.cgroup("/rcon/example").create()
+    cgroup = hierarchy.cgroup("/servers/example").create()
     cgroup.configure(Resources(cpu_quota=0.3, memory_max=64 * 1024**2, pids_max=16))
 """
 

@@ -60,7 +60,7 @@ class Cgroup:
 
     @property
     def path(self) -> str:
-        """The path below the roots of the hierarchies, for people: ``/rcon/rcon-1-2/work``."""
+        """The path below the roots of the hierarchies, such as ``/servers/web``."""
         return self._path
 
     @property
@@ -151,7 +151,7 @@ class Cgroup:
         """Move the calling process in; meant for one that has a single thread.
 
         Raises KernelError; the process may then be in some hierarchies and not in others, and must not
-        run what was to be confined.
+        run what the limits are for.
         """
         alone = proc.is_single_threaded()
         for branch in self._branches:

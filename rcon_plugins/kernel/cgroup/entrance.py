@@ -35,11 +35,11 @@ class Entrance:
         """Move the calling thread in.
 
         Raises KernelError; the thread may then be in some hierarchies and not in others, and must not run
-        what was to be confined.
+        what the limits are for.
         """
         fds = self._fds
         if fds is None:
-            # Nothing written would be nothing confined.
+            # To write nothing would mean to set no limits.
             raise KernelError("this way into a cgroup is closed", errno=errno.EBADF, path="cgroup.threads")
         try:
             for fd in fds:

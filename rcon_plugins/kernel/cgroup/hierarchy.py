@@ -37,11 +37,10 @@ class Hierarchy(NamedTuple):
 
     @classmethod
     def discover(cls) -> Hierarchy:
-        """Look at ``/proc/self/mountinfo``.
+        """Return the hierarchies in ``/proc/self/mountinfo``.
 
-        ``controllers`` are those at the root of the tree. The cgroup this process is in may have fewer, and
-        one that it is given yet may have more than that: :class:`~rcon_plugins.tree.instance.Instance` narrows
-        them to what its base has. Raises ControllerUnavailable where no cgroup file system is mounted.
+        ``controllers`` are those at the root of the tree. A cgroup below it may have fewer: see :meth:`narrowed`.
+        Raises ControllerUnavailable if no cgroup file system is mounted.
         """
         found = mounts.cgroup_mounts(mounts.parse_mountinfo(files.read_own("mountinfo")))
         return cls.of(

@@ -50,7 +50,7 @@ def _controller(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, s
         if controller == "io" and hierarchy.io_holder is not None:
             return (
                 f"the IO limits of {hierarchy.io_holder} hold here, and on cgroup v1 none can be within others",
-                "set them there alone (rcon set), or boot with cgroup v2",
+                "set IO limits there alone, or boot with cgroup v2",
             )
         if hierarchy.layout == "v2":
             remedy = (

@@ -319,7 +319,7 @@ def io_is_limited(directory: str) -> bool:
 def gather_io(directory: str, seconds: float = 2.0) -> None:
     """Move what runs in the child cgroups of a blkio cgroup up into it, where its limits hold (see _parent_limits_io).
 
-    Not what runs further down: that is of instances of their own. Costs milliseconds a process. Raises KernelError.
+    Processes further down stay there. Costs milliseconds a process. Raises KernelError.
     """
     deadline = time.monotonic() + seconds
     children = [f"{directory}/{name}" for name in files.subdirectories(directory)]

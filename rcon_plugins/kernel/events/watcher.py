@@ -170,7 +170,7 @@ class Watcher:
             self._watches.add(watch)
             if self._thread is None:
                 self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                self._thread = threading.Thread(target=self._run, name="rcon-events", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="cgroup-events", daemon=True)
                 self._last = self._thread
                 self._thread.start()
             else:

@@ -42,7 +42,7 @@ class Told:
 def watcher() -> Iterator[Watcher]:
     with Watcher() as made:
         yield made
-    assert not [thread for thread in threading.enumerate() if thread.name == "rcon-events"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "cgroup-events"]
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def descriptors() -> int:
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "rcon-events"]
+    return [thread for thread in threading.enumerate() if thread.name == "cgroup-events"]
 
 
 @pytest.mark.smoke

@@ -29,7 +29,7 @@ def growing(limit: str, up_to: str, expand: str = "2x") -> dict[str, object]:
 @pytest.fixture
 def threads() -> Iterator[None]:
     yield
-    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "rcon-events"])
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "cgroup-events"])
 
 
 pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.each_layout]
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.each_layout]
 def test_nobody_watches_where_nobody_asked() -> None:
     with managing({"memory": "256M", "each": {"memory": "128M"}}) as manager:
         ask(manager, "allocate", 10)
-        assert not [thread for thread in threading.enumerate() if thread.name == "rcon-events"]
+        assert not [thread for thread in threading.enumerate() if thread.name == "cgroup-events"]
 
 
 @pytest.mark.parametrize("level", ["each", "together"])

@@ -51,7 +51,7 @@ def managed(
         finally:
             manager.close()
             assert watches() == 0
-            eventually(lambda: "rcon-events" not in [thread.name for thread in threading.enumerate()])
+            eventually(lambda: "cgroup-events" not in [thread.name for thread in threading.enumerate()])
             eventually(lambda: descriptors() == before)
 
     return in_child(run, timeout=4 * PATIENCE)
@@ -165,7 +165,7 @@ def test_a_group_is_watched_once_however_much_work_it_has(isolation: str) -> Non
 def test_nobody_watches_where_nobody_asked(isolation: str) -> None:
     def program(manager: Manager) -> Any:
         run(manager, lambda: None)
-        return watches(), "rcon-events" in [thread.name for thread in threading.enumerate()]
+        return watches(), "cgroup-events" in [thread.name for thread in threading.enumerate()]
 
     assert managed(isolation, {"pids": 9}, program) == (0, False)
 
