@@ -1,1 +1,1 @@
-"""The commands. Only they print and exit."""
+"""The commands ``rcon`` and ``capcon``. Only this package prints and exits."""

@@ -1,10 +1,11 @@
-"""Tables of plain text, and numbers and names as people read them."""
+"""Tables of plain text, and numbers, names and limits as people read them."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from unicodedata import east_asian_width
 
@@ -12,12 +13,15 @@ from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources
 from rcon_plugins.settings.limit_table import CGROUP_LIMITS, IO_LIMITS, Limit
 from rcon_plugins.settings.units import written
 
-#: What stands for a value that the kernel does not tell.
-NOT_TOLD = "-"
+#: Shown for a value that the kernel does not report.
+UNKNOWN = "-"
 _GAP = "  "
+#: A text column is not cut below this many characters.
+_NARROWEST = 12
+_PAGE_WIDTH = 100
 _PYTHON = re.compile(r"(?:.*/)?python[0-9.]*")
 _WATCHER = "/rcon_plugins/tree/attach_watcher.py"
-#: Options of Python's that take no word after them, and say nothing of what it runs.
+#: Options of the Python interpreter that take no value and do not say what it runs.
 _PLAIN_OPTIONS = frozenset(
     {"-B", "-E", "-I", "-O", "-OO", "-P", "-S", "-b", "-d", "-q", "-s", "-u", "-v", "-x"}
 )
@@ -25,40 +29,69 @@ _UNITS = ("", "K", "M", "G", "T", "P")
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
-    """Columns, each as wide as its widest cell; the last is cut to ``width``, where there is one.
+    """Return the rows in columns, below their heads. A head that begins with ``>`` aligns its column to the right.
 
-    Heads that begin with ``>`` align to the right.
+    Each column is as wide as its widest cell. Where the lines would be longer than ``width``, the text columns are cut:
+    first the widest of those after the first column, then the first.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
     names = [head.removeprefix(">") for head in heads]
     widths = [max(map(columns_of, column)) for column in zip(names, *cells, strict=True)]
+    if width is not None:
+        _shrink(widths, [head.startswith(">") for head in heads], width)
     lines = []
     for row in [names, *cells]:
         padded = [
-            f"{' ' * (most - columns_of(cell))}{cell}" if head.startswith(">") else
-            f"{cell}{' ' * (most - columns_of(cell))}"
+            _padded(cut(cell, most), most, right=head.startswith(">"))
             for head, cell, most in zip(heads, row, widths, strict=True)
-        ]  # fmt: skip
+        ]
         line = _GAP.join(padded).rstrip()
         lines.append(line if width is None else cut(line, width))
     return "\n".join(lines)
 
 
+def _shrink(widths: list[int], numeric: Sequence[bool], width: int) -> None:
+    """Reduce the widths of text columns until a line fits into ``width``, or all are at their narrowest."""
+    excess = sum(widths) + len(_GAP) * (len(widths) - 1) - width
+    text = [column for column in range(1, len(widths)) if not numeric[column]]
+    for columns in (text, [0]):
+        while excess > 0 and any(widths[column] > _NARROWEST for column in columns):
+            widths[max(columns, key=widths.__getitem__)] -= 1
+            excess -= 1
+
+
+def _padded(text: str, width: int, *, right: bool) -> str:
+    space = " " * (width - columns_of(text))
+    return f"{space}{text}" if right else f"{text}{space}"
+
+
+def paragraph(label: str, text: str) -> str:
+    """Return ``text`` after ``label``, in lines of a page; words and paths stay whole, so that they can be copied."""
+    return textwrap.fill(
+        text,
+        _PAGE_WIDTH,
+        initial_indent=label,
+        subsequent_indent="    ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
 def terminal_width() -> int | None:
-    """The columns of the terminal that standard output is; None where it is none, and nothing is to be cut."""
+    """Return the columns of the terminal on standard output; None where it is no terminal, so that nothing is cut."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def printable(text: str) -> str:
-    """``text`` with a ``?`` for all that could do something to a terminal, or that it could not encode."""
+    """Return ``text`` with a ``?`` for each character that could control the terminal or cannot be encoded."""
     return "".join(one if one.isprintable() and not "\ud800" <= one <= "\udfff" else "?" for one in text)
 
 
 def short_command(words: str) -> str:
-    """A command line as people know it: without the folder of its program, and without the Python that runs that.
+    """Return a command line as people know it: without the program's folder, and without the Python that runs it.
 
-    ``/opt/site/bin/python /opt/site/bin/gunicorn app:app`` is ``gunicorn app:app``; what watches over a group that
-    ``rcon attach`` made is that.
+    ``/opt/site/bin/python /opt/site/bin/gunicorn app:app`` becomes ``gunicorn app:app``. The process that watches a
+    group of ``rcon attach`` becomes ``rcon attach``.
     """
     first, *rest = words.split(" ")
     if not first.startswith(("/", "./", "../")) and not _PYTHON.fullmatch(first):
@@ -75,12 +108,12 @@ def short_command(words: str) -> str:
 
 
 def columns_of(text: str) -> int:
-    """The columns that a terminal takes for it."""
+    """Return how many columns of a terminal ``text`` takes."""
     return sum(2 if east_asian_width(one) in "WF" else 1 for one in text)
 
 
 def cut(text: str, width: int) -> str:
-    """As much of it as fits, with a mark where something is missing."""
+    """Return ``text``, cut to ``width`` columns with an ellipsis where it is longer."""
     if columns_of(text) <= width:
         return text
     kept, left = "", width - 1
@@ -93,14 +126,14 @@ def cut(text: str, width: int) -> str:
 
 
 def cut_left(text: str, width: int) -> str:
-    """As much of its end as fits: of names that begin alike."""
+    """Return ``text``, cut at its beginning: for names that begin alike."""
     return cut(text[::-1], width)[::-1]
 
 
 def size(number: float | None) -> str:
-    """Bytes in at most five characters: ``512K``, ``1.5G``; 1024-based, as limits are written."""
+    """Return bytes in at most five characters: ``512K``, ``1.5G``; 1024-based, as limits are written."""
     if number is None:
-        return NOT_TOLD
+        return UNKNOWN
     value, place = float(number), 0
     while value >= 999.5 and place < len(_UNITS) - 1:
         value, place = value / 1024, place + 1
@@ -109,26 +142,26 @@ def size(number: float | None) -> str:
 
 
 def seconds(number: float | None) -> str:
-    """CPU seconds: ``0.25``, ``12.3``, ``4520``."""
+    """Return seconds with fitting digits: ``0.25``, ``12.3``, ``4520``."""
     if number is None:
-        return NOT_TOLD
+        return UNKNOWN
     return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 1000 else f"{number:.0f}"
 
 
 def count(number: int | None) -> str:
-    """A number, or that there is none."""
-    return NOT_TOLD if number is None else str(number)
+    """Return a number as text, or ``-`` where it is unknown."""
+    return UNKNOWN if number is None else str(number)
 
 
 def percent(share: float | None) -> str:
-    """0.314 is ``31``; small ones keep a digit: ``3.1``."""
+    """Return a share in percent: 0.314 is ``31%``. Small ones keep a digit: ``3.1%``."""
     if share is None:
-        return NOT_TOLD
-    return f"{share * 100:.1f}" if 0 < share < 0.0995 else f"{share * 100:.0f}"
+        return UNKNOWN
+    return f"{share * 100:.1f}%" if 0 < share < 0.0995 else f"{share * 100:.0f}%"
 
 
 def limits_in_words(limits: Resources) -> list[str]:
-    """The limits in force, with the names of their options: ``["cpu 30%", "memory 64M"]``."""
+    """Return the limits in force, with the names of their options: ``["cpu 30%", "memory 64M"]``."""
     found = _in_words(CGROUP_LIMITS, limits)
     for device, most in sorted(limits.io.items()):
         found += [f"{text} on {device}" for text in _in_words(IO_LIMITS, most)]
@@ -144,9 +177,10 @@ def _in_words(rows: Sequence[Limit], limits: Resources | IoMax) -> list[str]:
 
 
 def limits_as_json(limits: Resources) -> dict[str, object]:
-    """The limits by the keys of a policy: a number, ``"max"`` for no limit, null where the kernel has no such limit.
+    """Return the limits by the keys of a policy.
 
-    ``cpu`` in CPUs, sizes in bytes, ``io`` by device.
+    A number, ``"max"`` for no limit, or null where the kernel has no such limit; ``cpu`` in CPUs, sizes in bytes,
+    ``io`` by device.
     """
     devices = {str(device): _as_json(IO_LIMITS, most) for device, most in sorted(limits.io.items())}
     return {**_as_json(CGROUP_LIMITS, limits), "io": devices}

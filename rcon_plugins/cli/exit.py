@@ -1,4 +1,4 @@
-"""How a command ends: exit statuses, and the one line on standard error."""
+"""How a command ends: its exit status, and one line on standard error where it failed. Imports no click."""
 
 from __future__ import annotations
 
@@ -6,20 +6,35 @@ import contextlib
 import os
 import signal
 import sys
-
-import click
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import RconError
 
-#: As env(1), nohup(1) and chroot(1): the command itself failed and nothing was run; what it was to run cannot be
-#: executed; that was not found.
+if TYPE_CHECKING:
+    import click
+
+#: The statuses of env(1), nohup(1) and chroot(1): rcon itself failed and ran nothing; the command cannot be executed;
+#: the command was not found.
 OWN_FAILURE, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127
 BAD_USAGE = 2
-INTERRUPTED = 130  # as a shell tells of SIGINT
+#: 128 + SIGINT, as a shell reports it.
+INTERRUPTED = 130
 
 
-class Refused(click.ClickException):
-    """Raised when a command cannot do what it was asked to. ``status`` is what it then exits with."""
+class BadUsage(Exception):
+    """Raised for a command line that is wrong. The message names the option, its value and the remedy.
+
+    ``command`` is the command whose ``--help`` the message points to; by default the one that is running.
+    """
+
+    def __init__(self, message: str, command: str | None = None) -> None:
+        super().__init__(message)
+        self.command = command
+
+
+class Refused(Exception):
+    """Raised when a command cannot do what the user requested. ``status`` is its exit status."""
 
     def __init__(self, message: str, status: int = OWN_FAILURE) -> None:
         super().__init__(message)
@@ -27,49 +42,75 @@ class Refused(click.ClickException):
 
 
 def say(program: str, message: str) -> None:
-    """One line on standard error, whatever is in ``message``; none where that is closed."""
-    with contextlib.suppress(OSError):
-        click.echo(f"{program}: {' '.join(message.split())}", err=True)
+    """Print ``message`` as one line on standard error. Do nothing where standard error is closed."""
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def interrupted() -> int:
-    """The exit status of a loop that Ctrl-C ends. A second one, on the way out, does nothing any more."""
+    """Return the exit status of a loop that Ctrl-C ended, and ignore a second Ctrl-C on the way out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return INTERRUPTED
 
 
-def _is_help(error: click.UsageError) -> bool:
-    """Whether it is no fault but the help of a command that was called without a word; click has that from 8.2 on."""
-    return isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ()))
+def discard_output() -> None:
+    """Send standard output to /dev/null, so that Python's flush at exit does not fail on a closed or full one."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def finish(group: click.Group, program: str, arguments: list[str]) -> int:
-    """Do what the arguments say, and return the exit status; what goes wrong is one line on standard error."""
+def status_of(act: Callable[[], int], program: str, command: str) -> int:
+    """Call ``act`` and return the exit status. Report an error as one line that begins with ``program``.
+
+    ``command`` is the command that runs, such as ``rcon run``.
+    """
     try:
-        status = group.main(arguments, prog_name=program, standalone_mode=False)
-    except click.UsageError as error:
-        if _is_help(error):
-            click.echo(error.format_message(), err=True)
-            return BAD_USAGE
-        path = error.ctx.command_path if error.ctx else program
-        say(program, f"{error.format_message().rstrip('.')} ({path} --help)")
+        return act()
+    except BadUsage as error:
+        say(program, _with_help(str(error), error.command or command))
         return BAD_USAGE
     except Refused as error:
-        say(program, error.format_message())
+        say(program, str(error))
         return error.status
-    except (RconError, click.ClickException) as error:
+    except RconError as error:
         say(program, str(error))
         return OWN_FAILURE
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return INTERRUPTED
     except OSError as error:
-        # What the kernel says of its files is a KernelError; this is standard output, which takes no more.
+        # An error of the kernel's files is a KernelError; this one comes from writing to standard output.
         say(program, f"{error.filename or 'standard output'}: {error.strerror}")
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # nothing is to be flushed at exit either
+        discard_output()
         return OWN_FAILURE
-    return status if isinstance(status, int) else 0
+
+
+def _with_help(message: str, command: str) -> str:
+    """Return ``message`` with the command that prints the help, in the parentheses of its remedy if it has one."""
+    if not message.endswith(")"):
+        return f"{message} (see {command} --help)"
+    return f"{message[:-1]}{'' if message.endswith('?)') else ';'} see {command} --help)"
+
+
+def run_group(group: click.Group, program: str, arguments: list[str]) -> int:
+    """Run a click group with these arguments and return the exit status, as `status_of` does."""
+    import click
+
+    def act() -> int:
+        try:
+            status = group.main(arguments, prog_name=program, standalone_mode=False)
+        except click.UsageError as error:
+            # click 8.2 and newer raise the help of a group that is called without a command.
+            if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+                click.echo(error.format_message(), err=True)
+                return BAD_USAGE
+            path = error.ctx.command_path if error.ctx else program
+            raise BadUsage(error.format_message().rstrip("."), path) from None
+        except click.ClickException as error:
+            raise Refused(str(error)) from None
+        except click.exceptions.Exit as error:
+            return error.exit_code
+        except click.Abort:
+            return INTERRUPTED
+        return status if isinstance(status, int) else 0
+
+    return status_of(act, program, " ".join([program, *arguments[:1]]))

@@ -1,4 +1,4 @@
-"""What a command line asks for, read and looked up: users, groups, capabilities, files."""
+"""The user, groups, capabilities and files that a command line requests for its command."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import difflib
 import grp
 import os
 import pwd
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import click
-
+from rcon_plugins.cli.exit import BadUsage
 from rcon_plugins.kernel.capability import Capabilities, Identity
 
-_HIGHEST_ID = 2**32 - 2  # the one above means "leave as it is" to the kernel
+_HIGHEST_ID = 2**32 - 2  # 2**32 - 1 means "do not change" to the kernel
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the command shall be and hold.
+class Request:
+    """The rights to give to a command.
 
-    ``identity`` None: that of the caller. ``keep`` None: nothing was said about capabilities, those of the caller
-    stay. ``read`` and ``write`` None: Landlock is not asked for.
+    ``identity``: None for that of the caller. ``keep``: the capabilities; None for those of the caller. ``read`` and
+    ``write``: the paths that Landlock allows; None for no restriction.
     """
 
     command: tuple[str, ...]
@@ -32,60 +33,45 @@ class Asked:
     keep_env: bool = False
 
     @classmethod
-    def of(
-        cls,
-        *,
-        command: tuple[str, ...],
-        user: str | None,
-        group: str | None,
-        groups: str | None,
-        caps: tuple[str, ...],
-        drop_all: bool,
-        no_new_privs: bool,
-        read_only: tuple[str, ...],
-        write: tuple[str, ...],
-        keep_env: bool,
-    ) -> Asked:
-        """From the options of the command line. Raises `click.UsageError`."""
-        if not command[0]:
-            raise click.UsageError("the command is empty: name a program after --")
-        if drop_all and caps:
-            raise click.UsageError("--drop-all leaves nothing for --cap to name: give one of them")
-        if user is None and (group is not None or groups is not None):
-            raise click.UsageError("--group and --groups need --user: add --user, it may be your own")
-        files = bool(read_only or write)
-        if files and not no_new_privs:
-            raise click.UsageError(
-                "--read-only and --write need --no-new-privs, or a setuid program could be led astray: add it"
+    def of(cls, options: Mapping[str, Any], command: tuple[str, ...]) -> Request:
+        """Return the request of parsed options (`rcon_plugins.cli.options`). Raises `BadUsage`."""
+        user, caps = options.get("user"), options.get("cap", ())
+        read, write = options.get("read_only", ()), options.get("write", ())
+        if "drop_all" in options and caps:
+            raise BadUsage("--drop-all and --cap exclude each other (leave out one of them)")
+        if user is None and ("group" in options or "groups" in options):
+            raise BadUsage("--group and --groups need --user (add it; it may be your own)")
+        restricted = bool(read or write)
+        if restricted and "no_new_privs" not in options:
+            raise BadUsage(
+                "--read-only and --write need --no-new-privs, or setuid programs could be misled (add it)"
             )
-        if "" in (*read_only, *write):
-            raise click.UsageError(
-                "--read-only or --write has an empty path: name one, . is the working directory"
-            )
-        keep = parse_capabilities(caps) if caps or drop_all or user is not None else None
+        if "" in (*read, *write):
+            raise BadUsage("--read-only or --write: the path is empty (name one; . is the working directory)")
+        keep = parse_capabilities(caps) if caps or "drop_all" in options or user is not None else None
         return cls(
             command=command,
-            identity=None if user is None else look_up(user, group, groups),
+            identity=None if user is None else look_up(user, options.get("group"), options.get("groups")),
             keep=keep,
-            no_new_privs=no_new_privs,
-            read=read_only if files else None,
-            write=write if files else None,
-            keep_env=keep_env,
+            no_new_privs="no_new_privs" in options,
+            read=tuple(read) if restricted else None,
+            write=tuple(write) if restricted else None,
+            keep_env="keep_env" in options,
         )
 
 
 def is_number(text: str) -> bool:
-    """Whether it is written in the digits 0 to 9 alone."""
+    """Return whether ``text`` consists of the digits 0 to 9."""
     return text.isascii() and text.isdigit()
 
 
 def short_names() -> list[str]:
-    """The capabilities that this kernel knows, as one writes them: net_raw."""
+    """Return the capabilities of this kernel without ``cap_``: ``net_raw``."""
     return [name.removeprefix("cap_") for name in Capabilities.known().names()]
 
 
-def parse_capabilities(texts: tuple[str, ...]) -> Capabilities:
-    """The capabilities that the values of --cap name together. Raises `click.UsageError`."""
+def parse_capabilities(texts: Sequence[str]) -> Capabilities:
+    """Return the capabilities that the values of --cap name together. Raises `BadUsage`."""
     wanted = Capabilities.none()
     for name in (part.strip() for text in texts for part in text.split(",")):
         try:
@@ -93,31 +79,31 @@ def parse_capabilities(texts: tuple[str, ...]) -> Capabilities:
         except ValueError:
             near = difflib.get_close_matches(name.lower().removeprefix("cap_"), short_names(), n=1)
             hint = f"did you mean {near[0]}?" if near else "capabilities(7) lists them"
-            raise click.UsageError(f"unknown capability {name!r}: {hint}") from None
+            raise BadUsage(f"--cap: unknown capability {name!r} ({hint})") from None
         if not found <= Capabilities.known():
             last = len(Capabilities.known()) - 1
-            raise click.UsageError(f"this kernel has no capability {name}: its last is {last}")
+            raise BadUsage(f"--cap: this kernel has no capability {name} (the highest is {last})")
         wanted |= found
     return wanted
 
 
 def look_up(user: str, group: str | None, groups: str | None) -> Identity:
-    """The ids of a user and its groups, as the databases have them (getpwnam(3), getgrouplist(3)).
+    """Return the ids of a user and its groups from the databases (getpwnam(3), getgrouplist(3)).
 
-    A number is an id, also where a user has it for a name. Raises `click.UsageError`.
+    A number is always an id, never a name. Raises `BadUsage`.
     """
     account = find_account(user)
     if account is None and not is_number(user):
         near = difflib.get_close_matches(user, [entry.pw_name for entry in pwd.getpwall()], n=1)
         hint = f"did you mean {near[0]}?" if near else "getent passwd lists them"
-        raise click.UsageError(f"unknown user {user!r}: {hint}")
+        raise BadUsage(f"--user: unknown user {user!r} ({hint})")
     uid = _number(user) if account is None else account.pw_uid
     if group is not None:
         gid = _group(group)
     elif account is not None:
         gid = account.pw_gid
     else:
-        raise click.UsageError(f"uid {uid} has no account, and so no group: add --group")
+        raise BadUsage(f"--user: uid {uid} has no account, and so no group (add --group)")
     if groups is not None:
         others = [_group(name.strip()) for name in groups.split(",") if name.strip()]
     else:
@@ -126,7 +112,7 @@ def look_up(user: str, group: str | None, groups: str | None) -> Identity:
 
 
 def find_account(user: str | int) -> pwd.struct_passwd | None:
-    """The account of this name or uid; None where there is none."""
+    """Return the account of this name or uid, or None."""
     try:
         if isinstance(user, int) or is_number(user):
             return pwd.getpwuid(_number(user))
@@ -143,11 +129,11 @@ def _group(group: str) -> int:
     except KeyError:
         near = difflib.get_close_matches(group, [entry.gr_name for entry in grp.getgrall()], n=1)
         hint = f"did you mean {near[0]}?" if near else "getent group lists them"
-        raise click.UsageError(f"unknown group {group!r}: {hint}") from None
+        raise BadUsage(f"--group: unknown group {group!r} ({hint})") from None
 
 
 def _number(text: str | int) -> int:
     number = int(text) if len(str(text)) <= 10 else _HIGHEST_ID + 1
     if number > _HIGHEST_ID:
-        raise click.UsageError(f"{text} is no user or group id: they end at {_HIGHEST_ID}")
+        raise BadUsage(f"{text} is not a user or group id (the highest is {_HIGHEST_ID})")
     return number

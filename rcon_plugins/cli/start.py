@@ -1,8 +1,4 @@
-"""The console script ``rcon``: a plain ``rcon run`` at once, everything else through click.
-
-To load click, and what reads policies, takes several times as long as to start Python; a command line that holds
-nothing unusual needs neither.
-"""
+"""The console scripts ``rcon`` and ``capcon``. Only ``run`` does not load click, so that it starts quickly."""
 
 from __future__ import annotations
 
@@ -10,29 +6,53 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Do what ``sys.argv`` says, and exit. Interrupted at whatever it does, it ends as a program that minds nothing."""
+    """Run rcon with ``sys.argv`` and exit."""
+    _script("rcon", "_RCON_COMPLETE")
+
+
+def capcon_main() -> NoReturn:
+    """Run capcon with ``sys.argv`` and exit."""
+    _script("capcon", "_CAPCON_COMPLETE")
+
+
+def _script(program: str, completing: str) -> NoReturn:
     try:
-        _start()
+        if sys.argv[1:2] == ["run"] and completing not in os.environ:
+            _run(program, sys.argv[2:])
+        if program == "rcon":
+            from rcon_plugins.cli import rcon
+
+            rcon.main()
+        from rcon_plugins.cli.capcon import commands
+
+        commands.main()
     except KeyboardInterrupt:
+        # End as a program that handles no signals, at whatever point it was interrupted.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-        os._exit(128 + signal.SIGINT)  # where it is blocked
+        os._exit(128 + signal.SIGINT)  # SIGINT is blocked
 
 
-def _start() -> NoReturn:
-    if sys.argv[1:2] == ["run"] and "_RCON_COMPLETE" not in os.environ:
-        gc.disable()
-        from rcon_plugins.cli.run import fast_path
+def _run(program: str, words: list[str]) -> None:
+    """Run the command and exit. Return only for ``--help``, which click prints."""
+    gc.disable()
+    from rcon_plugins.cli.exit import status_of
+    from rcon_plugins.cli.options import HelpRequested
 
-        status = fast_path.run(sys.argv[2:])
-        if status is not None:
-            # Nothing is buffered, and there is nobody left to tidy up for.
-            os._exit(status)
+    run: Callable[[list[str]], int]
+    if program == "rcon":
+        from rcon_plugins.cli.run.run import run
+    else:
+        from rcon_plugins.cli.capcon.run import run
+    try:
+        status = status_of(lambda: run(words), program, f"{program} run")
+    except HelpRequested:
         gc.enable()
-    from rcon_plugins.cli import rcon
-
-    rcon.main()
+        return
+    # Nothing is buffered and nothing to clean up: skip the end of the interpreter, which takes time.
+    os._exit(status)

@@ -17,11 +17,11 @@ from tests.terminals import GIVEN_BACK, MAIN, NO_CURSOR, ROOT, TAKEN, Terminal, 
 
 def test_other_sizes() -> None:
     with terminal("top", "--interval", "0.5", lines=8, columns=60) as it:
-        it.until(lambda: it.shows("q:quit"))
+        it.until(lambda: it.shows("q quit"))
         assert len(it.screen()) == 8
         it.said = b""
         it.resize(30, 132)
-        it.until(lambda: it.shows("OWNER") and it.shows("q:quit"))
+        it.until(lambda: it.shows("OWNER") and it.shows("q quit"))
         it.until(lambda: len(it.screen()) == 30)
         it.said = TAKEN + NO_CURSOR + it.said
         it.keys("q")
@@ -41,7 +41,7 @@ def test_other_sizes() -> None:
 )
 def test_the_terminal_is_clean_after(end: Callable[[Terminal], object], status: int) -> None:
     with terminal("top") as it:
-        it.until(lambda: it.shows("q:quit"))
+        it.until(lambda: it.shows("q quit"))
         end(it)
         assert it.status() == status
         assert it.is_clean()
@@ -51,13 +51,13 @@ def test_the_terminal_is_clean_after(end: Callable[[Terminal], object], status: 
 def test_the_terminal_is_clean_after_a_crash() -> None:
     """And the message comes after that, where it can be read."""
     broken = (
-        "from rcon_plugins.cli.top import live\n"
+        "from rcon_plugins.cli.top.top import top\n"
         "calls = []\n"
         "def source():\n"
         "    calls.append(1)\n"
         "    if len(calls) > 1: raise RuntimeError('on purpose')\n"
         "    return []\n"
-        "live.show(source, interval=0.2)\n"
+        "top(source, interval=0.2)\n"
     )
     with terminal(program=broken) as it:
         assert it.status() == 1
@@ -67,7 +67,7 @@ def test_the_terminal_is_clean_after_a_crash() -> None:
 
 def test_the_terminal_is_given_back_while_it_is_suspended() -> None:
     with terminal("top", "--interval", "0.3") as it:
-        it.until(lambda: it.shows("q:quit"))
+        it.until(lambda: it.shows("q quit"))
         os.kill(it.process.pid, signal.SIGTSTP)
         it.until(
             lambda: "T" in Path(f"/proc/{it.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -83,7 +83,7 @@ def test_the_terminal_is_given_back_while_it_is_suspended() -> None:
 
 def test_a_terminal_that_goes_away_ends_it() -> None:
     with terminal("top") as it:
-        it.until(lambda: it.shows("q:quit"))
+        it.until(lambda: it.shows("q quit"))
         os.close(it._slave)
         os.close(it.master)
         assert it.process.wait(60) == 128 + signal.SIGHUP

@@ -1,1 +1,1 @@
-"""``capcon``: any command, as any user, with just these capabilities and these files."""
+"""``capcon``: run a command as any user, with only the named capabilities and files."""

@@ -1,68 +1,58 @@
-"""``capcon run``: become what was asked, say if execve(2) would change that, and execute the command."""
+"""``capcon run``: take the requested user and rights, warn if execve(2) would change them, and execute the command."""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
-import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from rcon_plugins.cli.capcon.show import listed
 from rcon_plugins.cli.exit import NOT_EXECUTABLE, NOT_FOUND, Refused, say
-from rcon_plugins.cli.request import Asked, find_account
+from rcon_plugins.cli.options import CAPCON_OPTIONS, parse
+from rcon_plugins.cli.program import find_program
+from rcon_plugins.cli.request import Request, find_account
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import State, drop, read_state, set_no_new_privs
 from rcon_plugins.kernel.capability.exec_rule import File, predict
 from rcon_plugins.kernel.proc import exec_remedy, original_environment
 
-#: Devices that hold nothing and that nearly every program writes to: allowed along with any --read-only and --write.
-HARMLESS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/tty")
+#: Devices that hold no data and that most programs write to: always allowed with --read-only and --write.
+HARMLESS_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/tty")
 
-# Python ignores these at its start, and what is ignored stays so through execve(2).
+# Python ignores these signals at its start, and execve(2) would pass that on.
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
-def run(asked: Asked) -> int:
-    """Execute the command in place of this process. Does not return; raises `Refused` or `RconError`."""
-    program = find(asked.command[0])
-    file = read_process(program)
-    variables = variables_of(asked)
-    take(asked)
+def run(words: Sequence[str]) -> int:
+    """Execute the command of the words after ``capcon run`` in place of this process. Does not return.
+
+    Raises `BadUsage`, `HelpRequested`, `Refused` and `RconError`; nothing was run then.
+    """
+    request = Request.of(*parse(words, CAPCON_OPTIONS))
+    program = find_program(request.command[0])
+    file = executable(program)
+    variables = environment_of(request)
+    become(request)
     after = predict(read_state(), file)
-    for problem in problems(asked, after.state) if after.error is None else ():
+    for problem in problems(request, after.state) if after.error is None else ():
         say("capcon", f"warning: {program} {problem} (capcon explain says why)")
-    if asked.read is not None and asked.write is not None:
-        landlock.restrict(asked.read, (*asked.write, *(path for path in HARMLESS if Path(path).exists())))
+    if request.read is not None and request.write is not None:
+        landlock.restrict(
+            request.read, (*request.write, *(path for path in HARMLESS_DEVICES if Path(path).exists()))
+        )
     for number in _IGNORED_BY_PYTHON:
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execve(program, asked.command, variables)  # noqa: S606  no shell, on purpose
+        os.execve(program, request.command, variables)  # noqa: S606  no shell, on purpose
     except OSError as error:
-        raise not_executed(asked, program, error) from None
+        raise not_executed(request, program, error) from None
 
 
-def find(command: str) -> str:
-    """The path of the program, looked for as a shell does, by the caller. Raises `Refused`."""
-    found = None
-    for folder in [""] if "/" in command else os.get_exec_path():
-        path = f"{folder}/{command}" if folder else command
-        mode = _mode(path)
-        if stat.S_ISREG(mode):
-            if os.access(path, os.X_OK):
-                return path
-            found = found or path
-        elif "/" in command and mode:
-            raise Refused(f"{path} is no file that could be executed", NOT_EXECUTABLE)
-    if found:
-        raise Refused(f"{found} is not executable (chmod +x, or run it with its interpreter)", NOT_EXECUTABLE)
-    where = "there is no such file" if "/" in command else "in no folder of PATH"
-    raise Refused(f"{command}: not found ({where})", NOT_FOUND)
-
-
-def read_process(program: str) -> File:
-    """What execve(2) will see. Raises `Refused` where it would fail for what it sees."""
+def executable(program: str) -> File:
+    """Return what execve(2) reads of the program's file. Raises `Refused` where execve would fail for it."""
     try:
         return File.of(program)
     except KernelError as error:
@@ -73,19 +63,12 @@ def read_process(program: str) -> File:
         raise Refused(str(error), NOT_EXECUTABLE) from None
 
 
-def _mode(path: str) -> int:
-    try:
-        return Path(path).stat().st_mode
-    except (OSError, ValueError):  # ValueError: it holds a null character
-        return 0
-
-
-def variables_of(asked: Asked) -> dict[bytes, bytes]:
-    """The caller's environment, with the account's HOME, USER, LOGNAME and SHELL where another user is asked for."""
+def environment_of(request: Request) -> dict[bytes, bytes]:
+    """Return the environment of the caller; with a requested user, HOME, USER, LOGNAME and SHELL of its account."""
     variables = original_environment()
-    if asked.identity is None or asked.keep_env:
+    if request.identity is None or request.keep_env:
         return variables
-    account = find_account(asked.identity.uid)
+    account = find_account(request.identity.uid)
     for name in (b"USER", b"LOGNAME", b"SHELL"):
         variables.pop(name, None)
     variables[b"HOME"] = b"/"
@@ -96,40 +79,40 @@ def variables_of(asked: Asked) -> dict[bytes, bytes]:
     return variables
 
 
-def take(asked: Asked) -> None:
-    """Become what was asked, for good, all but the files. Raises `CapabilityError`."""
-    if asked.keep is not None:
-        drop(asked.identity, asked.keep, no_new_privs=asked.no_new_privs, ambient=True)
-    elif asked.no_new_privs:
+def become(request: Request) -> None:
+    """Give this process the requested user and capabilities for good; not the file rules. Raises `CapabilityError`."""
+    if request.keep is not None:
+        drop(request.identity, request.keep, no_new_privs=request.no_new_privs, ambient=True)
+    elif request.no_new_privs:
         set_no_new_privs()
 
 
-def problems(asked: Asked, after: State) -> list[str]:
-    """In what ``after``, the state of the command, is not what was asked; each goes on from the command's name."""
+def problems(request: Request, after: State) -> list[str]:
+    """Return how the state ``after`` execve differs from the request, each as a predicate: ``will not hold …``."""
     found = []
-    if asked.identity is not None:
+    if request.identity is not None:
         for kind, wanted, ids in (
-            ("uid", asked.identity.uid, after.uids),
-            ("gid", asked.identity.gid, after.gids),
+            ("uid", request.identity.uid, after.uids),
+            ("gid", request.identity.gid, after.gids),
         ):
             if others := sorted({number for number in ids if number != wanted}):
                 found.append(f"will run with {kind} {', '.join(map(str, others))}, not {wanted} alone")
-    if asked.keep is not None:
-        if missing := asked.keep - (after.permitted & after.effective):
+    if request.keep is not None:
+        if missing := request.keep - (after.permitted & after.effective):
             found.append(f"will not hold {listed(missing)}")
-        if more := after.permitted - asked.keep:
-            found.append(f"will hold {listed(more)}, which was not asked for")
+        if more := after.permitted - request.keep:
+            found.append(f"will hold {listed(more)}, which was not requested")
     return found
 
 
-def not_executed(asked: Asked, program: str, error: OSError) -> Refused:
-    """What to say of a program that was there and that the kernel did not execute."""
+def not_executed(request: Request, program: str, error: OSError) -> Refused:
+    """Return the error for a program that exists and that the kernel did not execute, with the remedy."""
     reason = os.strerror(error.errno or errno.EIO)
     status = NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
-    if error.errno in (errno.EACCES, errno.EPERM) and asked.read is not None:
+    if error.errno in (errno.EACCES, errno.EPERM) and request.read is not None:
         hint = "add --read-only with its folder and those of its interpreter and libraries, or --read-only /"
     elif error.errno == errno.EPERM:
-        hint = "its file capabilities are more than this process may hold: see capcon explain"
+        hint = "this process may not hold all its file capabilities: see capcon explain"
     else:
-        hint = exec_remedy(error.errno, as_another=asked.identity is not None)
+        hint = exec_remedy(error.errno, as_another=request.identity is not None)
     return Refused(f"{program}: {reason}" + (f" ({hint})" if hint else ""), status)

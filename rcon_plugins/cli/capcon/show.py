@@ -1,4 +1,4 @@
-"""``capcon show``: the identity and the capability sets of a thread, as a table and as JSON."""
+"""``capcon show``: the user, groups and capability sets of a process or thread, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ SECUREBITS = (
     "no_cap_ambient_raise",
     "no_cap_ambient_raise_locked",
 )
-_WIDTH = 100  # where standard output is no terminal
+_WIDTH = 100  # where standard output is not a terminal
 
 
 def show(pid: int | None, as_json: bool) -> str:
-    """The state of a process or thread; of this one without ``pid``. Raises `Refused`."""
+    """Return the state of a process or thread, by default of this one, as text. Raises `Refused`."""
     try:
         state = read_state(pid)
     except KernelError as error:
         if error.errno in (errno.ESRCH, errno.ENOENT):
-            raise Refused(f"there is no process {pid} (ps -e lists those there are)") from None
+            raise Refused(f"there is no process {pid} (ps -e lists the processes)") from None
         raise
     return as_text(data(state)) if as_json else table(state)
 
 
 def as_text(value: dict[str, Any]) -> str:
-    """JSON."""
+    """Return JSON text."""
     return json.dumps(value, indent=2)
 
 
 def data(state: State) -> dict[str, Any]:
-    """A state as JSON has it."""
+    """Return a state for JSON."""
     return {
         "uid": state.uids._asdict(),
         "gid": state.gids._asdict(),
@@ -58,9 +58,9 @@ def data(state: State) -> dict[str, Any]:
 
 
 def table(state: State) -> str:
-    """A state as lines: what, and its value, wrapped to the terminal."""
+    """Return a state as lines of labels and values, wrapped to the terminal."""
     bits = (
-        "not told of other processes" if state.securebits is None else ", ".join(securebits(state.securebits))
+        "unknown for other processes" if state.securebits is None else ", ".join(securebits(state.securebits))
     )
     rows = [
         ("uid", ids(state.uids, user_name)),
@@ -74,7 +74,7 @@ def table(state: State) -> str:
 
 
 def listed(capabilities: Capabilities) -> str:
-    """Names with commas, or the shorter way to say that it is nearly all of them."""
+    """Return the names with commas; of nearly all capabilities, those that are missing."""
     known = Capabilities.known()
     missing = known - capabilities
     if not missing:
@@ -85,45 +85,45 @@ def listed(capabilities: Capabilities) -> str:
 
 
 def width() -> int:
-    """The columns of the terminal."""
+    """Return the columns of the terminal."""
     return max(shutil.get_terminal_size((_WIDTH, 24)).columns, 40)
 
 
 def row(label: str, value: str) -> str:
-    """One line of a table, and the lines it is continued on."""
+    """Return a line of a table, wrapped."""
     return textwrap.fill(
         value, width(), initial_indent=f"{label:<14}", subsequent_indent=" " * 14, break_on_hyphens=False
     )
 
 
 def securebits(bits: int) -> list[str]:
-    """The names that capabilities(7) has for the bits that are set, in small letters and without SECBIT_."""
+    """Return the names of the bits that are set, from capabilities(7), in lower case and without SECBIT_."""
     names = [name for place, name in enumerate(SECUREBITS) if bits >> place & 1]
     rest = bits >> len(SECUREBITS) << len(SECUREBITS)
     return [*names, *([hex(rest)] if rest else [])]
 
 
 def ids(numbers: Ids, name: Callable[[int], str | None]) -> str:
-    """One id where all four are the same."""
+    """Return the four ids, or one where all are equal."""
     if len(set(numbers)) == 1:
         return named(numbers.effective, name)
     return ", ".join(f"{which} {named(number, name)}" for which, number in numbers._asdict().items())
 
 
 def named(number: int, name: Callable[[int], str | None]) -> str:
-    """``33 (www-data)``, or the number alone."""
+    """Return ``33 (www-data)``, or the number where it has no name."""
     found = name(number)
     return f"{number} ({found})" if found else str(number)
 
 
 def user_name(uid: int) -> str | None:
-    """None where there is no account."""
+    """Return the name of the account, or None."""
     account = find_account(uid)
     return None if account is None else account.pw_name
 
 
 def group_name(gid: int) -> str | None:
-    """None where the database has no such group."""
+    """Return the name of the group, or None."""
     try:
         return grp.getgrgid(gid).gr_name
     except KeyError:

@@ -1,1 +1,1 @@
-"""The commands that take a GROUP, and ``rcon ls``: what is confined on this machine, and what to do to it."""
+"""``rcon ls``, ``stat``, ``set``, ``freeze``, ``thaw``, ``kill`` and ``watch``: see groups and change them."""

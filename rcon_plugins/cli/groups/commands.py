@@ -1,4 +1,4 @@
-"""``rcon ls``, ``stat`` and the others that take a GROUP: what is confined on this machine, and what to do to it."""
+"""The click commands that take a GROUP, and ``rcon ls`` and ``rcon top``. Each imports its work when it is called."""
 
 from __future__ import annotations
 
@@ -6,54 +6,69 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rcon_plugins.cli.completion import Word, event_kinds
-from rcon_plugins.cli.groups.argument import GROUP
-from rcon_plugins.cli.limit_options import limit_options_at_once
+from rcon_plugins.cli.completion import GroupArgument, Word, event_kinds, with_options
+from rcon_plugins.cli.options import SET_OPTIONS
 
 if TYPE_CHECKING:
     from rcon_plugins.groups.find import Group
 
 _SORTS = ("cpu", "throttled", "memory", "share", "read", "write", "pids", "pressure", "hits", "name")
 
-_json = click.option("--json", "as_json", is_flag=True, help="As JSON.")
-_group = click.argument("group", type=GROUP)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_group = click.argument("group", type=GroupArgument())
 
 
-@click.command(short_help="List the groups: who made them, within which limits, what they use.")
+@click.command(short_help="List all groups with their limits and usage.")
 @_json
 def ls(as_json: bool) -> int:
-    """List every group on this machine: of servers, of commands, of programs; everybody's, nested ones too.
+    """List every group on this machine: of servers, commands and programs, of all users, nested groups too.
 
-    A group is named as short as can be: `tenant~a.example`, or, where two have that name, with the instance before it:
-    `rcon-123-4567/tenant~a.example`. Such a name is the GROUP of the other commands.
+    Columns: the group's name, its processes, the memory it uses now, the CPU time it has used since it was made, its
+    limits, and the process that owns it.
+
+    The other commands take the name as GROUP. It is the policy's name, or with a key tenant~a.example, or where two
+    groups have the same name, with the instance before it: rcon-123-4567/tenant~a.example.
 
     \b
+    Examples:
       rcon ls
       rcon ls --json | jq '.[] | select(.usage.oom_kills > 0) | .group'
+
+    \b
+    Exit status:
+      0    success
+      125  no cgroups are mounted
     """
     from rcon_plugins.cli.groups import ls
 
     return ls.ls(as_json)
 
 
-@click.command(short_help="Show all about one group: limits, usage, pressure, processes.")
+@click.command(short_help="Show one group: limits, usage, pressure, processes.")
 @_group
 @_json
 def stat(group: Group, as_json: bool) -> int:
-    """Show all about GROUP: its limits, what it used and uses, limit hits, pressure, and its processes.
+    """Show GROUP: its limits, current and total usage, limit hits, pressure, and its processes.
 
     \b
+    Examples:
       rcon stat tenant~a.example
       rcon stat --json sleep-1234 | jq .usage.memory_peak
+
+    \b
+    Exit status:
+      0    success
+      2    there is no such group
+      125  the group could not be read
     """
-    from rcon_plugins.cli.groups import ls
+    from rcon_plugins.cli.groups import stat
 
-    return ls.stat(group, as_json)
+    return stat.stat(group, as_json)
 
 
-@click.command(short_help="Show what every group uses, live.")
+@click.command(short_help="Show the usage of all groups, live.")
 @click.option(
-    "--sort", type=click.Choice(_SORTS), default="cpu", show_default=True, help="The most of this first."
+    "--sort", type=click.Choice(_SORTS), default="cpu", show_default=True, help="Show the highest first."
 )
 @click.option(
     "--interval",
@@ -61,127 +76,170 @@ def stat(group: Group, as_json: bool) -> int:
     default=2.0,
     show_default=True,
     metavar="SECONDS",
-    help="Time between refreshes.",
+    help="Time between two refreshes.",
 )
-@click.option("--iterations", type=click.IntRange(1), metavar="N", help="End after so many refreshes.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each refresh.")
+@click.option("--iterations", type=click.IntRange(1), metavar="N", help="Stop after N refreshes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each refresh.")
 @click.option(
-    "--celery", metavar="APP", help="Those of all workers of this Celery application, as for celery -A APP."
+    "--celery",
+    metavar="APP",
+    help="Show the groups of all workers of a Celery application (as celery -A APP).",
 )
 def top(sort: str, interval: float, iterations: int | None, as_json: bool, celery: str | None) -> int:
-    """Show what every group uses, and again every few seconds. Without a terminal, plain tables.
-
-    CPU% of one CPU; THR% of the periods in which it waited for its CPU quota; MEM% of its memory limit; WAIT, in % of
-    the last ten seconds, for which some of it waited for cpu/memory/io (cgroup v2); HITS of the memory limit/of the
-    pids limit/OOM kills, since the group was made.
-
-    Keys: q quits, a letter of the last line sorts, R turns the order round, arrows scroll.
+    """Show the usage of all groups, refreshed every few seconds. Without a terminal, print plain tables.
 
     \b
+    Columns:
+      CPU        CPU use; 100% is one CPU
+      THROTTLED  share of CPU periods in which the group used up its quota and waited
+      MEMORY     memory in use, and how much of the memory limit that is
+      PROCS      processes and threads
+      STALLED    share of the last 10 s in which processes waited for cpu, memory or io: the longest wait
+      HITS       memory and pids limit hits and OOM kills, since the group was made
+      READ/s     bytes read from disks in a second
+      WRITE/s    bytes written to disks in a second
+      KILLS      processes that the kernel killed for want of memory (part of HITS)
+
+    Keys: q quits, ? shows help, a letter sorts, R reverses the order, the arrow keys scroll.
+
+    \b
+    Examples:
       rcon top --sort memory
       rcon top --iterations 1 --interval 5
       rcon top --json | jq -c '.groups[] | select(.new_hits > 0)'
       rcon top --celery proj
-    """
-    from rcon_plugins.cli.top import live
-
-    source: live.Source = live.local
-    if celery is not None:
-        from rcon_plugins.cli.top.celery import workers
-
-        source = workers(celery)
-    return live.show(source, sort=sort, interval=interval, iterations=iterations, to_json=as_json)
-
-
-@click.command("set", short_help="Set limits of a group while it runs.")
-@_group
-@limit_options_at_once
-@_json
-def set_command(group: Group, as_json: bool, **options: Any) -> int:
-    """Set limits of GROUP while it runs: all that are given, or, if one cannot be, none. The others stay as they are.
-
-    `max` takes a limit away (of --cpu, --memory, --memory-high, --swap, --read, --write, --read-iops, --write-iops,
-    --pids). Prints what is in force afterwards.
-
-    A memory limit below what is in use: the kernel takes back what it can, and kills what does not fit (cgroup v2), or
-    refuses the limit (v1). A server may write the limits of its policy again; rcon says so.
 
     \b
+    Exit status:
+      0    success
+      2    bad usage
+      125  no cgroups are mounted, or Celery is not installed
+      130  interrupted without a terminal
+    """
+    from rcon_plugins.cli.top import samples
+    from rcon_plugins.cli.top import top as command
+
+    source = samples.local if celery is None else samples.celery_workers(celery)
+    return command.top(source, sort=sort, interval=interval, iterations=iterations, to_json=as_json)
+
+
+@click.command("set", short_help="Change the limits of a running group.")
+@_group
+@with_options(SET_OPTIONS)
+@_json
+def set_command(group: Group, as_json: bool, **options: Any) -> int:
+    """Change limits of GROUP while it runs: all that are given, or none if one is refused. Other limits stay.
+
+    The value max removes a limit (--cpu, --memory, --memory-high, --swap, --read, --write, --read-iops, --write-iops,
+    --pids). The command prints the limits in force afterwards.
+
+    A memory limit below current usage: cgroup v2 reclaims what it can and kills the rest; v1 refuses the limit. A
+    server may write the limits of its policy again; rcon says so.
+
+    \b
+    Examples:
       rcon set sleep-1234 --cpu 50% --memory 1G
       rcon set tenant~a.example --pids max
       rcon set backup --write 5M --device /srv
+
+    \b
+    Exit status:
+      0    all limits are in force
+      2    bad usage, no such group, or a limit that cannot be enforced; nothing was changed
+      125  the kernel refused a limit; nothing was changed
     """
-    from rcon_plugins.cli.groups import change
+    from rcon_plugins.cli.groups import set as command
 
-    return change.set_limits(group, options, as_json)
+    return command.set_limits(group, options, as_json)
 
 
-@click.command(short_help="Stop the processes of a group, until thaw.")
+@click.command(short_help="Suspend all processes of a group.")
 @_group
 def freeze(group: Group) -> int:
-    """Stop all processes of GROUP, and return when they are. They keep their memory, and go on after `rcon thaw`.
+    """Suspend all processes of GROUP, and return when all are. They keep their memory until `rcon thaw` resumes them.
 
-    Clients of a server wait meanwhile, and its timeouts go on counting.
+    Clients of a frozen server wait, and timeouts go on counting.
 
     \b
+    Examples:
       rcon freeze backup-1234
+
+    \b
+    Exit status:
+      0    all processes are frozen
+      2    no such group, or a group of a server's threads
+      125  the kernel refused
     """
-    from rcon_plugins.cli.groups import change
+    from rcon_plugins.cli.groups import control
 
-    return change.freeze(group)
+    return control.freeze(group)
 
 
-@click.command(short_help="Let the processes of a frozen group go on.")
+@click.command(short_help="Resume a frozen group.")
 @_group
 def thaw(group: Group) -> int:
-    """Let the processes of GROUP go on, where `rcon freeze` stopped them.
+    """Resume the processes of GROUP that `rcon freeze` suspended.
 
     \b
+    Examples:
       rcon thaw backup-1234
+
+    \b
+    Exit status:
+      0    all processes run again
+      2    no such group, or a group of a server's threads
+      125  the kernel refused
     """
-    from rcon_plugins.cli.groups import change
+    from rcon_plugins.cli.groups import control
 
-    return change.thaw(group)
+    return control.thaw(group)
 
 
-@click.command(short_help="End all processes of a group, double forks and new sessions too.")
+@click.command(short_help="Kill all processes of a group.")
 @_group
 @_json
 def kill(group: Group, as_json: bool) -> int:
-    """End every process of GROUP with SIGKILL, also those below it and those that forked away, and say which.
+    """Kill every process of GROUP with SIGKILL, in nested groups and new sessions too, and print them.
 
-    Returns when none is left. The group itself goes with its owner. A server answers the requests that it kills with an
-    error. Groups of threads cannot be killed: they are the server.
+    Returns when all have ended. The group itself goes with its owner. A server answers the requests it loses with an
+    error. A group of a server's threads cannot be killed: stop the server instead.
 
     \b
+    Examples:
       rcon kill sleep-1234
-      rcon kill --json tenant~a.example | jq '.ended[].pid'
+      rcon kill --json tenant~a.example | jq '.killed[].pid'
+
+    \b
+    Exit status:
+      0    all processes have ended
+      2    no such group, or a group of a server's threads
+      125  some processes did not end
     """
-    from rcon_plugins.cli.groups import change
+    from rcon_plugins.cli.groups import control
 
-    return change.kill(group, as_json)
+    return control.kill(group, as_json)
 
 
-@click.command(short_help="Print a line for each event of a group.")
+@click.command(short_help="Print the events of a group as they happen.")
 @_group
 @click.option(
     "--kind",
     "kinds",
     type=Word("kinds", event_kinds, several=True),
     multiple=True,
-    metavar="KIND[,KIND]",
-    help="These kinds only; without it, all.",
+    metavar="KIND,...",
+    help="Print only these kinds; by default all.",
 )
 @click.option(
-    "--threshold", "thresholds", multiple=True, metavar="SIZE", help="Tell when memory reaches this."
+    "--threshold", "thresholds", multiple=True, metavar="SIZE", help="Print when memory reaches SIZE: 900M."
 )
 @click.option(
     "--pressure",
     multiple=True,
     metavar="RESOURCE[:STALL/WINDOW]",
-    help="Tell when cpu, memory or io was waited for: memory:200ms/2s.",
+    help="Print when processes waited for cpu, memory or io: memory:200ms/2s.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each event.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each event.")
 def watch(
     group: Group,
     kinds: tuple[str, ...],
@@ -189,15 +247,23 @@ def watch(
     pressure: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Print a line for each event of GROUP as it happens, until the group is gone: limits reached, OOM kills ...
+    """Print a line for each event of GROUP as it happens, until the group is gone.
 
-    Kinds: memory_high, memory_limit, oom_kill, memory_usage (of a --threshold), pids_limit, cpu_throttled, pressure (of
-    a --pressure), empty. Which can be told depends on the machine; one asked for by name that cannot is refused.
+    Kinds: memory_high, memory_limit, oom_kill, memory_usage (of --threshold), pids_limit, cpu_throttled, pressure (of
+    --pressure), empty. This machine may not report all of them; --kind refuses one that it does not.
 
     \b
+    Examples:
       rcon watch tenant~a.example
       rcon watch nightly --kind oom_kill,memory_limit --json
       rcon watch nightly --threshold 900M --pressure memory:500ms/2s
+
+    \b
+    Exit status:
+      0    the group is gone
+      2    bad usage, no such group, or an event that this machine does not report
+      125  the group could not be watched
+      130  interrupted
     """
     from rcon_plugins.cli.groups import watch
 

@@ -1,17 +1,13 @@
-"""``rcon watch``: a line for each event of a group, until that is gone."""
+"""``rcon watch``: print a line for each event of a group, until the group is gone."""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import time
 from collections.abc import Callable, Collection
 
-import click
-
 from rcon_plugins.cli.columns import count, percent, printable, seconds, size
-from rcon_plugins.cli.exit import interrupted, say
+from rcon_plugins.cli.exit import BadUsage, discard_output, interrupted, say
 from rcon_plugins.errors import ControllerUnavailable, RconError, SettingsError
 from rcon_plugins.groups.events import Event, Pressure, watch
 from rcon_plugins.groups.find import Group
@@ -28,16 +24,13 @@ def watch_group(
     pressure: Collection[str],
     as_json: bool,
 ) -> int:
-    """Print the events. Returns when the group is gone. Raises click.UsageError, KernelError."""
+    """Print the events, and return when the group is gone. Raises BadUsage, KernelError."""
     wanted = _kinds(kinds)
     sizes, triggers = _sizes(thresholds), [_trigger(text) for text in pressure]
     try:
         events = watch(group.label, kinds=wanted, thresholds=sizes, pressure=triggers)
-    except (
-        ControllerUnavailable,
-        ValueError,
-    ) as error:  # what was asked for by name, and cannot be told here
-        raise click.UsageError(str(error)) from None
+    except (ControllerUnavailable, ValueError) as error:  # an event that this machine cannot report
+        raise BadUsage(str(error)) from None
     try:
         with events:
             for event in events:
@@ -45,10 +38,9 @@ def watch_group(
     except KeyboardInterrupt:
         return interrupted()
     except BrokenPipeError:
-        # Whoever read it has enough; nothing is left to be flushed at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()  # the reader has closed the pipe
         return 0
-    say("rcon", f"{printable(group.label)} is gone")
+    say("rcon", f"group {printable(group.label)} is gone")
     return 0
 
 
@@ -56,7 +48,7 @@ def _kinds(names: Collection[str]) -> list[str] | None:
     wanted = [name.strip().replace("-", "_") for text in names for name in text.split(",")]
     for name in wanted:
         if name not in KINDS:
-            raise click.UsageError(f"--kind: there is no event {name!r} (one of: {', '.join(KINDS)})")
+            raise BadUsage(f"--kind: unknown event {name!r} (choose from {', '.join(KINDS)})")
     return wanted or None
 
 
@@ -64,22 +56,22 @@ def _sizes(texts: Collection[str]) -> list[int]:
     try:
         return [int(Size.parse(text)) for text in texts]
     except SettingsError as error:
-        raise click.UsageError(f"--threshold: {error}") from None
+        raise BadUsage(f"--threshold: {error}") from None
 
 
 def _trigger(text: str) -> Pressure:
     found = _PRESSURE.fullmatch(text)
     if not found:
-        raise click.UsageError(f"--pressure: {text!r} is no trigger (memory, or memory:200ms/2s; or cpu, io)")
+        raise BadUsage(f"--pressure: {text!r} is not RESOURCE[:STALL/WINDOW] (for example memory:200ms/2s)")
     try:
         if found["stall"] is None:
-            made = Pressure(found["resource"])  # type: ignore[arg-type]  # of the three, says the pattern
+            made = Pressure(found["resource"])  # type: ignore[arg-type]  # one of the three, by the pattern
         else:
             stall, window = Duration.parse(found["stall"]), Duration.parse(found["window"])
             made = Pressure(found["resource"], float(stall), float(window))  # type: ignore[arg-type]
         made.check()
     except (RconError, ValueError) as error:
-        raise click.UsageError(f"--pressure: {error}") from None
+        raise BadUsage(f"--pressure: {error}") from None
     return made
 
 
@@ -90,13 +82,13 @@ def _line(event: Event) -> str:
 
 
 def _words(event: Event) -> str:
-    """What there is to say of it beyond its kind."""
+    """Return the line of an event after its kind."""
     if event.kind == "pressure":
-        told = f"{event.share} of it waited for {event.resource}"
-        return told if event.usage is None else f"{told}: {percent(event.usage)} % of the last 10 s"
+        stalled = f"{event.share} of it waited for {event.resource}"
+        return stalled if event.usage is None else f"{stalled}: {percent(event.usage)} of the last 10 s"
     if event.kind == "cpu_throttled":
         quota = "" if event.bound is None else f" of {Cpus(event.bound)}"
-        waited = "" if event.usage is None else f", {seconds(event.usage)} s of waiting"
+        waited = "" if event.usage is None else f", waited {seconds(event.usage)} s"
         return f"quota{quota} used up{waited}{_times(event)}"
     if event.kind == "pids_limit":
         return f"a fork failed: {_of(event, count)}{_times(event)}"
@@ -116,4 +108,4 @@ def _of(event: Event, as_text: Callable[[int], str]) -> str:
 
 def _times(event: Event) -> str:
     times = f" (x{event.count})" if event.count > 1 else ""
-    return times if event.total in (None, event.count) else f"{times} ({event.total} in all)"
+    return times if event.total in (None, event.count) else f"{times} ({event.total} in total)"

@@ -1,1 +1,1 @@
-"""What this machine offers and what settings come to on it: ``doctor``, ``gc``, ``check``, ``which``, ``schema``."""
+"""``rcon check``, ``which``, ``schema``, ``doctor`` and ``gc``: policy files and this machine."""

@@ -1,4 +1,4 @@
-"""``rcon doctor``: the text it prints."""
+"""``rcon doctor``: which limits work on this machine, and a remedy for each that does not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rcon_plugins.identity import userdb
 from rcon_plugins.kernel.capability import Identity, drop
 from rcon_plugins.tree.doctor import Finding, Report, examine
 
-#: How those steps of a remedy begin that are words, not commands.
-_WORDS = ("and ", "or ", "outside ")
+#: The steps of a remedy that begin so are prose, not commands.
+_NO_COMMAND = ("and ", "or ", "outside ")
 _MARKS = {"there": "ok", "missing": "NO", "absent": "--"}
 _AREAS = {
     "machine": "this machine",
@@ -25,7 +25,7 @@ _AREAS = {
 
 
 def doctor(user: str | None, as_json: bool, base: str | None = None) -> tuple[str, bool]:
-    """What was found, as text or JSON, and whether every limit can be set; in ``base``, where one is named."""
+    """Return the findings as text or JSON, and whether every limit can be set. ``base`` is the cgroup to use."""
     report = examine(base) if user is None else _as_user(user, base)
     good = not report.missing
     if as_json:
@@ -37,13 +37,13 @@ def doctor(user: str | None, as_json: bool, base: str | None = None) -> tuple[st
 
 
 def _as_user(name: str, base: str | None) -> Report:
-    """The report of a child that became the user for good."""
+    """Return the report of a child process that becomes the user. Raises Refused."""
     account = userdb.user(int(name) if name.isdigit() else name)
     if account is None:
-        raise Refused(f"--user: there is no user {name!r} (getent passwd lists them)", BAD_USAGE)
+        raise Refused(f"--user: unknown user {name!r} (getent passwd lists them)", BAD_USAGE)
     if os.geteuid() != 0:
         raise Refused(
-            f"--user takes root (sudo rcon doctor --user {name}, or: sudo -u {name} rcon doctor)", BAD_USAGE
+            f"--user needs root (sudo rcon doctor --user {name}, or: sudo -u {name} rcon doctor)", BAD_USAGE
         )
     reading, writing = os.pipe()
     child = os.fork()
@@ -63,7 +63,7 @@ def _as_user(name: str, base: str | None) -> Report:
         data = pipe.read()
     os.waitpid(child, 0)
     if not data:
-        raise Refused(f"no report of {name}: the process that became that user failed")
+        raise Refused(f"--user: the examination as {name} failed (run rcon doctor as {name})")
     return msgspec.json.decode(data, type=Report)
 
 
@@ -76,7 +76,7 @@ def _as_text(report: Report) -> str:
         lines += ["", title]
         for finding in report.findings:
             if finding.area == area:
-                lines += _told(finding)
+                lines += _finding_lines(finding)
     held = report.capabilities
     lines += ["", f"capabilities: {'all' if len(held) > 38 else ', '.join(held) or 'none'}"]
     if report.missing:
@@ -87,8 +87,8 @@ def _as_text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _told(finding: Finding) -> list[str]:
-    """Its line, and below it the remedy: a line for each step, to be copied."""
+def _finding_lines(finding: Finding) -> list[str]:
+    """Return the line of a finding, and below it the remedy, a line for each step, so that they can be copied."""
     lines = [f"  {_MARKS[finding.state]}  {finding.name}: {finding.text}"]
     if finding.remedy and finding.state != "there":
         first, *more = finding.remedy.split("; ")
@@ -98,5 +98,7 @@ def _told(finding: Finding) -> list[str]:
             more.insert(0, command)
         else:
             lines.append(f"        {first}")
-        lines += [f"        {step}" if step.startswith(_WORDS) else f"            {step}" for step in more]
+        lines += [
+            f"        {step}" if step.startswith(_NO_COMMAND) else f"            {step}" for step in more
+        ]
     return lines

@@ -1,4 +1,4 @@
-"""``rcon gc``: the lines it prints."""
+"""``rcon gc``: remove the cgroups of dead owners."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rcon_plugins.tree.garbage import Collected, Garbage, collect_garbage, find_
 
 
 def gc(below: str, dry_run: bool, as_json: bool) -> tuple[str, bool]:
-    """A line for each tree of a dead owner, or JSON, and whether none is left. Raises `KernelError`."""
+    """Return a line for each tree of a dead owner, or JSON, and whether none is left. Raises `KernelError`."""
     hierarchy = Hierarchy.discover()
     try:
         check_path(below)
@@ -34,7 +34,7 @@ def gc(below: str, dry_run: bool, as_json: bool) -> tuple[str, bool]:
 
 
 def _plan(tree: Garbage) -> str:
-    """Say what `collect_garbage` would do."""
+    """Return what `collect_garbage` would do, in words."""
     dead = f"its owner {tree.pid} is dead"
     if tree.unseen:
         return f"{dead}; would be {Collected(tree.path, 'unseen').message}"

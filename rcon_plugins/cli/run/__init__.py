@@ -1,1 +1,1 @@
-"""``rcon run`` and ``rcon attach``: a command, or running processes, under limits."""
+"""``rcon run`` and ``rcon attach``: run a command within limits, or limit processes that already run."""

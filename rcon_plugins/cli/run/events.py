@@ -1,4 +1,4 @@
-"""While a command runs: its memory limit grows, and plugins and another command (``--on-event``) are told of events."""
+"""Watch the group of ``rcon run``: expand its memory, and report its events to plugins and to ``--on-event``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from rcon_plugins.cli.run.execution import say
+from rcon_plugins.cli.exit import say
 from rcon_plugins.confinement.expansion import Expansion, expand
 from rcon_plugins.confinement.isolation import asked_resources
 from rcon_plugins.confinement.monitor import MonitoredGroup
@@ -30,92 +30,91 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.kernel.events import Event as KernelEvent
 
-#: As many events wait for the command that is told of them; more are dropped.
-MOST_WAITING = 64
-#: How long that command may take for each, in seconds, and how much it may answer, in bytes.
+#: At most so many events wait for --on-event; further ones are dropped.
+MAX_WAITING = 64
+#: The time limit of --on-event for one event, in seconds, and the longest output, in bytes.
 SECONDS = 10.0
-LONGEST_ANSWER = 65536
-#: How long the last events are waited for when the command has ended, in seconds.
+MAX_OUTPUT = 65536
+#: How long to wait for the last runs of --on-event when the command has ended, in seconds.
 LAST_SECONDS = 2.0
-#: How long the thread that hears of them may take to pass the last on, in seconds.
+#: How long to wait for the watcher's thread to pass on the last events, in seconds.
 FLUSH_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def attend(
+def watched(
     group: Cgroup,
     leaf: Cgroup,
     *,
     policy: Policy,
     manager: pluggy.PluginManager,
     command: str | None,
-    told: bool = False,
+    to_plugins: bool = False,
 ) -> Iterator[None]:
-    """Watch over a group: let its memory expand where the policy says so, and tell ``command`` of its events.
+    """Watch a group while the context lasts: expand its memory if the policy says so, and run ``command`` for events.
 
-    With ``told``, the plugins of ``manager`` hear in `rcon_event` of the group and of its leaf, in which the single
-    command is, and what they answer is applied, as where a server does the work. Raises KernelError where that cannot
-    be.
+    With ``to_plugins``, the plugins of ``manager`` get the events of the group and of its ``leaf`` in `rcon_event`, and
+    the limits that they return are applied, as in a server. Raises KernelError where the group cannot be watched.
     """
-    with contextlib.ExitStack() as ending:
-        teller = None
+    with contextlib.ExitStack() as stack:
+        runner = None
         if command is not None:
-            teller = Teller(command, lambda answer: _change(group, manager.hook, answer, expansion))
-            ending.callback(teller.close)
-        about = Event.of_group(group, policy=policy.name if told else "")
+            runner = EventCommand(command, lambda output: _change(group, manager.hook, output, expansion))
+            stack.callback(runner.close)
+        template = Event.of_group(group, policy=policy.name if to_plugins else "")
         expansion: Expansion | None = None
-        if told:
-            if teller is not None:
-                manager.register(_Growth(teller))
-            expansion = _tell_plugins(group, leaf, policy, manager.hook, ending)
+        if to_plugins:
+            if runner is not None:
+                manager.register(_ReportExpansion(runner))
+            expansion = _watch_for_plugins(group, leaf, policy, manager.hook, stack)
         elif policy.memory is not None and policy.memory.expands:
-            tell = teller.tell if teller is not None else None
-            expansion = expand(group, policy.memory, about=about, on_event=tell)
-            ending.callback(expansion.close)
-        if teller is not None:
-            # That memory reached the mark is told by the expansion; that all have ended, by rcon's own end.
-            quiet = {"empty"} | ({"memory_high", "memory_limit"} if expansion is not None else set())
-            teller_of_rest = teller
+            report = runner.submit if runner is not None else None
+            expansion = expand(group, policy.memory, about=template, on_event=report)
+            stack.callback(expansion.close)
+        if runner is not None:
+            # The expansion reports the memory events; the end of rcon itself is the event "empty".
+            ignored = {"empty"} | ({"memory_high", "memory_limit"} if expansion is not None else set())
+            event_command = runner
 
             def pass_on(event: KernelEvent) -> None:
-                if event.kind not in quiet:
-                    teller_of_rest.tell(about.replaced(event))
+                if event.kind not in ignored:
+                    event_command.submit(template.replaced(event))
 
-            ending.callback(_finish, watcher_of_process().add(group, pass_on))
+            stack.callback(_finish, watcher_of_process().add(group, pass_on))
         yield
 
 
-def _tell_plugins(
-    group: Cgroup, leaf: Cgroup, policy: Policy, hook: pluggy.HookRelay, ending: contextlib.ExitStack
+def _watch_for_plugins(
+    group: Cgroup, leaf: Cgroup, policy: Policy, hook: pluggy.HookRelay, stack: contextlib.ExitStack
 ) -> Expansion | None:
-    """As a server's manager does; what makes the limit of the group grow."""
+    """Report the events to plugins, as the manager of a server does; return what expands the memory of the group."""
     watcher = watcher_of_process()
-    about = Event.of_group(group, policy=policy.name)
-    together = MonitoredGroup(group, policy, policy, about, hook, watcher, None).begin()
-    ending.callback(together.close)
-    single = Event.of_group(leaf, group=about.group, policy=policy.name, limit="each.")
-    each = MonitoredGroup(leaf, policy, policy.each, single, hook, watcher, together).begin()
-    ending.callback(_flush)
-    ending.callback(together.finish)
-    ending.callback(each.finish)
-    return together.expansion
+    template = Event.of_group(group, policy=policy.name)
+    whole = MonitoredGroup(group, policy, policy, template, hook, watcher, None).begin()
+    stack.callback(whole.close)
+    single = Event.of_group(leaf, group=template.group, policy=policy.name, limit="each.")
+    each = MonitoredGroup(leaf, policy, policy.each, single, hook, watcher, whole).begin()
+    stack.callback(_flush)
+    stack.callback(whole.finish)
+    stack.callback(each.finish)
+    return whole.expansion
 
 
-class _Growth:
-    """A plugin that tells ``--on-event`` each time that memory grows, and leaves the answer to others."""
+class _ReportExpansion:
+    """A plugin that runs ``--on-event`` each time that the memory limit expands."""
 
-    def __init__(self, teller: Teller) -> None:
-        self._teller = teller
+    def __init__(self, runner: EventCommand) -> None:
+        self._runner = runner
 
     @hookimpl(tryfirst=True)
     def rcon_event(self, event: Event) -> None:
-        """Of all else ``--on-event`` hears elsewhere."""
+        """Run it; return no limits, so that other plugins may."""
         if event.next_bound is not None:
-            self._teller.tell(event)
+            self._runner.submit(event)
 
 
 def _finish(watched: Watch) -> None:
-    """Have what happened until now told: a command may have ended sooner than it could be."""
+    """Report all events until now: a command may end before its events are read."""
     watched.finish()
     _flush()
 
@@ -126,40 +125,40 @@ def _flush() -> None:
     flushed.wait(FLUSH_SECONDS)
 
 
-def _change(group: Cgroup, hook: pluggy.HookRelay, answer: bytes, expansion: Expansion | None) -> None:
+def _change(group: Cgroup, hook: pluggy.HookRelay, output: bytes, expansion: Expansion | None) -> None:
     """Apply the limits that the command has printed, all or none. Raises `RconError`, ValueError."""
-    found = json.loads(answer)
+    found = json.loads(output)
     if not isinstance(found, dict):
-        raise SettingsError("it is no JSON object of limits", hint='{"memory": "1G"}')
+        raise SettingsError("its output is not a JSON object of limits", hint='{"memory": "1G"}')
     policy = Policy.make("on-event", **found)
     if policy.asks():
-        # First the bounds, of swap too; what the memory grows to below them comes then.
+        # The limits first, that of swap too; then the expansion, which stays below them.
         change_limits(group, asked_resources(hook, policy, policy), gather=True)
     if expansion is not None and policy.memory is not None:
         expansion.take(policy.memory)
 
 
-class Teller:
-    """Runs a command for each event, one after the other, in a thread of its own: nobody waits for it."""
+class EventCommand:
+    """Runs a command of the shell for each event, one after the other, in a thread of its own."""
 
     def __init__(self, command: str, apply: Callable[[bytes], object]) -> None:
         self._command = command
         self._apply = apply
-        self._waiting: queue.Queue[Event | None] = queue.Queue(MOST_WAITING)
+        self._waiting: queue.Queue[Event | None] = queue.Queue(MAX_WAITING)
         self._dropped = 0
         self._running: int | None = None
         self._thread = threading.Thread(target=self._run, name="rcon-on-event", daemon=True)
         self._thread.start()
 
-    def tell(self, event: Event) -> None:
-        """Have the command told, soon; or not at all, where too many wait."""
+    def submit(self, event: Event) -> None:
+        """Queue a run for this event; drop it where too many wait."""
         try:
             self._waiting.put_nowait(event)
         except queue.Full:
             self._dropped += 1
 
     def close(self) -> None:
-        """Wait a moment for those that are still to be told."""
+        """Wait up to `LAST_SECONDS` for the runs that are queued, then kill the one that runs."""
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=LAST_SECONDS)
         self._thread.join(LAST_SECONDS)
@@ -168,7 +167,10 @@ class Teller:
                 os.killpg(self._running, signal.SIGKILL)
             self._thread.join(LAST_SECONDS)
         if self._dropped:
-            say(f"--on-event: {self._dropped} events were not told: the command takes too long for each")
+            say(
+                "rcon",
+                f"--on-event: {self._dropped} events were dropped: the command takes too long for each",
+            )
 
     def _note(self, pid: int | None) -> None:
         self._running = pid
@@ -176,17 +178,17 @@ class Teller:
     def _run(self) -> None:
         while (event := self._waiting.get()) is not None:
             try:
-                answer = run_once(self._command, event.to_json() + b"\n", self._note)
-                if answer.strip():
-                    self._apply(answer)
+                output = run_once(self._command, event.to_json() + b"\n", self._note)
+                if output.strip():
+                    self._apply(output)
             except (RconError, ValueError, OSError) as error:
-                say(f"--on-event: {self._command}: {error}")
+                say("rcon", f"--on-event: {self._command}: {error}")
 
 
-def run_once(command: str, told: bytes, begun: Callable[[int | None], object]) -> bytes:
-    """Run a command of the shell with this on its standard input; what it wrote. Raises OSError, ValueError.
+def run_once(command: str, data: bytes, started: Callable[[int | None], object]) -> bytes:
+    """Run a command of the shell with ``data`` on its standard input and return its output. Raises OSError, ValueError.
 
-    ``begun`` is given its pid, which is that of its process group, and None when it has ended.
+    ``started`` is called with its pid, which is also its process group, and with None when it has ended.
     """
     (reading, theirs_in), (theirs_out, writing) = _pipes()
     try:
@@ -206,17 +208,17 @@ def run_once(command: str, told: bytes, begun: Callable[[int | None], object]) -
     finally:
         os.close(theirs_in)
         os.close(theirs_out)
-    begun(pid)
+    started(pid)
     try:
         with contextlib.suppress(BrokenPipeError):
-            os.write(writing, told)  # less than a pipe holds
+            os.write(writing, data)  # less than a pipe holds
         os.close(writing)
         return _read(reading)
     finally:
         os.close(reading)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        begun(None)
+        started(None)
         os.waitpid(pid, 0)
 
 
@@ -226,14 +228,14 @@ def _pipes() -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _read(descriptor: int) -> bytes:
     deadline = time.monotonic() + SECONDS
-    answer = b""
+    output = b""
     waiting = select.poll()
     waiting.register(descriptor, select.POLLIN)
-    while len(answer) <= LONGEST_ANSWER:
+    while len(output) <= MAX_OUTPUT:
         if not waiting.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise ValueError(f"it took longer than {SECONDS:g} s and was ended")
-        piece = os.read(descriptor, LONGEST_ANSWER)
+            raise ValueError(f"it took longer than {SECONDS:g} s and was killed")
+        piece = os.read(descriptor, MAX_OUTPUT)
         if not piece:
-            return answer
-        answer += piece
-    raise ValueError(f"it answered more than {LONGEST_ANSWER} bytes")
+            return output
+        output += piece
+    raise ValueError(f"it printed more than {MAX_OUTPUT} bytes")

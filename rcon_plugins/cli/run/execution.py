@@ -1,37 +1,83 @@
-"""``rcon run``: from a checked order to the exit status. Imports little; who makes the order may import more."""
+"""The execution of an `Order` of ``rcon run``, and the options that go with every order: group, timeout, report."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rcon_plugins.command import run
-from rcon_plugins.command.run import Ended, NotRun, Order
-from rcon_plugins.errors import RconError
+from rcon_plugins.cli.exit import OWN_FAILURE, BadUsage, say
+from rcon_plugins.command import run as command_run
+from rcon_plugins.command.run import Ended, NotRun, Order, check_group_name, group_name
+from rcon_plugins.errors import RconError, SettingsError
+from rcon_plugins.kernel.cgroup import Hierarchy, Resources
 from rcon_plugins.kernel.proc import exec_remedy
+from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD
 
-if TYPE_CHECKING:
-    from rcon_plugins.kernel.cgroup import Hierarchy
-
-#: The command itself failed and nothing was run; as env(1).
-OWN_FAILURE = 125
-#: Endings by these are silent, as in shells.
+#: A command that one of these signals ends, ends without a message, as in a shell.
 _SILENT = frozenset({signal.SIGINT, signal.SIGPIPE})
 
 
-def open_report(path: str) -> int:
-    """The open file for ``--json``, never one of the standard streams, which may be closed. Raises OSError."""
+def check_enforceable(hierarchy: Hierarchy, resources: Resources) -> None:
+    """Raise `BadUsage`, with the remedy, for the first limit that this machine cannot enforce."""
+    for refusal in hierarchy.refusals(resources):
+        flag = FLAG_OF_FIELD[refusal.limit]
+        raise BadUsage(f"{flag}: cannot be enforced on this machine: {refusal.reason} ({refusal.remedy})")
+
+
+def group_of(options: Mapping[str, Any], command: tuple[str, ...]) -> str:
+    """Return the name of the group. Raises `BadUsage` for a name that is invalid or in use."""
+    return named_group(options.get("group")) or group_name(command[0])
+
+
+def named_group(name: str | None) -> str | None:
+    """Return the value of ``--group``. Raises `BadUsage` for a name that is invalid or in use."""
+    if name is None:
+        return None
+    try:
+        check_group_name(name)
+    except ValueError as error:
+        raise BadUsage(f"--group: {error} (for example build-1)") from None
+    from rcon_plugins.groups.find import find_groups
+
+    known = (group for group in find_groups().groups if group.owner.alive or group.kind == "attached")
+    if any(group.name == name for group in known):
+        raise BadUsage(
+            f"--group: {name!r} is in use (choose another name; rcon set changes the limits of a group)"
+        )
+    return name
+
+
+def timeout_of(options: Mapping[str, Any]) -> float | None:
+    """Return ``--timeout`` in seconds. Raises `BadUsage`."""
+    if "timeout" not in options:
+        return None
+    try:
+        return float(BY_KEY["timeout"].parse(options["timeout"]))
+    except SettingsError as error:
+        raise BadUsage(f"--timeout: {error}") from None
+
+
+def report_of(options: Mapping[str, Any]) -> int | None:
+    """Open the file of ``--json`` and return its descriptor, never a standard one. Raises `BadUsage`."""
+    path = options.get("json")
+    if path is None:
+        return None
     import fcntl
 
-    if path == "-":
-        return fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
-    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        return fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 3)
-    finally:
-        os.close(opened)
+        if path == "-":
+            return fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            # The standard descriptors may be closed, and are closed while the command runs.
+            return fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 3)
+        finally:
+            os.close(opened)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadUsage(f"--json: {path!r}: {reason} (name a file that can be written)") from None
 
 
 def execute(
@@ -43,63 +89,54 @@ def execute(
     policy: str = "",
     finished: Callable[[Ended], object] | None = None,
 ) -> int:
-    """Run it, say what there is to say, and return the exit status.
+    """Run the order, print how it ended, write the report, and return the exit status.
 
-    A command that an interrupt ended takes this process along in the same way, that a loop of the shell ends too.
+    If SIGINT ended the command, this process ends itself by SIGINT too, so that a shell loop around it stops.
     """
     if report is not None:
         order = order._replace(keep=(*order.keep, report))
     try:
-        ended = run.run(order, hierarchy, base)
+        ended = command_run.run(order, hierarchy, base)
     except NotRun as error:
-        hint = exec_remedy(error.errno, as_another=order.become is not None)
-        problem = f"{order.program}: {error}" + (f" ({hint})" if hint else "")
+        remedy = exec_remedy(error.errno, as_another=order.become is not None)
+        problem = f"{order.program}: {error}" + (f" ({remedy})" if remedy else "")
         return _not_run(order, report, policy, error.status, problem)
     except RconError as error:
         return _not_run(order, report, policy, OWN_FAILURE, str(error))
     if finished is not None:
         finished(ended)
     if ended.detail and ended.signal not in _SILENT:
-        say(ended.detail if ended.limit else f"{order.arguments[0]}: {ended.detail}")
+        say("rcon", ended.detail if ended.limit else f"{order.arguments[0]}: {ended.detail}")
     if report is not None:
-        _write(report, _told(order, ended, policy))
+        _write(report, _report_data(order, ended, policy))
     if ended.ending == "killed" and ended.signal == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     return ended.status
 
 
-def say(message: str) -> None:
-    """One line on standard error, whatever is in ``message``; none where that is closed."""
-    line = f"rcon: {' '.join(message.split())}\n"
-    try:
-        os.write(2, line.encode(errors="surrogateescape"))
-    except OSError:
-        return
-
-
 def _not_run(order: Order, report: int | None, policy: str, status: int, problem: str) -> int:
-    say(problem)
+    say("rcon", problem)
     if report is not None:
-        told = {"outcome": "refused", "status": status, "detail": problem, "policy": policy}
-        _write(report, {**told, "command": _texts(order.arguments)})
+        data = {"outcome": "refused", "status": status, "detail": problem, "policy": policy}
+        _write(report, {**data, "command": _texts(order.arguments)})
     return status
 
 
-def _told(order: Order, ended: Ended, policy: str) -> dict[str, Any]:
+def _report_data(order: Order, ended: Ended, policy: str) -> dict[str, Any]:
     import msgspec
 
-    told = msgspec.to_builtins(ended.outcome(policy))
+    outcome = msgspec.to_builtins(ended.outcome(policy))
     return {
-        "outcome": told["ending"],
+        "outcome": outcome["ending"],
         "status": ended.status,
-        "signal": told["signal"],
-        "limit": told["limit"],
-        "detail": told["detail"],
-        "policy": told["policy"],
+        "signal": outcome["signal"],
+        "limit": outcome["limit"],
+        "detail": outcome["detail"],
+        "policy": outcome["policy"],
         "group": order.group,
         "command": _texts(order.arguments),
-        "usage": told["usage"],
+        "usage": outcome["usage"],
     }
 
 
@@ -107,12 +144,12 @@ def _texts(arguments: Sequence[str]) -> list[str]:
     return [argument.encode(errors="surrogateescape").decode(errors="replace") for argument in arguments]
 
 
-def _write(report: int, told: Mapping[str, Any]) -> None:
+def _write(report: int, data: Mapping[str, Any]) -> None:
     import json
 
     try:
         with os.fdopen(report, "w") as file:
-            json.dump(told, file, indent=2)
+            json.dump(data, file, indent=2)
             file.write("\n")
     except OSError as error:
-        say(f"--json: {error.strerror}")
+        say("rcon", f"--json: {error.strerror}")

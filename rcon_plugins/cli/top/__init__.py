@@ -1,1 +1,1 @@
-"""``rcon top``: what every group uses, again and again."""
+"""``rcon top``: the usage of all groups, live."""

@@ -1,4 +1,4 @@
-"""A terminal taken over for as long as a command shows something on it, and given back as it was, whatever ends it."""
+"""The terminal as a full screen: taken over while a command runs, and restored however the command ends."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-#: What ends the command from outside; it raises `Ended` wherever the program is.
+#: The signals that end the command. Each raises `Ended` in the main thread.
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
-#: What is told by `Screen.wait`: the size has changed; the user wants the shell for a while, and is back.
-_TOLD = {signal.SIGWINCH: "resize", signal.SIGTSTP: "suspend"}
+#: The signals that `Screen.wait` returns by name: the size has changed; the user pressed Ctrl-Z.
+_REPORTED = {signal.SIGWINCH: "resize", signal.SIGTSTP: "suspend"}
 _KEYS = {b"\x1b[A": "up", b"\x1bOA": "up", b"\x1b[B": "down", b"\x1bOB": "down"}
 _KEYS |= {b"\x1b[5~": "page up", b"\x1b[6~": "page down"}
 
 
 class Ended(Exception):
-    """Raised by a signal that ends the command, or because the terminal is gone."""
+    """Raised when a signal ends the command, or the terminal is gone. ``number`` is the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
-def can_be_taken() -> bool:
-    """Whether standard output is a terminal that can do more than print."""
+def is_available() -> bool:
+    """Return whether standard output is a terminal that can show a full screen."""
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
 
 
 class Screen:
-    """Standard output as a screen: no cursor, no echo, keys one at a time. Of the main thread.
+    """Standard output as a full screen: no cursor, no echo, keys one at a time. For the main thread.
 
-    Used as a context manager. The terminal is as before after it: left by an exception, SIGTERM or SIGHUP too, and
-    while the command is suspended.
+    A context manager that restores the terminal: after an exception, SIGTERM and SIGHUP too, and while the command is
+    suspended.
     """
 
     def __init__(self) -> None:
@@ -49,15 +49,15 @@ class Screen:
         self._keyboard = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
         self._mode: list[Any] | None = None
         self._handlers: dict[int, Any] = {}
-        self._sigchld_read = self._ringer = -1
+        self._signals_read = self._signals_write = -1
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and lines, now."""
+        """The columns and lines of the terminal, now."""
         return os.get_terminal_size(sys.stdout.fileno())
 
     def draw(self, renderable: Any) -> None:
-        """Show it in place of what is there. Raises `Ended` where the terminal is gone."""
+        """Show ``renderable`` on the whole screen. Raises `Ended` where the terminal is gone."""
         width, height = self.size
         try:
             options = self._console.options.update_dimensions(width, height)
@@ -66,17 +66,17 @@ class Screen:
             raise Ended(signal.SIGHUP) from None
 
     def wait(self, seconds: float) -> list[str]:
-        """Keys pressed and other things that happened, as soon as there are any; none after ``seconds``.
+        """Return the keys pressed and the signals received, as soon as there are any; none after ``seconds``.
 
-        Letters are themselves; ``up``, ``down``, ``page up``, ``page down``, ``resize``, ``suspend``. Raises `Ended`
-        where the terminal is gone.
+        A letter is itself; the others are ``up``, ``down``, ``page up``, ``page down``, ``resize`` and ``suspend``.
+        Raises `Ended` where the terminal is gone.
         """
-        asked = [self._sigchld_read] if self._keyboard is None else [self._sigchld_read, self._keyboard]
-        ready, _, _ = select.select(asked, [], [], max(0.0, seconds))
+        waited_for = [self._signals_read] if self._keyboard is None else [self._signals_read, self._keyboard]
+        ready, _, _ = select.select(waited_for, [], [], max(0.0, seconds))
         happened = []
-        if self._sigchld_read in ready:
-            numbers = os.read(self._sigchld_read, 64)
-            happened += [_TOLD[signal.Signals(one)] for one in set(numbers) if one in set(_TOLD)]
+        if self._signals_read in ready:
+            numbers = os.read(self._signals_read, 64)
+            happened += [_REPORTED[signal.Signals(one)] for one in set(numbers) if one in set(_REPORTED)]
         if self._keyboard is not None and self._keyboard in ready:
             happened += self._keys(self._keyboard)
         return happened
@@ -91,7 +91,7 @@ class Screen:
         return _split(data)
 
     def suspend(self) -> None:
-        """Give the terminal back, stop as the shell expects it of a job, and take the terminal again when continued."""
+        """Restore the terminal, stop this process as a shell expects, and take the terminal again when continued."""
         self._leave()
         os.kill(os.getpid(), signal.SIGSTOP)
         self._enter()
@@ -107,12 +107,12 @@ class Screen:
 
     def _enter(self) -> None:
         try:
-            self._sigchld_read, self._ringer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            signal.set_wakeup_fd(self._ringer, warn_on_full_buffer=False)
+            self._signals_read, self._signals_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            signal.set_wakeup_fd(self._signals_write, warn_on_full_buffer=False)
             for number in _ENDING:
                 self._handlers[number] = signal.signal(number, _end)
-            for told in _TOLD:
-                self._handlers[told] = signal.signal(told, _nothing)
+            for reported in _REPORTED:
+                self._handlers[reported] = signal.signal(reported, _nothing)
             if self._keyboard is not None:
                 self._mode = termios.tcgetattr(self._keyboard)
                 tty.setcbreak(self._keyboard)
@@ -124,9 +124,9 @@ class Screen:
 
     def _leave(self) -> None:
         for number in _ENDING:
-            signal.signal(number, signal.SIG_IGN)  # what follows is to be done whole
+            signal.signal(number, signal.SIG_IGN)  # restoring must not be interrupted
         try:
-            with contextlib.suppress(OSError):  # the terminal is gone: nothing to put back
+            with contextlib.suppress(OSError):  # the terminal is gone
                 self._console.show_cursor(True)
                 self._console.set_alt_screen(False)
         finally:
@@ -138,14 +138,14 @@ class Screen:
             for handled, handler in self._handlers.items():
                 signal.signal(handled, handler)
             self._handlers.clear()
-            for descriptor in (self._sigchld_read, self._ringer):
+            for descriptor in (self._signals_read, self._signals_write):
                 if descriptor >= 0:
                     os.close(descriptor)
-            self._sigchld_read = self._ringer = -1
+            self._signals_read = self._signals_write = -1
 
 
-def wait_until(deadline: float) -> float:
-    """Seconds from now to ``deadline`` (monotonic), at least none."""
+def seconds_until(deadline: float) -> float:
+    """Return the seconds from now to ``deadline`` (of `time.monotonic`), at least 0."""
     return max(0.0, deadline - time.monotonic())
 
 
@@ -167,4 +167,4 @@ def _end(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:
-    """The number goes to the wake-up descriptor."""
+    """Do nothing: Python writes the number to the wake-up descriptor."""

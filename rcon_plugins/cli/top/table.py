@@ -1,4 +1,4 @@
-"""The table of ``rcon top``: its columns, what it can be sorted by, and the three shapes it has."""
+"""The table of ``rcon top``: its columns and sort keys, and the table as text, as JSON and as a screen."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rcon_plugins.cli.columns import (
-    NOT_TOLD,
+    UNKNOWN,
     count,
     cut,
     cut_left,
@@ -16,96 +16,109 @@ from rcon_plugins.cli.columns import (
     size,
     table,
 )
-from rcon_plugins.cli.top.rows import Row
+from rcon_plugins.cli.top.samples import Row
 
-#: What a terminal says below the table.
-LEGEND = "WAIT: % of time, for cpu/memory/io   HITS: of memory/pids limits, OOM kills"
+#: Below the table on a terminal.
+LEGEND = "MEMORY: % of its limit  STALLED: % of the last 10 s  HITS: limits reached"
+KEYS = "q quit  ? help  R reverse  arrows scroll  sort: c CPU  m MEMORY  l HITS  n name"
+#: From this terminal width on, the owner is shown, in at least so many columns.
+_WITH_OWNER, _LEAST_OWNER = 120, 20
+_LEAST_NAME = 18
 
 
 class Column(NamedTuple):
-    """``width`` is for the widest that is likely; ``sort`` names the key it is sorted by."""
+    """A column: ``width`` fits the widest likely cell, ``sort`` is the key it is sorted by, ``help`` explains it."""
 
     head: str
     width: int
     sort: str
     cell: Callable[[Row], str]
+    help: str
 
 
 class Sort(NamedTuple):
-    """A key to sort by: its letter on the keyboard, what the last line calls it, what is compared (the most first)."""
+    """A sort key: its letter on the keyboard, what it sorts by, and the value compared (the highest first)."""
 
     letter: str
     label: str
     of: Callable[[Row], float]
 
 
-def _wait(row: Row) -> str:
-    return "/".join(_short(row.pressure.get(name)) for name in ("cpu", "memory", "io"))
+def _memory(row: Row) -> str:
+    return f"{size(row.memory)} {_whole_percent(row.memory_share):>4}"
 
 
-def _short(share: float | None) -> str:
-    return NOT_TOLD if share is None else f"{share * 100:.0f}"
+def _whole_percent(share: float | None) -> str:
+    return UNKNOWN if share is None else f"{share * 100:.0f}%"
 
 
-def _hits(row: Row) -> str:
-    return f"{count(row.memory_hits)}/{count(row.pids_hits)}/{count(row.oom_kills)}"
+def _stalled(row: Row) -> str:
+    if row.stalled is None:
+        return UNKNOWN
+    share, resource = row.stalled
+    return f"{share * 100:.0f}% {resource[:3]}" if share >= 0.005 else "0%"
 
 
+#: In the order of their importance: a narrow terminal leaves out the last ones.
 COLUMNS = (
-    Column("CPU%", 5, "cpu", lambda row: percent(row.cpu)),
-    Column("THR%", 4, "throttled", lambda row: percent(row.throttled)),
-    Column("MEM", 5, "memory", lambda row: size(row.memory)),
-    Column("MEM%", 4, "share", lambda row: _short(row.memory_share)),
-    Column("READ/s", 6, "read", lambda row: size(row.read)),
-    Column("WRITE/s", 7, "write", lambda row: size(row.written)),
-    Column("PIDS", 4, "pids", lambda row: count(row.pids)),
-    Column("WAITc/m/i", 9, "pressure", _wait),
-    Column("HITSm/p/k", 9, "hits", _hits),
-)
+    Column("CPU", 5, "cpu", lambda row: percent(row.cpu), "CPU use; 100% is one CPU"),
+    Column(
+        "THROTTLED", 9, "throttled", lambda row: percent(row.throttled),
+        "share of CPU periods in which it used up its quota and waited",
+    ),
+    Column("MEMORY", 10, "memory", _memory, "memory in use, and how much of its limit that is"),
+    Column("PROCS", 5, "pids", lambda row: count(row.pids), "processes and threads"),
+    Column(
+        "STALLED", 8, "pressure", _stalled,
+        "longest wait for cpu, memory or io, in % of the last 10 s",
+    ),
+    Column("HITS", 4, "hits", lambda row: count(row.hits), "memory and pids limit hits and OOM kills, in total"),
+    Column("READ/s", 6, "read", lambda row: size(row.read), "bytes read from disks in a second"),
+    Column("WRITE/s", 7, "write", lambda row: size(row.written), "bytes written to disks in a second"),
+    Column("KILLS", 5, "hits", lambda row: count(row.oom_kills), "OOM kills, in total (part of HITS)"),
+)  # fmt: skip
 
 SORTS = {
-    "cpu": Sort("c", "cpu", lambda row: row.cpu or 0),
-    "throttled": Sort("t", "thr", lambda row: row.throttled or 0),
-    "memory": Sort("m", "mem", lambda row: row.memory or 0),
-    "share": Sort("%", "of", lambda row: row.memory_share or 0),
-    "read": Sort("r", "read", lambda row: row.read or 0),
-    "write": Sort("w", "write", lambda row: row.written or 0),
-    "pids": Sort("p", "pids", lambda row: row.pids or 0),
-    "pressure": Sort(
-        "s", "wait", lambda row: max([share or 0 for share in row.pressure.values()], default=0)
-    ),
-    "hits": Sort("l", "hits", lambda row: row.hits),
-    "name": Sort("n", "name", lambda _: 0),
+    "cpu": Sort("c", "CPU", lambda row: row.cpu or 0),
+    "throttled": Sort("t", "THROTTLED", lambda row: row.throttled or 0),
+    "memory": Sort("m", "MEMORY in use", lambda row: row.memory or 0),
+    "share": Sort("%", "MEMORY, % of its limit", lambda row: row.memory_share or 0),
+    "read": Sort("r", "READ/s", lambda row: row.read or 0),
+    "write": Sort("w", "WRITE/s", lambda row: row.written or 0),
+    "pids": Sort("p", "PROCS", lambda row: row.pids or 0),
+    "pressure": Sort("s", "STALLED", lambda row: row.stalled[0] if row.stalled else 0),
+    "hits": Sort("l", "HITS", lambda row: row.hits or 0),
+    "name": Sort("n", "the name of the group", lambda _: 0),
 }
 
 
 def ordered(rows: Iterable[Row], by: str, backwards: bool = False) -> list[Row]:
-    """The most first, and what is equal by name."""
+    """Return the rows with the highest first, and equal ones by name."""
     named = sorted(rows, key=lambda row: row.name)
     found = sorted(named, key=lambda row: -SORTS[by].of(row))
     return found[::-1] if backwards else found
 
 
 def summary(rows: Sequence[Row], by: str, interval: float) -> str:
-    """The line above the table."""
+    """Return the line above the table."""
     cpu = sum(row.cpu or 0 for row in rows)
     memory = sum(row.memory or 0 for row in rows)
     groups = f"{len(rows)} group{'' if len(rows) == 1 else 's'}"
     nodes = {row.node for row in rows} - {None}
     if nodes:
         groups += f" of {len(nodes)} worker{'' if len(nodes) == 1 else 's'}"
-    return f"{groups}, cpu {percent(cpu)} %, memory {size(memory)}; sorted by {by}, every {interval:g} s"
+    return f"{groups}, CPU {percent(cpu)}, memory {size(memory)}; sorted by {by}, every {interval:g} s"
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """Columns as wide as they need to be, with the owner at the end."""
+    """Return the table as plain text, with the owner in the last column."""
     heads = ("GROUP", *(f">{column.head}" for column in COLUMNS), "OWNER")
     cells = [[row.name, *(column.cell(row) for column in COLUMNS), short_command(row.owner)] for row in rows]
     return table(heads, cells)
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """A row as JSON has it."""
+    """Return a row for JSON."""
     return {
         "group": row.name,
         "owner": row.owner,
@@ -124,8 +137,8 @@ def as_json(row: Row) -> dict[str, Any]:
     }
 
 
-def shown(rows: Sequence[Row], by: str, title: str, first: int, width: int, height: int) -> Any:
-    """What a terminal of this size shows, from row ``first`` on: something that rich prints."""
+def screen(rows: Sequence[Row], by: str, title: str, first: int, width: int, height: int) -> Any:
+    """Return what a terminal of this size shows, from row ``first`` on, for rich to print."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -140,7 +153,9 @@ def shown(rows: Sequence[Row], by: str, title: str, first: int, width: int, heig
     )
     made.add_column(Text("GROUP"), no_wrap=True, width=name_width, overflow="ellipsis")
     for column in columns:
-        head = Text(column.head, style="bold underline" if column.sort == by else "")
+        head = Text(
+            column.head, style="bold underline" if column.sort == by.replace("share", "memory") else ""
+        )
         made.add_column(head, justify="right", no_wrap=True, width=column.width)
     if wide:
         made.add_column(Text("OWNER"), no_wrap=True, width=width - name_width - _columns_width(columns) - 1)
@@ -152,24 +167,37 @@ def shown(rows: Sequence[Row], by: str, title: str, first: int, width: int, heig
         made.add_row(Text(name), *cells, *owner)
     left = len(rows) - first - room
     below = f"{left} more below (arrow keys)" if left > 0 else LEGEND
-    keys = " ".join(f"{sort.letter}:{sort.label}" for sort in SORTS.values())
     filler = [Text("")] * max(0, room - len(rows) + first)
     return Group(
         Text(f"rcon top: {title}", style="bold", no_wrap=True, overflow="ellipsis"),
         made,
         *filler,
         Text(below, style="dim", no_wrap=True, overflow="ellipsis"),
-        Text(f"q:quit R:turn {keys}", style="dim", no_wrap=True, overflow="ellipsis"),
+        Text(KEYS, style="reverse", no_wrap=True, overflow="ellipsis"),
     )
 
 
-#: From this width on the owner is shown, in so many columns at least.
-_WITH_OWNER, _LEAST_OWNER = 110, 20
-_LEAST_NAME = 12
+def help_screen() -> Any:
+    """Return the screen that ``?`` shows, for rich to print."""
+    from rich.text import Text
+
+    columns = [f"  {column.head:<10} {column.help}" for column in COLUMNS]
+    sorts = [f"  {sort.letter}   sort by {sort.label}" for sort in SORTS.values()]
+    text = "\n".join(
+        [
+            "rcon top: help (q quits; any other key goes back)",
+            "",
+            *columns,
+            "",
+            *sorts,
+            "  R   reverse the order",
+        ]
+    )
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _names(rows: Sequence[Row], width: int) -> list[str]:
-    """Their names, as much of them as fits: the end, or the beginning where more of them differ in that."""
+    """Return the names cut to ``width``: at the beginning or at the end, whichever keeps more of them different."""
     whole = [printable(row.name) for row in rows]
     if all(len(name) <= width for name in whole):
         return whole
@@ -181,7 +209,7 @@ def _names(rows: Sequence[Row], width: int) -> list[str]:
 
 
 def _of_worker(row: Row, width: int) -> str:
-    """As much of the name of a worker, and of a group of its own, as fits."""
+    """Return the name of a worker and its group, each cut at its beginning."""
     node = printable(row.node or "").removeprefix("celery@")
     group = printable(row.name[len(row.node or "") + 1 :])
     group = cut_left(group, width - 1 - min(len(node), max(width // 3, 1)))
@@ -193,7 +221,7 @@ def _columns_width(columns: Sequence[Column]) -> int:
 
 
 def _fitting(width: int) -> list[Column]:
-    """The columns that leave room for the name; of a narrow terminal the last ones are left out."""
+    """Return the first columns that fit and leave room for the name."""
     left = width - _LEAST_NAME
     found = []
     for column in COLUMNS:
@@ -206,9 +234,9 @@ def _fitting(width: int) -> list[Column]:
 
 def _style(column: Column, row: Row) -> str:
     share = row.memory_share or 0
-    if column.sort == "share" and share >= 0.9:
+    if column.sort == "memory" and share >= 0.9:
         return "bold red"
-    if column.sort == "share" and share >= 0.75:
+    if column.sort == "memory" and share >= 0.75:
         return "yellow"
     if column.sort == "hits" and row.new_hits:
         return "bold red"

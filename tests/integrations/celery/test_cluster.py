@@ -347,7 +347,7 @@ def test_top_on_a_terminal(offices: Offices, tmp_path: Path, monkeypatch: pytest
                 it.until(lambda: it.shows("celery worker w@test"))
                 os.kill(server.process.pid, signal.SIGSTOP)
                 try:
-                    it.until(lambda: it.shows("as it was: no answer for "))
+                    it.until(lambda: it.shows("old data: no answer for "))
                     it.keys("m")
                     it.until(lambda: it.shows("w@test/stay"))
                 finally:
@@ -355,7 +355,7 @@ def test_top_on_a_terminal(offices: Offices, tmp_path: Path, monkeypatch: pytest
                 it.until(lambda: it.shows("sorted by memory"))
                 os.kill(server.process.pid, signal.SIGSTOP)
                 try:
-                    it.until(lambda: it.shows("as it was: no answer for "))
+                    it.until(lambda: it.shows("old data: no answer for "))
                     it.keys("q")
                     assert it.status() == 0
                     assert it.is_clean()
@@ -364,7 +364,7 @@ def test_top_on_a_terminal(offices: Offices, tmp_path: Path, monkeypatch: pytest
             with terminal("top", "--interval", "0.5", "--celery", limited.__name__, program=RCON) as it:
                 it.until(lambda: it.shows("w@test/stay"))
                 server.process.kill()
-                it.until(lambda: it.shows("as it was: the broker "))
+                it.until(lambda: it.shows("old data: the broker "))
                 it.keys("\x03")
                 assert it.status() == 0
                 assert it.is_clean()

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# All of capcon, for a caller who may not read the files of this interpreter.
+# All of capcon is imported here: a test's caller may be a user who cannot read the files of this interpreter.
+from rcon_plugins.cli.capcon import explain, run, show  # noqa: F401
 from rcon_plugins.cli.capcon.commands import run_main
 
 NOBODY = 65534
@@ -33,7 +34,7 @@ class Done(NamedTuple):
 def capcon(
     *arguments: str | Path, before: Callable[[], object] | None = None, cwd: Path | None = None
 ) -> Done:
-    """In a fork of this process, which has loaded Python already; `before` is what its caller became first."""
+    """Run capcon in a fork of this process, which has loaded Python already; `before` is called in the child first."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
         if pid == 0:

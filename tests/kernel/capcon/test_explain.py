@@ -85,10 +85,10 @@ def test_explain_agrees_with_what_the_command_then_holds(programs: Path, case: s
     assert after == held(ran), (explained, ran)
     changed = {name for name in after if after[name] != predicted["before"][name]}
     assert predicted["steps"] or not changed
-    assert explained.status == (0 if predicted["as_asked"] else 1)
+    assert explained.status == (0 if predicted["as_requested"] else 1)
     assert bool(ran.err) == (explained.status == 1)  # run warns of the same
     if program in AS_ASKED:
-        assert predicted["as_asked"], predicted
+        assert predicted["as_requested"], predicted
 
 
 @pytest.mark.smoke
@@ -106,7 +106,7 @@ def test_what_will_not_be_held_and_why(programs: Path) -> None:
     assert "no the command cannot be executed so" in " ".join(done.out.split())
     done = capcon("explain", *options, "--", programs / "plain")
     assert done.status == 0
-    assert "yes the command will hold what was asked" in " ".join(done.out.split())
+    assert "yes the command will hold what was requested" in " ".join(done.out.split())
 
 
 def test_explain_says_what_the_user_may_not_execute(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_explain_says_what_the_caller_may_not_give() -> None:
     assert done.status == 1
     assert "the command cannot be run so" in " ".join(done.out.split())
     data = json.loads(capcon("explain", "--json", *options, before=become_nobody).out)
-    assert (data["as_asked"], data["asked"]["capabilities"]) == (False, ["cap_net_raw"])
+    assert (data["as_requested"], data["requested"]["capabilities"]) == (False, ["cap_net_raw"])
     assert len(data["problems"]) == 1
 
 

@@ -167,7 +167,7 @@ def test_memory_they_have_is_said_to_stay() -> None:
         done = attach(one, "--memory", "64M", "--group", "late")
         assert done.status == 0
         assert done.err == (
-            "rcon: --memory: memory they have already stays where it was, and is not counted; what they add is\n"
+            "rcon: note: --memory counts only memory that the processes allocate from now on\n"
         )
         rcon("attach", "--release", "late")
 
@@ -305,7 +305,7 @@ def test_processes_whose_memory_grows_are_let_go() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (GROWS[:-1], "--expand without --up-to"),
+        (GROWS[:-1], "--expand needs --up-to (add it"),
         (("--memory", "2G", "--expand", "2x", "--up-to", "1G"), "--up-to"),
         (("--memory", "32M", "--expand", "0.5x", "--up-to", "1G"), "--expand"),
     ],

@@ -99,7 +99,7 @@ def take_and_let_go(base: Cgroup, enter: Callable[[], None], *options: str) -> N
         before = where(pid)
         done = rcon("attach", *options, "--pids", "9", "--group", name, str(pid), before=enter)
         assert (done.status, done.out) == (0, f"{name}: 1 process\n")
-        said = f"--release will leave {pid} in this user's own cgroup: only root can put processes back"
+        said = f"--release will leave {pid} in a cgroup of this user: only root can move them back"
         assert said in done.err if enter is outside else done.err == ""
         assert f"{base.path}/rcon-" in where(pid)
         assert f"/attached/{name}" in where(pid)

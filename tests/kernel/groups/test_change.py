@@ -156,7 +156,7 @@ def test_io_limits_that_came_too_late_for_a_server_are_refused(
 
 
 BAD = [
-    ([], "say what to set"),
+    ([], "no limit given"),
     (["--cpu", "junk"], "--cpu: 'junk' is not a share of CPU time"),
     (["--memory", "512MB"], "--memory: '512MB' is not a size (write \"512M\""),
     (["--memory", "1"], "--memory: 1 bytes are less than one page"),
@@ -164,11 +164,11 @@ BAD = [
     (["--pids", "0"], "--pids: "),
     (["--cpus", "4000"], "--cpus: CPUs 4000 are not there"),
     (["--cpus", "max"], "--cpus: 'max' is not a list of CPUs"),
-    (["--device", "/"], "--device without --read"),
+    (["--device", "/"], "--device limits nothing by itself"),
     (["--write", "5M", "--device", "/no/such/path"], "--device: /no/such/path"),
     (["--write", "max", "--device", "/no/such/path"], "--device: /no/such/path"),
     (["--write", "5M", "--device", ""], "--device: the path is empty"),
-    (["--expand", "2x", "--up-to", "1G"], "--expand needs somebody who watches"),
+    (["--expand", "2x", "--up-to", "1G"], "--expand works only with rcon run"),
     (["--pids", "5", "--memory", "5"], "--memory: "),
     (["--memoory", "5M"], "--memoory"),
 ]
@@ -233,7 +233,7 @@ def test_memory_below_what_is_in_use_kills_on_v2(
         out, err = said(capsys, ["set", f"{own}-command", "--memory", "8M"])
         assert child.wait() == -signal.SIGKILL
     assert "memory 8M" in out
-    assert "of memory were in use: the kernel took back what it could, and killed 1 process" in err
+    assert "of memory was in use: the kernel reclaimed what it could and killed 1 process" in err
 
 
 def test_a_server_may_write_its_limits_again(
@@ -241,7 +241,7 @@ def test_a_server_may_write_its_limits_again(
 ) -> None:
     instance.policy_cgroup(f"{own}~a.example").create()
     _, err = said(capsys, ["set", f"{own}~a.example", "--pids", "5"])
-    assert err.startswith(f"rcon: note: the group is of a server, pid {os.getpid()} (")
+    assert err.startswith(f"rcon: note: the group belongs to a server, pid {os.getpid()} (")
     assert "may write the limits of its policy again" in err
 
 
@@ -253,10 +253,10 @@ def test_groups_of_threads_have_what_their_server_gave_them(
         said(capsys, ["set", f"{own}-web", "--cpu", "20%"])
         assert read_limits(threaded).cpu_quota == 0.2
         _, err = said(capsys, ["set", f"{own}-web", "--memory", "20M"], 2)
-        assert f"the threads of {own}-web have limits of " in err
+        assert f"{own}-web holds threads of a server, for which only " in err
         for verb, done in (("freeze", "frozen"), ("thaw", "thawed"), ("kill", "killed")):
             _, err = said(capsys, [verb, f"{own}-web"], 2)
-            assert f"cannot be {done} without it" in err
+            assert f"cannot be {done} without the server" in err
             assert f"stop the server, pid {os.getpid()}" in err
     finally:
         threaded.delete()
@@ -276,13 +276,13 @@ def test_freeze_and_thaw(
 ) -> None:
     with running(instance.executor_cgroup(f"{own}-command", "main"), _burn):
         out, _ = said(capsys, ["freeze", f"{own}-command"])
-        assert out == f"{own}-command: 1 process frozen, until rcon thaw {own}-command\n"
+        assert out == f"{own}-command: 1 process frozen (rcon thaw {own}-command resumes them)\n"
         used = command.read().cpu_seconds
         time.sleep(0.2)
         assert command.read().cpu_seconds == used
         said(capsys, ["freeze", f"{own}-command"])
         out, _ = said(capsys, ["thaw", f"{own}-command"])
-        assert out == f"{own}-command: 1 process going on\n"
+        assert out == f"{own}-command: 1 process resumed\n"
         eventually(lambda: (command.read().cpu_seconds or 0) > (used or 0))
 
 
@@ -296,9 +296,9 @@ def test_kill_takes_all_and_says_which(
         assert command.processes(subtree=True) == []
         assert child.wait() == -signal.SIGKILL
     assert told["group"] == f"{own}-command"
-    assert sorted(one["pid"] for one in told["ended"]) == pids
+    assert sorted(one["pid"] for one in told["killed"]) == pids
     out, _ = said(capsys, ["kill", f"{own}-command"])
-    assert out == f"{own}-command: 0 processes ended\n"
+    assert out == f"{own}-command: 0 processes killed\n"
 
 
 def _family() -> None:
@@ -324,5 +324,5 @@ def test_not_from_within(command: Cgroup, instance: Instance, own: str, verb: st
         timeout=60,
     )
     assert done.returncode == 2, done.stderr
-    assert "holds this very command" in done.stderr
+    assert "holds this rcon itself" in done.stderr
     assert not (command.processes(subtree=True))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rcon_plugins.cli.groups import ls
-from rcon_plugins.cli.top import live
+from rcon_plugins.cli.top import samples, top
 from rcon_plugins.errors import KernelError, UnknownGroup
 from rcon_plugins.groups.find import Group, find_group, find_groups, is_gone
 from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, IoMax, Resources, device_of, read_limits
@@ -224,7 +224,7 @@ def test_an_ordinary_user_sees_them_too(instance: Instance, own: str, in_child: 
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             assert ls.ls(as_json=False) == 0
-            assert live.show(live.local, iterations=1, interval=0.1) == 0
+            assert top.top(samples.local, iterations=1, interval=0.1) == 0
         assert f"{own}-a  " in out.getvalue()
         return (
             mine[0].limits().pids_max,
@@ -234,8 +234,8 @@ def test_an_ordinary_user_sees_them_too(instance: Instance, own: str, in_child: 
         )
 
     pids, names, unreadable, said = in_child(as_nobody)
-    assert said.startswith("rcon: note: /")
-    assert "cannot be looked into; as root all can" in said
+    assert said.startswith("rcon: note: this user cannot read the cgroup /")
+    assert "(run rcon ls as root)" in said
     assert pids == 5
     assert f"{own}-b" not in names
     assert any(f"{own}-b" in path for path in unreadable)

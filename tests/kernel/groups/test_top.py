@@ -38,15 +38,19 @@ def _burn() -> None:
 @pytest.mark.smoke
 def test_a_live_table(busy: str) -> None:
     with terminal("top", "--interval", "0.5") as it:
-        it.until(lambda: re.search(rf"{busy} +[1-9][0-9.]* +\d", "\n".join(it.screen())))
+        it.until(lambda: re.search(rf"{busy} +[1-9][0-9.]*% +\d", "\n".join(it.screen())))
         lines = it.screen()
         assert len(lines) == 24
         assert max(map(len, lines)) <= 80
         assert "sorted by cpu" in lines[0]
-        assert lines[1].split()[:3] == ["GROUP", "CPU%", "THR%"]
-        assert lines[-1].startswith("q:quit ")
+        assert lines[1].split()[:3] == ["GROUP", "CPU", "THROTTLED"]
+        assert lines[-1].startswith("q quit ")
         it.keys("m")
         it.until(lambda: it.shows("sorted by memory"))
+        it.keys("?")
+        it.until(lambda: it.shows("any other key goes back"))
+        it.keys("x")
+        it.until(lambda: not it.shows("any other key goes back"))
         it.keys("q")
         assert it.status() == 0
         assert it.is_clean()
@@ -62,7 +66,7 @@ def test_plain_tables_without_a_terminal(busy: str, capsys: pytest.CaptureFixtur
         heading, _, *lines = table.splitlines()
         assert "sorted by name, every 0.5 s" in heading
         (line,) = [line.split() for line in lines if line.startswith(f"{busy} ")]
-        assert 0 < float(line[1]) < 50  # CPU%, of a quota of 20 %
+        assert 0 < float(line[1].removesuffix("%")) < 50  # of a quota of 20 %
         assert line[3].endswith("M")
     with terminal(
         "top",

@@ -99,7 +99,7 @@ def test_a_line_for_each_until_the_group_is_gone(group: Cgroup, own: str, watchi
         assert group.delete()
         status, out, err = it.ended()
     lines = out.splitlines()
-    assert (status, err) == (0, f"rcon: {own}-w is gone\n")
+    assert (status, err) == (0, f"rcon: group {own}-w is gone\n")
     kinds = [line.split()[1] for line in lines]
     assert set(kinds) == {"oom_kill", "pids_limit"}
     assert all(line[2] == line[5] == ":" for line in lines)
@@ -145,10 +145,13 @@ def test_what_cannot_be_told_of_a_group_is_refused(
 
 
 BAD = [
-    (["--kind", "oom"], "--kind: there is no event 'oom' (one of: memory_high, memory_limit"),
+    (["--kind", "oom"], "--kind: unknown event 'oom' (choose from memory_high, memory_limit"),
     (["--threshold", "much"], "--threshold: 'much' is not a size"),
-    (["--pressure", "disk"], "--pressure: 'disk' is no trigger (memory, or memory:200ms/2s; or cpu, io)"),
-    (["--pressure", "io:2s"], "--pressure: 'io:2s' is no trigger"),
+    (
+        ["--pressure", "disk"],
+        "--pressure: 'disk' is not RESOURCE[:STALL/WINDOW] (for example memory:200ms/2s",
+    ),
+    (["--pressure", "io:2s"], "--pressure: 'io:2s' is not RESOURCE[:STALL/WINDOW]"),
     (["--pressure", "io:5/2"], "--pressure: '5' is not a length of time"),
     (["--pressure", "io:3s/2s"], "--pressure: 3 s is not within a window of 2 s"),
     (["--pressure", "io:1s/60s"], "--pressure: a window of 60 s is not between"),

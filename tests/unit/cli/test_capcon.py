@@ -1,4 +1,4 @@
-"""capcon's command line: what is refused before anything is done, help, completion, the table."""
+"""capcon's command line: bad usage, help, completion and the table."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pytest
 from rcon_plugins.cli.capcon import run, show
 from rcon_plugins.cli.capcon.commands import run_main
 from rcon_plugins.cli.exit import Refused
-from rcon_plugins.cli.request import Asked, look_up
+from rcon_plugins.cli.program import find_program
+from rcon_plugins.cli.request import Request, look_up
 from rcon_plugins.kernel.capability import Capabilities, Identity, Ids, State, read_state
 
 
-def asked(*command: str, identity: Identity | None = None, keep: Capabilities | None = None) -> Asked:
-    return Asked(command or ("true",), identity, keep)
+def request(*command: str, identity: Identity | None = None, keep: Capabilities | None = None) -> Request:
+    return Request(command or ("true",), identity, keep)
 
 
 def state(held: Capabilities, *, uid: int = 1000, permitted: Capabilities | None = None) -> State:
@@ -31,27 +32,36 @@ def state(held: Capabilities, *, uid: int = 1000, permitted: Capabilities | None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "--user", "nobdy", "--", "true"], "unknown user 'nobdy': did you mean nobody?"),
+        (["run", "--user", "nobdy", "--", "true"], "unknown user 'nobdy' (did you mean nobody?"),
         (["run", "--user", "%", "--", "true"], "unknown user '%'"),
         (["run", "--user", "", "--", "true"], "unknown user ''"),
-        (["run", "--user", "4294967295", "--", "true"], "4294967295 is no user or group id"),
-        (["run", "--user", "9" * 5000, "--", "true"], "is no user or group id"),
+        (["run", "--user", "4294967295", "--", "true"], "4294967295 is not a user or group id"),
+        (
+            ["run", "--user", "9" * 5000, "--", "true"],
+            "is not a user or group id (the highest is 4294967294",
+        ),
         (["run", "--user", "-1", "--", "true"], "unknown user '-1'"),
-        (["run", "--user", "4242", "--", "true"], "uid 4242 has no account, and so no group: add --group"),
+        (
+            ["run", "--user", "4242", "--", "true"],
+            "uid 4242 has no account, and so no group (add --group; see",
+        ),
         (["run", "--user", "nobody", "--group", "deamon", "--", "true"], "did you mean daemon?"),
         (["run", "--user", "nobody", "--groups", "mail,?", "--", "true"], "unknown group '?'"),
         (["run", "--group", "mail", "--", "true"], "need --user"),
         (["run", "--cap", "net_bind_servce", "--", "true"], "did you mean net_bind_service?"),
         (["run", "--cap", "CAP_NET_ROW", "--", "true"], "did you mean net_raw?"),
-        (["run", "--cap", "?", "--", "true"], "unknown capability '?': capabilities(7) lists them"),
+        (["run", "--cap", "?", "--", "true"], "unknown capability '?' (capabilities(7) lists them"),
         (["run", "--cap", "63", "--", "true"], "this kernel has no capability 63"),
         (["run", "--cap", "64", "--", "true"], "unknown capability '64'"),
-        (["run", "--cap", "net_raw", "--drop-all", "--", "true"], "give one of them"),
+        (
+            ["run", "--cap", "net_raw", "--drop-all", "--", "true"],
+            "exclude each other (leave out one of them; see",
+        ),
         (["run", "--write", "/tmp", "--", "true"], "need --no-new-privs"),
-        (["run", "--no-new-privs", "--read-only", "", "--", "true"], "an empty path"),
+        (["run", "--no-new-privs", "--read-only", "", "--", "true"], "the path is empty"),
         (["run", "--", ""], "the command is empty"),
-        (["run", "--drop-all", "--"], "Missing argument"),
-        (["run", "--usr", "nobody", "--", "true"], "No such option"),
+        (["run", "--drop-all", "--"], "the command is missing"),
+        (["run", "--usr", "nobody", "--", "true"], "unknown option '--usr' (did you mean --user? see"),
         (["explain", "--cap", "x y\nz", "--", "true"], "unknown capability"),
         (["show", "self"], "'self' is not a valid integer"),
         (["show", "0"], "0 is not in the range"),
@@ -75,7 +85,7 @@ def test_bad_usage_is_one_line_with_a_remedy(
     [("no-such-command", 127), ("/no/such/file", 127), ("/etc/passwd", 126), ("/etc", 126), ("a\0b", 127)],
 )
 @pytest.mark.parametrize("subcommand", ["run", "explain"])
-def test_a_command_that_cannot_be_run(
+def test_a_program_that_is_missing_or_not_executable(
     subcommand: str, command: str, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main([subcommand, "--", command]) == status
@@ -93,8 +103,8 @@ def test_help_has_examples(subcommand: list[str], capsys: pytest.CaptureFixture[
     assert "      capcon " in out or "    capcon " in out or "capcon run" in out or "_CAPCON_COMPLETE" in out
 
 
-def test_options_after_the_command_are_the_commands(tmp_path: Path) -> None:
-    """Also without --."""
+def test_options_after_the_command_belong_to_it(tmp_path: Path) -> None:
+    """Without -- too."""
     done = subprocess.run(
         [
             sys.executable,
@@ -135,7 +145,7 @@ def test_words_are_completed(
     assert capsys.readouterr().out.split() == [f"plain,{word}" for word in completed]
 
 
-def test_a_usage_is_printed_without_loading_the_rest() -> None:
+def test_help_loads_no_implementation() -> None:
     script = "import sys; from rcon_plugins.cli.capcon import commands; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
     loaded = set(done.stdout.split())
@@ -157,32 +167,32 @@ def test_a_program_is_looked_for_as_a_shell_does(tmp_path: Path, monkeypatch: py
         (tmp_path / name / "program").write_text("#!/bin/sh\n")
     monkeypatch.setenv("PATH", f"{tmp_path}/none:{tmp_path}/first:{tmp_path}/second")
     with pytest.raises(Refused, match=r"first/program is not executable \(chmod \+x"):
-        run.find("program")
+        find_program("program")
     (tmp_path / "second" / "program").chmod(0o755)
-    assert run.find("program") == f"{tmp_path}/second/program"
+    assert find_program("program") == f"{tmp_path}/second/program"
     monkeypatch.chdir(tmp_path / "second")
-    assert run.find("./program") == "./program"
+    assert find_program("./program") == "./program"
     monkeypatch.setenv("PATH", f"{tmp_path}")
     with pytest.raises(Refused, match="program: not found"):
-        run.find("program")
+        find_program("program")
 
 
 def test_problems_name_each_difference() -> None:
     raw, kill = Capabilities.of("net_raw"), Capabilities.of("kill")
     who = Identity(1000, 1000, ())
-    assert run.problems(asked(identity=who, keep=raw), state(raw)) == []
-    assert run.problems(asked(), state(raw, uid=0)) == []  # nothing was said of it
-    assert run.problems(asked(identity=who, keep=raw), state(kill, uid=0)) == [
+    assert run.problems(request(identity=who, keep=raw), state(raw)) == []
+    assert run.problems(request(), state(raw, uid=0)) == []  # nothing was requested
+    assert run.problems(request(identity=who, keep=raw), state(kill, uid=0)) == [
         "will run with uid 0, not 1000 alone",
         "will run with gid 0, not 1000 alone",
         "will not hold cap_net_raw",
-        "will hold cap_kill, which was not asked for",
+        "will hold cap_kill, which was not requested",
     ]
     permitted_alone = state(Capabilities.none(), permitted=raw)
-    assert run.problems(asked(keep=raw), permitted_alone) == ["will not hold cap_net_raw"]
+    assert run.problems(request(keep=raw), permitted_alone) == ["will not hold cap_net_raw"]
 
 
-def test_long_lists_are_told_by_what_is_missing() -> None:
+def test_a_long_list_names_what_is_missing() -> None:
     known = Capabilities.known()
     assert show.listed(known) == f"all {len(known)} capabilities"
     assert show.listed(known - Capabilities.of("kill")) == "all capabilities but cap_kill"
@@ -217,7 +227,7 @@ def test_the_table_and_the_json_of_a_state(monkeypatch: pytest.MonkeyPatch) -> N
     assert data["securebits"] == ["noroot", "no_cap_ambient_raise", "0x200"]
 
 
-def test_show_is_of_this_process(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_without_pid_shows_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     mine = read_state()
     assert run_main(["show", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -227,7 +237,7 @@ def test_show_is_of_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert "securebits    " in capsys.readouterr().out
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     script = "from rcon_plugins.cli.capcon.commands import main; main()"
     reading, writing = os.pipe()
     os.close(reading)

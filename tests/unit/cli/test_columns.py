@@ -21,7 +21,7 @@ from rcon_plugins.kernel.cgroup import MAX, Device, IoMax, Resources
 DISK = Device(254, 0)
 
 
-def test_columns_are_as_wide_as_what_is_in_them() -> None:
+def test_a_column_is_as_wide_as_its_widest_cell() -> None:
     assert table(("NAME", ">N", "LAST"), [["a", "1", "x"], ["longer", "100", ""]]) == (
         "NAME      N  LAST\na         1  x\nlonger  100"
     )
@@ -29,6 +29,16 @@ def test_columns_are_as_wide_as_what_is_in_them() -> None:
         table(("NAME", ">N", "LAST"), [["a", "1", "a long command"]], 16) == "NAME  N  LAST\na     1  a long…"
     )
     assert table(("N", ">M"), [["日本", "1"], ["abcde", "2"]]) == "N      M\n日本   1\nabcde  2"
+
+
+def test_text_columns_shrink_to_the_width() -> None:
+    """First the widest after the first column; numbers never."""
+    row = ["rcon-123-4567/tenant~a.example", "123456789", "cpu 30%, memory 64M, pids 16", "gunicorn app:app"]
+    heads = ("GROUP", ">MEMORY", "LIMITS", "OWNER")
+    assert table(heads, [row], 80).splitlines()[1] == (
+        "rcon-123-4567/tenant~a.example  123456789  cpu 30%, memory 64…  gunicorn app:app"
+    )
+    assert table(heads, [row], 50).splitlines()[1] == "rcon-123-45…  123456789  cpu 30%, me…  gunicorn a…"
 
 
 @pytest.mark.parametrize(
@@ -59,17 +69,12 @@ def test_numbers() -> None:
         "4521",
     ]
     assert [percent(share) for share in (None, 0, 0.031, 0.0999, 0.314, 1.5)] == [
-        "-",
-        "0",
-        "3.1",
-        "10",
-        "31",
-        "150",
+        *("-", "0%", "3.1%", "10%", "31%", "150%"),
     ]
     assert [count(number) for number in (None, 0, 7)] == ["-", "0", "7"]
 
 
-def test_nothing_reaches_the_terminal_but_text() -> None:
+def test_control_characters_do_not_reach_the_terminal() -> None:
     assert printable("a\x1b[2Jb\r\n\u202e\udc80") == "a?[2Jb????"
     assert cut("abcdef", 4) == "abc…"
     assert cut("日本語", 4) == "日…"
@@ -131,5 +136,5 @@ def test_limits() -> None:
         ("", ""),
     ],
 )
-def test_a_command_as_people_know_it(words: str, short: str) -> None:
+def test_the_short_form_of_a_command(words: str, short: str) -> None:
     assert short_command(words) == short

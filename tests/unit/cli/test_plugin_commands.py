@@ -1,4 +1,4 @@
-"""Subcommands of plugins: who is asked for them and when, and what is said of those that cannot be."""
+"""Commands of plugins: which plugins are loaded and when, and the messages for broken ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import click
 import pytest
 
 from rcon_plugins import hookimpl
-from rcon_plugins.cli import plugin_commands
-from rcon_plugins.cli.rcon import rcon, run_main
+from rcon_plugins.cli.rcon import plugin_commands, rcon, run_main
 from rcon_plugins.hookspecs import rcon_commands
 
 
@@ -49,7 +48,7 @@ class Broken:
 
 
 class Silent:
-    """A plugin for servers alone."""
+    """A plugin without commands."""
 
 
 @pytest.fixture(autouse=True)
@@ -69,12 +68,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return [point for point in points if name in (None, point.name)]
 
     monkeypatch.setattr("rcon_plugins.builtin.plugins.entry_points", entry_points)
-    plugin_commands._commands.cache_clear()
+    plugin_commands.cache_clear()
     yield
-    plugin_commands._commands.cache_clear()
+    plugin_commands.cache_clear()
 
 
-def test_a_command_of_a_plugin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plugin_adds_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RCON_PLUGINS", "greeting, silent")
     assert run_main(["greet"]) == 0
     assert run_main(["greet", "--status", "3"]) == 3
@@ -88,7 +87,9 @@ def test_a_command_of_a_plugin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert [item.value for item in rcon.shell_complete(context, "gr")] == ["greet"]
 
 
-def test_installed_is_not_active(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_installed_plugin_is_not_active(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("RCON_PLUGINS", raising=False)
     assert run_main(["greet"]) == 2
     assert "No such command 'greet'" in capsys.readouterr().err
@@ -105,19 +106,19 @@ def test_installed_is_not_active(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         ),
         (
             "taking",
-            "cannot add its commands: there is a command 'check' already (mend it, or take its name out)",
+            "cannot add its commands: there is already a command 'check' (fix the plugin, or remove it from",
         ),
         ("greeting,greeting", "RCON_PLUGINS: the plugin 'greeting' does not fit: "),
         (
             "broken",
-            "RCON_PLUGINS: the plugin 'broken' cannot add its commands: RuntimeError: on purpose (mend it",
+            "RCON_PLUGINS: plugin 'broken' cannot add its commands: RuntimeError: on purpose (fix the plugin",
         ),
     ],
 )
-def test_a_plugin_that_cannot_be(
+def test_a_broken_plugin_is_reported(
     named: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is said to whoever asks for its commands, and keeps nobody from the built-in ones."""
+    """But only for commands that are not built in."""
     monkeypatch.setenv("RCON_PLUGINS", named)
     assert run_main(["greet"]) == 125
     out, err = capsys.readouterr()
@@ -129,8 +130,8 @@ def test_a_plugin_that_cannot_be(
 
 
 @pytest.mark.parametrize("named", ["", "greeting"])
-def test_what_nobody_asked_for_costs_nothing(named: str) -> None:
-    """A built-in command loads no plugin, and nothing that plugins need."""
+def test_a_built_in_command_loads_no_plugin(named: str) -> None:
+    """Nor anything that plugins need."""
     program = (
         "import sys; from rcon_plugins.cli.rcon import run_main; assert run_main(['schema', '--help']) == 0\n"
         "assert not {'pluggy', 'importlib.metadata', 'rcon_plugins.builtin.plugins'} & set(sys.modules)"
@@ -144,5 +145,5 @@ def test_what_nobody_asked_for_costs_nothing(named: str) -> None:
     )
 
 
-def test_the_hook_is_told_what_to_add_to() -> None:
+def test_the_hook_documents_the_group() -> None:
     assert "cli.command()" in (rcon_commands.__doc__ or "")

@@ -1,4 +1,4 @@
-"""rcon's command line: what it says of settings, of works, and of what it is asked wrongly. None of it needs root."""
+"""rcon's command line: check, which, schema, help, completion and bad usage. None of it needs root."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins.cli.machine import check
+from rcon_plugins.cli.machine import check, which
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import DelegationError, SettingsError
 from rcon_plugins.settings.file import json_schema
@@ -60,24 +60,26 @@ def write(tmp_path: Path) -> Write:
     return written
 
 
-def test_commands_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_commands_in_sections(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(["--help"]) == 0
     out = capsys.readouterr().out
     assert "Usage: rcon " in out
-    assert all(f"\n  {command} " in out for command in ("check", "which", "schema"))
-    assert "..." not in out.partition("Commands:")[2]  # each fits in its line
+    sections = ["Run:", "Look:", "Change:", "Settings:", "Machine:"]
+    assert [line for line in out.splitlines() if line in sections] == sections
+    assert all(f"\n  {command} " in out for command in ("run", "ls", "set", "check", "doctor"))
+    assert "..." not in out.partition("\nRun:")[2]  # each fits in its line
     assert all(f"\n    {status} " in out for status in (0, 1, 2, 125))
 
 
-def test_without_a_word_it_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_command_it_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main([]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("Usage: rcon [OPTIONS] COMMAND")
-    assert "\n  check   Say how " in err
+    assert "\n  check   Check a policy file " in err
 
 
-def test_an_option_that_is_always_refused_is_in_no_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_leaves_out_options_that_are_always_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for command, there in (("run", True), ("attach", True), ("set", False)):
         assert run_main([command, "--help"]) == 0
         assert ("--expand" in capsys.readouterr().out) == there
@@ -92,7 +94,7 @@ def test_an_option_that_is_always_refused_is_in_no_help(capsys: pytest.CaptureFi
                 "FILE",
                 "--server [sync|gthread|gevent|celery]",
                 "--json",
-                '"note:"',
+                "A note says",
                 "rcon check /etc/rcon.toml",
             ],
         ),
@@ -119,8 +121,8 @@ def test_help(subcommand: str, words: list[str], capsys: pytest.CaptureFixture[s
         (["check", "--srver", "sync", "f"], "Did you mean '--server'?"),
         (["check", "--server", "gtread", "f"], "'gtread' is not one of"),
         (["check", "f", "g"], "unexpected extra argument"),
-        (["which", "f"], "say something of the work: --host, --path, --task"),
-        (["which", "f", "--attribute", "remote_addr"], "'remote_addr' is not NAME=VALUE"),
+        (["which", "f"], "no attribute given: add --host, --path, --task"),
+        (["which", "f", "--attribute", "remote_addr"], "--attribute: 'remote_addr' is not NAME=VALUE"),
         (["which", "f", "--attribute", "=x"], "'=x' is not NAME=VALUE"),
         (["schema", "f"], "unexpected extra argument"),
     ],
@@ -168,7 +170,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_file_that_is_wrong(name: str, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_file_is_refused(name: str, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     text, key, reason, remedy = BAD[name]
     file = write(text)
     assert run_main(["check", file]) == 1
@@ -193,7 +195,7 @@ def test_a_file_that_is_wrong(name: str, write: Write, capsys: pytest.CaptureFix
     assert err.startswith(f"rcon: {file}: ")
 
 
-def test_check_finds_what_never_fits_into_the_budget(
+def test_check_refuses_a_policy_larger_than_the_budget(
     write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write('[budget]\nmemory = "100M"\n[policy.p]\nmemory = "1G"\n')
@@ -203,15 +205,15 @@ def test_check_finds_what_never_fits_into_the_budget(
     assert "1G never fits: the whole budget is 100M here" in said
 
 
-def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(["check", str(tmp_path / "no.toml")]) == 1
     assert "no.toml: cannot be read: No such file or directory" in " ".join(capsys.readouterr().out.split())
 
 
-def test_what_cannot_be_enforced_is_told_by_the_key_of_the_policy(
+def test_check_refuses_what_cannot_be_enforced_by_key(
     write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Limits and identities alike, and all of them, not the first alone."""
+    """Limits and users, and all of them, not only the first."""
     file = write(
         """
 [policy.web]
@@ -248,14 +250,14 @@ pids = 8
     assert lines[-1] == f"{file}: 2 of 3 policies cannot be enforced here"
 
 
-def test_a_note_says_what_is_no_boundary(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_note_names_policies_that_are_no_boundary(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     file = write('[policy.web]\npids = 8\n[policy.site]\nuser = "nobdy"')
     run_main(["check", file])
     lines = capsys.readouterr().out.splitlines()
     place = next(number for number, line in enumerate(lines) if line.startswith("web: inline - "))
     assert lines[place + 1].startswith("    note: ")
     assert "is no boundary" in lines[place + 1]
-    # And once, what is about several policies together; not again what stands beside a policy.
+    # At the end only the notes about several policies; a note beside a policy is not repeated.
     last = [line for line in lines if line.startswith("note: ")]
     assert [line.startswith("note: web: runs in the server's own process") for line in last] == [True]
 
@@ -264,7 +266,7 @@ def test_a_note_says_what_is_no_boundary(write: Write, capsys: pytest.CaptureFix
     ("server", "isolation"),
     [("sync", "inline"), ("gthread", "inline"), ("gevent", "process"), ("celery", "process")],
 )
-def test_the_kind_of_server_counts(
+def test_isolation_depends_on_the_kind_of_server(
     server: str, isolation: str, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write('[policy.web]\npids = 8\n[policy.site]\nuser = "nobdy"')
@@ -273,7 +275,7 @@ def test_the_kind_of_server_counts(
 
 
 def test_a_remedy_of_several_steps_has_a_line_for_each() -> None:
-    """Such as can be copied: commands are not broken."""
+    """Commands stay whole, so that they can be copied."""
     long = "mkdir -p /a && chown nobody " + " ".join(f"/a/file-{number}" for number in range(20))
     hint = f'run the server as root, or as root once: {long}; echo 1 > /a/b; and set cgroup = "/rcon"'
     problem = check._problem(DelegationError("no cgroup is delegated to this process", hint=hint))
@@ -332,13 +334,11 @@ def test_which(
         (["--host", "no-such-file"], "there is no '/etc/no-such-file'"),
         (["--host", "group"], "root"),
         (["--queue", "slow"], "host"),
-        (["--path", "/img", "--method", "PUT"], "no route names it, and there is no policy named default"),
-        (["--attribute", "remote_addr=192.0.2.1"], "no route names it"),
+        (["--path", "/img", "--method", "PUT"], "no route matches, and there is no policy named default"),
+        (["--attribute", "remote_addr=192.0.2.1"], "no route matches"),
     ],
 )
-def test_which_of_work_that_would_be_refused(
-    work: list[str], words: str, write: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_which_refuses(work: list[str], words: str, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(ROUTES)
     assert run_main(["which", file, "--json", *work]) == 1
     found = json.loads(capsys.readouterr().out)
@@ -359,12 +359,12 @@ def test_which_of_work_that_would_be_refused(
         (
             "[policy.default]\npids = 5",
             ["--host", "x"],
-            "no route, policy default\nin the cgroup default\nas the server",
+            "no route, policy default\nin the cgroup default\nas the user of the server",
         ),
         (
             ROUTES,
             ["--task", "reports.x"],
-            "route 3, policy web\nin the cgroup web\nas the server's own user\n",
+            "route 3, policy web\nin the cgroup web\nas the user of the server\n",
         ),
         (
             ROUTES,
@@ -374,11 +374,11 @@ def test_which_of_work_that_would_be_refused(
         (
             '[policy.default]\nper = "host"\npids = 5',
             ["--path", "/"],
-            "no route, policy default\nno key, as it has no host, in the cgroup default\n",
+            "no route, policy default\nno key, because it has no host, in the cgroup default\n",
         ),
     ],
 )
-def test_which_in_words(
+def test_which_as_text(
     text: str, work: list[str], expected: str, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(["which", write(text), *work]) == 0
@@ -386,7 +386,7 @@ def test_which_in_words(
 
 
 def test_segments_of_a_path_are_attributes() -> None:
-    found = check.attributes_of({"path": "/shop//img", "host": "Shop.Example.:80"}, ("header:X-Tenant=a=b",))
+    found = which.attributes_of({"path": "/shop//img", "host": "Shop.Example.:80"}, ("header:X-Tenant=a=b",))
     assert found == {
         "path": "/shop//img",
         "host": "shop.example",
@@ -414,7 +414,7 @@ def nodes(part: Any) -> list[dict[str, Any]]:
     return own + [node for inner in below for node in nodes(inner)]
 
 
-def test_words_are_completed_without_loading_the_rest() -> None:
+def test_completion_loads_no_implementation() -> None:
     script = """
 import atexit, sys
 atexit.register(lambda: print(*sys.modules))

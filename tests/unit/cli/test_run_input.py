@@ -1,4 +1,4 @@
-"""rcon run and rcon attach, asked wrongly: one line with the option and a remedy, status 2, and nothing is made."""
+"""Bad usage of rcon run and rcon attach: one line with the option and a remedy, status 2, and nothing is made."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_every_option_is_tried() -> None:
 @pytest.mark.parametrize(
     "words", [["run"], ["run", "--"], ["run", "--", ""], ["run", "--no-such", "--", "true"]]
 )
-def test_no_command(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_command_is_refused(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert run_main(words) == 2
     one_line(capfd)
 
@@ -108,7 +108,9 @@ def test_no_command(words: list[str], capfd: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("program", "status"), [("no-such-program", 127), ("./no/such", 127), ("/etc/passwd", 126), ("/", 126)]
 )
-def test_a_program_that_cannot_be(program: str, status: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_program_that_cannot_be_executed(
+    program: str, status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run_main(["run", "--", program]) == status
     one_line(capfd)
 
@@ -124,7 +126,7 @@ def ended() -> str:
     [[], ["0"], ["-1"], ["x"], ["1"], ["4194305"], ["9" * 30], ["1.5"], [str(os.getpid())], ["ended"]],
     ids=str,
 )
-def test_processes_that_cannot_be_taken(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_processes_that_cannot_be_attached(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     words = [ended() if word == "ended" else word for word in words]
     assert run_main(["attach", "--cpu", "50%", *words]) == 2
     one_line(capfd)
@@ -133,7 +135,7 @@ def test_processes_that_cannot_be_taken(words: list[str], capfd: pytest.CaptureF
 @pytest.mark.parametrize(
     "words", [["no-such-group"], ["a/b"], ["ended"], ["--cpu", "5%", "x"], ["--children", "x"]]
 )
-def test_what_cannot_be_let_go(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_released(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     words = [ended() if word == "ended" else word for word in words]
     assert run_main(["attach", "--release", *words]) == 2
     one_line(capfd)

@@ -1,4 +1,4 @@
-"""The rates, the order and the shapes of rcon top's table, from samples made by hand."""
+"""The rates, the order and the three forms of rcon top's table, from samples made by hand."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from rcon_plugins.cli.groups.commands import _SORTS
-from rcon_plugins.cli.top.rows import Rates, Row
-from rcon_plugins.cli.top.table import SORTS, as_json, as_text, ordered, shown, summary
+from rcon_plugins.cli.top.samples import Rates, Row
+from rcon_plugins.cli.top.table import COLUMNS, SORTS, as_json, as_text, help_screen, ordered, screen, summary
 from rcon_plugins.errors import ConfinementError
 from rcon_plugins.groups.sample import Sample, from_data, to_data
 from rcon_plugins.kernel.cgroup import MAX, Reading, Resources
@@ -57,19 +57,18 @@ def test_a_rate_takes_two_samples() -> None:
     assert second.pressure == {"cpu": 0.25, "memory": None, "io": 0.0}
 
 
-def test_told_from_another_machine() -> None:
-    """What a table shows of a group is the same wherever it is looked at."""
+def test_a_sample_from_another_machine_gives_the_same_row() -> None:
     here = [sample(10.0), sample(12.0, cpu=0.5, hits=4, periods=20)]
     there = [
         from_data(json.loads(json.dumps(to_data(one))), id="n a", name="n/a", owner="worker n", node="n")
         for one in here
     ]
-    told, seen = Rates(), Rates()
+    remote, local = Rates(), Rates()
     for far, near in zip(there, here, strict=True):
-        (expected,) = seen.rows([near])
+        (expected,) = local.rows([near])
         pressure = {name: share for name, share in expected.pressure.items() if share is not None}
         expected = replace(expected, name="n/a", owner="worker n", node="n", pressure=pressure)
-        assert told.rows([far]) == [expected]
+        assert remote.rows([far]) == [expected]
     with pytest.raises(ConfinementError, match=r"^n/a: n sent no valid sample"):
         from_data({"when": "now"}, id="n a", name="n/a", owner="", node="n")
 
@@ -79,18 +78,18 @@ def test_groups_come_and_go() -> None:
     rates.rows([sample(1.0, name="a"), sample(1.0, name="b")])
     found = rates.rows([sample(2.0, name="b", cpu=1.0), sample(2.0, name="c")])
     assert [(one.name, one.cpu) for one in found] == [("b", 1.0), ("c", None)]
-    # A name that another group has now, and a clock that stands still, give nothing below zero.
+    # A new group of the same name, and a clock that stands still, give no negative rate.
     assert rates.rows([sample(2.0, name="b", cpu=0.2)])[0].cpu is None
     assert rates.rows([sample(3.0, name="b", cpu=0.1)])[0].cpu == 0
 
 
-def test_what_is_not_told_stays_so() -> None:
+def test_unknown_values_stay_unknown() -> None:
     bare = Sample(id="a", name="a", owner="", when=1.0, reading=Reading())
     rates = Rates()
     rates.rows([bare])
     (found,) = rates.rows([Sample(id="a", name="a", owner="", when=2.0, reading=Reading())])
     assert {found.cpu, found.read, found.memory, found.memory_share, found.throttled} == {None}
-    assert as_text([found]).splitlines()[1].split() == ["a", *"-------", "-/-/-", "-/-/-"]
+    assert as_text([found]).splitlines()[1].split() == ["a", *"----------"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_what_is_not_told_stays_so() -> None:
         ("name", "a"),
     ],
 )
-def test_the_most_first(by: str, first: str) -> None:
+def test_the_highest_is_first(by: str, first: str) -> None:
     rows = [
         row("c", cpu=0.1, throttled=0.9, memory=300, memory_limit=1000, read=9, pids=9),
         row("b", cpu=0.9, memory=200, memory_limit=200, written=9, oom_kills=2),
@@ -119,9 +118,9 @@ def test_the_most_first(by: str, first: str) -> None:
     assert ordered(rows, by, backwards=True)[-1].name == first
 
 
-def test_every_order_can_be_asked_for() -> None:
+def test_every_sort_key_is_an_option_and_a_letter() -> None:
     assert tuple(SORTS) == _SORTS
-    assert len({sort.letter for sort in SORTS.values()} - {"q", "R"}) == len(SORTS)
+    assert len({sort.letter for sort in SORTS.values()} - {"q", "R", "?"}) == len(SORTS)
 
 
 def test_plain_text() -> None:
@@ -130,24 +129,14 @@ def test_plain_text() -> None:
     rows = rates.rows([sample(12.0, cpu=3.0, hits=4)])
     heads, line = as_text(rows).splitlines()
     assert heads.split() == [
-        *("GROUP", "CPU%", "THR%", "MEM", "MEM%", "READ/s", "WRITE/s", "PIDS"),
-        *("WAITc/m/i", "HITSm/p/k", "OWNER"),
+        *("GROUP", "CPU", "THROTTLED", "MEMORY", "PROCS", "STALLED", "HITS"),
+        *("READ/s", "WRITE/s", "KILLS", "OWNER"),
     ]
     assert line.split() == [
-        "a",
-        "150",
-        "-",
-        "48M",
-        "75",
-        "1M",
-        "0",
-        "3",
-        "25/-/0",
-        "4/1/0",
-        "python",
-        "app.py",
+        *("a", "150%", "-", "48M", "75%", "3", "25%", "cpu", "5"),
+        *("1M", "0", "0", "python", "app.py"),
     ]
-    assert summary(rows, "cpu", 2.0) == "1 group, cpu 150 %, memory 48M; sorted by cpu, every 2 s"
+    assert summary(rows, "cpu", 2.0) == "1 group, CPU 150%, memory 48M; sorted by cpu, every 2 s"
 
 
 def test_json() -> None:
@@ -173,7 +162,7 @@ def test_json() -> None:
 def screenful(rows: list[Row], width: int, height: int, first: int = 0) -> list[str]:
     console = Console(width=width, height=height, file=io.StringIO(), force_terminal=False)
     with console.capture() as captured:
-        console.print(shown(rows, "cpu", "title", first, width, height), end="")
+        console.print(screen(rows, "cpu", "title", first, width, height), end="")
     return captured.get().splitlines()
 
 
@@ -188,25 +177,25 @@ def test_it_fits_the_terminal(size: tuple[int, int]) -> None:
     assert len(lines) <= max(height, 5)
     if height >= 5:
         assert lines[0].startswith("rcon top: title"[: width - 1])
-        assert lines[-1].startswith("q:quit"[: width - 1])
+        assert lines[-1].startswith("q quit"[: width - 1])
         assert "more below" in lines[-2] or width < 20
     if width >= 80:
-        assert lines[1].split()[:2] == ["GROUP", "CPU%"]
-        assert "HITSm/p/k" in lines[1]
-    assert ("OWNER" in lines[1]) == (width >= 110)
+        assert lines[1].split()[:2] == ["GROUP", "CPU"]
+        assert "WRITE/s" in lines[1]
+    assert ("OWNER" in lines[1]) == (width >= 120)
 
 
-def test_the_same_group_of_several_workers_is_told_apart() -> None:
+def test_names_differ_for_the_same_group_of_several_workers() -> None:
     rows = [
         Row(name=f"{node}/reports-render", owner="o", pressure={}, node=node)
         for node in ("celery@web-1", "celery@web-2", "w")
     ]
     shown_names = [line.split()[0] for line in screenful(rows, 80, 24)[2:5]]
     assert shown_names == ["web-1/…orts-render", "web-2/…orts-render", "w/reports-render"]
-    assert summary(rows, "cpu", 2.0).startswith("3 groups of 3 workers, cpu ")
+    assert summary(rows, "cpu", 2.0).startswith("3 groups of 3 workers, CPU ")
 
 
-def test_the_end_of_a_long_name_is_what_tells_groups_apart() -> None:
+def test_a_long_name_keeps_its_end() -> None:
     line = screenful([row("rcon-123456-7890123/tenant~a.example", cpu=1)], 80, 24)[2]
     assert line.startswith("…")
     assert "~a.example " in line
@@ -222,12 +211,26 @@ def test_rows_further_down() -> None:
     rows = [row(f"g{n:02}") for n in range(40)]
     lines = screenful(rows, 80, 14, first=35)
     assert [line.split()[0] for line in lines[2:7]] == ["g35", "g36", "g37", "g38", "g39"]
-    assert "WAIT:" in lines[-2]
+    assert "STALLED: " in lines[-2]
 
 
-def test_what_others_wrote_is_text() -> None:
-    """Neither markup of the library nor escapes of the terminal."""
+def test_names_are_shown_as_text() -> None:
+    """Neither as markup of rich nor as escapes of the terminal."""
     lines = screenful([Row(name="a[red]b\x1b[2J", owner="[bold]x\x1b]0;t\x07", pressure={})], 120, 10)
     assert lines[2].startswith("a[red]b?[2J ")
     assert "[bold]x?]0;t?" in lines[2]
     assert "\x1b" not in "".join(lines)
+
+
+def test_the_help_screen_explains_every_column_and_letter() -> None:
+    console = Console(width=80, height=24, file=io.StringIO(), force_terminal=False)
+    with console.capture() as captured:
+        console.print(help_screen())
+    lines = captured.get().splitlines()
+    assert len(lines) <= 24
+    assert not any("…" in line for line in lines)
+    words = [line.split() for line in lines if line.strip()]
+    assert [column.head for column in COLUMNS if column.head not in [line[0] for line in words]] == []
+    assert [
+        sort.letter for sort in SORTS.values() if [sort.letter, "sort", "by"] not in [w[:3] for w in words]
+    ] == []

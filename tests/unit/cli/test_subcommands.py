@@ -1,4 +1,4 @@
-"""The lazy group: names, helps and completion without the modules; every subcommand is where the table says."""
+"""The group rcon: names, helps and completion without importing the subcommands."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import sys
 import click
 import pytest
 
-from rcon_plugins.cli.lazy import Lazy, LazyGroup
-from rcon_plugins.cli.rcon import SUBCOMMANDS, rcon
+from rcon_plugins.cli.rcon import SUBCOMMANDS, Rcon, rcon, run_main
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
-def test_the_table_is_right(name: str) -> None:
+def test_the_table_matches_the_command(name: str) -> None:
     command = SUBCOMMANDS[name].load()
     assert command.name == name
     assert command.get_short_help_str(limit=200) == SUBCOMMANDS[name].short_help
@@ -33,30 +32,38 @@ def loaded_after(code: str) -> set[str]:
         "from rcon_plugins.cli.rcon import rcon; rcon.shell_complete(rcon.make_context('rcon', ['check']), 'c')",
     ],
 )
-def test_listing_and_completing_imports_no_subcommand(code: str) -> None:
-    modules = {lazy.home.partition(":")[0] for lazy in SUBCOMMANDS.values()}
+def test_help_and_completion_import_no_subcommand(code: str) -> None:
+    modules = {command.location.partition(":")[0] for command in SUBCOMMANDS.values()}
     assert loaded_after(code) & modules == set()
 
 
-def test_a_command_that_is_added_stands_beside_them() -> None:
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_the_help_of_each_command_has_examples_and_exit_statuses(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"    rcon {name}" in out
+    assert "  Exit status:" in out
+    assert "    0    " in out or "that of COMMAND" in out
+
+
+def test_an_added_command_is_listed_after_the_built_in_ones() -> None:
     @click.command(short_help="Added.")
     def added() -> None: ...
 
-    group = LazyGroup(
-        "g", subcommands={"which": Lazy("rcon_plugins.cli.machine.policy_commands:which", "Known.")}
-    )
+    group = Rcon("g")
     group.add_command(added)
     context = click.Context(group)
-    assert group.list_commands(context) == ["added", "which"]
-    assert {item.value: item.help for item in group.shell_complete(context, "")} == {
-        "added": "Added.",
-        "which": "Known.",
-    }
+    assert group.list_commands(context) == [*SUBCOMMANDS, "added"]
+    found = {item.value: item.help for item in group.shell_complete(context, "")}
+    assert found["added"] == "Added."
+    assert found["which"] == SUBCOMMANDS["which"].short_help
     assert group.get_command(context, "added") is added
     assert group.get_command(context, "neither") is None
 
 
-def test_it_completes_names_and_options() -> None:
+def test_names_and_options_are_completed() -> None:
     context = click.Context(rcon)
     assert {item.value for item in rcon.shell_complete(context, "ch")} == {"check"}
     assert "--version" in {item.value for item in rcon.shell_complete(context, "--")}

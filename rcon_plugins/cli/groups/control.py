@@ -1,0 +1,71 @@
+"""``rcon freeze``, ``rcon thaw`` and ``rcon kill``: suspend, resume and kill the processes of a group."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import click
+
+from rcon_plugins.cli.columns import printable
+from rcon_plugins.cli.exit import BadUsage
+from rcon_plugins.errors import KernelError
+from rcon_plugins.groups.find import Group, is_gone
+
+#: How long to wait for killed processes to end, in seconds.
+_KILL_SECONDS = 10.0
+
+
+def freeze(group: Group) -> int:
+    """Suspend all processes of a group, and wait until they are. Raises BadUsage, KernelError."""
+    pids = _processes_of(group, "frozen")
+    group.cgroup.freeze()
+    label = printable(group.label)
+    click.echo(f"{label}: {_counted(len(pids))} frozen (rcon thaw {label} resumes them)")
+    return 0
+
+
+def thaw(group: Group) -> int:
+    """Resume the processes of a group. Raises BadUsage, KernelError."""
+    pids = _processes_of(group, "thawed")
+    group.cgroup.thaw()
+    click.echo(f"{printable(group.label)}: {_counted(len(pids))} resumed")
+    return 0
+
+
+def kill(group: Group, as_json: bool) -> int:
+    """Kill all processes of a group, wait until they have ended, and print them. Raises BadUsage, KernelError."""
+    _processes_of(group, "killed")
+    killed = group.processes()
+    try:
+        group.cgroup.kill(_KILL_SECONDS)
+    except KernelError as error:
+        if not is_gone(error):
+            raise
+    if as_json:
+        processes = [{"pid": one.pid, "uid": one.uid, "command": one.command} for one in killed]
+        click.echo(json.dumps({"group": group.label, "killed": processes}, indent=2))
+        return 0
+    click.echo(f"{printable(group.label)}: {_counted(len(killed))} killed")
+    for process in killed:
+        click.echo(f"  {process.pid}  {printable(process.command)}")
+    return 0
+
+
+def _processes_of(group: Group, done: str) -> list[int]:
+    """Return the pids of a group. Raises BadUsage for a group of threads, and for the group of this very command."""
+    if group.kind == "host":
+        raise BadUsage(
+            f"{group.label} holds threads of a server, which cannot be {done} without the server: "
+            f"limit them with rcon set, or stop the server, pid {group.owner.pid}"
+        )
+    pids = group.pids()
+    if os.getpid() in pids:
+        raise BadUsage(
+            f"{group.label} holds this rcon itself, which would be {done} too: run it outside the group"
+        )
+    return pids
+
+
+def _counted(number: int) -> str:
+    return f"{number} process{'' if number == 1 else 'es'}"
