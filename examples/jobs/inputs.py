@@ -1,4 +1,4 @@
-"""What the customers send: pictures, patterns, commands, addresses; and of each a kind that does harm."""
+"""The inputs that customers send: pictures, patterns, commands and addresses, and a harmful one of each."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
-#: A black picture of 24,000 x 24,000 pixels: a file of half a megabyte, and 576 MB of memory.
+#: The edge of a black picture in pixels: a file of half a megabyte that takes 576 MB of memory to open.
 BOMB_EDGE = 24_000
 
 
 class Job(NamedTuple):
-    """A task to be sent, and how it is to end."""
+    """A job to send, and its expected result."""
 
     task: str
-    what: str
+    input: str
     arguments: tuple[Any, ...]
     #: "ok", or the name of an exception.
-    ends: str
+    expected: str
 
 
 class Inputs:
-    """The customers' files, in a directory, and their server, on loopback."""
+    """The files of the customers, in a directory, and their servers, on loopback."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -38,36 +38,36 @@ class Inputs:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
-        # It accepts nobody, and never answers.
+        # Accepts no connection, so never answers.
         self._silent = socket.create_server(("127.0.0.1", 0), backlog=64)
 
     def close(self) -> None:
-        """End the server."""
+        """End the servers."""
         self._server.shutdown()
         self._server.server_close()
         self._silent.close()
 
     def jobs(self, scale: float) -> list[Job]:
-        """Two hundred jobs, or ``scale`` times as many, in an order that is the same each time."""
-        good = [
+        """Return two hundred jobs, or ``scale`` times as many, in the same shuffled order each time."""
+        harmless = [
             *(("thumbnail", "a picture", self._thumbnail, 80), ("album", "five pictures", self._album, 20)),
             *(("search", "a pattern", self._search, 20), ("hook", "a command", self._hook, 20)),
             ("fetch", "an address", self._fetch, 20),
         ]
         jobs = [
-            Job(task, what, make(number), "ok")
-            for task, what, make, count in good
+            Job(task, text, make(number), "ok")
+            for task, text, make, count in harmless
             for number in range(max(1, round(count * scale)))
         ]
-        bad = [
-            Job("thumbnail", "a decompression bomb", self._defused(), "MemoryLimitExceeded"),
-            Job("search", "an evil pattern", ("(a+)+$", ["a" * 64 + "b"]), "TimeLimitExceeded"),
+        harmful = [
+            Job("thumbnail", "a decompression bomb", self._bomb(), "MemoryLimitExceeded"),
+            Job("search", "an endless pattern", ("(a+)+$", ["a" * 64 + "b"]), "TimeLimitExceeded"),
             Job(
                 "hook", "a fork bomb", ("while :; do sleep 600 >/dev/null 2>&1 & done",), "PidsLimitExceeded"
             ),
-            Job("fetch", "a server that is silent", (self._url(self._silent),), "TimeLimitExceeded"),
+            Job("fetch", "a silent server", (self._url(self._silent),), "TimeLimitExceeded"),
         ]
-        jobs += [job for job in bad for _ in range(max(1, round(10 * scale)))]
+        jobs += [job for job in harmful for _ in range(max(1, round(10 * scale)))]
         random.Random(7).shuffle(jobs)
         return jobs
 
@@ -87,7 +87,7 @@ class Inputs:
     def _fetch(self, number: int) -> tuple[Any, ...]:
         return (f"{self._url(self._server.socket)}/{number}",)
 
-    def _defused(self) -> tuple[Any, ...]:
+    def _bomb(self) -> tuple[Any, ...]:
         return str(self.bomb), str(self.directory / "never.jpg"), 64
 
     @staticmethod
@@ -96,7 +96,7 @@ class Inputs:
 
 
 class Answering(BaseHTTPRequestHandler):
-    """The customers' server."""
+    """The server of the customers."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -104,11 +104,11 @@ class Answering(BaseHTTPRequestHandler):
         self.wfile.write(b"x" * 1000)
 
     def log_message(self, *_: object) -> None:
-        """Nobody reads it."""
+        """Log nothing."""
 
 
 def draw(path: Path, number: int) -> Path:
-    """A picture of bubbles."""
+    """Write a picture of bubbles; return its path."""
     chance = random.Random(number)
     picture = Image.new("RGB", (1200, 800), "navy")
     canvas = ImageDraw.Draw(picture)
@@ -121,7 +121,7 @@ def draw(path: Path, number: int) -> Path:
 
 
 def write_bomb(path: Path) -> None:
-    """A PNG of one colour, made line by line, so that nobody needs the memory that it would take to open it."""
+    """Write a PNG of one colour, line by line, without the memory that it takes to open it."""
     deflate = zlib.compressobj(1)
     line = bytes(1 + BOMB_EDGE)
     pixels = b"".join(deflate.compress(line) for _ in range(BOMB_EDGE)) + deflate.flush()

@@ -1,4 +1,4 @@
-"""The redis-server and the Celery worker of the demonstration, started on loopback and ended again."""
+"""The redis-server and the Celery worker of the demonstration."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-#: How many processes the worker's pool has.
+#: The number of processes of the worker's pool.
 PROCESSES = 4
-#: How long something may take to start or to end, seconds.
+#: How long a server may take to start or to end, seconds.
 PATIENCE = 60.0
 
 
 class CannotStart(Exception):
-    """Raised when the demonstration cannot begin; the message says what to do."""
+    """Raised when the demonstration cannot start; the message gives the remedy."""
 
 
 class Redis:
-    """A redis-server in memory only, on a socket in a directory."""
+    """A redis-server on a socket in a directory, without files on disk."""
 
     def __init__(self, directory: Path) -> None:
         program = shutil.which("redis-server")
@@ -38,17 +38,17 @@ class Redis:
             while client.connect_ex(str(path)):
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     self.close()
-                    raise CannotStart("redis-server did not start")
+                    raise CannotStart(f"redis-server did not start: run {' '.join(command)}")
                 time.sleep(0.02)
 
     def close(self) -> None:
-        """End it."""
+        """End the server."""
         self._process.terminate()
         self._process.wait()
 
 
 class Worker:
-    """One Celery worker with the application of the example."""
+    """A Celery worker that runs the application of the example."""
 
     def __init__(self, directory: Path) -> None:
         self._log = directory / "worker.log"
@@ -62,7 +62,7 @@ class Worker:
         self._family: set[int] = set()
 
     def wait_until_ready(self) -> None:
-        """Wait until it takes jobs. Raises `CannotStart` with its own last words."""
+        """Wait until it takes jobs. Raises `CannotStart` with the end of its log."""
         deadline = time.monotonic() + PATIENCE
         while " ready." not in self.log():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -70,15 +70,15 @@ class Worker:
             time.sleep(0.05)
 
     def log(self) -> str:
-        """What it has written."""
+        """Return its log."""
         return self._log.read_text(errors="replace")
 
     def children(self) -> list[int]:
-        """The processes of its pool."""
+        """Return the pids of its pool."""
         return children(self._process.pid)
 
     def stop(self) -> int:
-        """End it when what is under way is done; its exit status."""
+        """End it once its running jobs are done; return its exit status."""
         if self._process.poll() is None:
             self._family = family(self._process.pid)
             self._process.terminate()
@@ -89,7 +89,7 @@ class Worker:
             return self._process.wait()
 
     def left_behind(self) -> str:
-        """The processes that were below it and still live, and its cgroups that are still there."""
+        """Return its processes that still live and its cgroups that still exist, as text; empty if none."""
         time.sleep(0.2)
         processes = [str(pid) for pid in self._family if Path(f"/proc/{pid}").exists()]
         cgroups = list(Path("/sys/fs/cgroup").glob(f"**/rcon-{self._process.pid}-*"))
@@ -97,12 +97,12 @@ class Worker:
 
 
 def children(pid: int) -> list[int]:
-    """The children of a process."""
+    """Return the pids of the children of a process."""
     with contextlib.suppress(OSError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
 
 
 def family(pid: int) -> set[int]:
-    """A process and all below it."""
+    """Return the pids of a process and all its descendants."""
     return {pid}.union(*(family(child) for child in children(pid)))

@@ -1,4 +1,4 @@
-"""The jobs of a small photo service. What customers send them is not always what they were made for."""
+"""The tasks of a small photo service. Customers choose their inputs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ app = Celery("photos", broker=os.environ["PHOTOS_REDIS"], backend=os.environ["PH
 app.conf.update(broker_connection_retry_on_startup=True)
 install(app)
 
-Image.MAX_IMAGE_PIXELS = None  # customers have large pictures; how large is for the memory limit to say
+Image.MAX_IMAGE_PIXELS = None  # the memory limit bounds the size of pictures
 
 
 @app.task(name="photos.thumbnail")
 @confined(memory="96M", timeout="20s", pids=8)
 def thumbnail(source: str, target: str, edge: int) -> list[int]:
-    """A small copy of a picture; its width and height."""
+    """Write a small copy of a picture; return its width and height."""
     with Image.open(source) as picture:
         picture.thumbnail((edge, edge))
         picture.convert("RGB").save(target, "JPEG")
@@ -32,7 +32,7 @@ def thumbnail(source: str, target: str, edge: int) -> list[int]:
 @app.task(name="photos.album")
 @confined(memory="128M", timeout="20s", pids=8)
 def album(sources: list[str], target: str) -> int:
-    """A PDF with a page for each picture; its size in bytes."""
+    """Write a PDF with a page for each picture; return its size in bytes."""
     pages = [Image.open(source).convert("RGB") for source in sources]
     pages[0].save(target, "PDF", save_all=True, append_images=pages[1:])
     return os.stat(target).st_size  # noqa: PTH116 - one call
@@ -41,14 +41,14 @@ def album(sources: list[str], target: str) -> int:
 @app.task(name="photos.search")
 @confined(cpu="50%", memory="96M", timeout="2s", pids=8)
 def search(pattern: str, captions: list[str]) -> list[str]:
-    """The captions that match a customer's regular expression."""
+    """Return the captions that match a customer's regular expression."""
     return [caption for caption in captions if re.match(pattern, caption)]
 
 
 @app.task(name="photos.hook")
 @confined(memory="96M", timeout="20s", pids=16)
 def hook(command: str) -> str:
-    """What a customer wants to happen when an album is ready."""
+    """Run a customer's command when an album is ready; return its output."""
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -56,6 +56,6 @@ def hook(command: str) -> str:
 @app.task(name="photos.fetch")
 @confined(memory="96M", timeout="2s", pids=8)
 def fetch(url: str) -> int:
-    """How many bytes a customer's server has at that address."""
+    """Download a page from a customer's server; return its size in bytes."""
     with urllib.request.urlopen(url) as answer:
         return len(answer.read())

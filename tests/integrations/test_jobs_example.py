@@ -1,4 +1,4 @@
-"""The example of a photo service: `make demo-jobs`, with fewer jobs."""
+"""The example `examples/jobs`: `make demo-jobs`, with fewer jobs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "jobs" / "photos.py"
-ENDINGS = {"MemoryLimitExceeded", "PidsLimitExceeded", "TimeLimitExceeded", "ok"}
+RESULTS = {"MemoryLimitExceeded", "PidsLimitExceeded", "TimeLimitExceeded", "ok"}
 
 
-def test_each_job_ends_as_it_should() -> None:
+def test_each_job_ends_as_expected() -> None:
     done = subprocess.run(
         [sys.executable, DEMO, "--jobs", "40"],
         stdin=subprocess.DEVNULL,
@@ -20,6 +20,6 @@ def test_each_job_ends_as_it_should() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "every job ended as it should" in done.stdout
-    assert "pool processes replaced: 0; WorkerLostError: 0; left behind: nothing" in done.stdout
-    assert {ending for ending in ENDINGS if f" x {ending}" in done.stdout} == ENDINGS
+    assert "every job ended as expected" in done.stdout
+    assert "processes of the worker lost: 0; WorkerLostError: 0; left behind: nothing" in done.stdout
+    assert {result for result in RESULTS if f" x {result}" in done.stdout} == RESULTS
