@@ -207,20 +207,20 @@ def define(app: celery.Celery, url: str) -> None:
             raise self.retry(countdown=0)
         return sorted(self.request.headers or {})
 
-    @task(name="learning")
+    @task(name="retried")
     @confined(
         memory="64M", timeout="60s", on_memory=expand("2x", up_to="512M"), max_deaths=4, max_result="128M"
     )
-    def learning(size: int, answer: int = 0, gate: str = "") -> Any:
-        note("learning", "run")
+    def retried(size: int, answer: int = 0, gate: str = "") -> Any:
+        note("retried", "run")
         while gate and not Path(gate).exists():
             time.sleep(0.02)
         return fill(size) if not answer else "x" * answer
 
-    @task(name="learning_in_vain")
+    @task(name="retried_in_vain")
     @confined(memory="64M", on_memory=expand("2x", up_to="1G"), max_deaths=2, dead_letter="dead")
-    def learning_in_vain(size: int) -> int:
-        note("learning_in_vain", "run")
+    def retried_in_vain(size: int) -> int:
+        note("retried_in_vain", "run")
         return fill(size)
 
     @task(name="write")
@@ -294,9 +294,9 @@ def define(app: celery.Celery, url: str) -> None:
             raise Reject("not now", requeue=True)
         return "done"
 
-    @task(name="learning_late", acks_late=True, reject_on_worker_lost=True)
+    @task(name="retried_late", acks_late=True, reject_on_worker_lost=True)
     @confined(timeout="60s", max_deaths=2, dead_letter="dead")
-    def learning_late(name: str, gate: str) -> str:
+    def retried_late(name: str, gate: str) -> str:
         note(name, "begins", os.getpid(), whereabouts()["confined"])
         while not Path(gate).exists():
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A pool of somebody's own."""
+"""A pool that rcon_celery does not know."""
 
 from celery.concurrency.base import BasePool
 

@@ -1,4 +1,4 @@
-"""Tasks that do not fit into the budget of the machine together do not run at once, and all of them run in the end."""
+"""Tasks that do not fit into the budget of the machine together run one after the other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from tests.integrations.celery.office import SETTINGS, Office, Offices
 from tests.integrations.celery.test_start import refused
 
-#: A task ``heavy`` has 60 % of it.
+#: A task ``heavy`` takes 60 % of it.
 BUDGET = """
 [budget]
 memory = "1200M"
@@ -21,7 +21,7 @@ def settings(wait: str) -> str:
 
 
 def one_at_a_time(office: Office, numbers: range) -> None:
-    """Each has run once, to its end, with no other meanwhile."""
+    """Check that each task ran once, to its end, and no other meanwhile."""
     log = office.log("heavy")
     begun = [int(line.split()[1]) for line in log[::2]]
     assert log == [line for number in begun for line in (f"begins {number}", f"ends {number}")]
@@ -29,7 +29,7 @@ def one_at_a_time(office: Office, numbers: range) -> None:
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_they_wait(offices: Offices, pool: str) -> None:
+def test_tasks_wait(offices: Offices, pool: str) -> None:
     with offices(settings=settings("60s"), concurrency=3, pool=pool) as office:
         results = [office.send("heavy", number, 0.5) for number in range(3)]
         assert [office.wait(result) for result in results] == [[number, 0] for number in range(3)]
@@ -38,11 +38,11 @@ def test_they_wait(offices: Offices, pool: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["heavy", "heavy_late"])
-def test_they_go_back_to_the_queue(offices: Offices, name: str) -> None:
+def test_tasks_go_back_to_the_queue(offices: Offices, name: str) -> None:
     with offices(settings=settings("200ms"), concurrency=2) as office:
         tasks = office.app.tasks
         result = celery.chord([tasks[name].si(number, 2) for number in range(3)])(tasks["count"].s())
-        # Two wait for one of the two processes, which they give up: what fits runs beside the one that is under way.
+        # One of the two processes is free again soon: the waiting tasks go back to the queue.
         assert office.get("where")["confined"]
         assert office.wait(result) == 3
         one_at_a_time(office, range(3))
@@ -50,7 +50,7 @@ def test_they_go_back_to_the_queue(offices: Offices, name: str) -> None:
         assert sorted(one.get() for one in result.parent) == [[number, 0] for number in range(3)]
 
 
-def test_two_workers_share_it(offices: Offices) -> None:
+def test_two_workers_share_the_budget(offices: Offices) -> None:
     with (
         offices(settings=settings("60s"), concurrency=1) as office,
         offices(settings=settings("60s"), concurrency=1, url=office.url) as other,
@@ -63,9 +63,9 @@ def test_two_workers_share_it(offices: Offices) -> None:
         assert sum(ran) == 4
 
 
-def test_what_could_never_run_keeps_a_worker_from_starting(offices: Offices) -> None:
+def test_a_task_above_the_budget_keeps_a_worker_from_starting(offices: Offices) -> None:
     log = refused(offices, settings=settings("1s").replace("1200M", "1000M"))
     assert "720M" not in log
     assert (
-        "@confined of learning_in_vain: on_memory.up_to: 1G never fits: the whole budget is 1000M here" in log
+        "@confined of retried_in_vain: on_memory.up_to: 1G never fits: the whole budget is 1000M here" in log
     )

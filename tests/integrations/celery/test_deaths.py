@@ -1,4 +1,4 @@
-"""What becomes of tasks when something is killed under them: none is lost, none runs twice at once, nothing is left."""
+"""Processes are killed while tasks run: no task is lost, none runs twice at once, nothing is left behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.processes import alive, children, family, until
 
 
 def fork_server(process: int) -> int:
-    """The fork server of a process: the child that has children of its own, or could have."""
+    """Return the pid of the fork server of a process, its only child."""
     (server,) = children(process)
     return server
 
@@ -31,7 +31,7 @@ def begins(office: Office, name: str) -> list[list[str]]:
 
 
 def never_two_at_once(office: Office, name: str) -> None:
-    """No beat of an earlier run after the first of a later one."""
+    """Check that no run wrote to the log after a later run began to."""
     order = [line.split()[0] for line in office.log(f"{name}:beat")]
     runs = [pid for number, pid in enumerate(order) if number == 0 or order[number - 1] != pid]
     assert len(runs) == len(set(runs)), runs
@@ -51,7 +51,7 @@ def gate(tmp_path: Path) -> Gate:
 
 
 def run_late_and_kill(office: Office, gate: Gate, name: str, kill: Callable[[], object]) -> None:
-    """Send `late`, kill something while it runs, and see it run again to its end, confined each time."""
+    """Send `late`, kill a process while it runs, and check that it runs again to its end, confined each time."""
     result = office.send("late", name, str(gate.path))
     until(lambda: len(begins(office, name)) == 1)
     first = int(begins(office, name)[0][0])
@@ -86,7 +86,7 @@ def test_fork_server_killed(offices: Offices, gate: Gate, pool: str) -> None:
 
 
 def test_fork_servers_killed_over_and_over(offices: Offices) -> None:
-    """Nor is a task lost that was just about to begin."""
+    """No task is lost, one about to begin neither."""
     with offices(concurrency=2) as office:
         pool = office.worker.children()
         assert office.get("numbered", -1) == -1
@@ -102,7 +102,7 @@ def test_fork_servers_killed_over_and_over(offices: Offices) -> None:
 
 
 def test_fork_server_killed_beside_threads(offices: Offices) -> None:
-    """Where there can be no other one, the worker does what it has, which fails, and ends."""
+    """No other fork server can be made, so the worker finishes its tasks and exits."""
     with offices(pool="threads") as office:
         assert office.get("where")["confined"]
         os.kill(fork_server(office.worker.pid), signal.SIGKILL)
@@ -127,7 +127,7 @@ def test_fork_server_killed_without_late_acknowledgement(offices: Offices) -> No
     ("pool", "names"), [("prefork", "a"), ("threads", "ab"), ("solo", "a"), ("gevent", "ab")]
 )
 def test_worker_killed(offices: Offices, gate: Gate, pool: str, names: str) -> None:
-    """All of it ends by itself, and messages that were not acknowledged come back when their time is over."""
+    """All its processes end, and unacknowledged messages come back after the visibility timeout."""
     with offices(pool=pool, concurrency=len(names)) as office:
         results = [office.send("late", name, str(gate.path)) for name in names]
         until(lambda: all(begins(office, name) for name in names))
@@ -152,7 +152,7 @@ def test_worker_killed(offices: Offices, gate: Gate, pool: str, names: str) -> N
 
 
 def restore(office: Office) -> None:
-    """What Redis' transport does with unacknowledged messages when the visibility timeout is over."""
+    """Restore unacknowledged messages, as Redis' transport does after the visibility timeout."""
     with office.app.connection_for_write() as connection:
         channel = connection.default_channel
         for tag in channel.client.zrange(channel.unacked_index_key, 0, -1):
@@ -212,7 +212,7 @@ def test_cold_shutdown(offices: Offices) -> None:
 
 
 def test_restarted_by_hangup(offices: Offices) -> None:
-    """In the same process: it does not leave cgroups to itself."""
+    """It restarts in the same process, and leaves no cgroup behind."""
     with offices(concurrency=1) as office:
         assert office.get("where")["confined"]
         before = office.worker.cgroups()
@@ -223,11 +223,11 @@ def test_restarted_by_hangup(offices: Offices) -> None:
 
 
 def test_pool_process_replaced(offices: Offices) -> None:
-    """After so many tasks a pool's process ends, and takes its executor processes along."""
+    """A pool's process that served its tasks ends, and its executor processes with it."""
     with offices("--max-tasks-per-child", "2", concurrency=1) as office:
-        places: list[Any] = [office.get("where") for _ in range(6)]
-        assert all(place["confined"] for place in places)
-        assert len({place["pid"] for place in places}) == 3
+        served: list[Any] = [office.get("where") for _ in range(6)]
+        assert all(each["confined"] for each in served)
+        assert len({each["pid"] for each in served}) == 3
         until(lambda: len(office.executors()) <= 1)
 
 
@@ -246,8 +246,8 @@ def rcon_policies():
 """
 
 
-def test_pool_process_that_cannot_confine_at_first(offices: Offices, tmp_path: Path) -> None:
-    """It loses no task that is acknowledged late, and confines when it can."""
+def test_pool_process_that_cannot_start_at_first(offices: Offices, tmp_path: Path) -> None:
+    """It loses no task that is acknowledged late, and confines tasks once it can."""
     fault, gate, info = tmp_path / "fault", tmp_path / "gate", tmp_path / "faulty-1.dist-info"
     fault.touch()
     gate.touch()

@@ -1,4 +1,4 @@
-"""What an executor process may say: nothing that the worker comes to harm by."""
+"""A hostile executor process cannot harm the worker, whatever it sends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from celery.utils.serialization import UnpickleableExceptionWrapper
 from rcon_plugins.errors import Killed, TimeLimitExceeded
 from tests.integrations.celery.office import Office, Offices
 
-UNREADABLE = (
+MALFORMED = (
     "hostile: its process sent an answer that cannot be decoded, and was killed; "
     "look for code that writes to file descriptors which it did not open"
 )
@@ -44,7 +44,7 @@ def test_pickle_where_the_application_accepts_it(offices: Offices, tmp_path: Pat
 )
 def test_only_exceptions_are_made(office: Office, tmp_path: Path, module: str, name: str) -> None:
     error = office.error("hostile", Killed, "error", module, name, f"touch {tmp_path}/ran")
-    assert str(error) == UNREADABLE
+    assert str(error) == MALFORMED
     assert not (tmp_path / "ran").exists()
 
 

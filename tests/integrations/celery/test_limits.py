@@ -1,4 +1,4 @@
-"""How a confined task ends, in its own words, and what is left of it: nothing."""
+"""How a confined task ends, with which message, and that nothing of it is left behind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POOLS = ("prefork", "threads", "solo", "gevent")
 
 @pytest.fixture(scope="module", params=POOLS)
 def office(offices: Offices, request: pytest.FixtureRequest) -> Iterator[Office]:
-    """A worker with each kind of pool, which has to be the same one in the end."""
+    """A worker with each pool; its processes must be the same ones at the end."""
     with offices(pool=request.param, concurrency=2) as opened:
         before = opened.worker.children() if request.param == "prefork" else []
         yield opened
@@ -65,16 +65,16 @@ def test_pids(office: Office) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "told", "number"),
+    ("how", "message", "number"),
     [
         ("exit", "die: its process ended with exit status 70", None),
         ("abort", "die: its process was ended by a signal: Aborted", 6),
         ("kill", "die: its process was ended by a signal: Killed", 9),
     ],
 )
-def test_killed(office: Office, how: str, told: str, number: int | None) -> None:
+def test_killed(office: Office, how: str, message: str, number: int | None) -> None:
     error = office.error("die", Killed, how)
-    assert str(error) == told
+    assert str(error) == message
     assert error.signal == number
     assert isinstance(error.usage, Usage)
 
@@ -89,7 +89,7 @@ def test_a_memory_error_does_not_end_the_worker(office: Office) -> None:
     assert str(error) == "no_memory: MemoryError: "
 
 
-def test_each_try_is_confined(office: Office) -> None:
+def test_each_retry_is_confined(office: Office) -> None:
     assert office.get("retrying") == []
     assert office.log("retrying") == ["True None"] * 4
     assert office.get("retrying", headers={"tenant": "a"}) == ["tenant"]
@@ -97,34 +97,36 @@ def test_each_try_is_confined(office: Office) -> None:
 
 
 @pytest.mark.parametrize("name", ["rcon_stage", "rcon_outcome", "is_eager", "called_directly", "rcon"])
-def test_no_message_gets_around_it(office: Office, name: str) -> None:
-    """Whoever sends a task says what is on its request."""
+def test_no_message_evades_confinement(office: Office, name: str) -> None:
+    """The sender of a task controls the attributes of its request."""
     assert office.get("where", headers={name: True})["confined"]
 
 
 def test_soft_memory(office: Office) -> None:
-    assert office.get("soft_memory") == "cleaned up: soft_memory: its memory is nearly used up"
+    assert (
+        office.get("soft_memory")
+        == "cleaned up: soft_memory: memory_soft reached; return before the memory limit kills the task"
+    )
 
 
 def test_soft_time(office: Office) -> None:
     assert office.get("soft_time") == "cleaned up"
 
 
-def test_who_does_not_listen_is_killed(office: Office) -> None:
+def test_a_task_that_ignores_its_soft_limit_is_killed(office: Office) -> None:
     office.error("hang_deaf", TimeLimitExceeded)
 
 
-def test_what_it_started_ends_with_it(office: Office) -> None:
+def test_processes_end_with_their_task(office: Office) -> None:
     pid = office.get("leaving")
     until(lambda: not alive(pid))
 
 
-def test_left_on_purpose(office: Office) -> None:
+def test_leave_children(office: Office) -> None:
     pid = office.get("leaving_on_purpose")
     try:
-        again = office.get(
-            "leaving_on_purpose"
-        )  # another process of the pool has long been told of the first's end
+        # By then another process of the pool knows that the first task ended.
+        again = office.get("leaving_on_purpose")
         assert alive(pid)
         assert alive(again)
         assert "/work/" in Path(f"/proc/{pid}/cgroup").read_text()
@@ -145,20 +147,20 @@ def test_a_process_serves_many_or_one(office: Office) -> None:
 
 
 def test_no_descriptor_of_the_worker(office: Office) -> None:
-    """Sockets without a peer are in their places. An event loop of its own is one of gevent's executor."""
+    """Sockets without a peer stand in for sockets. With gevent the executor has an event loop of its own."""
     found = office.get("files")
     assert found
     for not_for_tasks in ("TCP", "pipe:", "landlock", "pidfd", "pymp-", "/sys/fs/cgroup"):
         assert not [name for name in found if not_for_tasks in name], found
 
 
-def test_waits_for_its_turn(office: Office) -> None:
+def test_concurrency_makes_tasks_wait(office: Office) -> None:
     results = [office.send("one_at_a_time") for _ in range(3)]
     spans = sorted(result.get(timeout=60) for result in results)
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
 
 
-def test_map_is_the_task_it_maps(office: Office) -> None:
+def test_a_map_runs_under_the_policy_of_its_task(office: Office) -> None:
     task = office.app.tasks["double"]
     assert office.wait(task.map([1, 2]).apply_async()) == [[2, True], [4, True]]
     assert office.wait(task.starmap([(1,), (2,)]).apply_async()) == [[2, True], [4, True]]
@@ -169,8 +171,8 @@ def test_map_is_the_task_it_maps(office: Office) -> None:
 
 
 @pytest.mark.parametrize("mapper", ["celery.map", "celery.starmap"])
-def test_whatever_is_mapped_is_confined(office: Office, mapper: str) -> None:
-    """By its bare name too; and not by a map that is mapped."""
+def test_no_map_evades_confinement(office: Office, mapper: str) -> None:
+    """A map of a task's bare name is confined, and a map of a map is refused."""
     item: Any = 4 if mapper == "celery.map" else [4]
     assert office.wait(office.app.send_task(mapper, ("double", [item]))) == [[8, True]]
     inner = {"task": "plain", "args": [], "kwargs": {"task": "double", "it": []}, "options": {}}
@@ -179,8 +181,8 @@ def test_whatever_is_mapped_is_confined(office: Office, mapper: str) -> None:
             office.wait(office.app.send_task(mapper, (named, [["double", [4]]])))
 
 
-def test_a_soft_limit_of_celery_while_it_waits(offices: Offices) -> None:
-    """It is the pool's, and names itself; the task has not begun."""
+def test_soft_time_limit_of_a_waiting_task(offices: Offices) -> None:
+    """Celery's own soft time limit ends a task that has not begun, with its own exception."""
     with offices(concurrency=2) as one:
         before = one.send("one_at_a_time", 3.0)
         until(lambda: bool(one.log("one_at_a_time")))
@@ -191,29 +193,29 @@ def test_a_soft_limit_of_celery_while_it_waits(offices: Offices) -> None:
         one.get("one_at_a_time")
 
 
-def test_a_soft_limit_before_it_begins(offices: Offices) -> None:
+def test_soft_limit_before_the_task_begins(offices: Offices) -> None:
     with offices(concurrency=1, RCON_TEST_SLOW_START="2") as one, pytest.raises(SoftTimeLimitExceeded):
         one.get("not_begun")
 
 
-def test_an_exception_that_cannot_say_what_it_is(office: Office) -> None:
-    """It is the task's failure, which holds on to nothing: one may run at a time."""
+def test_an_exception_without_a_message(office: Office) -> None:
+    """The task fails with it, and releases its slot: one may run at a time."""
     for _ in range(2):
         with pytest.raises(Unspeakable):
             office.get("unspeakable")
 
 
-def test_others_are_as_ever(office: Office) -> None:
+def test_a_task_without_a_policy_is_not_confined(office: Office) -> None:
     assert not office.get("plain")["confined"]
 
 
-def test_all_errors_tell_of_a_task() -> None:
+def test_classes_of_errors() -> None:
     assert issubclass(MemoryLimitExceeded, LimitExceeded)
     assert issubclass(SoftTimeLimitExceeded, Exception)
 
 
-def test_what_a_task_leaves_behind(offices: Offices, tmp_path: Path) -> None:
-    """Not its directory, umask and alarm; and the next in its process is told of its soft limit."""
+def test_the_state_of_the_process_is_restored(offices: Offices, tmp_path: Path) -> None:
+    """The next task finds its directory, umask and alarm, and gets its soft limit."""
     with offices(concurrency=1) as office:
         pid, directory, umask, _ = office.get("untidy", "look")
         left = tmp_path / "left"

@@ -36,13 +36,13 @@ def gate(tmp_path: Path) -> Gate:
 
 
 def message(office: Office, queue: str) -> dict[str, Any] | None:
-    """The headers of the message that waits in a queue, which is taken out; None where there is none."""
+    """Take a message out of a queue and return its headers; None if the queue is empty."""
     with office.app.connection_for_read() as connection:
         found: Any = connection.default_channel.basic_get(queue, no_ack=True)
         return None if found is None else dict(found.headers)
 
 
-def test_ends_are_told_by_name(open_office: Maker) -> None:
+def test_each_end_has_its_exception(open_office: Maker) -> None:
     with open_office(concurrency=1) as office:
         pool = office.worker.children()
         result = office.send("where")
@@ -55,13 +55,13 @@ def test_ends_are_told_by_name(open_office: Maker) -> None:
         office.error("fork", PidsLimitExceeded)
         assert office.error("die", Killed, "kill").signal == signal.SIGKILL
         assert office.get("soft_time") == "cleaned up"
-        # No socket of the broker's is in an executor process.
+        # No connection to the broker is open in an executor process.
         assert not [name for name in office.get("files") if name.startswith("TCP")]
         assert office.worker.children() == pool
         assert "WorkerLostError" not in office.worker.log()
 
 
-def test_results_that_come_by_the_broker(open_office: Maker) -> None:
+def test_results_over_the_broker(open_office: Maker) -> None:
     with open_office(concurrency=1, **{limited.BACKEND: "rpc://"}) as office:
         result = office.send("hog")
         with pytest.raises(MemoryLimitExceeded, match="memory limit 64M reached") as caught:
@@ -85,7 +85,7 @@ def test_revoked(open_office: Maker) -> None:
 
 @pytest.mark.parametrize("queue", QUEUES)
 def test_worker_killed(open_office: Maker, gate: Gate, queue: str) -> None:
-    """Another has the message at once: sooner than the first run may have ended by itself."""
+    """Another worker gets the message at once, perhaps before the first run ended."""
     open_office = functools.partial(open_office, **{limited.QUEUE_TYPE: queue})
     with open_office(concurrency=1) as office:
         result = office.send("late", "worker", str(gate.path))
@@ -103,8 +103,8 @@ def test_worker_killed(open_office: Maker, gate: Gate, queue: str) -> None:
             assert sum(line.startswith("ends") for line in other.log("worker")) == 1
 
 
-def test_it_does_not_begin_again_before_the_first_run_is_dead(open_office: Maker, gate: Gate) -> None:
-    """Also where the fork server, which ends what ran for the worker, comes to it late."""
+def test_no_second_run_before_the_first_is_dead(open_office: Maker, gate: Gate) -> None:
+    """Even where the fork server, which kills the first run, is late."""
     with open_office(concurrency=1) as office:
         result = office.send("late", "slow", str(gate.path))
         until(lambda: len(begins(office, "slow")) == 1)
@@ -140,10 +140,10 @@ def test_pool_process_killed(open_office: Maker, gate: Gate) -> None:
 
 @pytest.mark.parametrize("queue", QUEUES)
 def test_no_endless_redelivery(open_office: Maker, queue: str, tmp_path: Path) -> None:
-    """A message under which one worker after the other dies comes to rest among the dead letters."""
+    """A message with which one worker after the other dies goes to the dead-letter queue."""
     open_office = functools.partial(open_office, concurrency=1, **{limited.QUEUE_TYPE: queue})
     with open_office() as office:
-        result = office.send("learning_late", "counted", str(tmp_path / "gate"))
+        result = office.send("retried_late", "counted", str(tmp_path / "gate"))
         for deaths in (1, 2):
             with open_office(url=office.url) if deaths > 1 else contextlib.nullcontext(office) as one:
                 until(lambda deaths=deaths: len(office.log("counted")) == deaths)  # type: ignore[misc]
@@ -159,11 +159,11 @@ def test_no_endless_redelivery(open_office: Maker, queue: str, tmp_path: Path) -
             assert "2 times" in letter["rcon_reason"]
 
 
-def test_more_each_time(open_office: Maker) -> None:
+def test_each_retry_has_more_memory(open_office: Maker) -> None:
     with open_office(concurrency=1) as office:
-        assert office.get("learning", 200 * 2**20) == 200 * 2**20
-        assert len(office.log("learning")) == 3
-        office.error("learning_in_vain", MemoryLimitExceeded, 900 * 2**20)
+        assert office.get("retried", 200 * 2**20) == 200 * 2**20
+        assert len(office.log("retried")) == 3
+        office.error("retried_in_vain", MemoryLimitExceeded, 900 * 2**20)
         letter = message(office, "dead")
         assert letter is not None
         assert letter["rcon_deaths"] == 2

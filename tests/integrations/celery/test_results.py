@@ -1,4 +1,4 @@
-"""What a task used is told with its result, and by an event."""
+"""The outcome of a task is stored with its result and sent as an event."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_in_an_event(offices: Offices) -> None:
 
         thread = threading.Thread(target=listen, daemon=True)
         thread.start()
-        until(lambda: bool(events) or not office.get("where"))  # the listener is there soon
+        until(lambda: bool(events) or not office.get("where"))  # until the listener is connected
         thread.join(10)
         event = events[0]
         assert (event["name"], event["ending"], event["policy"]) == ("where", "ok", "where")
@@ -66,7 +66,7 @@ def test_in_an_event(offices: Offices) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "backend"),
+    ("setting", "backend"),
     [
         ("redis://127.0.0.1:1/3", "celery.backends.redis:RedisBackend"),
         ("cache+memory://", "celery.backends.cache:CacheBackend"),
@@ -75,25 +75,25 @@ def test_in_an_event(offices: Offices) -> None:
         ("rpc://", "celery.backends.rpc:RPCBackend"),
     ],
 )
-def test_every_backend(written: str, backend: str) -> None:
-    app = Celery("any", backend=written, set_as_current=False)
+def test_every_backend(setting: str, backend: str) -> None:
+    app = Celery("any", backend=setting, set_as_current=False)
     add_to_backend(app)
-    add_to_backend(app)  # nothing more
+    add_to_backend(app)  # a second call changes nothing
     cls, url = by_url(app.backend_cls, app.loader)
-    plain, plain_url = by_url(written, app.loader)
+    plain, plain_url = by_url(setting, app.loader)
     assert issubclass(cls, plain)
     assert f"{plain.__module__}:{plain.__qualname__}" == backend
-    assert url == plain_url or f"{url}" == written
+    assert url == plain_url or f"{url}" == setting
     app.close()
 
 
 def test_an_event_that_cannot_be_sent(offices: Offices, redis_server: RedisServer, tmp_path: Path) -> None:
-    """The broker is gone when a task ends, and results are elsewhere: the task did what it did."""
+    """The broker is gone when a task ends and its results are elsewhere: the task succeeds."""
     gate = tmp_path / "gate"
     with RedisServer(tmp_path) as broker:
         results = redis_server.database()
         with offices("-E", url=broker.database(), RCON_TEST_BACKEND=results) as office:
-            result = office.send("learning_late", "begun", str(gate))
+            result = office.send("retried_late", "begun", str(gate))
             until(lambda: bool(office.log("begun")))
             broker.process.kill()
             broker.process.wait()

@@ -1,4 +1,4 @@
-"""Celery's own semantics hold: the same tasks give the same results, states, signals, confined or not."""
+"""Celery's own semantics hold: the same tasks give the same results, states and signals, confined or not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.integrations.celery.conftest import Shop
 
 
 class Worlds:
-    """What came of all cases in each world; each world is played once."""
+    """The histories of all cases, confined and not, by pool and serializer. Each world is played once."""
 
     def __init__(self, shop: Shop, directory: Path) -> None:
         self._shop = shop
@@ -44,13 +44,13 @@ PLAYED = [
 
 @pytest.mark.parametrize(("case", "pool"), PLAYED)
 def test_celery_alone(worlds: Worlds, case: Case, pool: str) -> None:
-    """What the cases expect is what Celery does, or comparing would say nothing."""
+    """Plain Celery does what the cases expect; else a comparison would prove nothing."""
     history = worlds.history(case, pool, confined=False)
     assert history.fault is None, history.fault
     assert any(task["records"] for task in history.tasks.values()) or not history.tasks
 
 
-#: Where two processes write about one task, which of them is first is chance.
+#: Cases in which two processes write records of one task, in no certain order.
 IN_ANY_ORDER = {"replace", "error_link_by_id", "time_limit", "revoked_while_it_runs"}
 
 

@@ -1,4 +1,4 @@
-"""Which policy a task has, and what keeps a worker from starting."""
+"""The policy of a task, and the settings with which a worker refuses to start."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_routes_and_names(offices: Offices) -> None:
         assert "/work/small/" in office.get("named")["cgroup"]
         assert "/work/slow/" in office.get("queued")["cgroup"]
         assert "/work/where/" in office.get("where")["cgroup"]
-        # A policy without limits of each work: for a task it means a process, too.
+        # A policy without `each` limits also runs tasks in processes.
         assert office.get("queued")["pid"] not in office.worker.children()
 
 
@@ -49,7 +49,7 @@ def test_unmatched_is_refused(offices: Offices) -> None:
         error = office.error("plain", ConfinementError)
         assert "no route names 'plain'" in str(error)
         assert office.get("where")["confined"]
-        # Celery's own tasks, which only look after others, are no work.
+        # Celery's own tasks, which only look after others, are not confined.
         assert office.wait(celery.chord([office.app.tasks["double"].s(1)])(office.app.tasks["where"].si()))
 
 
@@ -66,8 +66,8 @@ def test_in_the_pool_itself(offices: Offices, isolation: str) -> None:
         assert str(error) == "no"
 
 
-def test_limits_of_all_together(offices: Offices) -> None:
-    """Two processes of the pool have what one limit gives."""
+def test_limits_together(offices: Offices) -> None:
+    """Two processes of the pool share one limit."""
     with offices(settings=SETTINGS, concurrency=2) as office:
         assert office.get("share", 80 * 2**20) == 80 * 2**20
         results = [office.send("share", 80 * 2**20) for _ in range(2)]
@@ -78,15 +78,15 @@ def test_limits_of_all_together(offices: Offices) -> None:
 
 
 def test_without_a_result_backend(offices: Offices) -> None:
-    """Nobody is to get a result, so it need not be data."""
+    """A result that is dropped need not be encodable."""
     with offices(settings=SETTINGS, concurrency=1, RCON_TEST_NO_BACKEND="1") as office:
         office.send("unencodable", task_id="unencodable-1")
         until(lambda: "unencodable[unencodable-1] succeeded" in office.worker.log())
         assert ": <object object at 0x" in office.worker.log()
 
 
-def test_where_a_task_raised(offices: Offices) -> None:
-    """Its traceback is that of the task, from its first line."""
+def test_traceback_of_a_task(offices: Offices) -> None:
+    """It begins with the task's own first frame."""
     with offices(settings=SETTINGS, concurrency=1) as office:
         result = office.send("raising")
         with pytest.raises(ValueError, match="mine"):
@@ -100,8 +100,8 @@ def test_where_a_task_raised(offices: Offices) -> None:
         assert "limited.py" in frames[0]
 
 
-def test_a_user_of_its_own(offices: Offices) -> None:
-    """Who reaches the broker by a connection of its own."""
+def test_a_policy_with_a_user(offices: Offices) -> None:
+    """The task connects to the broker as that user."""
     policy = '[policy.user]\nuser = "nobody"\n[[route]]\ntask = "who"\npolicy = "user"\n'
     with offices(settings=SETTINGS + policy, concurrency=1) as office:
         result = office.send("who")
@@ -122,20 +122,20 @@ def refused(offices: Offices, *arguments: str, **options: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "error"),
     [
         (None, ": there is no policy 'small' (add the policy to the settings, or write its limits)"),
         (SETTINGS + "[policy.x]\nmemroy = '1G'\n", "policy.x.memroy: unknown key (did you mean 'memory'?)"),
         (SETTINGS + "[policy.x]\nio.'/nowhere' = { read = '1M' }\n", "/nowhere"),
     ],
 )
-def test_wrong_settings(offices: Offices, settings: str | None, told: str) -> None:
+def test_wrong_settings(offices: Offices, settings: str | None, error: str) -> None:
     log = refused(offices, settings=settings)
-    assert told in log
+    assert error in log
     assert "Traceback" not in log
 
 
-def test_a_pool_that_is_not_known(offices: Offices) -> None:
+def test_an_unknown_pool(offices: Offices) -> None:
     log = refused(offices, pool="custom", CELERY_CUSTOM_WORKER_POOL="tests.integrations.celery.pools:OwnPool")
     assert (
         "the pool tests.integrations.celery.pools.OwnPool cannot be confined: rcon_celery does not know"
@@ -181,7 +181,7 @@ def test_above_the_task() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "told"),
+    ("limits", "error"),
     [
         ({"memory": "1GB"}, "@confined: memory: '1GB' is not a size"),
         ({"memroy": "1G"}, "did you mean 'memory'"),
@@ -190,10 +190,10 @@ def test_above_the_task() -> None:
         ({}, "no limit is given"),
     ],
 )
-def test_a_wrong_decorator(limits: dict[str, Any], told: str) -> None:
+def test_a_wrong_decorator(limits: dict[str, Any], error: str) -> None:
     with pytest.raises(SettingsError) as caught:
         confined(**limits)
-    assert told in str(caught.value)
+    assert error in str(caught.value)
 
 
 def test_a_name_and_limits() -> None:
@@ -201,7 +201,7 @@ def test_a_name_and_limits() -> None:
         confined("small", memory="1G")
 
 
-def test_outside_of_workers_tasks_run_as_ever() -> None:
+def test_tasks_outside_of_workers_are_not_confined() -> None:
     app = celery.Celery("eager", set_as_current=False)
     app.conf.update(task_always_eager=True, result_backend="cache+memory://")
     install(app)

@@ -1,6 +1,6 @@
-"""Many tasks, a tenth of them out of memory, a tenth hanging, a tenth forking: each ends as it should, and by name.
+"""Many tasks, of which a tenth exceeds its memory, a tenth hangs, a tenth forks: each ends with its exception.
 
-A hundred of them; ``RCON_TEST_TASKS=1000`` is what was promised.
+One hundred tasks; ``RCON_TEST_TASKS=1000`` runs a thousand.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from tests.integrations.celery.office import Offices
 from tests.processes import alive, until
 
 COUNT = int(os.environ.get("RCON_TEST_TASKS", "100"))
-#: Of ten tasks; and how each ends.
+#: Ten tasks, and the exception and ending of each harmful one.
 TEN = ["where", "fresh", "where", "hog", "where", "hang", "where", "fork", "where", "double"]
 ENDS = {"hog": "MemoryLimitExceeded", "hang": "TimeLimitExceeded", "fork": "PidsLimitExceeded"}
 ENDINGS = {"hog": "memory", "hang": "timeout", "fork": "pids"}
 
 
 @pytest.mark.timeout(60 + COUNT)
-def test_each_ends_by_name(offices: Offices) -> None:
+def test_each_end_has_its_exception(offices: Offices) -> None:
     with offices(concurrency=4) as office:
         pool = office.worker.children()
         names = [TEN[number % 10] for number in range(COUNT)]

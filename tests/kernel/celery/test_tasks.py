@@ -1,4 +1,4 @@
-"""The core of what a confined task is promised, on whatever cgroups this machine has: Redis and workers are real.
+"""What a confined task is promised, on the cgroups of this machine, with real workers and a real Redis.
 
 Workers take long to start in an emulated machine, so there are two of them, and the last test kills the first.
 """
@@ -23,7 +23,7 @@ from tests.processes import alive, until
 pytestmark = pytest.mark.timeout(600)  # an emulated machine is slow
 
 MIB = 2**20
-#: A task ``heavy`` has most of it.
+#: A task ``heavy`` takes most of it.
 BUDGET = """
 [budget]
 memory = "1200M"
@@ -46,7 +46,7 @@ def office(offices: Offices) -> Iterator[Office]:
 
 @pytest.mark.smoke
 @pytest.mark.each_layout
-def test_ends_are_told_by_name(office: Office) -> None:
+def test_each_end_has_its_exception(office: Office) -> None:
     processes = office.worker.children()
     assert office.get("where")["confined"]
     error = office.error("hog", MemoryLimitExceeded)
@@ -61,22 +61,25 @@ def test_ends_are_told_by_name(office: Office) -> None:
 
 
 @pytest.mark.each_layout
-def test_it_is_told_before(office: Office) -> None:
-    assert office.get("soft_memory") == "cleaned up: soft_memory: its memory is nearly used up"
+def test_soft_limits(office: Office) -> None:
+    assert (
+        office.get("soft_memory")
+        == "cleaned up: soft_memory: memory_soft reached; return before the memory limit kills the task"
+    )
     assert office.get("soft_time") == "cleaned up"
 
 
 @pytest.mark.each_layout
-def test_more_memory_each_time(office: Office) -> None:
-    result = office.send("learning", 100 * MIB)
+def test_each_retry_has_more_memory(office: Office) -> None:
+    result = office.send("retried", 100 * MIB)
     assert office.wait(result) == 100 * MIB
-    assert len(office.log("learning")) == 2
+    assert len(office.log("retried")) == 2
     outcome = outcome_of(result)
     assert outcome is not None
     assert 100 * MIB < (outcome.usage.memory_peak or 0) <= 128 * MIB
 
 
-def test_what_it_started_ends_with_it(office: Office) -> None:
+def test_processes_end_with_their_task(office: Office) -> None:
     pid = office.get("leaving")
     until(lambda: not alive(pid))
     left = office.get("leaving_on_purpose")
@@ -89,8 +92,8 @@ def test_what_it_started_ends_with_it(office: Office) -> None:
 
 
 @pytest.mark.each_layout
-def test_what_is_killed_comes_back(office: Office, offices: Offices, tmp_path: Path) -> None:
-    """A task that is revoked, a worker that is killed, and the next one, with a budget. Nothing is left over of any."""
+def test_killed_tasks_run_again(office: Office, offices: Offices, tmp_path: Path) -> None:
+    """Revoke a task, kill its worker, and start another one with a budget: nothing is left behind."""
     gate = tmp_path / "gate"
     revoked = office.send("stay", "revoked")
     until(lambda: bool(office.log("revoked")))
@@ -112,7 +115,7 @@ def test_what_is_killed_comes_back(office: Office, offices: Offices, tmp_path: P
         gate.touch()
         assert again.wait(result) == "done"
         never_two_at_once(again, "late")
-        # Two that do not fit into the budget at once: one waits, whatever the pool has room for.
+        # Two tasks that do not fit into the budget together: one waits, though the pool has room.
         heavy = [again.send("heavy", number, 0.5) for number in range(2)]
         assert sorted(again.wait(one) for one in heavy) == [[0, 0], [1, 0]]
         assert [line.split()[0] for line in again.log("heavy")] == ["begins", "ends"] * 2

@@ -23,7 +23,7 @@ def office(offices: Offices) -> Iterator[Office]:
 
 
 @pytest.mark.parametrize("how", ["return", "raise", "retry"])
-def test_a_longer_answer_than_its_policy_takes(office: Office, how: str) -> None:
+def test_a_result_above_max_result(office: Office, how: str) -> None:
     pid, _ = office.get("lengthy", "return", MIB // 2)
     result = office.send("lengthy", how, 3 * MIB)
     with pytest.raises(ResultTooLarge) as caught:
@@ -35,24 +35,24 @@ def test_a_longer_answer_than_its_policy_takes(office: Office, how: str) -> None
     outcome = outcome_of(result)
     assert outcome is not None
     assert outcome.ending == "result"
-    # It is an end like others, of which no process dies.
+    # The executor process serves the next task.
     assert office.get("lengthy", "return", 1)[1] == "x"
     assert alive(pid)
 
 
-def test_a_long_answer_that_nobody_is_to_get(office: Office) -> None:
+def test_a_large_result_that_is_ignored(office: Office) -> None:
     result = office.send("lengthy", "return", 3 * MIB, ignore_result=True)
     until(lambda: f"lengthy[{result.id}] succeeded" in office.worker.log())
 
 
-def test_threads_that_it_has_left_end_with_it(office: Office, tmp_path: Path) -> None:
+def test_threads_end_with_their_task(office: Office, tmp_path: Path) -> None:
     for _ in range(2):
         pid = office.get("threads", "wait", str(tmp_path / "never"))
         assert office.get("threads", "") != pid
         until(lambda pid=pid: not alive(pid))  # type: ignore[misc]
 
 
-def test_threads_that_it_has_left_on_purpose(office: Office, tmp_path: Path) -> None:
+def test_threads_with_leave_children(office: Office, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     pid = office.get("threads_on_purpose", str(gate))
     other = office.get("threads_on_purpose", str(gate))
@@ -65,7 +65,7 @@ def test_threads_that_it_has_left_on_purpose(office: Office, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("how", ["daemon", "pool"])
 def test_threads_of_libraries_stay(office: Office, how: str, tmp_path: Path) -> None:
-    """Helpers that are daemons, and pools that wait for something to do: for the next task."""
+    """Daemon threads and idle thread pools stay for the next task."""
     gate = tmp_path / "gate"
     pid = office.get("threads", how, str(gate))
     office.get("threads", "")
@@ -73,7 +73,7 @@ def test_threads_of_libraries_stay(office: Office, how: str, tmp_path: Path) -> 
     gate.touch()
 
 
-def test_who_does_not_come_back_holds_up_nobody(office: Office) -> None:
-    """It has answered, and goes on: the next task does not wait for it."""
+def test_a_process_that_does_not_return_delays_no_task(office: Office) -> None:
+    """It sent its answer and runs on: the next task gets another process."""
     assert office.get("hostile_on", "value") == 1
     assert office.get("hostile_on", "") is None

@@ -1,4 +1,4 @@
-"""A task that dies of memory is tried again with more; one that dies too often is not; no redelivery is for ever."""
+"""Retry with more memory, a bound on deaths, and leases: no task is redelivered for ever, none runs twice at once."""
 
 from __future__ import annotations
 
@@ -28,65 +28,65 @@ MIB = 2**20
 
 
 def dead_letters(office: Office) -> list[dict[str, Any]]:
-    """The headers of what lies in the queue ``dead``."""
+    """Return the headers of the messages in the queue ``dead``."""
     with contextlib.closing(redis.Redis.from_url(office.url)) as client:
         messages: Any = client.lrange("dead", 0, -1)
         return [json.loads(message)["headers"] for message in messages]
 
 
-def test_more_each_time(offices: Offices) -> None:
+def test_each_retry_has_more_memory(offices: Offices) -> None:
     with offices() as office:
-        result = office.send("learning", 200 * MIB)
+        result = office.send("retried", 200 * MIB)
         assert office.wait(result) == 200 * MIB
-        assert len(office.log("learning")) == 3  # with 64, 128 and 256 MiB
+        assert len(office.log("retried")) == 3  # with 64, 128 and 256 MiB
         outcome = outcome_of(result)
         assert outcome is not None
         assert 200 * MIB < (outcome.usage.memory_peak or 0) <= 256 * MIB
-        # What it was given was for itself: the next begins with what its policy says.
-        assert office.get("learning", MIB) == MIB
-        assert office.get("learning", 100 * MIB) == 100 * MIB
-        assert len(office.log("learning")) == 3 + 1 + 2
+        # The next task begins with the limit of the policy again.
+        assert office.get("retried", MIB) == MIB
+        assert office.get("retried", 100 * MIB) == 100 * MIB
+        assert len(office.log("retried")) == 3 + 1 + 2
 
 
-def test_its_answer_may_be_as_long_as_its_own_memory(offices: Offices) -> None:
+def test_a_retry_may_return_a_large_result(offices: Offices) -> None:
     with offices() as office:
-        assert len(office.get("learning", 0, 70 * MIB)) == 70 * MIB
+        assert len(office.get("retried", 0, 70 * MIB)) == 70 * MIB
 
 
-def test_a_retry_is_no_death(offices: Offices) -> None:
-    """The next try may begin before the one that sent it has ended."""
+def test_a_retry_of_its_own_is_no_death(offices: Offices) -> None:
+    """The next attempt may begin before the one that sent it ended."""
     with offices(concurrency=3) as office:
         results = [office.send("retrying_late") for _ in range(6)]
         assert [office.wait(result) for result in results] == [20] * 6
 
 
-def test_no_more_than_up_to(offices: Offices) -> None:
+def test_no_more_memory_than_up_to(offices: Offices) -> None:
     with offices() as office:
-        error = office.error("learning", MemoryLimitExceeded, 2000 * MIB)
+        error = office.error("retried", MemoryLimitExceeded, 2000 * MIB)
         assert "memory limit 512M reached" in str(error)
-        assert len(office.log("learning")) == 4  # 64, 128, 256, 512
+        assert len(office.log("retried")) == 4  # 64, 128, 256, 512
         assert dead_letters(office) == []
 
 
 def test_too_many_deaths(offices: Offices) -> None:
-    """Across the restart of a worker too: the count is in the message."""
+    """The task fails and goes to the dead-letter queue: the message counts the deaths."""
     with offices() as office:
-        result = office.send("learning_in_vain", 900 * MIB)
+        result = office.send("retried_in_vain", 900 * MIB)
         with pytest.raises(MemoryLimitExceeded, match="128M"):
             office.wait(result)
-        assert len(office.log("learning_in_vain")) == 2
+        assert len(office.log("retried_in_vain")) == 2
         (letter,) = dead_letters(office)
         assert letter["id"] == result.id
-        assert result.children == []  # or whoever walks through them never comes to an end
-        assert letter["task"] == "learning_in_vain"
+        assert result.children == []  # else it would be its own descendant
+        assert letter["task"] == "retried_in_vain"
         assert letter["rcon_deaths"] == 2
         assert "memory limit 128M reached" in letter["rcon_reason"]
 
 
 def test_deaths_of_workers_are_counted(offices: Offices, tmp_path: Path) -> None:
-    """No endless redelivery of a message under which one worker after the other dies."""
+    """A message with which one worker after the other dies is not redelivered for ever."""
     with offices(concurrency=1) as office:
-        result = office.send("learning_late", "counted", str(tmp_path / "gate"))
+        result = office.send("retried_late", "counted", str(tmp_path / "gate"))
         until(lambda: len(office.log("counted")) == 1)
         os.kill(office.worker.pid, signal.SIGKILL)
         office.worker.process.wait()
@@ -102,16 +102,16 @@ def test_deaths_of_workers_are_counted(offices: Offices, tmp_path: Path) -> None
             assert len(third.log("counted")) == 2
             (letter,) = dead_letters(third)
             assert letter["id"] == result.id
-            # An end of the usual kind leaves no count.
+            # A task that ends leaves no lease.
             gate = tmp_path / "open"
             gate.touch()
-            assert third.get("learning_late", "well", str(gate)) == "done"
+            assert third.get("retried_late", "well", str(gate)) == "done"
             with contextlib.closing(redis.Redis.from_url(office.url)) as client:
                 until(lambda: not client.keys("rcon-lease-*"))
 
 
-def test_deaths_are_counted_without_a_backend(offices: Offices, tmp_path: Path) -> None:
-    """Where only the broker says that it delivered a message before."""
+def test_deaths_of_workers_are_counted_without_a_backend(offices: Offices, tmp_path: Path) -> None:
+    """Only the redelivered flag of the broker tells of them."""
 
     def open_another(url: str | None = None) -> Office:
         office = later.enter_context(offices(concurrency=1, url=url, RCON_TEST_NO_BACKEND="1"))
@@ -125,7 +125,7 @@ def test_deaths_are_counted_without_a_backend(offices: Offices, tmp_path: Path) 
 
     with contextlib.ExitStack() as later:
         first = open_another()
-        first.send("learning_late", "unkept", str(tmp_path / "gate"))
+        first.send("retried_late", "unkept", str(tmp_path / "gate"))
         die(first, 1)
         second = open_another(first.url)
         die(second, 2)
@@ -133,31 +133,31 @@ def test_deaths_are_counted_without_a_backend(offices: Offices, tmp_path: Path) 
         until(lambda: bool(dead_letters(third)))
         (letter,) = dead_letters(third)
         assert (letter["rcon_deaths"], letter["rcon_lost"]) == (0, 2)
-        assert "2 times the process that ran it ended" in letter["rcon_reason"]
+        assert "the process that ran it ended 2 times" in letter["rcon_reason"]
         assert len(third.log("unkept")) == 2
 
 
-def test_a_dead_letter_is_tried_anew_and_goes_there_once(offices: Offices) -> None:
-    """By a worker that takes them: not for ever, even where it is the one that sends them there."""
+def test_a_dead_letter_is_run_again_and_dies_for_good(offices: Offices) -> None:
+    """A worker that takes tasks from its own dead-letter queue does not send them there again."""
     with offices("-Q", "celery,dead", concurrency=1) as office:
-        office.send("learning_in_vain", 900 * MIB)
+        office.send("retried_in_vain", 900 * MIB)
         until(lambda: "is not sent there again" in office.worker.log())
-        assert len(office.log("learning_in_vain")) == 2 + 2
+        assert len(office.log("retried_in_vain")) == 2 + 2
         assert office.get("where")["confined"]
-        assert len(office.log("learning_in_vain")) == 2 + 2
+        assert len(office.log("retried_in_vain")) == 2 + 2
         assert dead_letters(office) == []
 
 
 def test_a_task_replaced_by_itself_is_no_death(offices: Offices) -> None:
-    """The next one of the same id may begin before the one that sent it has ended."""
+    """The next task of the same id may begin before the one that sent it ended."""
     with offices(concurrency=3) as office:
         results = [office.send("replacing_late", 12) for _ in range(6)]
         assert [office.wait(result) for result in results] == ["done"] * 6
 
 
-@pytest.mark.parametrize("name", ["late", "learning_late"])
+@pytest.mark.parametrize("name", ["late", "retried_late"])
 def test_redelivered_while_it_runs(offices: Offices, tmp_path: Path, name: str) -> None:
-    """When the visibility timeout of Redis is over: that is no death, and nothing runs twice."""
+    """After Redis' visibility timeout: that is no death, and the task does not run twice."""
     gate = tmp_path / "gate"
     with offices(concurrency=2, **{limited.VISIBILITY: "2"}) as office:
         result = office.send(name, "slow", str(gate))
@@ -169,45 +169,45 @@ def test_redelivered_while_it_runs(offices: Offices, tmp_path: Path, name: str) 
         assert office.get("where")["confined"]
 
 
-def notes(office: Office) -> dict[str, dict[str, Any]]:
-    """What the backend knows of runs."""
+def leases(office: Office) -> dict[str, dict[str, Any]]:
+    """Return the leases in the result backend."""
     with contextlib.closing(redis.Redis.from_url(office.url)) as client:
         keys: Any = client.keys("rcon-lease-*-0-0-0")
         found: dict[str, Any] = {key: client.get(key) for key in keys}
-        return {key: json.loads(note) for key, note in found.items() if note}
+        return {key: json.loads(lease) for key, lease in found.items() if lease}
 
 
-def change_notes(office: Office, **changes: Any) -> None:
+def change_leases(office: Office, **changes: Any) -> None:
     with contextlib.closing(redis.Redis.from_url(office.url)) as client:
-        for key, note in notes(office).items():
-            client.set(key, json.dumps({**note, **changes}))
+        for key, lease in leases(office).items():
+            client.set(key, json.dumps({**lease, **changes}))
 
 
-def test_a_run_that_could_not_say_that_it_is_under_way(offices: Offices, tmp_path: Path) -> None:
-    """The backend was gone, or a clock has changed: it is not lost for that."""
+def test_one_missed_heartbeat_is_no_death(offices: Offices, tmp_path: Path) -> None:
+    """The backend was unreachable, or a clock changed: the run is not lost for that."""
     gate = tmp_path / "gate"
     with offices(concurrency=2, RCON_TEST_VISIBILITY="2") as office:
         result = office.send("late", "late", str(gate))
 
-        def is_heard_of() -> bool:
-            change_notes(office, beat=time.time() - 1000)
+        def is_redelivered() -> bool:
+            change_leases(office, heartbeat=time.time() - 1000)
             return len(begins(office, "late")) > 1 or "again while it is running" in office.worker.log()
 
-        until(is_heard_of)
+        until(is_redelivered)
         gate.touch()
         assert office.wait(result) == "done"
         assert len(begins(office, "late")) == 1
 
 
-def test_lost_on_another_machine(offices: Offices, tmp_path: Path) -> None:
-    """Where nobody knows its process, it is lost when it was seen twice that nobody says anything of it."""
+def test_run_lost_on_another_machine(offices: Offices, tmp_path: Path) -> None:
+    """A run whose process cannot be checked is lost once its heartbeat was found stopped twice."""
     gate = tmp_path / "gate"
     with offices(concurrency=1) as office:
         result = office.send("late", "far", str(gate))
-        until(lambda: len(begins(office, "far")) == 1 and bool(notes(office)))
+        until(lambda: len(begins(office, "far")) == 1 and bool(leases(office)))
         os.kill(office.worker.pid, signal.SIGKILL)
         office.worker.process.wait()
-        change_notes(office, beat=time.time() - 1000, by=["another machine", 1, 1])
+        change_leases(office, heartbeat=time.time() - 1000, process=["another machine", 1, 1])
         with offices(concurrency=1, url=office.url) as second:
             restore(second)
             until(lambda: len(begins(second, "far")) == 2)
@@ -216,8 +216,8 @@ def test_lost_on_another_machine(offices: Offices, tmp_path: Path) -> None:
             assert second.wait(result) == "done"
 
 
-def test_the_backend_is_gone_when_it_begins(offices: Offices, tmp_path: Path) -> None:
-    """It waits for that, in its process and then in its queue."""
+def test_the_backend_is_unreachable_at_the_start(offices: Offices, tmp_path: Path) -> None:
+    """The task waits for the backend, in its process and then in its queue."""
     gate = tmp_path / "gate"
     with (
         RedisServer(tmp_path) as backend,
@@ -225,7 +225,7 @@ def test_the_backend_is_gone_when_it_begins(offices: Offices, tmp_path: Path) ->
     ):
         backend.process.kill()
         backend.process.wait()
-        office.send("learning_late", "begun", str(gate), ignore_result=True)
+        office.send("retried_late", "begun", str(gate), ignore_result=True)
         until(lambda: "sent back to its queue" in office.worker.log())
         assert office.log("begun") == []
         backend.begin()
@@ -234,28 +234,30 @@ def test_the_backend_is_gone_when_it_begins(offices: Offices, tmp_path: Path) ->
         until(lambda: " succeeded in " in office.worker.log())
 
 
-def test_a_soft_time_limit_while_the_backend_is_gone(offices: Offices, tmp_path: Path) -> None:
-    """Celery's own ends a task that waits for the backend, too."""
+def test_a_soft_time_limit_while_the_backend_is_unreachable(offices: Offices, tmp_path: Path) -> None:
+    """Celery's own soft time limit ends a task that waits for the backend."""
     with (
         RedisServer(tmp_path) as backend,
         offices(concurrency=1, RCON_TEST_BACKEND=backend.database()) as office,
     ):
         backend.process.kill()
         backend.process.wait()
-        office.send("learning_late", "begun", "", ignore_result=True, soft_time_limit=2)
+        office.send("retried_late", "begun", "", ignore_result=True, soft_time_limit=2)
         until(lambda: "SoftTimeLimitExceeded" in office.worker.log())
         assert "sent back to its queue" not in office.worker.log()
         assert office.log("begun") == []
 
 
-def test_the_broker_is_gone_when_it_died(offices: Offices, redis_server: RedisServer, tmp_path: Path) -> None:
-    """It cannot be tried again, and ends by what it died of."""
+def test_the_broker_is_unreachable_after_a_death(
+    offices: Offices, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """The task cannot be retried, and fails with the error of its death."""
     gate = tmp_path / "gate"
     with RedisServer(tmp_path) as broker:
         results = redis_server.database()
         with offices(url=broker.database(), RCON_TEST_BACKEND=results) as office:
-            result = office.send("learning", 200 * MIB, 0, str(gate))
-            until(lambda: len(office.log("learning")) == 1)
+            result = office.send("retried", 200 * MIB, 0, str(gate))
+            until(lambda: len(office.log("retried")) == 1)
             broker.process.kill()
             broker.process.wait()
             gate.touch()
@@ -264,8 +266,8 @@ def test_the_broker_is_gone_when_it_died(offices: Offices, redis_server: RedisSe
 
 
 @pytest.mark.parametrize("backend", ["redis", "files"])
-def test_lost_after_it_was_redelivered(offices: Offices, tmp_path: Path, backend: str) -> None:
-    """The message that waits is the only one there is, if as several copies by then, of which one is run."""
+def test_run_lost_while_duplicates_wait(offices: Offices, tmp_path: Path, backend: str) -> None:
+    """Of several copies of the waiting duplicate exactly one runs."""
     gate, results = tmp_path / "gate", tmp_path / "results"
     results.mkdir()
     environ = {limited.VISIBILITY: "2"} | (
@@ -287,8 +289,8 @@ def test_lost_after_it_was_redelivered(offices: Offices, tmp_path: Path, backend
         never_two_at_once(office, "slow")
 
 
-def test_rejected_by_itself_is_no_death(offices: Offices) -> None:
-    """A task that puts itself back into the queue, as often as it likes, has its turn each time at once."""
+def test_a_task_that_rejects_itself_is_no_death(offices: Offices) -> None:
+    """It begins at once at each redelivery."""
     with offices(concurrency=1) as office:
         result = office.send("rejecting_late", 6)
         assert office.wait(result) == "done"
@@ -296,7 +298,7 @@ def test_rejected_by_itself_is_no_death(offices: Offices) -> None:
         assert "waits" not in office.worker.log()
 
 
-@pytest.mark.parametrize(("name", "most"), [("learning_late", 2), ("late", 10)])
+@pytest.mark.parametrize(("name", "most"), [("retried_late", 2), ("late", 10)])
 def test_fork_server_killed_at_each_delivery(offices: Offices, tmp_path: Path, name: str, most: int) -> None:
     with offices(concurrency=1) as office:
         result = office.send(name, "poison", str(tmp_path / "gate"))
@@ -311,7 +313,7 @@ def test_fork_server_killed_at_each_delivery(offices: Offices, tmp_path: Path, n
         with pytest.raises(Killed, match=f"the process that ran it ended {most} times; not retried"):
             office.wait(result)
         assert len(begins(office, "poison")) == most
-        assert len(dead_letters(office)) == (name == "learning_late")
+        assert len(dead_letters(office)) == (name == "retried_late")
         assert office.get("where")["confined"]
         assert office.worker.children() == [process]
 
@@ -331,8 +333,8 @@ policy = "small"
 """
 
 
-def test_a_policy_says_it(offices: Offices) -> None:
-    """For tasks whose code knows nothing of it."""
+def test_retry_keys_in_a_policy(offices: Offices) -> None:
+    """They hold for tasks without a decorator."""
     with offices(settings=TRIES) as office:
         assert office.get("eat", 200 * MIB) == 200 * MIB
         assert len(office.log("eat")) == 3  # with 64, 128 and 256 MiB
@@ -342,12 +344,12 @@ def test_a_policy_says_it(offices: Offices) -> None:
         (letter,) = dead_letters(office)
         assert (letter["task"], letter["rcon_deaths"]) == ("eat", 4)
         (answer,) = office.app.control.broadcast("rcon", reply=True, timeout=10, limit=1)
-        told = answer["w@test"]["policies"]["small"]
-        assert told["on_memory"] == {"expand": "2x", "up_to": "512M"}
-        assert (told["max_deaths"], told["dead_letter"]) == (4, "dead")
+        limits = answer["w@test"]["policies"]["small"]
+        assert limits["on_memory"] == {"expand": "2x", "up_to": "512M"}
+        assert (limits["max_deaths"], limits["dead_letter"]) == (4, "dead")
 
 
-def test_a_task_says_otherwise_than_its_policy(offices: Offices) -> None:
+def test_a_task_overrides_the_retry_keys_of_its_policy(offices: Offices) -> None:
     with offices(settings=TRIES) as office:
         assert "memory limit 128M" in str(office.error("eat_twice", MemoryLimitExceeded, 2000 * MIB))
         assert len(office.log("eat_twice")) == 2
@@ -355,7 +357,7 @@ def test_a_task_says_otherwise_than_its_policy(offices: Offices) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "error"),
     [
         ('"512M"', '"512MB"', "policy.small.on_memory.up_to: '512MB' is not a size"),
         (
@@ -365,28 +367,28 @@ def test_a_task_says_otherwise_than_its_policy(offices: Offices) -> None:
         ),
     ],
 )
-def test_a_policy_says_it_wrongly(offices: Offices, old: str, new: str, told: str) -> None:
-    assert told in refused(offices, settings=TRIES.replace(old, new))
+def test_wrong_retry_keys_in_a_policy(offices: Offices, old: str, new: str, error: str) -> None:
+    assert error in refused(offices, settings=TRIES.replace(old, new))
 
 
-def test_what_it_gets() -> None:
+def test_memory_of_each_attempt() -> None:
     policy = Policy.make("small", each={"memory": "64M"}, on_memory={"expand": "2x", "up_to": "300M"})
-    learning = RetryPolicy.of(policy, None)
-    assert learning is not None
-    assert learning.most_deaths == 3
-    given = [learning.memory(policy, deaths) for deaths in range(5)]
+    retry_policy = RetryPolicy.of(policy, None)
+    assert retry_policy is not None
+    assert retry_policy.most_deaths == 3
+    given = [retry_policy.memory(policy, deaths) for deaths in range(5)]
     assert given == [None, 128 * MIB, 256 * MIB, 300 * MIB, 300 * MIB]
-    assert learning.memory(Policy.make("free", pids=1), 2) is None
+    assert retry_policy.memory(Policy.make("free", pids=1), 2) is None
     assert RetryPolicy.of(Policy.make("free", pids=1), None) is None
 
 
-def test_what_a_task_says_goes_before_its_policy() -> None:
+def test_keys_of_a_task_override_those_of_its_policy() -> None:
     policy = Policy.make("small", max_deaths=5, dead_letter="dead")
     own = RetryPolicy.make({"max_deaths": 2, "on_memory": {"expand": "2x", "up_to": "300M"}})
-    learning = RetryPolicy.of(policy, own)
-    assert learning is not None
-    assert (learning.most_deaths, learning.dead_letter) == (2, "dead")
-    assert learning.on_memory is not None
+    retry_policy = RetryPolicy.of(policy, own)
+    assert retry_policy is not None
+    assert (retry_policy.most_deaths, retry_policy.dead_letter) == (2, "dead")
+    assert retry_policy.on_memory is not None
     assert RetryPolicy.of(Policy.make("free", pids=1), own) == own
 
 
@@ -400,8 +402,8 @@ def test_what_a_task_says_goes_before_its_policy() -> None:
         ({"on_memory": {"expand": "2x", "up_to": "1GB"}}, "on_memory.up_to"),
     ],
 )
-def test_faults(keywords: dict[str, Any], message: str) -> None:
-    """Of a task that names a policy, and of one that says its limits itself."""
+def test_wrong_keywords(keywords: dict[str, Any], message: str) -> None:
+    """Beside the name of a policy, and beside limits."""
     with pytest.raises(SettingsError, match=f"^@confined.*{message}"):
         confined("small", **keywords)
     with pytest.raises(SettingsError, match=f"^@confined: {message}"):

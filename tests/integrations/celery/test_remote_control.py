@@ -49,7 +49,7 @@ def test_inspect(offices: Offices) -> None:
         assert told["confinements"]["where"]["cpu_seconds"] > 0
 
 
-def test_what_runs(offices: Offices) -> None:
+def test_inspect_a_running_task(offices: Offices) -> None:
     with offices(concurrency=1) as office:
         result = office.send("stay", "watched")
         until(lambda: bool(office.log("watched")))
@@ -66,7 +66,7 @@ def test_what_runs(offices: Offices) -> None:
 
 
 def rcon_set(office: Office, *arguments: str) -> dict[str, Any]:
-    """What its worker answers to `celery control rcon_set`."""
+    """Return the worker's answer to `celery control rcon_set`."""
     command = [sys.executable, "-m", "celery", "-A", limited.__name__, "control", "--json", "rcon_set"]
     done = subprocess.run(
         [*command, *arguments],
@@ -83,16 +83,16 @@ def rcon_set(office: Office, *arguments: str) -> dict[str, Any]:
 
 
 def group_of(office: Office, name: str) -> Group:
-    """A confinement of its worker."""
+    """Return a confinement of its worker."""
     instance = office.worker.cgroups()[0].name
     (found,) = [one for one in find_groups().groups if one.instance == instance and one.name == name]
     return found
 
 
 def test_set_while_work_runs(offices: Offices) -> None:
-    """In the cgroups at once, in each process of the pool for what begins, and in one that is made later."""
+    """The limit holds in the cgroups at once, and for later tasks in each process of the pool, new ones included."""
     with offices(concurrency=2) as office:
-        for _ in range(3):  # so that both processes know the limit of before
+        for _ in range(3):  # so that both processes know the old limit
             assert "memory limit 64M reached" in str(office.error("hog", MemoryLimitExceeded))
         office.send("stay", "watched")
         until(lambda: bool(office.log("watched")))
@@ -137,7 +137,7 @@ def test_set_less_than_is_in_use(offices: Offices) -> None:
         until(lambda: bool(office.log("watched")))
         stay = group_of(office, "stay")
         assert rcon_set(office, "stay", "memory", "256M")["ok"]["cgroups"] == 1
-        # Refused, and as before (v1); or in force, and what did not fit is killed (v2).
+        # v1 refuses and keeps the old limit; v2 sets it and kills.
         told = rcon_set(office, "stay", "memory", "1M")
         assert ("error" in told) != (stay.limits().memory_max == 1 << 20)
         if "error" in told:
@@ -146,8 +146,8 @@ def test_set_less_than_is_in_use(offices: Offices) -> None:
         result.revoke(terminate=True)
 
 
-def test_set_of_what_is_made_anew_for_each(offices: Offices) -> None:
-    """No process writes back what was so before, at the birth of an executor process."""
+def test_set_beside_fresh_processes(offices: Offices) -> None:
+    """No process writes the old limit when it makes an executor process."""
     with offices(concurrency=2) as office:
         for limit in ("1G", "512M", "768M"):
             for _ in range(4):
@@ -161,7 +161,7 @@ def test_set_of_what_is_made_anew_for_each(offices: Offices) -> None:
 
 
 def test_set_no_limit(offices: Offices) -> None:
-    """``max``, for work that runs too."""
+    """``max`` removes a limit, of running tasks too."""
     with offices(concurrency=2) as office:
         office.send("stay", "watched")
         until(lambda: bool(office.log("watched")))
@@ -175,7 +175,7 @@ def test_set_no_limit(offices: Offices) -> None:
             assert told["cgroups"] >= 1
         assert (stay.limits().memory_max, stay.limits().cpu_quota) == (MAX, MAX)
         assert {read_limits(leaf).pids_max for leaf in leaves} == {MAX}
-        # And for what begins: no process of the pool writes the old limit again.
+        # And for later tasks: no process of the pool writes the old limit.
         for _ in range(3):
             assert "memory limit 64M" in str(office.error("hog", MemoryLimitExceeded))
         assert rcon_set(office, "hog", "each.memory", "max")["ok"]["before"] == "64M"
@@ -183,7 +183,7 @@ def test_set_no_limit(offices: Offices) -> None:
 
 
 def test_set_memory_that_expands(offices: Offices) -> None:
-    """To what it was not, to another, and back: each for what begins then, in both processes."""
+    """Set, change and remove it: each time for later tasks, in both processes."""
     table = '{ limit = "64M", expand = "2x", up_to = "%s" }'
     with offices(concurrency=2) as office:
         for _ in range(3):
@@ -197,7 +197,7 @@ def test_set_memory_that_expands(offices: Offices) -> None:
         assert rcon_set(office, "hog", "each.memory", "96M")["ok"]["after"] == "96M"
         for _ in range(3):
             assert "memory limit 96M" in str(office.error("hog", MemoryLimitExceeded))
-        # Of all work together, while it runs.
+        # The limit together, while a task runs.
         office.send("stay", "watched")
         until(lambda: bool(office.log("watched")))
         assert rcon_set(office, "stay", "memory", table % "1G")["ok"]["cgroups"] == 1
@@ -209,12 +209,12 @@ def test_set_memory_that_expands(offices: Offices) -> None:
 
 
 def test_set_limits_of_io(offices: Offices, tmp_path: Path) -> None:
-    """On the disk there is: of a task that writes, while it does; and of the next."""
+    """For a task that writes to the disk of this machine, and for the next one."""
     with offices(concurrency=2) as office:
         slow = 2 << 20
 
         def rate(after: int) -> float:
-            """Bytes a second of the last lines of the log, each of 1 MiB, when there are so many more."""
+            """Return bytes a second of the last lines of the log, each of which is 1 MiB, once there are more."""
             until(lambda: len(office.log("writes")) >= after + 8)
             times = [float(line) for line in office.log("writes")[after:]]
             return (len(times) - 1) * (1 << 20) / (times[-1] - times[0])
@@ -227,7 +227,7 @@ def test_set_limits_of_io(offices: Offices, tmp_path: Path) -> None:
         group = group_of(office, "write")
         assert [most.wbps for most in group.limits().io.values()] == [slow]
         assert rate(len(office.log("writes")) + 2) < 2 * slow
-        # Another value, more keys, and none again.
+        # Another value, more keys, and no limit.
         table = '{ write = "1M", write_iops = 500 }'
         assert rcon_set(office, "write", f"io.{disk}", table)["ok"]["before"] == {"write": "2M"}
         (most,) = group.limits().io.values()
@@ -239,7 +239,7 @@ def test_set_limits_of_io(offices: Offices, tmp_path: Path) -> None:
         assert not group.limits().io
         (tmp_path / "stop").touch()
         assert office.wait(result) == "done"
-        # What begins after it is set, in every process.
+        # For later tasks, in every process.
         rcon_set(office, "write", f"each.io.{disk}.write", "2M")
         for name in ("one", "two"):
             office.send("write", f"{disk}/{name}", str(tmp_path / "never"))
@@ -250,7 +250,7 @@ def test_set_limits_of_io(offices: Offices, tmp_path: Path) -> None:
 
 
 def disk_of(path: Path) -> str:
-    """A directory on a disk: this one, or the one that the emulated machine names."""
+    """Return a directory on a disk: this one, or that of the emulated machine."""
     return os.environ.get("RCON_TEST_DISK", str(path))
 
 
@@ -262,7 +262,7 @@ def test_set_a_timeout_in_every_pool(offices: Offices, pool: str) -> None:
         assert "wall time limit 500ms reached" in str(office.error("hang", TimeLimitExceeded))
 
 
-def test_set_what_cannot_be(offices: Offices) -> None:
+def test_set_refused(offices: Offices) -> None:
     with offices(concurrency=1) as office:
         for arguments, error in (
             (("no", "memory", "1G"), "there is no policy 'no' (one of: "),
@@ -292,7 +292,7 @@ RCON = "from rcon_plugins.cli.start import main; main()"
 
 
 def top(*arguments: str, url: str, app: str = limited.__name__) -> subprocess.CompletedProcess[str]:
-    """`rcon top --celery` to its end."""
+    """Run `rcon top --celery` to its end."""
     command = [sys.executable, "-c", RCON, "top", "--celery", app, *arguments]
     return subprocess.run(
         command,
@@ -306,7 +306,7 @@ def top(*arguments: str, url: str, app: str = limited.__name__) -> subprocess.Co
 
 
 def test_top_of_all_workers(offices: Offices) -> None:
-    """Two workers of one application; a task in each, one of which is busy."""
+    """Two workers of one application, with a task in each."""
     with offices("-Q", "one", concurrency=2) as one:
         other, producer, _ = offices.make("-Q", "two", concurrency=1, url=one.url, name="other")
         with closing(producer), other:
@@ -334,7 +334,7 @@ def test_top_of_all_workers(offices: Offices) -> None:
 
 
 def test_top_on_a_terminal(offices: Offices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A live table, whose keys are heard also while the broker says nothing, and which outlives the broker."""
+    """A live table that reads keys while the broker does not answer, and outlives the broker."""
     with RedisServer(tmp_path) as server:
         url = server.database()
         with offices(concurrency=1, url=url) as office:
@@ -370,7 +370,7 @@ def test_top_on_a_terminal(offices: Offices, tmp_path: Path, monkeypatch: pytest
                 assert it.is_clean()
             office.worker.kill()  # without a broker it would not end for long
     with offices(concurrency=1):
-        pass  # what the one that was killed has left is removed
+        pass  # it removes what the killed worker left
 
 
 def test_top_without_workers(offices: Offices, redis_server: RedisServer) -> None:
@@ -387,7 +387,7 @@ def test_top_without_workers(offices: Offices, redis_server: RedisServer) -> Non
     assert "--celery: 'no.such.thing' cannot be loaded as a Celery application" in done.stderr
 
 
-def test_top_of_workers_that_confine_nothing(redis_server: RedisServer, tmp_path: Path) -> None:
+def test_top_of_unconfined_workers(redis_server: RedisServer, tmp_path: Path) -> None:
     url = redis_server.database()
     (tmp_path / "plain.py").write_text(f"import celery\napp = celery.Celery(broker={url!r})\n")
     environ = {"PYTHONPATH": str(tmp_path)}
