@@ -42,7 +42,7 @@ class OutOfPaper(Exception):
 
 
 class Stubborn(Exception):
-    """One that cannot be made again from its arguments."""
+    """An exception that cannot be constructed from its arguments."""
 
     def __init__(self, *, reason: str) -> None:
         super().__init__(reason)
@@ -66,7 +66,7 @@ class Point:
 
 
 class Records:
-    """What happened to each task, in order. Any process of the application may write."""
+    """The records of each task, in order. Any process of the application may write them."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -103,7 +103,7 @@ def literal_loads(text: str | bytes) -> object:
 
 
 def make(url: str, *, confined: bool = False, serializer: str = "json") -> celery.Celery:
-    """The application with all its tasks."""
+    """Return the application with all its tasks."""
     register: Any = kombu.serialization.register
     register("literal", repr, literal_loads, "application/x-literal", "utf-8")
     register("rot13", rot13_dumps, rot13_loads, "application/x-rot13", "utf-8")
@@ -138,7 +138,7 @@ def define(app: celery.Celery, confined: Callable[..., Any], records: Records) -
     logger = get_task_logger("shop")
 
     class Recording(celery.Task):
-        """Writes down what Celery tells a task's own class."""
+        """Record the calls that Celery makes to a task's class."""
 
         abstract = True
 
@@ -192,12 +192,12 @@ def define(app: celery.Celery, confined: Callable[..., Any], records: Records) -
 
     @task(name="where")
     def where() -> dict[str, Any]:
-        """In which process, in which cgroups."""
+        """Return its pid and its cgroups."""
         return {"pid": os.getpid(), "cgroups": Path("/proc/self/cgroup").read_text()}
 
     @task(name="request", bind=True, base=Recording)
     def request(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What a task sees of its request."""
+        """Return what a task sees of its request."""
         seen = self.request
         names = [
             *(
@@ -315,7 +315,7 @@ def define(app: celery.Celery, confined: Callable[..., Any], records: Records) -
 
     @task(name="progress", bind=True, base=Recording)
     def progress(self: Any, gate: str) -> str:
-        """Stays in a state of its own until the file is there."""
+        """Stay in a state of its own until the file exists."""
         self.update_state(state="PROGRESS", meta={"done": 1, "of": 2})
         while not Path(gate).exists():
             time.sleep(0.02)
@@ -341,7 +341,7 @@ def define(app: celery.Celery, confined: Callable[..., Any], records: Records) -
 
     @task(name="calling", bind=True)
     def calling(self: Any, x: int) -> str:
-        """Sends another task, which knows it as its parent."""
+        """Send another task, whose parent is this one."""
         child = request.apply_async((x,), task_id=f"{self.request.id}-child")
         return str(child.id)
 
@@ -395,7 +395,7 @@ def define(app: celery.Celery, confined: Callable[..., Any], records: Records) -
 
 
 def write_down_signals(records: Records) -> None:
-    """Connect to Celery's signals about tasks. Not weakly: nobody else keeps the receivers."""
+    """Connect to Celery's signals about tasks, with strong references: the receivers are local."""
 
     def before(sender: Any, task_id: str, **_: Any) -> None:
         records.write(task_id, "prerun", sender.name)
@@ -432,7 +432,7 @@ def write_down_signals(records: Records) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """``app``: made when a worker asks for it, from the environment."""
+    """Make ``app`` from the environment, when a worker imports it."""
     if name != "app":
         raise AttributeError(name)
     url = os.environ[BROKER]
@@ -443,5 +443,5 @@ def __getattr__(name: str) -> Any:
 
 
 def environment(url: str, *, confined: bool, serializer: str = "json") -> Mapping[str, str]:
-    """What a worker's environment says of the application."""
+    """Return the environment variables that configure the application in a worker."""
     return {BROKER: url, SERIALIZER: serializer, **({CONFINED: "1"} if confined else {})}

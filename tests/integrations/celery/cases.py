@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 class History(NamedTuple):
-    """What came of one case."""
+    """The outcome of one case."""
 
     #: What is wrong already with what came back, whatever it is compared with.
     fault: str | None
@@ -67,7 +67,7 @@ def case(*, pools: tuple[str, ...] = POOLS, serializer: str = "json") -> Callabl
 
 
 class Producer:
-    """Who sends the tasks of one case."""
+    """Sends the tasks of one case."""
 
     def __init__(self, app: celery.Celery, records: Records, name: str, directory: Path) -> None:
         self.app = app
@@ -77,7 +77,7 @@ class Producer:
         self.ids: list[str] = []
 
     def id(self, suffix: str = "") -> str:
-        """A new id, the same one in each world."""
+        """Return a new id, the same in each world."""
         made = f"{self.name}-{len(self.ids)}{suffix}"
         self.ids.append(made)
         return made
@@ -95,15 +95,15 @@ class Producer:
         return sent
 
     def get(self, name: str, *args: Any, **options: Any) -> Any:
-        """Send a task and wait for what it returns, or raises."""
+        """Send a task; return its result or raise its exception."""
         return self.send(name, *args, **options).get(timeout=PATIENCE)
 
     def wait_for(self, task_id: str, what: str) -> None:
-        """Wait until the worker wrote this down of a task."""
+        """Wait until the worker wrote this record of a task."""
         until(lambda: any(record[0] == what for record in self.records.read(task_id)))
 
     def gate(self) -> Path:
-        """A file that is not there yet."""
+        """Return the path of a file that does not exist yet."""
         path = self.directory / self.name
         path.unlink(missing_ok=True)
         return path
@@ -113,7 +113,7 @@ class Producer:
 
 
 def play(cases: list[Case], app: celery.Celery, records: Records, directory: Path) -> dict[str, Any]:
-    """Play the cases one after the other; what came of each, but for what is only known in the end (`tell`)."""
+    """Play the cases one after the other; return what `tell` makes their histories of."""
     played: dict[str, Any] = {}
     for each in cases:
         producer = Producer(app, records, each.name, directory)
@@ -127,7 +127,7 @@ def play(cases: list[Case], app: celery.Celery, records: Records, directory: Pat
 
 
 def tell(played: dict[str, Any]) -> dict[str, History]:
-    """The histories, once the worker has ended."""
+    """Return the histories, once the worker ended."""
     return {
         name: History(
             fault,
@@ -139,7 +139,7 @@ def tell(played: dict[str, Any]) -> dict[str, History]:
 
 
 def remains(app: celery.Celery, records: Records, task_id: str) -> dict[str, Any]:
-    """All that is left of a task."""
+    """Return all that can be seen of a task."""
     meta = app.backend.get_task_meta(task_id)
     found = {key: plain(meta.get(key)) for key in KEPT}
     if meta.get("traceback"):
@@ -148,7 +148,7 @@ def remains(app: celery.Celery, records: Records, task_id: str) -> dict[str, Any
 
 
 def plain(value: Any) -> Any:
-    """The same in each world: without addresses, ids that somebody else made up, times."""
+    """Return a value without what differs in each world: addresses, generated ids, times."""
     match value:
         case dict():
             return {str(key): plain(item) for key, item in value.items()}
@@ -170,7 +170,7 @@ def plain(value: Any) -> Any:
 
 
 def failure(result: AsyncResult[Any]) -> BaseException:
-    """What a task raised, as the producer gets it."""
+    """Return the exception of a task, as the producer gets it."""
     error = result.get(timeout=PATIENCE, propagate=False)
     assert isinstance(error, BaseException)
     return error

@@ -1,13 +1,13 @@
-"""An application whose tasks run into their limits, for a worker and for who sends it tasks.
+"""An application whose tasks reach their limits, for a worker and for the test that sends it tasks.
 
-What it does is said by the environment; what happens is written down in Redis, under ``log:<name>``.
+Environment variables configure it. Tasks write to lists in Redis, ``log:<name>``.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import encodings.idna  # noqa: F401 - work that is somebody else may not read where Python is
+import encodings.idna  # noqa: F401 - a task of another user may not be able to read it
 import gc
 import json
 import mmap
@@ -32,20 +32,20 @@ from rcon_celery import confined, expand, install, wire
 from rcon_plugins.errors import MemoryLimitExceeded, SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel
 
-#: A Redis: result backend, for what is written down, and broker where none is named.
+#: A Redis: the result backend, the store of ``log:<name>``, and the broker unless `AMQP` is set.
 BROKER = "RCON_TEST_BROKER"
 AMQP = "RCON_TEST_AMQP"
-#: Another result backend.
+#: The URL of another result backend.
 BACKEND = "RCON_TEST_BACKEND"
-#: The type of the queue, where the broker has several.
+#: The type of the queue, with RabbitMQ.
 QUEUE_TYPE = "RCON_TEST_QUEUE_TYPE"
 SETTINGS = "RCON_TEST_SETTINGS"
-#: Installed or not.
+#: If set, the application is not given to `install`.
 INSTALL = "RCON_TEST_INSTALL"
 ACCEPT = "RCON_TEST_ACCEPT"
-#: After how many seconds a message that was not acknowledged is delivered again.
+#: The visibility timeout of Redis, seconds.
 VISIBILITY = "RCON_TEST_VISIBILITY"
-#: For how many seconds a process of the pool, and an executor process, starts.
+#: How long a process of the pool, and an executor process, takes to start; seconds.
 SLOW_START = "RCON_TEST_SLOW_START"
 
 MANY = 100_000.0
@@ -59,7 +59,7 @@ def make(
     accept: str = "json",
     environ: Mapping[str, str] | None = None,
 ) -> celery.Celery:
-    """The application with all its tasks; ``environ`` is the worker's, where this is another process."""
+    """Return the application with its tasks; ``environ`` is the worker's, if that is another process."""
     environ = os.environ if environ is None else environ
     backend = None if "RCON_TEST_NO_BACKEND" in os.environ else environ.get(BACKEND, url)
     app = celery.Celery("limited", broker=environ.get(AMQP, url), backend=backend, set_as_current=False)
@@ -83,7 +83,7 @@ def make(
 
 
 def of_redis(environ: Mapping[str, str]) -> dict[str, int]:
-    """When the transport gives messages back that nobody acknowledged; it looks each second."""
+    """Return when the transport redelivers unacknowledged messages; it checks every second."""
     return {
         "visibility_timeout": int(environ.get(VISIBILITY, "3600")),
         "unacked_restore_interval": 1,
@@ -105,7 +105,7 @@ def whereabouts() -> dict[str, Any]:
 
 
 def fill(size: int) -> int:
-    """Have so many bytes of memory."""
+    """Allocate so many bytes of memory, and touch each page."""
     block = mmap.mmap(-1, size)
     for page in range(0, size, 4096):
         block[page] = 1
@@ -163,7 +163,7 @@ def define(app: celery.Celery, url: str) -> None:
     @task(name="files")
     @confined(memory="128M", timeout="60s")
     def files() -> list[str]:
-        """What is open here, and sockets of TCP by that name."""
+        """Return the open files; a TCP socket is named TCP."""
         lines = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
         connections = {f"socket:[{line[9]}]" for line in lines}
         found = []
@@ -226,7 +226,7 @@ def define(app: celery.Celery, url: str) -> None:
     @task(name="write")
     @confined(timeout="100s")
     def write(path: str, stop: str) -> str:
-        """Writes past the page cache, until it is told to stop, and notes the time of each MiB."""
+        """Write past the page cache until ``stop`` exists, and log the time of each MiB."""
         block = mmap.mmap(-1, 2**20)
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
         while not Path(stop).exists():
@@ -238,7 +238,7 @@ def define(app: celery.Celery, url: str) -> None:
     @task(name="untidy")
     @confined(timeout="60s", timeout_soft="3s")
     def untidy(do: str, path: str = "") -> Any:
-        """Leaves its process otherwise than it found it; or says how that is."""
+        """Change the state of the process, or return it."""
         umask = os.umask(0o22)
         os.umask(umask)
         found = [os.getpid(), str(Path.cwd()), umask, os.environ.get("UNTIDY")]
@@ -253,12 +253,12 @@ def define(app: celery.Celery, url: str) -> None:
             try:
                 time.sleep(MANY)
             except SoftTimeLimitExceeded:
-                found.append("told")
+                found.append("soft limit")
         return found
 
     @task(name="eat")
     def eat(size: int) -> int:
-        """Has what a route says."""
+        """Has the policy of a route."""
         note("eat", "run")
         return fill(size)
 
@@ -289,7 +289,7 @@ def define(app: celery.Celery, url: str) -> None:
         with contextlib.closing(redis.Redis.from_url(url)) as client:
             runs = int(client.llen("log:rejecting_late"))
         if runs % 2:
-            time.sleep(1.2)  # longer than what is not noted
+            time.sleep(1.2)  # longer than a run without a stored lease
         if runs < times:
             raise Reject("not now", requeue=True)
         return "done"
@@ -377,7 +377,7 @@ def define(app: celery.Celery, url: str) -> None:
                 time.sleep(0.02)
         except SoftMemoryLimitExceeded as error:
             return f"cleaned up: {error}"
-        return "never told"
+        return "no soft limit"
 
     @task(name="soft_time")
     @confined(timeout="60s", timeout_soft="2s")
@@ -386,7 +386,7 @@ def define(app: celery.Celery, url: str) -> None:
             time.sleep(MANY)
         except SoftTimeLimitExceeded:
             return "cleaned up"
-        return "never told"
+        return "no soft limit"
 
     @task(name="leaving")
     @confined(timeout="60s", pids=64)
@@ -424,7 +424,7 @@ def define(app: celery.Celery, url: str) -> None:
     @task(name="late", acks_late=True, reject_on_worker_lost=True)
     @confined(timeout="60s", pids=64)
     def late(name: str, gate: str) -> str:
-        """Runs until the file is there; beats as long as it runs."""
+        """Run until the file exists, and log a line regularly."""
         note(name, "begins", os.getpid(), whereabouts()["confined"])
         while not Path(gate).exists():
             note(f"{name}:beat", os.getpid(), time.monotonic())
@@ -468,7 +468,7 @@ def define(app: celery.Celery, url: str) -> None:
     @task(name="not_begun", soft_time_limit=1)
     @confined(timeout="60s")
     def not_begun() -> None:
-        """Where `SLOW_START` is set, its time is over before it begins."""
+        """With `SLOW_START` its time is over before it begins."""
         time.sleep(MANY)
 
     @task(name="one_at_a_time")
@@ -481,7 +481,7 @@ def define(app: celery.Celery, url: str) -> None:
 
 
 def answer_as(how: str, *arguments: Any) -> None:
-    """In an executor process: tell the host what no honest service says, over its channel."""
+    """In an executor process: send a malformed answer over its channel."""
     (channel,) = [found for found in gc.get_objects() if isinstance(found, Channel) and found.fileno() >= 0]
     number = held_number()
     if how == "silent":
@@ -503,8 +503,8 @@ def answer_as(how: str, *arguments: Any) -> None:
     size = 2**40 if manner == "long" else len(data)
     if manner == "wrong":
         number = bytes(8)
-    told: Any = "error" if kind == "error" else "ok"
-    head = wire.AnswerHead(number, told, "", wire.Payload(*content, size))
+    ending: Any = "error" if kind == "error" else "ok"
+    head = wire.AnswerHead(number, ending, "", wire.Payload(*content, size))
     frames = [(wire.ANSWER, msgspec.msgpack.encode(head)), (wire.DATA, data)]
     if manner == "twice":
         frames *= 2
@@ -515,12 +515,16 @@ def answer_as(how: str, *arguments: Any) -> None:
 
 
 def parts(*args: Any) -> dict[str, Any]:
-    told = [[False, arg] for arg in args]
-    return {"args": told, "constructor_args": told, "state": {"with_traceback": 5, "__traceback__": 5}}
+    described = [[False, arg] for arg in args]
+    return {
+        "args": described,
+        "constructor_args": described,
+        "state": {"with_traceback": 5, "__traceback__": 5},
+    }
 
 
 def held_number() -> bytes:
-    """The number of the task under way: what is run knows all that its process does."""
+    """Return the number of the running task, from the frames of the service."""
     frame: Any = sys._getframe()
     while "head" not in frame.f_locals:
         assert frame.f_back is not None
@@ -543,7 +547,7 @@ class Bomb:
 
 
 def start_threads(how: str, gate: str) -> int:
-    """Threads that go on when their task has ended."""
+    """Start threads that run on after their task ended."""
 
     def wait() -> None:
         while not Path(gate).exists():
@@ -562,7 +566,7 @@ POOLS: dict[str, concurrent.futures.ThreadPoolExecutor] = {}
 
 
 def start_child() -> int:
-    """A grandchild in a session of its own, of which nobody knows."""
+    """Start a grandchild in a session of its own; return its pid."""
     code = "import os, time; print(os.getpid(), flush=True); os.close(1); time.sleep(100000)"
     reading, writing = os.pipe()
     if os.fork() == 0:
@@ -578,7 +582,7 @@ def start_child() -> int:
 
 
 def __getattr__(name: str) -> Any:
-    """``app``: made when a worker asks for it, from the environment."""
+    """Make ``app`` from the environment, when a worker imports it."""
     if name != "app":
         raise AttributeError(name)
     app = make(

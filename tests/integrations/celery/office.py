@@ -1,4 +1,4 @@
-"""A worker with the tasks of `limited`, and who sends it some."""
+"""A worker with the tasks of `limited`, and the producer that sends it some."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ class Office:
         return result.get(timeout=PATIENCE)
 
     def get(self, name: str, *args: Any, **options: Any) -> Any:
-        """What a task returns, or raises."""
+        """Send a task; return its result or raise its exception."""
         return self.wait(self.send(name, *args, **options))
 
     def error(self, name: str, kind: type[_E], *args: Any) -> _E:
-        """What a task raises."""
+        """Send a task; return its exception."""
         with pytest.raises(kind) as caught:
             self.get(name, *args)
         return caught.value
 
     def log(self, name: str) -> list[str]:
-        """What tasks have written down under a name."""
+        """Return the lines that tasks logged under a name."""
         with contextlib.closing(redis.Redis.from_url(self.url)) as client:
             lines: Any = client.lrange(f"log:{name}", 0, -1)
             return [line.decode() for line in lines]
 
     def executors(self) -> list[int]:
-        """All that runs confined."""
+        """Return the pids of all confined processes."""
         found: set[int] = set()
         for instance in self.worker.cgroups():
             for leaf in instance.glob("work/*/*/cgroup.procs"):
@@ -79,7 +79,7 @@ class Office:
 
 
 class Offices:
-    """Opens an `Office`; each with a database of its own."""
+    """Opens each `Office` with its own database."""
 
     def __init__(self, server: RedisServer, directory: Path) -> None:
         self._server = server
@@ -104,7 +104,7 @@ class Offices:
 
     @contextlib.contextmanager
     def of_one_process(self) -> Iterator[Office]:
-        """One whose pool has a single process, and keeps it whatever its tasks do."""
+        """Open one whose pool has a single process, and check that no task ends it."""
         with self(concurrency=1) as office:
             (process,) = office.worker.children()
             yield office
@@ -120,7 +120,7 @@ class Offices:
         name: str = "w",
         **environ: str,
     ) -> tuple[Worker, celery.Celery, str]:
-        """A worker that is starting, and its producer."""
+        """Return a worker that is starting, its producer, and the URL of its Redis."""
         directory = self._directory / str(next(self._numbers))
         directory.mkdir()
         url = url or self._server.database()

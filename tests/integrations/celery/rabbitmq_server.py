@@ -1,4 +1,4 @@
-"""A real RabbitMQ on loopback, for one test run: with ports, a node name, a cookie and directories of its own."""
+"""A real RabbitMQ on loopback for one test run, with its own ports, node name, cookie and directories."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOSTS = 16
 
 
 class RabbitServer:
-    """One RabbitMQ without plugins; ended by `stop`, and by leaving a ``with`` block.
+    """One RabbitMQ without plugins; `stop`, or the end of a ``with`` block, ends it.
 
     Its node registers with a daemon of Erlang's, epmd, which goes on when the node has ended. That one is started here,
     as a child of the tests; else the node would start it.
@@ -64,7 +64,7 @@ class RabbitServer:
                 )
             if self._answers():
                 return
-            self.stop()  # somebody else took a port in the meantime, or it does not start at all
+            self.stop()  # another process took a port, or it does not start
         raise AssertionError(f"RabbitMQ did not start:\n{self._output.read_text()}")
 
     def __enter__(self) -> RabbitServer:
@@ -74,7 +74,7 @@ class RabbitServer:
         self.stop()
 
     def host(self) -> str:
-        """The URL of a virtual host that nobody has used yet."""
+        """Return the URL of an unused virtual host."""
         number = next(self._hosts)
         if number >= HOSTS:
             raise RuntimeError(
@@ -83,7 +83,7 @@ class RabbitServer:
         return self._url(number)
 
     def stop(self) -> None:
-        """End it, and all of its processes; what is on disk is of no use any more."""
+        """Kill all its processes; its files are not needed any more."""
         everybody = family(self._server.pid)  # they have sessions of their own
         for process in (self._server, self._epmd):
             if process.poll() is None:
@@ -137,7 +137,7 @@ class RabbitServer:
     def _answers(self) -> bool:
         deadline = time.monotonic() + PATIENCE
         while self._server.poll() is None and self._epmd.poll() is None and time.monotonic() < deadline:
-            # By a password of its own: on a port that was taken in the meantime answers another.
+            # Its own password: another server may have taken the port.
             connection: Any = Connection(self._url(HOSTS - 1), connect_timeout=5)  # type: ignore[no-untyped-call]
             with contextlib.suppress(*connection.connection_errors), connection:
                 connection.connect()

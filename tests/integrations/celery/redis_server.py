@@ -1,4 +1,4 @@
-"""A real Redis on loopback, for one test run: on a port of its own, in memory only."""
+"""A real redis-server on loopback for one test run, without files on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DATABASES = 4096
 
 
 class RedisServer:
-    """One redis-server; ended by `stop`, and by leaving a ``with`` block."""
+    """One redis-server; `stop`, or the end of a ``with`` block, ends it."""
 
     def __init__(self, directory: Path) -> None:
         program = shutil.which("redis-server")
@@ -31,7 +31,7 @@ class RedisServer:
             self._command = (program, directory, self.port, self.log_file)
             if self.begin():
                 return
-            self.stop()  # somebody else took the port in the meantime, or it does not start at all
+            self.stop()  # another process took the port, or it does not start
         raise AssertionError(f"redis-server did not start:\n{self.log_file.read_text()}")
 
     def __enter__(self) -> RedisServer:
@@ -41,16 +41,16 @@ class RedisServer:
         self.stop()
 
     def database(self) -> str:
-        """The URL of a database that nobody has used yet."""
+        """Return the URL of an unused database."""
         return f"redis://127.0.0.1:{self.port}/{next(self._databases) % DATABASES}"
 
     def begin(self) -> bool:
-        """Start it, for the first time or again, on the same port; whether it answers."""
+        """Start it, for the first time or again, on the same port; return whether it answers."""
         self.process = start(*self._command)
         return self._answers()
 
     def stop(self) -> None:
-        """End it; there is nothing on disk to save."""
+        """End the server."""
         if self.process.poll() is None:
             self.process.terminate()
         try:
@@ -65,7 +65,7 @@ class RedisServer:
         with redis.Redis(port=self.port) as client:
             while self.process.poll() is None and time.monotonic() < deadline:
                 try:
-                    # Its own: on a port that was taken in the meantime answers another.
+                    # Check that this server answers, not another on its port.
                     return bool(client.info("server")["process_id"] == self.process.pid)
                 except (redis.ConnectionError, redis.TimeoutError):
                     time.sleep(0.02)

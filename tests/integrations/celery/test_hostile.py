@@ -60,7 +60,7 @@ def test_no_module_is_imported(office: Office) -> None:
 
 
 def test_one_that_cannot_be_made(office: Office) -> None:
-    """Something stands for an exception of a class that takes more than its arguments, which is not told as a death."""
+    """A stand-in replaces an exception that cannot be constructed from its arguments; the task did not die."""
     error = office.error(
         "hostile", UnpickleableExceptionWrapper, "error", "builtins", "ExceptionGroup", "five"
     )

@@ -222,4 +222,4 @@ def test_the_state_of_the_process_is_restored(offices: Offices, tmp_path: Path) 
         left.mkdir()
         assert office.get("untidy", "change", str(left))[0] == pid
         left.rmdir()
-        assert office.get("untidy", "wait") == [pid, directory, umask, "yes", "told"]
+        assert office.get("untidy", "wait") == [pid, directory, umask, "yes", "soft limit"]

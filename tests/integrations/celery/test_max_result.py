@@ -1,4 +1,4 @@
-"""What a task answers is bounded, and what goes on after its answer holds up nobody."""
+"""The result of a task is bounded, and threads that run on after it delay no other task."""
 
 from __future__ import annotations
 

@@ -42,11 +42,11 @@ def test_inspect(offices: Offices) -> None:
             check=True,
             timeout=60,
         )
-        (told,) = json.loads(done.stdout).values()
-        assert told["policies"]["hog"] == {"each": {"memory": "64M", "timeout": "1m"}}
-        assert told["policies"]["small"]["memory"] == "1G"
-        assert told["endings"] == {"memory": 2, "timeout": 1}
-        assert told["confinements"]["where"]["cpu_seconds"] > 0
+        (reply,) = json.loads(done.stdout).values()
+        assert reply["policies"]["hog"] == {"each": {"memory": "64M", "timeout": "1m"}}
+        assert reply["policies"]["small"]["memory"] == "1G"
+        assert reply["endings"] == {"memory": 2, "timeout": 1}
+        assert reply["confinements"]["where"]["cpu_seconds"] > 0
 
 
 def test_inspect_a_running_task(offices: Offices) -> None:
@@ -55,8 +55,8 @@ def test_inspect_a_running_task(offices: Offices) -> None:
         until(lambda: bool(office.log("watched")))
 
         def running() -> dict[str, Any]:
-            (told,) = office.app.control.inspect(timeout=10, limit=1)._request("rcon").values()
-            found: dict[str, Any] = told["confinements"]
+            (reply,) = office.app.control.inspect(timeout=10, limit=1)._request("rcon").values()
+            found: dict[str, Any] = reply["confinements"]
             return found
 
         stays = running()["stay"]
@@ -77,8 +77,8 @@ def rcon_set(office: Office, *arguments: str) -> dict[str, Any]:
         text=True,
         timeout=60,
     )
-    (told,) = json.loads(done.stdout)
-    answer: dict[str, Any] = told["w@test"]
+    (reply,) = json.loads(done.stdout)
+    answer: dict[str, Any] = reply["w@test"]
     return answer
 
 
@@ -98,24 +98,24 @@ def test_set_while_work_runs(offices: Offices) -> None:
         until(lambda: bool(office.log("watched")))
         stay = group_of(office, "stay")
 
-        told = rcon_set(office, "hog", "each.memory", "128M")["ok"]
-        assert (told["policy"], told["limit"], told["before"], told["after"]) == (
+        reply = rcon_set(office, "hog", "each.memory", "128M")["ok"]
+        assert (reply["policy"], reply["limit"], reply["before"], reply["after"]) == (
             "hog",
             "each.memory",
             "64M",
             "128M",
         )
-        told = rcon_set(office, "stay", "each.pids", "32")["ok"]
-        assert (told["before"], told["after"], told["kept"]) == (64, 32, 0)
-        assert told["cgroups"] >= 1
+        reply = rcon_set(office, "stay", "each.pids", "32")["ok"]
+        assert (reply["before"], reply["after"], reply["kept"]) == (64, 32, 0)
+        assert reply["cgroups"] >= 1
         leaves = [stay.cgroup.child(name) for name in stay.cgroup.children()]
         assert {read_limits(leaf).pids_max for leaf in leaves} == {32}
         for limit in ("160M", "200M", "180M"):
-            told = rcon_set(office, "stay", "each.memory", limit)["ok"]
-            assert told["kept"] == 0
+            reply = rcon_set(office, "stay", "each.memory", limit)["ok"]
+            assert reply["kept"] == 0
             assert {read_limits(leaf).memory_max for leaf in leaves} == {Size.parse(limit)}
-        told = rcon_set(office, "stay", "memory", "256M")["ok"]
-        assert (told["before"], told["after"], told["cgroups"]) == (None, "256M", 1)
+        reply = rcon_set(office, "stay", "memory", "256M")["ok"]
+        assert (reply["before"], reply["after"], reply["cgroups"]) == (None, "256M", 1)
         assert stay.limits().memory_max == 256 << 20
         assert len(stay.pids()) >= 2  # and it goes on
 
@@ -138,10 +138,10 @@ def test_set_less_than_is_in_use(offices: Offices) -> None:
         stay = group_of(office, "stay")
         assert rcon_set(office, "stay", "memory", "256M")["ok"]["cgroups"] == 1
         # v1 refuses and keeps the old limit; v2 sets it and kills.
-        told = rcon_set(office, "stay", "memory", "1M")
-        assert ("error" in told) != (stay.limits().memory_max == 1 << 20)
-        if "error" in told:
-            assert "more memory is in use than that" in told["error"]
+        reply = rcon_set(office, "stay", "memory", "1M")
+        assert ("error" in reply) != (stay.limits().memory_max == 1 << 20)
+        if "error" in reply:
+            assert "more memory is in use than that" in reply["error"]
             assert stay.limits().memory_max == 256 << 20
         result.revoke(terminate=True)
 
@@ -170,9 +170,9 @@ def test_set_no_limit(offices: Offices) -> None:
         assert rcon_set(office, "stay", "cpu", "150%")["ok"]["cgroups"] == 1
         leaves = [stay.cgroup.child(name) for name in stay.cgroup.children()]
         for key in ("memory", "cpu", "each.pids"):
-            told = rcon_set(office, "stay", key, "max")["ok"]
-            assert told["after"] is None
-            assert told["cgroups"] >= 1
+            reply = rcon_set(office, "stay", key, "max")["ok"]
+            assert reply["after"] is None
+            assert reply["cgroups"] >= 1
         assert (stay.limits().memory_max, stay.limits().cpu_quota) == (MAX, MAX)
         assert {read_limits(leaf).pids_max for leaf in leaves} == {MAX}
         # And for later tasks: no process of the pool writes the old limit.
@@ -188,8 +188,8 @@ def test_set_memory_that_expands(offices: Offices) -> None:
     with offices(concurrency=2) as office:
         for _ in range(3):
             assert "memory limit 64M" in str(office.error("hog", MemoryLimitExceeded))
-        told = rcon_set(office, "hog", "each.memory", table % "1G")["ok"]
-        assert (told["before"], told["after"]) == ("64M", {"limit": "64M", "expand": "2x", "up_to": "1G"})
+        reply = rcon_set(office, "hog", "each.memory", table % "1G")["ok"]
+        assert (reply["before"], reply["after"]) == ("64M", {"limit": "64M", "expand": "2x", "up_to": "1G"})
         assert [office.get("hog") for _ in range(3)] == [256 << 20] * 3
         assert rcon_set(office, "hog", "each.memory", table % "128M")["ok"]["before"]["up_to"] == "1G"
         for _ in range(3):
@@ -222,8 +222,8 @@ def test_set_limits_of_io(offices: Offices, tmp_path: Path) -> None:
         disk = disk_of(tmp_path)
         result = office.send("write", f"{disk}/file", str(tmp_path / "stop"))
         until(lambda: len(office.log("writes")) >= 8)
-        told = rcon_set(office, "write", f"io.{disk}.write", "2M")["ok"]
-        assert (told["before"], told["after"], told["cgroups"], told["kept"]) == (None, "2M", 1, 0)
+        reply = rcon_set(office, "write", f"io.{disk}.write", "2M")["ok"]
+        assert (reply["before"], reply["after"], reply["cgroups"], reply["kept"]) == (None, "2M", 1, 0)
         group = group_of(office, "write")
         assert [most.wbps for most in group.limits().io.values()] == [slow]
         assert rate(len(office.log("writes")) + 2) < 2 * slow
@@ -278,9 +278,9 @@ def test_set_refused(offices: Offices) -> None:
             ),
             (("small", "memory"), "give POLICY, LIMIT and VALUE: "),
         ):
-            told = rcon_set(office, *arguments)
-            assert told["error"].startswith(error)
-            assert "\n" not in told["error"]
+            reply = rcon_set(office, *arguments)
+            assert reply["error"].startswith(error)
+            assert "\n" not in reply["error"]
         (answer,) = office.app.control.broadcast("rcon", reply=True, timeout=10, limit=1)
         assert answer["w@test"]["policies"]["small"] == {
             "memory": "1G",
