@@ -1,4 +1,4 @@
-"""What the workers of an application tell of what they confine: ``celery -A proj inspect rcon``."""
+"""All workers of an application: `celery inspect rcon`, `celery control rcon_set` and `rcon top --celery`."""
 
 from __future__ import annotations
 
