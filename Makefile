@@ -45,7 +45,7 @@ coverage: root $(VENV)/.test debian ## line and branch coverage of the tests on 
 	@RCON_COVERAGE=$$(mktemp -d /var/tmp/rcon-coverage.XXXXXX) && export RCON_COVERAGE && chmod 1777 "$$RCON_COVERAGE" && mkdir -p build && \
 	{ $(BIN)/coverage run --rcfile=tests/coverage.ini -m pytest --reruns 1 tests $(ARGS) || status=$$?; } && \
 	$(BIN)/coverage combine --quiet --rcfile=tests/coverage.ini "$$RCON_COVERAGE" && \
-	$(BIN)/coverage report --rcfile=tests/coverage.ini > build/coverage.txt && tail -n 1 build/coverage.txt && \
+	$(BIN)/coverage report --rcfile=tests/coverage.ini > build/coverage.txt && grep TOTAL build/coverage.txt && \
 	cp "$$RCON_COVERAGE/data" build/coverage.data && rm -rf "$$RCON_COVERAGE" && exit $${status:-0}
 
 lint: $(VENV)/.test ## ruff and mypy

@@ -114,8 +114,8 @@ def cgroups() -> set[Path]:
 def cgroups_left(before: set[Path], ours: set[int]) -> list[str]:
     """Cgroups that are there and were not before, except those of somebody else's server running beside the tests.
 
-    Such a one is told by a process in it that is alive and none of ours, or by the pid in its name, or in that of a
-    cgroup in it (`rcon-<pid>-<starttime>`), being one.
+    Such a cgroup has a process in it that is alive and none of ours, or a name with the pid of such a process
+    (`rcon-<pid>-<starttime>`, `rcon-tests-<pid>`), or such a cgroup in it. Tiers that run side by side need this, too.
     """
     new = cgroups() - before
     return sorted(str(path) for path in new if path.parent not in new and not of_somebody_else(path, ours))
@@ -124,7 +124,7 @@ def cgroups_left(before: set[Path], ours: set[int]) -> list[str]:
 def of_somebody_else(path: Path, ours: set[int]) -> bool:
     inside = [path, *(Path(directory, name) for directory, names, _ in os.walk(path) for name in names)]
     for cgroup in inside:
-        match = re.fullmatch(r"rcon-(\d+)-\d+", cgroup.name)
+        match = re.fullmatch(r"rcon(?:-[a-z]+)?-(\d+)(?:-\d+)?", cgroup.name)
         if match and int(match[1]) not in ours and Path("/proc", match[1]).exists():
             return True
         with contextlib.suppress(OSError):  # a threaded one lists no processes; others have gone meanwhile

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import json
 import os
+import pkgutil
 import pty
 import select
 import signal
@@ -18,7 +20,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import rcon_plugins
 from rcon_plugins.cli.rcon import run_main
+
+# Loaded once here, and not again in each fork: on the emulated machine that takes seconds.
+for _module in pkgutil.walk_packages(rcon_plugins.__path__, "rcon_plugins."):
+    importlib.import_module(_module.name)
 
 MOUNTS = Path("/sys/fs/cgroup")
 PATIENCE = 60.0

@@ -63,6 +63,13 @@ class Acts:
             os.waitpid(child, 0)
 
     @staticmethod
+    def use_cpu(seconds: float) -> None:
+        """Use so much CPU time, however long that takes on a busy machine."""
+        until = time.process_time() + seconds
+        while time.process_time() < until:
+            pass
+
+    @staticmethod
     def allocate_and_hold(mebibytes: int, seconds: float) -> int:
         held = [bytearray(os.urandom(4096) * 256) for _ in range(mebibytes)]
         time.sleep(seconds)
