@@ -185,7 +185,7 @@ class Killed(RconError):
 
     def plain(self) -> Self:
         """The same error with ``args`` that any serializer carries, and that make it again."""
-        self.args = (self.args[0], self.signal, _told(self.usage))
+        self.args = (self.args[0], self.signal, _plain_usage(self.usage))
         return self
 
 
@@ -193,25 +193,25 @@ class LimitExceeded(RconError):
     """Raised when work ran into one of its limits.
 
     ``policy`` and ``key`` name the confinement, ``limit`` the limit as the policy spells it,
-    ``usage`` what was used. ``told`` is all that as `plain` puts it.
+    ``usage`` what was used. ``data`` is all of these in the form that `plain` makes.
     """
 
     def __init__(
         self,
         message: str,
-        told: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
         *,
         policy: str = "",
         key: str | None = None,
         limit: str = "",
         usage: Usage | None = None,
     ) -> None:
-        super().__init__(*((message,) if told is None else (message, told)))
-        told = told or {}
-        self.policy: str = told.get("policy", policy)
-        self.key: str | None = told.get("key", key)
-        self.limit: str = told.get("limit", limit)
-        self.usage = _usage(told.get("usage", usage))
+        super().__init__(*((message,) if data is None else (message, data)))
+        data = data or {}
+        self.policy: str = data.get("policy", policy)
+        self.key: str | None = data.get("key", key)
+        self.limit: str = data.get("limit", limit)
+        self.usage = _usage(data.get("usage", usage))
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -224,8 +224,13 @@ class LimitExceeded(RconError):
 
     def plain(self) -> Self:
         """The same error with ``args`` that any serializer carries, and that make it again."""
-        told = {"policy": self.policy, "key": self.key, "limit": self.limit, "usage": _told(self.usage)}
-        self.args = (self.args[0], told)
+        data = {
+            "policy": self.policy,
+            "key": self.key,
+            "limit": self.limit,
+            "usage": _plain_usage(self.usage),
+        }
+        self.args = (self.args[0], data)
         return self
 
 
@@ -264,7 +269,7 @@ def _usage(usage: Usage | Mapping[str, Any] | None) -> Usage | None:
     return Usage(**usage) if isinstance(usage, Mapping) else usage
 
 
-def _told(usage: Usage | None) -> dict[str, Any] | None:
+def _plain_usage(usage: Usage | None) -> dict[str, Any] | None:
     import msgspec
 
     return None if usage is None else msgspec.structs.asdict(usage)

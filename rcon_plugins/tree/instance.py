@@ -42,7 +42,7 @@ class Instance:
         #: Our own cgroup is the base: it has to be left before it can pass controllers on.
         self._in_base = hierarchy.layout == "v2" and own_cgroup(hierarchy) == base
         #: The directories that adopt() took this process from, one for each of host/.
-        self._origins: list[str] | None = None
+        self._previous: list[str] | None = None
         self.locks = os.memfd_create("rcon-locks", os.MFD_CLOEXEC)
 
     @classmethod
@@ -67,10 +67,10 @@ class Instance:
     @classmethod
     def _create_in(cls, hierarchy: Hierarchy, base: str, user: tuple[int, int] | None) -> Instance:
         collect(hierarchy, base)
-        taken = hierarchy.cgroup(base).children()
+        existing = hierarchy.cgroup(base).children()
         first = name = f"rcon-{os.getpid()}-{proc.start_time(os.getpid())}"
         number = 1
-        while name in taken:
+        while name in existing:
             number += 1
             name = f"{first}-{number}"
         instance = cls(hierarchy, base, name, user)
@@ -83,7 +83,7 @@ class Instance:
         return instance
 
     def _make(self) -> None:
-        if self._in_base and self._origins is None:
+        if self._in_base and self._previous is None:
             # No controllers before the base is empty: adopt() goes on from here.
             self.hierarchy.cgroup(self._host.path, controllers=frozenset()).create()
             return
@@ -166,9 +166,9 @@ class Instance:
 
         Off the hot path; children forked later are born there. Again is harmless. Raises KernelError.
         """
-        if self._origins is not None:
+        if self._previous is not None:
             return
-        self._origins = self._whereabouts()
+        self._previous = self._whereabouts()
         self._host.attach(os.getpid())
         if self._in_base:
             self._make()
@@ -178,7 +178,7 @@ class Instance:
 
         On v1, where this user may not, into the base.
         """
-        if self._origins is None:
+        if self._previous is None:
             return
         if self._in_base:
             if os.getpid() != self._creator:
@@ -189,8 +189,8 @@ class Instance:
                     hint="its server can, when it ends",
                 )
             self._pass_nothing_on()
-        origins, self._origins = self._origins, None
-        for directory, mount in zip(origins, self._host.mounts, strict=True):
+        previous, self._previous = self._previous, None
+        for directory, mount in zip(previous, self._host.mounts, strict=True):
             try:
                 files.write_patiently(directory, "cgroup.procs", str(os.getpid()))
             except KernelError as error:
@@ -225,7 +225,7 @@ class Instance:
         ``controllers`` as for :meth:`Cgroup.entrance`. Call it in a thread that has not entered one.
         Raises KernelError.
         """
-        return self._host.entrance(controllers, None if self._origins is not None else self._home())
+        return self._host.entrance(controllers, None if self._previous is not None else self._home())
 
     def _home(self) -> dict[str, str]:
         """By mount, the cgroup of the calling thread."""

@@ -168,13 +168,13 @@ class Cgroup:
         gives by mount point another cgroup instead of this one. Raises KernelError.
         """
         wanted = None if controllers is None else frozenset(controllers)
-        places = []
+        targets = []
         for branch in self._thread_branches(wanted):
-            place = (
+            directory = (
                 branch.entry_directory() if home is None else branch.mount.directory(home[branch.mount.path])
             )
-            places.append((place, branch.thread_file))
-        return Entrance(places)
+            targets.append((directory, branch.thread_file))
+        return Entrance(targets)
 
     def _thread_branches(self, wanted: frozenset[str] | None) -> list[Branch]:
         found = []
@@ -201,7 +201,7 @@ class Cgroup:
         return found
 
     def processes(self, *, subtree: bool = False) -> list[int]:
-        """The processes in this cgroup, or also of those below it; of a threaded one, none are told."""
+        """The processes in this cgroup, or also of those below it; a threaded one lists none."""
         return sorted(self._ids("cgroup.procs", subtree))
 
     def threads(self, *, subtree: bool = False) -> list[int]:
@@ -219,7 +219,7 @@ class Cgroup:
     def meter(self, controllers: Iterable[str] | None = None) -> Meter:
         """Open the usage files (of these controllers only). The cgroup has to exist. KernelError."""
         wanted = self.controllers if controllers is None else frozenset(controllers)
-        places = []
+        targets = []
         for branch in self._branches:
             table = meter.V2_FILES if isinstance(branch, V2Branch) else meter.V1_FILES
             if isinstance(branch, V2Branch) and len(self._branches) > 1 and not branch.controllers:
@@ -228,8 +228,8 @@ class Cgroup:
                 continue  # shares its parent's IO, see V1Branch
             for name, (controller, parser) in table.items():
                 if controller in wanted and self._accounts(branch, name):
-                    places.append((branch.directory, name, parser))
-        return Meter(places)
+                    targets.append((branch.directory, name, parser))
+        return Meter(targets)
 
     @staticmethod
     def _accounts(branch: Branch, name: str) -> bool:

@@ -157,12 +157,12 @@ class Meter:
     May be used by any thread. The fds are closed by ``exec`` and inherited by ``fork``.
     """
 
-    def __init__(self, places: list[tuple[str, str, Parser]]):
-        """``places`` are (directory, file, parser); files that are not there are left out. KernelError."""
+    def __init__(self, targets: list[tuple[str, str, Parser]]):
+        """``targets`` are (directory, file, parser); missing files are left out. Raises KernelError."""
         self._files: list[tuple[int, str, Parser]] = []
         self._peak: tuple[int, str, bytes] | None = None
         try:
-            for directory, some in itertools.groupby(places, lambda place: place[0]):
+            for directory, some in itertools.groupby(targets, lambda target: target[0]):
                 with files.opening(directory) as open_one:
                     for _, name, parser in some:
                         self._open(open_one, directory, name, parser)

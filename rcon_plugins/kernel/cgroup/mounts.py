@@ -108,8 +108,8 @@ def _merit(entry: MountEntry) -> tuple[int, bool]:
 
 
 def _order(mount: Mount) -> tuple[int, int]:
-    places = [V1_CONTROLLERS.index(name) for name in mount.controllers if name in V1_CONTROLLERS]
-    return (mount.version, min(places, default=0))
+    positions = [V1_CONTROLLERS.index(name) for name in mount.controllers if name in V1_CONTROLLERS]
+    return (mount.version, min(positions, default=0))
 
 
 def is_systemds() -> bool:

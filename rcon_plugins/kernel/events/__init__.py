@@ -1,4 +1,4 @@
-"""What happens to cgroups, told as it happens: one thread for all the cgroups of a process. Knows no policy.
+"""Report events of cgroups as they happen, with one thread for all cgroups of a process. Knows no policy.
 
 ::
 

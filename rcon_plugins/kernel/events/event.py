@@ -1,4 +1,4 @@
-"""An event of a cgroup, as plain data, and what can be asked for."""
+"""An event of a cgroup as plain data, and the kinds of events."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from rcon_plugins.kernel import capability
 
 Kind = Literal[
     "memory_high",  # usage went above memory.high, and is slowed down (v2)
-    "memory_limit",  # usage ran into the limit; on v1, and what is reclaimed does not suffice
+    "memory_limit",  # usage reached the limit; on v1 only if reclaim did not suffice
     "oom_kill",  # a process was killed for want of memory
-    "memory_usage",  # usage went up to a threshold that was asked for
+    "memory_usage",  # usage rose to a threshold of the caller
     "pids_limit",  # a fork failed at the limit of processes
     "cpu_throttled",  # threads were held back by the CPU quota
-    "pressure",  # work was held up for want of CPU, memory or IO for as long as was asked for (PSI)
+    "pressure",  # threads waited for CPU, memory or IO longer than the trigger allows (PSI)
     "empty",  # the last process left or ended
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-#: How often the thread looks at what the kernel does not tell of by itself, seconds.
+#: How often the thread polls what the kernel does not notify of, seconds.
 POLLED_SECONDS = 0.25
 
-#: Of a PSI trigger's window, without CAP_SYS_RESOURCE (Documentation/accounting/psi.rst; Linux 6.4).
+#: The step of a PSI trigger's window without CAP_SYS_RESOURCE (Documentation/accounting/psi.rst; Linux 6.4).
 _WINDOW_STEP = 2.0
 _WINDOW = (0.5, 10.0)
 
@@ -32,11 +32,10 @@ _WINDOW = (0.5, 10.0)
 class Event:
     """Something that happened to a cgroup.
 
-    ``count`` is how often it happened since it was last told, ``total`` since the cgroup was made (None where that is
-    not counted). ``limit`` and ``usage`` as they were just after: bytes of memory, processes and threads,
-    CPUs (``cpu_throttled``, whose ``usage`` is the seconds for which threads were held back), for ``pressure`` the
-    seconds of the trigger and the share of the last ten seconds (0 to 1); None is "none, or not known".
-    ``when`` is `time.monotonic` of the moment it was noticed.
+    ``count`` is how often it happened since the last event of this kind, ``total`` since the cgroup was made (None if
+    not counted). ``limit`` and ``usage`` are the values just after it: bytes of memory; processes and threads; for
+    ``cpu_throttled`` CPUs and the seconds for which threads were throttled; for ``pressure`` the seconds of the trigger
+    and the share of the last ten seconds (0 to 1). None means no limit, or not known. ``when`` is `time.monotonic`.
     """
 
     kind: Kind
@@ -46,17 +45,17 @@ class Event:
     total: int | None = None
     limit: float | None = None
     usage: float | None = None
-    #: Of ``pressure``: what is short, and of whom it is said.
+    #: Of ``pressure``: the resource, and whether some or all threads waited for it.
     resource: Literal["cpu", "memory", "io"] | None = None
     share: Literal["some", "full"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """A pressure trigger: tell when work was held up for ``stall`` seconds within a ``window`` of seconds.
+    """A pressure trigger: report when threads waited ``stall`` seconds within a ``window`` of seconds.
 
     ``some``: at least one thread waited; ``full``: all of them did, at once. The window is 0.5 to 10 s; without
-    CAP_SYS_RESOURCE a multiple of 2 s. Raises ValueError for what no kernel takes.
+    CAP_SYS_RESOURCE a multiple of 2 s. Raises ValueError for values that no kernel accepts.
     Source: Documentation/accounting/psi.rst.
     """
 
@@ -67,7 +66,7 @@ class Pressure:
 
     def __post_init__(self) -> None:
         if self.resource not in ("cpu", "memory", "io"):
-            raise ValueError(f"there is pressure of cpu, memory and io, not of {self.resource!r}")
+            raise ValueError(f"pressure is measured for cpu, memory and io, not for {self.resource!r}")
         if self.share not in ("some", "full"):
             raise ValueError(f'{self.share!r} is not "some" or "full"')
         least, most = _WINDOW
@@ -77,12 +76,12 @@ class Pressure:
             raise ValueError(f"{self.stall:g} s is not within a window of {self.window:g} s")
 
     def check(self) -> None:
-        """Raise `KernelError` where the calling thread may not ask for a window of that length."""
+        """Raise `KernelError` if the calling thread may not use a window of that length."""
         if _microseconds(self.window) % _microseconds(_WINDOW_STEP) == 0:
             return
         if capability.CAP_SYS_RESOURCE not in capability.read_state().effective:
             raise KernelError(
-                f"a pressure window of {self.window:g} s takes CAP_SYS_RESOURCE",
+                f"a pressure window of {self.window:g} s needs CAP_SYS_RESOURCE",
                 path=f"{self.resource}.pressure",
                 value=self.trigger,
                 hint="choose a multiple of 2 s: 2, 4, 6, 8 or 10",
@@ -90,7 +89,7 @@ class Pressure:
 
     @property
     def trigger(self) -> str:
-        """As the kernel reads it."""
+        """The trigger in the kernel's format."""
         return f"{self.share} {_microseconds(self.stall)} {_microseconds(self.window)}"
 
 

@@ -1,4 +1,4 @@
-"""A mark of memory: told when what runs in a cgroup needs as much, and on v2 slowed down there."""
+"""A threshold of memory: notify when a cgroup needs that much, and on v2 throttle it there."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.cgroup import Cgroup
     from rcon_plugins.kernel.events.watcher import Watch, Watcher
 
-#: Of the mark, what must be in use, and what of that must be more than page cache, for it to count as reached on v2: a
-#: notice may be late, and of a mark that was lower.
+#: Shares of the threshold that must be in use, and in use beyond page cache, for it to count as reached on v2: an event
+#: may be late, and belong to a lower threshold.
 _IN_USE = 0.97
 _REALLY = 15 / 16
 
 
 class MemoryThreshold:
-    """Calls ``callback``, in the watcher's thread, when work in the cgroup needs as much memory as `move` said
-    (on v2 also when it only seems to: ask `is_reached`).
+    """Calls ``callback`` in the watcher's thread when the cgroup needs the memory given to `move`.
 
-    Page cache that no process has mapped, which the kernel takes back by itself, does not count as need. On v2 the mark
-    is ``memory.high``: work above it is slowed down until it moves. On v1 it is a notice only, and work goes on: what
-    v1 has to stop work with (``memory.oom_control``) makes system calls fail with ENOMEM or EFAULT instead. The bound
-    that holds is the limit of the cgroup, which is not touched.
+    On v2 it may also be called early: check `is_reached`. Unmapped page cache does not count, since the kernel reclaims
+    it by itself. On v2 the threshold is ``memory.high``: processes above it are throttled until it moves. On v1 it only
+    notifies: stopping processes there (``memory.oom_control``) would make system calls fail with ENOMEM or EFAULT. The
+    memory limit of the cgroup is not changed.
     """
 
     def __init__(
@@ -46,12 +45,12 @@ class MemoryThreshold:
         self._watch: Watch | None = None
         self._closed = False
         self._identity = files.identity(cgroup.directories[0])
-        places = zip(cgroup.mounts, cgroup.directories, strict=True)
-        #: Where memory is accounted, and whether that is v2.
-        self._place, self._slows = next(
+        branches = zip(cgroup.mounts, cgroup.directories, strict=True)
+        #: The directory in which memory is accounted, and whether that is v2.
+        self._directory, self._slows = next(
             (
                 (directory, mount.version == 2)
-                for mount, directory in places
+                for mount, directory in branches
                 if (mount.version == 2 and files.is_file(directory, "memory.high"))
                 or "memory" in mount.controllers
             ),
@@ -60,11 +59,11 @@ class MemoryThreshold:
 
     @property
     def is_current(self) -> bool:
-        """Whether the cgroup is still the one that was there at the beginning, not another of its name."""
+        """Whether the cgroup is still the same one, not a later one of that name."""
         return not self._closed and self._identity == files.identity(self.cgroup.directories[0])
 
     def move(self, at: int | None) -> None:
-        """Set the mark, in bytes; None takes it away. Raises KernelError, ControllerUnavailable."""
+        """Set the threshold in bytes; None removes it. Raises KernelError, ControllerUnavailable."""
         if self._closed:
             return
         if self._slows:
@@ -86,7 +85,7 @@ class MemoryThreshold:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep others, in this process and elsewhere, from moving the mark of this cgroup meanwhile. For moments.
+        """Keep all threads and processes from moving the threshold of this cgroup meanwhile. Hold it only briefly.
 
         An advisory lock on its directory (flock(2)). Raises KernelError.
         """
@@ -94,27 +93,27 @@ class MemoryThreshold:
             yield
 
     def need(self) -> int:
-        """What is needed now, in bytes. Raises KernelError."""
+        """Return the memory needed now, in bytes. Raises KernelError."""
         name = "memory.current" if self._slows else "memory.usage_in_bytes"
-        return need(self._place, int(files.read_if_there(self._place, name) or 0))
+        return need(self._directory, int(files.read_if_there(self._directory, name) or 0))
 
     def is_reached(self) -> bool:
-        """Whether it really is, when the callback was called: on v2 a notice may be late, or of page cache."""
+        """Return whether the threshold is reached: on v2 an event may be late, or caused by page cache."""
         if not self._slows:
             return True
         at = self.stands_at()
         if at is None:
             return False
-        usage = int(files.read_if_there(self._place, "memory.current") or 0)
-        return usage >= _IN_USE * at and need(self._place, usage) >= _REALLY * at
+        usage = int(files.read_if_there(self._directory, "memory.current") or 0)
+        return usage >= _IN_USE * at and need(self._directory, usage) >= _REALLY * at
 
     def stands_at(self) -> int | None:
-        """Where the mark is in the kernel, which another process may have moved; None where that cannot be told."""
-        text = files.read_if_there(self._place, "memory.high") if self._slows else None
+        """Return the threshold in the kernel, which another process may have moved; None if there is none."""
+        text = files.read_if_there(self._directory, "memory.high") if self._slows else None
         return self._at if text is None else None if text == "max" else int(text)
 
     def close(self) -> None:
-        """Hear no more of it. On v2 ``memory.high`` stays as it is."""
+        """Stop watching. On v2 ``memory.high`` stays as it is."""
         self._closed = True
         if self._watch is not None:
             self._watch.close()

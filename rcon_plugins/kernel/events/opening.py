@@ -1,4 +1,4 @@
-"""Which sources tell what is asked of a cgroup, on this hierarchy; and what it cannot tell, and why."""
+"""Open the sources of the wanted events of a cgroup; refuse, with the reason, what its hierarchy cannot report."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from rcon_plugins.kernel.events.sources import Gone, Levels, Source
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.cgroup import Cgroup
 
-#: v1 says "no limit" as the largest number of pages.
+#: v1 writes "no limit" as the largest number of pages.
 _UNLIMITED = 2**62
 
 
 class _Opening:
-    """The sources of one watch, as far as they are open."""
+    """The open sources of one watch."""
 
     def __init__(self, cgroup: Cgroup, optional: bool) -> None:
         self.cgroup = cgroup
         self.path = cgroup.path
-        #: What cannot be told is left out, not refused: nobody asked for it by name.
+        #: Leave out what cannot be reported: the caller named no kinds.
         self.optional = optional
         self.sources: list[Source] = []
-        self._places = list(zip(cgroup.mounts, cgroup.directories, strict=True))
-        self.unified = next((place for mount, place in self._places if mount.version == 2), None)
+        self._branches = list(zip(cgroup.mounts, cgroup.directories, strict=True))
+        self.unified = next((directory for mount, directory in self._branches if mount.version == 2), None)
 
     def v1(self, controller: str) -> str | None:
-        """The directory in the v1 hierarchy of a controller, by the kernel's name."""
+        """Return the directory in the v1 hierarchy of a controller, by the kernel's name."""
         return next(
-            (d for mount, d in self._places if mount.version == 1 and controller in mount.controllers), None
+            (d for mount, d in self._branches if mount.version == 1 and controller in mount.controllers), None
         )
 
     def v2(self, name: str) -> str | None:
-        """The directory on v2, where it has the file ``name``."""
-        place = self.unified
-        return place if place is not None and files.is_file(place, name) else None
+        """Return the directory on v2 if it has the file ``name``."""
+        directory = self.unified
+        return directory if directory is not None and files.is_file(directory, name) else None
 
     def open(self, make: Callable[[], Source | None]) -> None:
-        """Keep a source; where it cannot be and may lack, do without."""
+        """Open a source and keep it; leave an optional one out if it is unavailable."""
         with contextlib.ExitStack() as lenient:
             if self.optional:
                 lenient.enter_context(contextlib.suppress(ControllerUnavailable))
@@ -54,12 +54,12 @@ class _Opening:
                 self.sources.append(made)
 
     def lacks(self, kind: str, controller: str) -> ControllerUnavailable:
-        """What to raise where a cgroup has no such controller."""
+        """Return the error for a cgroup without that controller."""
         return ControllerUnavailable(
-            f"{self.path} tells no {kind}: it has no {controller} controller",
+            f"{self.path} cannot report {kind}: it has no {controller} controller",
             errno=errno.ENOENT,
             path=self.path,
-            hint="Hierarchy.refusals() tells what this machine has, and the remedy",
+            hint="Hierarchy.refusals() names what is missing, and the remedy",
         )
 
 
@@ -70,14 +70,16 @@ def open_sources(
     needs: Collection[int],
     pressure: Collection[Pressure],
 ) -> list[Source]:
-    """Open what tells ``kinds`` of events of an existing cgroup; None: all kinds that it can tell.
+    """Open the sources of ``kinds`` of events of an existing cgroup; None: of all kinds that it can report.
 
-    Raises ControllerUnavailable for one asked for by name that it cannot tell, with the reason; ValueError;
-    KernelError (ENOENT: there is no such cgroup).
+    Raises ControllerUnavailable, with the reason, for a named kind that it cannot report; ValueError; KernelError
+    (ENOENT: there is no such cgroup).
     """
     unknown = set(kinds or ()) - set(KINDS)
     if unknown:
-        raise ValueError(f"no kind of event: {', '.join(sorted(unknown))} (there are {', '.join(KINDS)})")
+        raise ValueError(
+            f"unknown kind of event: {', '.join(sorted(unknown))} (choose from {', '.join(KINDS)})"
+        )
     if any(threshold <= 0 for threshold in (*thresholds, *needs)):
         raise ValueError(f"thresholds are bytes of memory, more than 0: {sorted((*thresholds, *needs))}")
     missing = next((directory for directory in cgroup.directories if not files.is_directory(directory)), None)
@@ -95,7 +97,7 @@ def open_sources(
             opening.open(lambda: _cpu(opening))
         for one in pressure:
             opening.sources.append(_pressure(opening, one))
-        # Always: it also tells when the cgroup is removed.
+        # Always: this source also detects that the cgroup was removed.
         opening.sources.append(_populated(opening, "empty" in wanted))
     except Gone as gone:
         _close(opening.sources)
@@ -166,46 +168,46 @@ def _memory_v1(opening: _Opening, one: str, kinds: frozenset[str]) -> None:
 
     if "memory_high" in kinds and not opening.optional:
         raise ControllerUnavailable(
-            f"{path} tells no memory_high: cgroup v1 has none",
+            f"{path} cannot report memory_high: cgroup v1 has none",
             path=one,
-            hint="ask for a usage threshold, or boot with cgroup v2",
+            hint="use a threshold of memory usage, or boot with cgroup v2",
         )
     deaths: sources.PolledCounters | None = None
     if "oom_kill" in kinds:
         deaths = sources.PolledCounters(path, "oom_kill", one, "memory.oom_control", "oom_kill", levels)
         opening.sources.append(deaths)
     if kinds & {"memory_limit", "oom_kill"}:
-        opening.sources.append(sources.WantOfMemory(path, one, levels, deaths, "memory_limit" in kinds))
+        opening.sources.append(sources.OutOfMemory(path, one, levels, deaths, "memory_limit" in kinds))
 
 
 def _pids(opening: _Opening) -> Source | None:
     there, one = opening.v2("pids.events"), opening.v1("pids")
-    place = there or one
-    if place is None:
+    directory = there or one
+    if directory is None:
         raise opening.lacks("pids_limit", "pids")
 
     def levels() -> tuple[float | None, float | None]:
-        return _number(place, "pids.max"), _number(place, "pids.current")
+        return _number(directory, "pids.max"), _number(directory, "pids.current")
 
     if there is not None and files.is_file(there, "pids.events.local"):  # kernel 6.11
         keys: dict[str, tuple[Kind, Levels]] = {"max": ("pids_limit", levels)}
         return sources.Counters(opening.path, there, "pids.events.local", keys)
-    # Before, and on v1, it is counted where the process that forks is; on v1 that is not told either.
-    return sources.PolledCounters(opening.path, "pids_limit", place, "pids.events", "max", levels)
+    # Earlier kernels and v1 count it in the cgroup of the forking process; v1 does not notify of it.
+    return sources.PolledCounters(opening.path, "pids_limit", directory, "pids.events", "max", levels)
 
 
 def _cpu(opening: _Opening) -> Source | None:
     there, one = opening.v2("cpu.max"), opening.v1("cpu")
-    place = there or one
-    if place is None:
+    directory = there or one
+    if directory is None:
         raise opening.lacks("cpu_throttled", "cpu")
-    return sources.Throttling(opening.path, place, lambda: _quota(place))
+    return sources.Throttling(opening.path, directory, lambda: _quota(directory))
 
 
 def _pressure(opening: _Opening, pressure: Pressure) -> Source:
     if opening.unified is None:
         raise ControllerUnavailable(
-            f"{opening.path} tells no pressure: cgroup v1 does not measure it",
+            f"{opening.path} cannot report pressure: cgroup v1 does not measure it",
             path=opening.path,
             hint="mount cgroup2 too (it may be without controllers), or boot with cgroup v2",
         )
@@ -215,9 +217,11 @@ def _pressure(opening: _Opening, pressure: Pressure) -> Source:
 def _populated(opening: _Opening, wanted: bool) -> Source:
     if opening.unified is not None and files.is_file(opening.unified, "cgroup.events"):
         return sources.Populated(opening.path, opening.unified, wanted)
-    # One with all of its processes: not that of IO, see V1Branch.entry_directory.
-    place = next((d for d in opening.cgroup.directories if "/blkio/" not in d), opening.cgroup.directories[0])
-    return sources.PolledPopulated(opening.path, place, wanted)
+    # A directory with all of its processes: not that of IO, see V1Branch.entry_directory.
+    directory = next(
+        (d for d in opening.cgroup.directories if "/blkio/" not in d), opening.cgroup.directories[0]
+    )
+    return sources.PolledPopulated(opening.path, directory, wanted)
 
 
 def _number(directory: str, name: str) -> int | None:
@@ -229,7 +233,7 @@ def _number(directory: str, name: str) -> int | None:
 
 
 def _quota(directory: str) -> float | None:
-    """In CPUs."""
+    """Return the CPU quota in CPUs."""
     text = files.read_if_there(directory, "cpu.max")
     if text is not None:
         quota, period = text.split()

@@ -1,4 +1,4 @@
-"""Where events come from: a descriptor that the kernel makes ready, or a file that is looked at from time to time.
+"""Sources of events: a descriptor that the kernel makes ready, or a file that is polled.
 
 A source belongs to one watch. Only the watcher's thread calls `take`; it raises `Gone` when the cgroup was removed.
 """
@@ -18,27 +18,27 @@ from rcon_plugins.kernel.cgroup.v1 import count_notices, open_notice
 from rcon_plugins.kernel.events.event import POLLED_SECONDS, Event, Kind, Pressure
 from rcon_plugins.kernel.syscalls import POLLIN, POLLPRI
 
-#: Limit and usage of a cgroup at this moment.
+#: Return the present limit and usage of a cgroup.
 Levels = Callable[[], tuple[float | None, float | None]]
 
-#: How long the thread goes on looking by itself after a notice, seconds. On v2 the kernel tells of changes to a file
-#: every 10 ms at most (cgroup_file_notify).
+#: How long the thread polls after a notification, seconds: v2 notifies of changes to a file at most every 10 ms
+#: (cgroup_file_notify).
 _AFTER_V2 = 0.02
 
 
 class Hurry:
-    """When to look again after a notice: 1 ms later, then 2, then 4 ..., for so many seconds."""
+    """When to poll again after a notification: after 1 ms, then 2, then 4 ..., for that many seconds."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._pause = seconds
 
     def begin(self) -> None:
-        """There was a notice."""
+        """Start again: the kernel has notified."""
         self._pause = 0.001
 
     def next(self) -> float | None:
-        """In how many seconds to look again; None when that was long enough."""
+        """Return the seconds until the next poll; None at the end."""
         pause, self._pause = self._pause, self._pause * 2
         return pause if pause < self._seconds else None
 
@@ -48,26 +48,26 @@ class Gone(Exception):
 
 
 class Source:
-    """One origin of events. ``descriptor`` is what is polled for ``mask``; ``due`` when to look without being told."""
+    """One source of events: ``descriptor`` is polled for ``mask``; ``due`` is when to look without a notification."""
 
     descriptor = -1
     mask = POLLPRI
     due: float | None = None
     #: Whether the descriptor was ready; set before each `take`.
-    told = False
+    ready = False
 
     def take(self) -> Iterator[Event]:
-        """What has happened since the last call. Raises `Gone`."""
+        """Yield the events since the last call. Raises `Gone`."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Close what it holds. Again is harmless."""
+        """Close the descriptors. Calling it again does nothing."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             posix.close(descriptor)  # gevent's os.close() of what is no regular file waits for an event loop
 
     def pread(self) -> bytes:
-        """What the file says, which also takes its notice. Raises `Gone`."""
+        """Return the content of the file, which also clears its notification. Raises `Gone`."""
         try:
             return os.pread(self.descriptor, 4096, 0)
         except OSError as error:
@@ -75,7 +75,7 @@ class Source:
 
 
 class Numbers(Source):
-    """Files of one number each, kept open: an event need not wait until they are. Tells nothing itself."""
+    """Files of one number each, kept open so that an event is not delayed by opening them. Yields no events."""
 
     def __init__(self, directory: str, *names: str) -> None:
         self._open: dict[str, int] = {}
@@ -87,7 +87,7 @@ class Numbers(Source):
             raise
 
     def read(self, name: str) -> int | None:
-        """The number; None for "max", and where the cgroup is gone."""
+        """Return the number; None for "max", and if the cgroup is gone."""
         try:
             text = os.pread(self._open[name], 64, 0)
         except (KeyError, OSError):  # closed; removed
@@ -95,17 +95,17 @@ class Numbers(Source):
         return None if text == b"max\n" else int(text)
 
     def take(self) -> Iterator[Event]:
-        """Nothing, ever."""
+        """Yield nothing."""
         return iter(())
 
     def close(self) -> None:
-        """Close them. Again is harmless."""
+        """Close the files. Calling it again does nothing."""
         while self._open:
             posix.close(self._open.popitem()[1])
 
 
 class Counters(Source):
-    """A flat keyed file of counters whose changes are told (v2): ``memory.events``, ``pids.events``."""
+    """A flat keyed file of counters that notifies of changes (v2): ``memory.events``, ``pids.events``."""
 
     def __init__(
         self, cgroup: str, directory: str, name: str, keys: Mapping[str, tuple[Kind, Levels]]
@@ -124,7 +124,7 @@ class Counters(Source):
     def take(self) -> Iterator[Event]:
         data = self.pread()
         now = time.monotonic()
-        if self.told:
+        if self.ready:
             self._hurry.begin()
         pause = self._hurry.next()
         self.due = None if pause is None else now + pause
@@ -137,7 +137,7 @@ class Counters(Source):
 
 
 class PolledCounters(Source):
-    """The sum of a counter over a cgroup and all below it, looked at from time to time."""
+    """The sum of a counter over a cgroup and all below it, polled."""
 
     def __init__(self, cgroup: str, kind: Kind, directory: str, name: str, key: str, levels: Levels) -> None:
         self._cgroup = cgroup
@@ -159,7 +159,7 @@ class PolledCounters(Source):
         return found
 
     def hurry(self) -> None:
-        """Look at once, and soon again: something is about to be counted."""
+        """Poll at once, and soon again: the counter is about to change."""
         self._hurry.begin()
         self.due = 0.0
 
@@ -168,7 +168,7 @@ class PolledCounters(Source):
         found = self._read()
         if not found:
             raise Gone
-        # One that is new has counted from zero; what was counted in one that went between two looks is lost.
+        # A new cgroup counts from zero. Counts of a cgroup that was removed between two polls are lost.
         count = sum(max(0, total - self._last.get(directory, 0)) for directory, total in found.items())
         self._last = found
         if count > 0:
@@ -178,7 +178,7 @@ class PolledCounters(Source):
 
 
 class Throttling(Source):
-    """``cpu.stat``: how often, and for how long, the quota held threads back. Looked at from time to time."""
+    """``cpu.stat``: how often, and for how long, the quota throttled threads. Polled."""
 
     def __init__(self, cgroup: str, directory: str, quota: Callable[[], float | None]) -> None:
         self._cgroup = cgroup
@@ -208,7 +208,7 @@ class Throttling(Source):
 
 
 class PolledUsage(Source):
-    """Thresholds of memory usage on v2, where the kernel tells of none. ``needs``: those of `need`."""
+    """Thresholds of memory usage on v2, polled, since the kernel has none. ``needs``: thresholds of `need`."""
 
     def __init__(
         self, cgroup: str, directory: str, thresholds: tuple[int, ...], needs: tuple[int, ...] = ()
@@ -236,31 +236,31 @@ class PolledUsage(Source):
 
 
 def need(directory: str, usage: int) -> int:
-    """Of the memory that a cgroup uses, what dropping unmapped page cache would not give back (``memory.stat``), bytes.
+    """Return the used memory that dropping unmapped page cache would not free (``memory.stat``), in bytes.
 
-    Files that are mapped, programs and libraries among them, would only be read again.
+    Mapped files, such as programs and libraries, would only be read again.
     """
     data = (files.read_if_there(directory, "memory.stat") or "").encode()
 
     def count(*names: bytes) -> int:
-        # v1 has its own name for one of them, and adds up what is below under another.
+        # v1 has another name for one of them, and another for sums that include the cgroups below.
         values = (value_of(data, prefix + name) for prefix in (b"total_", b"") for name in names)
         return next((value for value in values if value is not None), 0)
 
-    # Memory that is shared counts as mapped, too, and is no page cache.
+    # Shared memory counts as mapped, too, and is no page cache.
     mapped = max(0, count(b"file_mapped", b"mapped_file") - count(b"shmem"))
     cache = count(b"active_file") + count(b"inactive_file")
     return max(0, usage - max(0, cache - mapped))
 
 
 class Populated(Source):
-    """``cgroup.events`` (v2, and the v2 side of a hybrid): whether anybody is here or below."""
+    """``cgroup.events`` (v2, and the v2 side of a hybrid): whether any process is here or below."""
 
     def __init__(self, cgroup: str, directory: str, wanted: bool) -> None:
         self._cgroup = cgroup
         self._directory = directory
         self._wanted = wanted
-        # What changes right after a notice is told later, and never if the cgroup is removed before.
+        # A change right after a notification is notified later, or never if the cgroup is removed before.
         self._hurry = Hurry(_AFTER_V2)
         self._hurry.begin()
         self.due = 0.0
@@ -280,16 +280,16 @@ class Populated(Source):
         try:
             state = self._read()
         except Gone:
-            # Only an empty one can be removed.
+            # Only an empty cgroup can be removed.
             if self._last[0] and self._wanted:
                 yield Event("empty", self._cgroup, now)
             raise
-        # The same as before, and yet told: it was entered and left in between.
-        left = self._last[0] or (self.told and state == self._last)
+        # Notified, yet unchanged: a process entered and left in between.
+        left = self._last[0] or (self.ready and state == self._last)
         self._last = state
-        if self.told:
+        if self.ready:
             self._hurry.begin()
-        # Nor is its removal told.
+        # Its removal is not notified either.
         pause = self._hurry.next() or (None if state[0] else POLLED_SECONDS)
         self.due = None if pause is None else now + pause
         if left and not state[0] and self._wanted:
@@ -311,17 +311,17 @@ class Stall(Source):
         except KernelError as error:
             if error.errno in (errno.ENOENT, errno.EOPNOTSUPP) and files.is_directory(directory):
                 raise ControllerUnavailable(
-                    f"this kernel does not tell {name} of {cgroup}",
+                    f"this kernel has no {name} for {cgroup}",
                     errno=error.errno,
                     path=path,
                     hint="boot with psi=1; Linux 5.2 and later can (CONFIG_PSI)",
                 ) from None
             if error.errno == errno.EPERM:
                 raise ControllerUnavailable(
-                    f"this process may not be told {name} of {cgroup}",
+                    f"this process may not watch {name} of {cgroup}",
                     errno=errno.EPERM,
                     path=path,
-                    hint="before Linux 6.4 pressure triggers take CAP_SYS_RESOURCE",
+                    hint="before Linux 6.4 pressure triggers need CAP_SYS_RESOURCE",
                 ) from None
             raise
         try:
@@ -333,7 +333,7 @@ class Stall(Source):
     def take(self) -> Iterator[Event]:
         if not files.is_directory(self._directory):
             raise Gone
-        if not self.told:
+        if not self.ready:
             return
         now = time.monotonic()
         pressure = self._pressure
@@ -359,7 +359,7 @@ class Stall(Source):
 
 
 class _EventFd(Source):
-    """A notice of v1's memory controller, through an eventfd (cgroup-v1/memory.rst)."""
+    """A notification of v1's memory controller, through an eventfd (cgroup-v1/memory.rst)."""
 
     mask = POLLIN
 
@@ -368,8 +368,8 @@ class _EventFd(Source):
         self._directory = directory
         self.descriptor = open_notice(directory, name, argument)
 
-    def rings(self) -> int:
-        """How often it was rung. The removal of the cgroup rings too: raises `Gone`."""
+    def count(self) -> int:
+        """Return how often the kernel notified. The removal of the cgroup notifies, too: raises `Gone`."""
         count = count_notices(self.descriptor)
         if not files.is_directory(self._directory):
             raise Gone
@@ -377,7 +377,7 @@ class _EventFd(Source):
 
 
 class Threshold(_EventFd):
-    """A threshold of memory usage on v1: rung when it is crossed, up or down. ``of_need``: of what `need` says."""
+    """A threshold of memory usage on v1: notified when crossed, up or down. ``of_need``: a threshold of `need`."""
 
     def __init__(self, cgroup: str, directory: str, threshold: int, of_need: bool = False) -> None:
         super().__init__(cgroup, directory, "memory.usage_in_bytes", str(threshold))
@@ -386,10 +386,10 @@ class Threshold(_EventFd):
         self._above = False
         self._reached = False
         self._first = True
-        self.due = 0.0  # it may be there already
+        self.due = 0.0  # usage may be above already
 
     def take(self) -> Iterator[Event]:
-        crossings = self.rings()
+        crossings = self.count()
         now = time.monotonic()
         usage = int(files.read_if_there(self._directory, "memory.usage_in_bytes") or 0)
         first, self._first, self.due = self._first, False, None
@@ -404,15 +404,15 @@ class Threshold(_EventFd):
 
     def _in_need(self, now: float, usage: int) -> int:
         if self._above:
-            # Of what the page cache is of it, the kernel does not tell.
+            # The kernel does not notify of changes of the page cache.
             self.due = now + POLLED_SECONDS
         reached = self._above and need(self._directory, usage) >= self._threshold
         news, self._reached = reached and not self._reached, reached
         return int(news)
 
 
-class WantOfMemory(_EventFd):
-    """v1: usage ran into the limit and reclaim does not suffice; what comes next is a kill."""
+class OutOfMemory(_EventFd):
+    """v1: usage reached the limit and reclaim did not suffice; a kill is next."""
 
     def __init__(
         self, cgroup: str, directory: str, levels: Levels, deaths: PolledCounters | None, wanted: bool
@@ -431,21 +431,21 @@ class WantOfMemory(_EventFd):
         return int(files.read_if_there(self._directory, "memory.max_usage_in_bytes") or 0)
 
     def take(self) -> Iterator[Event]:
-        count = self.rings()
+        count = self.count()
         now = time.monotonic()
         if self._deaths is not None:
             self._deaths.hurry()
         hits = self._read_hits()
         rose, self._hits = hits > self._hits, hits
         limit, usage = self._levels()
-        # A cgroup above that is in want rings here too. By now what ran may be dead, and where swap_max is 0 nothing is
-        # counted (6.18): the peak tells then.
+        # A cgroup above that reached its limit notifies here, too. By now the processes may be dead, and with
+        # swap_max 0 nothing is counted (6.18): then the peak decides.
         if self._wanted and count and limit is not None and (rose or self._peak() >= 0.95 * limit):
             yield Event("memory_limit", self._cgroup, now, count, None, limit, usage)
 
 
 class PolledPopulated(Source):
-    """Whether anybody is here or below, where only v1 is mounted; looked at from time to time."""
+    """Whether any process is here or below, if only v1 is mounted. Polled."""
 
     def __init__(self, cgroup: str, directory: str, wanted: bool) -> None:
         self._cgroup = cgroup

@@ -1,4 +1,4 @@
-"""The thread that waits for events of all the cgroups of a process."""
+"""The thread that waits for the events of all watched cgroups of a process."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("rcon")
 
-#: Under a cooperative library, whose event loop knows no priority events: how often the thread looks, seconds.
+#: Under a cooperative library, whose event loop knows no priority events: how often the thread polls, seconds.
 COOPERATIVE_SECONDS = 0.01
-#: As many may be closed before the thread has come around to it; then whoever adds waits for it.
+#: The most watches that wait to be closed by the thread; then `Watcher.add` waits.
 _MOST_CLOSING = 256
 
 
 class Watch:
-    """One cgroup that is watched. ``gone`` is whether it was removed: nothing more will be told then."""
+    """One watched cgroup. ``gone``: it was removed, and no more events will come."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Watch:
         self._callback = callback
         self._on_gone = on_gone
         self.sources = opened
-        #: Held while sources are looked at.
+        #: Held while sources are read.
         self.looking = threading.Lock()
         self._identity = _identity(cgroup)
 
@@ -59,7 +59,7 @@ class Watch:
         return f"<Watch {self.cgroup.path}>"
 
     def close(self) -> None:
-        """Hear no more of it. Does not wait: a callback under way in the thread may still run. Again is harmless."""
+        """Stop watching. Does not wait: a callback may still run in the thread. Calling it again does nothing."""
         self._watcher.remove(self)
 
     def __enter__(self) -> Watch:
@@ -69,13 +69,13 @@ class Watch:
         self.close()
 
     def finish(self) -> None:
-        """Have what happened until now told, then close: for whoever is about to remove the cgroup."""
+        """Report the events until now, then close. Call it before removing the cgroup."""
         last: list[Event] = []
         with self.looking:
             if not self.closed:
                 for source in self.sources:
-                    source.told = False
-                    # Gone, or fails: then there is nothing to be told.
+                    source.ready = False
+                    # Gone or failed: no events.
                     with contextlib.suppress(Gone, OSError, ValueError):
                         last.extend(source.take())
         for event in last:
@@ -84,26 +84,26 @@ class Watch:
 
     @property
     def is_current(self) -> bool:
-        """Whether the cgroup is still the one that was there when the watch began, not another of its name."""
+        """Whether the cgroup is still the same one, not a later one of that name."""
         return not self.closed and self._identity == _identity(self.cgroup)
 
     # -- in the thread ------------------------------------------------------------------------
 
-    def attend(self, source: Source) -> None:
-        """Take what a source has to tell, and pass it on."""
+    def read(self, source: Source) -> None:
+        """Read a source, and call the callback with its events."""
         events: list[Event] = []
         ended = False
         with self.looking:
             if self.closed:
                 return
             try:
-                events.extend(source.take())  # what it told before it failed, too
+                events.extend(source.take())  # also the events before a failure
             except Gone:
                 ended = True
             except (OSError, ValueError) as error:
                 ended = True
                 if self.cgroup.exists():
-                    LOGGER.error("%s is not watched any more: %s", self.cgroup.path, error)
+                    LOGGER.error("%s is no longer watched: %s", self.cgroup.path, error)
         for event in events:
             if not self.closed:
                 _do(partial(self._callback, event))
@@ -118,12 +118,11 @@ class Watch:
 
 
 class Watcher:
-    """One thread that tells what happens to any number of cgroups. Thread-safe.
+    """One thread that reports the events of any number of cgroups. Thread-safe.
 
-    The thread runs while something is watched. It belongs to the process that made it: a fork has neither the
-    thread nor what it watched, and `add` refuses there. Callbacks are called in the thread, one at a time:
-    what takes long keeps others waiting. Under gevent the thread is a greenlet, which looks every
-    `COOPERATIVE_SECONDS`.
+    The thread runs while a cgroup is watched. It belongs to the process that made it: a fork has neither the thread nor
+    the watches, and `add` refuses there. Callbacks run in the thread, one at a time; a slow one delays the others.
+    Under gevent the thread is a greenlet that polls every `COOPERATIVE_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -133,7 +132,7 @@ class Watcher:
         self._closing: list[Watch] = []
         self._jobs: deque[Callable[[], object]] = deque()
         self._wake = -1
-        #: The thread that watches now, and the last one there was, which may still be ending.
+        #: The present thread, and the last one, which may still be ending.
         self._thread: threading.Thread | None = None
         self._last: threading.Thread | None = None
 
@@ -148,19 +147,19 @@ class Watcher:
         pressure: Collection[Pressure] = (),
         on_gone: Callable[[], object] | None = None,
     ) -> Watch:
-        """Have ``callback`` called with each event of an existing cgroup, until the watch is closed or the cgroup gone.
+        """Call ``callback`` with each event of an existing cgroup, until the watch is closed or the cgroup is removed.
 
-        ``kinds`` are those wanted; None is all that the cgroup can tell. ``thresholds`` (bytes) add
-        ``memory_usage``; so do ``needs``, of memory that dropping the page cache would not give back. ``pressure``
-        adds that. ``on_gone`` is called once if the cgroup is removed before the
-        watch is closed. Raises ControllerUnavailable for what is asked for by name and cannot be told here, with
-        the reason, KernelError, ValueError.
+        ``kinds`` are the kinds wanted; None is all that the cgroup can report. ``thresholds`` (bytes) add
+        ``memory_usage``; so do ``needs``, thresholds of memory that dropping the page cache would not free.
+        ``pressure`` adds pressure events. ``on_gone`` is called once if the cgroup is removed before the watch is
+        closed. Raises ControllerUnavailable, with the reason, for a named kind that cannot be reported here;
+        KernelError, ValueError.
         """
         if os.getpid() != self._pid:
             raise KernelError(
-                f"this watcher belongs to process {self._pid}, and this is a fork of it",
+                f"this watcher belongs to process {self._pid}, of which this is a fork",
                 path=cgroup.path,
-                hint="make one in each process: Watcher()",
+                hint="make a Watcher() in each process",
             )
         self._let_it_close()
         watch = Watch(
@@ -178,15 +177,15 @@ class Watcher:
         return watch
 
     def submit(self, job: Callable[[], object]) -> None:
-        """Have ``job`` called in the thread, soon; nothing where nothing is watched."""
+        """Call ``job`` in the thread, soon; do nothing if no cgroup is watched."""
         with self._lock:
             if self._thread is not None and os.getpid() == self._pid:
                 self._jobs.append(job)
                 os.eventfd_write(self._wake, 1)
 
     def remove(self, watch: Watch) -> None:
-        """Forget a watch; its descriptors are closed by the thread, soon."""
-        if os.getpid() != self._pid:  # neither the thread is here, nor whoever may have held a lock
+        """Remove a watch; the thread closes its descriptors soon."""
+        if os.getpid() != self._pid:  # a fork has neither the thread nor the holder of a lock
             watch.closed = True
             for source in watch.sources:
                 source.close()
@@ -213,7 +212,7 @@ class Watcher:
                 return
             if time.monotonic() > deadline:
                 return
-            # Again: a callback under way may have added one meanwhile.
+            # Again: a running callback may have added a watch meanwhile.
             thread.join(0.05)
 
     def __enter__(self) -> Watcher:
@@ -243,7 +242,7 @@ class Watcher:
                     self._wake = -1
             for job in jobs:
                 _do(job)
-            # Only here, where nothing is being polled: a number that is free again may be anybody's next.
+            # Only here, where nothing is polled: a closed number may be reused at once.
             for watch in closing:
                 _close(watch)
             if not watched:
@@ -251,12 +250,12 @@ class Watcher:
                 return
             wanted = {source.descriptor: source.mask for source, _ in watched if source.descriptor >= 0}
             waiting = _Waiting({**wanted, wake: POLLIN})
-            # Whoever adds, removes or submits wakes the thread; until then everything stays as it is.
-            while not self._turn(waiting, wake, watched):
+            # add, remove and submit wake the thread; until then nothing changes.
+            while not self._wait_once(waiting, wake, watched):
                 pass
 
-    def _turn(self, waiting: _Waiting, wake: int, watched: list[tuple[Source, Watch]]) -> bool:
-        """Wait once, and pass on what there is to tell; whether the thread was woken."""
+    def _wait_once(self, waiting: _Waiting, wake: int, watched: list[tuple[Source, Watch]]) -> bool:
+        """Wait once, and report the events; return whether the thread was woken."""
         dues = [source.due for source, _ in watched if source.due is not None]
         try:
             ready = waiting.wait(min(dues) if dues else None)
@@ -269,20 +268,20 @@ class Watcher:
             os.eventfd_read(wake)
         now = time.monotonic()
         for source, watch in watched:
-            source.told = source.descriptor in ready
-            if (source.told or (source.due is not None and source.due <= now)) and not watch.closed:
-                watch.attend(source)
+            source.ready = source.descriptor in ready
+            if (source.ready or (source.due is not None and source.due <= now)) and not watch.closed:
+                watch.read(source)
         return woken
 
 
 class _OfProcess:
-    """What the parts of a program share. Another thread may have held the lock when a child was forked."""
+    """The watcher that a program shares. Another thread may have held the lock when a child was forked."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Start again with no watcher and a free lock."""
         self.lock = threading.Lock()
         self.watcher: Watcher | None = None
 
@@ -292,9 +291,9 @@ os.register_at_fork(after_in_child=_of_process.forget)
 
 
 def watcher_of_process() -> Watcher:
-    """The watcher that the parts of a program share, so that it has one such thread: made when first asked for.
+    """Return the watcher that all of a program shares; made at the first call.
 
-    A fork gets one of its own.
+    A fork gets a new one.
     """
     with _of_process.lock:
         if _of_process.watcher is None:
@@ -303,11 +302,11 @@ def watcher_of_process() -> Watcher:
 
 
 class _Waiting:
-    """poll(2) on what stays the same between two changes of what is watched."""
+    """poll(2) on descriptors that stay the same until a watch is added or removed."""
 
     def __init__(self, wanted: dict[int, int]) -> None:
         self._poll: select.poll | None = None
-        # A cooperative library replaces it by one that would not wake up for these files, or takes it away.
+        # A cooperative library removes it, or replaces it by one that would not wake up for these files.
         if getattr(getattr(select, "poll", None), "__module__", "") == "select":
             self._poll = select.poll()
             for descriptor, mask in wanted.items():
@@ -316,7 +315,7 @@ class _Waiting:
             self._system = Poll(wanted)
 
     def wait(self, until: float | None) -> dict[int, int]:
-        """What is ready, as soon as anything is, or at that time (`time.monotonic`). Raises KernelError, OSError."""
+        """Return what is ready; wait for it until ``until`` (`time.monotonic`). Raises KernelError, OSError."""
 
         def remaining() -> float | None:
             return None if until is None else max(0.0, until - time.monotonic())
@@ -346,5 +345,5 @@ def _do(action: Callable[[], object]) -> None:
     try:
         action()
     except Exception:
-        # One failed callback must not end the watch over all the others.
+        # One failed callback must not end the other watches.
         LOGGER.exception("a callback for events of a cgroup failed")

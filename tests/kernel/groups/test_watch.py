@@ -139,7 +139,7 @@ def test_what_cannot_be_told_of_a_group_is_refused(
     threaded = instance.threaded(f"{own}-t").create(threaded=True, controllers=frozenset({"cpu"}))
     try:
         assert run_main(["watch", f"{own}-t", "--kind", "oom_kill"]) == 2
-        assert "tells no oom_kill: it has no memory controller" in capsys.readouterr().err
+        assert "cannot report oom_kill: it has no memory controller" in capsys.readouterr().err
     finally:
         threaded.delete()
 
