@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rcon_plugins.confinement.plan import Plan
     from rcon_plugins.groups.events import Event, Events, watch
     from rcon_plugins.hookspecs import hookimpl
+    from rcon_plugins.kernel.cgroup import Resources
     from rcon_plugins.kernel.events import Pressure
     from rcon_plugins.outcome import Outcome
     from rcon_plugins.settings.file import Settings, load
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Pressure",
+    "Resources",
     "Server",
     "Settings",
     "Usage",
@@ -70,6 +72,7 @@ _HOMES = {
     "Plan": "confinement.plan",
     "Policy": "settings.policy",
     "Pressure": "groups.events",
+    "Resources": "kernel.cgroup",
     "Server": "confinement.isolation",
     "Settings": "settings.file",
     "Usage": "usage",

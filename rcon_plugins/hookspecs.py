@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
+from rcon_plugins.kernel.cgroup import Resources
+
 if TYPE_CHECKING:
     import click
 
     from rcon_plugins.groups.events import Event
     from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.outcome import Outcome
     from rcon_plugins.settings.file import Settings
     from rcon_plugins.settings.limits import Limits
@@ -29,6 +30,11 @@ PROJECT = "rcon"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+def resources_of(hook: pluggy.HookRelay, limits: Limits, policy: Policy) -> Resources:
+    """Merge what the plugins return for `rcon_resources`. Raises what they raise."""
+    return Resources.merged(hook.rcon_resources(limits=limits, policy=policy))
 
 
 @hookspec
@@ -56,19 +62,22 @@ def rcon_select_policy(work: Work) -> str | None:
 
 
 @hookspec
-def rcon_configure_cgroup(cgroup: Cgroup, limits: Limits, policy: Policy) -> None:
-    """Write the limits of a cgroup before anything runs in it.
+def rcon_resources(limits: Limits, policy: Policy) -> Resources | None:
+    """Return what the kernel shall limit in one cgroup. The built-in plugin turns the limits of the policy into it.
 
-    Called off the hot path, in the host process, for each cgroup made: with the policy itself as ``limits``
-    for the cgroup that holds all of its work together, and with ``policy.each`` for a cgroup that holds one
-    executor process. It must be idempotent: several workers of one server share a cgroup, and each writes.
-    It is also called without a kernel, to learn at start what the policy will ask of the machine; the
-    ``cgroup`` then only takes note of what ``configure`` is given. One built-in plugin a controller.
+    Called off the hot path, in the host process or the fork server: at start, to check that this machine can enforce
+    the policy, and before anything runs in a new cgroup. ``limits`` is the policy itself for the cgroup that holds all
+    of its work together, ``policy.each`` for the cgroup of one executor process, or the limits that a plugin returned
+    from `rcon_event`.
 
-    :param cgroup: the new cgroup; use its ``configure``.
-    :param limits: the limits to write.
+    The results of all plugins are merged. Where two set the same field, the same rate of a device or the same file, the
+    first result decides: plugins are called before the built-in one, the last named in the settings first.
+
+    :param limits: the limits of this cgroup.
     :param policy: the policy they belong to.
-    :raises Exception: anything raised means that the work does not run.
+    :returns: the limits, or None to add nothing; ``files`` is for files of controllers that no other field sets, as in
+        ``Resources(files={"hugetlb.2MB.max": "0"})``. A file that the kernel does not have is refused.
+    :raises Exception: anything raised means that the request, task or command does not run.
     """
 
 
@@ -85,7 +94,7 @@ def rcon_event(event: Event) -> Limits | None:
 
     :param event: what happened, where, and which limit it is about. Where ``event.limit`` begins with ``each.`` the
         cgroup is that of one executor process, else that of all the work together.
-    :returns: None, or new limits for that cgroup, applied at once by `rcon_configure_cgroup`; what they do not set
+    :returns: None, or new limits for that cgroup, passed to `rcon_resources` and applied at once; what they do not set
         stays as it is. Those of all work hold until its cgroup goes; those of one work until its end. The first
         result that is not None wins.
     """

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
-from types import ModuleType
 from typing import Any
 
 import pluggy
 
 from rcon_plugins import hookspecs
-from rcon_plugins.builtin import cpu, cpuset, identity, io, log, memory, nproc, pids, rlimits, umask
+from rcon_plugins.builtin import identity, limits, log
 from rcon_plugins.builtin.landlock import Landlock
+from rcon_plugins.builtin.process import BeforeIdentity, Rlimits
 from rcon_plugins.builtin.routing import Routing
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.file import Settings
@@ -28,14 +28,15 @@ def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> plu
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    # Those that drop ask to be called last, in this order: what takes privileges before the identity, which gives them
-    # up; then the limits, since Landlock and the identity open files themselves.
-    for module in (cpu, cpuset, memory, io, pids, log, nproc, umask):
-        _register_built_in(manager, module)
-    manager.register(Landlock(), "rcon.landlock")
-    for module in (identity, rlimits):
-        _register_built_in(manager, module)
+    manager.register(limits, "rcon.limits")
+    manager.register(log, "rcon.log")
     manager.register(Routing(settings), "rcon.routing")
+    # Called last, in this order: what takes privileges comes before the identity, which gives them up; rlimits come
+    # after Landlock and the identity, which open files.
+    manager.register(BeforeIdentity(), "rcon.process")
+    manager.register(Landlock(), "rcon.landlock")
+    manager.register(identity, "rcon.identity")
+    manager.register(Rlimits(), "rcon.rlimits")
     for name in settings.plugins:
         _register(manager, _load(name, settings.file), name, settings.file)
     for plugin in extra:
@@ -56,11 +57,10 @@ def commands_manager(names: Iterable[str], where: str) -> pluggy.PluginManager:
 
 
 def limits_manager() -> pluggy.PluginManager:
-    """A plugin manager with the built-in plugins of the controllers alone: for limits that no settings hold."""
+    """Return a plugin manager with the built-in plugin for limits alone: for the options of a command."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    for module in (cpu, cpuset, memory, io, pids):
-        manager.register(module)
+    manager.register(limits, "rcon.limits")
     return manager
 
 
@@ -78,10 +78,6 @@ def calling(hook: pluggy.HookCaller) -> Callable[..., Any]:
     if len(implementations) == 1 and is_plain and hook.spec and only.argnames == hook.spec.argnames:
         return only.function
     return hook
-
-
-def _register_built_in(manager: pluggy.PluginManager, module: ModuleType) -> None:
-    manager.register(module, f"rcon.{module.__name__.rpartition('.')[2]}")
 
 
 def _nobody(**_: object) -> None:

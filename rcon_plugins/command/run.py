@@ -42,12 +42,12 @@ class Order(NamedTuple):
     """What to run, and in what.
 
     ``program`` is the file, ``arguments`` the command as it sees it, ``variables`` its environment. ``group`` is the
-    name of the group. ``configure`` writes the limits of ``work/<group>``, which are ``resources``, and
-    ``configure_leaf`` those of the single command, ``each``; both to a ``cgroup`` that is there and empty. ``become``
-    is called in the new process, inside of its cgroup, and makes it what it shall be for good. ``delegate_to``: the
-    (uid, gid) that may make cgroups of its own in there. ``timeout`` in seconds of wall time. ``keep``: open files
-    that the caller needs afterwards. ``attend`` watches over the group, and its leaf, in threads, from before the
-    command's first instruction until its end. ``memory_note`` is added to what is said of the memory limit.
+    name of the group. ``resources`` are the limits of ``work/<group>``, ``each`` those of the single command.
+    ``become`` is called in the new process, inside of its cgroup, and makes it what it shall be for good.
+    ``delegate_to``: the (uid, gid) that may make cgroups of its own in there. ``timeout`` in seconds of wall time.
+    ``keep``: open files that the caller needs afterwards. ``attend`` watches over the group, and its leaf, in threads,
+    from before the command's first instruction until its end. ``memory_note`` is added to what is said of the memory
+    limit.
     """
 
     program: str
@@ -55,9 +55,7 @@ class Order(NamedTuple):
     variables: Mapping[bytes, bytes]
     group: str
     resources: Resources
-    configure: Callable[..., object]
     each: Resources = Resources()
-    configure_leaf: Callable[..., object] | None = None
     become: Callable[[], object] | None = None
     delegate_to: tuple[int, int] | None = None
     timeout: float | None = None
@@ -187,12 +185,12 @@ class _Run:
     def _make_group(self) -> None:
         order = self._order
         self._group.create()
-        order.configure(cgroup=self._group)
+        self._group.configure(order.resources)
         if order.resources.memory_max is not None:
             self._want = self._group.open_oom_notice()
         self._leaf.create()
-        if order.configure_leaf is not None:
-            order.configure_leaf(cgroup=self._leaf)
+        if order.each.written():
+            self._leaf.configure(order.each)
         if order.delegate_to is not None:
             for cgroup in (self._group, self._leaf):
                 cgroup.delegate(*order.delegate_to, shut=True)

@@ -17,9 +17,10 @@ from rcon_plugins.confinement.admission import (
     ProcessAdmission,
     ThreadAdmission,
 )
-from rcon_plugins.confinement.isolation import Isolation, Verdict, asked_resources
+from rcon_plugins.confinement.isolation import Isolation, Verdict
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.inline import InlineExecutor
+from rcon_plugins.hookspecs import resources_of
 from rcon_plugins.kernel.process import join_new_session_keyring
 from rcon_plugins.tree.locks import first_slot
 
@@ -130,7 +131,7 @@ class InlineConfinement(Confinement):
         #: Ways into cgroups that are gone. Threads may still be about to use one, and find that it leads nowhere;
         #: closed, its number could be that of another file by then.
         self._former: list[InlineExecutor] = []
-        self._controllers = asked_resources(hook, policy, policy).controllers()
+        self._controllers = resources_of(hook, policy, policy).controllers()
         if self._controllers:
             try:
                 self.open()
@@ -145,7 +146,7 @@ class InlineConfinement(Confinement):
             self._home = home
             cgroup = self._instance.threaded(self.name)
             cgroup.create(threaded=True, controllers=self._controllers)
-            self._hook.rcon_configure_cgroup(cgroup=cgroup, limits=self.policy, policy=self.policy)
+            cgroup.configure(resources_of(self._hook, self.policy, self.policy))
             if self._watch is not None:
                 self._watch(cgroup, self.policy, self.key)
             entrance = cgroup.entrance(self._controllers)

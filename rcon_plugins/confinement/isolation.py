@@ -10,13 +10,13 @@ import os
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rcon_plugins.errors import KernelError, RconError, SettingsError
+from rcon_plugins.hookspecs import resources_of
 from rcon_plugins.identity import privileges
 from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, read_state
-from rcon_plugins.kernel.cgroup import Hierarchy, Refusal, Resources
+from rcon_plugins.kernel.cgroup import Hierarchy, Refusal
 from rcon_plugins.settings.limit_table import KEY_OF_FIELD
-from rcon_plugins.settings.limits import Limits
 from rcon_plugins.settings.policy import Policy
 
 if TYPE_CHECKING:
@@ -64,34 +64,11 @@ class Verdict(NamedTuple):
             )
 
 
-class _Notebook:
-    """Takes the place of a cgroup where only what would be written is wanted."""
-
-    def __init__(self) -> None:
-        self.asked = Resources()
-
-    def configure(self, resources: Resources) -> None:
-        """Add what is asked for; what is written later counts."""
-        news = {
-            name: value
-            for name, value in resources._asdict().items()
-            if value != Resources._field_defaults[name] and name != "io"
-        }
-        self.asked = self.asked.replaced(io={**self.asked.io, **resources.io}, **news)
-
-
-def asked_resources(hook: pluggy.HookRelay, limits: Limits, policy: Policy) -> Resources:
-    """What the plugins would write for these limits."""
-    notebook = _Notebook()
-    hook.rcon_configure_cgroup(cgroup=notebook, limits=limits, policy=policy)
-    return notebook.asked
-
-
 def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.HookRelay) -> Verdict:
     """Choose the isolation of a policy and find what of it this machine cannot enforce."""
     try:
-        together = asked_resources(hook, policy, policy)
-        each = asked_resources(hook, policy.each, policy)
+        together = resources_of(hook, policy, policy)
+        each = resources_of(hook, policy.each, policy)
     except KernelError as error:
         return _of_no_disk(policy, error)
     as_thread = _as_written(hierarchy.refusals(together, threaded=True))

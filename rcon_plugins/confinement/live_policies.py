@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rcon_plugins.confinement.isolation import asked_resources, judge
+from rcon_plugins.confinement.isolation import judge
 from rcon_plugins.errors import KernelError, SettingsError
+from rcon_plugins.hookspecs import resources_of
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources, change_limits, read_limits
 from rcon_plugins.settings.budget import promised
 from rcon_plugins.settings.conversion import convert, one_of
@@ -142,7 +143,7 @@ def change(
     if memory is not None:
         plan.check_fits(memory, f"policy.{name}.{key}")
     of_each = key.startswith("each.")
-    was, wanted = (asked_resources(hook, one.each if of_each else one, one) for one in (old, new))
+    was, wanted = (resources_of(hook, one.each if of_each else one, one) for one in (old, new))
     news = _differing(was, wanted)
     cgroups, kept = _change_all(instance, name, was, news, of_each=of_each)
     changes.add(name, key, value)
@@ -223,7 +224,7 @@ def _differing(was: Resources, wanted: Resources) -> Resources:
     news: dict[str, Any] = {}
     for name in Resources._fields:
         before, after = getattr(was, name), getattr(wanted, name)
-        if name not in ("io", "oom_group") and before != after:
+        if name not in ("io", "oom_group", "files") and before != after:
             news[name] = MAX if after is None else after
     if wanted.oom_group and not was.oom_group:
         news["oom_group"] = True
@@ -232,7 +233,8 @@ def _differing(was: Resources, wanted: Resources) -> Resources:
         for device in {*was.io, *wanted.io}
         if was.io.get(device) != wanted.io.get(device)
     }
-    return Resources(**news, io=io)
+    files = {name: text for name, text in wanted.files.items() if was.files.get(name) != text}
+    return Resources(**news, io=io, files=files)
 
 
 def _changed_rate(before: Any, after: Any) -> Any:
@@ -301,6 +303,6 @@ def _of_before(before: Resources, news: Resources) -> Resources:
     kept = {
         name: getattr(before, name)
         for name in Resources._fields
-        if name not in ("io", "oom_group") and getattr(news, name) is not None
+        if name not in ("io", "oom_group", "files") and getattr(news, name) is not None
     }
     return Resources(**kept, io={device: before.io.get(device, _UNLIMITED) for device in news.io})

@@ -12,6 +12,7 @@ import msgspec
 from rcon_plugins.confinement.expansion import Expansion, expand
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.groups.events import Event
+from rcon_plugins.hookspecs import resources_of
 from rcon_plugins.kernel.events import Pressure, Watch, Watcher, watcher_of_process
 from rcon_plugins.settings.limits import Limits
 
@@ -285,9 +286,7 @@ class MonitoredGroup:
         if answer is None:
             return None
         try:
-            self._hook.rcon_configure_cgroup(
-                cgroup=self.cgroup, limits=self._with_swap(answer), policy=self._policy
-            )
+            self.cgroup.configure(resources_of(self._hook, self._with_swap(answer), self._policy))
         except KernelError:
             if self.cgroup.exists():
                 raise

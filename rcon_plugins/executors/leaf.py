@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-from functools import partial
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError
+from rcon_plugins.hookspecs import resources_of
 
 if TYPE_CHECKING:
     import pluggy
@@ -27,12 +27,13 @@ def make_leaf(instance: Instance, hook: pluggy.HookRelay, birth: SpawnOrder, lim
     ``work/<name>``, and the limits with it: so they are written once the leaf holds it in place.
     """
     together, leaf = instance.policy_cgroup(birth.name), instance.executor_cgroup(birth.name, birth.leaf)
-    configure = partial(hook.rcon_configure_cgroup, policy=birth.policy)
+    whole = resources_of(hook, limits, birth.policy)
+    each = resources_of(hook, birth.policy.each, birth.policy)
     for attempts_left in reversed(range(_ATTEMPTS)):
         try:
             leaf.create()
-            configure(cgroup=together, limits=limits)
-            configure(cgroup=leaf, limits=birth.policy.each)
+            together.configure(whole)
+            leaf.configure(each)
             break
         except BaseException as error:
             gone = isinstance(error, KernelError) and error.errno in (errno.ENOENT, errno.ENODEV)

@@ -18,7 +18,7 @@ from typing import NamedTuple, NoReturn
 
 from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.kernel import proc
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree import attach_watcher, previous_cgroups
 from rcon_plugins.tree.instance import Instance
 from rcon_plugins.tree.previous_cgroups import PreviousCgroups
@@ -35,14 +35,14 @@ class AttachRefused(RconError):
 class AttachRequest(NamedTuple):
     """The processes to attach, and the ``group`` for them.
 
-    ``configure`` writes the limits to its argument ``cgroup``. ``children``: attach all descendants, too. ``monitor``
+    ``resources`` are the limits of the group. ``children``: attach all descendants, too. ``monitor``
     is called with the group before any process is in it; it may start threads in the watcher, and returns the function
     that stops them.
     """
 
     pids: tuple[int, ...]
     group: str
-    configure: Callable[..., object]
+    resources: Resources
     children: bool = False
     monitor: Callable[[Cgroup], Callable[[], object]] | None = None
 
@@ -101,7 +101,7 @@ def not_restorable(pids: Iterable[int], hierarchy: Hierarchy) -> list[int]:
 def attach(request: AttachRequest, hierarchy: Hierarchy, base: str | None = None) -> list[int]:
     """Attach all processes, or none, and leave a watcher behind; return the processes that were attached.
 
-    Raises `AttachRefused`, `KernelError`, and what ``configure`` and ``monitor`` raise.
+    Raises `AttachRefused`, `KernelError`, and what ``monitor`` raises.
     """
     check(request.pids, hierarchy)
     reading, writing = os.pipe()
@@ -174,7 +174,7 @@ def _fill(
     previous = PreviousCgroups({})
     stop = None
     try:
-        request.configure(cgroup=group)
+        group.configure(request.resources)
         if request.monitor is not None:
             stop = request.monitor(group)
         _move(request, group, previous, attach_watcher.name_of(instance))

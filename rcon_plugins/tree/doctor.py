@@ -11,8 +11,8 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import features, process
 from rcon_plugins.kernel.capability import CAP_SETGID, CAP_SETUID, Capabilities, read_state
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, v1
-from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS
 from rcon_plugins.kernel.cgroup.mounts import is_systemds
+from rcon_plugins.kernel.cgroup.resources import CONTROLLERS
 from rcon_plugins.tree import previous_cgroups, systemd
 from rcon_plugins.tree.instance import Instance
 

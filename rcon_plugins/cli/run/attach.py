@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,14 +37,15 @@ def attach(options: Mapping[str, Any]) -> int:
     policy = limits_of(options)
     hook = limits_manager().hook
     hierarchy = Hierarchy.discover()
-    check_enforceable(hierarchy, resources_of(hook, policy))
+    resources = resources_of(hook, policy)
+    check_enforceable(hierarchy, resources)
     try:
         tree_attach.check(pids, hierarchy)
         group = named_group(options["group"]) or _name(pids[0])
         request = tree_attach.AttachRequest(
             pids=pids,
             group=group,
-            configure=partial(hook.rcon_configure_cgroup, limits=policy, policy=policy),
+            resources=resources,
             children=options["children"],
             monitor=_expanding(policy.memory),
         )

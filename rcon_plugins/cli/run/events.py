@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 
 from rcon_plugins.cli.exit import say
 from rcon_plugins.confinement.expansion import Expansion, expand
-from rcon_plugins.confinement.isolation import asked_resources
 from rcon_plugins.confinement.monitor import MonitoredGroup
 from rcon_plugins.errors import RconError, SettingsError
 from rcon_plugins.groups.events import Event
-from rcon_plugins.hookspecs import hookimpl
+from rcon_plugins.hookspecs import hookimpl, resources_of
 from rcon_plugins.kernel.cgroup import change_limits
 from rcon_plugins.kernel.events import Watch, watcher_of_process
 from rcon_plugins.settings.policy import Policy
@@ -133,7 +132,7 @@ def _change(group: Cgroup, hook: pluggy.HookRelay, output: bytes, expansion: Exp
     policy = Policy.make("on-event", **found)
     if policy.asks():
         # The limits first, that of swap too; then the expansion, which stays below them.
-        change_limits(group, asked_resources(hook, policy, policy), gather=True)
+        change_limits(group, resources_of(hook, policy, policy), gather=True)
     if expansion is not None and policy.memory is not None:
         expansion.take(policy.memory)
 

@@ -22,7 +22,7 @@ from rcon_plugins.kernel.proc import original_environment
 from rcon_plugins.settings.limit_table import BY_KEY, IO_LIMITS, OPTIONS
 
 if TYPE_CHECKING:
-    from rcon_plugins.kernel.cgroup import Cgroup, Device
+    from rcon_plugins.kernel.cgroup import Device
 
 #: These options need a policy: limits that are checked against others, and events.
 _NEED_POLICY = frozenset({*(limit.key for limit in OPTIONS if limit.needs), "expand", "up_to", "on_event"})
@@ -58,8 +58,7 @@ def _limit_fields(options: Mapping[str, Any]) -> dict[str, Any]:
         from rcon_plugins.cli.run import policy
 
         return policy.limit_fields(options)
-    resources = resources_of(options)
-    return {"resources": resources, "configure": partial(_configure, resources=resources)}
+    return {"resources": resources_of(options)}
 
 
 def resources_of(options: Mapping[str, Any]) -> Resources:
@@ -89,10 +88,6 @@ def _device(path: str, given: str | None) -> Device:
         return device_of(path)
     except KernelError as error:
         raise BadUsage(f"--device: {error}") from None
-
-
-def _configure(cgroup: Cgroup, resources: Resources) -> None:
-    cgroup.configure(resources)
 
 
 def _user_fields(options: Mapping[str, Any], command: tuple[str, ...]) -> dict[str, Any]:

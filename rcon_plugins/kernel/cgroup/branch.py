@@ -99,6 +99,19 @@ class Branch(abc.ABC):
         """Write those of the limits whose controllers are in this branch."""
 
     @abc.abstractmethod
+    def carries(self, controller: str) -> bool:
+        """Whether files of this controller, by the kernel's name, can be here."""
+
+    def write_file(self, name: str, value: str) -> None:
+        """Write a file that no field of `Resources` sets. Raises KernelError."""
+        hint = f"this kernel, or this cgroup, has no {name}: see ls {self.directory}"
+        try:
+            files.write(self.directory, name, value)
+        except KernelError as error:
+            error.hint = hint if error.errno == errno.ENOENT else error.hint
+            raise
+
+    @abc.abstractmethod
     def enter_process(self, *, alone: bool) -> None:
         """The calling process moves itself in; ``alone``: it has a single thread."""
 

@@ -137,6 +137,21 @@ class Cgroup:
             )
         for branch in self._branches:
             branch.configure(resources)
+        for name, value in resources.files.items():
+            self._write_file(name, value)
+
+    def _write_file(self, name: str, value: str) -> None:
+        """Write a file that no field of `Resources` sets."""
+        controller = name.partition(".")[0]
+        for branch in self._branches:
+            if branch.carries(controller):
+                return branch.write_file(name, value)
+        raise ControllerUnavailable(
+            f"{self._path} has no {controller} controller",
+            path=f"{self._path}/{name}",
+            value=value,
+            hint="Hierarchy.refusals() tells what this machine cannot enforce, and the remedy",
+        )
 
     # -- who is in it -------------------------------------------------------------------------
 
@@ -250,7 +265,7 @@ class Cgroup:
         the cgroup of the process alone, which may be gone before it is read. Raises KernelError.
         """
         for branch in self._branches:
-            if isinstance(branch, V1Branch) and branch.has("memory"):
+            if isinstance(branch, V1Branch) and branch.carries("memory"):
                 try:
                     return v1.open_notice(branch.directory, "memory.oom_control")
                 except KernelError as error:
@@ -290,7 +305,7 @@ class Cgroup:
         for branch in self._branches:
             if isinstance(branch, V2Branch) and not branch.threaded:
                 return branch
-            if isinstance(branch, V1Branch) and branch.has("freezer"):
+            if isinstance(branch, V1Branch) and branch.carries("freezer"):
                 return branch
         raise ControllerUnavailable(
             f"{self._path} cannot be frozen", path=self._path, hint="mount cgroup2, or the v1 freezer"

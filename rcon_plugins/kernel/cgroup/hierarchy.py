@@ -13,14 +13,11 @@ from rcon_plugins.kernel.cgroup.branch import Branch, check_path
 from rcon_plugins.kernel.cgroup.cgroup import Cgroup
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.refusals import Refusal, refusals
-from rcon_plugins.kernel.cgroup.resources import Resources
+from rcon_plugins.kernel.cgroup.resources import CONTROLLERS, Resources
 from rcon_plugins.kernel.cgroup.v1 import V1Branch
 from rcon_plugins.kernel.cgroup.v2 import V2Branch
 
 Layout = Literal["v2", "v1", "hybrid"]
-
-#: The controllers of this project, by their v2 names.
-CONTROLLERS = frozenset({"cpu", "cpuset", "memory", "io", "pids"})
 
 #: The file of the memory limit, by version.
 _MEMORY_LIMIT = {1: "memory.limit_in_bytes", 2: "memory.max"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def change_limits(cgroup: Cgroup, wanted: Resources, *, gather: bool = False) ->
     processes of its leaves are moved up into it, in the blkio hierarchy; without ``gather`` such limits are refused.
     The blkio directories of the leaves are removed: do not use it where somebody keeps their files open.
     """
-    before = read_limits(cgroup)
+    before = read_limits(cgroup).replaced(files=_texts_of(cgroup, wanted.files))
     wanted = _with_swap(wanted, before)
     io = [
         directory
@@ -90,11 +91,21 @@ def _with_swap(wanted: Resources, before: Resources) -> Resources:
 
 def _undoing(cgroup: Cgroup, wanted: Resources, before: Resources) -> Resources:
     """Return the limits of ``before`` that writing ``wanted`` may have changed."""
-    kept = {name: getattr(before, name) for name in wanted.written() if name not in ("io", "oom_group")}
+    kept = {
+        name: getattr(before, name) for name in wanted.written() if name not in ("io", "oom_group", "files")
+    }
     if wanted.cpus is not None and before.cpus is None:
         kept["cpus"] = _cpus_above(cgroup)
     kept["io"] = {device: before.io.get(device, IoMax(MAX, MAX, MAX, MAX)) for device in wanted.io}
-    return Resources(**kept)
+    return Resources(**kept, files=before.files)
+
+
+def _texts_of(cgroup: Cgroup, names: Iterable[str]) -> dict[str, str]:
+    """The texts of files that no field of Resources sets, without those that are missing or empty."""
+    found = (
+        (name, files.read_if_there(directory, name)) for directory in cgroup.directories for name in names
+    )
+    return {name: text for name, text in found if text}
 
 
 def _cpus_above(cgroup: Cgroup) -> str | None:

@@ -9,14 +9,22 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup import mounts, v1, v2
 from rcon_plugins.kernel.cgroup.device import whole_disk
-from rcon_plugins.kernel.cgroup.resources import MAX, Resources, controller_of, format_list, parse_list
+from rcon_plugins.kernel.cgroup.resources import (
+    CONTROLLERS,
+    MAX,
+    Resources,
+    controller_of,
+    controller_of_file,
+    format_list,
+    parse_list,
+)
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
 
 
 class Refusal(NamedTuple):
-    """A limit (the name of a field of Resources), why it cannot be enforced, and the remedy."""
+    """A limit (the name of a field of Resources, or ``files.NAME``), why it cannot be enforced, and the remedy."""
 
     limit: str
     reason: str
@@ -27,24 +35,58 @@ def refusals(
     hierarchy: Hierarchy, resources: Resources, *, threaded: bool, within: Resources | None
 ) -> list[Refusal]:
     """See :meth:`Hierarchy.refusals`."""
+    values = {name: getattr(resources, name) for name in resources.written()}
     asked = [
-        name for name in resources.written() if name != "oom_group" and getattr(resources, name) is not MAX
+        name for name, value in values.items() if name not in ("oom_group", "files") and value is not MAX
     ]
     if resources.swap_max == 0 and not v1.has_swap():
         # Nothing to swap to: satisfied by the machine.
         asked.remove("swap_max")
     found = []
     for name in asked:
-        refusal = _controller(hierarchy, name, threaded)
+        refusal = _controller(hierarchy, controller_of(name), threaded)
         if refusal is None:
             refusal = _CHECKS[name](hierarchy, resources, within) if name in _CHECKS else None
         if refusal is not None:
             found.append(Refusal(name, *refusal))
+    for name in resources.files:
+        refusal = _file(hierarchy, name, threaded)
+        if refusal is not None:
+            found.append(Refusal(f"files.{name}", *refusal))
     return found
 
 
-def _controller(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, str] | None:
-    controller = controller_of(name)
+def _file(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, str] | None:
+    """Why a file that no field of Resources sets cannot be written."""
+    controller = controller_of_file(name)
+    mount = hierarchy.mount_of(controller)
+    if controller in CONTROLLERS:
+        if refusal := _controller(hierarchy, controller, threaded):
+            return refusal
+    elif threaded:
+        return (f"a thread cannot have {controller} limits of its own", "use isolation by process")
+    else:
+        mount = hierarchy.unified
+        if mount is None or controller not in mount.controllers:
+            remedy = _delegate(controller) if hierarchy.layout == "v2" else "boot with cgroup v2"
+            return (f"the {controller} controller is not available here", remedy)
+    if mount is None:
+        return None
+    for directory in (f"{mount.path}/{child}" for child in files.subdirectories(mount.path)):
+        has_controller = mount.version == 1 or controller in v2.offered(directory)
+        if has_controller and not os.path.exists(f"{directory}/{name}"):
+            return (f"there is no {directory}/{name}", f"leave {name} out, or boot a kernel that has it")
+    return None
+
+
+def _delegate(controller: str) -> str:
+    return (
+        f"under systemd set Delegate={controller} in the unit; else write +{controller} to "
+        "cgroup.subtree_control of the cgroups above"
+    )
+
+
+def _controller(hierarchy: Hierarchy, controller: str, threaded: bool) -> tuple[str, str] | None:
     mount = hierarchy.mount_of(controller)
     if mount is None:
         if controller == "io" and hierarchy.io_holder is not None:
@@ -53,11 +95,8 @@ def _controller(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, s
                 "set IO limits there alone, or boot with cgroup v2",
             )
         if hierarchy.layout == "v2":
-            remedy = (
-                f"under systemd set Delegate={controller} in the unit; else write +{controller} to "
-                "cgroup.subtree_control of the cgroups above"
-            )
-            return (f"the {controller} controller is not available in this part of the cgroup tree", remedy)
+            reason = f"the {controller} controller is not available in this part of the cgroup tree"
+            return (reason, _delegate(controller))
         kernel_name = v1.KERNEL_NAMES[controller]
         remedy = f"mount -t cgroup -o {kernel_name} none /sys/fs/cgroup/{kernel_name}, or boot with cgroup v2"
         return (f"the {controller} controller is not mounted", remedy)

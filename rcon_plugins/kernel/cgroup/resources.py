@@ -54,6 +54,7 @@ class _Limits(NamedTuple):
     oom_group: bool = False
     pids_max: int | Max | None = None
     io: Mapping[Device, IoMax] = MappingProxyType({})
+    files: Mapping[str, str] = MappingProxyType({})
 
 
 class Resources(_Limits):
@@ -64,7 +65,8 @@ class Resources(_Limits):
     share of a period, 0 is none (kernel 5.14); ``cpu_weight`` 1..10000 relative to siblings (default of the
     kernel: 100); ``cpus`` a list such as ``"0-1,3"``; ``memory_max``, ``memory_high``, ``swap_max`` in bytes;
     ``oom_group``: an OOM kill takes the whole cgroup (v2, kernel 4.19; without effect on v1); ``pids_max`` in
-    processes and threads; ``io`` per block device. Source: Documentation/admin-guide/cgroup-v2.rst.
+    processes and threads; ``io`` per block device; ``files`` for files of a controller that no field sets, by name,
+    as in ``{"hugetlb.2MB.max": "0"}``, written last. Source: Documentation/admin-guide/cgroup-v2.rst.
     """
 
     __slots__ = ()
@@ -74,7 +76,8 @@ class Resources(_Limits):
 
         def __new__(cls, **limits: Any) -> Self:
             """Check the limits."""
-            made = super().__new__(cls, **{**limits, "io": limits.get("io") or {}})
+            mappings = {name: dict(limits.get(name) or {}) for name in ("io", "files")}
+            made = super().__new__(cls, **{**limits, **mappings})
             made._check()
             return made
 
@@ -101,10 +104,29 @@ class Resources(_Limits):
             for name, value in zip(limits._fields, limits, strict=True):
                 # 0 would remove the limit on v1 and is refused by v2.
                 _check_count(f"io[{device}].{name}", value, 1)
+        for name, text in self.files.items():
+            _check_file(name, text)
 
     def controllers(self) -> frozenset[str]:
-        """The controllers these limits need; a limit that is ``None`` needs none."""
-        return frozenset(controller_of(name) for name in self.written())
+        """The controllers these limits need, of `CONTROLLERS`; a limit that is ``None`` needs none."""
+        fields = {controller_of(name) for name in self.written() if name != "files"}
+        return frozenset(fields | {controller_of_file(name) for name in self.files}) & CONTROLLERS
+
+    @classmethod
+    def merged(cls, several: Iterable[Resources]) -> Resources:
+        """Return one from several: the first that sets a field, a rate of a device or a file decides."""
+        found: dict[str, Any] = {"io": {}, "files": {}}
+        for one in several:
+            for name in one.written():
+                if name == "io":
+                    for device, rates in one.io.items():
+                        known = found["io"].get(device, IoMax())
+                        found["io"][device] = IoMax(*map(_first, known, rates))
+                elif name == "files":
+                    found["files"] = {**one.files, **found["files"]}
+                else:
+                    found.setdefault(name, getattr(one, name))
+        return cls(**found)
 
     def written(self) -> tuple[str, ...]:
         """The fields that are set."""
@@ -114,6 +136,8 @@ class Resources(_Limits):
         )
 
 
+#: The controllers of this project, by their v2 names.
+CONTROLLERS = frozenset({"cpu", "cpuset", "memory", "io", "pids"})
 #: Controllers of the fields that are not named after theirs.
 _CONTROLLERS = {"cpus": "cpuset", "swap_max": "memory", "oom_group": "memory"}
 
@@ -121,6 +145,16 @@ _CONTROLLERS = {"cpus": "cpuset", "swap_max": "memory", "oom_group": "memory"}
 def controller_of(field: str) -> str:
     """The controller of a field of `Resources`: the first word of its name, with the exceptions above."""
     return _CONTROLLERS.get(field) or field.partition("_")[0]
+
+
+def controller_of_file(name: str) -> str:
+    """The controller of a file, by its v2 name: ``hugetlb.2MB.max`` is of ``hugetlb``."""
+    controller = name.partition(".")[0]
+    return "io" if controller == "blkio" else controller
+
+
+def _first(one: int | Max | None, other: int | Max | None) -> int | Max | None:
+    return other if one is None else one
 
 
 class LimitFile(NamedTuple):
@@ -153,6 +187,14 @@ def _check_count(name: str, value: int | Max | None, least: int) -> None:
         return
     if not least <= value < 2**63:
         raise ValueError(f"{name} {value!r} is not between {least} and 2**63 - 1")
+
+
+def _check_file(name: str, text: str) -> None:
+    controller, _, rest = name.partition(".")
+    if not rest or not controller.isidentifier() or controller == "cgroup" or "/" in name or "\0" in name:
+        raise ValueError(f"files: {name!r} is not the name of a controller's file, such as hugetlb.2MB.max")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"files: the value of {name} is {text!r}, and has to be text")
 
 
 def parse_list(text: str) -> frozenset[int]:

@@ -158,9 +158,9 @@ class V1Branch(Branch):
 
     delegated_files = ("tasks", "cgroup.procs")
 
-    def has(self, kernel_name: str) -> bool:
+    def carries(self, controller: str) -> bool:
         """Whether this hierarchy carries a controller, by the kernel's name."""
-        return kernel_name in self.mount.controllers
+        return controller in self.mount.controllers
 
     def create(self) -> None:
         """Make the directory and those above it, ready to be entered."""
@@ -171,16 +171,16 @@ class V1Branch(Branch):
         if self.create_alone():
             return
         for parent, child in create_levels(self):
-            if files.make_directory(child) and self.has("memory"):
+            if files.make_directory(child) and self.carries("memory"):
                 _account_hierarchically(child)
-            if self.has("cpuset"):
+            if self.carries("cpuset"):
                 _inherit_cpuset(parent, child)
 
     def complete(self) -> bool:
         """Its memory counts above it too, and it has the CPUs of the one above, where that has any."""
-        if self.has("memory"):
+        if self.carries("memory"):
             _account_hierarchically(self.directory)
-        return not self.has("cpuset") or _pass_cpuset_on(self.directory)
+        return not self.carries("cpuset") or _pass_cpuset_on(self.directory)
 
     @property
     def _io_holder(self) -> str | None:
@@ -247,7 +247,7 @@ class V1Branch(Branch):
 
     def _carries(self, name: str) -> bool:
         controller = name.partition(".")[0]
-        return self.has(controller) and any(KERNEL_NAMES[ours] == controller for ours in self.controllers)
+        return self.carries(controller) and any(KERNEL_NAMES[ours] == controller for ours in self.controllers)
 
     def _order_memory(self, wanted: list[tuple[str, str]]) -> bool:
         """Put the limit on the sum first where it is raised; False where it need not be written."""

@@ -148,6 +148,21 @@ class V2Branch(Branch):
             if name == "cpuset.cpus":
                 self._check_cpus(value)
 
+    def carries(self, controller: str) -> bool:
+        """Whether the hierarchy offers this controller, also one that is no part of this project."""
+        return controller in self.mount.controllers
+
+    def write_file(self, name: str, value: str) -> None:
+        """Write a file that no field of `Resources` sets.
+
+        Cgroups are made with the controllers of this project alone; another one is passed on down to here first.
+        """
+        controller = name.partition(".")[0]
+        if controller not in self.controllers:
+            for parent, _ in create_levels(self):
+                enable(parent, frozenset({controller}))
+        super().write_file(name, value)
+
     def _check_cpus(self, cpus: str) -> None:
         # The kernel takes any list; where none of it can be had, the parent's CPUs stay in force.
         effective = files.read(self.directory, "cpuset.cpus.effective")

@@ -20,7 +20,7 @@ import pytest
 
 from rcon_plugins.errors import DelegationError
 from rcon_plugins.kernel.cgroup import mounts
-from rcon_plugins.kernel.cgroup.hierarchy import CONTROLLERS
+from rcon_plugins.kernel.cgroup.resources import CONTROLLERS
 from rcon_plugins.tree import systemd
 from tests import children
 

@@ -8,14 +8,14 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from rcon_plugins.groups.find import find_group
 from rcon_plugins.kernel import proc
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree import attach as tree_attach
 from rcon_plugins.tree.garbage import collect
 from tests.kernel.command.harness import Done, left_by, rcon, until
@@ -207,9 +207,10 @@ def test_a_limit_that_cannot_be_takes_nothing(limit: list[str]) -> None:
 
 
 def test_where_who_asks_is_killed_meanwhile_nothing_stays_taken() -> None:
-    def kill_who_asks(cgroup: Cgroup) -> None:
+    def kill_who_asks(cgroup: Cgroup) -> Callable[[], object]:
         os.kill(os.getppid(), signal.SIGKILL)
         until(lambda: os.getppid() != asking, "who asked is gone")
+        return lambda: None
 
     base = f"/rcon-tests-{os.getpid()}"  # where nobody else clears up
     with running("sleep", "1000") as one:
@@ -217,9 +218,8 @@ def test_where_who_asks_is_killed_meanwhile_nothing_stays_taken() -> None:
         asking = os.fork()
         if asking == 0:
             asking = os.getpid()
-            tree_attach.attach(
-                tree_attach.AttachRequest((one[0].pid,), "unasked", kill_who_asks), Hierarchy.discover(), base
-            )
+            request = tree_attach.AttachRequest((one[0].pid,), "unasked", Resources(), monitor=kill_who_asks)
+            tree_attach.attach(request, Hierarchy.discover(), base)
         assert os.waitstatus_to_exitcode(os.waitpid(asking, 0)[1]) == -signal.SIGKILL
         cgroup = Hierarchy.discover().cgroup(base)
         until(lambda: not cgroup.children(), "the group is gone")
@@ -232,11 +232,14 @@ def test_one_that_ends_meanwhile_takes_none_of_the_others() -> None:
     with running("sleep", "1000", count=2) as both:
         before = where(both[0].pid)
 
-        def end_one(cgroup: Cgroup) -> None:
+        def end_one(cgroup: Cgroup) -> Callable[[], object]:
             os.kill(both[1].pid, signal.SIGKILL)
             until(lambda: proc.start_time(both[1].pid) is None, "it has ended")
+            return lambda: None
 
-        request = tree_attach.AttachRequest((both[0].pid, both[1].pid), "ending", end_one)
+        request = tree_attach.AttachRequest(
+            (both[0].pid, both[1].pid), "ending", Resources(), monitor=end_one
+        )
         with pytest.raises(tree_attach.AttachRefused, match=f"process {both[1].pid} has ended"):
             tree_attach.attach(request, Hierarchy.discover(), base)
         assert where(both[0].pid) == before

@@ -119,7 +119,7 @@ def test_ones_own_processes_are_taken_and_let_go(given: Cgroup) -> None:
 
     def take(pid: int) -> list[int]:
         enter()
-        request = attach.AttachRequest((pid,), "mine", lambda cgroup: cgroup.configure(Resources(pids_max=9)))
+        request = attach.AttachRequest((pid,), "mine", Resources(pids_max=9))
         return attach.attach(request, Hierarchy.discover(), given.path)
 
     with sleeping(enter) as pid:

@@ -63,7 +63,6 @@ def within(
         variables={},
         group="outer",
         resources=resources,
-        configure=lambda cgroup: cgroup.configure(resources),
         become=inner,
         delegate_to=(NOBODY, NOBODY) if delegate else None,
     )

@@ -12,7 +12,7 @@ import rcon_plugins
 from rcon_plugins import Limits, Outcome, Policy, Settings, Work, hookimpl
 from rcon_plugins.builtin.plugins import make_plugin_manager
 from rcon_plugins.errors import ConfinementError, SettingsError
-from rcon_plugins.kernel.cgroup import Cgroup, Resources
+from rcon_plugins.kernel.cgroup import Resources
 from rcon_plugins.settings.file import from_mapping
 from tests.kernel.executors.service import ask, begin, end, managing
 
@@ -48,12 +48,11 @@ def test_a_policy_that_a_plugin_selects_has_to_exist() -> None:
 
 
 @pytest.mark.each_layout
-def test_rcon_configure_cgroup_writes_limits_of_its_own() -> None:
+def test_rcon_resources_adds_limits_of_its_own() -> None:
     class Weighty:
         @hookimpl
-        def rcon_configure_cgroup(self, cgroup: Cgroup, limits: Limits, policy: Policy) -> None:
-            if limits is policy.each:
-                cgroup.configure(Resources(pids_max=3))
+        def rcon_resources(self, limits: Limits, policy: Policy) -> Resources | None:
+            return Resources(pids_max=3) if limits is policy.each else None
 
     with managing({"each": {"timeout": "30s"}}, plugins=[Weighty()]) as manager:
         assert ask(manager, "fork_bomb", 0.1)[1].ending == "pids"

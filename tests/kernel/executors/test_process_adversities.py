@@ -197,7 +197,7 @@ def test_deadlines_of_works_that_are_over_are_not_kept() -> None:
 
 
 @pytest.mark.each_layout
-@pytest.mark.parametrize("hook", ["rcon_select_policy", "rcon_configure_cgroup", "rcon_work_started"])
+@pytest.mark.parametrize("hook", ["rcon_select_policy", "rcon_resources", "rcon_work_started"])
 @pytest.mark.parametrize("policy", [{"pids": 50}, {"each": {"timeout": "30s"}}], ids=["inline", "process"])
 def test_a_failing_plugin_refuses_the_work_and_leaks_nothing(hook: str, policy: dict[str, Any]) -> None:
     broken = False

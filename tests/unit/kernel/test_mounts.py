@@ -157,3 +157,20 @@ def test_a_kernel_without_cpu_burst_is_refused(tmp_path: Path, version: int, quo
     assert hierarchy.refusals(resources.replaced(cpu_burst=0.0)) == []
     (tmp_path / "system.slice" / burst).touch()
     assert hierarchy.refusals(resources) == []
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_missing_file_of_a_controller_is_refused(tmp_path: Path, version: int) -> None:
+    hierarchy = Hierarchy.of([Mount(version, str(tmp_path), controllers=frozenset({"cpu", "hugetlb"}))])
+    child = tmp_path / "system.slice"
+    child.mkdir()
+    (child / "cgroup.controllers").write_text("cpu hugetlb")
+    resources = Resources(files={"cpu.idle": "1"})
+    (refusal,) = hierarchy.refusals(resources)
+    assert (refusal.limit, refusal.reason) == ("files.cpu.idle", f"there is no {child}/cpu.idle")
+    (child / "cpu.idle").touch()
+    assert hierarchy.refusals(resources) == []
+    huge = Resources(files={"hugetlb.2MB.max": "0"})
+    (child / "hugetlb.2MB.max").touch()
+    assert bool(hierarchy.refusals(huge)) == (version == 1)
+    assert hierarchy.refusals(huge, threaded=True)

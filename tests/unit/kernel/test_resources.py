@@ -127,6 +127,14 @@ def test_shares(weight: int, shares: int) -> None:
         {"memory_max": 2**63},
         {"pids_max": -5},
         {"io": {DISK: IoMax(wbps=0)}},
+        {"files": {"cgroup.procs": "0"}},
+        {"files": {"../memory.max": "0"}},
+        {"files": {"memory/x.max": "0"}},
+        {"files": {"tasks": "0"}},
+        {"files": {"hugetlb.": "0"}},
+        {"files": {".max": "0"}},
+        {"files": {"hugetlb.2MB.max": ""}},
+        {"files": {"hugetlb.2MB.max": 0}},
     ],
 )
 def test_values_no_kernel_takes(wrong: dict[str, object]) -> None:
@@ -138,6 +146,16 @@ def test_controllers() -> None:
     assert EVERYTHING.controllers() == {"cpu", "cpuset", "memory", "io", "pids"}
     assert Resources(oom_group=True).controllers() == {"memory"}
     assert Resources(cpu_weight=1).controllers() == {"cpu"}
+    assert Resources(files={"blkio.weight": "9", "hugetlb.2MB.max": "0"}).controllers() == {"io"}
+
+
+def test_several_are_merged_and_the_first_decides() -> None:
+    first = Resources(pids_max=3, io={DISK: IoMax(rbps=1)}, files={"misc.max": "x 1"})
+    second = Resources(pids_max=9, cpus="0", io={DISK: IoMax(rbps=2, wbps=MAX)}, files={"misc.max": "x 2"})
+    assert Resources.merged([first, second]) == Resources(
+        pids_max=3, cpus="0", io={DISK: IoMax(rbps=1, wbps=MAX)}, files={"misc.max": "x 1"}
+    )
+    assert Resources.merged([]) == Resources()
 
 
 def test_max_is_one_thing_wherever_it_goes() -> None:

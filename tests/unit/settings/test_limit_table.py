@@ -22,7 +22,7 @@ def test_every_limit_of_a_policy_is_a_row() -> None:
 
 
 def test_every_field_of_the_kernel_is_a_row() -> None:
-    assert set(KEY_OF_FIELD) == set(Resources._fields) - {"io", "oom_group"}
+    assert set(KEY_OF_FIELD) == set(Resources._fields) - {"io", "oom_group", "files"}
     assert tuple(limit.field for limit in IO_LIMITS) == IoMax._fields
 
 

@@ -1,0 +1,36 @@
+"""The limits of a policy, in the kernel's terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rcon_plugins.hookspecs import hookimpl
+from rcon_plugins.kernel.cgroup import IoMax, Resources, device_of
+from rcon_plugins.settings.limit_table import CGROUP_LIMITS, IO_LIMITS
+from rcon_plugins.settings.limits import Limits
+from rcon_plugins.settings.memory import Memory
+from rcon_plugins.settings.policy import Policy
+
+
+@hookimpl(trylast=True)
+def rcon_resources(limits: Limits, policy: Policy) -> Resources:
+    """Return the limits by the table of limits. A path under ``io`` stands for the disk that holds it.
+
+    Memory that expands is limited to the most it may become (see `rcon_plugins.confinement.expansion`). On v2 an OOM
+    kill takes an executor process together with all it started.
+    """
+    kills_all = limits is policy.each and (policy.memory is not None or limits.memory is not None)
+    fields = {row.field: _plain(getattr(limits, row.key)) for row in CGROUP_LIMITS}
+    io = {
+        device_of(device): IoMax(**{row.field: _plain(getattr(rates, row.key)) for row in IO_LIMITS})
+        for device, rates in limits.io.items()
+    }
+    return Resources(**fields, oom_group=kills_all, io=io)
+
+
+def _plain(value: Any) -> Any:
+    """The plain number or text of a value as settings write it."""
+    if isinstance(value, Memory):
+        return int(value.most)
+    kind = next((kind for kind in (int, float, str) if isinstance(value, kind)), None)
+    return value if kind is None else kind(value)
