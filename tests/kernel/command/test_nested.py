@@ -150,7 +150,7 @@ def test_limits_of_io_cannot_be_within_others_on_v1() -> None:
                 "--", "true")  # fmt: skip
     assert done.status == 125
     assert "the IO limits of " in done.err
-    assert "rcon set" in done.err
+    assert "set IO limits there alone" in done.err
 
 
 def test_a_group_that_was_given_to_another_user(open_path: Path) -> None:
