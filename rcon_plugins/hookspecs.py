@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from rcon_plugins.kernel.cgroup import Resources
-
 if TYPE_CHECKING:
     import click
 
     from rcon_plugins.groups.events import Event
     from rcon_plugins.kernel.capability import Identity
+    from rcon_plugins.kernel.cgroup import Resources
     from rcon_plugins.outcome import Outcome
     from rcon_plugins.settings.file import Settings
     from rcon_plugins.settings.limits import Limits
@@ -30,11 +29,6 @@ PROJECT = "rcon"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
-
-
-def resources_of(hook: pluggy.HookRelay, limits: Limits, policy: Policy) -> Resources:
-    """Merge what the plugins return for `rcon_resources`. Raises what they raise."""
-    return Resources.merged(hook.rcon_resources(limits=limits, policy=policy))
 
 
 @hookspec

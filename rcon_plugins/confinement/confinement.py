@@ -17,10 +17,9 @@ from rcon_plugins.confinement.admission import (
     ProcessAdmission,
     ThreadAdmission,
 )
-from rcon_plugins.confinement.isolation import Isolation, Verdict
+from rcon_plugins.confinement.isolation import Isolation, Verdict, resources_of
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.inline import InlineExecutor
-from rcon_plugins.hookspecs import resources_of
 from rcon_plugins.kernel.process import join_new_session_keyring
 from rcon_plugins.tree.locks import first_slot
 

@@ -10,13 +10,13 @@ import os
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rcon_plugins.errors import KernelError, RconError, SettingsError
-from rcon_plugins.hookspecs import resources_of
 from rcon_plugins.identity import privileges
 from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, read_state
-from rcon_plugins.kernel.cgroup import Hierarchy, Refusal
+from rcon_plugins.kernel.cgroup import Hierarchy, Refusal, Resources
 from rcon_plugins.settings.limit_table import KEY_OF_FIELD
+from rcon_plugins.settings.limits import Limits
 from rcon_plugins.settings.policy import Policy
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ class Verdict(NamedTuple):
                 hint=refusal.remedy,
                 file=file,
             )
+
+
+def resources_of(hook: pluggy.HookRelay, limits: Limits, policy: Policy) -> Resources:
+    """Merge what the plugins return for `rcon_resources`. Raises what they raise."""
+    return Resources.merged(hook.rcon_resources(limits=limits, policy=policy))
 
 
 def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.HookRelay) -> Verdict:

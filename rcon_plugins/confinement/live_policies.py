@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rcon_plugins.confinement.isolation import judge
+from rcon_plugins.confinement.isolation import judge, resources_of
 from rcon_plugins.errors import KernelError, SettingsError
-from rcon_plugins.hookspecs import resources_of
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources, change_limits, read_limits
 from rcon_plugins.settings.budget import promised
 from rcon_plugins.settings.conversion import convert, one_of

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from rcon_plugins.confinement.expansion import Expansion, expand
+from rcon_plugins.confinement.isolation import resources_of
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.groups.events import Event
-from rcon_plugins.hookspecs import resources_of
 from rcon_plugins.kernel.events import Pressure, Watch, Watcher, watcher_of_process
 from rcon_plugins.settings.limits import Limits
 

@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.hookspecs import resources_of
+from rcon_plugins.kernel.cgroup import Resources
 
 if TYPE_CHECKING:
     import pluggy
@@ -27,8 +27,8 @@ def make_leaf(instance: Instance, hook: pluggy.HookRelay, birth: SpawnOrder, lim
     ``work/<name>``, and the limits with it: so they are written once the leaf holds it in place.
     """
     together, leaf = instance.policy_cgroup(birth.name), instance.executor_cgroup(birth.name, birth.leaf)
-    whole = resources_of(hook, limits, birth.policy)
-    each = resources_of(hook, birth.policy.each, birth.policy)
+    whole = Resources.merged(hook.rcon_resources(limits=limits, policy=birth.policy))
+    each = Resources.merged(hook.rcon_resources(limits=birth.policy.each, policy=birth.policy))
     for attempts_left in reversed(range(_ATTEMPTS)):
         try:
             leaf.create()

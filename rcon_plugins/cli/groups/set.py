@@ -20,9 +20,9 @@ from rcon_plugins.cli.columns import (
 )
 from rcon_plugins.cli.exit import BadUsage, say
 from rcon_plugins.cli.limit_options import limits_of, policy_keys
+from rcon_plugins.confinement.isolation import resources_of
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups.find import Group
-from rcon_plugins.hookspecs import resources_of
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, Resources, change_limits, device_of
 from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD, OPTIONS
 from rcon_plugins.settings.limit_words import IO_KEYS, removes

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from rcon_plugins.cli.exit import say
 from rcon_plugins.confinement.expansion import Expansion, expand
+from rcon_plugins.confinement.isolation import resources_of
 from rcon_plugins.confinement.monitor import MonitoredGroup
 from rcon_plugins.errors import RconError, SettingsError
 from rcon_plugins.groups.events import Event
-from rcon_plugins.hookspecs import hookimpl, resources_of
+from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.kernel.cgroup import change_limits
 from rcon_plugins.kernel.events import Watch, watcher_of_process
 from rcon_plugins.settings.policy import Policy

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rcon_plugins import hookspecs
 from rcon_plugins.builtin.plugins import limits_manager, make_plugin_manager
 from rcon_plugins.cli.capcon.run import environment_of
 from rcon_plugins.cli.exit import BadUsage
@@ -18,6 +17,7 @@ from rcon_plugins.cli.program import find_program
 from rcon_plugins.cli.request import Request
 from rcon_plugins.cli.run.execution import execute, group_of, report_of, timeout_of
 from rcon_plugins.command.run import Ended, Order
+from rcon_plugins.confinement import isolation
 from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
 from rcon_plugins.identity import privileges
 from rcon_plugins.identity.resolution import check as check_identity
@@ -55,7 +55,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
             '(choose a policy without per, or with per = "command")'
         )
     resources = resources_of(hook, policy)
-    each = hookspecs.resources_of(hook, policy.each, policy)
+    each = isolation.resources_of(hook, policy.each, policy)
     for refusal in (*hierarchy.refusals(resources), *hierarchy.refusals(each, within=resources)):
         raise BadUsage(
             f"--policy: {policy.name} cannot be enforced on this machine: {refusal.reason} ({refusal.remedy})"
@@ -90,7 +90,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
 def resources_of(hook: pluggy.HookRelay, policy: Policy) -> Resources:
     """Return the limits of a policy for the kernel. Raises `BadUsage` for a device that is not there."""
     try:
-        return hookspecs.resources_of(hook, policy, policy)
+        return isolation.resources_of(hook, policy, policy)
     except KernelError as error:
         raise BadUsage(f"--device: {error}") from None
 

@@ -7,7 +7,8 @@ import pytest
 
 from rcon_plugins import hookspecs
 from rcon_plugins.builtin.plugins import limits_manager
-from rcon_plugins.hookspecs import hookimpl, resources_of
+from rcon_plugins.confinement.isolation import resources_of
+from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.kernel.cgroup import IoMax, Resources
 from rcon_plugins.kernel.cgroup.device import Device
 from rcon_plugins.settings.limits import Limits
