@@ -1,8 +1,8 @@
 """One WSGI application, four tenants told apart by the host name. Three of them misbehave.
 
-Nothing here knows of rcon-plugins. Each misbehaviour stops by itself well before it could hurt the
-machine (`MOST_MEMORY`, `MOST_CHILDREN`, `BURN`), so that the demonstration can also run it unconfined;
-each of those bounds is far above the limit that `rcon.toml` sets.
+The application does not know rcon-plugins. Each misbehaviour stops well before it could hurt the machine
+(`MOST_MEMORY`, `MOST_CHILDREN`, `BURN`), so that the demonstration can also run it unconfined. Each of these bounds is
+far above the limit in `rcon.toml`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse
 
-#: Where `memory-hog` stops: bytes.
+#: The most that `memory-hog` allocates, in bytes.
 MOST_MEMORY = 320 * 1024 * 1024
-#: Where `fork-bomb` stops: processes, and how long each of them stays, seconds.
+#: The most processes that `fork-bomb` starts, and how long each of them lives, in seconds.
 MOST_CHILDREN = 64
-CHILD_STAYS = 2.0
-#: CPU time one request of `cpu-hog` burns, seconds.
+CHILD_SECONDS = 2.0
+#: The CPU time that one request of `cpu-hog` burns, in seconds.
 BURN = 0.25
 
 MEBIBYTE = 1024 * 1024
@@ -46,7 +46,7 @@ def cpu_hog() -> dict[str, Any]:
 
 
 def memory_hog() -> dict[str, Any]:
-    """Allocate and touch memory without end."""
+    """Allocate and touch memory up to `MOST_MEMORY`."""
     pieces: list[bytearray] = []
     while len(pieces) * 4 * MEBIBYTE < MOST_MEMORY:
         pieces.append(bytearray(os.urandom(4096)) * 1024)
@@ -55,10 +55,10 @@ def memory_hog() -> dict[str, Any]:
 
 
 def fork_bomb() -> dict[str, Any]:
-    """Fork without end; children flee into sessions of their own, and every other one forks once more."""
+    """Fork up to `MOST_CHILDREN` children; they move to sessions of their own, and every other one forks again."""
     children: list[int] = []
     while len(children) < MOST_CHILDREN:
-        pid = os.fork()  # raises when the kernel allows no more
+        pid = os.fork()  # raises at the limit
         if pid == 0:
             _flee(twice=len(children) % 2 == 1)
         children.append(pid)
@@ -73,7 +73,7 @@ def _flee(*, twice: bool) -> None:
         if twice and os.fork() != 0:
             os._exit(0)
         os.closerange(0, 1024)
-        time.sleep(CHILD_STAYS)
+        time.sleep(CHILD_SECONDS)
     finally:
         os._exit(0)
 

@@ -1,6 +1,6 @@
 """Four tenants on one gunicorn, first unconfined, then confined: ``python examples/tenants/demo.py``.
 
-Exits with 0 if every limit held and `steady` was served without error, 1 if not, and 2 where it cannot run.
+Exits with 0 if every limit held and `steady` was served without error, 1 if not, and 2 if nothing can be confined.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -19,9 +19,9 @@ from app import BURN, MEBIBYTE
 from load import Plan, Result
 from measure import Confined, Unconfined, Used, Watch, tenant_cgroups
 from server import THREADS, WORKERS, Server, why_not
-from table import Row, say, write
+from table import Row, Visit, say, write
 
-#: How long each phase lasts, seconds.
+#: How long each phase lasts, in seconds.
 SECONDS = 9.0
 
 PLANS = [
@@ -46,14 +46,14 @@ def main() -> int:
     """Run the demonstration."""
     parser = argparse.ArgumentParser(description="Four tenants on one gunicorn, unconfined and confined.")
     parser.add_argument(
-        "--serve", action="store_true", help="only start the confined server, and leave it running"
+        "--serve", action="store_true", help="only start the confined server, and keep it running"
     )
     parser.add_argument("--port", type=int, default=0, help="the port to listen on (default: any free one)")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="how long each of the two phases lasts"
     )
     parser.add_argument(
-        "--cgroup", help="a part of the cgroup tree that is ours (default: what can be found)"
+        "--cgroup", help="a cgroup to work in that this user may write (default: the first usable)"
     )
     parser.add_argument("--json", action="store_true", help="write the result as JSON instead of a table")
     options = parser.parse_args()
@@ -73,52 +73,55 @@ def main() -> int:
 
 
 def demonstrate(port: int, seconds: float, cgroup: str | None, *, as_json: bool) -> int:
-    """Both phases, and the table."""
-    say(f"gunicorn, {WORKERS} workers with {THREADS} threads each; four tenants, twice {seconds:.0f} s")
-    say("  1/2  without confinement (the hogs stop by themselves before they hurt this machine) …")
+    """Run both phases and print the tables; return the exit status."""
+    say(
+        f"One gunicorn ({WORKERS} workers, {THREADS} threads each) serves four tenants. Three of them misbehave:"
+    )
+    say(
+        "cpu-hog burns CPU, memory-hog allocates memory, fork-bomb starts processes; steady does ordinary work."
+    )
+    say(f"  1/2  unconfined, {seconds:.0f} s (the tenants stop before they hurt this machine) …")
     without = unconfined(port, seconds)
-    say("  2/2  with confinement …")
-    within = confined(port, seconds, cgroup)
-    rows = list(compare(without, within))
-    good = all(row.held is not False for row in rows)
+    say(f"  2/2  confined, {seconds:.0f} s …")
+    rows = compare(without, confined(port, seconds, cgroup))
+    good = all(row.held for row in rows)
     if as_json:
         print(json.dumps({"good": good, "rows": [row.as_dict() for row in rows]}, indent=2))
         return 0 if good else 1
     say("")
     write(rows, sys.stdout)
-    verdict = (
-        "every limit held, and steady was served without error" if good else "not everything held: see ✗"
-    )
+    failed = "A limit did not hold, or this machine was too busy to measure it: see ✗."
+    verdict = "Every limit held, and steady was served without error." if good else failed
     print(f"\n  {verdict}", flush=True)
     return 0 if good else 1
 
 
 def unconfined(port: int, seconds: float) -> Phase:
-    """The load against the plain server. The CPU time is what the cpu-hog's own answers tell."""
+    """Put the load on the plain server. The CPU time is the sum of what the answers of cpu-hog report."""
     server = Server(confined=False, port=port)
     try:
         _ready(server)
-        eye = Unconfined(server.mark)
+        observer = Unconfined(server.mark)
         start = time.monotonic()
-        with Watch(eye):
+        with Watch(observer):
             results = load.run(server.port, PLANS, seconds)
         burnt = BURN * results["cpu-hog"].answers["200"] / (time.monotonic() - start)
-        return Phase(results, burnt, eye.used.memory, eye.used.processes)
+        return Phase(results, burnt, observer.used.memory, observer.used.processes)
     finally:
         server.stop()
 
 
 def confined(port: int, seconds: float, cgroup: str | None) -> Phase:
-    """The same load against the confined server, each tenant measured in its own cgroup."""
+    """Put the same load on the confined server, and measure each tenant in its own cgroup."""
     server = Server(confined=True, port=port, cgroup=cgroup)
     try:
         _ready(server)
-        eye = Confined(tenant_cgroups(server.pid, cgroup))
+        observer = Confined(tenant_cgroups(server.pid, cgroup))
         start = time.monotonic()
-        with Watch(eye):
+        with Watch(observer):
             results = load.run(server.port, PLANS, seconds)
-        eye.close()
-        used: dict[str, Used] = eye.used
+        observer.close()
+        used: dict[str, Used] = observer.used
         return Phase(
             results,
             used["cpu-hog"].cpu_share(start, start + seconds),
@@ -129,42 +132,46 @@ def confined(port: int, seconds: float, cgroup: str | None) -> Phase:
         server.stop()
 
 
-def compare(without: Phase, within: Phase) -> Iterable[Row]:
-    """Two rows for each tenant, and whether each limit held."""
-    only_200 = set(within.results["steady"].answers) == {"200"}
-    yield _row("steady", "no errors", without, False, _errors(without), None)
-    yield _row("steady", "no errors", within, True, _errors(within), only_200)
-    yield _row("cpu-hog", "cpu 20%", without, False, _percent(without.cpu), None)
-    # a quota holds per period of 100 ms: what was measured begins and ends anywhere in one
-    held = within.cpu is not None and 0.05 < within.cpu <= 0.215
-    yield _row("cpu-hog", "cpu 20%", within, True, _percent(within.cpu), held)
-    yield _row("memory-hog", "memory 64 MiB", without, False, _mebibytes(without.memory), None)
-    held = within.memory is not None and 0 < within.memory <= 64 * MEBIBYTE
-    yield _row("memory-hog", "memory 64 MiB", within, True, _mebibytes(within.memory), held)
-    yield _row("fork-bomb", "16 processes", without, False, _processes(without.processes), None)
-    held = within.processes is not None and 0 < within.processes <= 16
-    yield _row("fork-bomb", "16 processes", within, True, _processes(within.processes), held)
+def compare(without: Phase, confined: Phase) -> list[Row]:
+    """Return a row for each tenant, and whether its limit held."""
+    cpu, memory, processes = confined.cpu, confined.memory, confined.processes
+    return [
+        _row("steady", "no errors", without, confined, _errors, set(confined.results["steady"].answers) == {"200"}),
+        # The quota holds per period of 100 ms, and the measurement begins and ends within a period.
+        _row("cpu-hog", "20 % of a CPU", without, confined, _percent, cpu is not None and 0.05 < cpu <= 0.215),
+        _row(
+            "memory-hog", "64 MiB of memory", without, confined, _mebibytes,
+            memory is not None and 0 < memory <= 64 * MEBIBYTE,
+        ),
+        _row(
+            "fork-bomb", "16 processes", without, confined, _processes,
+            processes is not None and 0 < processes <= 16,
+        ),
+    ]  # fmt: skip
 
 
 def serve(port: int, cgroup: str | None) -> int:
-    """Start the confined server, say how to visit it, and stay until it ends."""
+    """Start the confined server, print how to visit it, and wait until it ends."""
     server = Server(confined=True, port=port, cgroup=cgroup)
     try:
         _ready(server)
-        say(f"gunicorn (pid {server.pid}) serves four tenants, each confined by examples/tenants/rcon.toml:")
+        say(f"gunicorn (pid {server.pid}) serves four tenants, confined by examples/tenants/rcon.toml:")
         for plan in PLANS:
             say(f"  curl -i -H 'Host: {plan.tenant}.example' http://127.0.0.1:{server.port}/")
-        say("Ctrl-C ends it.")
+        say("Press Ctrl-C to stop it.")
         return server.wait()
     finally:
         server.stop()
 
 
-def _row(tenant: str, limit: str, phase: Phase, confined: bool, measured: str, held: bool | None) -> Row:
-    result = phase.results[tenant]
-    return Row(
-        tenant, limit, confined, measured, result.answers, result.quantile(0.5), result.quantile(0.99), held
-    )
+def _row(
+    tenant: str, limit: str, without: Phase, confined: Phase, measured: Callable[[Phase], str], held: bool
+) -> Row:
+    def visit(phase: Phase) -> Visit:
+        result = phase.results[tenant]
+        return Visit(measured(phase), result.answers, result.quantile(0.5), result.quantile(0.99))
+
+    return Row(tenant, limit, visit(without), visit(confined), held)
 
 
 def _errors(phase: Phase) -> str:
@@ -172,16 +179,16 @@ def _errors(phase: Phase) -> str:
     return f"{answers.total() - answers['200']} errors"
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"cpu {share:.1%}"
+def _percent(phase: Phase) -> str:
+    return "-" if phase.cpu is None else f"{phase.cpu:.0%} of a CPU"
 
 
-def _mebibytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / MEBIBYTE:.0f} MiB"
+def _mebibytes(phase: Phase) -> str:
+    return "-" if phase.memory is None else f"{phase.memory / MEBIBYTE:.0f} MiB"
 
 
-def _processes(count: int | None) -> str:
-    return "-" if count is None else f"{count} processes"
+def _processes(phase: Phase) -> str:
+    return "-" if phase.processes is None else f"{phase.processes} processes"
 
 
 def _ready(server: Server) -> None:

@@ -10,16 +10,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-#: No answer within this many seconds is counted as "none".
+#: A request without an answer for so many seconds counts as "none".
 PATIENCE = 25.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one tenant is visited: by so many clients at once.
+    """How to visit one tenant, with so many clients at once.
 
-    ``pause`` is the time from the end of one request to the start of the next, or, where ``paced``, from
-    start to start.
+    ``pause`` is the time from the end of one request to the start of the next; with ``paced``, from start to start.
     """
 
     tenant: str
@@ -31,7 +30,7 @@ class Plan:
 
 @dataclass
 class Result:
-    """What the clients of one tenant saw."""
+    """The answers and latencies that the clients of one tenant saw."""
 
     tenant: str
     answers: Counter[str] = field(default_factory=Counter)
@@ -39,11 +38,11 @@ class Result:
 
     @property
     def requests(self) -> int:
-        """How many requests were made."""
+        """The number of requests."""
         return self.answers.total()
 
     def quantile(self, share: float) -> float | None:
-        """The latency, seconds, that so large a share of the requests did not exceed."""
+        """Return the latency, in seconds, that this share of the requests did not exceed."""
         if not self.seconds:
             return None
         ordered = sorted(self.seconds)
@@ -51,7 +50,7 @@ class Result:
 
 
 def run(port: int, plans: list[Plan], seconds: float) -> dict[str, Result]:
-    """Visit all tenants at once for so many seconds; returns when the last request is answered."""
+    """Visit all tenants at once for so many seconds, and return when the last request is answered."""
     results = {plan.tenant: Result(plan.tenant) for plan in plans}
     lock = threading.Lock()
     deadline = time.monotonic() + seconds
@@ -85,7 +84,7 @@ def run(port: int, plans: list[Plan], seconds: float) -> dict[str, Result]:
 
 
 def ask(connection: http.client.HTTPConnection, tenant: str) -> str:
-    """One request: its status, "cut" where the connection broke, "none" where no answer came in time."""
+    """Make one request; return its status, "cut" if the connection broke, or "none" without an answer in time."""
     try:
         connection.request("GET", "/", headers={"Host": f"{tenant}.example"})
         response = connection.getresponse()
@@ -100,7 +99,7 @@ def ask(connection: http.client.HTTPConnection, tenant: str) -> str:
 
 
 def wait_until_served(port: int, tenant: str, seconds: float, running: Callable[[], bool]) -> bool:
-    """Whether the server answers this tenant with 200 within so many seconds, while it runs at all."""
+    """Return whether the server answers this tenant with 200 within so many seconds."""
     deadline = time.monotonic() + seconds
     while running() and time.monotonic() < deadline:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:

@@ -1,4 +1,4 @@
-"""What the tenants used, measured from outside the server: from the kernel's files, while the load runs."""
+"""Measure what the tenants use, from outside the server: read the kernel's files while the load runs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _EVERY = 0.025
 
 @dataclass
 class Used:
-    """What one tenant, or a whole server, used while the load ran. None is "not seen"."""
+    """The usage of one tenant, or of a whole server, while the load ran. None is "not seen"."""
 
     memory: int | None = None
     processes: int | None = None
     cpu: list[tuple[float, float]] = field(default_factory=list)
 
-    def see(self, memory: int | None, processes: int | None, cpu_seconds: float | None) -> None:
-        """Take one look into account."""
+    def add(self, memory: int | None, processes: int | None, cpu_seconds: float | None) -> None:
+        """Add one reading."""
         if memory is not None:
             self.memory = max(self.memory or 0, memory)
         if processes is not None:
@@ -36,7 +36,7 @@ class Used:
             self.cpu.append((time.monotonic(), cpu_seconds))
 
     def cpu_share(self, start: float, end: float) -> float | None:
-        """CPU seconds used per second between two moments of the monotonic clock."""
+        """Return the CPU seconds used per second between two moments of the monotonic clock."""
         window = [(moment, used) for moment, used in self.cpu if start <= moment <= end]
         if len(window) < 2 or window[-1][0] == window[0][0]:
             return None
@@ -44,7 +44,7 @@ class Used:
 
 
 def tenant_cgroups(server: int, base: str | None) -> dict[str, Cgroup]:
-    """By tenant of the example: the cgroup of all its work in the server whose master has this pid."""
+    """Return the cgroup of each tenant in the server whose master has the pid ``server``."""
     hierarchy = Hierarchy.discover()
     base = find_base(hierarchy, base)
     hierarchy = hierarchy.narrowed(base)
@@ -60,17 +60,17 @@ def tenant_cgroups(server: int, base: str | None) -> dict[str, Cgroup]:
     }
 
 
-class Eye(Protocol):
-    """Something that looks once."""
+class Observer(Protocol):
+    """Reads the usage once, when `look` is called."""
 
     def look(self) -> None: ...
 
 
 class Watch:
-    """Lets an `Eye` look forty times a second, in a thread of its own, while the ``with`` block runs."""
+    """Calls an observer forty times a second, in a thread of its own, while the ``with`` block runs."""
 
-    def __init__(self, eye: Eye) -> None:
-        self._eye = eye
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -84,11 +84,11 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stop.wait(_EVERY):
-            self._eye.look()
+            self._observer.look()
 
 
 class Confined:
-    """Looks at one cgroup per tenant: the one that holds all of the tenant's work, in all workers."""
+    """Reads the cgroup of each tenant, which holds its requests in all workers."""
 
     def __init__(self, cgroups: dict[str, Cgroup]) -> None:
         self._cgroups = cgroups
@@ -103,10 +103,10 @@ class Confined:
                 if meter is None:
                     meter = self._meters[tenant] = cgroup.meter()
                 reading = meter.read()
-            except OSError:  # not there yet: the first request makes it
-                used.see(None, None, 0.0)
+            except OSError:  # the first request makes the cgroup
+                used.add(None, None, 0.0)
                 continue
-            used.see(reading.memory_peak, reading.pids_current, reading.cpu_seconds)
+            used.add(reading.memory_peak, reading.pids_current, reading.cpu_seconds)
 
     def close(self) -> None:
         """Close the kernel's files."""
@@ -115,11 +115,10 @@ class Confined:
 
 
 class Unconfined:
-    """Looks at all processes whose command line has a mark, and takes what there was at first as nothing.
+    """Reads all processes whose command line contains a mark, and subtracts what they used at first.
 
-    Which tenant a thread or a page of a gunicorn worker served cannot be told from outside; so this is
-    about the server as a whole. Memory is that of the processes there were at first: what they fork later
-    shares it with them.
+    From outside, nobody can see which tenant a thread or a page of a gunicorn worker belongs to, so this measures the
+    server as a whole. Memory is that of the first processes: the processes that they fork share it.
     """
 
     def __init__(self, mark: str) -> None:
@@ -130,14 +129,14 @@ class Unconfined:
 
     def look(self) -> None:
         memory, processes = self._take()
-        self.used.see(max(0, memory - self._memory), max(0, processes - self._processes), None)
+        self.used.add(max(0, memory - self._memory), max(0, processes - self._processes), None)
 
     def _take(self, *, first: bool = False) -> tuple[int, int]:
         pages = processes = 0
         for entry in os.scandir("/proc"):
             if not entry.name.isdigit():
                 continue
-            with contextlib.suppress(OSError):  # it ended meanwhile
+            with contextlib.suppress(OSError):  # the process has ended
                 if self._mark in Path(entry.path, "cmdline").read_bytes():
                     processes += 1
                     if first:

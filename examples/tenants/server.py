@@ -1,4 +1,4 @@
-"""Start the example under gunicorn on a loopback port, and end it again."""
+"""Start the example under gunicorn on a loopback port, and stop it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def why_not(cgroup: str | None) -> str | None:
-    """Why the example cannot be confined here, and what to do about it; None if it can."""
+    """Return why the example cannot be confined here, with the remedy; None if it can."""
     if importlib.util.find_spec("gunicorn") is None:
-        return "gunicorn is not installed; `make demo` installs it, and so does: pip install 'rcon-plugins[gunicorn]'"
+        return "gunicorn is not installed (run `make demo`, or pip install 'rcon-plugins[gunicorn]')"
     try:
         hierarchy = Hierarchy.discover()
         Plan.make(load_settings(str(SETTINGS)), Traits(threads=True), hierarchy=hierarchy).check()
@@ -42,18 +42,18 @@ def why_not(cgroup: str | None) -> str | None:
         steps = str(error).replace("; ", ";\n    ")
         return (
             "run it as root: sudo make demo\n"
-            "or, without root, make a part of the cgroup tree yours and name it with --cgroup:\n"
+            "or, without root, get a cgroup of your own and name it with --cgroup:\n"
             f"    {steps}"
         )
     return None
 
 
 class Server:
-    """One gunicorn with the example application; confined by ``rcon.toml``, or not at all."""
+    """One gunicorn with the example application, confined by ``rcon.toml`` or unconfined."""
 
     def __init__(self, *, confined: bool, port: int = 0, cgroup: str | None = None) -> None:
         self.mark = f"tenants-{os.getpid()}-{'confined' if confined else 'unconfined'}"
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the server runs
         listener = socket.create_server(("127.0.0.1", port), backlog=256)
         self.port: int = listener.getsockname()[1]
         command = [sys.executable, "-m", "gunicorn", "app:app", "--chdir", str(HERE), "--name", self.mark]
@@ -86,7 +86,7 @@ class Server:
         return self._process.pid
 
     def running(self) -> bool:
-        """Whether the master is there."""
+        """Return whether the master is running."""
         return self._process.poll() is None
 
     def wait(self) -> int:
@@ -94,12 +94,12 @@ class Server:
         return self._process.wait()
 
     def log(self) -> str:
-        """What the server wrote so far."""
+        """Return what the server has written to its log."""
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
     def stop(self) -> None:
-        """End it, gracefully first."""
+        """Stop the server, gracefully first."""
         if self.running():
             self._process.terminate()
         try:
@@ -111,5 +111,5 @@ class Server:
 
 
 def _end_with_parent() -> None:
-    """Runs in the child: end gracefully when the demonstration itself is killed."""
+    """In the child: have the kernel send SIGTERM when the demonstration itself is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

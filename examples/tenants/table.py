@@ -1,85 +1,85 @@
-"""The table at the end of the demonstration."""
+"""The two tables at the end of the demonstration: what each limit did, and what the clients saw."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-_HEADS = ("tenant", "limit", "confined", "measured", "requests", "answers", "p50", "p99", "")
+_VERDICTS = {None: "", True: "✓", False: "✗"}
+_COLOURS = {"✓": "\033[32m✓\033[0m", "✗": "\033[31m✗\033[0m"}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One tenant, with or without confinement."""
+class Visit:
+    """What one phase measured of a tenant, and what its clients saw: answers by status, and latency in seconds."""
 
-    tenant: str
-    limit: str
-    confined: bool
     measured: str
     answers: Counter[str]
     p50: float | None
     p99: float | None
-    #: Whether the limit held; None where there was none.
-    held: bool | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tenant, unconfined and confined. ``held``: whether its limit held."""
+
+    tenant: str
+    limit: str
+    unconfined: Visit
+    confined: Visit
+    held: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """The row for ``--json``."""
+        """Return the row for ``--json``."""
         row = asdict(self)
-        row["answers"] = dict(self.answers)
-        row["requests"] = self.answers.total()
+        for name, visit in (("unconfined", self.unconfined), ("confined", self.confined)):
+            row[name]["answers"] = dict(visit.answers)
         return row
 
 
 def write(rows: list[Row], out: TextIO) -> None:
-    """Write the table; in colour where it goes to a terminal."""
+    """Write both tables; in colour if ``out`` is a terminal."""
+    limits = [("tenant", "limit", "unconfined", "confined", "")]
+    limits += [
+        (r.tenant, r.limit, r.unconfined.measured, r.confined.measured, _VERDICTS[r.held]) for r in rows
+    ]
+    _write(limits, out)
+    print("\n  Answers, and the time that half and 99 % of them took at most:\n", file=out)
+    clients = [("tenant", "unconfined", "", "confined", "")]
+    for row in rows:
+        clients.append((row.tenant, *_seen(row.unconfined), *_seen(row.confined)))
+    _write(clients, out)
+
+
+def _write(lines: Sequence[tuple[str, ...]], out: TextIO) -> None:
+    """Write lines in columns, the first line as their heads."""
     colour = out.isatty() and "NO_COLOR" not in os.environ
-    cells = [_HEADS, *(_cells(row, first=number % 2 == 0) for number, row in enumerate(rows))]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADS))]
-    rule = "  " + "─" * (sum(widths) + 2 * (len(widths) - 1))
-    for number, line in enumerate(cells):
-        text = "  " + "  ".join(
-            cell.rjust(width) if column in (4, 6, 7) else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        row = rows[number - 1] if number else None
-        print(_paint(text.rstrip(), row) if colour else text.rstrip(), file=out)
-        if number % 2 == 0:
-            print(rule, file=out)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for number, line in enumerate(lines):
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        text = "  " + "   ".join(cells).rstrip()
+        if colour:
+            text = (
+                f"\033[1m{text}\033[0m" if number == 0 else f"{text[:-1]}{_COLOURS.get(text[-1], text[-1])}"
+            )
+        print(text, file=out)
+        if number == 0:
+            print("  " + "─" * (sum(widths) + 3 * (len(widths) - 1)), file=out)
 
 
-def _cells(row: Row, *, first: bool) -> tuple[str, ...]:
-    return (
-        row.tenant if first else "",
-        row.limit if first else "",
-        "yes" if row.confined else "no",
-        row.measured,
-        str(row.answers.total()),
-        "  ".join(f"{count} x {answer}" for answer, count in sorted(row.answers.items())),
-        _milliseconds(row.p50),
-        _milliseconds(row.p99),
-        {None: "", True: "✓", False: "✗"}[row.held],
-    )
+def _seen(visit: Visit) -> tuple[str, str]:
+    answers = ", ".join(f"{count} x {answer}" for answer, count in sorted(visit.answers.items()))
+    return answers, f"{_milliseconds(visit.p50)} / {_milliseconds(visit.p99)}"
 
 
 def _milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds * 1000:.1f} ms" if seconds < 0.1 else f"{seconds * 1000:,.0f} ms"
-
-
-def _paint(text: str, row: Row | None) -> str:
-    if row is None:
-        return f"\033[1m{text}\033[0m"
-    if not row.confined:
-        return f"\033[2m{text}\033[0m"
-    if row.held is None:
-        return text
-    return text[:-1] + (f"\033[32m{text[-1]}\033[0m" if row.held else f"\033[31m{text[-1]}\033[0m")
+    return "-" if seconds is None else f"{seconds * 1000:,.0f} ms"
 
 
 def say(text: str) -> None:
-    """Progress, for the person who waits."""
+    """Print progress on standard error."""
     print(text, file=sys.stderr, flush=True)

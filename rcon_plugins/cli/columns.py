@@ -32,7 +32,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int | None
     """Return the rows in columns, below their heads. A head that begins with ``>`` aligns its column to the right.
 
     Each column is as wide as its widest cell. Where the lines would be longer than ``width``, the text columns are cut:
-    first the widest of those after the first column, then the first.
+    the last one first, the first one last.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
     names = [head.removeprefix(">") for head in heads]
@@ -54,7 +54,7 @@ def _shrink(widths: list[int], numeric: Sequence[bool], width: int) -> None:
     """Reduce the widths of text columns until a line fits into ``width``, or all are at their narrowest."""
     excess = sum(widths) + len(_GAP) * (len(widths) - 1) - width
     text = [column for column in range(1, len(widths)) if not numeric[column]]
-    for columns in (text, [0]):
+    for columns in (text[-1:], text[:-1], [0]):
         while excess > 0 and any(widths[column] > _NARROWEST for column in columns):
             widths[max(columns, key=widths.__getitem__)] -= 1
             excess -= 1
@@ -99,7 +99,7 @@ def short_command(words: str) -> str:
     program = first.rpartition("/")[2]
     while _PYTHON.fullmatch(program) and rest and rest[0] in _PLAIN_OPTIONS:
         del rest[0]
-    if _PYTHON.fullmatch(program) and rest and rest[0].startswith("/"):
+    if _PYTHON.fullmatch(program) and rest and "/" in rest[0] and not rest[0].startswith("-"):
         script = rest.pop(0)
         if script.endswith(_WATCHER):
             return "rcon attach"

@@ -32,11 +32,11 @@ def test_a_column_is_as_wide_as_its_widest_cell() -> None:
 
 
 def test_text_columns_shrink_to_the_width() -> None:
-    """First the widest after the first column; numbers never."""
+    """The last one first, the first one last; numbers never."""
     row = ["rcon-123-4567/tenant~a.example", "123456789", "cpu 30%, memory 64M, pids 16", "gunicorn app:app"]
     heads = ("GROUP", ">MEMORY", "LIMITS", "OWNER")
     assert table(heads, [row], 80).splitlines()[1] == (
-        "rcon-123-4567/tenant~a.example  123456789  cpu 30%, memory 64…  gunicorn app:app"
+        "rcon-123-4567/tenant~a.example  123456789  cpu 30%, memory 64M, p…  gunicorn ap…"
     )
     assert table(heads, [row], 50).splitlines()[1] == "rcon-123-45…  123456789  cpu 30%, me…  gunicorn a…"
 
@@ -126,6 +126,7 @@ def test_limits() -> None:
         ("/srv/.venv/bin/python3.11 -I -u /srv/.venv/bin/gunicorn app:app", "gunicorn app:app"),
         ("/srv/bin/python -m gunicorn /x", "python -m gunicorn /x"),
         ("python app.py /x", "python app.py /x"),
+        (".venv/bin/python .venv/bin/rcon run -- make", "rcon run -- make"),
         ("python -W error /srv/app.py", "python -W error /srv/app.py"),
         ("/usr/bin/python3", "python3"),
         ("/x/python -I -S /x/rcon_plugins/tree/attach_watcher.py /rcon rcon-1-2 backup", "rcon attach"),
