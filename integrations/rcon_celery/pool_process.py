@@ -25,7 +25,7 @@ from rcon_plugins.errors import (
     MemoryLimitExceeded,
     RconError,
 )
-from rcon_plugins.executors import log_files
+from rcon_plugins.executors import fork_server
 from rcon_plugins.settings.budget import BUDGET
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class PoolProcess:
         service = TaskService(self._app, self._codes, worker.hostname, greenlets=server.greenlets)
         after_fork = [
             self._after_fork,
-            log_files.leaving_log_files(_loggers()),
+            fork_server.leaving_log_files(_loggers()),
             service.install_signal_handlers,
         ]
         if server.greenlets:
@@ -245,7 +245,7 @@ def server_files() -> list[int]:
 
     Standard output and standard error are not among them; sockets and pipes are closed anyway.
     """
-    logs = log_files.open_log_files(_loggers())
+    logs = fork_server.open_log_files(_loggers())
     return sorted({number for number in {*logs, *_shared_memory_files()} if number > 2})
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from rcon_plugins.executors import log_files as files
+from rcon_plugins.executors import fork_server
 
 #: gunicorn's own logger of errors and events.
 _ERROR_LOG = "gunicorn.error"
@@ -45,7 +45,7 @@ def log_files(log: object) -> list[int]:
 
     Not standard output and standard error, which executor processes have too.
     """
-    descriptors = files.open_log_files(_loggers())
+    descriptors = fork_server.open_log_files(_loggers())
     captured = getattr(log, "logfile", None)  # what capture_output has opened
     if captured is not None and not captured.closed:
         descriptors.add(captured.fileno())
@@ -54,7 +54,7 @@ def log_files(log: object) -> list[int]:
 
 def leaving_log_files() -> Callable[[], None]:
     """What, in an executor process, lets what is logged to gunicorn's logs go to standard error instead of files."""
-    return files.leaving_log_files(_loggers())
+    return fork_server.leaving_log_files(_loggers())
 
 
 def _loggers() -> list[logging.Logger]:

@@ -64,6 +64,7 @@ class Exchange:
         "_client",
         "_ending",
         "_environ",
+        "_frames",
         "_has_data",
         "_input_error",
         "_log",
@@ -85,6 +86,7 @@ class Exchange:
         self._pace = FrameRateLimiter()
         #: What the frames of this request's answer begin with: one to an earlier request is none to this.
         self.number = os.urandom(wire.NUMBER_SIZE)
+        self._frames: list[Frame] = []  # received and not yet looked at, last first
         self._pending: list[bytes] = []  # received and not yet given to the server, last first
         self._has_data = False
         self._input_error: Exception | None = None
@@ -216,7 +218,7 @@ class Exchange:
     def _only(self, start_response: StartResponse, start: wire.Start, chunk: bytes) -> Iterable[bytes]:
         """A response of one chunk; in most, the end of the work came along with it."""
         self._has_data = True
-        if self._channel.buffered:
+        if self._frames:
             kind, payload = self._next()
             if kind == wire.DONE:
                 outcome = self._done(payload)
@@ -240,7 +242,7 @@ class Exchange:
             return payload
         pieces = [payload]
         size = len(payload)
-        while size < CHUNK and self._channel.buffered_kind in (wire.DATA, wire.ERRORS):
+        while size < CHUNK and self._frames and self._frames[-1].kind in (wire.DATA, wire.ERRORS):
             kind, payload = self._receive()
             if kind == wire.ERRORS:
                 self._write_log(payload)
@@ -268,7 +270,9 @@ class Exchange:
                 return kind, payload
 
     def _receive(self) -> Frame:
-        frame = self._channel.receive(self._client.wait_to_receive)
+        if not self._frames:
+            self._frames = self._channel.receive_batch(self._client.wait_to_receive)
+        frame = self._frames.pop()
         if len(frame.payload) < SMALL and frame.kind not in (wire.READ, wire.READLINE):
             self._count()
         return frame
@@ -285,7 +289,7 @@ class Exchange:
         self._log.write(payload)
 
     def _read(self, kind: int, size: int) -> None:
-        if not self._channel.drained:
+        if self._frames or not self._channel.drained:
             # Who asks waits for the answer. Answers that nobody waits for would be the host's work alone.
             raise ProtocolViolation("a frame behind a read that was not answered")
         if not self._client.enter(Stage.BODY):
@@ -312,14 +316,14 @@ class Exchange:
     def _done(self, payload: bytes) -> Outcome:
         if self._answer(payload):
             raise ProtocolViolation("an end with more to it")
-        if not self._channel.drained:
+        if self._frames or not self._channel.drained:
             raise ProtocolViolation("a frame after the last")
         self._settled()
         return self._admission.finish(self._ending, self._status if self._ending == "error" else "")
 
     def _failed(self, payload: bytes) -> _Failed:
         failure = wire.decode_failure(self._answer(payload))
-        if not self._channel.drained:
+        if self._frames or not self._channel.drained:
             raise ProtocolViolation("a frame after the last")
         self._settled()
         # The server will log it, line by line, and no more of it than is sensible.

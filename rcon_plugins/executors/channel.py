@@ -27,6 +27,9 @@ CHUNK = 64 * 1024
 FIRST_SERVICE_KIND = 16
 
 
+_NOT_OURS = "this process is a fork of the channel's owner and may not use it"
+
+
 class Frame(NamedTuple):
     """One message: a kind of one byte, and its payload."""
 
@@ -47,10 +50,10 @@ class ProtocolViolation(ChannelClosed):
 
 
 class Channel:
-    """One end of the socket pair. Not thread-safe: one work at a time owns it.
+    """One end of the socket pair. Not thread-safe: one unit of work at a time owns it.
 
-    A fork of the process that made it can neither send nor receive: what confined code forks must not
-    answer in its parent's name.
+    A fork of the process that made it can neither send nor receive: what confined code forks must not answer in its
+    parent's name.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -61,18 +64,8 @@ class Channel:
         self._owner = os.getpid()
 
     def fileno(self) -> int:
-        """The socket's descriptor, to poll. See also `buffered`."""
+        """The socket's descriptor, to poll."""
         return self._socket.fileno()
-
-    @property
-    def buffered(self) -> bool:
-        """Whether a whole frame is here already, so that `receive` will not block."""
-        return self._whole_frame_end() is not None
-
-    @property
-    def buffered_kind(self) -> int | None:
-        """The kind of the frame that `receive` returns without blocking; None if it would block."""
-        return self._buffer[self._position] if self.buffered else None
 
     @property
     def drained(self) -> bool:
@@ -98,14 +91,15 @@ class Channel:
         return False
 
     def send(self, *frames: tuple[int, bytes], wait: Callable[[], object] | None = None) -> None:
-        """Send frames, in one system call where they fit; blocks while the other side does not read.
+        """Send frames, in one system call where they fit. Blocks while the other side does not read.
 
-        With ``wait`` it does not block by itself: ``wait`` is called each time the other side has to read before more
-        can be sent, and returns when it may have. What it raises comes out; the channel is of no use then.
+        With ``wait`` it does not block by itself: it calls ``wait`` each time the other side has to read before more
+        can be sent; ``wait`` returns when it may have. What it raises comes out; the channel is of no use then.
 
         Raises `ChannelClosed` when the other side is gone.
         """
-        self._check_owner()
+        if os.getpid() != self._owner:
+            raise ChannelClosed(_NOT_OURS)
         parts: list[bytes] = []
         for kind, payload in frames:
             if len(payload) > MAX_PAYLOAD:
@@ -121,42 +115,78 @@ class Channel:
             raise ChannelClosed(str(error)) from error
 
     def receive(self, wait: Callable[[], object] | None = None) -> Frame:
-        """The next frame; blocks until it is whole.
+        """Return the next frame. Blocks until it is whole.
 
-        ``wait``, where given, is called before each read of the socket: it can wait for other things besides. What it
-        raises comes out.
+        ``wait`` is called before each read of the socket: it can wait for other things besides. What it raises comes
+        out.
 
         Raises `ChannelClosed` at the end of the stream, `ProtocolViolation` for a frame above the bound.
         """
-        self._check_owner()
-        while (end := self._whole_frame_end()) is None:
+        if os.getpid() != self._owner:
+            raise ChannelClosed(_NOT_OURS)
+        while True:
+            start = self._position + _HEADER.size
+            if len(self._buffer) >= start:
+                kind, length = _HEADER.unpack_from(self._buffer, self._position)
+                if length > MAX_PAYLOAD:
+                    raise ProtocolViolation(f"a frame of {length} bytes; the most is {MAX_PAYLOAD}")
+                end = start + length
+                if len(self._buffer) >= end:
+                    break
             if wait is not None:
                 wait()
             self._fill()
-        start = self._position + _HEADER.size
-        kind = self._buffer[self._position]
         if isinstance(self._buffer, bytes):
-            frame = Frame(kind, self._buffer[start:end])
+            payload = self._buffer[start:end]
         else:
             with memoryview(self._buffer) as view:
-                frame = Frame(kind, bytes(view[start:end]))
+                payload = bytes(view[start:end])
         self._position = end
         if end == len(self._buffer):
             self._buffer, self._position = b"", 0
-        return frame
+        return Frame(kind, payload)
+
+    def receive_batch(self, wait: Callable[[], object] | None = None) -> list[Frame]:
+        """Return the next frames, last first: at least one, and those of the service that are here already.
+
+        It stops before a frame of the executor's own, or one above the bound. Otherwise as `receive`.
+        """
+        frames = [self.receive(wait)]
+        buffer, position, size = self._buffer, self._position, len(self._buffer)
+        while size - position >= _HEADER.size:
+            kind, length = _HEADER.unpack_from(buffer, position)
+            start = position + _HEADER.size
+            if kind < FIRST_SERVICE_KIND or length > MAX_PAYLOAD or start + length > size:
+                break
+            position = start + length
+            with memoryview(buffer) as view:
+                frames.append(Frame(kind, bytes(view[start:position])))
+        if position == size:
+            self._buffer, self._position = b"", 0
+        else:
+            self._position = position
+        frames.reverse()
+        return frames
 
     def receive_within(self, seconds: float) -> Frame:
-        """The next frame, if it comes in time; 0: if it is here. Raises as `receive`, and `ChannelTimeout`."""
+        """Return the next frame, if it comes in time; 0: if it is here. Raises as `receive`, and `ChannelTimeout`."""
         self._socket.settimeout(seconds)
         try:
             return self.receive()
         except ChannelClosed as error:
             if isinstance(error.__cause__, TimeoutError | BlockingIOError):
-                raise ChannelTimeout(f"no word within {seconds:g} s") from error
+                raise ChannelTimeout(f"no frame within {seconds:g} s") from error
             raise
         finally:
             with contextlib.suppress(OSError):  # closed by now
                 self._socket.settimeout(None)
+
+    def receive_last(self, seconds: float) -> Frame:
+        """Return the next frame, as `receive_within`. Raise `ChannelClosed` where the other side is not quiet then."""
+        frame = self.receive_within(seconds)
+        if not self.quiet:
+            raise ChannelClosed("the other side is gone, or has sent more")
+        return frame
 
     def refuse(self) -> None:
         """Stop reading: whatever the other side sends from now on fails there as a closed channel."""
@@ -202,16 +232,3 @@ class Channel:
             del self._buffer[: self._position]
         self._position = 0
         self._buffer += data
-
-    def _whole_frame_end(self) -> int | None:
-        if len(self._buffer) - self._position < _HEADER.size:
-            return None
-        _, length = _HEADER.unpack_from(self._buffer, self._position)
-        if length > MAX_PAYLOAD:
-            raise ProtocolViolation(f"a frame of {length} bytes; the most is {MAX_PAYLOAD}")
-        end: int = self._position + _HEADER.size + length
-        return end if end <= len(self._buffer) else None
-
-    def _check_owner(self) -> None:
-        if os.getpid() != self._owner:
-            raise ChannelClosed("this process is a fork of the channel's owner and may not use it")

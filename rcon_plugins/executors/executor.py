@@ -1,110 +1,238 @@
-"""One executor process, seen from the host."""
+"""One executor process, seen from the host: its states, and every transition between them.
+
+An executor serves one policy (and key) as one identity all its life. Its `State` changes only here, under its lock:
+
+=============  ==============================================  =========  ======================================
+state          event (method)                                  next       thread
+=============  ==============================================  =========  ======================================
+(none)         made, just before its spawn order is sent       STARTING   of the request, or supervisor (a spare)
+STARTING       READY received (`set_ready`)                    WAITING    of the request
+WAITING        a unit of work begins (`begin_work`)            SERVING    of the request
+SERVING        the work is over (`end_work`)                   RETURNING  of the request
+RETURNING      READY received (`set_ready`)                    WAITING    of the next request
+any of these   killed by the host (`set_killed`)               KILLED     any
+any of these   the fork server reports its exit (`set_exited`) EXITED     supervisor
+SERVING        ends, but its children go on (`leave_children`) LEAVING    of the request
+LEAVING        the fork server reports its exit (`set_exited`) LEFT       supervisor
+LEAVING        killed by the host (`set_killed`)               KILLED     any
+LEFT           killed by the host (`set_killed`)               EXITED     any
+KILLED         the fork server reports its exit (`set_exited`) EXITED     supervisor
+EXITED, LEFT   its cgroup is empty and removed (`set_ended`)   ENDED      supervisor
+=============  ==============================================  =========  ======================================
+
+An event that the table does not have for a state changes nothing: an executor that was killed stays killed, whatever
+the thread that serves work on it does meanwhile.
+"""
 
 from __future__ import annotations
 
+import enum
 import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rcon_plugins.executors.channel import Channel
 
 if TYPE_CHECKING:
-    from rcon_plugins.executors.monitor import Monitored
+    from collections.abc import Mapping
+
+    from rcon_plugins.executors.supervisor import Supervisor
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup, Meter, Reading
+    from rcon_plugins.settings.memory import Memory
     from rcon_plugins.settings.policy import Policy
 
-#: Tells work that its time, or its memory, will soon be over. Only for services that expect it.
+#: Signals that warn work of its time or its memory limit. Only for services that handle them.
 SOFT_TIME = signal.SIGUSR1
 SOFT_MEMORY = signal.SIGUSR2
 
-
-#: A confinement by name, and who its work is: what an executor, process or thread, serves all its life.
+#: The name of a confinement and the identity of its work. An executor, process or thread, serves one key all its life.
 Key = tuple[str, "Identity | None"]
 
 
-class Executor:
-    """The host's side of one executor process, which serves one policy (and key) as one identity all its life.
+class State(enum.Enum):
+    """The state of an executor; the table in this module's docstring has the transitions."""
 
-    ``fate`` is why the host killed it, if it did. ``told`` is set when the fork server told its end, ``status`` is its
-    wait status then (None if nobody could tell); ``ended`` when it is gone, with all it started and its cgroup.
-    """
+    #: Ordered; not confined yet.
+    STARTING = enum.auto()
+    #: Confined; waits for work.
+    WAITING = enum.auto()
+    #: Serves a unit of work.
+    SERVING = enum.auto()
+    #: Its work is over; has not reported READY since.
+    RETURNING = enum.auto()
+    #: Ends by itself; what its work started may go on.
+    LEAVING = enum.auto()
+    #: Has exited; what its work started goes on in its cgroup.
+    LEFT = enum.auto()
+    #: Killed; its exit is not reported yet.
+    KILLED = enum.auto()
+    #: Has exited; what it started is being killed, and its cgroup is not removed yet.
+    EXITED = enum.auto()
+    #: Gone, with all it started and its cgroup.
+    ENDED = enum.auto()
+
+
+_USABLE = frozenset({State.STARTING, State.WAITING, State.SERVING, State.RETURNING})
+_EXIT_REPORTED = frozenset({State.LEFT, State.EXITED, State.ENDED})
+
+
+class Monitored(Protocol):
+    """The watched cgroup of one executor; see `rcon_plugins.confinement.monitor`."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether its limits differ from the policy's."""
+
+    def memory(self, limit: str) -> Memory | None:
+        """Return the limit ``memory`` or ``each.memory`` in force; None without one."""
+
+    def change(self, policies: Mapping[str, Policy]) -> bool:
+        """Apply changed policies. Return whether its own is among them, so that it must be watched anew."""
+
+    def finish(self) -> None:
+        """Report the last events and stop watching: the cgroup is about to be removed."""
+
+
+class Executor:
+    """The host's side of one executor process."""
 
     def __init__(
         self,
         number: int,
-        name: str,
+        key: Key,
         policy: Policy,
-        identity: Identity | None,
         group: Cgroup,
         leaf: Cgroup,
         meter: Meter,
         channel: Channel,
+        supervisor: Supervisor,
     ) -> None:
         self.number = number
-        self.name = name
+        self.key = key
+        self.name, self.identity = key
         self.policy = policy
-        self.identity = identity
         #: The cgroup of its confinement, and its own below that.
         self.group = group
         self.leaf = leaf
         self.channel = channel
-        #: Where somebody wants to know what happens to its cgroup.
         self.monitored: Monitored | None = None
+        self.state = State.STARTING
+        #: When it entered its state (`time.monotonic`).
+        self.since = time.monotonic()
+        #: 0 until it is ready for the first time.
         self.pid = 0
-        self.works = 0
-        self.fate: str | None = None
-        self.told = False
+        #: How many units of work it has served, the one under way included.
+        self.uses = 0
+        #: Whether the limits of its policy were changed since it was made: it serves at most one more unit of work.
+        self.outdated = False
+        #: Why the host killed it first; None if the host did not.
+        self.kill_reason: str | None = None
+        #: Its wait status; None until its exit is reported, or where nobody could report it.
         self.status: int | None = None
+        #: Set when it is gone, with all it started and its cgroup.
         self.ended = threading.Event()
-        #: When its cgroup was last killed, and since when it is dying (`time.monotonic`).
+        #: When it was last killed (`time.monotonic`).
         self.killed_at = 0.0
-        self.dying_since: float | None = None
-        #: Whether the log was told that it does not end.
-        self.complained = False
-        #: Whether it has served a work, and has not said yet that it waits for another.
-        self.away = False
-        #: When it was given back last (`time.monotonic`).
-        self.given_back = 0.0
-        #: Whether what it started may outlive it: its cgroup stays until that has ended, or the host does.
-        self.spared = False
-        #: Whether it was made by limits that its policy no longer has.
-        self.stale = False
-        #: Whether it counts among the executor processes there may be.
-        self.counted = True
-        #: The deadline of the work it serves, and when the alarm that is set for it will ring.
-        self.deadline: tuple[float, Callable[[], object]] | None = None
-        self.alarm: float | None = None
-        self._meter: Meter | None = meter
-        #: Guards the meter, the callbacks, and who settles the work under way. Held for moments.
-        self.lock = threading.Lock()
-        self._exit_callbacks: list[Callable[[], object]] = []
+        #: Whether the log says already that it does not end.
+        self.hang_logged = False
         #: What its cgroup had used after its last work, or at its end.
         self.reading: Reading = meter.read()
+        #: The deadline of the work under way and what it does; None without one, or when the work is over.
+        self.deadline: tuple[float, Callable[[], object]] | None = None
+        #: Guards what follows, the state, and who settles the work under way. Held for moments.
+        self.lock = threading.Lock()
+        self._meter: Meter | None = meter
+        self._exit_callbacks: list[Callable[[], object]] = []
+        self._supervisor = supervisor
+        #: When the supervisor looks at the deadline next.
+        self._alarm: float | None = None
+
+    # -- transitions ------------------------------------------------------------------------------
+
+    def set_ready(self, pid: int) -> None:
+        """Note READY: it is confined and waits for work."""
+        self.pid = pid
+        self._change({State.STARTING: State.WAITING, State.RETURNING: State.WAITING})
+
+    def begin_work(self) -> Reading:
+        """Count one more use and reset the memory peak where the kernel can. Return what was used before."""
+        with self.lock:
+            if self.uses and self._meter is not None:
+                self._meter.reset_peak()
+            self.uses += 1
+            if self.state is State.WAITING:
+                self._enter(State.SERVING)
+        return self.reading
+
+    def end_work(self) -> None:
+        """Note the end of the work under way."""
+        with self.lock:
+            if self.state is State.SERVING:
+                self._enter(State.RETURNING)
+
+    def leave_children(self) -> None:
+        """Let the process end by itself, and what its work started go on."""
+        self._change(dict.fromkeys(_USABLE, State.LEAVING))
+
+    def set_killed(self, reason: str) -> None:
+        """Note why the host kills it, and all that it started. The first reason stays."""
+        with self.lock:
+            self.kill_reason = self.kill_reason or reason
+        self._change({**dict.fromkeys(_USABLE | {State.LEAVING}, State.KILLED), State.LEFT: State.EXITED})
+
+    def set_exited(self, status: int | None, problem: str | None = None) -> None:
+        """Note the end of the process; ``status`` is None if unknown. ``problem``: why it could not be forked."""
+        self.status = status if self.status is None else self.status
+        self.kill_reason = self.kill_reason or problem
+        self._change({**dict.fromkeys(_USABLE | {State.KILLED}, State.EXITED), State.LEAVING: State.LEFT})
+
+    def set_ended(self) -> list[Callable[[], object]]:
+        """Note that nothing is left of it, and set ``ended``. Return what is now to be called."""
+        with self.lock:
+            self._enter(State.ENDED)
+            self.ended.set()
+            callbacks, self._exit_callbacks = self._exit_callbacks, []
+        return callbacks
+
+    def _change(self, transitions: Mapping[State, State]) -> None:
+        with self.lock:
+            if (following := transitions.get(self.state)) is not None:
+                self._enter(following)
+
+    def _enter(self, state: State) -> None:
+        """With the lock held."""
+        self.state = state
+        self.since = time.monotonic()
+
+    # -- questions --------------------------------------------------------------------------------
 
     @property
-    def key(self) -> Key:
-        """What it serves."""
-        return self.name, self.identity
+    def is_usable(self) -> bool:
+        """Whether it may serve work now or later: it counts among the executor processes that may exist."""
+        return self.state in _USABLE
+
+    @property
+    def exit_reported(self) -> bool:
+        """Whether the fork server reported the end of the process, or cannot any more."""
+        return self.state in _EXIT_REPORTED
+
+    def is_alone(self, reading: Reading) -> bool:
+        """Whether the executor process is the only one in its cgroup: its work left no process behind."""
+        if reading.pids_current == 1:
+            return True
+        # More than one task: threads of the executor process itself do not count, other processes do.
+        return self.leaf.processes() == [self.pid]
 
     def read(self) -> Reading:
-        """What its cgroup has used; the last reading once it has ended. Raises `KernelError`."""
+        """Return what its cgroup has used; the last reading once it has ended. Raises `KernelError`."""
         with self.lock:
             return self.reading if self._meter is None else self._meter.read()
 
-    def begin_work(self) -> Reading:
-        """Count one more work, and begin a new memory peak where the kernel can. What was used before it."""
-        with self.lock:
-            if self.works and self._meter is not None:
-                self._meter.reset_peak()
-        self.works += 1
-        self.away = True
-        return self.reading
-
-    def shut(self) -> None:
-        """Take the last reading and close what it is read by. Raises `KernelError`, and is shut all the same."""
+    def close_meter(self) -> None:
+        """Take the last reading and close the meter. Raises `KernelError`; the meter is closed all the same."""
         with self.lock:
             meter, self._meter = self._meter, None
             if meter is not None:
@@ -113,31 +241,39 @@ class Executor:
                 finally:
                     meter.close()
 
-    def is_alone(self, reading: Reading) -> bool:
-        """Whether the executor process is the only one left in its leaf: the work left nothing running."""
-        if reading.pids_current == 1:
-            return True
-        # More than one task: its own threads are its own affair, other processes are not.
-        return self.leaf.processes() == [self.pid]
-
     def when_ended(self, action: Callable[[], object]) -> None:
-        """Have ``action`` called once the executor has ended, by the supervisor; or at once if it has."""
+        """Have the supervisor call ``action`` when the executor has ended; call it at once if it has."""
         with self.lock:
-            if not self.ended.is_set():
+            if self.state is not State.ENDED:
                 self._exit_callbacks.append(action)
                 return
         action()
 
-    def end(self) -> list[Callable[[], object]]:
-        """Set ``ended``; what is now to be called."""
-        with self.lock:
-            self.ended.set()
-            mourners, self._exit_callbacks = self._exit_callbacks, []
-        return mourners
+    # -- deadline ---------------------------------------------------------------------------------
 
-    def dies(self) -> float:
-        """Since how many seconds it has been dying; 0 at first."""
-        now = time.monotonic()
-        if self.dying_since is None:
-            self.dying_since = now
-        return now - self.dying_since
+    def set_deadline(self, when: float, action: Callable[[], object]) -> None:
+        """Have the supervisor call ``action`` at ``when`` (`time.monotonic`), unless ``deadline`` is None by then.
+
+        An executor has one alarm, which is set again when it rings too early. So work that ends in time costs no
+        wake-up, and what the supervisor keeps does not grow with the number of requests.
+        """
+        with self.lock:
+            self.deadline = (when, action)
+            if self._alarm is None or self._alarm > when:
+                self._set_alarm(when)
+
+    def _set_alarm(self, when: float) -> None:
+        self._alarm = when
+        self._supervisor.at(when, Executor._ring, self)
+
+    def _ring(self) -> None:
+        """In the supervisor."""
+        with self.lock:
+            self._alarm = None
+            if self.deadline is None:
+                return
+            when, action = self.deadline
+            if when > time.monotonic():
+                self._set_alarm(when)
+                return
+        action()

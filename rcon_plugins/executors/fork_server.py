@@ -1,8 +1,8 @@
 """The fork server: the single-threaded process that alone makes executor processes.
 
 It is forked from the host after the application is loaded and before other threads serve, so that forking never
-meets threads. It runs no application code. It reaps the executor processes and tells the host how each ended. When
-the host ends, however that happened, it kills all that the host's executor processes started, and ends too.
+meets threads. It runs no application code. It reaps the executor processes and reports to the host how each ended. When
+the host ends, in whatever way, it kills all that the host's executor processes started, and ends too.
 
 Host and fork server talk over a ``SOCK_SEQPACKET`` pair. The host sends a `SpawnOrder` (with one end of the new
 executor's channel), a `KillOrder` or a `SignalOrder`; the fork server sends an `ExitReport`. Both ends are this
@@ -11,11 +11,12 @@ project's own code, so orders are pickled; an exit report is a fixed record.
 
 from __future__ import annotations
 
-import _socket  # the real thing, whatever a cooperative library made of `socket`
+import _socket  # the real one: gevent replaces `socket`
 import array
 import contextlib
 import errno
 import gc
+import logging
 import os
 import pickle
 import posix
@@ -25,7 +26,8 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from rcon_plugins.errors import ConfinementError, KernelError
@@ -42,18 +44,18 @@ if TYPE_CHECKING:
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tree.instance import Instance
 
-#: What an executor process does with each work: called with the work's first frame.
+#: What an executor process does with each unit of work: called with its first frame.
 Service = Callable[[Channel, Frame], None]
 
-#: First frame of a new executor process, and last after each work: it is confined and waits for work. Payload: its pid.
+#: First frame of a new executor process, and last after each unit of work: it is confined and waits. Payload: its pid.
 READY = 1
 #: First frame of a new executor process: it could not be confined. Payload: why, as text.
 FAILED = 2
-#: First frame of a new executor process: its confinement has as many processes as it may. Payload: in words.
+#: First frame of a new executor process: its confinement has as many processes as it may. Payload: why, as text.
 FULL = 3
 PID = struct.Struct("!i")
 _EXIT_REPORT = struct.Struct("!qii")
-_LARGEST_BIRTH = 128 * 1024
+_MAX_ORDER = 128 * 1024
 
 _EXIT_NOT_CONFINED = 71
 _EXIT_SERVICE_RAISED = 70
@@ -62,7 +64,7 @@ _EXIT_SERVICE_RAISED = 70
 class SpawnOrder(NamedTuple):
     """Make an executor process in the cgroup ``work/<name>/<leaf>``, for one policy and the rest of its life.
 
-    ``identity``: who it will be; None keeps the server's user and groups.
+    ``identity`` is the one it takes; None keeps the server's user and groups.
     """
 
     number: int
@@ -79,14 +81,14 @@ class KillOrder(NamedTuple):
 
 
 class SignalOrder(NamedTuple):
-    """Send an executor process a signal that its service expects, by its pid."""
+    """Send an executor process a signal that its service handles, by its pid."""
 
     number: int
     signal: int
 
 
 class ExitReport(NamedTuple):
-    """An executor process ended with a wait status; or, with pid 0, was never born: ``status`` is an errno."""
+    """An executor process ended with a wait status. With pid 0 it could not be forked: ``status`` is an errno."""
 
     number: int
     pid: int
@@ -116,26 +118,26 @@ class ForkServer:
         self._host_pidfd = -1
         self._pid = 0
         self._children: dict[int, tuple[SpawnOrder, int]] = {}  # by pidfd
-        #: Rings when a child ends; and what rings it.
+        #: A pipe that the handler of SIGCHLD writes to, to wake `poll` up.
         self._sigchld_read, self._sigchld_write = -1, -1
 
     def run(self) -> NoReturn:
-        """Serve until the host is gone; then end all there is, and exit."""
+        """Serve until the host is gone; then kill what is left, and exit."""
         status = 1
         self._pid = os.getpid()
         try:
-            # Not in the terminal's foreground group: an interrupt is the host's to act on, not ours.
+            # Not in the terminal's foreground group: the host alone handles an interrupt.
             os.setsid()
             process.take_default_signals()
             self._host_pidfd = os.pidfd_open(self._host)
-            self._leave_the_servers_things()
+            self._close_server_files()
             process.join_new_session_keyring()
             self._sigchld_read, self._sigchld_write = process.open_sigchld_pipe()
             gc.collect()
             gc.freeze()  # what is here now stays shared with every executor process
             self._serve()
             status = 0
-        except BaseException:  # noqa: BLE001 - the end of this process: say why, whatever it was
+        except BaseException:  # noqa: BLE001 - this process ends: print the reason, whatever it is
             traceback.print_exc()
         finally:
             try:
@@ -144,7 +146,7 @@ class ForkServer:
                 traceback.print_exc()
             os._exit(status)
 
-    def _leave_the_servers_things(self) -> None:
+    def _close_server_files(self) -> None:
         needed = {self._control.fileno(), self._host_pidfd, self._instance.locks}
         for descriptor in process.shared_descriptors("/memfd:rcon"):
             if descriptor not in needed:
@@ -166,7 +168,7 @@ class ForkServer:
                 self._reap(pidfd)
             if ended or self._sigchld_read in ready:
                 process.drain(self._sigchld_read)
-                # Work can make children of ours that are none of our executors (clone(2), CLONE_PARENT).
+                # Confined code can make children of this process that are no executors: CLONE_PARENT, clone(2).
                 process.reap_unknown_children({pid for _, pid in self._children.values()})
             if host in ready:
                 return
@@ -174,12 +176,12 @@ class ForkServer:
                 return
 
     def _take_order(self) -> bool:
-        """Make or end one executor process; False when the host has closed its side."""
+        """Carry out one order. Return False when the host has closed its side."""
         try:
             data, ancillary, _, _ = self._control.recvmsg(
-                _LARGEST_BIRTH, _socket.CMSG_SPACE(array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
+                _MAX_ORDER, _socket.CMSG_SPACE(array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
             )
-        except ConnectionResetError:  # closed while something we told was still unread
+        except ConnectionResetError:  # closed before it read all reports
             return False
         if not data:
             return False
@@ -189,31 +191,31 @@ class ForkServer:
         elif isinstance(order, SignalOrder):
             self._signal(order.number, order.signal)
         elif not ancillary:
-            self._tell(ExitReport(order.number, 0, errno.EMFILE))  # there was no room for the descriptor
+            self._report(ExitReport(order.number, 0, errno.EMFILE))  # no descriptor was left for the channel
         else:
             self._spawn(order, array.array("i", ancillary[0][2])[0])
         return True
 
-    def _spawn(self, birth: SpawnOrder, channel_end: int) -> None:
+    def _spawn(self, order: SpawnOrder, channel_end: int) -> None:
         # gevent's os.close() waits for an event loop, which runs nowhere here; posix.close() is the real one.
         try:
-            fault = self._prepare(birth.policy)
+            fault = self._prepare(order.policy)
             pid = process.fork()
             if pid == 0:
-                self._become_executor(birth, channel_end, fault)
+                self._become_executor(order, channel_end, fault)
             try:
-                self._children[os.pidfd_open(pid)] = (birth, pid)
+                self._children[os.pidfd_open(pid)] = (order, pid)
             except OSError:
-                os.kill(pid, signal.SIGKILL)  # our own child, not yet reaped: the number is still its own
+                os.kill(pid, signal.SIGKILL)  # a child not yet reaped: the pid is still its own
                 posix.waitpid(pid, 0)
                 raise
         except OSError as error:
-            self._tell(ExitReport(birth.number, 0, error.errno or errno.EIO))
+            self._report(ExitReport(order.number, 0, error.errno or errno.EIO))
         finally:
             posix.close(channel_end)
 
     def _prepare(self, policy: Policy) -> BaseException | None:
-        """Have plugins prepare a birth; what went wrong is the new process's to tell."""
+        """Call rcon_prepare. Return what it raised, for the new process to report."""
         try:
             self._hook.rcon_prepare(policy=policy)
         except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
@@ -221,25 +223,25 @@ class ForkServer:
         return None
 
     def _signal(self, executor: int, number: int) -> None:
-        for pidfd, (birth, pid) in self._children.items():
-            if birth.number == executor:
+        for pidfd, (order, pid) in self._children.items():
+            if order.number == executor:
                 with contextlib.suppress(KernelError):  # the host kills its cgroup besides
                     process.kill(
-                        pidfd, pid, birth.identity.uid if birth.identity is not None else None, number
+                        pidfd, pid, order.identity.uid if order.identity is not None else None, number
                     )
 
     def _reap(self, pidfd: int) -> None:
-        birth, pid = self._children.pop(pidfd)
+        order, pid = self._children.pop(pidfd)
         posix.close(pidfd)
         _, status = posix.waitpid(pid, 0)
-        self._tell(ExitReport(birth.number, pid, status))
+        self._report(ExitReport(order.number, pid, status))
 
-    def _tell(self, death: ExitReport) -> None:
+    def _report(self, report: ExitReport) -> None:
         # The host may be gone by now: the loop sees that by itself.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._control.send(_EXIT_REPORT.pack(*death))
+            self._control.send(_EXIT_REPORT.pack(*report))
 
-    def _become_executor(self, birth: SpawnOrder, channel_end: int, fault: BaseException | None) -> NoReturn:
+    def _become_executor(self, order: SpawnOrder, channel_end: int, fault: BaseException | None) -> NoReturn:
         try:
             self._control.close()
             for pidfd in (self._host_pidfd, *self._children):
@@ -250,8 +252,8 @@ class ForkServer:
                 renew()
             end = socket.socket(fileno=channel_end)
             end.setblocking(True)
-            run_executor(Channel(end), birth, self._pid, self._instance, self._hook, self._service, fault)
-        except BaseException:  # noqa: BLE001 - the end of this process: say why, whatever it was
+            run_executor(Channel(end), order, self._pid, self._instance, self._hook, self._service, fault)
+        except BaseException:  # noqa: BLE001 - this process ends: print the reason, whatever it is
             traceback.print_exc()
         finally:
             os._exit(_EXIT_SERVICE_RAISED)
@@ -259,36 +261,36 @@ class ForkServer:
 
 def run_executor(
     channel: Channel,
-    birth: SpawnOrder,
+    order: SpawnOrder,
     server: int,
     instance: Instance,
     hook: pluggy.HookRelay,
     service: Service,
     fault: BaseException | None = None,
 ) -> NoReturn:
-    """The life of an executor process: get confined for good, say so, serve one work after the other, end.
+    """The life of an executor process: drop for good, report READY, serve one unit of work after the other, end.
 
-    ``fault``: why it cannot be confined, known before it was made.
+    ``fault`` is why it cannot be confined, where that is known before the fork.
 
-    A fork that confined code made may come back here through the service: it ends at once, in silence.
+    A process that confined code forked may return here through the service: it ends at once, and prints nothing.
     """
     me = os.getpid()
     try:
         if fault is not None:
             raise fault
-        if not _enter(birth, instance):
+        if not _enter(order, instance):
             channel.send(
-                (FULL, f"{birth.policy.pids} processes and threads are running, which is the most".encode())
+                (FULL, f"the pids limit of {order.policy.pids} processes and threads is reached".encode())
             )
             os._exit(_EXIT_NOT_CONFINED)
         process.replace_with_closed_socket(instance.locks)
-        hook.rcon_drop(policy=birth.policy, place="process", identity=birth.identity)
-        if birth.identity is not None:
+        hook.rcon_drop(policy=order.policy, place="process", identity=order.identity)
+        if order.identity is not None:
             process.join_new_session_keyring()
         process.die_with_parent(server)
-        _be_alone()
-    except BaseException as error:  # noqa: BLE001 - whatever it was: the host is told and nothing runs
-        with contextlib.suppress(ChannelClosed):  # the host ends, and took the cgroup away just now
+        _check_alone()
+    except BaseException as error:  # noqa: BLE001 - whatever it is: report it to the host and run nothing
+        with contextlib.suppress(ChannelClosed):  # the host ends, and removed the cgroup just now
             channel.send((FAILED, f"{type(error).__name__}: {error}".encode(errors="replace")[:4096]))
         os._exit(_EXIT_NOT_CONFINED)
     status = _EXIT_SERVICE_RAISED
@@ -302,7 +304,7 @@ def run_executor(
             channel.send((READY, PID.pack(me)))
     except ChannelClosed:
         status = 0
-        if birth.policy.leave_children and os.getpid() == me:
+        if order.policy.leave_children and os.getpid() == me:
             _let_threads_go_on()
     except BaseException:  # noqa: BLE001 - the end of this process: say why, whatever it was
         if os.getpid() == me:
@@ -314,40 +316,41 @@ def run_executor(
 
 
 def _let_threads_go_on() -> None:
-    """Wait for the threads that work has left, as Python does at its exit. The host may end them before."""
+    """Wait for the threads that work left running, as Python does at its exit. The host may kill them before."""
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.current_thread():
             thread.join()
 
 
-def _be_alone() -> None:
-    """Make sure that no other thread of this process still has what this one gave up. Raises `ConfinementError`."""
+def _check_alone() -> None:
+    """Raise `ConfinementError` if other threads of this process still have the privileges that this one dropped."""
     if threads := other_threads():
         raise ConfinementError(
-            f"a library started threads while the process was being made, which still have the server's privileges: "
-            f"{', '.join(threads)}; have it start them at first use, not in a fork hook (os.register_at_fork)"
+            f"a library started threads in a fork hook, which still have the server's privileges: "
+            f"{', '.join(threads)}; configure it to start threads at first use, not in os.register_at_fork"
         )
 
 
-def _enter(birth: SpawnOrder, instance: Instance) -> bool:
-    """Enter the leaf; False where the confinement is full. The kernel counts who moves in, and does not refuse it.
+def _enter(order: SpawnOrder, instance: Instance) -> bool:
+    """Enter the leaf. Return False where the confinement is full.
 
-    One at a time, in all workers of the server, so that no two take the last place. Source: cgroup-v2.rst, pids.
+    The kernel counts processes that move in, and does not refuse them (cgroup-v2.rst, pids). So all workers of the
+    server do this one at a time, under a lock.
     """
-    leaf, pids = instance.executor_cgroup(birth.name, birth.leaf), birth.policy.pids
+    leaf, pids = instance.executor_cgroup(order.name, order.leaf), order.policy.pids
     if pids is None:
         leaf.enter_process()
         return True
-    together = instance.policy_cgroup(birth.name)
-    with entering(instance.locks, birth.name):
-        if (together.read().pids_current or 0) >= pids:
+    group = instance.policy_cgroup(order.name)
+    with entering(instance.locks, order.name):
+        if (group.read().pids_current or 0) >= pids:
             return False
         leaf.enter_process()
-        return (together.read().pids_current or 0) <= pids
+        return (group.read().pids_current or 0) <= pids
 
 
 def read_exit_report(data: bytes) -> ExitReport:
-    """A death from its record."""
+    """Return the exit report of a record."""
     return ExitReport(*_EXIT_REPORT.unpack(data))
 
 
@@ -356,3 +359,46 @@ def _flush() -> None:
         if stream is not None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+
+
+# -- log files ------------------------------------------------------------------------------------
+
+#: Keeps the handlers that were removed: an unreferenced file object would close its descriptor and warn.
+_removed_handlers: list[logging.Handler] = []
+
+
+def open_log_files(loggers: Iterable[logging.Logger]) -> set[int]:
+    """Return the descriptors of the files that these loggers write to, in this process.
+
+    Executor processes must not have them: a process with a file open for writing may truncate it.
+    """
+    streams = [handler.stream for _, handler in _file_handlers(loggers)]
+    return {stream.fileno() for stream in streams if stream is not None and not stream.closed}
+
+
+def leaving_log_files(loggers: Iterable[logging.Logger]) -> Callable[[], None]:
+    """Return a function for ``after_fork`` that sends what these loggers write to files to standard error instead.
+
+    A handler would write to whatever has the descriptor of its file now, or open the file again as the identity of the
+    work. The handlers are looked up here: to visit every logger takes a new process a while.
+    """
+    return partial(_replace_handlers, list(_file_handlers(loggers)))
+
+
+def _replace_handlers(found: Iterable[tuple[logging.Logger, logging.FileHandler]]) -> None:
+    for logger, handler in found:
+        substitute = logging.StreamHandler()
+        substitute.setLevel(handler.level)
+        substitute.setFormatter(handler.formatter)
+        for condition in handler.filters:
+            substitute.addFilter(condition)
+        logger.removeHandler(handler)
+        logger.addHandler(substitute)
+        _removed_handlers.append(handler)
+
+
+def _file_handlers(loggers: Iterable[logging.Logger]) -> Iterator[tuple[logging.Logger, logging.FileHandler]]:
+    for logger in loggers:
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                yield logger, handler

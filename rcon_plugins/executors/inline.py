@@ -1,7 +1,7 @@
-"""The ``inline`` executor: the thread that runs the work joins a cgroup, and leaves it after.
+"""The ``inline`` executor: the thread that runs the work joins a cgroup, and leaves it afterwards.
 
-It acts on the calling thread alone. A thread moves itself by writing ``0`` to a file that is already open, which is
-the only cheap way (docs/reference/kernel.md).
+It acts on the calling thread alone. A thread moves itself by writing ``0`` to a file that is already open: the only
+cheap way (docs/reference/kernel.md).
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Cgroup, Entrance
 
 
-class _Places(threading.local):
-    """Where this thread is, outermost first: like the kernel, which keeps one place for each thread."""
+class _ThreadState(threading.local):
+    """The cgroups that the current thread has entered, outermost first."""
 
     def __init__(self) -> None:
         self.entered: list[Entrance] = []
 
 
-_places = _Places()
+_thread = _ThreadState()
 
 
 class InlineExecutor:
-    """A threaded cgroup that any thread of this process may be in for a while. Thread-safe.
+    """A threaded cgroup that any thread of this process may enter for a while. Thread-safe.
 
-    Stays nest, also in different cgroups: leaving one goes back to the one around it, and to ``home`` from the
-    outermost. `enter` and `leave` come in pairs, in one thread; `Admission.entered` sees to that.
+    Entering nests, also in different cgroups: `leave` goes back to the cgroup around it, and from the outermost to
+    ``home``. Call `enter` and `leave` in pairs, in one thread, as `InlineAdmission.entered` does.
     """
 
     def __init__(self, cgroup: Cgroup, entrance: Entrance, home: Entrance) -> None:
@@ -36,23 +36,23 @@ class InlineExecutor:
         self._home = home
 
     def enter(self) -> None:
-        """Move the calling thread in. Raises `KernelError`; the thread is where it was then."""
+        """Move the calling thread in. Raises `KernelError`; the thread stays where it was then."""
         try:
             self.entrance.enter()
         except BaseException:
             self._around().enter()
             raise
-        _places.entered.append(self.entrance)
+        _thread.entered.append(self.entrance)
 
     def leave(self) -> None:
         """Move the calling thread back to where it was. Raises `KernelError`."""
-        _places.entered.pop()
+        _thread.entered.pop()
         self._around().enter()
 
     def close(self) -> None:
-        """Close the way in, and remove the cgroup unless somebody is in it."""
+        """Close the files that threads enter by, and remove the cgroup unless a thread is in it."""
         self.entrance.close()
         self.cgroup.delete()
 
     def _around(self) -> Entrance:
-        return _places.entered[-1] if _places.entered else self._home
+        return _thread.entered[-1] if _thread.entered else self._home

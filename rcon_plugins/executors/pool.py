@@ -1,4 +1,4 @@
-"""Waiting executor processes, made ahead of need and kept: least recently used out first."""
+"""Waiting executor processes, made before they are needed and kept; the least recently used end first."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
 from rcon_plugins.executors.channel import ChannelClosed, ChannelTimeout
-from rcon_plugins.executors.executor import Executor, Key
+from rcon_plugins.executors.executor import Executor, Key, State
 from rcon_plugins.executors.fork_server import READY
-from rcon_plugins.executors.process import LOGGER, ProcessExecutors
+from rcon_plugins.executors.process import LOGGER, Monitor, ProcessExecutors
 
 if TYPE_CHECKING:
     import pluggy
 
-    from rcon_plugins.executors.monitor import Monitor
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tree.instance import Instance
 
-#: How long the next work waits for an executor process that has just served another, seconds.
+#: How long the next request waits for an executor process that has just served another, seconds.
 SOON_SECONDS = 0.25
-#: After how long one that does not wait for work again is ended: something of its last work holds it up.
+#: After how long an executor that does not report READY again is ended: something of its last work keeps it busy.
 LATE_SECONDS = 2.0
-#: How many executors may wait that serve one work each, beyond those at work, while that many are needed.
-MOST_AHEAD = 3
-#: After how long without work all but one of them end, seconds.
+#: How many spare executors of one use each may wait for one confinement, while that many are needed.
+MAX_SPARES = 3
+#: After how long without work all spares but one end, seconds.
 IDLE_SECONDS = 5.0
 
 
 class ExecutorPool:
-    """At most ``most`` executor processes of all confinements together, not counting those that are dying. Thread-safe.
+    """At most ``most`` executor processes for all confinements, without those that end. Thread-safe.
 
-    An executor serves one confinement, as one identity, for life, so a waiting one can only be taken for its own.
-    Where the bound is reached, a waiting process of those that were used longest ago makes room. ``is_kept`` says if a
-    confinement, by name, may still be used; ``on_end`` is called with its name when an executor is gone.
+    An executor serves one confinement as one identity for life, so a waiting one can only be taken for its own.
+    When the bound is reached, the least recently used waiting process makes room. ``is_kept`` returns whether the
+    confinement of a name may still be used; ``on_end`` is called with the name of its confinement when an executor is
+    gone.
     """
 
     def __init__(
@@ -47,71 +47,69 @@ class ExecutorPool:
         hook: pluggy.HookRelay,
         most: int,
         *,
+        monitor: Monitor,
         is_kept: Callable[[str], bool],
         on_end: Callable[[str], object],
         on_lost: Callable[[], object] | None = None,
-        monitor: Monitor,
         current: Callable[[Policy], Policy] = lambda policy: policy,
     ) -> None:
         self.processes = ProcessExecutors(
-            instance, hook, on_end=self._ended, on_lost=on_lost, monitor=monitor, current=current
+            instance, hook, monitor=monitor, on_end=self._ended, on_lost=on_lost, current=current
         )
         self._most = most
         self._is_kept = is_kept
         self._on_end = on_end
-        self._count = 0
         self._lock = threading.Lock()
-        #: Waiting executors, those of the confinement and identity used longest ago first.
+        #: How many executors are being spawned that `ProcessExecutors` does not know yet.
+        self._spawning = 0
+        #: Waiting executors by confinement and identity, the least recently used key first.
         self._waiting: OrderedDict[Key, list[Executor]] = OrderedDict()
-        #: How many are to wait where each serves one work only: more than one, while they are not ready in time.
+        #: How many spares are to wait for a key whose executors serve one request each; more while they come too late.
         self._spares_wanted: dict[Key, int] = {}
         self._last_taken: dict[Key, float] = {}
-        #: Whether it will be looked whether those that were given back wait again.
         self._overdue_check_scheduled = False
 
     def take(self, name: str, policy: Policy, identity: Identity | None = None) -> Executor:
-        """A confined, waiting executor process of this confinement and identity; makes one where none waits.
+        """Return a confined, waiting executor process of this confinement and identity. Spawn one where none waits.
 
-        Raises `ConcurrencyLimitExceeded` when every executor process is at work; `PidsLimitExceeded`,
+        Raises `ConcurrencyLimitExceeded` when every executor process is busy; `PidsLimitExceeded`,
         `ConfinementError` or `KernelError` when none can be made.
         """
         executor = self._take_waiting((name, identity))
         if executor is None:
             self._make_room()
-            executor = self._birth(name, policy, identity)
-        if executor.works + 1 >= policy.max_uses and not _is_shared(policy):
-            self._look_ahead(executor)
-        if executor.pid == 0:
+            executor = self._spawn(name, policy, identity)
+        if executor.uses + 1 >= policy.max_uses and not _is_shared(policy):
+            self._order_spares(executor)
+        if not executor.pid:
             try:
                 self.processes.wait_ready(executor)
             except BaseException:
-                self.discard(executor, "not ready")
+                self.discard(executor, "it was not ready")
                 executor.channel.close()
                 raise
         return executor
 
     def give_back(self, executor: Executor) -> None:
-        """Put an executor that finished its work back to wait for the next."""
-        executor.given_back = now = time.monotonic()
-        if self._put_back(executor) and executor.away and not self._overdue_check_scheduled:
+        """Let an executor that finished its work wait for the next."""
+        executor.end_work()
+        if self._put_back(executor) and not self._overdue_check_scheduled:
             self._overdue_check_scheduled = True
-            self.processes.submit(self._end_those_that_are_late, now + LATE_SECONDS)
+            self.processes.submit(self._end_overdue, time.monotonic() + LATE_SECONDS)
 
-    def discard(self, executor: Executor, fate: str) -> None:
-        """End an executor that must not be used again. Does not wait; the caller closes its channel."""
-        self._uncount(executor)
-        self.processes.kill(executor, fate)
+    def discard(self, executor: Executor, reason: str) -> None:
+        """Kill an executor that must not be used again. Does not wait; the caller closes its channel."""
+        self.processes.kill(executor, reason)
 
     def leave(self, executor: Executor) -> None:
         """End an executor process, and let what it started go on in its cgroup. Does not wait."""
-        self._uncount(executor)
-        executor.spared = True
+        executor.leave_children()
         executor.channel.close()  # which ends it
         self.processes.submit(partial(self._spawn_replacement, executor))
 
-    def replace(self, executor: Executor, fate: str) -> None:
-        """End an executor that must not be used again, and make its successor ahead of need. Does not wait."""
-        self.discard(executor, fate)
+    def replace(self, executor: Executor, reason: str) -> None:
+        """Kill an executor that must not be used again, and have its successor made. Does not wait."""
+        self.discard(executor, reason)
         self.processes.submit(partial(self._spawn_replacement, executor))
 
     def forget(self, name: str) -> None:
@@ -123,10 +121,10 @@ class ExecutorPool:
             self._end_waiting(executor)
 
     def change(self, policies: Mapping[str, Policy]) -> None:
-        """These policies are otherwise now: no executor that was made by one of before serves another work."""
-        old = self.processes.change(policies)
+        """Apply changed policies. End waiting executors created under the old versions."""
+        outdated = self.processes.change(policies)
         with self._lock:
-            waiting = [one for one in old if one in self._waiting.get(one.key, ())]
+            waiting = [one for one in outdated if one in self._waiting.get(one.key, ())]
             for executor in waiting:
                 self._remove(executor)
         for executor in waiting:
@@ -143,32 +141,125 @@ class ExecutorPool:
             for executor in waiting:
                 executor.channel.close()
 
-    def _look_ahead(self, executor: Executor) -> None:
-        """Have successors made while the executor serves its last work.
+    # -- waiting executors ------------------------------------------------------------------------
 
-        They count as none: nothing of their confinement's is spent on them but the CPU time that they take in any case.
-        Where they would take up memory or a place that the work under way may need, they are made after it instead.
+    def _take_waiting(self, key: Key) -> Executor | None:
+        late: list[Executor] = []
+        try:
+            while (executor := self._pop_waiting(key)) is not None and executor.pid:
+                is_back = self._is_back(executor, 0.0 if late else SOON_SECONDS)
+                if is_back:
+                    break
+                if is_back is None and time.monotonic() < executor.since + LATE_SECONDS:
+                    late.append(executor)
+                else:
+                    # It died, or an earlier request's code still sends or keeps it busy: not for the next client.
+                    self._end_waiting(executor)
+            return executor
+        finally:
+            for one in reversed(late):
+                self._put_back(one)
+
+    def _pop_waiting(self, key: Key) -> Executor | None:
+        with self._lock:
+            waiting = self._waiting.get(key)
+            if not waiting:
+                return None
+            # The one that served last; of spares, which never served, the one made first.
+            executor = waiting.pop() if waiting[-1].pid else waiting.pop(0)
+            if not waiting:
+                del self._waiting[key]  # there may be any number of identities over time
+            return executor
+
+    @staticmethod
+    def _is_back(executor: Executor, seconds: float) -> bool | None:
+        """Whether an executor waits for work, after so many seconds at most. None: not yet; False: it never will."""
+        if executor.state is State.RETURNING:
+            try:
+                frame = executor.channel.receive_last(seconds)
+            except ChannelTimeout:
+                return None
+            except ChannelClosed:
+                return False
+            if frame.kind != READY:
+                return False
+            executor.set_ready(executor.pid)
+            return True
+        return executor.channel.quiet
+
+    def _put_back(self, executor: Executor) -> bool:
+        with self._lock:
+            if executor.is_usable:
+                self._waiting.setdefault(executor.key, []).append(executor)
+                self._waiting.move_to_end(executor.key)
+                return True
+        executor.channel.close()  # it was killed, or died, just now
+        return False
+
+    def _end_overdue(self) -> None:
+        """In the supervisor: end executors that do not report READY after their work."""
+        self._overdue_check_scheduled = False
+        latest = time.monotonic() - LATE_SECONDS
+        with self._lock:
+            returning = [
+                one
+                for some in self._waiting.values()
+                for one in some
+                if one.state is State.RETURNING and one.channel.quiet
+            ]
+            overdue = [one for one in returning if one.since <= latest]
+            for executor in overdue:
+                self._remove(executor)
+        for executor in overdue:
+            LOGGER.warning(
+                "%s: code of the last request keeps its process busy; the process is ended", executor.name
+            )
+            self.replace(executor, "its last work keeps it busy")
+            executor.channel.close()
+        if len(returning) > len(overdue):
+            self._overdue_check_scheduled = True
+            self.processes.submit(self._end_overdue, time.monotonic() + LATE_SECONDS)
+
+    def _remove(self, executor: Executor) -> Executor:
+        """Take out a waiting executor. With the lock held."""
+        waiting = self._waiting[executor.key]
+        waiting.remove(executor)
+        if not waiting:
+            del self._waiting[executor.key]
+        return executor
+
+    def _end_waiting(self, executor: Executor) -> None:
+        self.discard(executor, "it is no longer needed")
+        executor.channel.close()
+
+    # -- new executors ----------------------------------------------------------------------------
+
+    def _order_spares(self, executor: Executor) -> None:
+        """Have successors made while the executor serves its last request.
+
+        Until they serve, they cost their confinement nothing but CPU time, which they take in any case. Where they
+        would take memory or pids that the request under way may need, they are made after it instead.
         """
         key = executor.key
-        late = executor.pid == 0 and executor.channel.quiet
+        late = not executor.pid and executor.channel.quiet
         with self._lock:
             waiting = self._waiting.get(key, [])
             wanted = self._spares_wanted.get(key, 1)
-            if late and key in self._spares_wanted:  # the first of all cannot have been made ahead
-                wanted = min(wanted + 1, MOST_AHEAD)
+            if late and key in self._spares_wanted:  # no spare can be ready for the first request
+                wanted = min(wanted + 1, MAX_SPARES)
             elif waiting and not waiting[0].channel.quiet:
                 wanted = max(wanted - 1, 1)
-            trims = bool(self._spares_wanted)  # as long as there is something to forget
+            trim_scheduled = bool(self._spares_wanted)
             self._spares_wanted[key] = wanted
             self._last_taken[key] = time.monotonic()
             lacking = wanted - len(waiting)
         for _ in range(lacking):
             self.processes.submit(partial(self._spawn_replacement, executor))
-        if not trims:
+        if not trim_scheduled:
             self.processes.submit(self._trim, time.monotonic() + IDLE_SECONDS)
 
     def _trim(self) -> None:
-        """Let no more than one wait where nobody has come for a while. In the supervisor."""
+        """In the supervisor: keep one spare for each key that had no request for a while."""
         long_ago = time.monotonic() - IDLE_SECONDS
         superfluous: list[Executor] = []
         with self._lock:
@@ -181,130 +272,49 @@ class ExecutorPool:
         if goes_on:
             self.processes.submit(self._trim, time.monotonic() + IDLE_SECONDS)
 
-    def _take_waiting(self, key: Key) -> Executor | None:
-        late: list[Executor] = []
-        try:
-            while (executor := self._pop_waiting(key)) is not None and executor.pid != 0:
-                is_back = self._is_back(executor, 0.0 if late else SOON_SECONDS)
-                if is_back:
-                    break
-                if is_back is None and time.monotonic() < executor.given_back + LATE_SECONDS:
-                    late.append(executor)
-                else:
-                    # It died, or what an earlier work left in it still speaks or holds it up: not to the next client.
-                    self._end_waiting(executor)
-            return executor
-        finally:
-            for one in reversed(late):
-                self._put_back(one)
-
-    def _pop_waiting(self, key: Key) -> Executor | None:
-        with self._lock:
-            waiting = self._waiting.get(key)
-            if not waiting:
-                return None
-            # The one that served last, or of those that never did the one made first.
-            return self._remove(waiting[-1] if waiting[-1].pid else waiting[0])
-
-    @staticmethod
-    def _is_back(executor: Executor, seconds: float) -> bool | None:
-        """Whether an executor waits for work, after so many seconds at most; None: not yet, False: it never will."""
-        if executor.away:
-            try:
-                frame = executor.channel.receive_within(seconds)
-            except ChannelTimeout:
-                return None
-            except ChannelClosed:
-                return False
-            if frame.kind != READY:
-                return False
-            executor.away = False
-        return executor.channel.quiet
-
-    def _put_back(self, executor: Executor) -> bool:
-        with self._lock:
-            if executor.counted:
-                self._waiting.setdefault(executor.key, []).append(executor)
-                self._waiting.move_to_end(executor.key)
-                return True
-        executor.channel.close()  # it died just now
-        return False
-
-    def _end_those_that_are_late(self) -> None:
-        """In the supervisor: an executor that says nothing after its work uses the machine for nobody."""
-        self._overdue_check_scheduled = False
-        latest = time.monotonic() - LATE_SECONDS
-        with self._lock:
-            away = [one for some in self._waiting.values() for one in some if one.away and one.channel.quiet]
-            late = [one for one in away if one.given_back <= latest]
-            for executor in late:
-                self._remove(executor)
-        for executor in late:
-            LOGGER.warning("%s: what a work left in its process holds it up; it is ended", executor.name)
-            self.replace(executor, "held up")
-            executor.channel.close()
-        if len(away) > len(late):
-            self._overdue_check_scheduled = True
-            self.processes.submit(self._end_those_that_are_late, time.monotonic() + LATE_SECONDS)
-
-    def _remove(self, executor: Executor) -> Executor:
-        """Take one of those that wait out. With the lock held."""
-        waiting = self._waiting[executor.key]
-        waiting.remove(executor)
-        if not waiting:
-            del self._waiting[executor.key]  # there may be any number of identities over time
-        return executor
-
     def _make_room(self) -> None:
-        """Count one more executor process, at the expense of a waiting one if it must be."""
+        """Count one more executor process; end a waiting one where the bound is reached."""
         spare: Executor | None = None
         with self._lock:
-            if self._count >= self._most:
+            if self._is_full():
                 spare = next((self._remove(some[0]) for some in self._waiting.values()), None)
                 if spare is None:
                     raise ConcurrencyLimitExceeded(
-                        f"all {self._most} executor processes of this server process are at work; "
-                        "the setting `processes` says how many there may be",
+                        f"all {self._most} executor processes of this server process are busy; "
+                        "raise the setting `processes` to allow more",
                         limit="processes",
                     )
-            self._count += 1
+            self._spawning += 1
         if spare is not None:
             self._end_waiting(spare)
 
-    def _birth(self, name: str, policy: Policy, identity: Identity | None) -> Executor:
+    def _is_full(self) -> bool:
+        """With the lock held."""
+        return self.processes.count_usable() + self._spawning >= self._most
+
+    def _spawn(self, name: str, policy: Policy, identity: Identity | None) -> Executor:
+        """Spawn an executor that was counted in ``_spawning``."""
         try:
-            return self.processes.birth(name, policy, identity)
-        except BaseException:
+            return self.processes.spawn(name, policy, identity)
+        finally:
             with self._lock:
-                self._count -= 1
-            raise
+                self._spawning -= 1
 
     def _spawn_replacement(self, executor: Executor) -> None:
-        """Make the successor of an executor, if there is room and nobody waits there already."""
+        """Spawn the successor of an executor, if there is room and no spare waits already."""
         with self._lock:
             wanted = self._spares_wanted.get(executor.key, 1)
-            superfluous = self._count >= self._most or len(self._waiting.get(executor.key, ())) >= wanted
+            superfluous = self._is_full() or len(self._waiting.get(executor.key, ())) >= wanted
             if superfluous or not self.processes.usable or not self._is_kept(executor.name):
                 return
-            self._count += 1
+            self._spawning += 1
         try:
-            self.give_back(self._birth(executor.name, executor.policy, executor.identity))
+            self._put_back(self._spawn(executor.name, executor.policy, executor.identity))
         except (RconError, OSError) as error:
-            LOGGER.error("no executor process could be made ahead of need for %s: %s", executor.name, error)
-
-    def _end_waiting(self, executor: Executor) -> None:
-        self.discard(executor, "no longer needed")
-        executor.channel.close()
-
-    def _uncount(self, executor: Executor) -> None:
-        with self._lock:
-            if executor.counted:
-                executor.counted = False
-                self._count -= 1
+            LOGGER.error("no spare executor process could be made for %s: %s", executor.name, error)
 
     def _ended(self, executor: Executor) -> None:
-        """Called for each executor that is gone, however it went."""
-        self._uncount(executor)
+        """In the supervisor: an executor is gone, however it went."""
         with self._lock:
             was_waiting = executor in self._waiting.get(executor.key, ())
             if was_waiting:
@@ -315,5 +325,5 @@ class ExecutorPool:
 
 
 def _is_shared(policy: Policy) -> bool:
-    """Whether a process that waits takes from the work under way what that may need."""
+    """Whether a spare process uses memory or pids that the work under way may need."""
     return policy.pids is not None or policy.memory is not None or policy.rlimits.nproc is not None

@@ -1,7 +1,7 @@
-"""The thread of the host that watches over its executor processes: their deaths, and their deadlines.
+"""The thread of the host that receives exit reports of executor processes and acts on deadlines.
 
-Threads that serve work only ever wait on their own channel. The supervisor makes sure that this wait ends. It never
-waits for anything itself, so that one executor that is slow to die delays nobody else's deadline.
+Threads that serve work only wait on their own channel. The supervisor makes sure that this wait ends. It never blocks
+on one executor, so that an executor that is slow to die delays no other deadline.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from typing import Any
 
 LOGGER = logging.getLogger("rcon")
 
-#: So many deadlines may be kept before those are looked for that nobody needs.
+#: How many deadlines may be kept before those of executors that are gone are dropped.
 _FEW = 1000
 
 
 class Supervisor:
-    """One thread, waiting for a descriptor, a deadline, a job or the next round of chores. Thread-safe.
+    """One thread that waits for a descriptor, a deadline, a job or the next round of chores. Thread-safe.
 
-    ``on_readable`` is called in the thread when ``descriptor`` can be read; it returns False when there is no more to
-    hear. ``chores`` is called in each turn, and returns after how many seconds it wants to be called again at the
-    latest; None if it need not. Names of modules are looked up when used, so that under gevent the thread is a
-    greenlet and yields.
+    The thread calls ``on_readable`` when ``descriptor`` can be read, until that returns False. It calls ``chores`` in
+    each turn; that returns after how many seconds to call it again at the latest, None if it need not. Names of modules
+    are looked up when used, so that under gevent the thread is a greenlet and yields.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Supervisor:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._jobs: deque[Callable[[], object]] = deque()
         self._deadlines: list[tuple[float, int, Callable[..., object], weakref.ref[Any] | None]] = []
-        self._many = _FEW
+        self._limit = _FEW
         self._order = itertools.count()
         self._ending = False
         self._closed = False
@@ -65,14 +64,14 @@ class Supervisor:
     def at(self, when: float, action: Callable[..., object], of: Any = None) -> None:
         """Have ``action`` called in the thread at ``when`` (`time.monotonic`) or shortly after.
 
-        ``of`` is what it is called with, and is not kept alive for it: if that is gone by then, nothing is called.
+        ``of`` is its argument, by a weak reference: if that object is gone by then, nothing is called.
         """
         with self._lock:
-            if len(self._deadlines) >= self._many:
-                # A deadline may be a day away, and thousands of processes come and go before it.
+            if len(self._deadlines) >= self._limit:
+                # A deadline may be a day away, and thousands of executors come and go before it.
                 self._deadlines = [one for one in self._deadlines if one[3] is None or one[3]() is not None]
                 heapq.heapify(self._deadlines)
-                self._many = max(_FEW, 2 * len(self._deadlines))
+                self._limit = max(_FEW, 2 * len(self._deadlines))
             earliest = not self._deadlines or when < self._deadlines[0][0]
             reference = None if of is None else weakref.ref(of)
             heapq.heappush(self._deadlines, (when, next(self._order), action, reference))
@@ -92,7 +91,7 @@ class Supervisor:
 
     def _wake_up(self) -> None:
         with self._lock:
-            if not self._closed:  # else its number may be somebody else's by now
+            if not self._closed:  # else the descriptor may be another file by now
                 os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
@@ -101,22 +100,22 @@ class Supervisor:
         poll.register(self._wake, select.POLLIN)
         again: float | None = None
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll(self._patience(again))}
+            ready = {descriptor for descriptor, _ in poll.poll(self._timeout(again))}
             if self._wake in ready:
                 os.eventfd_read(self._wake)
             if self._descriptor in ready and self._do(self._on_readable) is False:
                 poll.unregister(self._descriptor)
             self._act_on_deadlines()
-            # One job in a turn: deaths and deadlines come first.
+            # One job in a turn: exit reports and deadlines come first.
             if self._jobs:
                 self._do(self._jobs.popleft())
             elif self._ending:
                 return
-            wish = self._do(self._chores)
-            again = wish if isinstance(wish, float) else None
+            seconds = self._do(self._chores)
+            again = seconds if isinstance(seconds, float) else None
 
-    def _patience(self, again: float | None) -> float | None:
-        """Milliseconds until something is to be done; None for ever."""
+    def _timeout(self, again: float | None) -> float | None:
+        """Return milliseconds until something is to be done; None for ever."""
         if self._jobs or self._ending:
             return 0
         with self._lock:
@@ -140,6 +139,6 @@ class Supervisor:
         try:
             return action()
         except Exception:
-            # One failed action must not end the watch over all the others.
+            # One failed action must not end the thread that all others need.
             LOGGER.exception("the supervisor of executor processes failed in %r", action)
             return None

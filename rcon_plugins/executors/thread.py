@@ -1,8 +1,8 @@
-"""The ``thread`` executor: a waiting thread of this process that has taken its identity and its cgroup for good.
+"""The ``thread`` executor: a waiting thread of this process that took its identity and its cgroup for good.
 
-Identity and capabilities belong to threads in Linux, and so does a place in a threaded cgroup. A thread that dropped
-for good never needs to come back, so a work costs one hand-over to it and nothing else. What it shares with the other
-threads - memory above all - is listed in docs/howto/identity.md: it bounds mistakes, not code that means harm.
+In Linux, identity and capabilities belong to threads, and so does membership in a threaded cgroup. A thread that
+dropped for good never goes back, so a request costs one hand-over to it. It guards against accidents and does not
+contain malicious code: docs/howto/identity.md lists what it shares with the other threads, memory above all.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ _Result = TypeVar("_Result")
 
 
 class _Signal:
-    """Wakes the one thread that waits for it, or will; by a pipe, which takes two descriptors.
+    """Wakes the one thread that waits for it, now or later, by a pipe: two descriptors.
 
-    Dearer by itself than a lock, and cheaper for the two threads of a hand-over. Who lets a lock go holds the GIL, so
-    that the other wakes, and waits again for that. A pipe is written without the GIL; and as its writer tends to wait
-    next, the kernel has the reader follow on the same CPU. Measured in a gthread worker: 10 switches a request, not 14.
+    One write costs more than releasing a lock, but the hand-over costs less. A thread that releases a lock holds the
+    GIL, so the other thread wakes and waits again, for the GIL. A pipe is written without the GIL; as its writer tends
+    to wait next, the kernel runs the reader on the same CPU. Measured in a gthread worker: 10 switches a request
+    instead of 14.
     """
 
     __slots__ = ("_reading", "_writing")
@@ -52,15 +53,15 @@ class _Signal:
             os.close(self._writing)
 
     def give(self) -> None:
-        """Once for each `wait`."""
+        """Wake the waiting thread. Call it once for each `wait`."""
         os.write(self._writing, b"\0")
 
     def wait(self) -> None:
-        """Until it is given."""
+        """Wait for `give`."""
         os.read(self._reading, 1)
 
     def wait_for(self, seconds: float) -> bool:
-        """Until it is given, or for so long; whether it was."""
+        """Wait for `give`, for so many seconds at most. Return whether it came."""
         poll = select.poll()
         poll.register(self._reading, select.POLLIN)
         if not poll.poll(seconds * 1000):
@@ -72,12 +73,12 @@ class _Signal:
 class ThreadExecutor:
     """One thread that serves one confinement and identity all its life. Made by `ThreadExecutors`.
 
-    One work at a time owns it: `call` is not thread-safe.
+    One unit of work at a time owns it: `call` is not thread-safe.
     """
 
     def __init__(self, key: Key, prepare: Callable[[], object]) -> None:
         self.key = key
-        #: Whether a call is under way, which its caller may have left: the thread cannot be used again then.
+        #: Whether a call is under way. True for good where its caller left it: the thread cannot be used again then.
         self.busy = False
         #: Whether the thread ended, or never began: nothing can be called in it.
         self.ended = False
@@ -93,7 +94,7 @@ class ThreadExecutor:
         self._thread = threading.Thread(target=self._live, name=f"rcon-{key[0]}", daemon=True)
 
     def start(self) -> None:
-        """Start the thread and wait until it is confined. Raises what kept it from being so; it is to be ended then."""
+        """Start the thread and wait until it is confined. Raises why it is not; call `end` then."""
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -109,14 +110,14 @@ class ThreadExecutor:
             raise
 
     def call(self, job: Callable[[], _Result]) -> _Result:
-        """Run ``job`` in the thread and wait for it: its result, or what it raised.
+        """Run ``job`` in the thread and wait for it. Return its result, or raise what it raised.
 
-        Raises `ConfinementError` where the thread ended, or ends before the job is done: an exception may be set in a
-        thread from outside. Where the wait is cut short, by an exception from a signal handler, ``busy`` stays true,
-        and the thread takes no more calls.
+        Raises `ConfinementError` where the thread ended, or ends before the job is done: other code may set an
+        exception in a thread. Where an exception of a signal handler cuts the wait short, ``busy`` stays true, and the
+        thread takes no more calls.
         """
         if self.busy:
-            raise ConfinementError("the executor thread is still at work for a call that was left")
+            raise ConfinementError("the executor thread is busy with an earlier call, which its caller left")
         if self.ended:
             raise ConfinementError(_ENDED)
         self.busy = True
@@ -139,12 +140,12 @@ class ThreadExecutor:
         return result
 
     def end(self) -> None:
-        """Have the thread end, once it has done what it does. Does not wait."""
+        """Have the thread end after the call under way. Does not wait."""
         self._ending = True
         self._begin.give()
 
     def join(self, timeout: float) -> bool:
-        """Wait for the thread's end; whether it came."""
+        """Wait for the thread's end, for so many seconds at most. Return whether it came."""
         self._thread.join(max(0.0, timeout))
         return not self._thread.is_alive()
 
@@ -153,7 +154,7 @@ class ThreadExecutor:
             if self._confine():
                 self._serve()
         finally:
-            # However it ends, nobody waits for ever. No other calls here: each is a place for one more exception.
+            # However it ends, its caller must not wait for ever. No other calls here: each might raise.
             self.ended = True
             self._done.give()
 
@@ -162,7 +163,7 @@ class ThreadExecutor:
             # A thread shares its working directory and umask with the process unless it says otherwise (unshare(2)).
             unshare_directory_and_umask()
             self.prepare()
-        except Exception as error:  # noqa: BLE001 - whatever it was: the caller is told and nothing runs
+        except Exception as error:  # noqa: BLE001 - whatever it is: `start` raises it and nothing runs
             self._outcome = None, error
             return False
         self._outcome = None, None
@@ -179,7 +180,7 @@ class ThreadExecutor:
             outcome: tuple[object, BaseException | None]
             try:
                 outcome = job(), None
-            except BaseException as error:  # noqa: BLE001 - the work's own, and its caller's to deal with
+            except BaseException as error:  # noqa: BLE001 - raised again in the caller
                 outcome = None, error
             finally:
                 del job
@@ -190,11 +191,11 @@ class ThreadExecutor:
 
 
 class ThreadExecutors:
-    """At most ``most`` executor threads of all confinements together. Thread-safe.
+    """At most ``most`` executor threads for all confinements. Thread-safe.
 
-    A thread serves one confinement and identity for life, so a waiting one can only be taken for its own. Where the
-    bound is reached, a waiting thread of those that were used longest ago makes room. A thread whose call was left by
-    its caller counts until it really ends.
+    A thread serves one confinement and identity for life, so a waiting one can only be taken for its own. When the
+    bound is reached, the least recently used waiting thread makes room. A thread whose caller left a call counts until
+    it ends.
     """
 
     def __init__(self, most: int) -> None:
@@ -202,13 +203,13 @@ class ThreadExecutors:
         self._lock = threading.Lock()
         self._closed = False
         self._all: set[ThreadExecutor] = set()
-        #: Waiting threads by confinement and identity, those used longest ago first.
+        #: Waiting threads by confinement and identity, the least recently used first.
         self._waiting: OrderedDict[Key, list[ThreadExecutor]] = OrderedDict()
 
     def take(self, key: Key, prepare: Callable[[], object]) -> ThreadExecutor:
-        """A confined, waiting thread; makes one where none waits. ``prepare`` is called in a new one, to confine it.
+        """Return a confined, waiting thread. Start one where none waits; it calls ``prepare`` to confine itself.
 
-        Raises `ConcurrencyLimitExceeded` when every thread is at work, `ConfinementError` after `close`, and what
+        Raises `ConcurrencyLimitExceeded` when every thread is busy, `ConfinementError` after `close`, and what
         ``prepare`` raises.
         """
         with self._lock:
@@ -227,12 +228,12 @@ class ThreadExecutors:
         try:
             executor.start()
         except BaseException:
-            executor.end()  # what cut the wait short may have left it alive: it counts until it ends
+            executor.end()  # it may live on where the wait was cut short, and counts until it ends
             raise
         return executor
 
     def give_back(self, executor: ThreadExecutor) -> None:
-        """Put a thread back to wait for the next work; it ends where its last call was left, and after `close`."""
+        """Let a thread wait for the next request. It ends instead where its caller left a call, and after `close`."""
         with self._lock:
             if not (executor.busy or executor.ended or self._closed):
                 self._waiting.setdefault(executor.key, []).append(executor)
@@ -240,7 +241,8 @@ class ThreadExecutors:
                 return
         if executor.busy:
             LOGGER.warning(
-                "a thread of %s is still at work that nobody waits for; it is not used again", executor.key[0]
+                "a thread of %s is still busy with a call that its caller left; it is not used again",
+                executor.key[0],
             )
         executor.end()
 
@@ -253,7 +255,7 @@ class ThreadExecutors:
         _end(ending)
 
     def close(self) -> None:
-        """End all waiting threads, and make no more. One that is at work ends after it, or with the process."""
+        """End all waiting threads, and start no more. A busy one ends after its call, or with the process."""
         with self._lock:
             self._closed = True
             ending = [executor for some in self._waiting.values() for executor in some]
@@ -270,13 +272,13 @@ class ThreadExecutors:
             spare = waiting.pop(0)
             if not waiting:
                 del self._waiting[key]
-            if spare in self._all:  # else it ended while it waited, and took up no room
+            if spare in self._all:  # else it ended while it waited, and did not count
                 self._all.discard(spare)
                 spare.end()
                 return
         raise ConcurrencyLimitExceeded(
-            f"all {self._most} executor threads of this server process are at work; "
-            "the setting `threads` says how many there may be",
+            f"all {self._most} executor threads of this server process are busy; "
+            "raise the setting `threads` to allow more",
             limit="threads",
         )
 

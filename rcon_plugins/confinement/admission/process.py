@@ -35,7 +35,7 @@ _Number = TypeVar("_Number", int, float)
 ABORT_GRACE = 0.2
 #: An executor process that still holds this much of its own memory limit after a work is replaced.
 _HEAVY = 0.5
-_LEFT_BEHIND = "left processes behind"
+_LEFT_BEHIND = "its work left processes behind"
 
 
 class ProcessAdmission(Admission):
@@ -55,7 +55,9 @@ class ProcessAdmission(Admission):
         self._pool = pool
         self._executor = executor
         self._own_memory: Memory | None = None
-        self._noticed = False
+        self._warned = False
+        #: Why the host stopped the work; None where it did not.
+        self._cause: Literal["timeout", "aborted", "protocol"] | None = None
         self._threads_left = False
         self._watch: Watch | None = None
         self._settled = False
@@ -90,19 +92,19 @@ class ProcessAdmission(Admission):
 
     def _set_limits(self, memory: int | None) -> None:
         executor, each = self._executor, self.policy.each
-        if not executor.works and self.policy.pids is not None:
+        if not executor.uses and self.policy.pids is not None:
             self.host.pids_limit_hits = self._pids_limit_hits()
         self._before = executor.begin_work()
         if memory is not None:
             self._own_memory = Memory(memory)
             executor.leaf.configure(Resources(memory_max=memory, swap_max=each.swap))
         if each.timeout_soft is not None:
-            self._pool.processes.arm(executor, self._started + each.timeout_soft, self._notice_time)
+            executor.set_deadline(self._started + each.timeout_soft, self._warn_of_time)
         else:
-            self._arm()
+            self._set_deadline()
         if each.memory_soft is not None:
             self._watch = watcher_of_process().add(
-                executor.leaf, self._notice_memory, kinds=(), thresholds=(each.memory_soft,)
+                executor.leaf, self._warn_of_memory, kinds=(), thresholds=(each.memory_soft,)
             )
 
     @property
@@ -125,7 +127,7 @@ class ProcessAdmission(Admission):
         It may come too late for this work, so the executor process serves no other. Safe in a signal handler.
         """
         if not self._settled:
-            self._noticed = True
+            self._warned = True
             self._pool.processes.notify(self._executor, number)
 
     def finish(self, ending: Finished = "ok", detail: str = "") -> Outcome:
@@ -133,16 +135,19 @@ class ProcessAdmission(Admission):
             return self.outcome
         if not self._settle():
             return self.died()  # it ran into its deadline just now
+        executor = self._executor
         try:
-            reading = self._executor.read()
-            fate = self._why_unfit(reading)
+            reading = executor.read()
+            unfit = self._why_unfit(reading)
         except KernelError:
-            return self.died()  # its cgroup is gone, or cannot be read: the executor is of no use any more
-        self._executor.reading = reading
-        if fate == _LEFT_BEHIND and ending == "ok" and self.policy.leave_children:
-            self._pool.leave(self._executor)
+            return self.died()  # its cgroup is gone or cannot be read: the executor cannot serve again
+        executor.reading = reading
+        if unfit is None:
+            self._pool.give_back(executor)
+        elif unfit == _LEFT_BEHIND and ending == "ok" and self.policy.leave_children:
+            self._pool.leave(executor)
         else:
-            self._let_go(fate)
+            self._replace(unfit)
         if ending == "error" and self._hit_pids_limit(reading):
             return self._conclude(
                 "pids",
@@ -154,80 +159,80 @@ class ProcessAdmission(Admission):
         return self._conclude(ending, self._usage(reading), limit=limit, detail=detail)
 
     def died(self) -> Outcome:
+        """Conclude work whose channel is closed: find out how its executor process ended."""
         self._settle()
         executor = self._executor
-        if not executor.ended.wait(DEATH_SECONDS) and executor.fate is None:
-            self._pool.processes.kill(executor, "protocol")
+        if not executor.ended.wait(DEATH_SECONDS) and executor.kill_reason is None:
+            self._cause = "protocol"
+            self._pool.processes.kill(executor, "it broke the protocol")
             executor.ended.wait(DEATH_SECONDS)
-        outcome = self._autopsy()
+        outcome = self._conclude_end()
         executor.channel.close()
         return outcome
 
     def abandon(self, detail: str) -> None:
-        """Stop the work, soon: the supervisor does. For a host that has not the time to wait for it."""
+        """Have the supervisor stop the work soon, and conclude it. For a host that has no time to wait for that."""
         if self._settle():
-            self._executor.fate = self._executor.fate or "aborted"
+            self._cause = "aborted"
             self._pool.processes.submit(partial(self._end_abandoned, detail))
 
     def _end_abandoned(self, detail: str) -> None:
-        self._pool.processes.kill(self._executor, "aborted")
-        self._autopsy(detail)
+        self._pool.processes.kill(self._executor, "its work was abandoned")
+        self._conclude_end(detail)
         self._executor.channel.close()
 
     def abort(self, detail: str) -> Outcome:
+        executor = self._executor
         if self._settle():
-            executor = self._executor
-            executor.fate = executor.fate or "aborted"
+            self._cause = "aborted"
             executor.channel.refuse()
             if not executor.ended.wait(ABORT_GRACE):
-                self._pool.processes.kill(executor, "aborted")
-        self._executor.ended.wait(DEATH_SECONDS)
-        outcome = self._autopsy(detail)
-        self._executor.channel.close()
+                self._pool.processes.kill(executor, "its work was aborted")
+        executor.ended.wait(DEATH_SECONDS)
+        outcome = self._conclude_end(detail)
+        executor.channel.close()
         return outcome
 
     def _settle(self) -> bool:
-        """Settle that the work is over; False when that was settled before."""
+        """Settle that the work is over. Return False if that was settled before."""
         with self._executor.lock:
-            first = not self._settled
+            if self._settled:
+                return False
             self._settled = True
-        if first:
-            self._pool.processes.disarm(self._executor)
-            if self._watch is not None:
-                self._watch.close()
-        return first
+            self._executor.deadline = None
+        if self._watch is not None:
+            self._watch.close()
+        return True
 
-    def _arm(self) -> None:
+    def _set_deadline(self) -> None:
         if self.policy.each.timeout is not None:
-            self._pool.processes.arm(self._executor, self._started + self.policy.each.timeout, self._time_out)
+            self._executor.set_deadline(self._started + self.policy.each.timeout, self._time_out)
 
-    def _notice_time(self) -> None:
-        """In the supervisor: the work is to come to its end."""
-        self._arm()
+    def _warn_of_time(self) -> None:
+        """In the supervisor: the soft time limit is reached."""
+        self._set_deadline()
         self.notify(SOFT_TIME)
 
-    def _notice_memory(self, _: Event) -> None:
-        """In the watcher's thread: the work is to come to its end."""
+    def _warn_of_memory(self, _: Event) -> None:
+        """In the watcher's thread: the soft memory limit is reached."""
         self.notify(SOFT_MEMORY)
 
     def _time_out(self) -> None:
         """In the supervisor: the deadline has come."""
         if not self._settle():
             return
-        self._pool.processes.kill(self._executor, "timeout")
-        self._executor.when_ended(self._autopsy)
+        self._cause = "timeout"
+        self._pool.processes.kill(self._executor, "its work reached its time limit")
+        self._executor.when_ended(self._conclude_end)
         if self.on_deadline is not None:
             self.on_deadline()
 
-    def _let_go(self, fate: str | None) -> None:
-        """Give the executor process back, or end it where it must not serve again."""
-        executor, pool = self._executor, self._pool
-        if fate is None:
-            pool.give_back(executor)
-            return
-        pool.replace(executor, fate)
-        if fate == _LEFT_BEHIND:
-            # What the work started ends with it, before anybody is told that it ended: if that is soon.
+    def _replace(self, reason: str) -> None:
+        """End the executor process, which must not serve again, and have its successor made."""
+        executor = self._executor
+        self._pool.replace(executor, reason)
+        if reason == _LEFT_BEHIND:
+            # What the work started ends before anybody learns that the work is over, if that is soon.
             executor.ended.wait(DEATH_SECONDS)
         executor.channel.close()
 
@@ -236,32 +241,32 @@ class ProcessAdmission(Admission):
         executor = self._executor
         if self._threads_left or not executor.is_alone(reading):
             return _LEFT_BEHIND
-        if self._noticed:
-            return "was told to come to its end"
-        if executor.stale:
-            return "was made by other limits"
-        if executor.works >= self.policy.max_uses:
-            return "served max_uses"
+        if self._warned:
+            return "it was warned of a limit"
+        if executor.outdated:
+            return "the limits of its policy were changed"
+        if executor.uses >= self.policy.max_uses:
+            return "it served max_uses"
         if self._own_memory is not None or (executor.monitored is not None and executor.monitored.changed):
-            return "its limits were changed for one work"
+            return "its limits were changed for its last work"
         most = self._own_memory or self.policy.each.memory or self.policy.memory
         held = reading.memory_current
         if most is not None and held is not None and held > _HEAVY * most:
-            return "holds much of its memory limit"
+            return "it holds much of its memory limit"
         return None
 
-    def _autopsy(self, detail: str = "") -> Outcome:
+    def _conclude_end(self, detail: str = "") -> Outcome:
         """Find out how the work ended, and conclude it, unless that was done before."""
         with self._concluding:
             if self.outcome is not None:
                 return self.outcome
             executor, work = self._executor, self.work.name
-            self._pool.replace(executor, executor.fate or "died")
+            self._pool.replace(executor, "it died")
             usage = self._usage(self._last_reading())
-            if executor.fate == "timeout":
+            if self._cause == "timeout":
                 limit = f"wall time limit {self.policy.each.timeout} reached"
                 return self._conclude("timeout", usage, limit="each.timeout", detail=f"{work}: {limit}")
-            if executor.fate == "aborted":
+            if self._cause == "aborted":
                 return self._conclude("aborted", usage, detail=detail)
             if _rose(self._before.oom_kills, executor.reading.oom_kills):
                 return self._out_of_memory(usage)
@@ -285,7 +290,7 @@ class ProcessAdmission(Admission):
     def _killed(self, usage: Usage) -> Outcome:
         executor, number = self._executor, None
         status = executor.status
-        if executor.fate == "protocol":
+        if self._cause == "protocol":
             how = "broke off the conversation"
         elif not executor.ended.is_set():
             how = f"({executor.pid}) was killed and does not end"

@@ -94,4 +94,4 @@ def test_after_a_run_of_works_all_but_one_of_those_that_wait_end(monkeypatch: py
         assert soon(lambda: len(work.processes(subtree=True)) == len(work.children()) == 1, PATIENCE)
         assert supervisor_has_done_its_jobs(manager)
         assert manager._pool is not None
-        assert manager._pool._count == 1
+        assert manager._pool.processes.count_usable() == 1

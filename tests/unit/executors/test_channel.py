@@ -37,7 +37,7 @@ def test_frames_arrive_as_they_were_sent(frames: list[tuple[int, bytes]]) -> Non
     one, other = (Channel(end) for end in socket.socketpair())
     one.send(*frames)
     assert [other.receive() for _ in frames] == [Frame(*frame) for frame in frames]
-    assert not other.buffered
+    assert other.quiet
     one.close()
     other.close()
 
@@ -154,12 +154,44 @@ def test_quiet_sees_half_a_frame() -> None:
         assert not Channel(ours).quiet
 
 
-def test_the_kind_of_the_next_frame_is_known_once_it_is_whole(ends: tuple[Channel, Channel]) -> None:
+def test_a_batch_holds_the_whole_frames_that_are_here_last_first(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
-    assert other.buffered_kind is None
-    one.send((20, b"a"), (21, b"b"))
-    other.receive()
-    assert other.buffered_kind == 21
+    one.send((20, b"a"), (21, b"bc"), (22, b""))
+    assert other.receive_batch() == [(22, b""), (21, b"bc"), (20, b"a")]
+    assert other.drained
+    assert other.quiet
+
+
+def test_a_batch_stops_before_a_frame_of_the_executor(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    one.send((20, b"a"), (1, b"ready"), (21, b"b"))
+    assert other.receive_batch() == [(20, b"a")]
+    assert other.drained
+    assert other.receive_batch() == [(21, b"b"), (1, b"ready")]
+
+
+def test_a_batch_leaves_an_incomplete_frame_and_one_above_the_bound() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(ours)
+        theirs.sendall(struct.pack("!BI", 20, 1) + b"a" + struct.pack("!BI", 21, 3) + b"b")
+        assert channel.receive_batch() == [(20, b"a")]
+        assert not channel.drained
+        theirs.sendall(b"cd" + struct.pack("!BI", 22, MAX_PAYLOAD + 1))
+        assert channel.receive_batch() == [(21, b"bcd")]
+        with pytest.raises(ProtocolViolation):
+            channel.receive_batch()
+
+
+def test_the_last_frame_is_one_that_nothing_follows(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    with pytest.raises(ChannelTimeout):
+        other.receive_last(0)
+    one.send((1, b"ready"))
+    assert other.receive_last(0) == (1, b"ready")
+    one.send((1, b"ready"), (20, b"more"))
+    with pytest.raises(ChannelClosed):
+        other.receive_last(0)
 
 
 def test_a_frame_sent_byte_by_byte_costs_its_receiver_no_more_than_its_size() -> None:
