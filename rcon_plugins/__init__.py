@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from rcon_plugins.settings.limits import Each, IoLimits, Limits
     from rcon_plugins.settings.memory import Memory
     from rcon_plugins.settings.policy import Policy
-    from rcon_plugins.usage import Usage
-    from rcon_plugins.work import Work
+    from rcon_plugins.work import Usage, Work
 
 __all__ = [
     "Admission",
@@ -75,7 +74,7 @@ _HOMES = {
     "Resources": "kernel.cgroup",
     "Server": "confinement.isolation",
     "Settings": "settings.file",
-    "Usage": "usage",
+    "Usage": "work",
     "Verdict": "confinement.isolation",
     "Work": "work",
     "confine": "confinement.confine",

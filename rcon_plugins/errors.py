@@ -31,7 +31,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from rcon_plugins.usage import Usage
+    from rcon_plugins.work import Usage
 
 
 class RconError(Exception):
@@ -264,7 +264,7 @@ class ConcurrencyLimitExceeded(LimitExceeded):
 
 
 def _usage(usage: Usage | Mapping[str, Any] | None) -> Usage | None:
-    from rcon_plugins.usage import Usage
+    from rcon_plugins.work import Usage
 
     return Usage(**usage) if isinstance(usage, Mapping) else usage
 

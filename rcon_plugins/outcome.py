@@ -1,34 +1,19 @@
-"""How work ended."""
+"""The outcome of work: how it ended, and what it used."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import msgspec
 
 from rcon_plugins import errors
-from rcon_plugins.usage import Usage
-
-Ending = Literal[
-    "ok",  # the work ran to its end
-    "error",  # the work's own code raised
-    "memory",  # killed at a memory limit
-    "timeout",  # killed at the end of its wall time
-    "pids",  # failed because it may start no more processes
-    "result",  # what it returned, or raised, is longer than its policy allows
-    "concurrency",  # never started: as much of this work is under way as the policy allows
-    "killed",  # its process ended by a signal or by itself before the work was done
-    "aborted",  # stopped by the host: its client went away, or the server stops
-    "refused",  # never started: it could not be confined
-    "forbidden",  # never started: the identity it would get is not allowed
-]
+from rcon_plugins.ending import Ending
+from rcon_plugins.work import Usage
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How one work ended.
+    """How one unit of work ended.
 
-    ``limit`` is the limit that ended it, as the policy spells it (``each.memory``), and ``detail`` one
-    sentence for people. ``signal`` is set where its process was ended by one.
+    ``limit`` is the limit that ended it, as the policy spells it (``each.memory``), and ``detail`` one sentence for
+    people. ``signal`` is set where a signal ended its process.
     """
 
     ending: Ending
@@ -45,7 +30,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         return self.ending in _EXCEEDED
 
     def error(self) -> errors.RconError | None:
-        """The exception that tells this outcome, or None where the work's own result does."""
+        """Return the exception for this outcome; None where the work returned or raised by itself."""
         exceeded = _EXCEEDED.get(self.ending)
         if exceeded is not None:
             return exceeded(

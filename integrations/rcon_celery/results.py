@@ -13,7 +13,7 @@ import msgspec
 from celery.app.backends import by_name, by_url
 
 from rcon_plugins.outcome import Outcome
-from rcon_plugins.usage import Usage
+from rcon_plugins.work import Usage
 
 _log = logging.getLogger("rcon")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
+from rcon_plugins.ending import Ending
 from rcon_plugins.errors import (
     ConcurrencyLimitExceeded,
     LimitExceeded,
@@ -18,7 +19,7 @@ from rcon_plugins.errors import (
     PidsLimitExceeded,
     TimeLimitExceeded,
 )
-from rcon_plugins.outcome import Ending, Outcome
+from rcon_plugins.outcome import Outcome
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from rcon_plugins.command.job_control import Caller
+from rcon_plugins.ending import Bounds, End, LimitsInForce, Snapshot, explain_end
 from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.branch import check_name
@@ -27,14 +28,12 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from rcon_plugins.kernel.cgroup import Cgroup
-    from rcon_plugins.outcome import Ending, Outcome
+    from rcon_plugins.outcome import Outcome
 
 #: The leaf of the group that the command is born in.
 LEAF = "main"
 #: As env(1), nohup(1) and chroot(1) have them, and a shell for a signal.
 NOT_EXECUTABLE, NOT_FOUND, SIGNALLED = 126, 127, 128
-#: By these somebody asks a command to end; no limit does.
-_ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _LONGEST_NAME = 40
 
 
@@ -78,25 +77,18 @@ class NotRun(RconError):
 
 
 class Ended(NamedTuple):
-    """How the command ended. `outcome` tells the same as all other work does.
+    """How the command ended. ``status`` is the exit status for a shell: 128+n for signal n."""
 
-    ``status`` is the exit status for a shell, 128+n for a signal; ``signal`` that signal. ``detail`` is one line for
-    people, empty where there is nothing to say; ``limit`` the limit that ended it, as a policy spells it.
-    """
-
-    ending: Ending
+    end: End
     status: int
-    signal: int | None
-    limit: str | None
-    detail: str
     wall_seconds: float
     reading: Reading
     group: str
 
     def outcome(self, policy: str = "") -> Outcome:
-        """The `Outcome`."""
+        """Return the `Outcome`, as all other work has it."""
         from rcon_plugins.outcome import Outcome
-        from rcon_plugins.usage import Usage
+        from rcon_plugins.work import Usage
 
         usage = Usage(
             wall_seconds=self.wall_seconds,
@@ -105,14 +97,8 @@ class Ended(NamedTuple):
             io_read_bytes=self.reading.io_read_bytes,
             io_write_bytes=self.reading.io_write_bytes,
         )
-        return Outcome(
-            ending=self.ending,
-            usage=usage,
-            policy=policy,
-            limit=self.limit,
-            signal=self.signal,
-            detail=self.detail,
-        )
+        ending, limit, number, detail = self.end
+        return Outcome(ending=ending, usage=usage, policy=policy, limit=limit, signal=number, detail=detail)
 
 
 def run(order: Order, hierarchy: Hierarchy, base: str | None = None) -> Ended:
@@ -151,7 +137,7 @@ class _Run:
         self._group = instance.policy_cgroup(order.group)
         self._leaf = instance.executor_cgroup(order.group, LEAF)
         self._began = time.monotonic()
-        self._want: int | None = None
+        self._memory_notices: int | None = None
 
     def run(self) -> Ended:
         self._look_ahead()
@@ -159,8 +145,8 @@ class _Run:
             with contextlib.ExitStack() as attending:
                 return self._follow(self._start(attending))
         finally:
-            if self._want is not None:
-                os.close(self._want)
+            if self._memory_notices is not None:
+                os.close(self._memory_notices)
 
     def _look_ahead(self) -> None:
         for refusal in self._instance.hierarchy.refusals(self._order.resources):
@@ -180,14 +166,14 @@ class _Run:
         wall = time.monotonic() - self._began
         # What it left behind ends with it.
         self._group.kill()
-        return self._tell(status, late, wall)
+        return self._explain(status, late, wall)
 
     def _make_group(self) -> None:
         order = self._order
         self._group.create()
         self._group.configure(order.resources)
         if order.resources.memory_max is not None:
-            self._want = self._group.open_oom_notice()
+            self._memory_notices = self._group.open_oom_notice()
         self._leaf.create()
         if order.each.written():
             self._leaf.configure(order.each)
@@ -260,79 +246,58 @@ class _Run:
         finally:
             os._exit(1)
 
-    def _tell(self, status: int, late: bool, wall: float) -> Ended:
-        reading, leaf = self._read()
-        order = self._order
+    def _explain(self, status: int, late: bool, wall: float) -> Ended:
+        group = self._group.read()
+        leaf = self._leaf.read() if self._leaf.exists() else Reading()
+        ordered = self._order.resources.memory_max
+        above = isinstance(ordered, int) and (group.memory_peak or 0) > ordered
+        memory, pids = self._bounds() if status or above else (Bounds(), Bounds())
+        if status and not group.oom_kills and leaf.oom_kills is not None and _reached(group, memory.group):
+            group = group._replace(oom_kills=self._oom_kills_below(status))
+        timeout = _seconds(self._order.timeout)
+        end = explain_end(
+            Snapshot(),
+            Snapshot(leaf, group),
+            status,
+            LimitsInForce(memory, pids, timeout, "timeout"),
+            cause="timeout" if late else None,
+            is_command=True,
+        )
+        if group.memory_peak is not None and memory.group is not None:
+            # The kernel counts a batch of pages before it refuses them.
+            group = group._replace(memory_peak=min(group.memory_peak, memory.group))
         code = os.waitstatus_to_exitcode(status)
-        number = -code if code < 0 else None
-        exit_status = SIGNALLED + number if number is not None else code
-        ending: Ending = "ok" if exit_status == 0 else "error" if number is None else "killed"
-        limit, detail = None, ""
-        if late:
-            ending, limit, detail = "timeout", "timeout", f"wall time limit {_seconds(order.timeout)} reached"
-        elif number in _ASKED:
-            detail = f"ended by {_name(number)}"  # whatever limit it, or what it started, met before
-        elif exit_status and (leaf.oom_kills or self._ended_within(reading, leaf, exit_status)):
-            ending = "memory"
-            limit, bound = self._limit("memory_max", leaf.memory_peak, 0.95)
-            detail = (
-                f"memory limit {_size(bound)} reached (peak {_peak(reading.memory_peak)}{order.memory_note})"
-            )
-            if bound is None or (reading.memory_peak or bound) < 0.9 * bound:
-                limit = None
-                detail = f"memory limit of what is around it reached (peak {_peak(reading.memory_peak)})"
-        elif exit_status and max(reading.pids_limit_hits or 0, leaf.pids_limit_hits or 0):
-            ending = "pids"
-            limit, bound = self._limit("pids_max", leaf.pids_limit_hits, 0)
-            detail = f"pids limit {bound} reached: no more processes or threads could be started"
-        elif number is not None:
-            detail = f"ended by {_name(number)}"
-        return Ended(ending, exit_status, number, limit, detail, wall, reading, self._group.path)
+        exit_status = code if code >= 0 else SIGNALLED - code
+        return Ended(end, exit_status, wall, group, self._group.path)
 
-    def _ended_within(self, reading: Reading, leaf: Reading, exit_status: int) -> bool:
-        """Whether the group's memory was not enough for what ran in a nested group, beside the leaf.
-
-        One that ended at a limit of its own has been told of by who made it, and is none of this group's.
-        """
-        if leaf.oom_kills is None:
-            return bool(reading.oom_kills)  # they are not accounted apart
-        bound = self._in_force(self._group, self._order.resources, "memory_max")
-        if bound is None or (reading.memory_peak or 0) < 0.95 * bound:
-            return False
-        if reading.oom_kills:
-            return True  # v2
-        if self._want is None:
-            return False
-        # v1: in the cgroups that are still there; else the kernel has told that it killed, and this is how that ends.
+    def _oom_kills_below(self, status: int) -> int:
+        """On v1: return the OOM kills in nested groups. Of those removed, only the notice of the kernel is left."""
+        if self._memory_notices is None:
+            return 0
         from rcon_plugins.kernel.cgroup.statistics import read_usage
 
-        killed = bool(read_usage(self._group).oom_kills)
-        return killed or (exit_status == SIGNALLED + signal.SIGKILL and count_notices(self._want) > 0)
+        kills = read_usage(self._group).oom_kills or 0
+        killed = os.waitstatus_to_exitcode(status) in (-signal.SIGKILL, SIGNALLED + signal.SIGKILL)
+        return kills or int(killed and count_notices(self._memory_notices) > 0)
 
-    def _limit(self, name: str, reached: int | None, most: float) -> tuple[str, int | None]:
-        """Which limit was hit, as a policy spells it: that of all together, or that of the single command."""
-        together = self._in_force(self._group, self._order.resources, name)
-        each = self._in_force(self._leaf, self._order.each, name)
-        word = name.removesuffix("_max")
-        if each is not None and (together is None or (reached or 0) >= max(1, most * each)):
-            return f"each.{word}", each
-        return word, together
+    def _bounds(self) -> tuple[Bounds, Bounds]:
+        """Return the memory and pids limits in force: plugins, ``--on-event`` or ``rcon set`` may have changed them."""
+        order = self._order
+        each = read_limits(self._leaf) if self._leaf.exists() else order.each
+        group = read_limits(self._group) if self._group.exists() else order.resources
+        one, all_together = _number(each.memory_max), _number(group.memory_max)
+        return (
+            Bounds(one, all_together, _mebibytes(one), _mebibytes(all_together), order.memory_note),
+            Bounds(_number(each.pids_max), _number(group.pids_max)),
+        )
 
-    @staticmethod
-    def _in_force(cgroup: Cgroup, ordered: Resources, name: str) -> int | None:
-        """The limit as it is now: a plugin, ``--on-event`` or ``rcon set`` may have given another."""
-        return _number(getattr(read_limits(cgroup) if cgroup.exists() else ordered, name))
 
-    def _read(self) -> tuple[Reading, Reading]:
-        """What the group used, and the leaf: hits are counted in the one or the other, as the version has it."""
-        reading = self._group.read()
-        leaf = self._leaf.read() if self._leaf.exists() else Reading()
-        ordered = _number(self._order.resources.memory_max)
-        if reading.memory_peak is not None and ordered is not None and reading.memory_peak > ordered:
-            # The kernel counts a batch of pages here before it refuses them.
-            bound = self._in_force(self._group, self._order.resources, "memory_max")
-            reading = reading._replace(memory_peak=min(reading.memory_peak, bound or reading.memory_peak))
-        return reading, leaf
+def _number(limit: object) -> int | None:
+    return limit if isinstance(limit, int) else None
+
+
+def _reached(group: Reading, bound: int | None) -> bool:
+    return bound is not None and (group.memory_peak or 0) >= 0.95 * bound
 
 
 def _die_with(caller: int) -> None:
@@ -370,24 +335,9 @@ def check_group_name(name: str) -> str:
     return name
 
 
-def _number(limit: object) -> int | None:
-    return limit if isinstance(limit, int) else None
-
-
-def _size(count: int | None) -> str:
-    return "of the machine" if count is None else f"{count / 2**20:.6g} MiB"
-
-
-def _peak(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / 2**20:.1f} MiB"
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.6g} MiB"
 
 
 def _seconds(seconds: float | None) -> str:
-    return f"{seconds:g} s"
-
-
-def _name(number: int) -> str:
-    try:
-        return f"{signal.Signals(number).name} ({signal.strsignal(number)})"
-    except ValueError:
-        return f"signal {number}"
+    return "" if seconds is None else f"{seconds:g} s"

@@ -26,6 +26,7 @@ from rcon_plugins.confinement.live_policies import LivePolicies, PolicyChangeLog
 from rcon_plugins.confinement.monitor import GroupMonitor
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.confinement.queue import Reservation, Reservations
+from rcon_plugins.ending import Ending
 from rcon_plugins.errors import (
     ConfinementError,
     IdentityRefused,
@@ -37,7 +38,7 @@ from rcon_plugins.executors.pool import ExecutorPool
 from rcon_plugins.executors.thread import ThreadExecutors
 from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.kernel.process import raise_descriptor_limit
-from rcon_plugins.outcome import Ending, Outcome
+from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.file import Settings
 from rcon_plugins.tree.instance import Instance
 from rcon_plugins.tree.locks import ByteLocks

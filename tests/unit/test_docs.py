@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_args
 import pytest
 
 from rcon_plugins import errors, hookspecs
-from rcon_plugins.outcome import Ending
+from rcon_plugins.ending import Ending
 from rcon_plugins.settings import file as settings
 
 ROOT = Path(__file__).resolve().parents[2]

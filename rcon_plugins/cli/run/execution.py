@@ -105,11 +105,12 @@ def execute(
         return _not_run(order, report, policy, OWN_FAILURE, str(error))
     if finished is not None:
         finished(ended)
-    if ended.detail and ended.signal not in _SILENT:
-        say("rcon", ended.detail if ended.limit else f"{order.arguments[0]}: {ended.detail}")
+    end = ended.end
+    if end.detail and end.signal not in _SILENT:
+        say("rcon", end.detail if end.limit else f"{order.arguments[0]}: {end.detail}")
     if report is not None:
         _write(report, _report_data(order, ended, policy))
-    if ended.ending == "killed" and ended.signal == signal.SIGINT:
+    if end.ending == "killed" and end.signal == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     return ended.status

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
-from rcon_plugins.outcome import Ending, Outcome
-from rcon_plugins.usage import Usage
+from rcon_plugins.ending import Ending
+from rcon_plugins.outcome import Outcome
+from rcon_plugins.work import Usage
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement.queue import Reservation

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING
 
 from rcon_plugins.confinement.admission.base import Admission, Finished, Host
+from rcon_plugins.ending import (
+    Bounds,
+    Cause,
+    End,
+    LimitsInForce,
+    Snapshot,
+    explain_end,
+    pids_limit_hit,
+)
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
-from rcon_plugins.executors.process import DEATH_SECONDS, LOGGER
-from rcon_plugins.kernel.cgroup import Resources
+from rcon_plugins.executors.process import DEATH_SECONDS
+from rcon_plugins.kernel.cgroup import Reading, Resources
 from rcon_plugins.kernel.events import watcher_of_process
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.memory import Memory
-from rcon_plugins.usage import Usage
+from rcon_plugins.work import Usage
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement.queue import Reservation
     from rcon_plugins.executors.executor import Executor
     from rcon_plugins.executors.pool import ExecutorPool
     from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.kernel.cgroup import Cgroup, Reading
+    from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.kernel.events import Event, Watch
     from rcon_plugins.work import Work
-
-_Number = TypeVar("_Number", int, float)
 
 #: How long a work that is aborted has to end by itself before it is killed, seconds.
 ABORT_GRACE = 0.2
@@ -57,7 +63,7 @@ class ProcessAdmission(Admission):
         self._own_memory: Memory | None = None
         self._warned = False
         #: Why the host stopped the work; None where it did not.
-        self._cause: Literal["timeout", "aborted", "protocol"] | None = None
+        self._cause: Cause | None = None
         self._threads_left = False
         self._watch: Watch | None = None
         self._settled = False
@@ -148,14 +154,10 @@ class ProcessAdmission(Admission):
             self._pool.leave(executor)
         else:
             self._replace(unfit)
-        if ending == "error" and self._hit_pids_limit(reading):
-            return self._conclude(
-                "pids",
-                self._usage(reading),
-                limit=self._limit("pids"),
-                detail=detail or f"{self.work.name}: no more processes or threads may be started",
-            )
         limit = "max_result" if ending == "result" else None
+        if ending == "error" and (hit := self._pids_limit_hit(reading)) is not None:
+            detail = detail or f"{self.work.name}: no more processes or threads could be started"
+            return self._conclude("pids", self._usage(reading), limit=hit, detail=detail)
         return self._conclude(ending, self._usage(reading), limit=limit, detail=detail)
 
     def died(self) -> Outcome:
@@ -260,118 +262,82 @@ class ProcessAdmission(Admission):
         with self._concluding:
             if self.outcome is not None:
                 return self.outcome
-            executor, work = self._executor, self.work.name
+            executor = self._executor
             self._pool.replace(executor, "it died")
-            usage = self._usage(self._last_reading())
-            if self._cause == "timeout":
-                limit = f"wall time limit {self.policy.each.timeout} reached"
-                return self._conclude("timeout", usage, limit="each.timeout", detail=f"{work}: {limit}")
-            if self._cause == "aborted":
-                return self._conclude("aborted", usage, detail=detail)
-            if _rose(self._before.oom_kills, executor.reading.oom_kills):
-                return self._out_of_memory(usage)
-            return self._killed(usage)
+            with contextlib.suppress(KernelError):  # its cgroup is gone: the last reading is all there is
+                executor.reading = executor.read()
+            reading = executor.reading
+            if executor.ended.is_set() or self._cause is not None:
+                after = Snapshot(reading, Reading(memory_peak=self._group_peak()))
+                limits = LimitsInForce(self._memory_bounds(), None, str(self.policy.each.timeout))
+                end = explain_end(Snapshot(self._before), after, executor.status, limits, cause=self._cause)
+            else:
+                end = End("killed", detail=f"{executor.pid} was killed and does not end")
+            if end.ending != "aborted":
+                how = end.detail if end.limit else f"process {end.detail}"
+                detail = f"{self.work.name}: {how}"
+            return self._conclude(
+                end.ending,
+                self._usage(reading),
+                limit=end.limit,
+                signal_number=end.signal if end.ending == "killed" else None,
+                detail=detail,
+            )
 
-    def _last_reading(self) -> Reading:
+    def _memory_limits(self) -> tuple[Memory | None, Memory | None]:
+        """Return the limits ``each.memory`` and ``memory`` in force now."""
+        policy, monitored = self.host.policy, self._executor.monitored
+        each, group = policy.each.memory, policy.memory
+        if monitored is not None:
+            each, group = monitored.memory("each.memory") or each, monitored.memory("memory") or group
+        return self._own_memory or each, group
+
+    def _memory_bounds(self) -> Bounds:
+        each, group = self._memory_limits()
+        return Bounds(
+            None if each is None else int(each.most),
+            None if group is None else int(group.most),
+            "" if each is None else each.describe(),
+            "" if group is None else group.describe(),
+        )
+
+    def _group_peak(self) -> int | None:
         try:
-            self._executor.reading = self._executor.read()
+            return self._executor.group.read().memory_peak
         except KernelError:
-            # Its cgroup is gone: what was read last is all there is to be known.
-            LOGGER.debug("%s cannot be read any more", self._executor.leaf.path)
-        return self._executor.reading
+            return None  # its last leaf is gone, and so is the group
 
-    def _out_of_memory(self, usage: Usage) -> Outcome:
-        limit = self._limit("memory")
-        memory = self._memory(limit)
-        bound = "of the machine" if memory is None else memory.describe()
-        detail = f"memory limit {bound} reached, peak {_mebibytes(usage.memory_peak)}"
-        return self._conclude("memory", usage, limit=limit, detail=f"{self.work.name}: {detail}")
-
-    def _killed(self, usage: Usage) -> Outcome:
-        executor, number = self._executor, None
-        status = executor.status
-        if self._cause == "protocol":
-            how = "broke off the conversation"
-        elif not executor.ended.is_set():
-            how = f"({executor.pid}) was killed and does not end"
-        elif status is None:
-            how = "ended"
-        elif os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
-            how = f"was ended by a signal: {signal.strsignal(number)}"
-        else:
-            how = f"ended with exit status {os.waitstatus_to_exitcode(status)}"
-        detail = f"{self.work.name}: its process {how}"
-        return self._conclude("killed", usage, signal_number=number, detail=detail)
-
-    def _memory(self, limit: str) -> Memory | None:
-        """The limit ``memory`` or ``each.memory`` that is in force."""
-        monitored = self._executor.monitored
-        if self._own_memory is not None and limit == "each.memory":
-            return self._own_memory
-        now = monitored.memory(limit) if monitored is not None else None
-        policy = self.host.policy  # as it is now
-        return now or (policy.each.memory if limit == "each.memory" else policy.memory)
-
-    def _limit(self, name: Literal["memory", "pids"]) -> str:
-        """The limit that was hit: that of the single work, or that of all together."""
-        each: int | None
-        together: int | None
-        if name == "memory":
-            of_each, of_all = self._memory("each.memory"), self._memory("memory")
-            each = None if of_each is None else of_each.most
-            together = None if of_all is None else of_all.most
-        else:
-            each, together = self.host.policy.each.pids, self.host.policy.pids
-        if each is None:
-            return name
-        if together is None:
-            return f"each.{name}"
-        reading = self._executor.reading
-        reached = reading.memory_peak if name == "memory" else reading.pids_limit_hits
-        least = each * 0.95 if name == "memory" else (self._before.pids_limit_hits or 0) + 1
-        return f"each.{name}" if reached is not None and reached >= least else name
-
-    def _hit_pids_limit(self, reading: Reading) -> bool:
-        if _rose(self._before.pids_limit_hits, reading.pids_limit_hits):
-            return True
-        if self.policy.pids is None:
-            return False
-        # Since 6.11 a hit is counted where the limit is: in the cgroup of all the work together.
-        before, hits = self.host.pids_limit_hits, self._pids_limit_hits()
-        self.host.pids_limit_hits = hits
-        return before is not None and _rose(before, hits)
+    def _pids_limit_hit(self, reading: Reading) -> str | None:
+        """Return the pids limit that refused a fork of this work, as the policy spells it; None without any."""
+        policy, host = self.host.policy, self.host
+        before, after = Snapshot(self._before), Snapshot(reading)
+        if policy.pids is not None:
+            # Since Linux 6.11 a hit is counted where the limit is: in the cgroup of all work together.
+            hits = self._pids_limit_hits()
+            if host.pids_limit_hits is not None:
+                before = before._replace(group=Reading(pids_limit_hits=host.pids_limit_hits))
+                after = after._replace(group=Reading(pids_limit_hits=hits))
+            host.pids_limit_hits = hits
+        return pids_limit_hit(before, after, Bounds(policy.each.pids, policy.pids))
 
     def _pids_limit_hits(self) -> int | None:
-        """Forks refused by the limit of all the work together; None if it cannot be told."""
+        """Return the forks that the limit of all work together refused; None if unknown."""
         try:
             return self._executor.group.read().pids_limit_hits
         except KernelError:
-            return None  # its last leaf is gone, and so is it
+            return None  # its last leaf is gone, and so is the group
 
     def _usage(self, reading: Reading) -> Usage:
-        before, peak, memory = self._before, reading.memory_peak, self._memory("memory")
-        if peak is not None and memory is not None:
-            # The limit is on the cgroup above: the kernel counts a batch of pages here before that refuses them.
+        before, peak, memory = self._before, reading.memory_peak, self.host.policy.memory
+        if peak is not None and memory is not None and peak > memory:
+            # The limit is on the cgroup above: the kernel counts a batch of pages here before it refuses them.
+            memory = self._memory_limits()[1] or memory
             peak = min(peak, int(memory.most))
+        cpu, read, written = reading.cpu_seconds, reading.io_read_bytes, reading.io_write_bytes
         return Usage(
             wall_seconds=time.monotonic() - self._started,
-            cpu_seconds=_spent(before.cpu_seconds, reading.cpu_seconds),
+            cpu_seconds=None if cpu is None else cpu - (before.cpu_seconds or 0),
             memory_peak=peak,
-            io_read_bytes=_spent(before.io_read_bytes, reading.io_read_bytes),
-            io_write_bytes=_spent(before.io_write_bytes, reading.io_write_bytes),
+            io_read_bytes=None if read is None else read - (before.io_read_bytes or 0),
+            io_write_bytes=None if written is None else written - (before.io_write_bytes or 0),
         )
-
-
-def _rose(before: int | None, after: int | None) -> bool:
-    return after is not None and after > (before or 0)
-
-
-def _spent(before: _Number | None, after: _Number | None) -> _Number | None:
-    if after is None:
-        return None
-    return after if before is None else after - before
-
-
-def _mebibytes(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / 2**20:.1f} MiB"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rcon_plugins.confinement.admission.base import Finished, Host, LocalAdmission
 from rcon_plugins.outcome import Outcome
-from rcon_plugins.usage import Usage
+from rcon_plugins.work import Usage
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement.queue import Reservation

@@ -21,9 +21,10 @@ from typing import Any
 
 from rcon_plugins.confinement.admission import ProcessAdmission, ThreadAdmission
 from rcon_plugins.confinement.queue import Reservation
+from rcon_plugins.ending import Ending
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.executors.thread import ThreadExecutors
-from rcon_plugins.outcome import Ending, Outcome
+from rcon_plugins.outcome import Outcome
 from rcon_plugins.work import Work
 
 GRACE = 0.5

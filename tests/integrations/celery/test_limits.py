@@ -18,7 +18,7 @@ from rcon_plugins.errors import (
     PidsLimitExceeded,
     TimeLimitExceeded,
 )
-from rcon_plugins.usage import Usage
+from rcon_plugins.work import Usage
 from tests.integrations.celery.limited import Unspeakable
 from tests.integrations.celery.office import Office, Offices
 from tests.processes import alive, until
@@ -45,7 +45,7 @@ def test_runs_in_a_cgroup_of_its_own(office: Office) -> None:
 
 def test_memory(office: Office) -> None:
     error = office.error("hog", MemoryLimitExceeded)
-    assert str(error).startswith("hog: memory limit 64M reached, peak 6")
+    assert str(error).startswith("hog: memory limit 64M reached (peak 6")
     assert (error.policy, error.limit) == ("hog", "each.memory")
     assert isinstance(error.usage, Usage)
     assert error.usage.memory_peak is not None
@@ -67,9 +67,9 @@ def test_pids(office: Office) -> None:
 @pytest.mark.parametrize(
     ("how", "message", "number"),
     [
-        ("exit", "die: its process ended with exit status 70", None),
-        ("abort", "die: its process was ended by a signal: Aborted", 6),
-        ("kill", "die: its process was ended by a signal: Killed", 9),
+        ("exit", "die: process exited with status 70", None),
+        ("abort", "die: process ended by SIGABRT (Aborted)", 6),
+        ("kill", "die: process ended by SIGKILL (Killed)", 9),
     ],
 )
 def test_killed(office: Office, how: str, message: str, number: int | None) -> None:

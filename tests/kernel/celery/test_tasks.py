@@ -50,7 +50,7 @@ def test_each_end_has_its_exception(office: Office) -> None:
     processes = office.worker.children()
     assert office.get("where")["confined"]
     error = office.error("hog", MemoryLimitExceeded)
-    assert str(error).startswith("hog: memory limit 64M reached, peak 6")
+    assert str(error).startswith("hog: memory limit 64M reached (peak 6")
     assert error.usage is not None
     office.error("hang", TimeLimitExceeded)
     office.error("fork", PidsLimitExceeded)

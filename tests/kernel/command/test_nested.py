@@ -73,7 +73,7 @@ def within(
             ended = run(order, hierarchy)
             status = ended.status
             if told is not None:
-                told.write_text(json.dumps([ended.ending, ended.limit]))
+                told.write_text(json.dumps([ended.end.ending, ended.end.limit]))
         finally:
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

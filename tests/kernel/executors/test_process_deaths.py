@@ -45,7 +45,7 @@ def test_an_executor_that_exits_in_mid_work() -> None:
     with managing({"each": {"timeout": "60s"}}) as manager:
         outcome = ask(manager, "end", 3)[1]
         assert (outcome.ending, outcome.signal) == ("killed", None)
-        assert "exit status 3" in outcome.detail
+        assert "exited with status 3" in outcome.detail
 
 
 @pytest.mark.each_layout

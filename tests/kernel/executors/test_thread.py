@@ -268,7 +268,7 @@ def leave(admission: ThreadAdmission, act: Callable[..., Any], *arguments: Any) 
 
 
 def told(records: list[logging.LogRecord]) -> list[str]:
-    return [record.getMessage() for record in records if "nobody waits" in record.getMessage()]
+    return [record.getMessage() for record in records if "its caller left" in record.getMessage()]
 
 
 @contextlib.contextmanager
@@ -461,7 +461,7 @@ def test_what_is_closed_after_a_call_was_left_finds_the_context_of_its_work() ->
         admission.call(variable.set, "its own")
         leave(admission, go_on.wait, 20)
         admission.finish("error")
-        found = str(admission.call(variable.get))  # while the other is still at work
+        found = str(admission.call(variable.get))  # while the other is still busy
         go_on.set()
         soon(lambda: sum(thread.name.startswith("rcon-") for thread in threading.enumerate()) == 1)
         return found

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from rcon_plugins.ending import Ending
 from rcon_plugins.executors.channel import Channel
-from rcon_plugins.outcome import Ending, Outcome
+from rcon_plugins.outcome import Outcome
 from rcon_wsgi import wire
 from rcon_wsgi.exchange import Exchange
 

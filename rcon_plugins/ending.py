@@ -1,0 +1,176 @@
+"""How work ended: from what the host did, the wait status, and the counters of the kernel. Pure; reads nothing.
+
+Commands (`rcon_plugins.command.run`) and executor processes (`rcon_plugins.confinement.admission`) share it. It imports
+little, because ``rcon run`` does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Literal, NamedTuple
+
+from rcon_plugins.kernel.cgroup import Reading
+
+Ending = Literal[
+    "ok",  # ran to its end
+    "error",  # its own code raised, or the command exited with another status than 0
+    "memory",  # killed at a memory limit
+    "timeout",  # killed at its wall time limit
+    "pids",  # failed because it could start no more processes or threads
+    "result",  # returned or raised more than its policy allows
+    "concurrency",  # never started: as many requests are under way as the policy allows
+    "killed",  # its process was ended by a signal, or exited, before the work was done
+    "aborted",  # stopped by the host: the client went away, or the server stops
+    "refused",  # never started: it could not be confined
+    "forbidden",  # never started: its identity is not allowed
+]
+
+#: Why a host stopped work itself: its deadline, nobody waits for it, or its process does not keep to the protocol.
+Cause = Literal["timeout", "aborted", "protocol"]
+
+#: By these signals a person or a service manager ends a process. No limit sends them.
+_REQUESTED = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+#: A peak this close to a memory limit reached it: the kernel counts pages in batches.
+_REACHED = 0.95
+#: Below this share of the limit, memory ran out elsewhere: in a group around it, or on the whole machine.
+_ELSEWHERE = 0.9
+
+
+class Snapshot(NamedTuple):
+    """The counters of the cgroup of one unit of work, and of the group that holds all work of its confinement."""
+
+    each: Reading = Reading()
+    group: Reading = Reading()
+
+
+class Bounds(NamedTuple):
+    """One limit in force, for one unit of work (``each``) and for all work together (``group``). None: no limit.
+
+    The texts are what people read in place of the numbers; ``note`` is added to what is said of a memory limit.
+    """
+
+    each: int | None = None
+    group: int | None = None
+    each_text: str = ""
+    group_text: str = ""
+    note: str = ""
+
+
+class LimitsInForce(NamedTuple):
+    """The limits in force when work ended.
+
+    ``pids`` is None where a failed fork does not explain the end. ``timeout`` is the wall time limit as people read
+    it, ``timeout_key`` the key that it is written under.
+    """
+
+    memory: Bounds = Bounds()
+    pids: Bounds | None = None
+    timeout: str = ""
+    timeout_key: str = "each.timeout"
+
+
+class End(NamedTuple):
+    """How work ended; ``limit`` is the limit that ended it as a policy spells it, ``detail`` one line for people."""
+
+    ending: Ending
+    limit: str | None = None
+    signal: int | None = None
+    detail: str = ""
+
+
+def explain_end(
+    before: Snapshot,
+    after: Snapshot,
+    status: int | None,
+    limits: LimitsInForce,
+    *,
+    cause: Cause | None = None,
+    is_command: bool = False,
+) -> End:
+    """Explain the end of a process that did work.
+
+    ``before`` and ``after`` are the counters around the work. ``status`` is the wait status; None if unknown.
+    ``cause`` is why the host stopped the work itself. A command may exit by itself: with ``is_command`` its exit
+    status decides between ``"ok"`` and ``"error"``.
+    """
+    number = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
+    if cause == "timeout":
+        return End("timeout", limits.timeout_key, number, f"wall time limit {limits.timeout} reached")
+    if cause == "aborted":
+        return End("aborted", None, number)
+    if is_command and status == 0:
+        return End("ok")
+    if number not in _REQUESTED:  # else: whatever limits it reached before
+        if _ran_out_of_memory(before, after, limits.memory):
+            return _memory_end(after, limits.memory, number)
+        if limits.pids is not None and (limit := pids_limit_hit(before, after, limits.pids)) is not None:
+            return End("pids", limit, number, _pids_detail(limit, limits.pids))
+    if number is not None:
+        return End("killed", None, number, f"ended by {_signal_name(number)}")
+    if is_command:
+        return End("error")
+    if cause == "protocol":
+        return End("killed", None, None, "broke the protocol between host and executor")
+    if status is None:
+        return End("killed", None, None, "ended, and its exit status is unknown")
+    return End("killed", None, None, f"exited with status {os.waitstatus_to_exitcode(status)}")
+
+
+def pids_limit_hit(before: Snapshot, after: Snapshot, pids: Bounds) -> str | None:
+    """Return the pids limit that refused a fork between two snapshots, as a policy spells it; None without any."""
+    hit_each = _rose(before.each.pids_limit_hits, after.each.pids_limit_hits)
+    if not hit_each and not _rose(before.group.pids_limit_hits, after.group.pids_limit_hits):
+        return None
+    return "each.pids" if pids.each is not None and (pids.group is None or hit_each) else "pids"
+
+
+def _pids_detail(limit: str, pids: Bounds) -> str:
+    bound = pids.each if limit == "each.pids" else pids.group
+    which = "of a group around it" if bound is None else str(bound)
+    return f"pids limit {which} reached: no more processes or threads could be started"
+
+
+def _ran_out_of_memory(before: Snapshot, after: Snapshot, memory: Bounds) -> bool:
+    each, group = after.each.oom_kills, _rose(before.group.oom_kills, after.group.oom_kills)
+    if _rose(before.each.oom_kills, each):
+        return True
+    if each is None:
+        return group  # not counted apart
+    # A victim in a group nested below, beside the cgroup of the work: that group's own limit, unless this one is full.
+    peak = after.group.memory_peak
+    return group and memory.group is not None and peak is not None and peak >= _REACHED * memory.group
+
+
+def _memory_end(after: Snapshot, memory: Bounds, number: int | None) -> End:
+    peak = after.each.memory_peak
+    hit_each = memory.each is not None and (
+        memory.group is None or (peak is not None and peak >= max(1, _REACHED * memory.each))
+    )
+    if hit_each:
+        key, bound, text = "each.memory", memory.each, memory.each_text
+    else:
+        key, bound, text = "memory", memory.group, memory.group_text
+    if not hit_each and after.group.memory_peak is not None:
+        peak = after.group.memory_peak
+    if bound is None or (peak is not None and peak < _ELSEWHERE * bound):
+        return End(
+            "memory", None, number, f"memory limit of a group around it reached (peak {_mebibytes(peak)})"
+        )
+    peak = None if peak is None else min(peak, bound)
+    return End("memory", key, number, f"memory limit {text} reached (peak {_mebibytes(peak)}{memory.note})")
+
+
+def _rose(before: int | None, after: int | None) -> bool:
+    return after is not None and after > (before or 0)
+
+
+def _mebibytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**20:.1f} MiB"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"{signal.Signals(number).name} ({signal.strsignal(number)})"
+    except ValueError:
+        return f"signal {number}"

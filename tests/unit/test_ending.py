@@ -1,0 +1,144 @@
+"""How work ended, from counters and a wait status: no kernel is asked."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from rcon_plugins.ending import Bounds, Cause, End, LimitsInForce, Snapshot, explain_end, pids_limit_hit
+from rcon_plugins.kernel.cgroup import Reading
+
+MIB = 2**20
+KILLED, TERMINATED, EXIT_3 = signal.SIGKILL, signal.SIGTERM, 3 << 8
+
+EACH = LimitsInForce(Bounds(each=64 * MIB, each_text="64M"))
+GROUP = LimitsInForce(Bounds(group=64 * MIB, group_text="64M"))
+BOTH = LimitsInForce(Bounds(32 * MIB, 64 * MIB, "32M", "64M"))
+PIDS = LimitsInForce(pids=Bounds(each=8, group=16))
+
+
+def oom(peak: int, kills: int = 1) -> Reading:
+    return Reading(memory_peak=peak * MIB, oom_kills=kills)
+
+
+@pytest.mark.parametrize(
+    ("status", "end"),
+    [
+        (0, End("ok")),
+        (EXIT_3, End("error")),
+        (KILLED, End("killed", None, 9, "ended by SIGKILL (Killed)")),
+        (TERMINATED, End("killed", None, 15, "ended by SIGTERM (Terminated)")),
+        (60, End("killed", None, 60, "ended by signal 60")),
+    ],
+)
+def test_a_command_without_limits(status: int, end: End) -> None:
+    assert explain_end(Snapshot(), Snapshot(), status, LimitsInForce(), is_command=True) == end
+
+
+@pytest.mark.parametrize(
+    ("status", "cause", "detail"),
+    [
+        (0, None, "exited with status 0"),
+        (EXIT_3, None, "exited with status 3"),
+        (None, None, "ended, and its exit status is unknown"),
+        (None, "protocol", "broke the protocol between host and executor"),
+    ],
+)
+def test_an_executor_process_that_exits_did_not_finish_its_work(
+    status: int | None, cause: Cause | None, detail: str
+) -> None:
+    end = explain_end(Snapshot(), Snapshot(), status, LimitsInForce(), cause=cause)
+    assert end == End("killed", None, None, detail)
+
+
+def test_the_host_stopped_it() -> None:
+    limits = LimitsInForce(EACH.memory, timeout="5s")
+    after = Snapshot(oom(64))
+    end = explain_end(Snapshot(), after, KILLED, limits, cause="timeout")
+    assert end == End("timeout", "each.timeout", 9, "wall time limit 5s reached")
+    assert explain_end(Snapshot(), after, KILLED, limits, cause="aborted") == End("aborted", None, 9)
+
+
+@pytest.mark.parametrize(
+    ("limits", "after", "end"),
+    [
+        (EACH, Snapshot(oom(64)), ("each.memory", "memory limit 64M reached (peak 64.0 MiB)")),
+        (GROUP, Snapshot(oom(64)), ("memory", "memory limit 64M reached (peak 64.0 MiB)")),
+        (BOTH, Snapshot(oom(31)), ("each.memory", "memory limit 32M reached (peak 31.0 MiB)")),
+        (BOTH, Snapshot(oom(20), oom(64, 0)), ("memory", "memory limit 64M reached (peak 64.0 MiB)")),
+        # The kernel counts a batch of pages before it refuses them.
+        (GROUP, Snapshot(oom(65)), ("memory", "memory limit 64M reached (peak 64.0 MiB)")),
+        # Another limit than these was reached.
+        (
+            GROUP,
+            Snapshot(oom(20), oom(20)),
+            (None, "memory limit of a group around it reached (peak 20.0 MiB)"),
+        ),
+        (
+            LimitsInForce(),
+            Snapshot(oom(20)),
+            (None, "memory limit of a group around it reached (peak 20.0 MiB)"),
+        ),
+        # The kills are counted in the group alone.
+        (GROUP, Snapshot(Reading(), oom(64)), ("memory", "memory limit 64M reached (peak 64.0 MiB)")),
+        # A victim in a nested group beside the work, at the limit of the group.
+        (GROUP, Snapshot(oom(5, 0), oom(63)), ("memory", "memory limit 64M reached (peak 63.0 MiB)")),
+    ],
+)
+def test_memory(limits: LimitsInForce, after: Snapshot, end: tuple[str | None, str]) -> None:
+    limit, detail = end
+    assert explain_end(Snapshot(), after, KILLED, limits) == End("memory", limit, 9, detail)
+
+
+def test_a_note_on_the_limit_is_kept() -> None:
+    limits = LimitsInForce(Bounds(group=64 * MIB, group_text="64 MiB", note=", expanded from 32M"))
+    end = explain_end(Snapshot(), Snapshot(oom(64)), KILLED, limits)
+    assert end.detail == "memory limit 64 MiB reached (peak 64.0 MiB, expanded from 32M)"
+
+
+def test_an_earlier_oom_kill_does_not_explain_this_end() -> None:
+    end = explain_end(Snapshot(oom(64)), Snapshot(oom(64)), KILLED, EACH)
+    assert (end.ending, end.limit) == ("killed", None)
+
+
+def test_a_nested_group_at_a_limit_of_its_own_does_not_explain_this_end() -> None:
+    end = explain_end(Snapshot(), Snapshot(oom(5, 0), oom(30)), KILLED, GROUP)
+    assert (end.ending, end.limit) == ("killed", None)
+
+
+def test_a_requested_end_is_not_a_limit() -> None:
+    after = Snapshot(oom(64)._replace(pids_limit_hits=3))
+    assert explain_end(Snapshot(), after, TERMINATED, EACH._replace(pids=Bounds(each=8))).ending == "killed"
+
+
+def test_a_command_that_succeeds_reached_no_limit() -> None:
+    after = Snapshot(oom(64)._replace(pids_limit_hits=3))
+    assert explain_end(Snapshot(), after, 0, EACH._replace(pids=Bounds(each=8)), is_command=True) == End("ok")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "limit", "bound"),
+    [
+        (Snapshot(), Snapshot(Reading(pids_limit_hits=1)), "each.pids", "8"),
+        (Snapshot(), Snapshot(group=Reading(pids_limit_hits=1)), "pids", "16"),
+        (Snapshot(Reading(pids_limit_hits=1)), Snapshot(Reading(pids_limit_hits=2)), "each.pids", "8"),
+    ],
+)
+def test_pids(before: Snapshot, after: Snapshot, limit: str, bound: str) -> None:
+    end = explain_end(before, after, EXIT_3, PIDS, is_command=True)
+    detail = f"pids limit {bound} reached: no more processes or threads could be started"
+    assert end == End("pids", limit, None, detail)
+    assert pids_limit_hit(before, after, Bounds(each=8, group=16)) == limit
+
+
+def test_a_pids_limit_of_a_group_around_it() -> None:
+    end = explain_end(Snapshot(), Snapshot(Reading(pids_limit_hits=1)), EXIT_3, LimitsInForce(pids=Bounds()))
+    assert (end.ending, end.limit) == ("pids", "pids")
+    assert end.detail.startswith("pids limit of a group around it reached")
+
+
+def test_no_fork_was_refused() -> None:
+    same = Snapshot(Reading(pids_limit_hits=4), Reading(pids_limit_hits=4))
+    assert pids_limit_hit(same, same, Bounds(8, 16)) is None
+    assert explain_end(same, same, EXIT_3, PIDS, is_command=True) == End("error")
