@@ -1,54 +1,76 @@
-"""The host's side of one request that runs in an executor process."""
+"""One request in an executor process, seen from the host: the exchange of frames, the client, and what is let through.
+
+A frame that costs its sender next to nothing costs the host some microseconds. So a tenant limited to a twentieth of a
+CPU could keep a whole CPU of the host busy. `FrameRateLimiter` and `ErrorLog` bound rates, so that a response that
+sends little for hours never meets them.
+"""
 
 from __future__ import annotations
 
+import enum
 import errno
 import os
+import select
 import socket
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal
+from urllib.parse import quote
 
+from rcon_plugins.connections import cut, reset_on_close
 from rcon_plugins.errors import ApplicationError
 from rcon_plugins.executors.channel import CHUNK, ChannelClosed, Frame, ProtocolViolation
 from rcon_plugins.outcome import Outcome
-from rcon_wsgi import environ as crossing
-from rcon_wsgi import problem, wire
-from rcon_wsgi.client import Client, ClientGone, Stage
-from rcon_wsgi.measure import (
-    LINE,
-    LOG_CHARACTERS,
-    LOT,
-    SMALL,
-    ErrorLog,
-    FrameRateLimiter,
-    owned,
-    owner,
-    visible,
-)
+from rcon_wsgi import wire
+from rcon_wsgi.request import is_problem, respond
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
 
     from rcon_plugins.confinement.admission import ProcessAdmission
 
-_CLIENT_GONE: Final = "the client went away"
+_CLIENT_GONE: Final = "the client closed the connection"
 #: A response of status 500 is held back up to this size, to learn whether a limit was the cause.
-_HELD: Final = CHUNK
+_MAX_HELD: Final = CHUNK
+
+#: A frame with fewer bytes than this is small, and counts.
+SMALL_FRAME: Final = 4096
+#: Small frames are counted in windows of so many.
+WINDOW_FRAMES: Final = 1000
+#: The least time for a window, seconds: the host waits for the rest of it.
+_MIN_WINDOW_SECONDS: Final = 0.04
+#: After a window that took less than this, chunks that are here together go to the server together.
+_FAST_WINDOW_SECONDS: Final = 1.0
+
+#: How much one request may log in a minute: characters, with the prefix of each line, and frames.
+LOG_CHARACTERS: Final = 256 * 1024
+LOG_FRAMES: Final = 1000
+#: The most that is shown of one line, characters.
+LINE_CHARACTERS: Final = 8 * 1024
+_MINUTE: Final = 60.0
+_KEY_CHARACTERS: Final = 100
+
+#: How many frames are read from an executor after its client has left: one of them may end the work. An executor that
+#: never stops sending would be read for ever.
+_MAX_READS_WITHOUT_CLIENT: Final = 16
 
 
 class ResponseCut(ConnectionResetError):
-    """Raised out of a response that had begun when its work was ended, or whose client has gone.
+    """Raised in the middle of a response when its work was ended, or its client has gone.
 
-    The kind of error that servers expect of connections: they close it, and do not send what would make
-    the response look complete. ``outcome`` tells why.
+    It is the kind of error that servers expect of connections: they close the connection, and send nothing that would
+    make the response look complete. ``outcome`` has the cause.
     """
 
     def __init__(self, reason: str, outcome: Outcome | None = None) -> None:
-        super().__init__(errno.ECONNRESET, f"the response was cut: {reason}")
+        super().__init__(errno.ECONNRESET, f"the response was cut off: {reason}")
         self.outcome = outcome
 
 
 class _Failed(Exception):
+    """Raised with the exception that the application raised, and the outcome."""
+
     def __init__(self, error: Exception, outcome: Outcome) -> None:
         super().__init__(error, outcome)
         self.error = error
@@ -67,8 +89,8 @@ class Exchange:
         "_frames",
         "_has_data",
         "_input_error",
+        "_limiter",
         "_log",
-        "_pace",
         "_pending",
         "_state",
         "_status",
@@ -81,13 +103,14 @@ class Exchange:
         self._environ = environ
         self._admission = admission
         self._channel = admission.channel
-        self._client = Client(client, self._channel.fileno())
+        self._client = None if client is None else Client(client, self._channel.fileno())
         self._log: ErrorLog | None = None
-        self._pace = FrameRateLimiter()
-        #: What the frames of this request's answer begin with: one to an earlier request is none to this.
+        self._limiter = FrameRateLimiter()
+        #: The number of the request. The frames of its answer begin with it, so that an answer to an earlier request
+        #: is not taken for this one's.
         self.number = os.urandom(wire.NUMBER_SIZE)
-        self._frames: list[Frame] = []  # received and not yet looked at, last first
-        self._pending: list[bytes] = []  # received and not yet given to the server, last first
+        self._frames: list[Frame] = []  # received and not looked at yet, last first
+        self._pending: list[bytes] = []  # chunks not given to the server yet, last first
         self._has_data = False
         self._input_error: Exception | None = None
         self._state: Literal["running", "ended", "settled"] = "running"
@@ -95,12 +118,13 @@ class Exchange:
         self._status = ""
 
     def begin(self, start_response: StartResponse) -> Iterable[bytes]:
-        """Send the request over and wait for the first of its response."""
-        if self._client.known:
-            self._admission.on_deadline = self._client.deadline
+        """Send the request to the executor process and wait for the first frame of its response."""
+        client, wait = self._client, None
+        if client is not None:
+            self._admission.on_deadline = client.stop_waiting
+            wait = client.wait_to_send
         try:
-            request = crossing.frames(self.number + crossing.encode(self._environ))
-            self._channel.send(*request, wait=self._client.wait_to_send)
+            self._channel.send(*wire.encode_request(self.number, self._environ), wait=wait)
             kind, payload = self._next()
             if kind == wire.START:
                 return self._start(start_response, wire.decode_start(self._answer(payload)))
@@ -108,11 +132,11 @@ class Exchange:
                 raise self._failed(payload)
             raise ProtocolViolation(f"a response cannot begin with a frame of kind {kind}")
         except _Failed as failed:
-            if problem.is_problem(failed.outcome):
-                return problem.respond(self._environ, start_response, failed.outcome)
+            if is_problem(failed.outcome):
+                return respond(self._environ, start_response, failed.outcome)
             raise failed.error from None
         except ChannelClosed:
-            return problem.respond(self._environ, start_response, self._died())
+            return respond(self._environ, start_response, self._died())
         except ClientGone:
             raise self._abandoned() from None
         except BaseException as error:
@@ -124,8 +148,8 @@ class Exchange:
         if start.status.startswith("500"):
             self._ending = "error"
             outcome, only = self._hold_back()
-            if outcome is not None and problem.is_problem(outcome):
-                return problem.respond(self._environ, start_response, outcome)
+            if outcome is not None and is_problem(outcome):
+                return respond(self._environ, start_response, outcome)
             self._hand_over()
             start_response(start.status, start.headers)
             return _SizedExchange(self) if only else self
@@ -143,13 +167,14 @@ class Exchange:
     def __next__(self) -> bytes:
         try:
             if not self._pending and self._state == "running":
-                self._client.enter(Stage.EXECUTOR)
+                if self._client is not None:
+                    self._client.enter(Stage.EXECUTOR)
                 self._take(*self._next())
             if self._pending:
                 self._hand_over()
                 return self._pending.pop()
         except _Failed as failed:
-            if problem.is_problem(failed.outcome):
+            if is_problem(failed.outcome):
                 raise self._cut(failed.outcome) from None
             raise failed.error from None
         except ChannelClosed:
@@ -169,7 +194,7 @@ class Exchange:
             try:
                 self._take(*self._next())
             except ChannelClosed:
-                self._died()  # the client has the whole response; what befell the work since is in the log
+                self._died()  # the client has the whole response; the log has how the work ended
             except _Failed as failed:
                 raise failed.error from None
             except BaseException as error:
@@ -177,16 +202,16 @@ class Exchange:
                 raise
 
     def _hold_back(self) -> tuple[Outcome | None, bool]:
-        """Receive a whole response that says the application failed, to learn from the work's outcome why.
+        """Receive a whole response that says the application failed, to learn the cause from the outcome.
 
-        The outcome is None where the response is too large for that; it is then streamed like any other. The
-        other is whether the length of its result was 1.
+        The outcome is None where the response is too large for that: it is then streamed like any other. The second
+        value is whether the application's result had the length 1.
         """
         held: list[bytes] = []
         size = 0
         outcome = None
         only = False
-        while size <= _HELD and len(held) < LOT and not self._pace.hurried:
+        while size <= _MAX_HELD and len(held) < WINDOW_FRAMES and not self._limiter.is_fast:
             kind, payload = self._next()
             if kind in (wire.DATA, wire.ONLY) and self._state == "running":
                 held.append(self._chunk(kind, payload))
@@ -216,14 +241,14 @@ class Exchange:
             raise ProtocolViolation(f"a frame of kind {kind} out of order")
 
     def _only(self, start_response: StartResponse, start: wire.Start, chunk: bytes) -> Iterable[bytes]:
-        """A response of one chunk; in most, the end of the work came along with it."""
+        """Take a response of one chunk; nearly always the end of the work came with it."""
         self._has_data = True
         if self._frames:
             kind, payload = self._next()
             if kind == wire.DONE:
                 outcome = self._done(payload)
-                if problem.is_problem(outcome):  # a deadline that came just before the end
-                    return problem.respond(self._environ, start_response, outcome)
+                if is_problem(outcome):  # the deadline came just before the end
+                    return respond(self._environ, start_response, outcome)
                 start_response(start.status, start.headers)
                 return [chunk]
             self._take(kind, payload)
@@ -233,17 +258,18 @@ class Exchange:
         return _SizedExchange(self)
 
     def _chunk(self, kind: int, payload: bytes) -> bytes:
-        """A chunk of the response; with those behind it that are here already, if they come in a hurry."""
+        """Return a chunk of the response; where small frames come fast, with the chunks that are here already."""
         if self._has_data and (kind == wire.ONLY or not payload):
-            # An empty chunk sends the headers off; behind another it would be work for nothing.
-            raise ProtocolViolation("an empty chunk, or one that was to be the only one")
+            # An empty chunk sends the headers off; behind another it is work for nothing.
+            raise ProtocolViolation("an empty chunk, or a second one where one was announced")
         self._has_data = True
-        if not self._pace.hurried or len(payload) >= SMALL:
+        if not self._limiter.is_fast or len(payload) >= SMALL_FRAME:
             return payload
         pieces = [payload]
         size = len(payload)
         while size < CHUNK and self._frames and self._frames[-1].kind in (wire.DATA, wire.ERRORS):
-            kind, payload = self._receive()
+            kind, payload = self._frames.pop()
+            self._count(payload)
             if kind == wire.ERRORS:
                 self._write_log(payload)
             elif payload:
@@ -254,33 +280,32 @@ class Exchange:
         return b"".join(pieces)
 
     def _hand_over(self) -> None:
-        """From here on the server writes to the client; not if the deadline has come."""
-        if not self._client.enter(Stage.RESPONSE):
+        """Note that the server writes to the client from here on; not if the deadline has come."""
+        if self._client is not None and not self._client.enter(Stage.RESPONSE):
             raise ChannelClosed("the deadline has come")
 
     def _next(self) -> tuple[int, bytes]:
-        """The next frame of the response; what the application reads and logs meanwhile is done here."""
+        """Return the next frame of the response. Meanwhile carry out what the application reads and logs."""
         while True:
-            kind, payload = self._receive()
+            if not self._frames:
+                wait = None if self._client is None else self._client.wait_to_receive
+                self._frames = self._channel.receive_batch(wait)
+            kind, payload = self._frames.pop()
             if kind in (wire.READ, wire.READLINE):
                 self._read(kind, wire.decode_size(payload))
-            elif kind == wire.ERRORS:
-                self._write_log(payload)
-            else:
+                continue
+            self._count(payload)
+            if kind != wire.ERRORS:
                 return kind, payload
+            self._write_log(payload)
 
-    def _receive(self) -> Frame:
-        if not self._frames:
-            self._frames = self._channel.receive_batch(self._client.wait_to_receive)
-        frame = self._frames.pop()
-        if len(frame.payload) < SMALL and frame.kind not in (wire.READ, wire.READLINE):
-            self._count()
-        return frame
-
-    def _count(self) -> None:
-        pause = self._pace.count()
-        if pause:
-            self._client.pause(pause)
+    def _count(self, payload: bytes) -> None:
+        """Count the frame if it is small, and wait where such frames come too fast."""
+        if len(payload) < SMALL_FRAME and (pause := self._limiter.count()):
+            if self._client is None:
+                time.sleep(pause)
+            else:
+                self._client.pause(pause)
 
     def _write_log(self, payload: bytes) -> None:
         if self._log is None:
@@ -289,52 +314,58 @@ class Exchange:
         self._log.write(payload)
 
     def _read(self, kind: int, size: int) -> None:
+        """Read from the server's ``wsgi.input``, and send the piece to the executor process."""
         if self._frames or not self._channel.drained:
-            # Who asks waits for the answer. Answers that nobody waits for would be the host's work alone.
+            # The executor must wait for the answer. Reads without waiting would cost the host alone.
             raise ProtocolViolation("a frame behind a read that was not answered")
-        if not self._client.enter(Stage.BODY):
+        client = self._client
+        if client is not None and not client.enter(Stage.BODY):
             raise ChannelClosed("the deadline has come")
         stream = self._environ["wsgi.input"]
         try:
             data = stream.read(size) if kind == wire.READ else stream.readline(size)
-        except Exception as error:  # noqa: BLE001 - the server's own; the application has to hear of it
+        except Exception as error:  # noqa: BLE001 - the server's own; the application gets it
             self._input_error = error
             answer = (wire.INPUT_FAILED, wire.encode_input_failure(error))
         else:
             answer = (wire.INPUT, data)
-        self._client.enter(Stage.EXECUTOR)
+        if client is not None:
+            client.enter(Stage.EXECUTOR)
         if not answer[1] or answer[0] == wire.INPUT_FAILED:
-            self._count()
-        self._channel.send(answer, wait=self._client.wait_to_send)
+            self._count(b"")
+        self._channel.send(answer, wait=None if client is None else client.wait_to_send)
 
-    # How the work is settled: each sets the state first, so that it happens once.
+    # -- how the work is settled: each sets the state first, so that it happens once -----------------
 
     def _ended(self) -> None:
         self._state = "ended"
-        self._client.release()  # it has, or will have, all there is; the rest is the application's close()
+        if self._client is not None:
+            self._client.release()  # it has all of the response; only the application's close() is left
 
     def _done(self, payload: bytes) -> Outcome:
         if self._answer(payload):
-            raise ProtocolViolation("an end with more to it")
-        if self._frames or not self._channel.drained:
-            raise ProtocolViolation("a frame after the last")
-        self._settled()
+            raise ProtocolViolation("an end with a payload")
+        self._check_last()
         return self._admission.finish(self._ending, self._status if self._ending == "error" else "")
 
     def _failed(self, payload: bytes) -> _Failed:
         failure = wire.decode_failure(self._answer(payload))
-        if self._frames or not self._channel.drained:
-            raise ProtocolViolation("a frame after the last")
-        self._settled()
+        self._check_last()
         # The server will log it, line by line, and no more of it than is sensible.
-        prefix = owner(self._admission.policy.name, self._admission.key)
-        name, message = visible(failure.type_name[:LINE]), visible(failure.message[:LINE])
-        text = owned(failure.traceback_text[:LOG_CHARACTERS], prefix)
+        prefix = log_prefix(self._admission.policy.name, self._admission.key)
+        name = escape_unprintable(failure.type_name[:LINE_CHARACTERS])
+        message = escape_unprintable(failure.message[:LINE_CHARACTERS])
+        text = prefix_lines(failure.traceback_text[:LOG_CHARACTERS], prefix)
         outcome = self._admission.finish("error", f"{name}: {message}")
         if failure.input_failed and self._input_error is not None:
             return _Failed(self._input_error, outcome)
-        error = ApplicationError(name, message, text)
-        return _Failed(error, outcome)
+        return _Failed(ApplicationError(name, message, text), outcome)
+
+    def _check_last(self) -> None:
+        """Settle the state at the last frame of a request. Raise `ProtocolViolation` where more follows."""
+        if self._frames or not self._channel.drained:
+            raise ProtocolViolation("a frame after the last")
+        self._settled()
 
     def _died(self) -> Outcome:
         self._settled()
@@ -347,10 +378,11 @@ class Exchange:
 
     def _settled(self) -> None:
         self._state = "settled"
-        self._client.release()
+        if self._client is not None:
+            self._client.release()
 
     def _answer(self, payload: bytes) -> bytes:
-        """What a frame of this request's answer says. Raises `ProtocolViolation` for that of another request."""
+        """Return what follows the number of this request. Raise `ProtocolViolation` for that of another one."""
         if payload[: wire.NUMBER_SIZE] != self.number:
             raise ProtocolViolation("an answer to another request")
         return payload[wire.NUMBER_SIZE :]
@@ -360,16 +392,17 @@ class Exchange:
         return ResponseCut(_CLIENT_GONE)
 
     def _cut(self, outcome: Outcome) -> ResponseCut:
-        """The exception that ends a response which had begun; resets the connection where it is known.
+        """Return the exception that ends a response which had begun; reset the connection where its socket is known.
 
         Without that, a client of HTTP/1.0 would take the end of the connection for the end of the response.
         """
-        self._client.reset()
+        if self._client is not None:
+            self._client.reset()
         return ResponseCut(outcome.detail or outcome.ending, outcome)
 
 
 class _SizedExchange:
-    """The response of an application whose result had the length 1, kept for servers that look at it."""
+    """The response of an application whose result had the length 1, for servers that use the length."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -380,3 +413,215 @@ class _SizedExchange:
 
     def __iter__(self) -> Iterator[bytes]:
         return self._exchange
+
+
+class ClientGone(Exception):
+    """Raised when the client has closed its connection, or its half of it."""
+
+
+class Stage(enum.Enum):
+    """What the request's thread may be waiting for."""
+
+    EXECUTOR = enum.auto()
+    #: The server reads the request's body from the client.
+    BODY = enum.auto()
+    #: The server has a part of the response, and writes it to the client.
+    RESPONSE = enum.auto()
+    #: The exchange is over: the server may serve the next request on the connection.
+    RELEASED = enum.auto()
+
+
+class Client:
+    """The client's socket. Belongs to the request's thread, but for `stop_waiting`.
+
+    ``wait_to_receive`` and ``wait_to_send`` wait for the executor's channel and raise `ClientGone`; None once the
+    client is released.
+    """
+
+    __slots__ = (
+        "_channel",
+        "_late",
+        "_lock",
+        "_reads_without_client",
+        "_receiving",
+        "_sending",
+        "_socket",
+        "_stage",
+        "wait_to_receive",
+        "wait_to_send",
+    )
+
+    def __init__(self, sock: socket.socket, channel: int) -> None:
+        self._socket = sock
+        self._channel = channel
+        self._lock = threading.Lock()
+        self._stage = Stage.EXECUTOR
+        self._late = False
+        self._reads_without_client = 0
+        self._receiving: select.poll | None = None
+        self._sending: select.poll | None = None
+        self.wait_to_receive: Callable[[], None] | None = self._wait_to_receive
+        self.wait_to_send: Callable[[], None] | None = self._wait_to_send
+
+    def enter(self, stage: Stage) -> bool:
+        """Note what the thread waits for next. Return False if the deadline has come, and it must not wait."""
+        with self._lock:
+            if self._stage is Stage.RELEASED:
+                return True
+            self._stage = stage
+            return not self._late
+
+    def release(self) -> None:
+        """Stop watching the client. `stop_waiting` no longer touches its socket."""
+        self.wait_to_receive = self.wait_to_send = None
+        with self._lock:
+            self._stage = Stage.RELEASED
+
+    def stop_waiting(self) -> None:
+        """At the deadline: wake the request's thread if it waits for the client. Called by another thread, once."""
+        with self._lock:
+            self._late = True
+            try:
+                if self._stage is Stage.BODY:
+                    # Not the method of the object: that of a TLS socket would go on without TLS.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RD)  # an answer can still be written
+                elif self._stage is Stage.RESPONSE:
+                    cut(self._socket)
+            except OSError:
+                pass  # it is closed already
+
+    def reset(self) -> None:
+        """Reset the connection, so that no client takes its end for the end of a response."""
+        try:
+            reset_on_close(self._socket)
+            self._socket.close()
+        except OSError:
+            pass  # it is closed already
+
+    def pause(self, seconds: float) -> None:
+        """Do nothing for a while. Raises `ClientGone`."""
+        if self.wait_to_receive is None:
+            time.sleep(seconds)
+        elif self._watching(0).poll(seconds * 1000):
+            raise ClientGone
+
+    def _wait_to_receive(self) -> None:
+        if self._receiving is None:
+            self._receiving = self._watching(select.POLLIN)
+        self._wait(self._receiving)
+
+    def _wait_to_send(self) -> None:
+        if self._sending is None:
+            self._sending = self._watching(select.POLLOUT)
+        self._wait(self._sending)
+
+    def _wait(self, poll: select.poll) -> None:
+        ready = [descriptor for descriptor, _ in poll.poll()]
+        if ready != [self._channel]:
+            self._reads_without_client += 1
+            if self._channel not in ready or self._reads_without_client > _MAX_READS_WITHOUT_CLIENT:
+                raise ClientGone
+
+    def _watching(self, events: int) -> select.poll:
+        """Return a poll for the client's leaving, and for these events of the channel."""
+        client = self._socket.fileno()
+        if client < 0:
+            raise ClientGone
+        poll = select.poll()
+        if events:
+            poll.register(self._channel, events)
+        poll.register(client, select.POLLRDHUP)
+        return poll
+
+
+class FrameRateLimiter:
+    """Counts small frames. ``is_fast``: they come so fast that they are joined."""
+
+    __slots__ = ("_left", "_since", "is_fast")
+
+    def __init__(self) -> None:
+        self._left = WINDOW_FRAMES
+        self._since = time.monotonic()
+        self.is_fast = False
+
+    def count(self) -> float:
+        """Count one frame. Return how long to wait before the next is taken, seconds."""
+        self._left -= 1
+        if self._left:
+            return 0.0
+        now = time.monotonic()
+        took = now - self._since
+        pause = max(0.0, _MIN_WINDOW_SECONDS - took)
+        self._left = WINDOW_FRAMES
+        self._since = now + pause
+        self.is_fast = took < _FAST_WINDOW_SECONDS
+        return pause
+
+
+class ErrorLog:
+    """The server's ``wsgi.errors``, as far as an executor may write to it.
+
+    Each line begins with the policy and the key, so that it cannot pass for a line of the server or of rcon, and holds
+    only printable characters. Lines that the log cannot take are lost: that must not fail a request.
+    """
+
+    __slots__ = ("_characters", "_frames", "_prefix", "_since", "_stream")
+
+    def __init__(self, stream: Any, policy: str, key: str | None) -> None:
+        self._stream = stream
+        self._prefix = log_prefix(policy, key)
+        self._characters = self._frames = 0
+        self._since = -_MINUTE
+
+    def write(self, payload: bytes) -> None:
+        """Log a text. Raises `ProtocolViolation` for an empty one."""
+        if not payload:
+            raise ProtocolViolation("an empty text for the log")
+        now = time.monotonic()
+        if now - self._since >= _MINUTE:
+            self._since, self._frames, self._characters = now, LOG_FRAMES, LOG_CHARACTERS
+        if not self._frames:
+            return
+        self._frames -= 1
+        # Decode no more than could be logged.
+        text = payload[: self._characters].decode("utf-8", "replace")
+        lines = []
+        for line in text.splitlines():
+            shown = f"{self._prefix}{escape_unprintable(line)}\n"
+            self._characters -= len(shown)
+            if self._characters < 0:
+                self._frames = 0
+                break
+            lines.append(shown)
+        if not self._frames:
+            lines.append(
+                f"{self._prefix}(rcon: this request logs too much; the rest of this minute is left out)\n"
+            )
+        try:
+            self._stream.write("".join(lines))
+            self._stream.flush()
+        except Exception:  # noqa: BLE001, S110 - a full disk or a closed file must not fail the request
+            pass
+
+
+def log_prefix(policy: str, key: str | None) -> str:
+    """Return what each line that confined code logs begins with. A client may have sent the key."""
+    shown = quote(key[:_KEY_CHARACTERS], safe="/:@", errors="backslashreplace") if key is not None else ""
+    return f"[{policy} {shown}] " if shown else f"[{policy}] "
+
+
+def prefix_lines(text: str, prefix: str) -> str:
+    """Return the text with ``prefix`` before each line, and unprintable characters escaped."""
+    return "".join([f"{prefix}{escape_unprintable(line)}\n" for line in text.splitlines()])
+
+
+def escape_unprintable(line: str) -> str:
+    """Return the line with unprintable characters escaped, but for tabs."""
+    if line.isprintable():
+        return line
+    return "".join(
+        character
+        if character.isprintable() or character == "\t"
+        else character.encode("unicode_escape").decode("ascii")
+        for character in line
+    )

@@ -1,22 +1,24 @@
-"""The middleware: asks the manager for each request, and runs the application the way it says."""
+"""The middleware: admits each request, and runs the application in this process or in an executor process.
+
+In this process each call into the application - itself, its iterable, its ``close`` - is made inside the confinement.
+"""
 
 from __future__ import annotations
 
 import atexit
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from rcon_plugins.confinement.admission import ProcessAdmission
+from rcon_plugins.confinement.admission import LocalAdmission, ProcessAdmission
 from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.confinement.manager import Manager
 from rcon_plugins.errors import IdentityRefused, LimitExceeded, RconError
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.file import Settings, load
-from rcon_wsgi import inprocess, problem
 from rcon_wsgi.exchange import Exchange
-from rcon_wsgi.request import work_of
+from rcon_wsgi.request import respond, respond_refused, work_of
 from rcon_wsgi.service import WsgiService
 
 if TYPE_CHECKING:
@@ -30,21 +32,21 @@ _log = logging.getLogger("rcon.wsgi")
 class ConfineMiddleware:
     """A WSGI application that confines another: each request gets the policy that the settings name for it.
 
-    Construct it after the application is loaded, in the process that serves, before it starts threads: without
-    a ``manager`` it makes its own and forks the fork server here and now. A server that loads the application
-    and *then* forks its workers would share one fork server among them: the middleware notices, and answers
-    503. Use the server's adapter there, or do without preloading.
+    Construct it after the application is loaded, in the process that serves, before it starts threads: without a
+    ``manager`` it makes its own and forks the fork server at once. Where a server loads the application and *then*
+    forks its workers, they would share one fork server: the middleware detects that, and answers 503. Use the server's
+    adapter there, or do without preloading.
 
     :param app: the application.
     :param settings: `Settings`, or the path of a policy file.
-    :param manager: a manager started in this process with ``WsgiService(app)``. Who made it closes it.
-    :param server: what of the server decides how work can be confined, for the middleware's own manager. The
-        default is the cautious one: other threads serve, too.
-    :param client_socket: names the client's socket for an environ, or None. With it a request whose client has
-        closed the connection (or its half of it, as with nginx) is stopped also while it writes nothing, and
-        a response that must be cut resets the connection: the socket is closed. At the deadline it is shut
-        down where the server waits for the client. Not for connections that
-        carry several requests at once, and not where ``select.poll`` is gevent's.
+    :param manager: a manager started in this process with ``WsgiService(app)``. Its maker closes it.
+    :param server: the traits of the server that decide how requests can be confined, for the middleware's own manager.
+        The default is the cautious one: other threads serve, too.
+    :param client_socket: returns the client's socket for an environ, or None. With it a request whose client has closed
+        the connection (or its half of it, as with nginx) is stopped even while it writes nothing, and a response that
+        must be cut off resets the connection: the socket is closed. At the deadline it is shut down where the server
+        waits for the client. Not for connections that carry several requests at once, and not where ``select.poll`` is
+        gevent's.
     :raises SettingsError: the settings are wrong, or this machine cannot enforce them.
     :raises KernelError: no part of the cgroup tree can be used.
     """
@@ -76,24 +78,24 @@ class ConfineMiddleware:
                 os.getpid(),
                 self._owner,
             )
-            return problem.respond(environ, start_response, Outcome(ending="refused"))
+            return respond(environ, start_response, Outcome(ending="refused"))
         client = self._client_socket(environ) if self._client_socket is not None else None
         try:
             admission = self._manager.admit(work_of(environ))
         except LimitExceeded as error:
-            return problem.respond(environ, start_response, *problem.of(error))
+            return respond_refused(environ, start_response, error)
         except IdentityRefused:
-            return problem.respond(environ, start_response, Outcome(ending="forbidden"))
-        except RconError:  # told to hooks and log by the manager
-            return problem.respond(environ, start_response, Outcome(ending="refused"))
+            return respond(environ, start_response, Outcome(ending="forbidden"))
+        except RconError:  # the manager told hooks and log
+            return respond(environ, start_response, Outcome(ending="refused"))
         if admission is None:
             return self._app(environ, start_response)
         if isinstance(admission, ProcessAdmission):
             return Exchange(environ, admission, client).begin(start_response)
-        return inprocess.run(self._app, environ, start_response, admission)
+        return _run_here(self._app, environ, start_response, admission)
 
     def close(self) -> None:
-        """End the manager, if the middleware made it; also done when the process exits. Nothing is served then."""
+        """End the manager if the middleware made it. Also done when the process exits. Nothing is served afterwards."""
         if self._owns_manager and os.getpid() == self._owner:
             self._manager.close()
 
@@ -108,3 +110,82 @@ def _own_manager(
     manager = Manager(settings, server=server or Server())
     manager.start(WsgiService(app))
     return manager
+
+
+def _run_here(
+    app: WSGIApplication,
+    environ: dict[str, Any],
+    start_response: StartResponse,
+    admission: LocalAdmission,
+) -> Iterable[bytes]:
+    """Call the application inside the confinement. Its iterable enters it again for each chunk."""
+    try:
+        result = admission.call(app, environ, start_response)
+    except BaseException as error:
+        if not admission.ran and isinstance(error, RconError):
+            admission.abort(str(error))
+            return respond(environ, start_response, Outcome(ending="refused", policy=admission.policy.name))
+        outcome = admission.finish("error", _detail(error))
+        if outcome.ran_into_limit and isinstance(error, Exception):
+            return respond(environ, start_response, outcome, replacing=True)
+        raise
+    kind = type(result)
+    if kind is list or kind is tuple:
+        admission.finish("ok")
+        return result
+    if hasattr(result, "__len__"):
+        return _SizedResponse(result, admission)
+    return _Response(result, admission)
+
+
+class _Response:
+    """The application's iterable, confined whenever it runs."""
+
+    def __init__(self, result: Iterable[bytes], admission: LocalAdmission) -> None:
+        self._result = result
+        self._admission = admission
+        self._iterator: Iterator[bytes] | None = None
+        self._exhausted = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            return self._admission.call(self._next)
+        except StopIteration:
+            self._exhausted = True
+            raise
+        except BaseException as error:
+            self._admission.finish("error", _detail(error))
+            raise
+
+    def close(self) -> None:
+        """Close the application's iterable, and settle the request."""
+        close = getattr(self._result, "close", None)
+        if close is not None:
+            try:
+                self._admission.call(close)
+            except BaseException as error:
+                self._admission.finish("error", _detail(error))
+                raise
+        if self._exhausted:
+            self._admission.finish("ok")
+        else:
+            self._admission.abort("the response was closed before its end: the client closed the connection")
+
+    def _next(self) -> bytes:
+        if self._iterator is None:
+            self._iterator = iter(self._result)
+        return next(self._iterator)
+
+
+class _SizedResponse(_Response):
+    """A response whose length is known; a server may derive Content-Length from it."""
+
+    def __len__(self) -> int:
+        return len(self._result)  # type: ignore[arg-type]
+
+
+def _detail(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,21 +1,42 @@
-"""A request as `Work`: what routes match and keys are taken from."""
+"""A request: as `Work`, which routes match, and its answer where it was not served.
+
+The answer is ``application/problem+json`` (RFC 9457) with fixed sentences. It names the policy and the limit, as the
+policy file spells it, and nothing from inside: no path, no key, no stack trace.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote
 
+import msgspec
+
+from rcon_plugins.ending import Ending
+from rcon_plugins.errors import (
+    ConcurrencyLimitExceeded,
+    LimitExceeded,
+    MemoryLimitExceeded,
+    PidsLimitExceeded,
+    TimeLimitExceeded,
+)
+from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.routing import normalise_host
 from rcon_plugins.work import Work
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse
 
 Environ = dict[str, Any]
 
 
 def work_of(environ: Environ) -> Work:
-    """The request of this environ. What its attributes tell does not change when the application changes that."""
+    """Return the request of this environ. Its attributes do not change when the application changes the environ."""
     method = environ.get("REQUEST_METHOD", "")
-    path = _whole_path(environ)
+    path: str = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+    if not path.isascii():
+        path = _decoded(path)
     name = f"{method} {path}"
     if not name.isprintable():
         name = quote(name, safe="/ ", errors="backslashreplace")  # there may be lone surrogates
@@ -24,15 +45,14 @@ def work_of(environ: Environ) -> Work:
 
 
 class RequestAttributes(Mapping[str, str]):
-    """What routes and keys may ask of a request; what is empty is missing.
+    """The attributes of a request for routes and keys. An empty one is missing.
 
     ``host``, ``path``, ``method``, ``remote_addr`` and ``remote_user``; and, not when iterating, ``header:NAME`` for a
     header (in any case) and ``path:N`` for the N-th segment of the path, from 1.
 
-    ``host`` is the Host header, else the server's name: in small letters, without port and without final dots.
-    ``path`` is the whole path, SCRIPT_NAME included, decoded as UTF-8. It is not normalised: what an application
-    makes of ``//`` and ``..`` is its own business, so a policy that must hold whatever the path is belongs on
-    the host.
+    ``host`` is the Host header, else the server's name: in lower case, without port and without final dots. ``path`` is
+    the whole path, SCRIPT_NAME included, decoded as UTF-8. It is not normalised, as each application interprets ``//``
+    and ``..`` in its own way. So route by host where a policy must hold for any path.
     """
 
     __slots__ = ("_environ", "_host", "_method", "_path", "_written_host")
@@ -47,7 +67,7 @@ class RequestAttributes(Mapping[str, str]):
     def __getitem__(self, name: str) -> str:
         if name == "host":
             if self._host is None:
-                # As routes know it: spelled otherwise, a host must not be another key, with limits of its own.
+                # As routes normalise it: another spelling of a host must not be another key, with limits of its own.
                 self._host = normalise_host(self._written_host)
             value = self._host
         elif name == "path":
@@ -88,11 +108,108 @@ _NAMES: Final = ("host", "path", "method", *_VARIABLES)
 _BARE: Final = ("CONTENT_TYPE", "CONTENT_LENGTH")
 
 
-def _whole_path(environ: Environ) -> str:
-    path: str = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    if path.isascii():
-        return path
+def _decoded(path: str) -> str:
     try:
         return path.encode("latin-1").decode("utf-8", "replace")
-    except UnicodeEncodeError:  # a server that does not keep to PEP 3333, and has decoded it already
+    except UnicodeEncodeError:  # the server decoded it already, against PEP 3333
         return path
+
+
+_UNAVAILABLE: Final = "503 Service Unavailable"
+_FORBIDDEN: Final = "403 Forbidden"
+_GATEWAY_TIMEOUT: Final = "504 Gateway Timeout"
+
+
+class _Problem(NamedTuple):
+    status: str
+    title: str
+    detail: str
+
+
+_PROBLEMS: Final[dict[Ending, _Problem]] = {
+    "memory": _Problem(
+        _UNAVAILABLE, "Memory limit reached", "The request needed more memory than its policy allows."
+    ),
+    "pids": _Problem(
+        _UNAVAILABLE,
+        "Process limit reached",
+        "The request needed more processes or threads than its policy allows.",
+    ),
+    "timeout": _Problem(
+        _GATEWAY_TIMEOUT, "Time limit reached", "The request took longer than its policy allows."
+    ),
+    "concurrency": _Problem(
+        _UNAVAILABLE,
+        "Too many requests at once",
+        "The server handles as many of these requests at once as it may. Try again later.",
+    ),
+    "refused": _Problem(
+        _UNAVAILABLE, "Request not confined", "The request was refused, because it could not be confined."
+    ),
+    "forbidden": _Problem(
+        _FORBIDDEN, "Identity not allowed", "The request would run as a user that is not allowed."
+    ),
+    "aborted": _Problem(
+        _UNAVAILABLE, "Request stopped", "The server stopped the request before it was done."
+    ),
+}
+_KILLED: Final = _Problem(
+    _UNAVAILABLE, "Request ended", "The process that served the request ended before it was done."
+)
+
+_ENDINGS: Final[dict[type[LimitExceeded], Ending]] = {
+    ConcurrencyLimitExceeded: "concurrency",
+    MemoryLimitExceeded: "memory",
+    PidsLimitExceeded: "pids",
+    TimeLimitExceeded: "timeout",
+}
+
+
+def is_problem(outcome: Outcome) -> bool:
+    """Return whether the client gets a problem in place of the application's response."""
+    return outcome.ending not in ("ok", "error")
+
+
+def respond_refused(
+    environ: dict[str, Any], start_response: StartResponse, error: LimitExceeded
+) -> list[bytes]:
+    """Answer a request that was not admitted because of a limit."""
+    ending: Ending = next((found for kind, found in _ENDINGS.items() if isinstance(error, kind)), "refused")
+    outcome = Outcome(ending=ending, policy=error.policy, limit=error.limit)
+    retry_after = error.retry_after if isinstance(error, ConcurrencyLimitExceeded) else None
+    return respond(environ, start_response, outcome, retry_after)
+
+
+def respond(
+    environ: dict[str, Any],
+    start_response: StartResponse,
+    outcome: Outcome,
+    retry_after: int | None = None,
+    *,
+    replacing: bool = False,
+) -> list[bytes]:
+    """Answer a request with the problem that its outcome is.
+
+    ``retry_after`` is in seconds. Use ``replacing`` in an ``except`` block, after the application may have called
+    ``start_response``: the server then raises the current exception if headers have been sent.
+    """
+    problem = _PROBLEMS.get(outcome.ending, _KILLED)
+    document: dict[str, object] = {
+        "type": f"urn:problem-type:rcon:{outcome.ending if outcome.ending in _PROBLEMS else 'killed'}",
+        "title": problem.title,
+        "status": int(problem.status[:3]),
+        "detail": problem.detail,
+    }
+    if outcome.limit:
+        document["limit"] = outcome.limit
+    if outcome.policy:
+        document["policy"] = outcome.policy
+    body = msgspec.json.encode(document)
+    headers = [("Content-Type", "application/problem+json"), ("Content-Length", str(len(body)))]
+    if outcome.ending == "concurrency":
+        headers.append(("Retry-After", str(retry_after or 1)))
+    if replacing:
+        start_response(problem.status, headers, sys.exc_info())
+    else:
+        start_response(problem.status, headers)
+    return [] if environ.get("REQUEST_METHOD") == "HEAD" else [body]

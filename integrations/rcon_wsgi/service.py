@@ -1,4 +1,4 @@
-"""The executor's side: runs the application, once for each request that the host sends over."""
+"""The executor's side: runs the application once for each request that the host sends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from rcon_plugins.executors.channel import CHUNK, MAX_PAYLOAD, Channel, ChannelClosed, Frame
-from rcon_wsgi import environ as crossing
 from rcon_wsgi import wire
 from rcon_wsgi.streams import Conversation, Errors, FileWrapper, Input
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 _BATCH: Final = 256 * 1024
 _VERSION: Final = (1, 0)
 _END: Final = (wire.END, b"")
-#: These end the executor process: its host is gone, or the application asked the process to end.
+#: These end the executor process: its host is gone, or the application ends the process.
 _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
 
 
@@ -30,12 +29,12 @@ class WsgiService:
         self._app = app
 
     def __call__(self, channel: Channel, frame: Frame) -> None:
-        """Run one request; ``frame`` is its first. Returns when its last frame is sent.
+        """Run one request; ``frame`` is its first frame. Return when its last frame is sent.
 
-        What the application raises is told to the host. `ChannelClosed`, SystemExit and KeyboardInterrupt come
-        out: the process has to end.
+        Exceptions of the application are sent to the host. `ChannelClosed`, SystemExit and KeyboardInterrupt are
+        raised: the process must end.
         """
-        number, environ = crossing.receive(channel, frame)
+        number, environ = wire.receive_request(channel, frame)
         conversation = Conversation(channel)
         errors = Errors(conversation)
         environ["wsgi.version"] = _VERSION
@@ -49,9 +48,9 @@ class WsgiService:
             last = self._run(environ, answer, conversation)
         except _ENDS_THE_PROCESS:
             raise
-        except BaseException as error:  # noqa: BLE001 - whatever the application raised belongs to its host
-            told = wire.encode_failure(error, input_failed=error is conversation.input_error)
-            last = [(wire.ERROR, number + told)]
+        except BaseException as error:  # noqa: BLE001 - whatever the application raised, the host gets it
+            failure = wire.encode_failure(error, input_failed=error is conversation.input_error)
+            last = [(wire.ERROR, number + failure)]
         if conversation.mine:
             errors.flush()
         conversation.say_last(*last)
@@ -59,7 +58,7 @@ class WsgiService:
     def _run(
         self, environ: dict[str, Any], answer: _Answer, conversation: Conversation
     ) -> list[tuple[int, bytes]]:
-        """Run the application and send what it makes; returns the frames that are left to send."""
+        """Run the application and send its response. Return the frames that are left to send."""
         result = self._app(environ, answer.start_response)
         kind = type(result)
         if isinstance(result, list | tuple) and kind in (list, tuple):
@@ -78,7 +77,7 @@ class WsgiService:
 
 
 class _Answer:
-    """One response: keeps PEP 3333's rules, and sends the headers with the first chunk."""
+    """One response: applies the rules of PEP 3333, and sends the headers with the first chunk."""
 
     def __init__(self, conversation: Conversation, number: bytes) -> None:
         self.done = (wire.DONE, number)
@@ -115,7 +114,7 @@ class _Answer:
             only = False
 
     def batch(self, result: list[bytes] | tuple[bytes, ...]) -> list[tuple[int, bytes]]:
-        """Send chunks that are all there already, many in one go; returns the last of the frames, unsent."""
+        """Send the chunks of a whole result, many in one go. Return the last frames, unsent."""
         if len(result) == 1 and not self._started and len(result[0]) <= MAX_PAYLOAD:
             return [*self.tail(), (wire.ONLY, _checked(result[0])), self.done]
         first = not self._started
@@ -136,17 +135,19 @@ class _Answer:
         return frames
 
     def tail(self) -> list[tuple[int, bytes]]:
-        """The headers, where they have not been sent; nothing otherwise."""
+        """Return the frame of the headers where they have not been sent; else nothing."""
         if self._started:
             return []
         if self._start is None:
-            raise AssertionError("the application made a body, or ended, without start_response()")
+            raise AssertionError(
+                "the application returned a body, or ended, without calling start_response()"
+            )
         self._started = True
         return [(wire.START, self._number + self._start)]
 
     def _send(self, data: bytes, *, only: bool = False) -> None:
         if not _checked(data) and self._started:
-            return  # an empty chunk sends the headers off, and nothing else
+            return  # an empty chunk sends the headers, and nothing else
         if len(data) <= MAX_PAYLOAD:
             self._conversation.say(*self.tail(), (wire.ONLY if only else wire.DATA, data))
             return

@@ -1,7 +1,7 @@
 """The streams an application finds in its environ in an executor process.
 
-``wsgi.input`` asks the host, which reads the server's own: nothing is read before the application reads it, and
-never more. ``wsgi.errors`` ends up in the server's. Both may be used from any thread of the application.
+``wsgi.input`` asks the host, which reads the server's own: nothing is read before the application reads it, and never
+more. Text for ``wsgi.errors`` goes to the server's. Any thread of the application may use both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LINE_BUFFER: Final = 8 * 1024
 class Conversation:
     """The executor's end of the channel for one request, safe for the application's threads.
 
-    A fork of the process, and a thread that goes on after the request, are told `ChannelClosed`.
+    A fork of the process, and a thread that goes on after the request, get `ChannelClosed`.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -33,7 +33,7 @@ class Conversation:
 
     @property
     def mine(self) -> bool:
-        """Whether this process is the executor, not something the application forked."""
+        """Whether this process is the executor, not one that the application forked."""
         return os.getpid() == self._owner
 
     def say(self, *frames: tuple[int, bytes]) -> None:
@@ -44,7 +44,7 @@ class Conversation:
             self._channel.send(*frames)
 
     def say_last(self, *frames: tuple[int, bytes]) -> None:
-        """Send the frames that end the request; nothing can be said or asked afterwards."""
+        """Send the frames that end the request. Nothing can be sent or read afterwards."""
         self._check_owner()
         with self._lock:
             self._check_open()
@@ -52,7 +52,7 @@ class Conversation:
             self._channel.send(*frames)
 
     def ask(self, kind: int, size: int) -> bytes:
-        """One piece of the request's body, at most ``size`` and `CHUNK` bytes; empty at its end."""
+        """Return one piece of the request's body, at most ``size`` and `CHUNK` bytes; empty at its end."""
         self._check_owner()
         with self._lock:
             self._check_open()
@@ -66,8 +66,8 @@ class Conversation:
         raise ProtocolViolation(f"a frame of kind {answer} is no answer to a read")
 
     def _check_owner(self) -> None:
-        if not self.mine:  # before the lock: it may have been held elsewhere when this process was forked
-            raise ChannelClosed("a process that the application forked may not answer its request")
+        if not self.mine:  # before the lock, which another thread may have held when this process was forked
+            raise ChannelClosed("a process that the application forked may not answer the request")
 
     def _check_open(self) -> None:
         if self.over:
@@ -81,7 +81,7 @@ class Input:
         self._ask = conversation.ask
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """At most ``size`` bytes, as the server's own ``read`` would return them; all without a size."""
+        """Return at most ``size`` bytes, as the server's own ``read`` would; all without a size."""
         if size is None or size < 0:
             pieces = []
             while piece := self._ask(wire.READ, CHUNK):
@@ -90,13 +90,13 @@ class Input:
         return self._pull(wire.READ, size) if size else b""
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        """One line with its end, or at most ``size`` bytes of it."""
+        """Return one line with its end, or at most ``size`` bytes of it."""
         if size is None or size < 0:
             return self._pull(wire.READLINE, None)
         return self._pull(wire.READLINE, size) if size else b""
 
     def readlines(self, hint: int | None = -1, /) -> list[bytes]:
-        """The lines that are left; with a hint, no more once that many bytes have been read."""
+        """Return the lines that are left; with a hint, stop once that many bytes have been read."""
         lines = []
         total = 0
         for line in self:
@@ -115,7 +115,7 @@ class Input:
         raise StopIteration
 
     def _pull(self, kind: int, size: int | None) -> bytes:
-        """Ask for pieces until there is enough, the line ends, or a piece is short."""
+        """Ask for pieces until there are enough bytes, the line ends, or a piece is short."""
         pieces = []
         while size is None or size > 0:
             wanted = CHUNK if size is None else min(size, CHUNK)

@@ -10,29 +10,43 @@
                                 <-     START                    (once, with the first chunk, or with the end)
                                 <-     ONLY bytes | DATA bytes  (one per chunk the application made)
                                 <-     END                      (the body is over; close() still runs)
-                                <-     DONE | ERROR             (the work is over)
+                                <-     DONE | ERROR             (the request is over)
 
-``DONE`` without ``END`` means both. A request begins with a number that nobody can know before, and so do the payloads
-of its ``START``, ``DONE`` and ``ERROR``: what an earlier work left behind cannot pass for an answer. The request's body
-is pulled: the host reads the server's ``wsgi.input`` when, and only as far as, the application asks, and no frame
-follows a ``READ`` until it is answered. Only the first chunk may be empty.
+``DONE`` without ``END`` means both. A request begins with a random number, and so do the payloads of its ``START``,
+``DONE`` and ``ERROR``: code that an earlier request left behind cannot forge an answer. The request's body is pulled:
+the host reads the server's ``wsgi.input`` when the application reads, and no further. No frame follows a ``READ`` until
+it is answered. Only the first chunk may be empty.
 
-All the executor says is hostile: it is decoded into the types below, and anything that is not what this protocol has is
-a `ProtocolViolation`.
+All frames of the executor are hostile: they are decoded into the types below, and anything else is a
+`ProtocolViolation`.
+
+Of the environ cross ``str``, ``bytes``, ``int``, ``float``, ``bool``, ``None``, and tuples, lists and dicts of these.
+Objects that belong to the host alone (streams, sockets, callables, any other) are left out; the executor makes its own
+``wsgi.input``, ``wsgi.errors`` and ``wsgi.file_wrapper``. The encoding is `marshal`: it keeps exactly these types
+(tuples, integers of any size, the lone surrogates of names that are not UTF-8), and both ends are one interpreter,
+since the executor was forked from the host. It goes from the trusted side to the other, never back.
 """
 
 from __future__ import annotations
 
 import errno
+import marshal
 import re
 import struct
 import traceback
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
-from rcon_plugins.executors.channel import CHUNK, FIRST_SERVICE_KIND, ProtocolViolation
+from rcon_plugins.executors.channel import (
+    CHUNK,
+    FIRST_SERVICE_KIND,
+    MAX_PAYLOAD,
+    Channel,
+    Frame,
+    ProtocolViolation,
+)
 
 REQUEST: Final = FIRST_SERVICE_KIND
 REQUEST_PART: Final = REQUEST + 1
@@ -41,7 +55,7 @@ INPUT_FAILED: Final = REQUEST + 3
 
 START: Final = FIRST_SERVICE_KIND + 16
 DATA: Final = START + 1
-#: The one chunk of a result whose ``len()`` is 1; a server may derive Content-Length from that.
+#: The one chunk of a result whose ``len()`` is 1; a server may derive Content-Length from it.
 ONLY: Final = START + 2
 END: Final = START + 3
 DONE: Final = START + 4
@@ -50,8 +64,22 @@ ERRORS: Final = START + 6
 READ: Final = START + 7
 READLINE: Final = START + 8
 
-#: How many bytes the number of a request has.
+#: The length of the number of a request, bytes.
 NUMBER_SIZE: Final = 8
+
+_NOT_CROSSING: Final = frozenset(
+    {
+        "wsgi.input",
+        "wsgi.errors",
+        "wsgi.file_wrapper",
+        "wsgi.version",
+        "wsgi.multithread",
+        "wsgi.multiprocess",
+    }
+)
+_PLAIN: Final = frozenset({str, bytes, int, float, bool, type(None)})
+#: How deep containers may nest that cross.
+_MAX_DEPTH: Final = 32
 
 _SIZE = struct.Struct("!I")
 _FORBIDDEN = re.compile(r"[\r\n\0]|[^\x00-\xff]")
@@ -67,7 +95,9 @@ class Start(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=
 
 
 class Failure(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """An exception of the application, as text; ``input_failed``: it is the one that the host had sent over."""
+    """An exception of the application, as text. ``input_failed``: it is the one of the request's body, sent by the
+    host.
+    """
 
     type_name: str
     message: str
@@ -80,6 +110,64 @@ class InputFailure(msgspec.Struct, array_like=True, forbid_unknown_fields=True, 
 
     errno: int
     message: str
+
+
+class _LeftOut(Exception):
+    """Raised for a value of the environ that does not cross."""
+
+
+def encode_request(number: bytes, environ: dict[str, Any]) -> list[tuple[int, bytes]]:
+    """Return the frames of a request: one, unless the server allows very large headers."""
+    crossing: dict[str, object] = {}
+    for key, value in environ.items():
+        if type(value) is str:
+            crossing[key] = value
+        elif key not in _NOT_CROSSING:
+            try:
+                crossing[str(key)] = _plain(value, 0)
+            except _LeftOut:
+                continue
+    data = number + marshal.dumps(crossing)
+    if len(data) <= MAX_PAYLOAD:
+        return [(REQUEST, data)]
+    pieces = [data[start : start + MAX_PAYLOAD] for start in range(0, len(data), MAX_PAYLOAD)]
+    return [(REQUEST_PART, piece) for piece in pieces[:-1]] + [(REQUEST, pieces[-1])]
+
+
+def receive_request(channel: Channel, frame: Frame) -> tuple[bytes, dict[str, Any]]:
+    """Return the number and the environ of a request; ``frame`` is its first frame. Runs in the executor."""
+    kind, data = frame
+    if kind == REQUEST_PART:
+        parts = [data]
+        while kind == REQUEST_PART:
+            kind, data = channel.receive()
+            parts.append(data)
+        data = b"".join(parts)
+    if kind != REQUEST:
+        raise ProtocolViolation(f"a request starts with an environ, not with a frame of kind {kind}")
+    # From our own host, which this process was forked from.
+    environ: dict[str, Any] = marshal.loads(memoryview(data)[NUMBER_SIZE:])  # noqa: S302
+    return data[:NUMBER_SIZE], environ
+
+
+def _plain(value: object, depth: int) -> object:
+    """Return the value made of plain types only: instances of subclasses become instances of the plain type."""
+    if type(value) in _PLAIN:
+        return value
+    if depth == _MAX_DEPTH:
+        raise _LeftOut
+    if isinstance(value, tuple):
+        return tuple([_plain(item, depth + 1) for item in value])
+    if isinstance(value, list):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {_plain(key, depth + 1): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, bytes):
+        return bytes(value)
+    for plain in (str, int, float):
+        if isinstance(value, plain):
+            return plain(value)
+    raise _LeftOut
 
 
 def _as_plain_str(value: object) -> str:
@@ -95,7 +183,7 @@ _input_failure_decoder = msgspec.msgpack.Decoder(InputFailure)
 
 
 def encode_start(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """Status and headers as they cross. Raises TypeError or ValueError for what no response may have."""
+    """Return status and headers encoded. Raise TypeError or ValueError where no response may have them."""
     pairs = list(headers)
     texts = [status]
     for name, value in pairs:
@@ -110,19 +198,19 @@ def encode_start(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
 
 
 def decode_start(payload: bytes) -> Start:
-    """Status and headers as an executor sent them. Raises `ProtocolViolation`."""
+    """Return status and headers as an executor sent them. Raises `ProtocolViolation`."""
     try:
         start = _start_decoder.decode(payload)
     except msgspec.MsgspecError as error:
         raise ProtocolViolation(f"not a status and headers: {error}") from None
-    text = start.status + "".join([name + value for name, value in start.headers])
+    text = start.status + "".join(map("".join, start.headers))
     if _FORBIDDEN.search(text) is not None:
         raise ProtocolViolation("a line break, NUL or non-latin character in the status or a header")
     return start
 
 
 def encode_failure(error: BaseException, *, input_failed: bool) -> bytes:
-    """An exception of the application as it crosses."""
+    """Return an exception of the application encoded."""
     kind = type(error)
     try:
         message = str(error)
@@ -139,7 +227,7 @@ def encode_failure(error: BaseException, *, input_failed: bool) -> bytes:
 
 
 def decode_failure(payload: bytes) -> Failure:
-    """An application's exception as an executor sent it. Raises `ProtocolViolation`."""
+    """Return an application's exception as an executor sent it. Raises `ProtocolViolation`."""
     try:
         return _failure_decoder.decode(payload)
     except msgspec.MsgspecError as error:
@@ -147,24 +235,24 @@ def decode_failure(payload: bytes) -> Failure:
 
 
 def encode_input_failure(error: Exception) -> bytes:
-    """The server's exception while the body was read, as it crosses to the executor."""
+    """Return the exception that the server raised while it read the body, encoded."""
     number = error.errno if isinstance(error, OSError) else None
     return _encoder.encode((number or errno.EIO, encodable(str(error)[:_MESSAGE_CHARACTERS])))
 
 
 def decode_input_failure(payload: bytes) -> OSError:
-    """What the application's ``read`` raises. Runs in the executor."""
+    """Return the exception for the application's ``read``. Runs in the executor."""
     failure = _input_failure_decoder.decode(payload)
     return OSError(failure.errno, f"the request's body could not be read: {failure.message}")
 
 
 def encode_size(size: int) -> bytes:
-    """How much the application wants to read at once."""
+    """Return a number of bytes to read, encoded."""
     return _SIZE.pack(size)
 
 
 def decode_size(payload: bytes) -> int:
-    """How much an executor wants read at once: 1 to `CHUNK`. Raises `ProtocolViolation`."""
+    """Return how many bytes to read: 1 to `CHUNK`. Raises `ProtocolViolation`."""
     if len(payload) != _SIZE.size:
         raise ProtocolViolation("a size has four bytes")
     (size,) = _SIZE.unpack(payload)
@@ -174,5 +262,5 @@ def decode_size(payload: bytes) -> int:
 
 
 def encodable(text: str) -> str:
-    """The text with lone surrogates written out, so that it can be UTF-8."""
+    """Return the text with lone surrogates escaped, so that UTF-8 can encode it."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcon_plugins.executors.channel import MAX_PAYLOAD, Channel, ProtocolViolation
-from rcon_wsgi import environ, wire
+from rcon_wsgi import wire
 from tests.unit.wsgi.peer import NUMBER
 
 
@@ -20,12 +20,12 @@ def crossed(original: dict[str, Any]) -> dict[str, Any]:
     """What the executor has of it."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        frames = environ.frames(NUMBER + environ.encode(original))
+        frames = wire.encode_request(NUMBER, original)
         sending = threading.Thread(target=Channel(ours).send, args=frames)
         sending.start()
         try:
             channel = Channel(theirs)
-            number, arrived = environ.receive(channel, channel.receive())
+            number, arrived = wire.receive_request(channel, channel.receive())
             assert number == NUMBER
             return arrived
         finally:
@@ -90,8 +90,9 @@ def test_what_contains_itself_is_left_out() -> None:
 
 def test_very_large_headers_cross_in_parts() -> None:
     original = {f"HTTP_X_{n}": "v" * 600_000 for n in range(5)}
-    assert len(environ.frames(environ.encode(original))) > 2
-    assert all(len(payload) <= MAX_PAYLOAD for _, payload in environ.frames(environ.encode(original)))
+    frames = wire.encode_request(NUMBER, original)
+    assert len(frames) > 2
+    assert all(len(payload) <= MAX_PAYLOAD for _, payload in frames)
     assert crossed(original) == original
 
 
@@ -101,4 +102,4 @@ def test_a_request_starts_with_an_environ() -> None:
         channel = Channel(ours)
         Channel(theirs).send((wire.INPUT, b""))
         with pytest.raises(ProtocolViolation):
-            environ.receive(channel, channel.receive())
+            wire.receive_request(channel, channel.receive())

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from rcon_plugins.executors.channel import ProtocolViolation
-from rcon_wsgi import measure, wire
-from rcon_wsgi.measure import LOG_CHARACTERS, LOG_FRAMES, LOT, ErrorLog, FrameRateLimiter
+from rcon_wsgi import exchange, wire
+from rcon_wsgi.exchange import LOG_CHARACTERS, LOG_FRAMES, WINDOW_FRAMES, ErrorLog, FrameRateLimiter
 from tests.unit.wsgi.peer import DONE, START, data, meeting
 
 
@@ -25,42 +25,42 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(exchange, "time", clock)
     return clock
 
 
-def count(pace: FrameRateLimiter, number: int = LOT) -> float:
-    return sum(pace.count() for _ in range(number))
+def count(limiter: FrameRateLimiter, number: int = WINDOW_FRAMES) -> float:
+    return sum(limiter.count() for _ in range(number))
 
 
 def test_one_small_frame_a_second_for_hours_is_never_held_up(clock: Clock) -> None:
-    pace = FrameRateLimiter()
-    for _ in range(20 * LOT):
+    limiter = FrameRateLimiter()
+    for _ in range(20 * WINDOW_FRAMES):
         clock.now += 1
-        assert pace.count() == 0
-        assert not pace.hurried
+        assert limiter.count() == 0
+        assert not limiter.is_fast
 
 
 def test_a_hurry_is_over_when_it_is(clock: Clock) -> None:
-    pace = FrameRateLimiter()
+    limiter = FrameRateLimiter()
     clock.now += 0.5
-    assert count(pace) == 0
-    assert pace.hurried
+    assert count(limiter) == 0
+    assert limiter.is_fast
     clock.now += 30
-    assert count(pace) == 0
-    assert not pace.hurried
+    assert count(limiter) == 0
+    assert not limiter.is_fast
 
 
 def test_frames_that_come_at_once_are_taken_at_a_rate(clock: Clock) -> None:
-    pace = FrameRateLimiter()
+    limiter = FrameRateLimiter()
     for _ in range(10):
-        clock.now += count(pace)
+        clock.now += count(limiter)
     assert clock.now - 100 == pytest.approx(10 * 0.04)
 
 
 def test_a_flood_of_small_chunks_is_taken_at_a_rate_and_in_large_pieces() -> None:
     """What an executor sends for next to nothing must not be work for the host, nor for the server behind it."""
-    frames = 10 * LOT
+    frames = 10 * WINDOW_FRAMES
     with meeting() as met:
         flood = threading.Thread(target=lambda: met.says(START, *[data(b"x")] * frames, DONE))
         before, cpu = time.monotonic(), time.thread_time()
@@ -70,7 +70,7 @@ def test_a_flood_of_small_chunks_is_taken_at_a_rate_and_in_large_pieces() -> Non
         result.close()
         flood.join()
         assert b"".join(chunks) == b"x" * frames
-        assert len(chunks) < 2 * LOT
+        assert len(chunks) < 2 * WINDOW_FRAMES
         assert time.monotonic() - before > 0.3
         assert time.thread_time() - cpu < 0.3
         assert met.admission.settled == [("ok", "")]
@@ -84,12 +84,12 @@ def test_chunks_that_come_one_by_one_stay_as_they_are() -> None:
 
 def test_an_error_behind_joined_chunks_comes_behind_them() -> None:
     with meeting() as met:
-        met.says(START, *[data(b"x")] * (2 * LOT), (200, b""))
+        met.says(START, *[data(b"x")] * (2 * WINDOW_FRAMES), (200, b""))
         result = met.server.begin()
         taken: list[bytes] = []
         with pytest.raises(ConnectionResetError):
             taken.extend(result)
-        assert b"".join(taken) == b"x" * 2 * LOT
+        assert b"".join(taken) == b"x" * 2 * WINDOW_FRAMES
 
 
 def logged(*payloads: bytes, policy: str = "tenant", key: str | None = None) -> str:
@@ -152,7 +152,7 @@ def test_a_work_logs_in_measure(clock: Clock, payloads: list[bytes]) -> None:
 
 class Full(io.StringIO):
     def write(self, text: str, /) -> int:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No slimiter left on device")
 
 
 def test_a_log_that_cannot_be_written_fails_no_request() -> None:

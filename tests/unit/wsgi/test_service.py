@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rcon_plugins.executors.channel import MAX_PAYLOAD, Channel, ChannelClosed, Frame
-from rcon_wsgi import WsgiService, environ, wire
+from rcon_wsgi import WsgiService, wire
 from tests.unit.wsgi.peer import NUMBER, environ_of
 
 
@@ -26,7 +26,7 @@ class Host:
         self._thread = threading.Thread(target=self._run, args=(WsgiService(app),))
 
     def __enter__(self) -> Host:
-        self.channel.send(*environ.frames(NUMBER + environ.encode(environ_of(CONTENT_LENGTH="8"))))
+        self.channel.send(*wire.encode_request(NUMBER, environ_of(CONTENT_LENGTH="8")))
         self._thread.start()
         return self
 
