@@ -1,4 +1,4 @@
-"""Connections of a server's clients, for adapters: how one is cut."""
+"""Cut off the connection of a server's client. For adapters."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 def reset_on_close(sock: socket.socket) -> None:
-    """Let the closing of a socket reset its connection, and not end it (SO_LINGER, socket(7)). Raises OSError."""
+    """Have close() reset the connection instead of ending it (SO_LINGER, socket(7)). Raises OSError."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
 
 
 def cut(sock: socket.socket) -> None:
-    """Cut a connection that another thread may be writing to or wait for, and wake that up. Raises OSError.
+    """Cut off a connection that another thread may write to or wait for, and wake that thread. Raises OSError.
 
-    The client finds it reset: an end could pass for that of a response. Only where the kernel does not do so at once
-    (a Unix socket; see `disconnect`) it is shut down, and reset when it is closed: a client that has read all
-    before that finds an end. The socket stays open. Nobody may close it meanwhile.
+    The client finds the connection reset, since an end could pass for that of a response. Where the kernel cannot reset
+    it at once (a Unix socket; see `disconnect`) it is shut down, and reset when it is closed: a client that has read
+    everything before that finds an end. The socket stays open, and must not be closed meanwhile.
     """
     reset_on_close(sock)
     with contextlib.suppress(KernelError):

@@ -1,12 +1,12 @@
-"""Standing between a shell and one command: signals, stopping and going on, as if nobody stood there.
+"""Job control between a shell and one command: signals, stop and continue, as if the shell had run the command itself.
 
-The command keeps the process group that its caller was given, which is the terminal's foreground group where there is
-one: job control and the keys of the terminal reach it as ever. The caller steps out of that group, so that a signal to
-the whole group reaches the command once and not twice; what is sent to the caller alone it hands on. When the command
-stops, the caller joins the group again and stops too, which is what a shell looks at; when the shell lets the group
-go on, both do. Sources: setpgid(2), sigwaitinfo(2), termios(3), credentials(7).
+The command keeps the process group of the caller, which is the terminal's foreground group where there is one: job
+control and the keys of the terminal reach it as usual. The caller leaves that group, so that a signal to the whole
+group reaches the command once, and forwards signals that are sent to it alone. When the command stops, the caller joins
+the group again and stops too, because the shell watches the caller. When the shell continues the group, both continue.
+Sources: setpgid(2), sigwaitinfo(2), termios(3), credentials(7).
 
-All of it acts on the calling process, and is meant for one thread.
+All of it acts on the calling process, and is for one thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.proc import inherited_descriptors
 
-#: Never blocked: a fault of this very process, or not to be had.
+#: Signals that are never blocked: faults of this process, and those that cannot be blocked.
 _OWN = frozenset(
     getattr(signal, name)
     for name in (
@@ -38,16 +38,16 @@ _OWN = frozenset(
         "SIGSYS",
     )
 )
-#: What a terminal sends to its whole foreground group: the command has it already.
+#: Signals that a terminal sends to its whole foreground group: the command gets them itself.
 _OF_THE_TERMINAL = frozenset({signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
 _STOPS = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
-#: Python ignores these at its start, and what is ignored stays so through execve(2).
+#: Python ignores these at its start, and an ignored signal stays ignored through execve(2).
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 _FROM_THE_KERNEL = 0x80  # SI_KERNEL, asm-generic/siginfo.h
 
 
 class Caller:
-    """The process that stands between. Signals are blocked from its making on, and wait until `wait` takes them."""
+    """The process between shell and command. It blocks signals when it is made; `wait` takes them."""
 
     def __init__(self) -> None:
         self._blocked = signal.valid_signals() - _OWN
@@ -57,13 +57,13 @@ class Caller:
         self._session = os.getsid(0)
         self._child = 0
         self._deadline: float | None = None
-        # Where they are ignored nobody is told how a child ended, or that it did.
+        # With SIGCHLD ignored, the kernel reaps children itself and wait() never reports how they ended.
         self._ignores_children = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
         if self._ignores_children:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def become_child(self) -> None:
-        """In the new process, last of all before execve(2): take signals as the caller was given them."""
+        """Restore the signals that the caller was started with. Call it in the new process, last before execve(2)."""
         for number in _IGNORED_BY_PYTHON:
             signal.signal(number, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -73,7 +73,7 @@ class Caller:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def go_back(self) -> None:
-        """Take signals again as before, in the group as before: there is no other for the terminal to listen to."""
+        """Restore the signals and the process group that the caller had."""
         if os.getpgrp() != self._group:
             self._join_group()
         if self._ignores_children:
@@ -81,14 +81,14 @@ class Caller:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def forget_signals(self) -> None:
-        """Drop those that came when there was nobody left to hand them to."""
+        """Drop signals that came after the command had ended."""
         while signal.sigtimedwait(self._blocked, 0) is not None:
             pass
 
     def stand_aside(self, child: int, keep: Iterable[int] = ()) -> None:
-        """In the caller, once ``child`` is there: leave it the group, and all open files but 2 and those of ``keep``.
+        """Leave the process group to ``child``, and close all descriptors but 2 and ``keep``. Call it in the caller.
 
-        Else a reader at the other end of a pipe would wait for us after the command closed its side.
+        Otherwise a reader at the other end of a pipe would wait for the caller after the command closed its side.
         """
         self._child = child
         kept = {2, *keep}
@@ -102,10 +102,10 @@ class Caller:
         self._leave_group()
 
     def wait(self, deadline: float | None = None) -> int | None:
-        """Until the command ends: its wait status; None when ``deadline`` (`time.monotonic`) comes first.
+        """Wait until the command ends. Return its wait status; None when ``deadline`` (`time.monotonic`) comes first.
 
-        Meanwhile signals are handed on, and the command's stops are followed, but not beyond ``deadline``.
-        Raises KernelError where somebody else was told how it ended.
+        Meanwhile forward signals, and stop when the command stops, but not beyond ``deadline``. Raises KernelError
+        where another part of the process reaped the command.
         """
         self._deadline = deadline
         while True:
@@ -115,22 +115,24 @@ class Caller:
                 if deadline is not None and time.monotonic() >= deadline:
                     return None
             elif info.si_signo != signal.SIGCHLD:
-                self._hand_on(info)
+                self._forward(info)
                 continue
             status = self._look()
             if status is not None:
                 return status
             if self._is_late():
-                return None  # before anything that came meanwhile lets a stopped command go on
+                return None  # before a signal that came meanwhile continues a stopped command
 
     def _look(self) -> int | None:
-        """What has become of the command; its wait status if it has ended."""
+        """Return the wait status of the command if it has ended. Stop too if it has stopped."""
         while True:
             try:
                 found, status = posix.waitpid(self._child, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
                 raise KernelError(
-                    "how the command ended is lost", errno=errno.ECHILD, path="waitpid"
+                    "the exit status of the command is lost: another part of this process reaped it",
+                    errno=errno.ECHILD,
+                    path="waitpid",
                 ) from None
             if found == 0:
                 return None
@@ -138,11 +140,11 @@ class Caller:
                 return int(status)
             self._stop_too(os.WSTOPSIG(status))
 
-    def _hand_on(self, info: signal.struct_siginfo) -> None:
+    def _forward(self, info: signal.struct_siginfo) -> None:
         number = info.si_signo
         if info.si_code == _FROM_THE_KERNEL and number in _OF_THE_TERMINAL | {signal.SIGWINCH}:
             return
-        # A terminal that goes away tells the leader of its session only.
+        # A terminal that hangs up signals the leader of its session only.
         if info.si_code == _FROM_THE_KERNEL and number == signal.SIGHUP and self._session != self._pid:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -151,9 +153,9 @@ class Caller:
     # -- the process group ------------------------------------------------------------------------
 
     def _leave_group(self) -> None:
-        """Out of the command's group: into one of our own, or, where we lead the job, into the shell's."""
+        """Leave the command's group: for one of its own or, where the caller leads the job, for the shell's."""
         if self._session == self._pid:
-            return  # the leader of a session cannot
+            return  # the leader of a session cannot leave
         with contextlib.suppress(PermissionError, ProcessLookupError):
             if self._group != self._pid:
                 os.setpgid(0, 0)
@@ -165,7 +167,9 @@ class Caller:
             os.setpgid(0, self._group)
 
     def _stop_too(self, number: int) -> None:
-        """The command has stopped: so do we, that the shell sees it; and with the shell's leave both go on."""
+        """Stop as the command has, so that the shell sees it; when the shell continues this process, continue the
+        command.
+        """
         theirs = os.getpgid(self._child)
         terminal = _open_terminal()
         try:
@@ -174,9 +178,9 @@ class Caller:
             if proc.is_stopped(self._child):
                 self._stop_until_deadline(number)
             if self._is_late():
-                return  # nobody has let the job go on: the terminal is the shell's
+                return  # the shell has not continued the job: the terminal is the shell's
             if terminal is not None and foreground == theirs != self._group:
-                # A shell that runs in the command and had the terminal gets it back.
+                # Give the terminal back to a shell inside the command that had it.
                 with contextlib.suppress(OSError):
                     os.tcsetpgrp(terminal, theirs)
         finally:
@@ -191,7 +195,7 @@ class Caller:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
     def _stop_until_deadline(self, number: int) -> None:
-        """Stop, and have it go on when it is time for the command to end: that is not the command's to say."""
+        """Stop; a helper process continues this one at the deadline, which holds for a stopped command too."""
         if self._deadline is None:
             self._stop(number)
             return
@@ -211,10 +215,10 @@ class Caller:
         posix.waitpid(alarm, 0)
 
     def _stop(self, number: int) -> None:
-        """Stop this process. By the same signal, which the shell may tell; does nothing in an orphaned group."""
+        """Stop this process, by the same signal, which the shell may report. Does nothing in an orphaned group."""
         if number in _STOPS and signal.getsignal(number) == signal.SIG_DFL:
             os.kill(self._pid, number)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})  # and here it is
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})  # delivered here
             signal.pthread_sigmask(signal.SIG_BLOCK, {number})
         else:
             os.kill(self._pid, signal.SIGSTOP)

@@ -1,7 +1,7 @@
-"""One command in a group of its own: its limits hold before its first instruction, and all it started ends with it.
+"""Run one command in a group of its own. The limits hold before its first instruction; all it started ends with it.
 
-The group is ``work/<name>`` of an instance whose owner is the calling process; the command runs in its leaf ``main``.
-Imports little: this is most of what ``rcon run`` takes to start.
+The group is ``work/<name>`` of an instance that belongs to the calling process; the command runs in its leaf ``main``.
+This module imports little, because ``rcon run`` starts with it.
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.outcome import Outcome
 
-#: The leaf of the group that the command is born in.
+#: The leaf of the group that the command starts in.
 LEAF = "main"
-#: As env(1), nohup(1) and chroot(1) have them, and a shell for a signal.
+#: Exit statuses, as env(1), nohup(1) and chroot(1) use them, and as a shell does for a signal.
 NOT_EXECUTABLE, NOT_FOUND, SIGNALLED = 126, 127, 128
 _LONGEST_NAME = 40
 
 
 class Order(NamedTuple):
-    """What to run, and in what.
+    """A command to run, and its group.
 
-    ``program`` is the file, ``arguments`` the command as it sees it, ``variables`` its environment. ``group`` is the
-    name of the group. ``resources`` are the limits of ``work/<group>``, ``each`` those of the single command.
-    ``become`` is called in the new process, inside of its cgroup, and makes it what it shall be for good.
-    ``delegate_to``: the (uid, gid) that may make cgroups of its own in there. ``timeout`` in seconds of wall time.
-    ``keep``: open files that the caller needs afterwards. ``attend`` watches over the group, and its leaf, in threads,
-    from before the command's first instruction until its end. ``memory_note`` is added to what is said of the memory
-    limit.
+    ``program`` is the file, ``arguments`` is argv, ``variables`` is the environment. ``group`` is the name of the
+    group. ``resources`` are the limits of ``work/<group>``, ``each`` those of the single command. The new process calls
+    ``become`` inside its cgroup, to drop privileges for good. ``delegate_to`` is the (uid, gid) that may make cgroups
+    of its own below. ``timeout`` is in seconds of wall time. ``keep`` are descriptors that the caller needs afterwards.
+    ``attend`` watches the group and its leaf, in threads, from before the command's first instruction until its end.
+    ``memory_note`` is added to the message about the memory limit.
     """
 
     program: str
@@ -64,7 +63,7 @@ class Order(NamedTuple):
 
 
 class NotRun(RconError):
-    """Raised when the command did not run: it could not be executed. ``status`` is what a shell would say."""
+    """Raised when the command could not be executed. ``status`` is the exit status that a shell would return."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(os.strerror(error.errno or errno.EIO))
@@ -72,7 +71,7 @@ class NotRun(RconError):
         self.status = NOT_FOUND if self.errno == errno.ENOENT else NOT_EXECUTABLE
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # It comes to who is told by pickle, from the process that was to be the command.
+        # The process that was to become the command sends it to the caller by pickle.
         return type(self), (OSError(self.errno, ""),)
 
 
@@ -102,14 +101,15 @@ class Ended(NamedTuple):
 
 
 def run(order: Order, hierarchy: Hierarchy, base: str | None = None) -> Ended:
-    """Run it, and return when it has ended and its group is gone.
+    """Run the command. Return when it has ended and its group is removed.
 
-    Terminal, job control and signals reach the command as if it had been executed in place of the calling process,
-    whose standard input and output are closed when this returns (and all it was given but ``order.keep``). If the
-    calling process is killed, the kernel kills the command; what else is in the group stays within its limits until
-    `rcon_plugins.tree.garbage.collect` ends it.
+    Terminal, job control and signals reach the command as if it had been executed in place of the calling process.
+    When this returns, the calling process has closed its standard input and output, and all inherited descriptors but
+    ``order.keep``. If the calling process is killed, the kernel kills the command; other processes in the group stay
+    within its limits until ``rcon gc`` ends them.
 
-    Raises `NotRun`, `KernelError`, `DelegationError`, and what ``become`` raises: nothing ran then, nothing is left.
+    Raises `NotRun`, `KernelError`, `DelegationError`, and what ``become`` raises. Nothing ran then, and nothing is
+    left.
     """
     caller = Caller()
     try:
@@ -140,7 +140,7 @@ class _Run:
         self._memory_notices: int | None = None
 
     def run(self) -> Ended:
-        self._look_ahead()
+        self._prepare()
         try:
             with contextlib.ExitStack() as attending:
                 return self._follow(self._start(attending))
@@ -148,9 +148,9 @@ class _Run:
             if self._memory_notices is not None:
                 os.close(self._memory_notices)
 
-    def _look_ahead(self) -> None:
+    def _prepare(self) -> None:
         for refusal in self._instance.hierarchy.refusals(self._order.resources):
-            # Of the machine all is known; here there may be less of it.
+            # The machine was checked; the base cgroup may have fewer controllers.
             raise ControllerUnavailable(refusal.reason, path=self._group.path, hint=refusal.remedy)
         if self._instance.needs_adoption:
             self._instance.adopt()
@@ -164,7 +164,7 @@ class _Run:
             self._group.kill_once()
             status = self._caller.wait(time.monotonic() + 0.05)
         wall = time.monotonic() - self._began
-        # What it left behind ends with it.
+        # Processes that the command left behind end with it.
         self._group.kill()
         return self._explain(status, late, wall)
 
@@ -182,7 +182,7 @@ class _Run:
                 cgroup.delegate(*order.delegate_to, shut=True)
 
     def _start(self, attending: contextlib.ExitStack) -> int:
-        """The pid of the command, which is being executed. Raises what kept it from that."""
+        """Start the command. Return its pid, or raise why it could not be executed."""
         ours, theirs = os.pipe()
         waits, go = os.pipe()
         caller = os.getpid()
@@ -195,10 +195,10 @@ class _Run:
         os.close(waits)
         problem = b""
         try:
-            # After the fork: the new process makes itself ready meanwhile.
+            # After the fork: the new process prepares itself meanwhile.
             self._make_group()
             if self._order.attend is not None:
-                # Not before the fork, which must not meet threads; not after the command has begun.
+                # Not before the fork, which must not meet threads; not after the command has started.
                 attending.enter_context(self._order.attend(self._group, self._leaf))
             self._began = time.monotonic()
             with contextlib.suppress(BrokenPipeError):
@@ -220,15 +220,15 @@ class _Run:
     def _become_command(self, caller: int, pipe: int, waits: int) -> NoReturn:
         order = self._order
         try:
-            # Loaded while the caller makes the group.
+            # Load it while the caller makes the group.
             from rcon_plugins.kernel import syscalls  # noqa: F401
 
             if order.become is not None:
-                # Another user may not be able to read it, and has to tell what kept the command from running.
+                # Load it now: the user that it becomes may not be able to read the module.
                 import pickle
 
             if not os.read(waits, 1):
-                os._exit(1)  # the caller knows why
+                os._exit(1)  # the caller failed, and raises why
             self._leaf.enter_process()
             if order.become is not None:
                 order.become()
@@ -238,7 +238,7 @@ class _Run:
                 os.execve(order.program, order.arguments, order.variables)  # noqa: S606  no shell, on purpose
             except OSError as error:
                 raise NotRun(error) from None
-        except BaseException as error:  # noqa: BLE001 - the end of this process: its parent is told, whatever it was
+        except BaseException as error:  # noqa: BLE001 - this process ends: the caller raises it, whatever it is
             import pickle
 
             with contextlib.suppress(OSError):
@@ -301,7 +301,7 @@ def _reached(group: Reading, bound: int | None) -> bool:
 
 
 def _die_with(caller: int) -> None:
-    """Have the kernel kill this process when the caller ends, in whatever way; after the last change of ids."""
+    """Have the kernel kill this process when the caller ends. Call it after the last change of ids, which resets it."""
     from rcon_plugins.kernel.syscalls import PR_SET_PDEATHSIG, prctl
 
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -317,7 +317,7 @@ def _raise(problem: bytes) -> NoReturn:
 
 
 def group_name(command: str, pid: int | None = None) -> str:
-    """The name of a group for a command that was given none: ``<basename>-<pid>``, by default the caller's."""
+    """Return the default name of a group: ``<basename>-<pid>``, by default with the caller's pid."""
     plain = "".join(
         c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in command.rpartition("/")[2]
     )
@@ -326,12 +326,12 @@ def group_name(command: str, pid: int | None = None) -> str:
 
 
 def check_group_name(name: str) -> str:
-    """``name``, if a person may call a group so; else ValueError with the reason."""
+    """Return ``name`` if it may name a group. Raise ValueError with the reason if not."""
     check_name(name)
     if name.startswith("-"):
-        raise ValueError(f"it begins with a dash, as options do: {name!r}")
+        raise ValueError(f"a group name cannot begin with a dash: {name!r}")
     if INSTANCE_NAME.fullmatch(name):
-        raise ValueError(f"rcon's own trees have names of this shape: {name!r}")
+        raise ValueError(f"names of this form are reserved for instances of rcon: {name!r}")
     return name
 
 
