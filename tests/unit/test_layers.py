@@ -26,31 +26,31 @@ HOMES = {
 # types only: the lowest first. docs/architecture.md quotes this table.
 LAYERS: dict[str, tuple[str, ...]] = {
     "work": (),
-    "usage": (),
-    "errors": ("usage",),
-    "outcome": ("errors", "usage"),
+    "errors": ("work",),
     "kernel": ("errors",),
+    "ending": ("kernel",),
+    "outcome": ("errors", "ending", "work"),
     "connections": ("errors", "kernel"),
     "settings": ("errors", "work"),
     "tree": ("errors", "kernel"),
     "identity": ("errors", "kernel", "settings"),
     "groups": ("errors", "kernel", "tree"),
-    "command": ("errors", "outcome", "usage", "kernel", "tree"),
+    "command": ("errors", "ending", "outcome", "work", "kernel", "tree"),
     "hookspecs": ("outcome", "work", "kernel", "settings", "groups"),
     "executors": ("errors", "kernel", "settings", "tree"),
     "builtin": ("errors", "hookspecs", "outcome", "work", "kernel", "settings", "identity"),
     "confinement": (
-        "errors", "outcome", "usage", "work",
+        "errors", "ending", "outcome", "work",
         "kernel", "settings", "tree", "identity", "groups", "executors", "builtin",
     ),
     "cli": (
         "errors", "hookspecs", "work",
         "kernel", "settings", "tree", "identity", "groups", "command", "builtin", "confinement",
     ),
-    "rcon_wsgi": ("connections", "errors", "outcome", "work", "settings", "executors", "confinement"),
+    "rcon_wsgi": ("connections", "errors", "ending", "outcome", "work", "settings", "executors", "confinement"),
     "rcon_gunicorn": ("errors", "settings", "tree", "identity", "executors", "confinement", "rcon_wsgi"),
     "rcon_celery": (
-        "errors", "hookspecs", "outcome", "usage", "work",
+        "errors", "hookspecs", "outcome", "work",
         "settings", "tree", "groups", "executors", "confinement",
     ),
 }  # fmt: skip
