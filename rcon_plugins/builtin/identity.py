@@ -1,4 +1,4 @@
-"""User, groups, capabilities: taken and given up for good, before the first work."""
+"""User, groups and capabilities: a process or thread takes them for good before it runs anything."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from rcon_plugins.settings.policy import Policy
 
 @hookimpl(trylast=True)
 def rcon_drop(policy: Policy, place: str, identity: capability.Identity | None) -> None:
-    """Take the identity, and keep the capabilities that the policy names, in the calling thread alone.
+    """Take the identity, and keep only the capabilities that the policy names, in the calling thread alone.
 
-    Last of all plugins but rlimits: what comes before has what the server has. Without an identity the server's user
-    stays, and its capabilities go all the same. Of a command that is about to be executed they outlast that (ambient
-    set).
+    Runs after all other plugins but rlimits, so that they have the privileges of the server. Without an identity the
+    user stays, and the capabilities are dropped all the same. For a command they survive ``execve`` (ambient set).
     """
     capability.drop(
         identity, kept_capabilities(policy), no_new_privs=policy.no_new_privs, ambient=place == "command"

@@ -1,4 +1,4 @@
-"""Landlock: a wall around an executor process that holds whatever its user, root too."""
+"""Landlock: keep executor processes away from the cgroup files and from other processes, whatever their user."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from rcon_plugins.settings.policy import Policy
 
 
 class Landlock:
-    """The plugin. The fork server makes a wall ahead of need, since that is most of the work."""
+    """The plugin. The fork server prepares the ruleset, which takes most of the time."""
 
     def __init__(self) -> None:
         self._wall: landlock.Wall | None = None
-        #: What was mounted when it was made.
+        #: The mount table when the ruleset was made.
         self._mounts = ""
 
     @hookimpl
     def rcon_prepare(self) -> None:
-        """Make the wall, or make it again where it is out of date."""
+        """Make the ruleset, or make it again after a change of the mounts."""
         if not landlock.abi() or self._has_wall():
             return
         self._forget()
-        # Where it cannot be made the new process tries by itself, and says why.
+        # On an error the new process tries again, and reports why.
         with contextlib.suppress(KernelError):
             self._mounts = mount_table()
             self._wall = _make(self._mounts)
 
     @hookimpl(trylast=True)
     def rcon_drop(self, policy: Policy, place: str) -> None:
-        """Forbid a process to write below the cgroup mounts, and to reach into processes that are not its own.
+        """Forbid the process to write below the cgroup mounts and to signal or trace processes outside of its group.
 
-        Work that keeps the server's user could otherwise write the files that bind it. Nothing where the kernel has no
-        Landlock: the policy's `Verdict` has the caveat then. A thread shares all with its process, and gets none.
+        Code that runs as the server's user could otherwise write the files that limit it. Without Landlock in the
+        kernel nothing is done, and the policy's `Verdict` has a caveat. A thread cannot be restricted by itself.
         """
         if place == "thread" or not landlock.abi():
             return
         if policy.no_new_privs:
-            set_no_new_privs()  # which a user other than root needs for it; source: landlock(7)
+            set_no_new_privs()  # users other than root need it for Landlock; source: landlock(7)
         if not self._has_wall():
             self._forget()
             self._wall = _make(mount_table())

@@ -11,7 +11,7 @@ from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.work import Work
 
-#: The logger of everything this project has to say.
+#: The logger of this project.
 LOGGER = logging.getLogger("rcon")
 
 _QUIET = frozenset({"ok", "error", "aborted"})
@@ -19,7 +19,7 @@ _QUIET = frozenset({"ok", "error", "aborted"})
 
 @hookimpl
 def rcon_work_finished(work: Work, outcome: Outcome) -> None:
-    """Write one line of JSON at level WARNING unless the work ended by itself."""
+    """Write one line of JSON at level WARNING unless the request, task or command ended by itself."""
     if outcome.ending in _QUIET:
         return
     line = {
@@ -33,5 +33,5 @@ def rcon_work_finished(work: Work, outcome: Outcome) -> None:
         "detail": outcome.detail,
         "usage": msgspec.to_builtins(outcome.usage),
     }
-    # json, not msgspec: names come from clients, and may hold what is no valid UTF-8
+    # json, not msgspec: names come from clients and may not be valid UTF-8
     LOGGER.warning("%s", json.dumps(line))

@@ -1,4 +1,4 @@
-"""The plugin manager: the built-in plugins, and those that the settings name."""
+"""The plugin manager, with the built-in plugins and those that the settings name."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ ENTRY_POINTS = "rcon_plugins"
 
 
 def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> pluggy.PluginManager:
-    """A plugin manager with the built-in plugins, those named in ``settings.plugins``, and ``extra``.
+    """Return a plugin manager with the built-in plugins, those named in ``settings.plugins``, and ``extra``.
 
-    Installed is not active: only what the settings name is loaded, one entry point by name. Raises
-    `SettingsError` for a name that no installed distribution offers, a plugin that cannot be loaded, or a hook
-    that does not exist.
+    Installed is not active: only plugins that the settings name are loaded. Raises `SettingsError` for a name that no
+    installed distribution offers, a plugin that cannot be loaded, or a hook that does not exist.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
@@ -45,9 +44,9 @@ def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> plu
 
 
 def commands_manager(names: Iterable[str], where: str) -> pluggy.PluginManager:
-    """A plugin manager with the installed plugins of these names alone: for commands, which have no settings.
+    """Return a plugin manager with the installed plugins of these names alone: for commands, which have no settings.
 
-    ``where`` says in messages what named them. Raises `SettingsError` as `make_plugin_manager` does.
+    ``where`` says in messages where the names come from. Raises `SettingsError` as `make_plugin_manager` does.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
@@ -65,10 +64,10 @@ def limits_manager() -> pluggy.PluginManager:
 
 
 def calling(hook: pluggy.HookCaller) -> Callable[..., Any]:
-    """What calls a hook that is asked for each work, as it is registered now: directly, where that is one function.
+    """Return a function that calls a hook as it is registered now: with one implementation, that implementation itself.
 
-    With one implementation, or none, what pluggy does for many is most of the cost. What it returns is only for hooks
-    of which the first result counts.
+    For hooks on the hot path whose first result counts. With one implementation or none, most of the time would be
+    spent in pluggy.
     """
     implementations = hook.get_hookimpls()
     if not implementations:
@@ -81,7 +80,7 @@ def calling(hook: pluggy.HookCaller) -> Callable[..., Any]:
 
 
 def _nobody(**_: object) -> None:
-    """Nobody listens."""
+    """Stand in for a hook without implementations."""
 
 
 def _load(name: str, file: str | None, key: str = "plugins") -> object:

@@ -1,4 +1,4 @@
-"""The router of the settings file, as the last to be asked for a policy."""
+"""The routes of the settings file, after the plugins that select a policy."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rcon_plugins.work import Work
 
 
 class Routing:
-    """Selects by the routes of the settings, first match wins."""
+    """Selects the policy by the routes of the settings; the first match wins."""
 
     def __init__(self, settings: Settings) -> None:
         self._router = Router(settings.routes)
 
     @hookimpl(trylast=True)
     def rcon_select_policy(self, work: Work) -> str | None:
-        """The policy of the first route that matches."""
+        """Return the policy of the first route that matches."""
         return self._router.match(work)

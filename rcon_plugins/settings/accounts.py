@@ -1,6 +1,6 @@
-"""How settings name an account: by name, by number, or as the owner of a path that the work fills in.
+"""Accounts in settings: a name, a number, or the owner of a path with placeholders.
 
-What becomes of it on this machine is the business of `rcon_plugins.identity.resolution`.
+`rcon_plugins.identity.resolution` looks them up on this machine.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _OWNER = "owner:"
 
 
 class PathTemplate(Written, str):
-    """An absolute path in which the attributes of a work are filled in: ``"/srv/{host}/www"``.
+    """An absolute path with placeholders for attributes of a request, task or command: ``"/srv/{host}/www"``.
 
     Placeholders are ``{host}``, ``{path}``, ``{method}``, ``{task}``, ``{queue}``, ``{command}``,
     ``{remote_user}``, ``{header:NAME}`` (in any case; kept in small letters) and ``{path:N}`` (the N-th segment of
-    the path, from 1). The part before the first of them is trusted; what is below it belongs to tenants.
+    the path, from 1). The part before the first placeholder is trusted; everything below it belongs to tenants.
     """
 
     __slots__ = ()
@@ -48,7 +48,7 @@ class PathTemplate(Written, str):
         if ".." in text.split("/"):
             return "goes back up", "write the path without .."
         if set("{}") & set(_PLACEHOLDER.sub("", text)):
-            return "has a brace without its other one", 'a placeholder is written as in "/srv/{host}"'
+            return "has a brace without its counterpart", 'a placeholder is written as in "/srv/{host}"'
         for name in _PLACEHOLDER.findall(text):
             if name in cls.names or re.fullmatch(
                 r"header:[A-Za-z0-9!#$%&'*+.^_`|~-]+|path:[1-9][0-9]?", name
@@ -56,14 +56,14 @@ class PathTemplate(Written, str):
                 continue
             every = f"one of: {', '.join(cls.names)}, header:NAME, path:N (its N-th segment, from 1)"
             near = did_you_mean(name, cls.names) if ":" not in name else None
-            return f"has no attribute of work in {{{name}}}", near or every
+            return f"has an unknown placeholder {{{name}}}", near or every
         if re.search(r"[^/]\{path\}", text):  # the path of a request is filled in without its first slash
-            return "wants a slash before {path}", f'write "{text.replace("{path}", "/{path}")}"'
+            return "needs a slash before {path}", f'write "{text.replace("{path}", "/{path}")}"'
         return "", ""
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """The attributes that it asks for, in its order; none: it is one path."""
+        """The names of its placeholders, in order."""
         return tuple(_PLACEHOLDER.findall(self))
 
     @property
@@ -73,13 +73,13 @@ class PathTemplate(Written, str):
 
     @property
     def pieces(self) -> tuple[tuple[str, str | None], ...]:
-        """What comes below the trusted part: pieces of plain text, each with the placeholder after it, or None."""
+        """The part below `trusted`: pieces of plain text, each with the placeholder after it, or None."""
         return _split(self)[1]
 
 
 @lru_cache(maxsize=1024)
 def _split(template: str) -> tuple[str, tuple[tuple[str, str | None], ...]]:
-    """The trusted part of a template, and the pieces below it; asked several times for each work."""
+    """Return the trusted part of a template, and the pieces below it; called several times for each request."""
     before, brace, _ = template.partition("{")
     if not brace:
         return str(template), ()
@@ -123,18 +123,18 @@ class Account(Written, str):
 
     @property
     def number(self) -> int | None:
-        """The number it is; None for a name or a path."""
+        """The uid or gid; None for a name or a path."""
         return _meaning(self)[0]
 
     @property
     def path(self) -> PathTemplate | None:
-        """The path whose owner it is; None for a name or a number."""
+        """The path whose owner is meant; None for a name or a number."""
         return _meaning(self)[1]
 
 
 @lru_cache(maxsize=1024)
 def _meaning(account: str) -> tuple[int | None, PathTemplate | None]:
-    """The number, the path that an account is; asked several times for each work."""
+    """Return the number and the path of an account; called several times for each request."""
     if account.startswith(_OWNER):
         return None, PathTemplate(account.removeprefix(_OWNER))
     return int(account) if account.isascii() and account.isdigit() else None, None

@@ -1,4 +1,4 @@
-"""The budget: how much memory the work of a machine may be promised at once. ``[budget]`` in the settings."""
+"""The budget: the memory that may be reserved on a machine at once. ``[budget]`` in the settings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rcon_plugins.settings.units import Duration, Size, Written, show
 if TYPE_CHECKING:
     from rcon_plugins.settings.policy import Policy
 
-#: The limit that is named where work does not fit.
+#: The limit to name when a request or task does not fit.
 BUDGET = "budget.memory"
 _SHARE = r"\d{1,3}(?:\.\d{1,3})?%"
 
 
 class Portion(Written, str):
-    """So much of the memory of a machine: ``"80%"`` of what it has, or a size, ``"6G"``."""
+    """A part of the memory of a machine: ``"80%"`` of what it has, or a size, ``"6G"``."""
 
     __slots__ = ()
     schema: ClassVar[dict[str, Any]] = {
@@ -50,28 +50,28 @@ class Portion(Written, str):
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all the work that is under way at once may be promised together."""
+    """The memory that all requests and tasks under way may reserve together."""
 
     memory: Annotated[
         Portion,
         Meta(
-            description="The memory limits of all single works together: of the machine's memory, or a size.",
+            description="Memory for all requests and tasks under way: a share of the machine's memory, or a size.",
             examples=["80%"],
         ),
     ]
     wait: Annotated[
         Duration,
         Meta(
-            description="How long work waits until it fits in; then a request gets 503, a task goes back to its queue.",
+            description="How long to wait for memory; then a request gets 503, and a task goes back to its queue.",
             examples=["30s"],
         ),
     ] = msgspec.field(default_factory=lambda: Duration(10))
 
 
 def promised(policy: Policy) -> Size | None:
-    """The memory, in bytes, that one work of a policy may come to use; None where nothing limits it.
+    """Return the most memory, in bytes, that one request or task of a policy may use; None without a limit.
 
-    Its own limit, else that of all the policy's work together; of one that expands, the most it becomes.
+    That is ``each.memory``, else ``memory``; of a limit that expands, the most it may become.
     """
     limit = policy.each.memory or policy.memory
     return None if limit is None else limit.most

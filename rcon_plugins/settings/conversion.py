@@ -1,8 +1,8 @@
-"""From what a settings file holds to the types of this project, with errors that name the key.
+"""Convert what a settings file holds to the types of this project, with errors that name the key.
 
-msgspec converts and checks; it says where a fault is as ``$.io[...]``, without the key of a table, and
-stops at a whole before it looks at the parts. So when it refuses, `explain` looks again, part by part in
-the order of the file, for the first fault and its key.
+msgspec converts and checks, but reports the location as ``$.io[...]``, without the key of a table, and
+checks a table before its parts. So on an error `explain` looks again, part by part in the order of the
+file, for the first fault and its key.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOML_WORDS = {"int": "integer", "str": "string", "bool": "boolean", "object": "
 
 
 def convert(value: object, kind: type[T], key: str = "") -> T:
-    """``value``, as a settings file holds it, as a ``kind``.
+    """Return ``value``, as a settings file holds it, as a ``kind``.
 
     ``key`` is the dotted key of ``value`` itself. Raises `SettingsError` for the first fault.
     """
@@ -50,24 +50,24 @@ def schema_hook(kind: type) -> dict[str, Any]:
 
 
 def dotted(key: str, part: str) -> str:
-    """The key of ``part`` in the table ``key``, quoted where TOML wants quotes."""
+    """Return the key of ``part`` in the table ``key``, quoted where TOML needs quotes."""
     shown = part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"'
     return f"{key}.{shown}" if key else shown
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """A hint at the known word that ``word`` looks like, or None."""
+    """Return a hint at the known word that is most like ``word``, or None."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else None
 
 
 def one_of(known: Iterable[str]) -> str:
-    """A hint that lists the known words."""
+    """Return a hint that lists the known words."""
     return f"one of: {', '.join(known)}"
 
 
 def explain(value: object, kind: Any, key: str, meta: msgspec.Meta | None = None) -> SettingsError | None:
-    """The first fault of ``value`` as a ``kind``, or None where it has none."""
+    """Return the first error in ``value`` as a ``kind``, or None."""
     try:
         msgspec.convert(value, kind, dec_hook=dec_hook)
         return None
@@ -107,7 +107,7 @@ def _fields(kind: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def _unwrapped(kind: Any, meta: msgspec.Meta | None) -> tuple[Any, msgspec.Meta | None]:
-    """The type in ``Annotated[kind | None, meta]``, and the meta."""
+    """Return the type in ``Annotated[kind | None, meta]``, and the meta."""
     while True:
         if get_origin(kind) is Annotated:
             meta = next((extra for extra in kind.__metadata__ if extra.examples), meta)
@@ -119,7 +119,7 @@ def _unwrapped(kind: Any, meta: msgspec.Meta | None) -> tuple[Any, msgspec.Meta 
 
 
 def _plainly(value: object, kind: Any, meta: msgspec.Meta | None, message: str) -> SettingsError:
-    """What msgspec says of ``value``, in the words of TOML, with the value and a remedy."""
+    """Return the message of msgspec in terms of TOML, with the value and a remedy."""
     if message.startswith("Object missing required field "):
         name = message.split("`")[1]
         fields = _fields(_unwrapped(kind, None)[0])

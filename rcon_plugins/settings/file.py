@@ -26,11 +26,14 @@ class _Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     unmatched: Annotated[
         Literal["refuse", "allow"],
-        Meta(description="What happens to work that no route names.", examples=["refuse"]),
+        Meta(
+            description="What happens to requests, tasks and commands that no route matches.",
+            examples=["refuse"],
+        ),
     ] = "refuse"
     cgroup: Annotated[
         Annotated[str, Meta(pattern="^/")] | None,
-        Meta(description="The cgroup to work under, as a path below the mount.", examples=["/rcon"]),
+        Meta(description="The cgroup to make groups in, as a path below the mount.", examples=["/rcon"]),
     ] = None
     plugins: Annotated[
         tuple[str, ...],
@@ -38,21 +41,21 @@ class _Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = ()
     confinements: Annotated[
         Annotated[int, _COUNT],
-        Meta(description="Confinements kept ready; the least recently used go first.", examples=[256]),
+        Meta(
+            description="Confinements kept ready; the least recently used are removed first.", examples=[256]
+        ),
     ] = 256
     processes: Annotated[
         Annotated[int, _COUNT],
-        Meta(description="Executor processes that one worker has at most.", examples=[64]),
+        Meta(description="Most executor processes of one worker.", examples=[64]),
     ] = 64
     threads: Annotated[
         Annotated[int, _COUNT],
-        Meta(description="Executor threads that one worker has at most.", examples=[64]),
+        Meta(description="Most executor threads of one worker.", examples=[64]),
     ] = 64
     budget: Annotated[
         Budget | None,
-        Meta(
-            description="What all work on the machine may be promised at once.", examples=[{"memory": "80%"}]
-        ),
+        Meta(description="Memory that may be reserved on the machine at once.", examples=[{"memory": "80%"}]),
     ] = None
 
     def __post_init__(self) -> None:
@@ -71,16 +74,16 @@ class Settings(_Bounds, frozen=True, kw_only=True):
 
     policies: Mapping[str, Policy] = {}
     routes: tuple[Route, ...] = ()
-    #: Where they were read from, for error messages and the log.
+    #: The file they were read from, for error messages and the log.
     file: str | None = None
 
     @property
     def fallback(self) -> str | None:
-        """The policy of work that no route names: ``"default"`` where there is one of that name."""
+        """The policy where no route matches: ``"default"``, or None if there is none of that name."""
         return "default" if "default" in self.policies else None
 
     def with_policies(self, policies: Iterable[Policy]) -> Self:
-        """These settings and more policies, contributed by plugins.
+        """Return these settings with more policies, contributed by plugins.
 
         Raises `SettingsError` when a name is taken, or when a route still leads to no policy.
         """
@@ -100,7 +103,7 @@ class Settings(_Bounds, frozen=True, kw_only=True):
         return complete
 
     def with_changed(self, policies: Mapping[str, Policy]) -> Self:
-        """These settings with other policies of these names."""
+        """Return these settings with the policies of these names replaced."""
         return msgspec.structs.replace(self, policies={**self.policies, **policies})
 
 
@@ -113,14 +116,14 @@ class _File(_Bounds, frozen=True, kw_only=True, forbid_unknown_fields=True):
     route: Annotated[
         tuple[Route, ...],
         Meta(
-            description="Which work gets which policy; the first that matches.",
+            description="The policy for each request, task or command; the first match wins.",
             examples=[[{"host": "*.customers.example", "policy": "tenant"}]],
         ),
     ] = ()
 
 
 def load(path: str | os.PathLike[str]) -> Settings:
-    """The settings in the TOML file at ``path``.
+    """Return the settings in the TOML file at ``path``.
 
     Raises `SettingsError`, with file, key, value and remedy, for the first fault.
     """
@@ -143,7 +146,7 @@ def load(path: str | os.PathLike[str]) -> Settings:
 
 
 def from_mapping(mapping: Mapping[str, Any], *, file: str | None = None) -> Settings:
-    """The settings in ``mapping``, which has the shape of the file. Raises as `load` does."""
+    """Return the settings in ``mapping``, which has the shape of the file. Raises as `load` does."""
     try:
         return _from_mapping(mapping, file)
     except SettingsError as error:
@@ -152,7 +155,7 @@ def from_mapping(mapping: Mapping[str, Any], *, file: str | None = None) -> Sett
 
 
 def _from_mapping(mapping: Mapping[str, Any], file: str | None) -> Settings:
-    # Key by key, so that the first fault in the order of the file is the one that is told.
+    # Key by key, to report the first error in the order of the file.
     plain: dict[str, Any] = {}
     policies: dict[str, Policy] = {}
     routes: tuple[Route, ...] = ()
@@ -168,7 +171,7 @@ def _from_mapping(mapping: Mapping[str, Any], file: str | None) -> Settings:
     bounds = convert(plain, _Bounds)
     if not policies and not bounds.plugins and bounds.unmatched == "refuse":
         raise SettingsError(
-            "there is no policy, so all work would be refused",
+            "there is no policy, so everything would be refused",
             key="policy",
             hint='add a [policy.default], or write unmatched = "allow" to run work without limits',
         )
@@ -197,7 +200,7 @@ def _routes(tables: object) -> tuple[Route, ...]:
     for number, table in enumerate(tables, 1):
         if routes and not routes[-1].conditions():
             raise SettingsError(
-                f"is never reached: route[{number - 1}] has no condition and takes all work",
+                f"is never reached: route[{number - 1}] has no condition and matches everything",
                 key=f"route[{number}]",
                 hint="put the route without condition last",
             )
@@ -217,7 +220,7 @@ def _check_policy(route: Route, number: int, policies: Mapping[str, Policy], fil
 
 
 def check_cgroup(path: str) -> None:
-    """Raise `SettingsError` for what is not the path of a cgroup to work under."""
+    """Raise `SettingsError` if the path is not that of a cgroup to make groups in."""
     name = path.strip("/")
     if path.startswith("/sys/fs/cgroup"):
         problem, hint = "begins with the mount", "leave the mount out: as /proc/self/cgroup shows it"
@@ -229,7 +232,7 @@ def check_cgroup(path: str) -> None:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a settings file, for editors and for checks in a pipeline."""
+    """Return the JSON schema (draft 2020-12) of a settings file, for editors and for checks in a pipeline."""
     schema = msgspec.json.schema(_File, schema_hook=schema_hook)
     policy = schema["$defs"]["Policy"]
     del policy["properties"]["name"]  # it is the key of the table

@@ -1,4 +1,4 @@
-"""Limits as they are said where there is nothing but text: options of a command, a command to workers far away."""
+"""Limits as text: the options of a command, remote-control commands, and their spelling in a settings file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rcon_plugins.settings.limit_table import BY_KEY, IO_LIMITS
 from rcon_plugins.settings.memory import Memory
 from rcon_plugins.settings.units import parse
 
-#: For what is to have no limit any more.
+#: The text that removes a limit.
 NO_LIMIT: Final = "max"
 #: Keys of ``io``.
 IO_KEYS: Final = tuple(limit.key for limit in IO_LIMITS)
@@ -26,7 +26,7 @@ def removes(key: str, text: str) -> bool:
 
 
 def value_of(key: str, text: str) -> object:
-    """What a settings file would hold for a key; a table is written as there. Raises `SettingsError`."""
+    """Return what a settings file would hold for a key; a table is written as in TOML. Raises `SettingsError`."""
     if text.startswith("{"):
         try:
             return tomllib.loads(f"value = {text}")["value"]
@@ -42,7 +42,7 @@ def value_of(key: str, text: str) -> object:
 
 
 def device_and_key(name: str) -> tuple[str, str | None]:
-    """What ``io.DEVICE.read`` names, without the ``io.``: device and key; None for all of the device.
+    """Split ``DEVICE.read`` into device and key; the key is None where the whole device is meant.
 
     The device may be quoted as in a settings file. Raises `SettingsError`.
     """
@@ -56,7 +56,7 @@ def device_and_key(name: str) -> tuple[str, str | None]:
 
 
 def as_written(value: Any) -> Any:
-    """A limit as plain data, spelled as a settings file has it; None where there is none."""
+    """Return a limit as plain data, spelled as in a settings file; None where it is not set."""
     if isinstance(value, Memory) and value.expands:
         return {"limit": str(value), "expand": str(value.expand), "up_to": str(value.up_to)}
     if isinstance(value, msgspec.Struct):

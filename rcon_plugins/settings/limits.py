@@ -1,6 +1,6 @@
-"""Limits: how much of the machine work may use. Immutable data that names nothing of the kernel's.
+"""Limits: how much of the machine may be used. Immutable data that knows nothing of the kernel.
 
-`Limits` hold for all the work under a policy together, `Each` for every single work.
+`Limits` hold for everything under a policy together, `Each` for each request, task or command.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = {}
     pids: Annotated[Annotated[int, _range("pids")] | None, _about("pids")] = None
 
-    #: Where a key that is unknown here belongs; for error messages.
+    #: The remedy for keys that belong elsewhere, for error messages.
     belongs: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         if self.memory is not None and not isinstance(self.memory, Memory):
-            # A plain number of bytes, from whoever calls the constructor itself.
+            # a plain number of bytes, from a direct call of the constructor
             msgspec.structs.force_setattr(self, "memory", Memory(self.memory))
         for name in ("memory", "memory_high"):
             check_a_page(getattr(self, name), name)
@@ -93,7 +93,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def _check_cpu_burst(self, burst: CpuTime) -> None:
         if self.cpu is None:
             raise SettingsError(
-                "without cpu there is no quota to go beyond",
+                "without cpu there is no quota to exceed",
                 key="cpu_burst",
                 value=burst,
                 hint='set cpu too, such as "30%", or leave it out',
@@ -110,14 +110,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def _check_memory_high(self, high: Size) -> None:
         if self.memory is not None and self.memory.expands:
             raise SettingsError(
-                "memory that expands has one already: work is slowed down at its limit until that is raised",
+                "memory that expands already slows processes down at its limit until that is raised",
                 key="memory_high",
                 value=high,
                 hint="leave it out",
             )
         if self.memory is None:
             raise SettingsError(
-                "without memory, work above memory_high can be slowed down for ever",
+                "without memory, the kernel can slow processes above memory_high down for ever",
                 key="memory_high",
                 value=high,
                 hint=f'set memory too, above "{high}"',
@@ -136,7 +136,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits of every single work."""
+    """Limits of each request, task or command."""
 
     timeout: Annotated[Duration | None, _about("timeout")] = None
     timeout_soft: Annotated[Duration | None, _about("timeout_soft")] = None
@@ -169,7 +169,7 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     )
 
     def check_within(self, whole: Limits) -> None:
-        """Raise `SettingsError` for a limit of a single work above that of all work together: it is never reached."""
+        """Raise `SettingsError` for a limit of ``each`` above that of the whole policy: it is never reached."""
         _check_each(self, whole, "each")
         for device, limits in self.io.items():
             if device in whole.io:
@@ -184,7 +184,7 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 _LIMITS = frozenset(Each.__struct_fields__)
-#: Limits where a single work's above the whole policy's would never be reached.
+#: Limits of ``each`` that are never reached above those of the whole policy.
 _COMPARED = ("cpu", "memory", "swap", "pids", "read", "write", "read_iops", "write_iops")
 
 
@@ -215,7 +215,7 @@ def _check_each(each: msgspec.Struct, whole: msgspec.Struct, key: str) -> None:
             bound = bound.most
         if own > bound:
             raise SettingsError(
-                f"{own} is never reached: all work of the policy together has {bound}",
+                f"{own} is never reached: the whole policy is limited to {bound}",
                 key=where,
                 value=own,
                 hint=f"at most {bound}, or leave it out",

@@ -1,4 +1,4 @@
-"""A limit of memory, which may grow: ``memory = "256M"``, or ``{ limit = "256M", expand = "2x", up_to = "1G" }``."""
+"""A memory limit, which may expand: ``memory = "256M"``, or ``{ limit = "256M", expand = "2x", up_to = "1G" }``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIMES = r"\d{1,3}(?:\.\d{1,3})?x"
 
 
 class Factor(WrittenNumber, float):
-    """How many times as much: ``"2x"``, ``"1.5x"``. At least 1.1 times, at most 100 times."""
+    """A factor: ``"2x"``, ``"1.5x"``. At least 1.1, at most 100."""
 
     __slots__ = ()
     schema: ClassVar[dict[str, Any]] = {"type": "string", "pattern": rf"^{_TIMES}$"}
@@ -40,10 +40,10 @@ class Factor(WrittenNumber, float):
 
 
 class Memory(Size):
-    """Bytes of memory, as a `Size`; one that expands has more to say.
+    """Bytes of memory, as a `Size`, which may expand.
 
-    ``expand`` is by how much it grows when work reaches it, ``up_to`` the most it grows to; both None where it does
-    not. ``most`` is the bound that nothing passes. As a number, and as text, it is the limit to begin with.
+    The limit is multiplied by ``expand`` each time it is hit, up to ``up_to``; both are None where it does not expand.
+    ``most`` is the final bound. As a number, and as text, it is the limit at the start.
     """
 
     expand: Factor | None
@@ -55,15 +55,15 @@ class Memory(Size):
             {
                 "type": "object",
                 "properties": {
-                    "limit": {**Size.schema, "description": "Bytes to begin with.", "examples": ["256M"]},
+                    "limit": {**Size.schema, "description": "Bytes at the start.", "examples": ["256M"]},
                     "expand": {
                         **Factor.schema,
-                        "description": "How many times as much it becomes when work reaches it.",
+                        "description": "Factor by which the limit grows each time it is hit.",
                         "examples": ["2x"],
                     },
                     "up_to": {
                         **Size.schema,
-                        "description": "The most it becomes; work that needs more is killed.",
+                        "description": "Bytes up to which the limit grows. The kernel kills processes that need more.",
                         "examples": ["1G"],
                     },
                 },
@@ -89,23 +89,23 @@ class Memory(Size):
 
     @property
     def most(self) -> Size:
-        """``up_to`` where it expands, else itself."""
+        """The final bound: ``up_to``, or the limit itself where it does not expand."""
         return self if self.up_to is None else self.up_to
 
     @property
     def expands(self) -> bool:
-        """Whether it grows."""
+        """Whether the limit expands."""
         return self.up_to is not None
 
     def after(self, limit: int) -> int:
-        """What the limit becomes when it was ``limit`` bytes and work has reached that: whole pages, at most `most`."""
+        """Return the next limit after ``limit`` bytes were hit: whole pages, at most `most`."""
         if self.expand is None:
             return int(self)
         grown = int(limit * self.expand)
         return min(int(self.most), max(grown, limit + _PAGE) // _PAGE * _PAGE)
 
     def describe(self) -> str:
-        """The bound, for a message about work that ran into it: ``1G (up_to; expanded 4 times from 64M)``."""
+        """Return the bound for a message: ``1G (up_to; expanded 4 times from 64M)``."""
         if not self.expands:
             return str(self)
         count, limit = 0, int(self)
@@ -147,7 +147,7 @@ class Memory(Size):
         return int(self) == other
 
     def __ne__(self, other: object) -> bool:
-        return not self == other  # that of int would not ask the other
+        return not self == other  # int.__ne__ would compare the numbers alone
 
     def __hash__(self) -> int:
         return hash(int(self))
@@ -159,17 +159,23 @@ class Memory(Size):
 
 
 class OnMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What work that died of memory gets when it is tried again: so many times as much, and at most this."""
+    """The memory of a task that ran out of it and is retried: ``expand`` times as much, up to ``up_to``."""
 
     expand: Annotated[
-        Factor, Meta(description="How many times as much each time that it died of memory.", examples=["2x"])
+        Factor,
+        Meta(
+            description="Factor by which the memory grows each time the task ran out of it.", examples=["2x"]
+        ),
     ]
     up_to: Annotated[
-        Size, Meta(description="The most it becomes; who dies of that is not tried again.", examples=["2G"])
+        Size,
+        Meta(
+            description="Bytes up to which it grows. A task that needs more is not retried.", examples=["2G"]
+        ),
     ]
 
     def after(self, limit: Memory, deaths: int) -> int:
-        """The memory, in bytes, after so many deaths of it, where the limit was ``limit`` to begin with."""
+        """Return the memory, in bytes, after so many kills, where the limit was ``limit`` at the start."""
         return min(int(limit * self.expand**deaths), max(self.up_to, limit))
 
 

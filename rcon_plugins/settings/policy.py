@@ -1,7 +1,7 @@
-"""Policies: what one kind of work may use, who it is, and what it may do. Immutable data.
+"""Policies: the limits, the identity and the rights of one kind of request, task or command. Immutable data.
 
-A policy's own limits hold for all the work under it together, per key where it has one. Its ``each``
-limits hold for every single work::
+The limits of a policy hold for everything that runs under it together, per key where it has one. Its ``each``
+limits hold for each request, task or command::
 
     Policy.make("tenant", per="host", cpu="30%", memory="256M", each={"memory": "128M", "timeout": "20s"})
 """
@@ -21,7 +21,7 @@ from rcon_plugins.settings.memory import OnMemory
 from rcon_plugins.settings.rights import CapabilityName, Rlimits, Umask
 from rcon_plugins.settings.units import Size, Written, show
 
-#: How work gets into a confinement. ``"auto"`` is the cheapest that enforces all the policy asks for.
+#: How a request, task or command is confined. ``"auto"`` is the cheapest way that enforces the whole policy.
 Isolation = Literal["auto", "inline", "thread", "process"]
 
 _COUNT = Meta(ge=1, le=2**63 - 1)
@@ -56,7 +56,7 @@ class PolicyName(Written, str):
 
 
 class Per(Written, str):
-    """The attribute of a work that is its key: each value of it gets a confinement of its own.
+    """The attribute that is the key of a policy: each value of it gets a confinement of its own.
 
     ``"host"``, ``"path"``, ``"method"``, ``"remote_addr"``, ``"remote_user"``, ``"task"``, ``"queue"``,
     ``"command"``, ``"header:NAME"`` (a request header, in any case; kept in small letters) or ``"path:N"``
@@ -89,106 +89,123 @@ class Per(Written, str):
             if re.fullmatch(cls.schema["anyOf"][1]["pattern"], value):
                 return cls(value.lower())
         hint = f"one of: {', '.join(cls.names)}, header:NAME, path:N (its N-th segment, from 1)"
-        raise SettingsError(f"{show(value)} is not an attribute of work", value=value, hint=hint)
+        raise SettingsError(
+            f"{show(value)} is not an attribute of a request, task or command", value=value, hint=hint
+        )
 
 
 class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one kind of work may use, who it is, and what it may do. See `make` for a constructor that reads ``"256M"``.
+    """The limits, the identity and the rights of one kind of work. See `make` for a constructor that reads ``"256M"``.
 
-    The limits here hold for all the work under the policy together: per value of the attribute ``per``
-    where that is set. ``each`` holds for every single work, and so does all that is said of its identity:
-    `rcon_plugins.identity.resolution` finds the accounts. ``None`` is "not written".
+    These limits hold for everything that runs under the policy together, per value of the attribute ``per``
+    where that is set. ``each`` and the keys of the identity apply to each request, task or command;
+    `rcon_plugins.identity.resolution` finds the accounts. ``None`` is "not set".
     """
 
     name: str
     per: Annotated[
         Per | None,
-        Meta(description="Attribute of the work; each value of it has limits of its own.", examples=["host"]),
+        Meta(
+            description="Attribute of the request or task; each value of it has limits of its own.",
+            examples=["host"],
+        ),
     ] = None
     isolation: Annotated[
-        Isolation, Meta(description="How work gets into its confinement.", examples=["process"])
+        Isolation, Meta(description="How requests, tasks and commands are confined.", examples=["process"])
     ] = "auto"
     concurrency: Annotated[
         Annotated[int, Meta(ge=1, le=65536)] | None,
-        Meta(description="Works under way at once; more are refused.", examples=[8]),
+        Meta(description="Most requests or tasks at once; more are refused.", examples=[8]),
     ] = None
     each: Annotated[
         Each,
-        Meta(description="Limits of every single work.", examples=[{"memory": "128M", "timeout": "20s"}]),
+        Meta(
+            description="Limits of each request, task or command.",
+            examples=[{"memory": "128M", "timeout": "20s"}],
+        ),
     ] = Each()
     max_uses: Annotated[
         Annotated[int, _COUNT],
         Meta(
-            description="Works after which an executor process is replaced; 1: each has its own.",
+            description="Uses after which an executor process is replaced; 1 gives each request or task its own.",
             examples=[1],
         ),
     ] = 1000
     max_result: Annotated[
         Size | None,
         Meta(
-            description="The longest answer of a task, encoded: what it returns or raises.", examples=["16M"]
+            description="Most bytes of the encoded result of a task, or of the exception it raises.",
+            examples=["16M"],
         ),
     ] = None
     leave_children: Annotated[
         bool,
-        Meta(description="What work that ended well has started may go on.", examples=[True]),
+        Meta(
+            description="Processes that were left behind may continue after a good end.",
+            examples=[True],
+        ),
     ] = False
     on_memory: Annotated[
         OnMemory | None,
         Meta(
-            description="A task that died of memory is tried again, with more.",
+            description="Retry a task that ran out of memory, with more.",
             examples=[{"expand": "2x", "up_to": "2G"}],
         ),
     ] = None
     max_deaths: Annotated[
         Annotated[int, _COUNT] | None,
-        Meta(description="Deaths after which a task is not tried again.", examples=[3]),
+        Meta(description="Kills after which a task is not retried.", examples=[3]),
     ] = None
     dead_letter: Annotated[
         Annotated[str, Meta(min_length=1)] | None,
-        Meta(description="Queue for tasks that died too often.", examples=["dead"]),
+        Meta(description="Queue for tasks that were killed too often.", examples=["dead"]),
     ] = None
 
     user: Annotated[
         Account | None,
         Meta(
-            description='User that work becomes: a name, a number, or "owner:PATH".',
+            description='User to run as: a name, a number, or "owner:PATH".',
             examples=["owner:/srv/{host}"],
         ),
     ] = None
     group: Annotated[
         Account | None,
-        Meta(description="Group that work becomes; else the primary group of its user.", examples=["web"]),
+        Meta(description="Group to run as; the default is the primary group of the user.", examples=["web"]),
     ] = None
     groups: Annotated[
         tuple[Account, ...] | None,
-        Meta(description="Supplementary groups; else those the user is a member of.", examples=[["web"]]),
+        Meta(description="Supplementary groups; the default is all groups of the user.", examples=[["web"]]),
     ] = None
     capabilities: Annotated[
         tuple[CapabilityName, ...] | None,
-        Meta(description='Capabilities that work keeps, or ["all"].', examples=[["net_bind_service"]]),
+        Meta(description='Capabilities to keep, or ["all"].', examples=[["net_bind_service"]]),
     ] = None
     no_new_privs: Annotated[
-        bool, Meta(description="No program that work runs gives it privileges.", examples=[True])
+        bool,
+        Meta(
+            description="Programs cannot gain privileges (setuid, file capabilities).",
+            examples=[True],
+        ),
     ] = True
     min_uid: Annotated[
-        Annotated[int, _ID], Meta(description="The lowest uid that work may have.", examples=[1000])
+        Annotated[int, _ID], Meta(description="The lowest uid to run as.", examples=[1000])
     ] = 100
     min_gid: Annotated[
-        Annotated[int, _ID], Meta(description="The lowest gid that work may have.", examples=[1000])
+        Annotated[int, _ID], Meta(description="The lowest gid to run as.", examples=[1000])
     ] = 100
     allow_root: Annotated[
-        bool, Meta(description="Work may become root, uid 0 or gid 0.", examples=[False])
+        bool, Meta(description="Allow to run as root, uid 0 or gid 0.", examples=[False])
     ] = False
     owner_must_be: Annotated[
         PathTemplate | None,
         Meta(
-            description="Path that must belong to the user, or the work is refused.",
+            description="Path that must belong to the user; else the request, task or command is refused.",
             examples=["/srv/{host}/app.py"],
         ),
     ] = None
     umask: Annotated[
-        Umask | None, Meta(description="Permissions that new files do not get, in octal.", examples=["027"])
+        Umask | None,
+        Meta(description="Permissions that new files do not get, in octal: umask(2).", examples=["027"]),
     ] = None
     rlimits: Annotated[
         Rlimits,
@@ -199,7 +216,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = Rlimits()
 
     belongs: ClassVar[dict[str, str]] = {
-        "timeout": 'it is a limit of every single work: each = { timeout = "20s" }',
+        "timeout": 'it is a limit of each request or task: each = { timeout = "20s" }',
         "uid": "write user",
         "gid": "write group",
         **{name: f"it belongs under rlimits: rlimits.{name}" for name in Rlimits.__struct_encode_fields__},
@@ -207,7 +224,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @classmethod
     def make(cls, name: str, /, **keys: object) -> Self:
-        """A policy from what a settings file would hold, checked alike.
+        """Return a policy from what a settings file would hold, checked in the same way.
 
         ``Policy.make("batch", cpu="50%", each={"memory": "512M"})``. Raises `SettingsError` with the key,
         as ``policy.batch.each.memory``.
@@ -228,7 +245,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         self._check_isolation()
         if self.result_limit < _SHORTEST_MAX_RESULT:
             raise SettingsError(
-                f"{show(str(self.max_result))} is too short: that anything is wrong could not be told",
+                f"{show(str(self.max_result))} is too short to hold an error",
                 key="max_result",
                 value=self.max_result,
                 hint=f"at least {_SHORTEST_MAX_RESULT}",
@@ -240,14 +257,14 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for name in ("group", "groups", "owner_must_be"):
             if self.user is None and getattr(self, name) is not None:
                 raise SettingsError(
-                    f"{name} without a user says nothing",
+                    f"{name} has no effect without user",
                     key=name,
                     value=getattr(self, name),
                     hint='write the user too: a name, a number, or "owner:/srv/{host}"',
                 )
         if self.capabilities and "all" in self.capabilities and len(self.capabilities) > 1:
             raise SettingsError(
-                '"all" leaves none to name beside it',
+                '"all" includes the others',
                 key="capabilities",
                 value=self.capabilities,
                 hint='write ["all"], or leave "all" out',
@@ -259,14 +276,14 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
             return
         if limit is None:
             raise SettingsError(
-                "there is no each.memory to begin with",
+                "needs each.memory to start from",
                 key="on_memory",
                 value=more,
                 hint='each = { memory = "256M" }',
             )
         if limit.expands:
             raise SettingsError(
-                "each.memory expands while the task runs: there is one way to get more",
+                "each.memory expands while the task runs already",
                 key="on_memory",
                 value=more,
                 hint="leave it out, or the table of each.memory",
@@ -280,7 +297,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
             )
         if self.memory is not None and more.up_to > self.memory.most:
             raise SettingsError(
-                f"{more.up_to} is never reached: all work of the policy together has {self.memory.most}",
+                f"{more.up_to} is never reached: the whole policy is limited to {self.memory.most}",
                 key="on_memory.up_to",
                 value=more.up_to,
                 hint=f"at most {self.memory.most}",
@@ -292,22 +309,22 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         beyond = [limit for limit in self.asks() if limit.startswith("each.") or limit in _OF_A_PROCESS]
         if beyond:
             raise SettingsError(
-                f"a thread cannot be held to {' and '.join(beyond)}: that takes a process",
+                f"a thread cannot have limits of {' and '.join(beyond)}: use a process",
                 key="isolation",
                 value=self.isolation,
                 hint='write "process", or "auto", or leave those limits out',
             )
         if self.isolation == "thread" and "rlimits" in self.wants_identity:
             raise SettingsError(
-                "rlimits hold for a whole process, and a thread shares the server's",
+                "rlimits apply to a whole process, and a thread shares that of the server",
                 key="isolation",
                 value=self.isolation,
                 hint='write "process", or "auto", or leave rlimits out',
             )
         if self.isolation == "inline" and self.wants_identity:
             raise SettingsError(
-                f"{' and '.join(self.wants_identity)}: the server's own thread would have to come back from that, and "
-                "so could the work",
+                f"{' and '.join(self.wants_identity)}: a thread of the server could return from that, and so could the "
+                "code that it runs",
                 key="isolation",
                 value=self.isolation,
                 hint='write "process", or "auto", or "thread" against mistakes alone',
@@ -319,25 +336,25 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def wants_tries(self) -> tuple[str, ...]:
-        """What is written of work that died: ``("on_memory", "max_deaths")``. Empty where nothing is."""
+        """The keys for retries that are set: ``("on_memory", "max_deaths")``."""
         return tuple(name for name in _OF_TRIES if getattr(self, name) is not None)
 
     @property
     def result_limit(self) -> Size:
-        """How long the answer of a task may be, bytes, also where nothing is written of it."""
+        """The most bytes of the encoded result of a task; the default where ``max_result`` is not set."""
         return _MAX_RESULT if self.max_result is None else self.max_result
 
     @property
     def wants_identity(self) -> tuple[str, ...]:
-        """What is written of who work is and what it may do: ``("user", "umask")``. Empty where nothing is."""
+        """The keys for identity and rights that are set: ``("user", "umask")``."""
         written = [name for name in _OF_IDENTITY if getattr(self, name) is not None]
         return (*written, "rlimits") if self.rlimits.written() else tuple(written)
 
 
 _MAX_RESULT, _SHORTEST_MAX_RESULT = Size(16 * 2**20), 4096
-#: Limits that belong to a process, so that a thread of the server cannot be held to them.
+#: Limits of whole processes, which a thread of the server cannot have.
 _OF_A_PROCESS = frozenset({"memory", "memory_high", "swap"})
-#: What becomes of work that died.
+#: Keys for retries of tasks that were killed.
 _OF_TRIES = ("on_memory", "max_deaths", "dead_letter")
-#: What has to be taken for good before the first work. Also rlimits, which are never None.
+#: Keys for identity and rights, which a process takes for good. Also rlimits, which are never None.
 _OF_IDENTITY = ("user", "group", "groups", "capabilities", "owner_must_be", "umask")

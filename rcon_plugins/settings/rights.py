@@ -1,4 +1,4 @@
-"""How settings write what work may do beside its limits: capabilities, umask, rlimits."""
+"""The rights of a policy beside its limits: capabilities, umask, rlimits."""
 
 from __future__ import annotations
 
@@ -58,14 +58,11 @@ class Umask(WrittenNumber, int):
 
 
 class Rlimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits that each process of the work has for itself; setrlimit(2). ``None`` is "not set".
-
-    They are meant as soft and as hard limit alike.
-    """
+    """Limits of each process: setrlimit(2). ``None`` is "not set". Each is both the soft and the hard limit."""
 
     nofile: Annotated[
         Annotated[int, Meta(ge=16, le=2**31 - 1)] | None,
-        Meta(description="Open files of a process, those of the server's among them.", examples=[256]),
+        Meta(description="Open files of a process, including those of the server.", examples=[256]),
     ] = None
     nproc: Annotated[
         Annotated[int, _MANY] | None,
@@ -73,7 +70,7 @@ class Rlimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = None
     core: Annotated[Size | None, Meta(description="Bytes of a core dump; 0 is none.", examples=[0])] = None
     fsize: Annotated[
-        Size | None, Meta(description="Bytes to which a file can be written.", examples=["10M"])
+        Size | None, Meta(description="Most bytes of a file that is written.", examples=["10M"])
     ] = None
     as_: Annotated[Size | None, Meta(description="Bytes of address space of a process.", examples=["1G"])] = (
         msgspec.field(default=None, name="as")

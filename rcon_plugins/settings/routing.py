@@ -1,7 +1,6 @@
-"""Routes: which work gets which policy. First match wins.
+"""Routes: the policy for each request, task or command. First match wins.
 
-A `Router` finds the routes that name a host, a domain above it, a task or a queue without looking at the
-others, so that ten thousand of them cost no more than ten.
+A `Router` looks up hosts, domains, tasks and queues in an index: ten thousand routes cost no more than ten.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ _SMALL = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz
 
 
 def normalise_host(host: str) -> str:
-    """A host name as routes and keys know it: small ASCII letters, no port, no dot at the end.
+    """Return a host name as routes and keys use it: small ASCII letters, no port, no dot at the end.
 
-    An IPv6 address loses its brackets. Internationalised names stay as they are. Never raises; what is
-    not a host name comes back much as it was. Doing it twice changes nothing.
+    An IPv6 address loses its brackets. Internationalised names stay as they are. Never raises: text that is
+    not a host name is returned nearly unchanged. Idempotent.
     """
     host = host.translate(_SMALL).rstrip(".")
     if host.startswith("["):
@@ -48,7 +47,7 @@ def _is_port(text: str) -> bool:
 
 
 class Patterns(Written, tuple[str, ...]):
-    """What a condition of a route accepts: one pattern, or a list of them of which one must match."""
+    """The patterns of one condition of a route: a text or a list of texts. One of them must match."""
 
     __slots__ = ()
     schema: ClassVar[dict[str, Any]] = {
@@ -70,7 +69,7 @@ class Patterns(Written, tuple[str, ...]):
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Gives work that meets all the conditions to ``policy``. Without conditions: all work.
+    """Choose ``policy`` for requests, tasks and commands that meet all the conditions; without conditions, for all.
 
     See `make` for a constructor that takes a single text for a condition.
     """
@@ -109,7 +108,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @classmethod
     def make(cls, policy: str, /, **conditions: str | Iterable[str]) -> Self:
-        """A route from what a settings file would hold, checked alike."""
+        """Return a route from what a settings file would hold, checked in the same way."""
         return convert({"policy": policy, **conditions}, cls, "route")
 
     def __post_init__(self) -> None:
@@ -119,13 +118,13 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 raise SettingsError(f"{show(pattern)} {problem}", key=name, value=pattern, hint=hint)
 
     def conditions(self) -> Mapping[str, Patterns]:
-        """The conditions that are set, by the attribute they look at."""
+        """The conditions that are set, by attribute."""
         names = (name for name in self.__struct_fields__ if name != "policy")
         return {name: patterns for name in names if (patterns := getattr(self, name)) is not None}
 
 
 class Found(NamedTuple):
-    """A route among the others: its place, from 0, its policy, and what an index has not yet answered."""
+    """A route: its number from 0, its policy, and the conditions that an index did not check."""
 
     order: int
     policy: str
@@ -133,7 +132,7 @@ class Found(NamedTuple):
 
 
 class Router:
-    """Finds the policy of a work among routes. Immutable once made, so any thread may use it."""
+    """Finds the route for a request, task or command. Immutable, so any thread may use it."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
         self._hosts: dict[str, list[Found]] = {}
@@ -146,15 +145,14 @@ class Router:
         self._named = {name: index for name, index in self._named.items() if index}
 
     def match(self, work: Work) -> str | None:
-        """The name of the policy of the first route whose conditions ``work`` meets, or None. See `find`."""
+        """Return the policy name of the first route that matches, or None. See `find`."""
         found = self.find(work)
         return None if found is None else found.policy
 
     def find(self, work: Work) -> Found | None:
-        """The first route whose conditions ``work`` meets, or None.
+        """Return the first route that matches, or None.
 
-        Looks up an attribute of the work only where a route that may still match needs it, and once.
-        Whatever the attributes hold, it does not raise.
+        Attributes are looked up once, and only where a route that may still match needs them. Never raises.
         """
         attributes = _Attributes(work.attributes)
         for entry in self._candidates(attributes):
@@ -181,7 +179,7 @@ class Router:
             place.append(Found(order, route.policy, rest))
 
     def _candidates(self, attributes: _Attributes) -> Iterator[Found]:
-        """The routes that the indexes leave, in their order."""
+        """The routes that may match by the indexes, in their order."""
         found: list[list[Found]] = []
         if self._hosts or self._domains:
             host = attributes["host"]
@@ -203,7 +201,7 @@ class Router:
         if "" in self._domains:
             yield self._domains[""]
         domain = ""
-        # No more labels than the longest domain of a route has: a host of a thousand dots costs no more.
+        # no more labels than the longest domain of a route has: a host with a thousand dots costs no more
         for label in reversed(host.rsplit(".", self._depth)[1:]):
             domain = f"{label}.{domain}" if domain else label
             if domain in self._domains:
@@ -211,7 +209,7 @@ class Router:
 
 
 class _Attributes(dict[str, str | None]):
-    """The attributes of a work, each looked up when first asked for; None is "not there"."""
+    """Attributes, each looked up on first use; None is "not there"."""
 
     def __init__(self, attributes: Mapping[str, str]) -> None:
         super().__init__()
@@ -227,7 +225,7 @@ class _Attributes(dict[str, str | None]):
 
 
 def _matcher(name: str, patterns: Iterable[str]) -> Callable[[str], bool]:
-    """Whether a value of the attribute ``name`` is one that ``patterns`` accept."""
+    """Return a function that tells whether a value of the attribute ``name`` matches one of the patterns."""
     if name == "path":
         return _any_of([_glob(p) if _GLOB & set(p) else _prefix(p) for p in patterns])
     if name == "method":
@@ -280,7 +278,7 @@ def _check_host(pattern: str) -> _Fault:
 def _check_path(pattern: str) -> _Fault:
     if pattern.startswith(("/", "*")):
         return None, None
-    return "is never the start of a path", f'write "/{pattern}", or "*{pattern}" for the end of one'
+    return "does not begin with a slash", f'write "/{pattern}", or "*{pattern}" for the end of one'
 
 
 def _check_method(pattern: str) -> _Fault:

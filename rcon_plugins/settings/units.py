@@ -23,25 +23,25 @@ _PERCENT = r"\d{1,7}(?:\.\d{1,6})?%"  # the kernel takes no quota of 10**5 CPUs 
 
 
 class Written:
-    """A type that settings write as text. A subclass also derives from what it is: float, int or str."""
+    """A type that settings write as text. A subclass also derives from float, int or str."""
 
     __slots__ = ()
 
-    #: What a settings file may hold for it, as JSON schema.
+    #: The JSON schema of its spellings in a settings file.
     schema: ClassVar[dict[str, Any]] = {"type": "string"}
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        """The value that a settings file means by ``value``.
+        """Return the value that a settings file means by ``value``.
 
-        Stricter than the constructor: a bare number is refused where its unit would be a guess. Raises
-        `SettingsError`, without a key, when ``value`` means nothing or cannot be.
+        Stricter than the constructor: a number without a unit is refused where the unit would be a guess. Raises
+        `SettingsError`, without a key, for a value that is invalid or out of range.
         """
         raise NotImplementedError
 
 
 class WrittenNumber(Written):
-    """A number that settings write as text, and whose constructor takes either."""
+    """A number that settings write as text. Its constructor takes both."""
 
     __slots__ = ()
 
@@ -55,7 +55,7 @@ class WrittenNumber(Written):
 class Cpus(WrittenNumber, float):
     """CPU time per time, in CPUs: ``"30%"`` is 0.3, three tenths of one CPU; ``"150%"`` is 1.5.
 
-    At least 1 %: the kernel gives out CPU time in pieces of 1 ms and a period is 100 ms long.
+    At least 1 %: the kernel accepts no quota below 1 ms, and a period has 100 ms.
     """
 
     __slots__ = ()
@@ -67,14 +67,12 @@ class Cpus(WrittenNumber, float):
         if isinstance(value, cls):
             return value
         if not isinstance(value, str):
-            raise SettingsError(f"{show(value)} does not say of what", value=value, hint=cls._hint)
+            raise SettingsError(f"{show(value)} has no unit", value=value, hint=cls._hint)
         if not re.fullmatch(_PERCENT, value, re.ASCII):
             raise SettingsError(f"{show(value)} is not a share of CPU time", value=value, hint=cls._hint)
         cpus = Decimal(value[:-1]) / 100
         if cpus < Decimal("0.01"):
-            raise SettingsError(
-                f"{show(value)} is too little to run at all", value=value, hint='the least is "1%"'
-            )
+            raise SettingsError(f"{show(value)} is too little to run", value=value, hint='the least is "1%"')
         return cls(float(cpus))
 
     def __str__(self) -> str:
@@ -106,7 +104,7 @@ class Size(WrittenNumber, int):
         else:
             raise SettingsError(f"{show(value)} is not a size", value=value, hint=cls._hint)
         if not 0 <= size <= cls._largest:
-            sign = "less than nothing" if size < 0 else "more than the kernel can count"
+            sign = "negative" if size < 0 else "more than the kernel can count"
             raise SettingsError(f"{show(value)} is {sign}", value=value, hint=cls._hint)
         return cls(size)
 
@@ -131,7 +129,7 @@ class Size(WrittenNumber, int):
 
 
 def check_a_page(size: int | None, key: str) -> None:
-    """Raise `SettingsError` for a limit of memory under which nothing could run; None is "not set"."""
+    """Raise `SettingsError` for a memory limit below one page; None is "not set"."""
     if size is not None and size < _PAGE:
         text = str(size)
         hint = f'write "{text}M"?' if text.isdigit() else 'at least "4K"'
@@ -139,7 +137,7 @@ def check_a_page(size: int | None, key: str) -> None:
 
 
 class Duration(WrittenNumber, float):
-    """A length of time, in seconds: ``"20s"``, ``"500ms"``, ``"2m"``, ``"1.5h"``. More than nothing."""
+    """A length of time, in seconds: ``"20s"``, ``"500ms"``, ``"2m"``, ``"1.5h"``. More than 0."""
 
     __slots__ = ()
     schema: ClassVar[dict[str, Any]] = {"type": "string", "pattern": rf"^{_DECIMAL}(ms|s|m|h)$"}
@@ -233,7 +231,7 @@ class CpuList(Written, str):
 
 
 def parse(unit: str, text: str) -> float | int | str:
-    """The value that the text of an option means: CPUs, bytes, seconds, a count, a list of CPUs, or the text itself.
+    """Return the value of the text of an option: CPUs, bytes, seconds, a count, a list of CPUs, or the text itself.
 
     ``unit`` is that of a row of `rcon_plugins.settings.limit_table`. Raises `SettingsError`, without a key.
     """
@@ -256,13 +254,13 @@ def parse(unit: str, text: str) -> float | int | str:
 
 
 def written(unit: str, value: Any) -> str:
-    """A number as a settings file spells it: ``written("size", 67108864)`` is ``"64M"``."""
+    """Return a number as a settings file spells it: ``written("size", 67108864)`` is ``"64M"``."""
     kind = {"share": Cpus, "cpu_time": CpuTime, "size": Size, "duration": Duration}.get(unit)
     return str(value if kind is None else kind(value))
 
 
 def show(value: object) -> str:
-    """``value`` as an error message shows it: as Python writes it, and not too long."""
+    """Return ``value`` for an error message: as Python writes it, and not too long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:76]}..."
 
@@ -272,7 +270,7 @@ def _exactly(number: float) -> Decimal:
 
 
 def _plain(number: Decimal) -> str:
-    """Without exponent, and without zeros that say nothing."""
+    """Return the number without exponent and trailing zeros."""
     text = f"{number:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 

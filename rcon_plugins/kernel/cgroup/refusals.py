@@ -1,4 +1,4 @@
-"""What a machine cannot enforce, found before anything is tried."""
+"""The limits that a machine cannot enforce, found before anything is made."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refusals(
         name for name, value in values.items() if name not in ("oom_group", "files") and value is not MAX
     ]
     if resources.swap_max == 0 and not v1.has_swap():
-        # Nothing to swap to: satisfied by the machine.
+        # without swap on the machine, the limit holds already
         asked.remove("swap_max")
     found = []
     for name in asked:

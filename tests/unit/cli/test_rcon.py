@@ -157,7 +157,7 @@ BAD = {
     "isolation that cannot": (
         '[policy.web]\nisolation = "inline"\nmemory = "1G"',
         "policy.web.isolation",
-        "takes a process",
+        "use a process",
         '"auto"',
     ),
     "unknown plugin": (

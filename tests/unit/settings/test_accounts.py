@@ -124,7 +124,7 @@ def test_a_policy_with_an_identity_pickles_with_its_types() -> None:
         ),
     ],
 )
-def test_what_is_wanted_of_an_identity(keys: dict[str, object], wanted: tuple[str, ...]) -> None:
+def test_the_keys_of_the_identity_that_are_set(keys: dict[str, object], wanted: tuple[str, ...]) -> None:
     assert Policy.make("p", **keys).wants_identity == wanted
 
 

@@ -54,7 +54,7 @@ def test_portions(written: object, total: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("written", ["0%", "101%", "%", "-1%", "80", "1K", 0, "80 %", "6GB", None, True])
-def test_what_is_no_portion(written: object) -> None:
+def test_invalid_portions_are_refused(written: object) -> None:
     with pytest.raises(SettingsError) as caught:
         from_mapping(settings({"memory": written}))
     assert caught.value.key == "budget.memory"
@@ -72,7 +72,7 @@ def test_settings() -> None:
         from_mapping(settings({"wait": "30s"}))
 
 
-def test_what_one_work_is_promised() -> None:
+def test_the_memory_that_one_request_reserves() -> None:
     expanding = {"limit": "64M", "expand": "2x", "up_to": "1G"}
     assert promised(Policy.make("p", memory="1G", each={"memory": "64M"})) == 64 * UNIT
     assert promised(Policy.make("p", memory="1G")) == 1024 * UNIT
@@ -95,7 +95,7 @@ def test_a_policy_that_never_fits_is_refused(policy: dict[str, Any], key: str) -
     Plan.make(from_mapping(settings({"memory": "64M"}, p=policy))).check()
 
 
-def test_a_policy_without_memory_is_told_of() -> None:
+def test_a_policy_without_memory_is_reported() -> None:
     given = settings({"memory": "64M"}, p={"memory": "1M"}, q={"pids": 9})
     (warning,) = [one for one in Plan.make(from_mapping(given)).warnings(0) if "budget" in one]
     assert warning.startswith("q: ")
@@ -119,7 +119,7 @@ def test_it_runs_out_and_comes_back(budget: MemoryBudget) -> None:
     assert budget.reserve(1) is None
 
 
-def test_what_is_left_need_not_be_in_one_piece(budget: MemoryBudget) -> None:
+def test_free_memory_need_not_be_contiguous(budget: MemoryBudget) -> None:
     held = [budget.reserve(UNIT) for _ in range(10)]
     for number in (1, 4, 8):
         allocation = held[number]

@@ -85,7 +85,7 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
     assert Router(settings.routes).match(Work("task", "x", {"task": "mail"})) == "batch"
 
 
-def test_what_is_not_written_has_its_default() -> None:
+def test_missing_keys_have_defaults() -> None:
     settings = from_mapping({"policy": {"default": {}}})
     assert settings == Settings(
         unmatched="refuse",
@@ -111,7 +111,7 @@ def test_the_policy_named_default_is_the_fallback(name: str, fallback: str | Non
 
 WRONG = [
     # The text, the key that is named, and what else is said.
-    ("", "policy", "all work would be refused"),
+    ("", "policy", "everything would be refused"),
     ('unmatched = "refuse"', "policy", "[policy.default]"),
     ('polcy = "x"', "polcy", "did you mean 'policy'"),
     ("zzz = 1", "zzz", "unmatched, cgroup"),
@@ -132,7 +132,7 @@ WRONG = [
     ("[policy.tasks]", "policy", "kernel has a file of that name"),
     ('[policy.a]\nname = "b"', "policy.a.name", "the name is that of the table"),
     ('[policy.a]\neach.memory = "128MB"', "policy.a.each.memory", 'write "128M"'),
-    ('[policy.a]\nisolation = "thread"\nmemory = "1M"', "policy.a.isolation", "takes a process"),
+    ('[policy.a]\nisolation = "thread"\nmemory = "1M"', "policy.a.isolation", "use a process"),
     ("[policy.a]\numask = 0o027", "policy.a.umask", 'write "027"'),
     ("route = 3\npolicy.a = {}", "route", "[[route]]"),
     ("route = [3]\npolicy.a = {}", "route[1]", "table"),
@@ -150,7 +150,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "key", "said"), WRONG)
-def test_a_fault_is_told_with_file_key_and_remedy(tmp_path: Path, text: str, key: str, said: str) -> None:
+def test_an_error_names_file_key_and_remedy(tmp_path: Path, text: str, key: str, said: str) -> None:
     file = written(tmp_path, text)
     with pytest.raises(SettingsError) as refused:
         load(file)
@@ -196,13 +196,13 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, said: str) -> Non
         (['route = [{ policy = "a", path = "x" }]', "policy.a.pids = 0"], "route[1].path"),
     ],
 )
-def test_the_first_fault_of_the_file_is_told(tmp_path: Path, faults: list[str], first: str) -> None:
+def test_the_first_error_of_the_file_is_reported(tmp_path: Path, faults: list[str], first: str) -> None:
     with pytest.raises(SettingsError) as refused:
         load(written(tmp_path, "\n".join(faults)))
     assert refused.value.key == first
 
 
-def test_without_policies_all_work_may_be_allowed() -> None:
+def test_without_policies_unmatched_may_be_allowed() -> None:
     assert from_mapping({"unmatched": "allow"}).policies == {}
 
 

@@ -20,7 +20,7 @@ from rcon_plugins.settings.policy import Policy
         ("memory", '{ limit = "1M", expand = "2x" }', {"limit": "1M", "expand": "2x"}),
     ],
 )
-def test_what_a_settings_file_would_hold(key: str, text: str, value: object) -> None:
+def test_text_becomes_what_a_settings_file_holds(key: str, text: str, value: object) -> None:
     assert value_of(key, text) == value
 
 
@@ -34,13 +34,13 @@ def test_what_a_settings_file_would_hold(key: str, text: str, value: object) -> 
         ("memory", "{ limit = 1", "is no table (as in a settings file: {"),
     ],
 )
-def test_what_no_settings_file_would_hold(key: str, text: str, said: str) -> None:
+def test_invalid_text_is_refused(key: str, text: str, said: str) -> None:
     with pytest.raises(SettingsError) as caught:
         value_of(key, text)
     assert said in str(caught.value)
 
 
-def test_what_can_be_without_a_limit() -> None:
+def test_max_removes_a_limit() -> None:
     assert removes("memory", "max")
     assert removes("write_iops", "max")
     assert removes("timeout", "max")
@@ -63,14 +63,14 @@ def test_devices(name: str, found: tuple[str, str | None]) -> None:
 
 
 @pytest.mark.parametrize("name", ["read", "", '"".read', ".read"])
-def test_no_device(name: str) -> None:
+def test_a_missing_device_is_refused(name: str) -> None:
     with pytest.raises(
         SettingsError, match=r"no device is named \(io\.DEVICE\.KEY, the KEY one of: read, write"
     ):
         device_and_key(name)
 
 
-def test_as_it_is_written() -> None:
+def test_values_are_spelled_as_in_settings() -> None:
     policy = Policy.make(
         "p",
         cpu="30%",

@@ -18,21 +18,21 @@ MIB = 2**20
 GROWING = {"limit": "64M", "expand": "2x", "up_to": "1G"}
 
 
-def test_it_is_the_number_it_begins_with() -> None:
+def test_as_a_number_it_is_the_first_limit() -> None:
     memory = Memory.parse(GROWING)
     assert (int(memory), str(memory), memory // 2) == (64 * MIB, "64M", 32 * MIB)
     assert (memory.expand, memory.up_to, memory.most, memory.expands) == (2.0, 1024 * MIB, 1024 * MIB, True)
     assert (type(memory.expand), type(memory.up_to)) == (Factor, Size)
 
 
-def test_one_that_does_not_expand() -> None:
+def test_memory_that_does_not_expand() -> None:
     for written in ("64M", 64 * MIB, Size("64M")):
         memory = Memory.parse(written)
         assert (memory, memory.most, memory.expands, memory.expand) == (64 * MIB, 64 * MIB, False, None)
         assert memory.after(64 * MIB) == 64 * MIB
 
 
-def test_equal_is_what_grows_alike() -> None:
+def test_equal_memory_expands_in_the_same_way() -> None:
     assert Memory.parse(GROWING) == Memory.parse({**GROWING, "limit": 64 * MIB})
     assert Memory.parse(GROWING) != Memory("64M")
     assert Memory.parse(GROWING) != Memory.parse({**GROWING, "expand": "3x"})
@@ -40,7 +40,7 @@ def test_equal_is_what_grows_alike() -> None:
 
 
 @pytest.mark.parametrize("written", [GROWING, "64M"])
-def test_it_keeps_all_of_it_when_pickled_and_copied(written: object) -> None:
+def test_pickling_and_copying_keep_the_expansion(written: object) -> None:
     memory = Memory.parse(written)
     for twin in (
         pickle.loads(pickle.dumps(memory)),
@@ -60,7 +60,7 @@ def test_it_keeps_all_of_it_when_pickled_and_copied(written: object) -> None:
         ({"limit": 8192, "expand": "1.1x", "up_to": "16K"}, [12 / 1024, 16 / 1024]),
     ],
 )
-def test_steps(written: dict[str, object], limits: list[float]) -> None:
+def test_steps_of_an_expansion(written: dict[str, object], limits: list[float]) -> None:
     memory = Memory.parse(written)
     found, limit = [], int(memory)
     while limit < memory.most:
@@ -69,7 +69,7 @@ def test_steps(written: dict[str, object], limits: list[float]) -> None:
     assert found == limits
 
 
-def test_what_a_message_says() -> None:
+def test_text_for_messages() -> None:
     assert Memory.parse(GROWING).describe() == "1G (up_to; expanded 4 times from 64M)"
     assert Memory.parse({**GROWING, "up_to": "65M"}).describe() == "65M (up_to; expanded once from 64M)"
     assert Memory("64M").describe() == "64M"
@@ -91,7 +91,7 @@ def test_what_a_message_says() -> None:
         ([], "memory", "is not a size"),
     ],
 )
-def test_what_is_refused(written: object, key: str, problem: str) -> None:
+def test_invalid_memory_is_refused(written: object, key: str, problem: str) -> None:
     with pytest.raises(SettingsError) as refused:
         Policy.make("p", memory=written)
     assert refused.value.key == f"policy.p.{key}"
@@ -110,7 +110,7 @@ def test_what_is_refused(written: object, key: str, problem: str) -> None:
         (GROWING, GROWING, None),
     ],
 )
-def test_what_each_may_have_of_all(all_work: object, each: object, key: str | None) -> None:
+def test_each_within_the_whole_policy(all_work: object, each: object, key: str | None) -> None:
     """A work may reach the limit of all, where that grows."""
     if key is None:
         assert Policy.make("p", memory=all_work, each={"memory": each}).each.memory
@@ -120,8 +120,8 @@ def test_what_each_may_have_of_all(all_work: object, each: object, key: str | No
     assert refused.value.key == f"policy.p.{key}"
 
 
-def test_memory_high_beside_it() -> None:
-    with pytest.raises(SettingsError, match="has one already"):
+def test_memory_high_is_refused_beside_memory_that_expands() -> None:
+    with pytest.raises(SettingsError, match="already slows processes down"):
         Policy.make("p", memory=GROWING, memory_high="32M")
 
 
@@ -136,7 +136,7 @@ def test_in_a_file_and_in_the_schema() -> None:
     ]
 
 
-def test_a_plain_number_becomes_one() -> None:
+def test_a_plain_number_becomes_memory() -> None:
     limits = Limits(memory=64 * MIB)  # type: ignore[arg-type]
     assert type(limits.memory) is Memory
     assert type(msgspec.structs.replace(limits, pids=4).memory) is Memory

@@ -45,7 +45,7 @@ def test_make_reads_what_a_settings_file_would_hold() -> None:
     assert whole == TENANT
 
 
-def test_what_is_not_set_is_none() -> None:
+def test_keys_that_are_not_set_are_none() -> None:
     policy = Policy.make("p")
     unset = [getattr(policy, name) for name in Limits.__struct_fields__ if name != "io"]
     assert unset == [None] * len(unset)
@@ -69,18 +69,18 @@ def test_a_policy_cannot_be_changed() -> None:
         TENANT.pids = 65  # type: ignore[misc]
 
 
-def test_asks_names_the_limits_as_settings_spell_them() -> None:
+def test_the_limits_that_are_set_are_named_as_in_settings() -> None:
     policy = Policy.make("p", cpu="30%", swap=0, memory="1M", io={"/": {"read": 1}}, each={"timeout": "1s"})
     assert policy.asks() == ("cpu", "memory", "swap", "io", "each.timeout")
     assert policy.each.asks() == ("timeout",)
 
 
-def test_a_policy_without_limits_asks_nothing() -> None:
+def test_a_policy_without_limits_names_none() -> None:
     assert Policy.make("p", per="host", concurrency=3, max_uses=1, isolation="process").asks() == ()
 
 
 @pytest.mark.parametrize("name", ["a", "tenant", "a-b_c9", "a" * 63])
-def test_names_that_can_be_directories(name: str) -> None:
+def test_valid_policy_names(name: str) -> None:
     assert Policy.make(name).name == name
 
 
@@ -91,7 +91,7 @@ def test_names_that_can_be_directories(name: str) -> None:
         *("cgroup.procs", "tasks", "notify_on_release", "release_agent"),
     ],
 )
-def test_names_that_cannot_be_directories(name: str) -> None:
+def test_invalid_policy_names(name: str) -> None:
     with pytest.raises(SettingsError, match="cannot be the name of a policy"):
         Policy.make(name)
     with pytest.raises(SettingsError, match="cannot be the name of a policy"):
@@ -103,7 +103,7 @@ def test_names_that_cannot_be_directories(name: str) -> None:
     [(name, name) for name in Per.names]
     + [("header:X-Tenant", "header:x-tenant"), ("path:1", "path:1"), ("path:12", "path:12")],
 )
-def test_keys_that_work_can_have(written: str, kept: str) -> None:
+def test_valid_attributes_for_per(written: str, kept: str) -> None:
     assert Policy.make("p", per=written).per == kept
 
 
@@ -111,7 +111,7 @@ def test_keys_that_work_can_have(written: str, kept: str) -> None:
     "per",
     ["hosts", "", "Host", "header:", "header:a b", "header:a\n", "path:0", "path:-1", "path:x", "user", 1],
 )
-def test_keys_that_work_cannot_have(per: object) -> None:
+def test_invalid_attributes_for_per(per: object) -> None:
     with pytest.raises(SettingsError, match=r"^policy\.p\.per: .*header:NAME"):
         Policy.make("p", per=per)
 
@@ -160,7 +160,7 @@ WRONG = [
     ("isolation", "memory and memory_high", {"isolation": "thread", "memory": "2M", "memory_high": "1M"}),
     ("isolation", "swap", {"isolation": "thread", "swap": 0}),
     ("isolation", "share", {"isolation": "thread", "rlimits": {"core": 0}}),
-    ("isolation", "user: the server's own thread", {"isolation": "inline", "user": "web"}),
+    ("isolation", "user: a thread of the server could return", {"isolation": "inline", "user": "web"}),
     ("isolation", "user and group", {"isolation": "inline", "group": "web", "user": "web"}),
     ("isolation", "user and groups", {"isolation": "inline", "groups": [], "user": "web"}),
     ("isolation", "capabilities", {"isolation": "inline", "capabilities": []}),
@@ -217,7 +217,7 @@ WRONG = [
     ("rlimits.cpu", "whole", {"rlimits": {"cpu": "500ms"}}),
     ("rlimits.fsize", 'write "10M"', {"rlimits": {"fsize": "10MB"}}),
     ("rlimits.as", "one page", {"rlimits": {"as": 1}}),
-    ("rlimits.core", "less than nothing", {"rlimits": {"core": -1}}),
+    ("rlimits.core", "negative", {"rlimits": {"core": -1}}),
     (
         "isolation",
         "memory and each.timeout",
@@ -230,7 +230,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("key", "said", "asked"), WRONG)
-def test_what_cannot_be_is_refused_with_key_and_remedy(key: str, said: str, asked: dict[str, object]) -> None:
+def test_an_invalid_policy_is_refused_with_key_and_remedy(
+    key: str, said: str, asked: dict[str, object]
+) -> None:
     with pytest.raises(SettingsError) as refused:
         Policy.make("p", **asked)
     assert refused.value.key == f"policy.p.{key}"
@@ -238,7 +240,7 @@ def test_what_cannot_be_is_refused_with_key_and_remedy(key: str, said: str, aske
     assert refused.value.hint
 
 
-def test_what_becomes_of_the_dead() -> None:
+def test_keys_for_retries() -> None:
     policy = Policy.make(
         "p",
         memory="4G",
@@ -256,7 +258,7 @@ def test_what_becomes_of_the_dead() -> None:
 @pytest.mark.parametrize(
     ("key", "said", "asked"),
     [
-        ("on_memory", "no each.memory", {"on_memory": {"expand": "2x", "up_to": "2G"}}),
+        ("on_memory", "needs each.memory", {"on_memory": {"expand": "2x", "up_to": "2G"}}),
         (
             "on_memory.up_to",
             "2G is not above each.memory = 2G",
@@ -286,19 +288,19 @@ def test_what_becomes_of_the_dead() -> None:
         ("each.max_deaths", "unknown key", {"each": {"max_deaths": 2}}),
     ],
 )
-def test_what_cannot_become_of_the_dead(key: str, said: str, asked: dict[str, object]) -> None:
+def test_invalid_keys_for_retries(key: str, said: str, asked: dict[str, object]) -> None:
     with pytest.raises(SettingsError) as caught:
         Policy.make("p", **asked)
     assert caught.value.key == f"policy.p.{key}"
     assert said in caught.value.problem
 
 
-def test_a_single_work_may_have_all_that_the_policy_has() -> None:
+def test_each_may_have_the_whole_limit_of_the_policy() -> None:
     limits = {"cpu": "30%", "memory": "1M", "swap": 0, "pids": 4, "cpus": "0", "io": {"/": {"read": 1}}}
     assert Policy.make("p", **limits, each=limits).each.pids == 4
 
 
-def test_inline_carries_what_a_thread_can() -> None:
+def test_inline_accepts_the_limits_of_threads() -> None:
     asked = {"cpu": "30%", "cpu_weight": 5, "cpus": "0", "pids": 9, "io": {"8:0": {"read": 1}}}
     assert Policy.make("p", isolation="inline", **asked).isolation == "inline"
 

@@ -143,7 +143,7 @@ def test_the_first_match_wins_whichever_index_it_is_found_in() -> None:
         assert Router([routes[name] for name in order]).match(work(host="a.b.example", path="/")) == order[0]
 
 
-def test_a_route_without_conditions_takes_all_work() -> None:
+def test_a_route_without_conditions_matches_everything() -> None:
     assert Router([Route.make("all")]).match(Work("call", "x")) == "all"
 
 
@@ -256,7 +256,7 @@ EVERY_INDEX = Router(
 @example({"host": "a" * 300})
 @example({"host": "../../x.b.example\n"})
 @example({"host": "\ud800.b.example", "path": "\udcff"})
-def test_hostile_work_never_raises(attributes: dict[str, str]) -> None:
+def test_hostile_attributes_never_raise(attributes: dict[str, str]) -> None:
     assert EVERY_INDEX.match(work(**attributes)) in (None, "p")
 
 
@@ -323,7 +323,7 @@ def test_conditions_that_could_never_hold_are_refused(condition: str, pattern: s
     assert remedy in (refused.value.hint or "")
 
 
-def test_a_work_that_no_route_names_is_told_with_its_host() -> None:
+def test_an_unmatched_request_is_reported_with_its_host() -> None:
     assert Work("request", "GET /", {"host": "b.example", "path": "/"}).quoted() == (
         "'GET /' of the host 'b.example'"
     )

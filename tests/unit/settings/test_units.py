@@ -39,9 +39,7 @@ MEANT = [
 
 
 @pytest.mark.parametrize(("kind", "written", "value", "spelled"), MEANT)
-def test_a_value_is_what_it_says_and_spells_itself(
-    kind: type[Written], written: object, value: object, spelled: str
-) -> None:
+def test_values_and_their_spelling(kind: type[Written], written: object, value: object, spelled: str) -> None:
     parsed = kind.parse(written)
     assert (type(parsed), parsed, str(parsed), f"{parsed}") == (kind, value, spelled, spelled)
     assert kind.parse(spelled) == parsed
@@ -101,7 +99,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("kind", "written", "remedy"), REFUSED)
-def test_what_means_nothing_is_refused_with_value_and_remedy(
+def test_invalid_values_are_refused_with_value_and_remedy(
     kind: type[Written], written: object, remedy: str
 ) -> None:
     with pytest.raises(SettingsError) as refused:
@@ -134,7 +132,7 @@ def test_every_list_of_cpus_keeps_its_numbers(numbers: set[int]) -> None:
 
 
 @given(st.sampled_from([Cpus, Size, Duration, CpuList]), st.text(max_size=300))
-def test_no_text_ends_in_anything_but_a_value_or_a_settings_error(kind: type[Written], text: str) -> None:
+def test_any_text_is_a_value_or_a_settings_error(kind: type[Written], text: str) -> None:
     with contextlib.suppress(SettingsError):
         kind.parse(text)
 
