@@ -32,7 +32,7 @@ _OF_THE_PATH = frozenset(
         *(errno.EINVAL, errno.EILSEQ, errno.ESTALE),
     }
 )
-_Find = Callable[[str, "PathTemplate"], paths.Found]
+_Find = Callable[[str, "PathTemplate"], paths.Owner]
 
 
 class _Fault(Exception):
@@ -89,9 +89,9 @@ def resolve(policy: Policy, attributes: Mapping[str, str]) -> Identity | None:
     """
     if policy.user is None:
         return None
-    seen: dict[PathTemplate, paths.Found] = {}
+    seen: dict[PathTemplate, paths.Owner] = {}
 
-    def find(key: str, template: PathTemplate) -> paths.Found:
+    def find(key: str, template: PathTemplate) -> paths.Owner:
         found = seen.get(template)
         if found is None:
             found = seen[template] = _find(key, template, attributes)
@@ -134,7 +134,7 @@ def _resolve(policy: Policy, find: _Find) -> Identity:
     return Identity(uid, gid, groups)
 
 
-def _user(user: Account, find: _Find) -> tuple[int, userdb.Entry | None, paths.Found | None]:
+def _user(user: Account, find: _Find) -> tuple[int, userdb.Entry | None, paths.Owner | None]:
     """The uid, the entry of the user database where there is one, and what was found at the path if it is one."""
     if user.path is not None:
         found = find("user", user.path)
@@ -153,7 +153,7 @@ def _user(user: Account, find: _Find) -> tuple[int, userdb.Entry | None, paths.F
     return entry.uid, entry, None
 
 
-def _primary(policy: Policy, entry: userdb.Entry | None, found: paths.Found | None, find: _Find) -> int:
+def _primary(policy: Policy, entry: userdb.Entry | None, found: paths.Owner | None, find: _Find) -> int:
     """The group of the policy, else the user's primary group, else that of the path."""
     if policy.group is not None:
         return _gid("group", policy.group, policy, find)
@@ -278,13 +278,13 @@ def _groups_named(policy: Policy) -> Iterator[tuple[str, Account]]:
 # Paths
 
 
-def _find_at_start(key: str, template: PathTemplate) -> paths.Found:
+def _find_at_start(key: str, template: PathTemplate) -> paths.Owner:
     if template.placeholders:
         raise _OnlyWithWork
     return _find(key, template, {})
 
 
-def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> paths.Found:
+def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> paths.Owner:
     """Whose the path is that the work's attributes make of the template."""
     if not template.pieces:
         try:
@@ -306,7 +306,7 @@ def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> pa
     return found
 
 
-def _check_movers(key: str, template: PathTemplate, path: str, found: paths.Found) -> None:
+def _check_movers(key: str, template: PathTemplate, path: str, found: paths.Owner) -> None:
     """Refuse what was reached by a link that somebody else may have put there.
 
     Else a tenant could put a link to a neighbour's file, or move one of root's, and be the neighbour from then on.
@@ -324,7 +324,7 @@ def _check_movers(key: str, template: PathTemplate, path: str, found: paths.Foun
     raise _Fault(key, problem, hint, template, of_work=True)
 
 
-def _check_found(key: str, template: PathTemplate, path: str, found: paths.Found) -> None:
+def _check_found(key: str, template: PathTemplate, path: str, found: paths.Owner) -> None:
     """Refuse a path whose owner need not be who put it there."""
     if found.names > 1:
         problem = (

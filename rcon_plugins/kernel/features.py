@@ -1,4 +1,4 @@
-"""What the running kernel has, by what it brings; and what this process runs in."""
+"""Features of the running kernel and what they are good for; and the container that this process runs in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rcon_plugins.kernel import files, landlock
 
 
 class Feature(NamedTuple):
-    """One feature: a file or call of the kernel, the version of Linux ``since`` which it is, and what it ``brings``."""
+    """A file or call of the kernel, the Linux version that brought it (``since``), and its use (``brings``)."""
 
     name: str
     since: str
@@ -22,24 +22,24 @@ class Feature(NamedTuple):
     there: bool
 
 
-#: Files of a v2 cgroup that is not the root: version, what they bring, the controller they need ("" for none).
+#: Files of a v2 cgroup that is not the root: version, use, and the controller that they need ("" for none).
 _V2_FILES = (
     (
         "cgroup.freeze",
         "5.2",
-        "freezing a group, and an end without a race on kernels without cgroup.kill",
+        "freezing a group, and ending it without a race on kernels without cgroup.kill",
         "",
     ),
     (
         "cgroup.kill",
         "5.14",
-        "the end of a whole group in one write; without it: a walk until none is left",
+        "killing a whole group in one write; without it: repeated signals until no process is left",
         "",
     ),
-    ("memory.events.local", "5.2", "the limit hits of a group told apart from those below it", "memory"),
-    ("memory.oom.group", "4.19", "an OOM kill that takes all of a work", "memory"),
-    ("memory.peak", "5.19", "the peak of a group's memory", "memory"),
-    ("pids.events.local", "6.11", "refused forks told by the group whose limit it was", "pids"),
+    ("memory.events.local", "5.2", "limit hits of a group apart from those below it", "memory"),
+    ("memory.oom.group", "4.19", "an OOM kill that ends all processes of a group", "memory"),
+    ("memory.peak", "5.19", "peak memory of a group", "memory"),
+    ("pids.events.local", "6.11", "refused forks counted in the group whose limit it was", "pids"),
     ("cpu.pressure", "4.20", "pressure (PSI) of each group", ""),
 )
 _LANDLOCK = ((1, "5.13", "files"), (2, "5.19", "moving files"), (3, "6.2", "truncating"), (4, "6.7", "TCP ports"),
@@ -47,15 +47,15 @@ _LANDLOCK = ((1, "5.13", "files"), (2, "5.19", "moving files"), (3, "6.2", "trun
 
 
 def release() -> tuple[int, int]:
-    """The version of the running kernel: ``(6, 1)``."""
+    """Return the version of the running kernel: ``(6, 1)``."""
     found = re.match(r"(\d+)\.(\d+)", os.uname().release)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def features_of(directory: str) -> list[Feature]:
-    """What the kernel brings to the v2 cgroup ``directory``, which is not the root of the tree.
+    """Return the features that the v2 cgroup ``directory``, not the root of the tree, has or lacks.
 
-    Of a controller that the cgroup does not have, nothing is told.
+    Those of a controller that the cgroup does not have are left out.
     """
     controllers = (files.read_if_there(directory, "cgroup.controllers") or "").split()
     found = [
@@ -64,9 +64,11 @@ def features_of(directory: str) -> list[Feature]:
         if not controller or controller in controllers
     ]
     if "memory" in controllers:
-        # The file can be written since it can be reset.
+        # Where the peak can be reset, the file is writable.
         writable = _mode(f"{directory}/memory.peak") & stat.S_IWUSR
-        found.append(Feature("memory.peak, reset", "6.12", "a peak of memory for each work", bool(writable)))
+        found.append(
+            Feature("memory.peak, reset", "6.12", "peak memory of each request or task", bool(writable))
+        )
     found.append(
         Feature("clone3(CLONE_INTO_CGROUP)", "5.7", "processes born in their cgroup", release() >= (5, 7))
     )
@@ -81,16 +83,16 @@ def _mode(path: str) -> int:
 
 
 def pressure() -> Feature:
-    """Whether the kernel measures pressure at all (``/proc/pressure``); it may be switched off at boot."""
+    """Return whether the kernel measures pressure (``/proc/pressure``); it may be switched off at boot."""
     try:
         there = bool(files.read("/proc/pressure", "cpu"))
     except KernelError:
         there = False
-    return Feature("PSI", "4.20", "pressure: how long work waits for cpu, memory and io", there)
+    return Feature("PSI", "4.20", "pressure: how long processes wait for cpu, memory and io", there)
 
 
 def has_pidfds() -> bool:
-    """Whether a process can be signalled without the risk of another with its number (pidfd_open(2))."""
+    """Return whether a process can be signalled without the risk that its pid was reused (pidfd_open(2))."""
     try:
         os.close(os.pidfd_open(os.getpid()))
     except OSError:
@@ -99,13 +101,13 @@ def has_pidfds() -> bool:
 
 
 def landlock_brings() -> tuple[int, list[tuple[str, str]]]:
-    """The ABI of Landlock (0: none), and of each that it lacks the version of Linux and what it would bring."""
+    """Return the ABI of Landlock (0: none), and for each later ABI the Linux version and its use."""
     abi = landlock.abi()
     return abi, [(since, brings) for number, since, brings in _LANDLOCK if number > abi]
 
 
 def switched_off() -> frozenset[str]:
-    """The controllers, by the kernel's names, that are compiled in and switched off at boot (``/proc/cgroups``)."""
+    """Return the controllers, by the kernel's names, that were switched off at boot (``/proc/cgroups``)."""
     lines = (files.read_if_there("/proc", "cgroups") or "").splitlines()
     rows = (line.split() for line in lines if not line.startswith("#"))
     return frozenset(row[0] for row in rows if len(row) == 4 and row[3] == "0")
@@ -114,10 +116,10 @@ def switched_off() -> frozenset[str]:
 def container(
     paths: Iterable[tuple[str, str]] = (("/run/.containerenv", "podman"), ("/.dockerenv", "docker")),
 ) -> str | None:
-    """What kind of container this process is in, as far as it can be told; None: in none that is known.
+    """Return the kind of container that this process is in; None if no known one is detected.
 
-    By the files that engines leave, systemd's ``/run/systemd/container``, and the variable ``container`` of process 1,
-    which only root can read.
+    Detected by the files of container engines, systemd's ``/run/systemd/container``, and the variable ``container`` of
+    process 1, which only root can read.
     """
     for path, name in paths:
         if os.path.exists(path):

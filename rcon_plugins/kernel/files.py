@@ -20,9 +20,9 @@ from rcon_plugins.errors import KernelError
 
 #: Larger than any file read here; a kernel file is read until it ends in any case.
 _CHUNK = 65536
-#: How many links a cgroup's directory has that has no child.
+#: The number of links of a cgroup directory without children.
 _LINKS_WITHOUT_CHILDREN = 2
-#: In characters, of up to four bytes each, for one system call.
+#: The longest path for one system call, in characters of up to four bytes.
 _LONGEST_PATH = 1000
 
 _HINTS = {
@@ -41,14 +41,14 @@ _HINTS = {
 
 
 def failure(error: OSError, path: str, value: str | None = None, hint: str | None = None) -> KernelError:
-    """``error`` with the path, the value written (None for a read) and the remedy."""
+    """Return ``error`` with the path, the value written (None for a read) and the remedy."""
     return KernelError.from_oserror(
         error, path=path, value=value, hint=hint or _HINTS.get(error.errno or 0) or None
     )
 
 
 def open_file(directory: str, name: str, flags: int = os.O_RDONLY) -> int:
-    """An open fd of the file ``name`` in ``directory``.
+    """Open the file ``name`` in ``directory`` and return its descriptor.
 
     Raises KernelError (ENOENT, EACCES, EROFS ...).
     """
@@ -73,7 +73,7 @@ def _open_in(at: int, directory: str, name: str, flags: int) -> int:
 
 @contextlib.contextmanager
 def opening(directory: str) -> Iterator[Callable[[str, int], int]]:
-    """For several files of one directory: what opens one, by its name and flags, as :func:`open_file` does.
+    """For several files of one directory: yield a function that opens one by name and flags, as :func:`open_file` does.
 
     Raises KernelError (ENOENT ...).
     """
@@ -88,7 +88,7 @@ def opening(directory: str) -> Iterator[Callable[[str, int], int]]:
 
 
 def _open_directory(directory: str, flags: int = os.O_RDONLY) -> int:
-    """An open fd of ``directory``, however long its path is. Raises OSError."""
+    """Open ``directory``, however long its path is. Raises OSError."""
     flags |= os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
     if len(directory) <= _LONGEST_PATH:
         return os.open(directory, flags)
@@ -98,9 +98,9 @@ def _open_directory(directory: str, flags: int = os.O_RDONLY) -> int:
 
 @contextlib.contextmanager
 def _parent(directory: str) -> Iterator[tuple[int | None, str]]:
-    """Where ``directory`` is: (fd, path relative to it), of which the last part was not looked at. OSError.
+    """Yield (fd, path relative to it) for ``directory``; the last part of the path is not opened. Raises OSError.
 
-    The kernel takes no path of more than 4096 bytes, but whoever was given a cgroup may nest as deep as they like.
+    The kernel accepts paths of at most 4096 bytes, but the owner of a delegated cgroup may nest deeper.
     """
     at: int | None = None
     try:
@@ -118,12 +118,12 @@ def _parent(directory: str) -> Iterator[tuple[int | None, str]]:
 
 
 def read(directory: str, name: str) -> str:
-    """The whole text of a kernel file, without the last newline. Raises KernelError."""
+    """Return the whole text of a kernel file, without the last newline. Raises KernelError."""
     return _read_to_the_end(open_file(directory, name), f"{directory}/{name}")
 
 
 def read_own(name: str, *, thread: bool = False) -> str:
-    """The text of a file of ``/proc/self``, or of ``/proc/thread-self`` (``proc(5)``). Raises KernelError."""
+    """Return the text of a file of ``/proc/self``, or of ``/proc/thread-self`` (``proc(5)``). Raises KernelError."""
     # These two are links; everything else is opened without following one.
     path = f"/proc/{'thread-self' if thread else 'self'}/{name}"
     try:
@@ -146,14 +146,14 @@ def _read_to_the_end(fd: int, path: str) -> str:
 
 
 def read_if_there(directory: str, name: str) -> str | None:
-    """Like :func:`read`; None where the file or its directory does not exist."""
+    """Return the text like :func:`read`; None if the file or its directory does not exist."""
     with _unless_gone():
         return read(directory, name)
     return None
 
 
 def read_those_there(directory: str, names: Iterable[str]) -> dict[str, str]:
-    """The texts of those of these files that exist, as :func:`read_if_there` has them; none without the directory."""
+    """Return the texts of the files that exist, by name, as :func:`read_if_there` does."""
     found: dict[str, str] = {}
     with _unless_gone(), opening(directory) as open_one:
         for name in names:
@@ -164,7 +164,7 @@ def read_those_there(directory: str, names: Iterable[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _unless_gone() -> Iterator[None]:
-    """Pass over what does not exist. ENODEV: the cgroup was removed between the open and the read."""
+    """Suppress the error of a missing file. ENODEV: the cgroup was removed between the open and the read."""
     try:
         yield
     except KernelError as error:
@@ -187,7 +187,7 @@ def write(directory: str, name: str, value: str, hint: str | None = None) -> Non
 
 
 def write_patiently(directory: str, name: str, value: str, seconds: float = 1.0) -> None:
-    """Like :func:`write`, again for at most ``seconds`` while the kernel says EBUSY.
+    """Write like :func:`write`; repeat it for at most ``seconds`` while the kernel returns EBUSY.
 
     EBUSY lingers for a moment after the last process has left a cgroup.
     """
@@ -204,7 +204,7 @@ def write_patiently(directory: str, name: str, value: str, seconds: float = 1.0)
 
 
 def make_directory(directory: str) -> bool:
-    """Make one directory; whether it was not there before. Raises KernelError (ENOENT: no parent)."""
+    """Make one directory; return whether it is new. Raises KernelError (ENOENT: no parent)."""
     try:
         with _parent(directory) as (at, path):
             os.mkdir(path, 0o755, dir_fd=at)
@@ -216,14 +216,14 @@ def make_directory(directory: str) -> bool:
 
 
 def remove_directory(directory: str) -> bool:
-    """Remove one cgroup; False where it is busy. One that is gone already counts as removed."""
+    """Remove one cgroup; return False if it is busy. One that is gone already counts as removed."""
     try:
         with _parent(directory) as (at, path):
             os.rmdir(path, dir_fd=at)
     except FileNotFoundError:
         return True
     except OSError as error:
-        # ENOTEMPTY is what some v1 kernels say for child cgroups.
+        # Some v1 kernels return ENOTEMPTY for child cgroups.
         if error.errno in (errno.EBUSY, errno.ENOTEMPTY):
             return False
         raise failure(error, directory) from None
@@ -231,7 +231,7 @@ def remove_directory(directory: str) -> bool:
 
 
 def is_directory(directory: str) -> bool:
-    """Whether ``directory`` is there and is a directory, not a link to one."""
+    """Return whether ``directory`` is an existing directory, not a link to one."""
     try:
         fd = _open_directory(directory, os.O_PATH)
     except OSError:
@@ -241,7 +241,7 @@ def is_directory(directory: str) -> bool:
 
 
 def identity(directory: str) -> int | None:
-    """What tells ``directory`` from a later one of the same name: its inode; None where it is not there."""
+    """Return the inode, which tells ``directory`` from a later one of that name; None if it does not exist."""
     try:
         return os.lstat(directory).st_ino
     except OSError:
@@ -249,7 +249,7 @@ def identity(directory: str) -> int | None:
 
 
 def owner_of(directory: str) -> int | None:
-    """The uid that a cgroup belongs to: who made it, or whom it was delegated to; None where it is not there."""
+    """Return the uid of the owner of a cgroup: its maker, or the user it was delegated to; None if it is gone."""
     try:
         return os.lstat(directory).st_uid
     except OSError:
@@ -257,7 +257,7 @@ def owner_of(directory: str) -> int | None:
 
 
 def is_file(directory: str, name: str) -> bool:
-    """Whether there is a kernel file ``name`` in ``directory``."""
+    """Return whether there is a kernel file ``name`` in ``directory``."""
     try:
         return stat.S_ISREG(os.lstat(f"{directory}/{name}").st_mode)
     except OSError:
@@ -279,7 +279,7 @@ def locked(directory: str) -> Iterator[None]:
 
 
 def subdirectories(directory: str) -> list[str]:
-    """The names of the child cgroups; none where the directory is gone."""
+    """Return the names of the child cgroups; none if the directory is gone."""
     try:
         if _is_childless(directory):
             return []
@@ -296,7 +296,7 @@ def subdirectories(directory: str) -> list[str]:
 
 
 def _is_childless(directory: str) -> bool:
-    """Whether it is a directory without any in it, as far as one call can tell. Most are."""
+    """Return whether it surely has no directories in it, by one call. Most have none."""
     try:
         status = os.lstat(directory)
     except OSError:
@@ -306,7 +306,7 @@ def _is_childless(directory: str) -> bool:
 
 
 def subtree(directory: str) -> list[str]:
-    """``directory`` and all directories below it, each after those it contains (deepest first)."""
+    """Return ``directory`` and all directories below it, the deepest first."""
     if _is_childless(directory):
         return [directory]
     found = [directory] if is_directory(directory) else []
@@ -316,7 +316,7 @@ def subtree(directory: str) -> list[str]:
 
 
 def change_owner(directory: str, name: str | None, uid: int, gid: int) -> bool:
-    """chown ``directory`` itself (``name`` None) or a file in it; False where there is no such file."""
+    """chown ``directory`` itself (``name`` None) or a file in it; return False if there is no such file."""
     path = directory if name is None else f"{directory}/{name}"
     try:
         os.chown(path, uid, gid, follow_symlinks=False)

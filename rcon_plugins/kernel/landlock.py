@@ -1,8 +1,8 @@
-"""Landlock: what the calling thread, and all it starts from then on, may do with files (landlock(7)).
+"""Landlock: restrict what the calling thread, and everything it starts later, may do with files (landlock(7)).
 
-Needs no privilege but no_new_privs, and can only be narrowed: each call adds a layer, and what one layer forbids no
-later one allows. It holds for the calling thread and for the threads and processes that it makes later, through
-execve(2) too; threads that exist already go on as before. Files that are open already stay as they are.
+Needs no privilege but no_new_privs. Each call adds a layer, and no later layer allows what an earlier one forbids. It
+holds for the calling thread and for the threads and processes that it starts later, also after execve(2); not for
+threads that exist already. Open files stay open.
 
 Any layer also keeps ptrace(2), and with it ``/proc/PID/mem``, ``process_vm_writev`` and ``pidfd_getfd``, from
 processes outside of it, whatever their uid and whatever capabilities the caller has; and it forbids mount(2) and
@@ -70,7 +70,7 @@ class _PathBeneathAttr(ctypes.Structure):
 
 
 def abi() -> int:
-    """The version of Landlock in the running kernel; 0 where there is none, it is switched off or out of reach."""
+    """Return the Landlock ABI of the running kernel; 0 if there is none, it is switched off, or a filter forbids it."""
     try:
         return syscall("landlock_create_ruleset", None, 0, _CREATE_RULESET_VERSION)
     except KernelError:
@@ -78,19 +78,19 @@ def abi() -> int:
 
 
 def forbid_writing_below(paths: Iterable[str], *, signals: bool = False) -> None:
-    """Let the calling thread, for good, change nothing below ``paths``; all else stays as allowed as it was.
+    """Forbid the calling thread, for good, to change anything below ``paths``. Everything else stays as it is.
 
     Forbidden are: opening a file to write, truncating (from ABI 3), making, removing, renaming and linking. A path
-    may be a directory or a file; links in it are followed now. It must be named by each place at which it is mounted.
+    may be a directory or a file; links in it are followed now. A file system mounted twice must be named twice.
 
-    Everything else is allowed by rules for what lies beside the paths, up to the root directory. So in the directories
-    that lead to a path, ``/`` among them, no new name can be made nor one removed, and what other processes
-    make there later cannot be written. On ABI 1 nothing can be moved or linked from one directory to another.
+    Rules allow everything beside the paths, up to the root directory. So in the directories that lead to a path, ``/``
+    among them, no name can be made or removed, and what other processes make there later cannot be written. On ABI 1
+    nothing can be moved or linked from one directory to another.
 
-    ``signals``: also let it signal only processes that it starts later, and itself; from ABI 6, before without effect.
+    ``signals``: also let it signal only itself and processes that it starts later. From ABI 6; no effect before.
 
-    Raises `CapabilityError` where the kernel has no Landlock, without no_new_privs and CAP_SYS_ADMIN, and in the
-    seventeenth layer; `KernelError` where a path cannot be read. Then nothing has changed.
+    Raises `CapabilityError` if the kernel has no Landlock, without no_new_privs and CAP_SYS_ADMIN, and for the
+    seventeenth layer; `KernelError` if a path cannot be read. Then nothing has changed.
     """
     wall = Wall(paths, signals=signals)
     try:
@@ -100,9 +100,9 @@ def forbid_writing_below(paths: Iterable[str], *, signals: bool = False) -> None
 
 
 class Wall:
-    """What `forbid_writing_below` forbids, made ahead of need; for one thread after the other, of forks too.
+    """The rules of `forbid_writing_below`, prepared in advance for any number of threads, also of forks.
 
-    It is an open file, to be closed before anything runs in a process that might loosen it for others.
+    It is an open file. Close it before untrusted code runs, which could add rules for later users.
     """
 
     def __init__(self, paths: Iterable[str], *, signals: bool = False) -> None:
@@ -122,30 +122,27 @@ class Wall:
 
     @property
     def is_current(self) -> bool:
-        """Whether the directories that lead to the paths still have the names in them that they had.
-
-        Of what is mounted since then it knows nothing.
-        """
+        """Whether the directories that lead to the paths are unchanged. Later mounts are not detected."""
         return all(_state(path) == state for path, state in self._looked_into.items())
 
     def put_up(self) -> None:
-        """Put it around the calling thread, for good. Raises as `forbid_writing_below`."""
+        """Apply the rules to the calling thread, for good. Raises as `forbid_writing_below`."""
         _restrict_self(self._ruleset)
 
     def close(self) -> None:
-        """Close the file; what it was put around stays inside. Again is harmless."""
+        """Close the file; the rules stay in force. Calling it again does nothing."""
         ruleset, self._ruleset = self._ruleset, -1
         if ruleset >= 0:
             os.close(ruleset)
 
 
 def restrict(read: Iterable[str], write: Iterable[str]) -> None:
-    """Let the calling thread, for good, read and execute below ``read``, do everything below ``write``, nothing else.
+    """Allow the calling thread, for good, only to read and execute below ``read``, and everything below ``write``.
 
-    "Do" is what its identity and capabilities allow it anyhow. Paths may be directories or files; links in them are
-    followed now. Connecting to a socket, changing modes, owners and times, and asking whether a file exists are not
-    for Landlock to forbid. Devices take ioctl(2) only below ``write`` (from ABI 5). On ABI 1 nothing can be moved or
-    linked from one directory to another.
+    Its identity and capabilities must allow the same. Paths may be directories or files; links in them are followed
+    now. Landlock does not forbid connecting to a socket, changing modes, owners and times, or testing whether a file
+    exists. Devices take ioctl(2) only below ``write`` (from ABI 5). On ABI 1 nothing can be moved or linked from one
+    directory to another.
 
     Raises as `forbid_writing_below`.
     """
@@ -206,9 +203,9 @@ def _state(directory: str) -> tuple[int, int] | None:
 def _beside(
     directory: str, forbidden: list[tuple[str, ...]], looked_into: dict[str, tuple[int, int]]
 ) -> Iterator[str]:
-    """What in ``directory`` is not among ``forbidden``, paths relative to it, nor leads to them.
+    """Yield the paths in ``directory`` that are not among ``forbidden`` (relative to it) and do not lead to them.
 
-    Takes note in ``looked_into`` of the directories in which there is a choice, as they were.
+    Record in ``looked_into`` the state of each directory on the way to a forbidden path.
     """
     if () in forbidden:
         return
@@ -234,11 +231,11 @@ def _beside(
 
 
 def _allow_if_there(ruleset: int, path: str, access: int) -> None:
-    """Links are left out: what they lead to has a rule of its own, or none."""
+    """Add a rule for a path, unless it is a link: the target has a rule of its own, or none."""
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
-        return  # it is gone, or out of reach: then less is allowed, not more
+        return  # gone, or not accessible: then less is allowed, not more
     try:
         if not stat.S_ISLNK(os.fstat(descriptor).st_mode):
             _add(ruleset, descriptor, path, access)

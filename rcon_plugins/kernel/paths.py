@@ -1,4 +1,4 @@
-"""Whose a path is, where part of the path was chosen by somebody who is not trusted.
+"""Find the owner of a path of which an untrusted user may have chosen a part.
 
 Nothing here opens a file for reading: descriptors are of the kind O_PATH, which needs no permission on the file
 itself. Sources: openat2(2), open(2), symlink(7), path_resolution(7).
@@ -29,19 +29,19 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-#: In `Found.movers`: no single user.
+#: In `Owner.movers`: any user.
 ANYBODY = -1
 
 _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 
 
-class Found(NamedTuple):
-    """Whose a file is: its owner, its group, and what else bears upon whether that says who put it there.
+class Owner(NamedTuple):
+    """The owner and group of a file, and how far they show which user put it there.
 
-    ``names`` is the number of its hard links, 1 for a directory. ``open_to_all``: everybody may write to it. ``movers``
-    are those who decided that symbolic links led to it: their owners, and the owners of the directories that the links
-    lie in. Of these not root and the owner of the directory below which it was looked for, who may put there what they
-    like; but `ANYBODY` where one of theirs could have been put or moved there by others.
+    ``names`` is the number of its hard links, 1 for a directory. ``open_to_all``: every user may write to it.
+    ``movers`` are the users who could make symbolic links lead to it: the owners of the links, and of the directories
+    that contain them. Root and the owner of the directory of the search are trusted and left out; but `ANYBODY` is
+    included if other users could have put or moved a link of theirs.
     """
 
     uid: int
@@ -51,23 +51,24 @@ class Found(NamedTuple):
     movers: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, status: os.stat_result, movers: frozenset[int] = frozenset()) -> Found:
+    def of(cls, status: os.stat_result, movers: frozenset[int] = frozenset()) -> Owner:
         names = 1 if stat.S_ISDIR(status.st_mode) else status.st_nlink
         return cls(status.st_uid, status.st_gid, names, bool(status.st_mode & stat.S_IWOTH), movers)
 
 
 @cache
 def overflow_uid() -> int:
-    """The uid that stands for owners without one here: proc_sys_kernel(5), ``overflowuid``.
+    """Return the uid that stands for owners without one here: proc_sys_kernel(5), ``overflowuid``.
 
-    So the kernel shows who is not mapped into this user namespace; NFS squashes to the same number by default.
+    The kernel shows it for users who are not mapped into this user namespace; NFS squashes to the same number by
+    default.
     """
     return _overflow("uid")
 
 
 @cache
 def overflow_gid() -> int:
-    """The gid that stands for groups without one here: proc_sys_kernel(5), ``overflowgid``."""
+    """Return the gid that stands for groups without one here: proc_sys_kernel(5), ``overflowgid``."""
     return _overflow("gid")
 
 
@@ -87,7 +88,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def open_directory(path: str) -> int:
-    """An O_PATH descriptor of a directory, following links. Raises `KernelError`."""
+    """Open a directory with O_PATH, following links. Raises `KernelError`."""
     try:
         return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -95,7 +96,7 @@ def open_directory(path: str) -> int:
 
 
 def open_beneath(directory: int, path: str) -> int:
-    """An O_PATH descriptor of ``path`` beneath the directory, without following any link; openat2(2), Linux 5.6.
+    """Open ``path`` beneath a directory with O_PATH, without following links; openat2(2), Linux 5.6.
 
     Raises `KernelError`: ELOOP for a link, EXDEV for a path that leads out or is absolute, ENOSYS before Linux 5.6,
     and what open(2) says.
@@ -115,21 +116,20 @@ def open_beneath(directory: int, path: str) -> int:
     return descriptor
 
 
-def owner(path: str) -> Found:
-    """Whose the file at ``path`` is, following links. Raises `KernelError`."""
+def owner(path: str) -> Owner:
+    """Return the owner of the file at ``path``, following links. Raises `KernelError`."""
     try:
         status = os.stat(path)
     except OSError as error:
         raise KernelError.from_oserror(error, path=path) from None
-    return Found.of(status)
+    return Owner.of(status)
 
 
-def owner_beneath(directory: int, path: str) -> Found:
-    """Whose ``path`` beneath a directory is; no ``..`` and no link leads out of that directory.
+def owner_beneath(directory: int, path: str) -> Owner:
+    """Return the owner of ``path`` beneath a directory; no ``..`` and no link may lead out of it.
 
-    Links within are followed, one after the other, and those told who may have put or moved them: they are not always
-    those who may say where a link leads. Raises `KernelError`: ELOOP for too many links, EXDEV for a path that leads
-    out, and what open(2) says.
+    Links within are followed one by one, and `Owner.movers` are the users who may have put or moved them. Raises
+    `KernelError`: ELOOP for too many links, EXDEV for a path that leads out, and what open(2) says.
     """
     movers: frozenset[int] = frozenset()
     try:
@@ -139,21 +139,21 @@ def owner_beneath(directory: int, path: str) -> Found:
             raise
         descriptor, movers = _follow(directory, path)
     try:
-        return Found.of(os.fstat(descriptor), movers)
+        return Owner.of(os.fstat(descriptor), movers)
     finally:
         os.close(descriptor)
 
 
 def _follow(directory: int, path: str) -> tuple[int, frozenset[int]]:
-    """An O_PATH descriptor of ``path`` beneath the directory, and the `Found.movers` of the links on the way.
+    """Open ``path`` beneath the directory with O_PATH; return it with the `Owner.movers` of the links on the way.
 
-    Part after part, each opened in the directory before it, so that nothing renamed meanwhile leads elsewhere.
+    Each part is opened in the directory before it, so that a rename meanwhile does not lead elsewhere.
     """
     parts = deque(path.split("/"))
     top = os.fstat(directory)
     trusted = frozenset({0, top.st_uid} - {overflow_uid()})
     way: list[int] = []
-    above = [top]  # what is known of the directory, and of each on the way
+    above = [top]  # the status of the directory, and of each on the way
     movers: frozenset[int] = frozenset()
     links = 0
     try:
@@ -197,14 +197,14 @@ def _follow(directory: int, path: str) -> tuple[int, frozenset[int]]:
 
 
 def _movers(link: os.stat_result, above: list[os.stat_result], trusted: frozenset[int]) -> frozenset[int]:
-    """Who, of those that are not trusted, may have put the link where it is.
+    """Return the untrusted users who may have put the link where it is.
 
-    Whoever may write to a directory renames what is in it, whosever that is, where it has no sticky bit; and the
-    directories that a link lies in with it. So all of them count, up to one that is the link's owner's: who moves that
-    moves what shows the same owner without any link.
+    A user who may write to a directory without the sticky bit can rename everything in it, and so move a link together
+    with the directories that contain it. All these directories count, up to one of the link's owner: moving that one
+    moves files of the same owner, with or without a link.
     """
     movers = {link.st_uid}
-    loose = link.st_nlink > 1  # one of its names is where somebody else wanted it, see protected_hardlinks
+    loose = link.st_nlink > 1  # another user may have chosen one of its names, see protected_hardlinks
     for directory in reversed(above):
         movers.add(directory.st_uid)
         if link.st_uid not in trusted:
@@ -220,7 +220,7 @@ def _error(number: int, path: str) -> KernelError:
 
 
 def _encoded(path: str) -> bytes:
-    """The bytes of a path. Raises `KernelError` EINVAL for what no path can be."""
+    """Return the bytes of a path. Raises `KernelError` EINVAL for text that cannot be one."""
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rcon_plugins.errors import KernelError
 
-#: prctl(2): the signal this process gets when the thread that forked it ends.
+#: prctl(2): the signal that this process gets when the thread that forked it ends.
 PR_SET_PDEATHSIG = 1
 PR_SET_KEEPCAPS = 8
 PR_CAPBSET_DROP = 24
@@ -29,7 +29,7 @@ PR_CAP_AMBIENT_LOWER = 3
 #: unshare(2): a working directory, root directory and umask of its own.
 CLONE_FS = 0x00000200
 
-# By machine, since glibc's functions of these names change every thread of the process, or do not exist.
+# By machine. The functions of these names in glibc change every thread of the process, or do not exist.
 _NUMBERS = {
     "x86_64": {
         "setgroups": 116,
@@ -54,7 +54,7 @@ _NUMBERS = {
 # Since Linux 5.0 a new system call has the same number on both.
 _SINCE_5 = {"landlock_create_ruleset": 444, "landlock_add_rule": 445, "landlock_restrict_self": 446}
 
-#: poll(2): the same numbers on all machines. POLLERR and POLLHUP are told without being asked for.
+#: poll(2): the same numbers on all machines. POLLERR and POLLHUP are reported unasked.
 POLLIN = 0x001
 POLLPRI = 0x002
 _POLLERR = 0x008
@@ -84,10 +84,10 @@ def _number(name: str) -> int:
 
 
 def syscall(name: str, *arguments: Any) -> int:
-    """The system call ``name`` itself, without the C library's wrapper, for the calling thread alone; its result.
+    """Call ``name`` without the C library's wrapper, for the calling thread alone; return the result.
 
-    Integers are passed as long, with zeros up to five; everything else as ctypes has it. Raises `KernelError` with the
-    call as its path.
+    Integers are passed as long, with zeros up to five; everything else as ctypes passes it. Raises `KernelError` with
+    the call as its path.
     """
     passed = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     passed += [ctypes.c_long(0)] * (5 - len(passed))
@@ -100,13 +100,13 @@ def syscall(name: str, *arguments: Any) -> int:
 
 @cache
 def _syscall() -> Any:
-    function = _libc()["syscall"]  # an object of its own: no one else sees its type of result
+    function = _libc()["syscall"]  # a new object: setting its result type affects no other user
     function.restype = ctypes.c_long
     return function
 
 
 def prctl(option: int, argument: int) -> None:
-    """prctl(2) with one argument, for the calling thread or process as the option says.
+    """Call prctl(2) with one argument, for the calling thread or process depending on the option.
 
     Raises `KernelError` when the kernel refuses.
     """
@@ -118,16 +118,16 @@ def prctl(option: int, argument: int) -> None:
 
 
 def unshare(flags: int) -> None:
-    """unshare(2): let the calling thread no longer share what ``flags`` say. Raises `KernelError`."""
+    """Call unshare(2): the calling thread no longer shares what ``flags`` name. Raises `KernelError`."""
     if _libc().unshare(ctypes.c_int(flags)) != 0:
         number = ctypes.get_errno()
         raise KernelError(f"unshare({flags:#x}): {os.strerror(number)}", errno=number, path="unshare")
 
 
 def disconnect(descriptor: int) -> None:
-    """connect(2) to nowhere (AF_UNSPEC): a TCP connection is reset at once, and who waits in it wakes up with an error.
+    """connect(2) with AF_UNSPEC: reset a TCP connection at once; threads that wait for it get an error.
 
-    What was not sent is dropped, and no end of the connection is sent. Raises `KernelError`: EINVAL for other kinds of
+    Unsent data is dropped, and no end of the connection is sent. Raises `KernelError`: EINVAL for other kinds of
     sockets, EBUSY from kernels that do not do it while a thread waits (6.4 to 6.6).
     """
     nowhere = bytes(16)  # a sockaddr, whose family is AF_UNSPEC
@@ -137,13 +137,13 @@ def disconnect(descriptor: int) -> None:
 
 
 def poll_readable(descriptors: Iterable[int], timeout: float | None) -> set[int]:
-    """poll(2): which descriptors can be read, or are at their end, within ``timeout`` seconds. See `poll`."""
+    """Return the descriptors that are readable or at their end within ``timeout`` seconds. See `poll`."""
     ready = poll(dict.fromkeys(descriptors, POLLIN), timeout)
     return {descriptor for descriptor, what in ready.items() if what & (POLLIN | _POLLHUP | _POLLERR)}
 
 
 def poll(wanted: Mapping[int, int], timeout: float | None) -> dict[int, int]:
-    """poll(2): what has happened, within ``timeout`` seconds, to descriptors; ``wanted`` gives for each what counts.
+    """Call poll(2) for up to ``timeout`` seconds; ``wanted`` gives the events of each descriptor.
 
     See `Poll`. Raises `KernelError`.
     """
@@ -151,9 +151,9 @@ def poll(wanted: Mapping[int, int], timeout: float | None) -> dict[int, int]:
 
 
 class Poll:
-    """poll(2) on descriptors that stay the same; ``wanted`` gives for each what counts.
+    """poll(2) on a fixed set of descriptors; ``wanted`` gives the events of each.
 
-    The real system call, for code that must not depend on what a library such as gevent has made of `select.poll`.
+    The real system call: a library such as gevent may have replaced `select.poll`.
     """
 
     def __init__(self, wanted: Mapping[int, int]) -> None:
@@ -162,9 +162,9 @@ class Poll:
         self._call = _libc().poll
 
     def wait(self, timeout: float | None) -> dict[int, int]:
-        """What has happened to which, within ``timeout`` seconds (None: however long it takes).
+        """Return the events by descriptor, waiting up to ``timeout`` seconds (None: without limit).
 
-        An interrupted call is an empty answer. Raises `KernelError`.
+        An interrupted call returns nothing. Raises `KernelError`.
         """
         milliseconds = -1 if timeout is None else max(0, math.ceil(timeout * 1000))
         count = self._call(self._array, ctypes.c_ulong(self._count), milliseconds)

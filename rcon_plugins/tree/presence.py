@@ -1,4 +1,4 @@
-"""A process as another may know it, on any machine: told from a later one of the same number."""
+"""Identify a process across machines, and apart from a later one of the same pid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rcon_plugins.kernel import proc
 
 
 class Presence(NamedTuple):
-    """A process: the system it is in (see `rcon_plugins.kernel.proc.system_id`), its pid, when it started."""
+    """A process: its system (see `rcon_plugins.kernel.proc.system_id`), its pid, when it started."""
 
     system: str
     pid: int
@@ -17,9 +17,9 @@ class Presence(NamedTuple):
 
     @classmethod
     def here(cls) -> Self:
-        """The calling process."""
+        """Return the presence of the calling process."""
         return cls(proc.system_id(), os.getpid(), proc.start_time(os.getpid()) or 0)
 
     def has_gone(self) -> bool:
-        """Whether it has surely ended. False also where nobody here can tell: on another machine, say."""
+        """Return whether it has surely ended. False if that is not known here, for example on another machine."""
         return proc.system_id() == self.system and not proc.is_alive(self.pid, self.started)

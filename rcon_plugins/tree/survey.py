@@ -1,4 +1,4 @@
-"""Where in the visible tree the instances are: everybody's, nested ones too."""
+"""Find the instances of all users in the visible cgroup tree, nested ones included."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ INSTANCE_NAME = re.compile(r"rcon-([1-9][0-9]{0,9})-([0-9]{1,20})(?:-[0-9]{1,4})
 
 
 class Survey(NamedTuple):
-    """The paths of ``instances``, and the directories that could not be looked into."""
+    """The paths of ``instances``, and the directories that could not be read."""
 
     instances: list[str]
     unreadable: list[str]
 
 
 def survey(hierarchy: Hierarchy, below: str = "/", *, every: bool = False) -> Survey:
-    """Walk the tree of one mount from ``below`` down: an instance is in each in which limits are set.
+    """Walk the tree of one mount from ``below`` down: an instance is in every mount that carries limits.
 
-    ``every``: walk all mounts. What was removed in part, or made without some, may be in one only.
+    ``every``: walk all mounts. An instance that was removed in part may be left in one of them.
     """
     limiting = [*hierarchy.limit_mounts, hierarchy.mounts[-1]]
     found: set[str] = set()

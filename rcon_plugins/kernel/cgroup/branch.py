@@ -27,7 +27,7 @@ _RESERVED_PREFIXES = (
 
 
 def check_name(name: str) -> str:
-    """``name``, if it can be the name of a cgroup; else ValueError, before any system call."""
+    """Return ``name`` if it can be the name of a cgroup; else raise ValueError, before any system call."""
     if not name or name in (".", ".."):
         raise ValueError(f"not the name of a cgroup: {name!r}")
     if "/" in name or not name.isprintable():
@@ -40,13 +40,13 @@ def check_name(name: str) -> str:
 
 
 def check_path(path: str) -> str:
-    """``path`` of a cgroup below a mount: ``/`` or ``/a/b``, each component checked. ValueError."""
+    """Return ``path`` if it can be the path of a cgroup below a mount, ``/`` or ``/a/b``; else raise ValueError."""
     if path == "/":
         return path
     if not path.startswith("/"):
         raise ValueError(f"the path of a cgroup begins with a slash: {path!r}")
     for name in path[1:].split("/"):
-        # Others' cgroups may carry any name; only what leads elsewhere is refused here.
+        # Cgroups of other programs may have any name; refuse only what leads elsewhere.
         if not name or name in (".", "..") or "\0" in name or "\n" in name:
             raise ValueError(f"not the path of a cgroup: {path!r}")
     return path
@@ -62,27 +62,27 @@ def levels(path: str) -> list[str]:
 
 
 class Branch(abc.ABC):
-    """One directory of a cgroup, and what one version of the interface does with it."""
+    """One directory of a cgroup, in one version of the interface."""
 
-    #: Files that are chowned, beside the directory, when a cgroup is delegated.
+    #: The files that change hands with the directory when a cgroup is delegated.
     delegated_files: tuple[str, ...] = ()
-    #: Those of them that let nothing in from elsewhere.
+    #: Those of them that do not let processes of other cgroups in.
     shut_files: tuple[str, ...] = ()
 
     def __init__(self, mount: Mount, path: str, controllers: frozenset[str], threaded: bool) -> None:
         self.mount = mount
         self.path = path
-        #: Of our names (cpu, cpuset, memory, io, pids) those whose limits are set in this branch.
+        #: The controllers (cpu, cpuset, memory, io, pids) whose limits are set in this branch.
         self.controllers = controllers
         self.threaded = threaded
         self.directory = mount.directory(path)
 
     @abc.abstractmethod
     def create(self) -> None:
-        """Make the directory and those above it. KernelError ENOENT: somebody removed one meanwhile."""
+        """Make the directory and those above it. Raises KernelError, ENOENT: another process removed one meanwhile."""
 
     def create_alone(self) -> bool:
-        """Make the directory, and none above it; whether that was all that is needed for it to be entered."""
+        """Make the directory, and none above it; return whether processes can enter it now."""
         try:
             return files.make_directory(self.directory) and self.complete()
         except KernelError as error:
@@ -92,11 +92,11 @@ class Branch(abc.ABC):
 
     @abc.abstractmethod
     def complete(self) -> bool:
-        """Get the directory ready, which was just made; False where those above it have to be, first."""
+        """Prepare the new directory; return False if those above it must be prepared first."""
 
     @abc.abstractmethod
     def configure(self, resources: Resources) -> None:
-        """Write those of the limits whose controllers are in this branch."""
+        """Write the limits whose controllers are in this branch."""
 
     @abc.abstractmethod
     def carries(self, controller: str) -> bool:
@@ -113,7 +113,7 @@ class Branch(abc.ABC):
 
     @abc.abstractmethod
     def enter_process(self, *, alone: bool) -> None:
-        """The calling process moves itself in; ``alone``: it has a single thread."""
+        """Move the calling process in. ``alone``: it has a single thread."""
 
     @property
     @abc.abstractmethod
@@ -121,19 +121,19 @@ class Branch(abc.ABC):
         """The name of the file to which a thread writes ``0``."""
 
     def entry_directory(self) -> str:
-        """The directory that processes of this cgroup enter."""
+        """Return the directory that processes of this cgroup enter."""
         return self.directory
 
     def exists(self) -> bool:
-        """Whether the directory is there."""
+        """Return whether the directory exists."""
         return files.is_directory(self.directory)
 
     def attach(self, pid: int) -> None:
-        """Move a process with all its threads here. Costs milliseconds: never on a hot path."""
+        """Move a process with all its threads here. Takes milliseconds: never on a hot path."""
         files.write(self.entry_directory(), "cgroup.procs", str(pid))
 
     def ids(self, name: str, *, subtree: bool = False) -> set[int]:
-        """The numbers in the file ``name`` of this cgroup, or also of all below it.
+        """Return the numbers in the file ``name`` of this cgroup, or also of all below it.
 
         0 stands for a process of a PID namespace that cannot be seen from here.
         """
@@ -142,7 +142,7 @@ class Branch(abc.ABC):
             try:
                 text = files.read_if_there(directory, name)
             except KernelError as error:
-                # cgroup.procs of a threaded cgroup: its processes are listed by the domain.
+                # cgroup.procs of a threaded cgroup: only the domain lists its processes.
                 if error.errno != errno.EOPNOTSUPP:
                     raise
                 continue
@@ -150,7 +150,7 @@ class Branch(abc.ABC):
         return found
 
     def remove(self) -> bool:
-        """Remove the directory; False where it is busy."""
+        """Remove the directory; return False if it is busy."""
         return files.remove_directory(self.directory)
 
     def delegate(self, uid: int, gid: int, *, shut: bool = False) -> None:
@@ -161,7 +161,7 @@ class Branch(abc.ABC):
 
 
 def create_levels(branch: Branch) -> Iterable[tuple[str, str]]:
-    """The (parent, child) directories on the way down to ``branch``."""
+    """Return the (parent, child) directories on the way down to ``branch``."""
     directories = [branch.mount.directory(path) for path in levels(branch.path)]
     return itertools.pairwise(directories)
 

@@ -32,7 +32,7 @@ class Device(NamedTuple):
 
 
 def device_of(text: str) -> Device:
-    """The whole disk meant by ``text``: a path on it, its device file, or ``"MAJ:MIN"``.
+    """Return the whole disk that ``text`` names: a path on it, its device file, or ``"MAJ:MIN"``.
 
     A partition gives the disk it is on, because only whole disks can be throttled. A device-mapper or loop
     device is a disk of its own. Overlay file systems give the disk of their upper directory.
@@ -57,7 +57,7 @@ def device_of(text: str) -> Device:
 
 
 def whole_disk(device: Device) -> Device:
-    """The disk of a partition; a device that is no partition is its own. Raises KernelError (ENOENT)."""
+    """Return the disk of a partition, or the device itself if it is none. Raises KernelError (ENOENT)."""
     entry = f"/sys/dev/block/{device}"
     if not os.path.exists(entry):
         raise KernelError(
@@ -73,7 +73,7 @@ def whole_disk(device: Device) -> Device:
 
 
 def _behind_anonymous(path: str, device: Device) -> Device:
-    """The disk behind a file system with an anonymous device number: btrfs, overlay."""
+    """Return the disk behind a file system with an anonymous device number: btrfs, overlay."""
     mount = mounts.mount_of(device.major, device.minor)
     if mount is not None:
         upper = mount.options.get("upperdir")

@@ -1,4 +1,4 @@
-"""The way in for a thread: files kept open, one write each."""
+"""Let threads enter a cgroup: files kept open, one write each."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Entrance:
         fds = self._fds
         if fds is None:
             # To write nothing would mean to set no limits.
-            raise KernelError("this way into a cgroup is closed", errno=errno.EBADF, path="cgroup.threads")
+            raise KernelError("this entrance of a cgroup is closed", errno=errno.EBADF, path="cgroup.threads")
         try:
             for fd in fds:
                 os.write(fd, b"0")
@@ -54,7 +54,7 @@ class Entrance:
             raise files.failure(error, path, "0", hint) from None
 
     def close(self) -> None:
-        """Close the fds. Again is harmless."""
+        """Close the fds. Calling it again does nothing."""
         self._fds = None
         while self._files:
             os.close(self._files.pop()[0])

@@ -1,4 +1,4 @@
-"""Reading usage on the hot path: files kept open, ``pread``, and no more parsing than needed."""
+"""Read usage on the hot path: files kept open, ``pread``, and little parsing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files
 
 Fields = list[float | int | None]
-#: Takes down what one file says, in the order of Reading's fields.
+#: Parse one file into the list of Reading's fields.
 Parser = Callable[[bytes, Fields], None]
 
 
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
 
 def value_of(data: bytes, key: bytes) -> int | None:
-    """The number after ``key`` at the start of a line of a flat keyed file; None where it is not there."""
+    """Return the number after ``key`` in a flat keyed file; None if the key is missing."""
     start = 0 if data.startswith(key + b" ") else data.find(b"\n" + key + b" ") + 1
     if start == 0 and not data.startswith(key + b" "):
         return None
@@ -50,7 +50,7 @@ def value_of(data: bytes, key: bytes) -> int | None:
 
 
 def io_stat_totals(data: bytes) -> tuple[int, int]:
-    """Bytes read and written of ``io.stat``, all devices together.
+    """Return the bytes read and written of ``io.stat``, all devices together.
 
     A write through device-mapper counts for both the upper and the lower device.
     """
@@ -58,7 +58,7 @@ def io_stat_totals(data: bytes) -> tuple[int, int]:
 
 
 def blkio_totals(data: bytes) -> tuple[int, int]:
-    """Bytes read and written of a ``blkio.throttle.io_service_bytes*`` file, all devices together."""
+    """Return the bytes read and written of a ``blkio.throttle.io_service_bytes*`` file, all devices together."""
     return _sum_after(data, b" Read "), _sum_after(data, b" Write ")
 
 
@@ -75,7 +75,7 @@ def _sum_after(data: bytes, key: bytes) -> int:
     return total
 
 
-# Where each field of Reading is; the parsers write into a list of them.
+# The index of each field of Reading in the list that the parsers fill.
 (_CPU, _MEMORY, _PEAK, _IO_READ, _IO_WRITE, _PIDS, _OOM, _MEMORY_HITS, _PIDS_HITS) = range(9)
 
 
@@ -125,7 +125,7 @@ def _pids_current(data: bytes, found: Fields) -> None:
     found[_PIDS] = int(data)
 
 
-#: By file: what it tells, of which controller, and how it is read.
+#: By file: its controller and parser.
 V2_FILES: dict[str, tuple[str, Parser]] = {
     "cpu.stat": ("cpu", _cpu_stat),
     "memory.current": ("memory", _memory_usage),
@@ -141,13 +141,13 @@ V1_FILES: dict[str, tuple[str, Parser]] = {
     "memory.max_usage_in_bytes": ("memory", _memory_peak),
     "memory.oom_control": ("memory", _oom_control),
     "memory.failcnt": ("memory", _failcnt),
-    # Counts instead of the other where the limit on memory and swap together is as low.
+    # Counts instead of memory.failcnt if the limit on memory and swap together is as low.
     "memory.memsw.failcnt": ("memory", _failcnt),
     "blkio.throttle.io_service_bytes_recursive": ("io", _blkio),  # kernel 4.16
     "pids.current": ("pids", _pids_current),
     "pids.events": ("pids", _pids_events),
 }
-#: What is written to start a new peak, by file.
+#: By file, the text that resets the peak.
 _PEAKS = {"memory.peak": b"reset\n", "memory.max_usage_in_bytes": b"0"}
 
 
@@ -190,7 +190,7 @@ class Meter:
         self._files.append((fd, path, parser))
 
     def read(self) -> Reading:
-        """What has been used until now. Raises KernelError (ENODEV: the cgroup was deleted)."""
+        """Return the usage until now. Raises KernelError (ENODEV: the cgroup was deleted)."""
         found: Fields = [None] * len(Reading._fields)
         given_up: tuple[int, str, Parser] | None = None
         for one in self._files:
@@ -202,13 +202,13 @@ class Meter:
                     raise files.failure(error, path) from None
                 given_up = one
         if given_up is not None:
-            # On v1 the IO of a cgroup counts above it, once that has limits of IO; with all else it is still there.
+            # On v1 the IO of a cgroup counts in the one above once that has IO limits; the other counters remain.
             self._files.remove(given_up)
             os.close(given_up[0])
         return Reading._make(found)
 
     def reset_peak(self) -> bool:
-        """Start a new ``memory_peak``; False where the kernel cannot (v2 before 6.12, or not ours)."""
+        """Reset ``memory_peak``; return False if the kernel cannot (v2 before 6.12), or may not for this user."""
         if self._peak is None:
             return False
         fd, _, value = self._peak
@@ -220,7 +220,7 @@ class Meter:
         return True
 
     def close(self) -> None:
-        """Close the fds. Again is harmless."""
+        """Close the fds. Calling it again does nothing."""
         self._peak = None
         while self._files:
             os.close(self._files.pop()[0])

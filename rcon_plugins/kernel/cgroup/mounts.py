@@ -43,12 +43,12 @@ class Mount(NamedTuple):
     read_only: bool = False
 
     def directory(self, path: str) -> str:
-        """The directory of the cgroup ``path`` (``/`` is the root of the mount)."""
+        """Return the directory of the cgroup ``path`` (``/`` is the root of the mount)."""
         return self.path if path == "/" else f"{self.path}{path}"
 
 
 def parse_mountinfo(text: str) -> list[MountEntry]:
-    """All lines of a mountinfo file; octal escapes undone."""
+    """Return all lines of a mountinfo file, with octal escapes decoded."""
     entries = []
     for line in text.splitlines():
         before, separator, after = line.partition(" - ")
@@ -78,10 +78,10 @@ def _unescape(text: str) -> str:
 
 
 def cgroup_mounts(entries: list[MountEntry]) -> list[Mount]:
-    """The cgroup hierarchies among ``entries``, each once, v1 in the order of use, v2 last.
+    """Return the cgroup hierarchies among ``entries``, each once, v1 in the order of use, v2 last.
 
-    Of several mounts of one hierarchy the one that shows most of it wins (the shortest root), then a
-    writable one, then the latest, which hides earlier ones at the same place.
+    Of several mounts of one hierarchy, take the one with the shortest root, then a writable one, then the latest, which
+    hides earlier ones at the same path.
     """
     best: dict[tuple[int, frozenset[str]], MountEntry] = {}
     for entry in entries:
@@ -113,12 +113,12 @@ def _order(mount: Mount) -> tuple[int, int]:
 
 
 def is_systemds() -> bool:
-    """Whether systemd is the init of this machine, and manages its cgroups, as sd_booted(3) tells."""
+    """Return whether systemd is the init of this machine and manages its cgroups, as sd_booted(3) does."""
     return os.path.isdir(_BOOTED)
 
 
 def parse_membership(text: str) -> dict[frozenset[str], str]:
-    """A ``/proc/PID/cgroup`` file: by set of v1 controllers (empty for v2) the path of the cgroup."""
+    """Parse a ``/proc/PID/cgroup`` file: by set of v1 controllers (empty for v2) the path of the cgroup."""
     found = {}
     for line in text.splitlines():
         number, _, rest = line.partition(":")
@@ -131,7 +131,7 @@ def parse_membership(text: str) -> dict[frozenset[str], str]:
 
 
 def membership(mount: Mount, by_controllers: Mapping[frozenset[str], str]) -> str | None:
-    """Where in ``mount`` a process is, as a path below the mount; None where that cannot be seen."""
+    """Return the cgroup of a process as a path below ``mount``; None if it cannot be seen there."""
     for names, path in by_controllers.items():
         if mount.version == 2 and not names:
             return _below(mount.root, path)
@@ -142,7 +142,7 @@ def membership(mount: Mount, by_controllers: Mapping[frozenset[str], str]) -> st
 
 def _below(root: str, path: str) -> str | None:
     if root == "/":
-        # A process that is outside of our cgroup namespace shows as /../something.
+        # A process outside of our cgroup namespace shows as /../something.
         return None if path.startswith("/..") else path
     if path == root:
         return "/"
@@ -150,18 +150,18 @@ def _below(root: str, path: str) -> str | None:
 
 
 def mount_table() -> str:
-    """All mounts as this process sees them: another text after each change (``/proc/self/mountinfo``)."""
+    """Return ``/proc/self/mountinfo``: the mounts that this process sees. Any change of them changes the text."""
     return files.read_own("mountinfo")
 
 
 def mount_points(table: str) -> list[str]:
-    """Where cgroup file systems of any version are mounted, by `mount_table`: named hierarchies too."""
+    """Return where cgroup file systems of any version are mounted in a `mount_table`, named hierarchies included."""
     entries = parse_mountinfo(table)
     return sorted({entry.path for entry in entries if entry.filesystem in ("cgroup", "cgroup2")})
 
 
 def mount_of(major: int, minor: int) -> MountEntry | None:
-    """The mount with this device number, from ``/proc/self/mountinfo``."""
+    """Return the mount with this device number, from ``/proc/self/mountinfo``."""
     wanted = f"{major}:{minor}"
     for entry in parse_mountinfo(files.read_own("mountinfo")):
         if entry.device == wanted:

@@ -1,4 +1,4 @@
-"""What the kernel tells of a cgroup beyond its usage: pressure, throttling, what memory is, whether it is frozen.
+"""Statistics of a cgroup beyond its usage: pressure, throttling, kinds of memory, whether it is frozen.
 
 Read file by file, for commands; :class:`~rcon_plugins.kernel.cgroup.meter.Meter` is for the hot path.
 """
@@ -25,9 +25,9 @@ class Stall(NamedTuple):
 
 
 class Pressure(NamedTuple):
-    """How long processes waited for what they could not have: ``some`` of them, or ``full``: all at once.
+    """How long processes waited for a resource: ``some`` of them, or ``full``: all at once.
 
-    Source: Documentation/accounting/psi.rst. ``full`` of the CPU is told since Linux 5.13.
+    Source: Documentation/accounting/psi.rst. ``full`` of the CPU: since Linux 5.13.
     """
 
     some: Stall | None = None
@@ -35,12 +35,12 @@ class Pressure(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """``None`` is "not told here". Counted since the cgroup was made, for it and all below it, but where it is said.
+    """Counters since the cgroup was made, including all below it. None means not available here.
 
-    ``cpu_periods`` are those of 100 ms in which there was something to run, ``cpu_throttled`` those at whose end it
-    had to wait, for ``cpu_throttled_seconds`` in all (its own quota only). ``memory_high_hits`` is how often
-    allocation was slowed down at ``memory_high``. ``memory_anon`` is what belongs to no file, ``memory_file`` what is
-    kept of files. ``swap_current`` is in bytes.
+    ``cpu_periods`` are periods of 100 ms with threads to run; ``cpu_throttled`` are those in which its own quota
+    throttled it, for ``cpu_throttled_seconds`` in all. ``memory_high_hits`` is how often allocation was throttled at
+    ``memory_high``. ``memory_anon`` is memory that belongs to no file, ``memory_file`` is page cache. ``swap_current``
+    is in bytes.
     """
 
     cpu_user_seconds: float | None = None
@@ -56,19 +56,19 @@ class Statistics(NamedTuple):
 
 
 def read_statistics(cgroup: Cgroup) -> Statistics:
-    """Of an existing cgroup. Raises KernelError."""
+    """Return the statistics of an existing cgroup. Raises KernelError."""
     found: dict[str, float | int] = {}
     for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):
-        # v1 comes first: what the v2 side of a hybrid tells as well has no controller behind it.
+        # v1 comes first: on a hybrid, the v2 files have no controller behind them.
         found = (_of_v1(directory) if mount.version == 1 else _of_v2(directory)) | found
     return Statistics(**found)  # type: ignore[arg-type]
 
 
 def read_usage(cgroup: Cgroup) -> Reading:
-    """The usage of an existing cgroup, where OOM kills and refused forks are those of the cgroups below it too.
+    """Return the usage of an existing cgroup, with OOM kills and refused forks including the cgroups below.
 
-    Where the kernel counts them in the cgroup of the process alone (v1; refused forks also on v2 before Linux 6.11),
-    those of all that are there now are added up: what was in one that has gone is not told. Raises KernelError.
+    v1, and v2 before Linux 6.11 for refused forks, count them in the cgroup of the process alone. Then those of all
+    existing cgroups below are added; counts of removed ones are lost. Raises KernelError.
     """
     reading = cgroup.read()
     for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):
@@ -86,7 +86,7 @@ def read_usage(cgroup: Cgroup) -> Reading:
 
 
 def read_pressure(cgroup: Cgroup) -> dict[str, Pressure]:
-    """Of ``cpu``, ``memory`` and ``io``; empty where the kernel tells none (v1, or PSI is off). KernelError."""
+    """Return the pressure by ``cpu``, ``memory`` and ``io``; empty on v1 or with PSI off. Raises KernelError."""
     found = {}
     for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):
         if mount.version == 2:
@@ -98,7 +98,7 @@ def read_pressure(cgroup: Cgroup) -> dict[str, Pressure]:
 
 
 def parse_pressure(text: str) -> Pressure:
-    """A pressure file."""
+    """Parse a pressure file."""
     stalls = {}
     for line in text.splitlines():
         kind, *fields = line.split()
@@ -108,7 +108,7 @@ def parse_pressure(text: str) -> Pressure:
 
 
 def is_frozen(cgroup: Cgroup) -> bool:
-    """Whether all of an existing cgroup has come to a stop. Raises KernelError."""
+    """Return whether all processes of an existing cgroup are frozen. Raises KernelError."""
     for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):
         if mount.version == 2 and "frozen 1" in _lines(directory, "cgroup.events"):
             return True

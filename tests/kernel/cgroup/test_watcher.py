@@ -153,7 +153,7 @@ def test_under_gevent(group: Cgroup) -> None:
 from gevent import monkey; monkey.patch_all()
 import os, sys, time, threading
 from rcon_plugins.kernel.cgroup import Hierarchy
-from rcon_plugins.kernel.cgroup.events import Watcher, Pressure
+from rcon_plugins.kernel.events import Watcher, Pressure
 group = Hierarchy.discover().cgroup(sys.argv[1])
 told, beats = [], []
 def beat():
