@@ -1,7 +1,8 @@
 """Confine each request or task of a Python web server or job runner with Linux cgroups and capabilities.
 
-`Manager` and `Policy` are the core; `confine` is for any program; the adapters are the packages ``rcon_wsgi`` and
-``rcon_gunicorn``. Errors are in `rcon_plugins.errors`, the kernel's side, useful by itself, in `rcon_plugins.kernel`.
+`Manager` and `Policy` are the core; `confine` is for any program; the adapters are the packages ``rcon_wsgi``,
+``rcon_gunicorn`` and ``rcon_celery``. Errors are in `rcon_plugins.errors`; the kernel layer, useful by itself, is
+`rcon_plugins.kernel`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
     from rcon_plugins.confinement.confine import Confined, confine
     from rcon_plugins.confinement.expansion import Expansion, expand
     from rcon_plugins.confinement.isolation import Server, Verdict
-    from rcon_plugins.confinement.manager import Manager
+    from rcon_plugins.confinement.manager import Deployment, Manager
     from rcon_plugins.confinement.plan import Plan
+    from rcon_plugins.confinement.running import RunningManager
     from rcon_plugins.groups.events import Event, Events, watch
     from rcon_plugins.hookspecs import hookimpl
     from rcon_plugins.kernel.cgroup import Resources
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Admission",
     "Confined",
+    "Deployment",
     "Each",
     "Event",
     "Events",
@@ -43,6 +46,7 @@ __all__ = [
     "Policy",
     "Pressure",
     "Resources",
+    "RunningManager",
     "Server",
     "Settings",
     "Usage",
@@ -55,10 +59,11 @@ __all__ = [
     "watch",
 ]
 
-# Imported when first asked for, so that a command pays for what it uses, and the kernel layer for nothing above it.
+# Imported on first use: a command imports only what it needs, and the kernel layer nothing above it.
 _HOMES = {
     "Admission": "confinement.admission",
     "Confined": "confinement.confine",
+    "Deployment": "confinement.manager",
     "Each": "settings.limits",
     "Event": "groups.events",
     "Events": "groups.events",
@@ -72,6 +77,7 @@ _HOMES = {
     "Policy": "settings.policy",
     "Pressure": "groups.events",
     "Resources": "kernel.cgroup",
+    "RunningManager": "confinement.running",
     "Server": "confinement.isolation",
     "Settings": "settings.file",
     "Usage": "work",

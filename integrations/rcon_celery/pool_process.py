@@ -18,7 +18,7 @@ from rcon_celery.retry.attempt import Attempt, ForkServerLost, RetryPolicy
 from rcon_celery.retry.lease import Heartbeat
 from rcon_celery.service import TaskService
 from rcon_plugins.confinement.admission import ProcessAdmission
-from rcon_plugins.confinement.manager import Manager
+from rcon_plugins.confinement.running import RunningManager
 from rcon_plugins.errors import (
     ConcurrencyLimitExceeded,
     ConfinementError,
@@ -64,7 +64,7 @@ class PoolProcess:
         self._codes = codes
         self._retry_policies = retry_policies
         self._after_fork = after_fork
-        self._manager: Manager | None = None
+        self._manager: RunningManager | None = None
         self._pid = 0
         #: Why there is no manager.
         self._problem = "it was not started"
@@ -85,14 +85,6 @@ class PoolProcess:
         """Start the manager and its fork server. Raises `RconError`."""
         worker, server = self._worker, self._worker.pool.server
         self.accepted = codec.accepted_content_types(self._app)
-        manager = Manager(
-            worker.settings,
-            server=server,
-            instance=worker.instance,
-            plugins=worker.plugins,
-            on_lost=self._lost,
-            changes=worker.changes,
-        )
         service = TaskService(self._app, self._codes, worker.hostname, greenlets=server.greenlets)
         after_fork = [
             self._after_fork,
@@ -103,13 +95,16 @@ class PoolProcess:
             import gevent  # type: ignore[import-untyped]
 
             after_fork.append(gevent.reinit)  # else its loop and threads are those of the worker
-        manager.start(
+        manager = worker.deployment.start(
             service,
+            on_lost=self._lost,
             after_fork=after_fork,
-            server_files=[*server_files(), worker.ending_counters.file, worker.changes.file],
+            server_files=[*server_files(), worker.ending_counters.file],
         )
         self._manager, self._pid, self.is_lost = manager, os.getpid(), False
-        self._policies_retry = any(policy.wants_tries for policy in manager.settings.policies.values())
+        self._policies_retry = any(
+            policy.wants_tries for policy in worker.deployment.plan.settings.policies.values()
+        )
 
     def try_to_start(self) -> bool:
         """Start, or log why that failed. A task that comes tries again."""
@@ -190,7 +185,7 @@ class PoolProcess:
                         raise ForkServerLost(str(error)) from None
                     raise
 
-    def _started_manager(self) -> Manager:
+    def _started_manager(self) -> RunningManager:
         if self._manager is None or self._pid != os.getpid():
             raise ConfinementError(f"this pool process cannot confine tasks: {self._problem}")
         return self._manager
@@ -231,7 +226,7 @@ class PoolProcess:
             raise Reject(f"this pool process cannot confine tasks: {self._problem}", requeue=True)
 
 
-def _with_policy_keys(own: RetryPolicy | None, manager: Manager, work: Work) -> RetryPolicy | None:
+def _with_policy_keys(own: RetryPolicy | None, manager: RunningManager, work: Work) -> RetryPolicy | None:
     """Return the retry policy of a task: the keys of its policy, overridden by its own."""
     try:
         policy = manager.policy_of(work)

@@ -66,7 +66,7 @@ def rcon_set(state: Any, policy: str = "", limit: str = "", value: str = "") -> 
     if not (policy and limit and value):
         return {"error": "give POLICY, LIMIT and VALUE: rcon_set reports each.memory 512M"}
     try:
-        made = worker.change(policy, limit, str(value))
+        made = worker.deployment.change(policy, limit, str(value))
     except RconError as error:
         return {"error": " ".join(str(error).split())}
     _log.warning("rcon: policy %s: %s changed from %s to %s", policy, limit, made.old or "not set", made.new)

@@ -31,7 +31,7 @@ _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
 
 
 class TaskService:
-    """Serves the tasks of an application in executor processes; pass it to `Manager.start`."""
+    """Serves the tasks of an application in executor processes; pass it to `Deployment.start`."""
 
     def __init__(self, app: Any, codes: Mapping[str, TaskCode], hostname: str, *, greenlets: bool) -> None:
         """``codes`` are by the name of the task; ``greenlets``: the worker runs gevent's loop."""

@@ -14,17 +14,14 @@ from typing import Any, Final, NamedTuple
 from celery import bootsteps
 from celery.exceptions import CeleryCommandException
 
-from rcon_plugins.confinement.budget import machine_ledger
 from rcon_plugins.confinement.isolation import Server
-from rcon_plugins.confinement.live_policies import Change, PolicyChangeLog, change
-from rcon_plugins.confinement.plan import Plan
+from rcon_plugins.confinement.manager import Deployment, Manager
 from rcon_plugins.errors import ConfinementError, RconError
 from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.file import Settings
 from rcon_plugins.settings.policy import Policy
 from rcon_plugins.settings.units import Size
-from rcon_plugins.tree.instance import Instance
 from rcon_plugins.work import Work
 
 _log = logging.getLogger("rcon")
@@ -102,20 +99,12 @@ def start_step(start: Callable[[Any], object]) -> type:
 class ConfinedWorker:
     """The state of one worker: made in its main process, and inherited by the processes of its pool."""
 
-    def __init__(
-        self, settings: Settings, pool: Pool, plugins: Sequence[object], instance: Instance, hostname: str
-    ) -> None:
-        self.settings = settings
+    def __init__(self, deployment: Deployment, pool: Pool, hostname: str) -> None:
+        self.deployment = deployment
+        self.instance = deployment.instance
         self.pool = pool
-        self.plugins = plugins
-        self.instance = instance
         self.hostname = hostname
-        #: The policies in force, with those of decorators.
-        self.policies: Mapping[str, Policy] = settings.policies
         self.ending_counters = EndingCounters()
-        #: The limits changed since the start, which every process of the pool reads.
-        self.changes = PolicyChangeLog()
-        self._plan: Plan | None = None
         #: Whether the worker sends events.
         self.sends_events = False
         self._pid = os.getpid()
@@ -134,25 +123,16 @@ class ConfinedWorker:
         ``largest`` is the most memory that tasks may be given when they are retried, by its key in an error message.
         Raises `RconError` with the problem and its remedy.
         """
-        plan = Plan.make(settings, pool.server, [tasks])
-        for key, memory in largest.items():
-            plan.check_fits(memory, key)
-        plan.check()
-        if settings.budget is not None:
-            machine_ledger()
-        instance = Instance.create(plan.hierarchy, base=settings.cgroup)
-        worker = cls(settings, pool, [tasks], instance, hostname)
-        worker.policies = plan.settings.policies
+        manager = Manager(settings, server=pool.server, plugins=[tasks], memory=largest)
+        worker = cls(manager.deploy(changeable=True), pool, hostname)
         atexit.register(worker.close)
-        plan = plan.within(instance.hierarchy)
-        plan.check()
-        worker._plan = plan
-        if plan.wants_adoption(instance):
-            instance.adopt()
-        _log.info("rcon: tasks are confined in the cgroup %s", instance.path)
-        for warning in plan.warnings():
-            _log.warning("rcon: %s", warning)
+        _log.info("rcon: tasks are confined in the cgroup %s", worker.instance.path)
         return worker
+
+    @property
+    def policies(self) -> Mapping[str, Policy]:
+        """The policies as they are now, with those of decorators."""
+        return self.deployment.policies.all()
 
     def close_before_restart(self) -> None:
         """Have `close` called before all other exit handlers.
@@ -164,24 +144,13 @@ class ConfinedWorker:
             atexit.unregister(self.close)
             atexit.register(self.close)
 
-    def change(self, policy: str, limit: str, value: str) -> Change:
-        """Change one limit of a policy in every process of the pool. Raises `RconError`.
-
-        Call it in the worker's main process, one call at a time.
-        """
-        if self._plan is None:
-            raise ConfinementError("the worker has not started yet; try again")
-        made = change(self._plan, self.policies, self.instance, self.changes, policy, limit, value)
-        self.policies = {**self.policies, policy: made.policy}
-        return made
-
     def close(self) -> None:
         """Kill all tasks and remove the cgroups. Does nothing in other processes than the worker's main one."""
         if os.getpid() != self._pid:
             return
         atexit.unregister(self.close)
         with contextlib.suppress(RconError, OSError, ValueError):  # a later start removes it
-            self.instance.close()
+            self.deployment.close()
 
 
 class ConfinedTasks:

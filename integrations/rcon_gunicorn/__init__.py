@@ -1,10 +1,10 @@
 """Confine each request that gunicorn serves. The application does not change.
 
-With no configuration file of one's own::
+Without a gunicorn.conf.py::
 
     RCON_SETTINGS=rcon.toml gunicorn -c python:rcon_gunicorn.conf app:app
 
-In one's own ``gunicorn.conf.py``, at its end::
+At the end of an existing ``gunicorn.conf.py``::
 
     from rcon_gunicorn import Hooks
 

@@ -1,8 +1,8 @@
-"""gunicorn's server hooks, as one object: set up in the master, confine in the workers, clean up after.
+"""gunicorn's server hooks as one object: set up in the master, confine in the workers, clean up.
 
-gunicorn calls ``on_starting``, ``on_reload``, ``child_exit``, ``pre_exec`` and ``on_exit`` in the master, as
-the user that started it; ``post_fork`` in each worker, as that user still; and ``post_worker_init`` and
-``worker_exit`` in each worker, after ``--user`` and ``--group`` took effect.
+gunicorn calls ``on_starting``, ``on_reload``, ``child_exit``, ``pre_exec`` and ``on_exit`` in the master, as the user
+that started it. It calls ``post_fork`` in each worker, still as that user, and ``post_worker_init`` and
+``worker_exit`` in each worker after ``--user`` and ``--group`` took effect.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from rcon_gunicorn.logs import join_error_log, leaving_log_files, log_files
 from rcon_gunicorn.master import Master
 from rcon_gunicorn.workers import after_fork, refusal, server_traits
-from rcon_plugins.confinement.manager import Manager
+from rcon_plugins.confinement.running import RunningManager
 from rcon_plugins.errors import ConfinementError, RconError
 from rcon_wsgi import ConfineMiddleware, WsgiService
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication
 
-#: Where the settings file is named, if not in the call.
+#: The environment variable with the path of the settings file.
 SETTINGS_VARIABLE = "RCON_SETTINGS"
 
 
@@ -52,9 +52,8 @@ class StartRefused(RconError, RuntimeError):
 class Hooks:
     """The server hooks that confine each request of this gunicorn.
 
-    ``settings`` is the path of the policy file; None takes it from the environment variable
-    ``RCON_SETTINGS`` when gunicorn starts. One object serves one gunicorn: assign its methods to the settings
-    of the same names, or let `install` do it.
+    ``settings`` is the path of the policy file; None reads the environment variable ``RCON_SETTINGS`` when gunicorn
+    starts. One object serves one gunicorn: assign its methods to the settings of the same names, or call `install`.
     """
 
     NAMES = (
@@ -71,13 +70,13 @@ class Hooks:
     def __init__(self, settings: str | os.PathLike[str] | None = None) -> None:
         self._path = None if settings is None else os.fspath(settings)
         self._master: Master | None = None
-        self._manager: Manager | None = None
+        self._manager: RunningManager | None = None
 
     def install(self, config: MutableMapping[str, Any]) -> None:
         """Set all hooks in a configuration file: call it last, with ``globals()``.
 
-        A hook that the file defines itself is kept: it runs first, so that what it wraps around the
-        application is confined too. What must run runs even if the other raises.
+        A hook that the file defines itself stays: it runs first, so that what it wraps around the application is
+        confined too. Ours runs even if it raises.
         """
         for name in self.NAMES:
             ours = getattr(self, name)
@@ -97,11 +96,11 @@ class Hooks:
             if server.cfg.errorlog != "-":  # a daemon's standard error goes nowhere
                 server.log.error("rcon: %s", error)
             raise StartRefused(str(error)) from None
-        # A reload executes a configuration file anew, which makes new Hooks: they find this one's work there.
+        # A reload executes the configuration file again, which makes new Hooks: they find the master's state here.
         cast(Any, server).rcon = self._master
 
     def on_reload(self, server: Arbiter) -> None:
-        """Read the policy file again for the workers to come; a bad one is not taken."""
+        """Read the policy file again for the workers to come; keep the old settings if the new ones are wrong."""
         if server_traits(server.worker_class) is None:
             from gunicorn.errors import HaltServer  # type: ignore[import-untyped]
 
@@ -110,16 +109,16 @@ class Hooks:
         try:
             self._started().reload(self._settings_path(), server)
         except RconError as error:
-            server.log.error("rcon: the new settings are not taken, the former stay: %s", error)
+            server.log.error("rcon: the new settings are refused, the old ones stay: %s", error)
 
     def child_exit(self, server: Arbiter, worker: Worker) -> None:
-        """Remove what a worker that was killed could not remove itself."""
+        """Remove what a killed worker could not remove itself."""
         master: Master | None = getattr(server, "rcon", None)
         if master is not None:
             master.sweep(worker.pid, server)
 
     def pre_exec(self, server: Arbiter) -> None:
-        """Leave this server's part of the cgroup tree to it: the next program makes its own (USR2)."""
+        """Leave this server's part of the cgroup tree: the next program makes its own (USR2)."""
         master: Master | None = getattr(server, "rcon", None)
         if master is not None:
             master.leave()
@@ -133,13 +132,13 @@ class Hooks:
     # in the worker
 
     def post_fork(self, server: Arbiter, worker: Worker) -> None:  # noqa: ARG002 - gunicorn counts the parameters
-        """Keep the capabilities that policies with an identity need, over the change to ``--user``."""
+        """Keep the capabilities that policies with an identity need, across the change to ``--user``."""
         self._started().keep_privileges(server)
 
     def post_worker_init(self, worker: Worker) -> None:
-        """Put the boundary around the loaded application, before the worker serves.
+        """Confine the loaded application, before the worker serves.
 
-        Whatever is raised here ends the worker before it served anything, and gunicorn with it.
+        An exception here ends the worker before it serves anything, and gunicorn with it.
         """
         traits = server_traits(type(worker))
         if traits is None:
@@ -147,17 +146,11 @@ class Hooks:
         master = self._started()
         master.settle_privileges()
         join_error_log()
-        manager = Manager(
-            master.settings,
-            server=traits,
-            instance=master.instance,
-            on_lost=functools.partial(_replace, worker),
-            generations=master.generations,
-        )
-        manager.start(
+        manager = master.deployment.start(
             WsgiService(worker.wsgi),
+            on_lost=functools.partial(_replace, worker),
             after_fork=[*after_fork(traits), leaving_log_files()],
-            # The heartbeat: who has it keeps a worker that hangs alive. Who has a log file may empty it.
+            # With the heartbeat file a request could keep a hung worker alive; with a log file it could empty the log.
             server_files=[worker.tmp.fileno(), *log_files(worker.log)],
         )
         self._manager = manager
@@ -178,7 +171,7 @@ class Hooks:
         path = self._path or os.environ.get(SETTINGS_VARIABLE)
         if not path:
             raise StartRefused(
-                f"no settings: say where the policy file is, as in {SETTINGS_VARIABLE}=/etc/rcon.toml"
+                f"no settings: set the path of the policy file, as in {SETTINGS_VARIABLE}=/etc/rcon.toml"
             )
         return path
 
@@ -191,7 +184,7 @@ class Hooks:
 
 
 def chain(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
-    """One hook that calls two, the second even if the first raises."""
+    """Return a hook that calls both, the second even if the first raises."""
 
     @functools.wraps(first)
     def both(*arguments: Any) -> None:
@@ -204,17 +197,17 @@ def chain(first: Callable[..., None], second: Callable[..., None]) -> Callable[.
 
 
 def client_socket(environ: dict[str, Any]) -> Any:
-    """The connection a request came on, where it is that request's alone."""
+    """Return the connection of a request; None if other requests share it."""
     if "gunicorn.http2.send_trailers" in environ:
-        return None  # HTTP/2: other requests are read from it
+        return None  # HTTP/2
     return environ.get("gunicorn.socket")
 
 
 def _while_master_lives(app: WSGIApplication) -> WSGIApplication:
-    """Serve, and end gracefully after the first request that finds the master gone.
+    """Return an application that ends the worker gracefully after the first request that finds the master gone.
 
-    A worker finds out by itself only when it is idle. Until then it would go on, beside the next gunicorn,
-    in cgroups which that has removed.
+    gunicorn's worker notices only when it is idle. Until then it would serve beside the next gunicorn, in cgroups that
+    the next gunicorn removed.
     """
     master = os.getppid()
 
@@ -227,6 +220,6 @@ def _while_master_lives(app: WSGIApplication) -> WSGIApplication:
 
 
 def _replace(worker: Worker) -> None:
-    """End this worker gracefully, so that the master makes a new one: its fork server is gone."""
-    worker.log.error("rcon: the fork server is gone; this worker finishes its requests and is replaced")
+    """End this worker gracefully, since its fork server has ended: the master makes a new one."""
+    worker.log.error("rcon: the fork server has ended; this worker finishes its requests and is replaced")
     os.kill(os.getpid(), signal.SIGTERM)

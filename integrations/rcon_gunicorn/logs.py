@@ -1,4 +1,4 @@
-"""The lines of the logger ``rcon`` go where gunicorn's errors go; executor processes have no log file of the server.
+"""Send the logger ``rcon`` to gunicorn's error log, and keep the server's log files from executor processes.
 
 Source: gunicorn's ``glogging.py``.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from rcon_plugins.executors import fork_server
 
-#: gunicorn's own logger of errors and events.
+#: gunicorn's own loggers.
 _ERROR_LOG = "gunicorn.error"
 _ACCESS_LOG = "gunicorn.access"
 #: The parent of all loggers of this project.
@@ -18,9 +18,9 @@ _OURS = "rcon"
 
 
 class _ToErrorLog(logging.Handler):
-    """Hand each record to gunicorn's error log, to whatever handlers that has by then.
+    """Pass each record to the handlers that gunicorn's error log has at that moment.
 
-    gunicorn replaces its handlers at a reload and reopens their files, so they are not to be kept.
+    gunicorn replaces its handlers and reopens their files at a reload, so they must not be kept.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -30,7 +30,7 @@ class _ToErrorLog(logging.Handler):
 
 
 def join_error_log() -> None:
-    """Let our logger write to gunicorn's error log, unless it was given handlers of its own."""
+    """Let our logger write to gunicorn's error log, unless it has handlers of its own."""
     logger = logging.getLogger(_OURS)
     if logger.handlers:
         return
@@ -41,19 +41,19 @@ def join_error_log() -> None:
 
 
 def log_files(log: object) -> list[int]:
-    """The descriptors of the files that gunicorn's logs go to, open for writing; ``log`` is the worker's logger.
+    """Return the descriptors of gunicorn's log files, which are open for writing. ``log`` is the worker's logger.
 
-    Not standard output and standard error, which executor processes have too.
+    Without standard output and standard error, which executor processes have too.
     """
     descriptors = fork_server.open_log_files(_loggers())
-    captured = getattr(log, "logfile", None)  # what capture_output has opened
+    captured = getattr(log, "logfile", None)  # opened by capture_output
     if captured is not None and not captured.closed:
         descriptors.add(captured.fileno())
     return sorted(descriptor for descriptor in descriptors if descriptor > 2)
 
 
 def leaving_log_files() -> Callable[[], None]:
-    """What, in an executor process, lets what is logged to gunicorn's logs go to standard error instead of files."""
+    """Return a function that makes gunicorn's logs in an executor process go to standard error, not to fork_server."""
     return fork_server.leaving_log_files(_loggers())
 
 

@@ -1,4 +1,4 @@
-"""Which of gunicorn's worker classes can be confined, and what of them decides how."""
+"""gunicorn's worker classes: which can be confined, and the traits that decide how."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rcon_plugins.confinement.isolation import Server
 
 _GEVENT = Server(threads=False, greenlets=True)
 
-#: Classes whose workers call a WSGI application, and what their requests share. Subclasses count.
+#: Worker classes that call a WSGI application, and what their requests share. Subclasses count.
 KNOWN: dict[str, Server] = {
     "gunicorn.workers.sync.SyncWorker": Server(threads=False),
     "gunicorn.workers.gthread.ThreadWorker": Server(threads=True),
@@ -22,7 +22,7 @@ _REASONS = {
 
 
 def server_traits(worker_class: type) -> Server | None:
-    """What the requests of such a worker share, or None where they cannot be confined."""
+    """Return what the requests of such a worker share; None if they cannot be confined."""
     for base in worker_class.__mro__:
         known = KNOWN.get(_name(base))
         if known is not None:
@@ -31,18 +31,18 @@ def server_traits(worker_class: type) -> Server | None:
 
 
 def after_fork(traits: Server) -> list[Callable[[], object]]:
-    """What has to be renewed in an executor process forked from a worker with these traits."""
+    """Return what to call in each executor process forked from a worker with these traits."""
     if not traits.greenlets:
         return []
     import gevent  # type: ignore[import-untyped]
 
-    return [gevent.reinit]  # else its event loop and threads are those of the worker
+    return [gevent.reinit]  # its event loop and threads would be the worker's
 
 
 def refusal(worker_class: type) -> str:
-    """Why the requests of this class cannot be confined, and what to use instead."""
+    """Return why the requests of this class cannot be confined, and what to use instead."""
     reasons = (_REASONS[name] for name in map(_name, worker_class.__mro__) if name in _REASONS)
-    reason = next(reasons, "nothing is known of how it calls the application")
+    reason = next(reasons, "rcon_gunicorn does not know how it calls the application")
     return (
         f"the worker class {_name(worker_class)} cannot be confined: {reason}; "
         "use sync, gthread or gevent (gunicorn -k gthread)"

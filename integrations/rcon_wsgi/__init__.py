@@ -7,9 +7,10 @@
 The adapter of a server does better: it can start the fork server in each worker, name the client's socket, and end
 everything with the worker. The checklist for an adapter:
 
-1. One `Manager` per serving process. `Manager.start(WsgiService(app))` after the application is loaded, in
-   the process that serves, before it has threads that serve; `Manager.close` when that process ends.
-2. ``ConfineMiddleware(app, settings, manager=manager)`` around the application, made in the same process.
+1. One `RunningManager` per serving process: `Manager.deploy` in the parent, then `Deployment.start(WsgiService(app))`
+   in each process that serves, after the application is loaded and before threads serve; `RunningManager.close`
+   when that process ends.
+2. ``ConfineMiddleware(app, manager=manager)`` around the application, made in the same process.
 3. The traits of the server: `Server(threads=…, greenlets=…)`. They decide which policies may run inline.
 4. ``client_socket``, where the server exposes the socket. Then a request whose client has gone is stopped even while it
    writes nothing, and a response can be cut off even where only the end of the connection marks its end. Return None

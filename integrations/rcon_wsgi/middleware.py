@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rcon_plugins.confinement.admission import LocalAdmission, ProcessAdmission
 from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.confinement.manager import Manager
+from rcon_plugins.confinement.running import RunningManager
 from rcon_plugins.errors import IdentityRefused, LimitExceeded, RconError
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.file import Settings, load
@@ -39,7 +40,7 @@ class ConfineMiddleware:
 
     :param app: the application.
     :param settings: `Settings`, or the path of a policy file.
-    :param manager: a manager started in this process with ``WsgiService(app)``. Its maker closes it.
+    :param manager: a `RunningManager`, started in this process with ``WsgiService(app)``. Its starter closes it.
     :param server: the traits of the server that decide how requests can be confined, for the middleware's own manager.
         The default is the cautious one: other threads serve, too.
     :param client_socket: returns the client's socket for an environ, or None. With it a request whose client has closed
@@ -56,7 +57,7 @@ class ConfineMiddleware:
         app: WSGIApplication,
         settings: Settings | str | os.PathLike[str] | None = None,
         *,
-        manager: Manager | None = None,
+        manager: RunningManager | None = None,
         server: Server | None = None,
         client_socket: Callable[[dict[str, Any]], socket.socket | None] | None = None,
     ) -> None:
@@ -102,14 +103,12 @@ class ConfineMiddleware:
 
 def _own_manager(
     app: WSGIApplication, settings: Settings | str | os.PathLike[str] | None, server: Server | None
-) -> Manager:
+) -> RunningManager:
     if settings is None:
         raise TypeError("ConfineMiddleware needs settings, or a manager")
     if not isinstance(settings, Settings):
         settings = load(os.fspath(settings))
-    manager = Manager(settings, server=server or Server())
-    manager.start(WsgiService(app))
-    return manager
+    return Manager(settings, server=server).start(WsgiService(app))
 
 
 def _run_here(

@@ -23,7 +23,7 @@ _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
 
 
 class WsgiService:
-    """Serves a WSGI application in executor processes; give it to `Manager.start`."""
+    """Serves a WSGI application in executor processes; give it to `Deployment.start`."""
 
     def __init__(self, app: WSGIApplication) -> None:
         self._app = app

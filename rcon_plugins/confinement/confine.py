@@ -12,6 +12,7 @@ import msgspec
 from rcon_plugins.builtin.plugins import make_plugin_manager
 from rcon_plugins.confinement.confinement import InlineConfinement
 from rcon_plugins.confinement.isolation import Server, judge
+from rcon_plugins.confinement.monitor import GroupMonitor
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.executors.inline import InlineExecutor
 from rcon_plugins.kernel.cgroup import Hierarchy
@@ -23,14 +24,14 @@ from rcon_plugins.tree.instance import Instance
 def confine(policy: Policy | None = None, /, **limits: object) -> Confined:
     """Confine the calling thread, and the threads it starts, inside a ``with`` block.
 
-    Either a policy, or limits as a settings file spells them: ``cpu="30%"``, ``cpus="0-1"``, ``pids=16``,
-    ``cpu_weight=50``, and on cgroup v1 ``io``. Memory and the limits of each work need a process, and are refused. A
-    child process started inside the block stays confined, also after it::
+    Give either a policy, or limits as a settings file spells them: ``cpu="30%"``, ``cpus="0-1"``, ``pids=16``,
+    ``cpu_weight=50``, and on cgroup v1 ``io``. Memory and ``each`` limits need a process, and are refused. A child
+    process started inside the block stays confined, even after it::
 
         with confine(cpu="30%", cpus="0"):
             crunch()
 
-    The first block makes the cgroup, which takes some milliseconds. To enter often, keep the object; `Confined.open`
+    The first block makes the cgroup, which takes some milliseconds. To enter often, keep the object: `Confined.open`
     keeps its cgroup until `Confined.close`::
 
         limited = confine(cpu="30%").open()
@@ -38,16 +39,16 @@ def confine(policy: Policy | None = None, /, **limits: object) -> Confined:
         with limited: ...
         limited.close()
 
-    A CPU quota stops a thread wherever it is, also while it holds the GIL: other threads of the program then wait with
-    it. Raises `SettingsError` for what cannot be enforced here, `DelegationError` where no cgroup may be made.
+    A CPU quota can stop the thread while it holds the GIL: the other threads of the program then wait too. Raises
+    `SettingsError` for limits that cannot be enforced here, `DelegationError` when no cgroup may be made.
     """
     if policy is None:
         policy = Policy.make("confine", **limits)
     elif limits:
-        raise SettingsError("a policy and limits at once", hint="give one of them")
+        raise SettingsError("both a policy and limits were given", hint="give one of them")
     if policy.per is not None or policy.concurrency is not None:
         raise SettingsError(
-            "`per` and `concurrency` are about the work of a server, and here is only a thread",
+            "`per` and `concurrency` need a server, and confine() has only a thread",
             key=f"policy.{policy.name}",
             hint="use a Manager, or leave them out",
         )
@@ -55,7 +56,7 @@ def confine(policy: Policy | None = None, /, **limits: object) -> Confined:
 
 
 class Confined:
-    """A policy to enter with ``with``, by any thread, at the same time too. See `confine`."""
+    """A policy to enter with ``with``, from any number of threads at once. See `confine`."""
 
     _numbers = itertools.count(1)
 
@@ -67,7 +68,7 @@ class Confined:
         self._stays = _Stays()
 
     def open(self) -> Confined:
-        """Make the cgroup and keep it until `close`; returns self."""
+        """Make the cgroup and keep it until `close`; return self."""
         with self._lock:
             if self._confinement is None:
                 self._confinement = self._make()
@@ -116,7 +117,10 @@ class Confined:
         instance = _this_process.join()
         try:
             number = str(next(self._numbers))
-            return InlineConfinement(self.policy, number, verdict, instance, hook)
+            monitor = GroupMonitor(instance, hook, lambda _: None, {})
+            confinement = InlineConfinement(self.policy, number, 0, lambda _: None, instance, hook, monitor)
+            confinement.open()
+            return confinement
         except BaseException:
             _this_process.leave()
             raise
@@ -130,7 +134,7 @@ class _Stays(threading.local):
 class _ThisProcess:
     """The instance that all `Confined` of this process share.
 
-    The kernel keeps one place for each process, and moving it there takes its threads along: so there can be only one.
+    There can be only one: a process is in one cgroup, and moving it there takes all its threads along.
     """
 
     def __init__(self) -> None:
@@ -140,9 +144,9 @@ class _ThisProcess:
         self._pid = 0
 
     def join(self) -> Instance:
-        """The instance, made and entered by this process where nobody has yet."""
+        """Return the instance. The first call makes it, and moves the process into it."""
         with self._lock:
-            if self._pid != os.getpid():  # nobody yet; or a fork, whose parent's instance is not its own
+            if self._pid != os.getpid():  # first use, or a fork, which must not use its parent's instance
                 self._instance, self._users, self._pid = None, 0, os.getpid()
             instance = self._instance
             if instance is None:
@@ -158,7 +162,7 @@ class _ThisProcess:
             return instance
 
     def leave(self) -> None:
-        """Put the process back and remove the instance when nobody needs it any more."""
+        """Put the process back and remove the instance after its last use."""
         with self._lock:
             self._users -= 1
             instance = self._instance

@@ -1,4 +1,4 @@
-"""A policy in force: its cgroup, its slots, its executors; one for each key of the policy."""
+"""Confinements: a policy in force for one key, with its cgroup, its slots and its executors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rcon_plugins.confinement.admission import (
     ProcessAdmission,
     ThreadAdmission,
 )
-from rcon_plugins.confinement.isolation import Isolation, Verdict, resources_of
+from rcon_plugins.confinement.isolation import resources_of
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.inline import InlineExecutor
 from rcon_plugins.kernel.process import join_new_session_keyring
@@ -26,11 +26,12 @@ from rcon_plugins.tree.locks import first_slot
 if TYPE_CHECKING:
     import pluggy
 
+    from rcon_plugins.confinement.monitor import GroupMonitor
     from rcon_plugins.confinement.queue import Reservation
     from rcon_plugins.executors.pool import ExecutorPool
     from rcon_plugins.executors.thread import ThreadExecutors
     from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.kernel.cgroup import Cgroup, Entrance
+    from rcon_plugins.kernel.cgroup import Entrance
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tree.instance import Instance
     from rcon_plugins.work import Work
@@ -39,13 +40,13 @@ _PLAIN_KEY = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,99}")
 
 
 def cgroup_name(policy: str, key: str | None, generation: int = 0) -> str:
-    """The directory name of a confinement: ``policy``, or ``policy~key``.
+    """Return the directory name of a confinement: ``policy``, or ``policy~key``.
 
-    ``policy.2`` where the policy was changed twice: a changed policy has a cgroup of its own, so that workers that
-    still finish their work under the former do not write its limits back.
+    It is ``policy.2`` after two changes by a reload: a changed policy gets a cgroup of its own, so that workers that
+    still finish work under the old one do not write its limits back.
 
-    A key is what a client sent. One that is not plain (host-like, at most 100 characters) appears as ``policy~~HASH``
-    instead, so that no key, whatever it holds, names anything but one directory; different keys never share one.
+    Clients send keys. A key that is not plain (host-like, at most 100 characters) appears as ``policy~~HASH``, so that
+    every key names exactly one directory, and different keys never share one.
     """
     if generation:
         policy = f"{policy}.{generation}"
@@ -58,20 +59,26 @@ def cgroup_name(policy: str, key: str | None, generation: int = 0) -> str:
 
 
 class Confinement:
-    """One policy, for one key, in force. The `Host` of its admissions. ``users`` counts them; its manager keeps it."""
+    """One policy in force for one key: the `Host` of its admissions.
 
-    isolation: Isolation
+    ``users`` counts them, and is changed by the manager alone. ``conclude`` is called with each admission, once, when
+    it has its outcome.
+    """
 
-    def __init__(self, policy: Policy, key: str | None, verdict: Verdict, generation: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        key: str | None,
+        generation: int = 0,
+        conclude: Callable[[Admission], None] = lambda _: None,
+    ) -> None:
         self.policy = policy
         self.key = key
         self.name = cgroup_name(policy.name, key, generation)
-        self.isolation = verdict.isolation
         self.first_slot = first_slot(cgroup_name(policy.name, key))
         self.users = 0
         self.pids_limit_hits: int | None = None
-        #: Called with each admission, once, when it has an outcome. Set by the manager.
-        self.on_conclusion: Callable[[Confinement, Admission], None] | None = None
+        self.conclude = conclude
 
     def admit(
         self, work: Work, reservation: Reservation, identity: Identity | None, memory: int | None
@@ -79,22 +86,22 @@ class Confinement:
         """Take an executor for the work, and return its admission. ``memory`` replaces ``each.memory`` for it alone."""
         raise NotImplementedError
 
-    def conclude(self, admission: Admission) -> None:
-        """Tell the manager that the admission has its outcome."""
-        if self.on_conclusion is not None:
-            self.on_conclusion(self, admission)
-
     def close(self) -> None:
-        """Remove what this process keeps of it in the kernel. No work may be under way."""
+        """Remove what this process keeps of it in the kernel. No work may be running in it."""
 
 
 class ProcessConfinement(Confinement):
-    """Its work runs in executor processes; the cgroups are made with them."""
+    """A confinement whose work runs in executor processes. Its cgroups are made with them."""
 
     def __init__(
-        self, policy: Policy, key: str | None, verdict: Verdict, pool: ExecutorPool, generation: int = 0
+        self,
+        policy: Policy,
+        key: str | None,
+        generation: int,
+        conclude: Callable[[Admission], None],
+        pool: ExecutorPool,
     ) -> None:
-        super().__init__(policy, key, verdict, generation)
+        super().__init__(policy, key, generation, conclude)
         self._pool = pool
 
     def admit(
@@ -104,60 +111,58 @@ class ProcessConfinement(Confinement):
 
 
 class InlineConfinement(Confinement):
-    """Its work runs in threads of this process, inside of its threaded cgroup; it has none where nothing is limited.
-
-    The threads that serve enter it and leave it (`enter`).
-    """
+    """A confinement that the serving threads enter and leave: a threaded cgroup, or none if nothing is limited."""
 
     def __init__(
         self,
         policy: Policy,
         key: str | None,
-        verdict: Verdict,
+        generation: int,
+        conclude: Callable[[Admission], None],
         instance: Instance,
         hook: pluggy.HookRelay,
-        generation: int = 0,
-        watch: Callable[[Cgroup, Policy, str | None], object] | None = None,
+        monitor: GroupMonitor,
     ) -> None:
-        """``watch`` is called with each new cgroup, this policy and key, before anything enters."""
-        super().__init__(policy, key, verdict, generation)
-        self._watch = watch
+        super().__init__(policy, key, generation, conclude)
+        self._monitor = monitor
         self._instance = instance
         self._hook = hook
         self._lock = threading.Lock()
         self._home: Entrance | None = None
         self.executor: InlineExecutor | None = None
-        #: Ways into cgroups that are gone. Threads may still be about to use one, and find that it leads nowhere;
-        #: closed, its number could be that of another file by then.
+        #: Entrances of cgroups that are gone. They stay open: a thread may still be about to use one, and the number of
+        #: a closed one could belong to another file by then.
         self._former: list[InlineExecutor] = []
         self._controllers = resources_of(hook, policy, policy).controllers()
-        if self._controllers:
-            try:
-                self.open()
-            except BaseException:
-                self.close()
-                raise
 
     def open(self) -> None:
-        """Make the cgroup, write its limits, and open what threads enter it by."""
+        """Make the cgroup with its limits, and open its entrance. Raises `KernelError`."""
+        if not self._controllers:
+            return
+        try:
+            self._make_cgroup()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_cgroup(self) -> None:
         with self._lock:
             home = self._home or self._instance.exit(self._controllers)
             self._home = home
             cgroup = self._instance.threaded(self.name)
             cgroup.create(threaded=True, controllers=self._controllers)
             cgroup.configure(resources_of(self._hook, self.policy, self.policy))
-            if self._watch is not None:
-                self._watch(cgroup, self.policy, self.key)
+            self._monitor.watch_threads(cgroup, self.policy, self.key)
             entrance = cgroup.entrance(self._controllers)
             self.executor, former = InlineExecutor(cgroup, entrance, home), self.executor
             if former is not None:
                 self._former.append(former)
 
     def enter(self) -> InlineExecutor | None:
-        """Move the calling thread in; what is returned moves it out again.
+        """Move the calling thread into the cgroup. Return the executor that moves it out again; None without a cgroup.
 
-        Another worker of the server, for whom this confinement had become the least recently used, may have removed
-        the cgroup: it is made again then. Raises `KernelError`.
+        If another worker of the server removed the cgroup, as its least recently used, make it again. Raises
+        `KernelError`.
         """
         executor = self.executor
         if executor is None:
@@ -167,7 +172,7 @@ class InlineConfinement(Confinement):
         except KernelError as error:
             if error.errno not in (errno.ENODEV, errno.ENOENT):
                 raise
-            self.open()
+            self._make_cgroup()
             executor = self.executor
             if executor is not None:
                 executor.enter()
@@ -183,7 +188,7 @@ class InlineConfinement(Confinement):
         return InlineAdmission(self, work, reservation, self.enter)
 
     def close(self) -> None:
-        """Close the ways in, and remove the cgroup unless threads of another worker are in it."""
+        """Close the entrances, and remove the cgroup unless threads of another worker are in it."""
         for former in self._former:
             former.entrance.close()
         if self.executor is not None:
@@ -193,20 +198,20 @@ class InlineConfinement(Confinement):
 
 
 class ThreadConfinement(InlineConfinement):
-    """Its work runs in threads of its own, which settle in its threaded cgroup for good."""
+    """A confinement with threads of its own, which stay in its threaded cgroup for good."""
 
     def __init__(
         self,
+        threads: ThreadExecutors,
         policy: Policy,
         key: str | None,
-        verdict: Verdict,
+        generation: int,
+        conclude: Callable[[Admission], None],
         instance: Instance,
         hook: pluggy.HookRelay,
-        threads: ThreadExecutors,
-        generation: int = 0,
-        watch: Callable[[Cgroup, Policy, str | None], object] | None = None,
+        monitor: GroupMonitor,
     ) -> None:
-        super().__init__(policy, key, verdict, instance, hook, generation, watch)
+        super().__init__(policy, key, generation, conclude, instance, hook, monitor)
         self._threads = threads
 
     def admit(
@@ -220,7 +225,7 @@ class ThreadConfinement(InlineConfinement):
         return ThreadAdmission(self, work, reservation, self._threads, executor)
 
     def settle(self, identity: Identity | None) -> None:
-        """Confine the calling thread for good: its cgroup, then all that it must give up. Raises `KernelError`."""
+        """Confine the calling thread for good: enter the cgroup, then drop privileges. Raises `KernelError`."""
         self.enter()
         self._hook.rcon_drop(policy=self.policy, place="thread", identity=identity)
         if identity is not None:

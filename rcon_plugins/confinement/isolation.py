@@ -1,7 +1,7 @@
-"""Which way in: the choice of the isolation of a policy, on this machine and server.
+"""Choose the isolation of each policy on this machine and server, and find what cannot be enforced.
 
-``auto`` takes the cheapest of ``inline`` and ``process`` that enforces *all* the policy asks for; ``thread`` is only
-ever taken where the policy names it. See docs/explanation/isolation.md.
+``auto`` takes the cheaper of ``inline`` and ``process`` that enforces *all* limits of the policy. ``thread`` is only
+taken if the policy names it. See docs/explanation/isolation.md.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Isolation = Literal["inline", "thread", "process"]
 
 
 class Server(NamedTuple):
-    """What of the host decides how work can be confined.
+    """The traits of a server that decide how its work can be confined.
 
-    ``threads``: other threads of this process serve other work, and share the GIL with it. ``greenlets``: several
-    works share one thread, so that no work can own the thread it runs in. ``tasks``: its work is tasks, whose
-    service in executor processes expects to be told of `SOFT_LIMITS`, and with which all ends that they have started.
+    ``threads``: other threads of the process serve other work, and share the GIL with it. ``greenlets``: several units
+    of work share one thread, so none can own the thread it runs in. ``tasks``: its work is tasks, which receive
+    `SOFT_LIMITS` as signals, and whose child processes end with them.
     """
 
     threads: bool = True
@@ -42,9 +42,9 @@ class Server(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What becomes of one policy here: the isolation chosen, why, and what cannot be enforced.
+    """The isolation chosen for one policy, why, and what cannot be enforced.
 
-    ``caveat``: in one sentence, why this policy bounds accidents and not code that means harm; None where it does.
+    ``caveat`` says in a sentence why this policy only guards against accidents; None if it contains untrusted code.
     """
 
     policy: Policy
@@ -70,7 +70,7 @@ def resources_of(hook: pluggy.HookRelay, limits: Limits, policy: Policy) -> Reso
 
 
 def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.HookRelay) -> Verdict:
-    """Choose the isolation of a policy and find what of it this machine cannot enforce."""
+    """Choose the isolation of a policy, and find what this machine and process cannot enforce."""
     try:
         together = resources_of(hook, policy, policy)
         each = resources_of(hook, policy.each, policy)
@@ -79,68 +79,75 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     as_thread = _as_written(hierarchy.refusals(together, threaded=True))
     as_process = _as_written(hierarchy.refusals(together))
     as_process += _as_written(hierarchy.refusals(each, within=together), "each.")
-    identity = privileges.refusals(policy) + _without_warning(policy, server, hierarchy)
-    as_process += identity + _without_walls(policy)
+    identity = privileges.refusals(policy)
+    soft = _soft_limit_refusals(policy, server, hierarchy)
+    as_process += identity + soft + _landlock_refusals(policy)
     if not server.tasks:
-        # Whatever way in: nobody else tries work again.
-        tries = [
-            Refusal(key, "only a task of Celery is tried again, and counted", "leave it out")
-            for key in policy.wants_tries
+        tries = [  # whatever the isolation
+            Refusal(key, "only a task of Celery is tried again", "leave it out") for key in policy.wants_tries
         ]
         as_process += tries
         as_thread += tries
     if policy.isolation == "thread":
-        as_thread += identity
+        as_thread += identity + soft
     if policy.isolation in ("inline", "thread") and server.greenlets:
         as_thread.append(
             Refusal(
                 "isolation",
-                "greenlets share one thread, so that a work cannot own the thread it runs in",
+                "greenlets share one thread, so none can own the thread it runs in",
                 'use isolation = "auto" or "process"',
             )
         )
     need = _needs_process(policy, server, as_thread)
     if policy.isolation == "auto":
         if need:
-            return Verdict(policy, "process", need, tuple(as_process), caveat(policy))
-        return Verdict(policy, "inline", "the cheapest that enforces all this policy asks for", (), _SHARED)
+            return Verdict(policy, "process", need, tuple(as_process), caveat(policy, server))
+        return Verdict(policy, "inline", "the cheapest isolation that enforces all its limits", (), _SHARED)
     why = f'the policy says isolation = "{policy.isolation}"'
     if policy.isolation == "process":
-        return Verdict(policy, "process", why, tuple(as_process), caveat(policy))
+        return Verdict(policy, "process", why, tuple(as_process), caveat(policy, server))
     return Verdict(policy, policy.isolation, why, tuple(as_thread), _SHARED)
 
 
 def _of_no_disk(policy: Policy, error: KernelError) -> Verdict:
-    """The verdict where the disk of an IO limit cannot be found; other errors are raised again."""
+    """Return the verdict for an IO limit whose disk is not found. Raise any other error again."""
     if not policy.io and not policy.each.io:
         raise error
     limits, table = (policy.each, "each.") if error.path in policy.each.io else (policy, "")
     key = f"{table}io.{error.path}" if error.path in limits.io else "io"
     refusal = Refusal(key, error.problem, error.hint or "name a path on a disk")
     isolation: Isolation = "process" if policy.isolation == "auto" else policy.isolation
-    return Verdict(policy, isolation, "the disk of its IO limits is not found", (refusal,))
+    return Verdict(policy, isolation, "the disk of its IO limit is not found", (refusal,))
 
 
 def _as_written(refusals: list[Refusal], table: str = "") -> list[Refusal]:
-    """The same, by the keys of a policy."""
+    """Return the refusals with the keys of a policy for the fields of `Resources`."""
     return [one._replace(limit=table + KEY_OF_FIELD.get(one.limit, one.limit)) for one in refusals]
 
 
-def _without_walls(policy: Policy) -> list[Refusal]:
-    """What keeps an executor process from being walled in."""
+def process_refusals(verdict: Verdict) -> list[Refusal]:
+    """Return what the calling process lacks, whatever the machine can enforce: privileges."""
+    if verdict.isolation == "inline":
+        return []
+    found = privileges.refusals(verdict.policy)
+    return found if verdict.isolation == "thread" else found + _landlock_refusals(verdict.policy)
+
+
+def _landlock_refusals(policy: Policy) -> list[Refusal]:
+    """Refuse a policy whose executor processes cannot be kept away from the cgroup files."""
     if policy.no_new_privs or not landlock.abi() or CAP_SYS_ADMIN in read_state().permitted:
         return []
     return [
         Refusal(
             "no_new_privs",
-            "without it, only a server with CAP_SYS_ADMIN may keep work away from the cgroup files (landlock(7))",
+            "without it, only a server with CAP_SYS_ADMIN can keep work away from the cgroup files (landlock(7))",
             "leave no_new_privs out, or run the server as root",
         )
     ]
 
 
-def _without_warning(policy: Policy, server: Server, hierarchy: Hierarchy) -> list[Refusal]:
-    """The limits that only tell work something, where nobody could tell it."""
+def _soft_limit_refusals(policy: Policy, server: Server, hierarchy: Hierarchy) -> list[Refusal]:
+    """Refuse soft limits where no signal can reach the work."""
     if server.tasks:
         if policy.each.memory_soft is None or "memory" in hierarchy.controllers:
             return []
@@ -148,41 +155,38 @@ def _without_warning(policy: Policy, server: Server, hierarchy: Hierarchy) -> li
     return [
         Refusal(
             f"each.{limit}",
-            "only a task of Celery can be told to come to its end",
-            f"leave it out, each.{limit.partition('_')[0]} is enforced",
+            "only a task of Celery can receive a soft limit",
+            f"leave it out; each.{limit.partition('_')[0]} is enforced",
         )
         for limit in SOFT_LIMITS
         if getattr(policy.each, limit) is not None
     ]
 
 
-_SHARED = "its work shares memory with the server: this bounds accidents, and is no boundary"
+#: The caveat of work in threads of the server.
+_SHARED = "shares memory with the server: guards against accidents only, and does not contain untrusted code"
 
 
-def caveat(policy: Policy, uid: int | None = None) -> str | None:
-    """Why work of a policy in processes is bounded against accidents only; None where its boundary is whole.
+def caveat(policy: Policy, server: Server, uid: int | None = None) -> str | None:
+    """Return why a policy whose work runs in processes does not contain untrusted code; None if it does.
 
     ``uid`` is the server's user; None is that of the calling process.
     """
-    server = os.geteuid() if uid is None else uid
-    if _work_uid(policy, server) != server:
+    uid = os.geteuid() if uid is None else uid
+    if _work_uid(policy, uid) != uid:
         return None
-    if server == 0:
-        return (
-            "its work is root, if without capabilities: root's files and the settings of the kernel are its own to "
-            "write; a boundary takes a user of its own"
-        )
-    walls = (
-        "may change the permissions of the cgroup files" if landlock.abi() else "may write the cgroup files"
-    )
+    work = "tasks" if server.tasks else "requests"
+    if uid == 0:
+        return f"{work} run as root and can overwrite root's files. Set `user =` to contain untrusted code."
+    can = "change the permissions of the cgroup files" if landlock.abi() else "write the cgroup files"
     return (
-        f"its work has the server's own user, and {walls} and the rlimits of its neighbours; a boundary takes a user "
-        "of its own"
+        f"{work} run as the server's user (uid {uid}), and can {can} and the rlimits of other {work}. "
+        "Set `user =` to contain untrusted code."
     )
 
 
 def _work_uid(policy: Policy, server: int) -> int | None:
-    """The user that work of the policy has; None where that depends on the work."""
+    """Return the uid that work of the policy has; None if it depends on the work."""
     if policy.user is None:
         return server
     if policy.user.path is not None:
@@ -190,22 +194,22 @@ def _work_uid(policy: Policy, server: int) -> int | None:
     try:
         identity = resolve(policy, {})
     except RconError:
-        return None  # which is a fault of its own, and told as one
+        return None  # refused on its own, by the check of the identity
     return None if identity is None else identity.uid
 
 
 def _needs_process(policy: Policy, server: Server, as_thread: list[Refusal]) -> str | None:
-    """Why only a process will do; None where a thread can carry the policy."""
+    """Return why only a process can enforce the policy; None if a thread can."""
     if policy.each.asks():
-        return "limits of each work need a process for each"
+        return "`each` limits need a process for each unit of work"
     if policy.wants_identity:
-        return f"{' and '.join(policy.wants_identity)}: only a process can take an identity for good, and be a boundary"
+        return f"{' and '.join(policy.wants_identity)}: only a process can take an identity for good"
     if server.tasks:
-        return "what a task has started ends with it, which takes a process"
+        return "the child processes of a task end with it, which needs a process"
     if server.greenlets:
-        return "greenlets share one thread, which therefore cannot be confined for one of them"
+        return "greenlets share one thread, which cannot be confined for one of them"
     if policy.cpu is not None and server.threads:
-        return "a CPU quota would stop the thread while it holds the GIL, and with it every other thread"
+        return "a CPU quota would stop the thread while it holds the GIL, and so every other thread"
     if as_thread:
         return f"{as_thread[0].limit}: {as_thread[0].reason}"
     return None

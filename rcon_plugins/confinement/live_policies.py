@@ -1,4 +1,4 @@
-"""Other limits for a policy while work runs under it: told to every process that has a manager, and to the cgroups."""
+"""Change limits of policies while work runs: in every process of a server, and in the cgroups of running work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from rcon_plugins.confinement.isolation import judge, resources_of
-from rcon_plugins.errors import KernelError, SettingsError
+from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources, change_limits, read_limits
 from rcon_plugins.settings.budget import promised
 from rcon_plugins.settings.conversion import convert, one_of
@@ -27,17 +27,16 @@ if TYPE_CHECKING:
     from rcon_plugins.tree.instance import Instance
 
 
-#: How often limits of IO are tried to be written while work begins beside them.
+#: How often to write IO limits while work starts beside them.
 _ATTEMPTS = 10
 _UNLIMITED = IoMax(MAX, MAX, MAX, MAX)
 
 
 class PolicyChangeLog:
-    """All changes of policies since an instance was made, in the order they were made in.
+    """All changes of limits since a deployment was made, in order; shared by the processes of a server.
 
-    A file in memory that grows by a line with each. Made before the processes that share it are forked, and so also
-    known to one that is forked later; safe in every process. What it costs a work to learn that there is nothing new is
-    one fstat(2).
+    A file in memory that grows by one line with each change. Made before the processes that share it are forked. To
+    see that nothing changed costs one fstat(2). Safe in every process and thread.
     """
 
     def __init__(self) -> None:
@@ -45,61 +44,69 @@ class PolicyChangeLog:
         fcntl.fcntl(self.file, fcntl.F_SETFL, os.O_APPEND)
 
     def add(self, policy: str, key: str, value: str) -> None:
-        """Tell of one."""
+        """Append one change."""
         os.write(self.file, json.dumps([policy, key, value]).encode() + b"\n")
 
     def size(self) -> int:
-        """How many bytes there are: more after each change."""
+        """Return the size in bytes, which grows with each change."""
         return os.fstat(self.file).st_size
 
-    def since(self, place: int) -> tuple[list[tuple[str, str, str]], int]:
-        """The changes from this byte on, each policy, key and value; and how far that is."""
-        data = os.pread(self.file, self.size() - place, place)
-        whole = data[: data.rfind(b"\n") + 1]  # one may be being written just now
-        return [tuple(json.loads(line)) for line in whole.splitlines()], place + len(whole)
+    def since(self, offset: int) -> tuple[list[tuple[str, str, str]], int]:
+        """Return the changes from this byte on (policy, key, value), and the byte after the last of them."""
+        data = os.pread(self.file, self.size() - offset, offset)
+        whole = data[: data.rfind(b"\n") + 1]  # the last line may be incomplete still
+        return [tuple(json.loads(line)) for line in whole.splitlines()], offset + len(whole)
 
 
 class LivePolicies:
-    """The policies of one process with what has been changed since it read its settings. Thread-safe.
+    """The policies of a server as they are now, seen from one process. Thread-safe.
 
-    ``renew`` is told of those that are otherwise now, by name, before any thread goes on with what it had.
+    Without ``changes`` they stay as they are. ``on_change`` is called with the changed policies, by name, before any
+    thread sees one of them.
     """
 
     def __init__(
         self,
         policies: Mapping[str, Policy],
-        changes: PolicyChangeLog | None,
-        renew: Callable[[Mapping[str, Policy]], object],
+        changes: PolicyChangeLog | None = None,
+        on_change: Callable[[Mapping[str, Policy]], object] = lambda _: None,
     ) -> None:
-        self._policies = dict(policies)
-        self._changes = changes
-        self._renew = renew
+        #: The policies as of the last `refresh`, by name.
+        self.by_name = dict(policies)
+        self.changes = changes
+        self._on_change = on_change
         self._read = 0
         self._lock = threading.Lock()
 
-    def look(self) -> None:
-        """See what is new; hardly ever anything."""
-        if self._changes is None or self._changes.size() == self._read:
+    def refresh(self) -> None:
+        """Apply what was changed since the last call: hardly ever anything."""
+        if self.changes is None or self.changes.size() == self._read:
             return
         with self._lock:
-            changes, place = self._changes.since(self._read)
-            news: dict[str, Policy] = {}
+            changes, offset = self.changes.since(self._read)
+            found: dict[str, Policy] = {}
             for name, key, value in changes:
-                news[name] = self._policies[name] = changed(self._policies[name], key, value)
-            if news:
-                self._renew(news)
-            self._read = place
+                found[name] = self.by_name[name] = changed(self.by_name[name], key, value)
+            if found:
+                self._on_change(found)
+            self._read = offset
 
-    def current(self, policy: Policy) -> Policy:
-        """The policy of this name, as it is now."""
-        self.look()
-        return self._policies[policy.name]
+    def latest(self, policy: Policy) -> Policy:
+        """Return the policy of the same name as it is now."""
+        self.refresh()
+        return self.by_name[policy.name]
+
+    def all(self) -> Mapping[str, Policy]:
+        """Return all policies as they are now, by name."""
+        self.refresh()
+        return self.by_name
 
 
 class Change(NamedTuple):
-    """What came of a change: the limit before (None: there was none) and now, as a settings file spells them.
+    """The result of a change: the limit before (None without one) and after, as a settings file spells them.
 
-    ``cgroups`` of running work have the new limit, ``kept`` those of single works that go on with theirs.
+    ``cgroups`` is the number of cgroups of running work that got the new limit, ``kept`` the number of cgroups of
+    single executors that kept theirs.
     """
 
     policy: Policy
@@ -109,33 +116,31 @@ class Change(NamedTuple):
     kept: int
 
 
-def change(
-    plan: Plan,
-    policies: Mapping[str, Policy],
-    instance: Instance,
-    changes: PolicyChangeLog,
-    name: str,
-    key: str,
-    value: str,
+def change_limit(
+    plan: Plan, policies: LivePolicies, instance: Instance, name: str, key: str, value: str
 ) -> Change:
-    """Change one limit of a policy, of the cgroups of its running work too; call it in one process, one at a time.
+    """Change one limit of a policy, also for its running work. Call it in one process, by one thread at a time.
 
-    A limit of all work together is in force in each of its cgroups, or nothing was changed. One of each work holds for
-    all that begins from now on; a running one keeps its own where it was given more than the policy says, or where the
-    kernel refuses (v1: memory below what is in use). A ``timeout`` is of work that begins.
+    A limit of the whole policy is changed in each of its cgroups, or nothing is changed. A limit of ``each`` holds for
+    work that starts from now on. Running work keeps its own limit if it was given more than the policy says, or if the
+    kernel refuses the new one (v1: memory below what is in use). A new ``timeout`` holds for work that starts later.
 
-    Raises `SettingsError` for what is no limit, or cannot be enforced here; `KernelError` where the kernel refuses.
+    Raises `SettingsError` for a key that is not a limit or a limit that cannot be enforced here, `KernelError` when the
+    kernel refuses, `ConfinementError` when ``policies`` cannot change.
     """
-    if name not in policies:
-        raise SettingsError(f"there is no policy {name!r}", hint=f"one of: {', '.join(sorted(policies))}")
-    old = policies[name]
+    if policies.changes is None:
+        raise ConfinementError("limits cannot be changed while this server runs")
+    found = policies.all()
+    if name not in found:
+        raise SettingsError(f"there is no policy {name!r}", hint=f"one of: {', '.join(sorted(found))}")
+    old = found[name]
     new = changed(old, key, value)
     hook = plan.plugins.hook
     if plan.verdicts[name].isolation != "process":
         raise SettingsError(
-            "its work runs in threads of the server, whose limits stay as they are",
+            "its work runs in threads of the server, whose limits cannot be changed while it runs",
             key=f"policy.{name}",
-            hint="change the settings and restart it",
+            hint="change the settings and restart the server",
         )
     judge(new, plan.server, instance.hierarchy, hook).check()
     memory = promised(new)
@@ -145,16 +150,16 @@ def change(
     was, wanted = (resources_of(hook, one.each if of_each else one, one) for one in (old, new))
     news = _differing(was, wanted)
     cgroups, kept = _change_all(instance, name, was, news, of_each=of_each)
-    changes.add(name, key, value)
-    # What another process made meanwhile, by the policy of before.
+    policies.changes.add(name, key, value)
+    # Again, for cgroups that another process made meanwhile under the old policy.
     cgroups, kept = _change_all(instance, name, was, news, of_each=of_each)
     return Change(new, _limit(old, key), _limit(new, key), cgroups, kept)
 
 
 def changed(policy: Policy, key: str, value: str) -> Policy:
-    """The policy with one limit changed, or without it (``max``).
+    """Return the policy with one limit changed, or removed (``max``).
 
-    ``key`` is such as ``memory``, ``each.timeout`` or ``io./srv.read``. Raises `SettingsError`.
+    ``key`` is for example ``memory``, ``each.timeout`` or ``io./srv.read``. Raises `SettingsError`.
     """
     limits, name = _limits(policy, key)
     in_each = limits is policy.each
@@ -164,7 +169,9 @@ def changed(policy: Policy, key: str, value: str) -> Policy:
         if name.startswith("io."):
             name, made = "io", _changed_io(limits.io, name.removeprefix("io."), value, where)
         elif name not in kinds or name == "io":
-            raise SettingsError("is not a limit that can be set while work runs", hint=one_of(_settable()))
+            raise SettingsError(
+                "is not a limit that can be changed while work runs", hint=one_of(_settable())
+            )
         elif removes(name, value):
             made = None
         else:
@@ -179,12 +186,12 @@ def changed(policy: Policy, key: str, value: str) -> Policy:
 
 
 def _limits(policy: Policy, key: str) -> tuple[Limits, str]:
-    """What ``each.memory`` is a limit of, and its name there."""
+    """Return the table that holds a limit, and its name there: of ``each.memory`` the table `each`, and ``memory``."""
     return (policy.each, key.removeprefix("each.")) if key.startswith("each.") else (policy, key)
 
 
 def _changed_io(now: Mapping[str, IoLimits], name: str, value: str, where: str) -> dict[str, IoLimits]:
-    """The limits of all devices with one changed: a key of it, or all of them by a table."""
+    """Return the IO limits of all devices with one device changed: one key of it, or its whole table."""
     device, key = device_and_key(name)
     devices = dict(now)
     if key is None and value != NO_LIMIT:
@@ -209,7 +216,7 @@ def _settable() -> list[str]:
 
 
 def _limit(policy: Policy, key: str) -> Any:
-    """The limit as it is, spelled as in the settings."""
+    """Return a limit as the settings spell it."""
     limits, name = _limits(policy, key)
     if not name.startswith("io."):
         return as_written(getattr(limits, name))
@@ -219,7 +226,7 @@ def _limit(policy: Policy, key: str) -> Any:
 
 
 def _differing(was: Resources, wanted: Resources) -> Resources:
-    """Of ``wanted``, what was otherwise; `MAX` for what had a limit and has none."""
+    """Return what of ``wanted`` differs from ``was``; `MAX` for a limit that was removed."""
     news: dict[str, Any] = {}
     for name in Resources._fields:
         before, after = getattr(was, name), getattr(wanted, name)
@@ -237,7 +244,7 @@ def _differing(was: Resources, wanted: Resources) -> Resources:
 
 
 def _changed_rate(before: Any, after: Any) -> Any:
-    """What is to be written of one rate; None to leave it as it is."""
+    """Return what to write for one rate; None to leave it as it is."""
     if before == after:
         return None
     return MAX if after is None else after
@@ -246,7 +253,7 @@ def _changed_rate(before: Any, after: Any) -> Any:
 def _change_all(
     instance: Instance, policy: str, was: Resources, news: Resources, *, of_each: bool
 ) -> tuple[int, int]:
-    """Write limits to all cgroups of a policy, or to those of its single works: how many, and how many kept theirs."""
+    """Write limits to all cgroups of a policy, or of its executors. Return how many changed, and how many kept."""
     done: list[tuple[Cgroup, Resources]] = []
     kept = 0
     if news == Resources():
@@ -272,7 +279,7 @@ def _change_all(
 
 
 def _write(cgroup: Cgroup, news: Resources, *, of_each: bool) -> None:
-    """Write limits to a cgroup in use. Of IO on v1, work that is born meanwhile is gathered too. Raises KernelError."""
+    """Write limits to a cgroup in use. IO limits on v1 include processes started meanwhile. Raises `KernelError`."""
     for attempts_left in reversed(range(_ATTEMPTS)):
         try:
             change_limits(cgroup, news, gather=not of_each)
@@ -292,13 +299,13 @@ def _cgroups(instance: Instance, policy: str, *, of_each: bool) -> list[Cgroup]:
 
 
 def _has_its_own(now: Resources, was: Resources, news: Resources) -> bool:
-    """Whether it was given more memory than its policy says, before and now."""
+    """Return whether a cgroup was given more memory than its policy said, and says now."""
     own, old, new = now.memory_max, was.memory_max, news.memory_max
     return isinstance(own, int) and isinstance(old, int) and isinstance(new, int) and own > max(old, new)
 
 
 def _of_before(before: Resources, news: Resources) -> Resources:
-    """Of ``before``, what ``news`` may have changed."""
+    """Return the part of ``before`` that ``news`` may have changed."""
     kept = {
         name: getattr(before, name)
         for name in Resources._fields

@@ -53,7 +53,8 @@ class GroupMonitor:
         self._key_of = key_of
         self._policies = dict(policies)
         #: Whether a memory limit of any policy expands, so that `shrink` has something to do.
-        self.expands = _expand(self._policies)
+        self.expands = any(map(_expands, self._policies.values()))
+        self._listens = listens(hook)
         self._watcher = watcher_of_process()
         self._lock = threading.Lock()
         self._confinements: dict[str, MonitoredGroup] = {}
@@ -64,9 +65,14 @@ class GroupMonitor:
             found = self._confinements.get(name)
         return policy if found is None or not found.is_current else found.limits
 
-    def watch(self, executor: Executor) -> MonitoredGroup:
-        """Start watching a new executor and, if nothing watches it yet, its confinement. Raises `KernelError`."""
+    def watch(self, executor: Executor) -> MonitoredGroup | None:
+        """Start watching a new executor and, if nothing watches it yet, its confinement. Raises `KernelError`.
+
+        Return None if nothing of it is to be watched.
+        """
         name, policy = executor.name, executor.policy
+        if not self._listens and not _expands(policy):
+            return None
         above = self._watch_confinement(name, policy)
         about = Event.of_group(
             executor.leaf, group=name, policy=policy.name, key=self._key_of(name), limit="each."
@@ -77,7 +83,7 @@ class GroupMonitor:
 
     def watch_threads(self, cgroup: Cgroup, policy: Policy, key: str | None) -> None:
         """Start watching the new cgroup of a confinement of threads. Raises `KernelError`."""
-        if not listens(self._hook):
+        if not self._listens:
             return
         about = Event.of_group(cgroup, policy=policy.name, key=key)
         made = MonitoredGroup(cgroup, policy, policy, about, self._hook, self._watcher, None).begin()
@@ -100,7 +106,7 @@ class GroupMonitor:
         """
         with self._lock:
             self._policies.update(policies)
-            self.expands = _expand(self._policies)
+            self.expands = any(map(_expands, self._policies.values()))
             outdated = [name for name, one in self._confinements.items() if one.change(policies)]
             unwatched = [self._confinements.pop(name) for name in outdated]
         for one in unwatched:
@@ -311,9 +317,5 @@ def listens(hook: pluggy.HookRelay) -> bool:
     return bool(hook.rcon_event.get_hookimpls())
 
 
-def _expand(policies: Mapping[str, Policy]) -> bool:
-    return any(
-        memory is not None and memory.expands
-        for policy in policies.values()
-        for memory in (policy.memory, policy.each.memory)
-    )
+def _expands(policy: Policy) -> bool:
+    return any(memory is not None and memory.expands for memory in (policy.memory, policy.each.memory))

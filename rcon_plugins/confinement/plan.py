@@ -1,4 +1,4 @@
-"""What settings come to on this machine and this server: known, and refused, before anything is made."""
+"""A plan: settings judged for this machine and server, before anything is made."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.builtin.plugins import make_plugin_manager
-from rcon_plugins.confinement.isolation import Server, Verdict, caveat, judge
-from rcon_plugins.errors import SettingsError
+from rcon_plugins.confinement.isolation import Server, Verdict, caveat, judge, process_refusals
+from rcon_plugins.errors import ConfinementError, SettingsError
 from rcon_plugins.identity.resolution import check as check_identity
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.settings.budget import promised
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Plan(NamedTuple):
-    """What the settings come to on this machine and this server, before anything is made."""
+    """Settings judged for this machine and server: a verdict for each policy. Immutable."""
 
     settings: Settings
     server: Server
@@ -38,21 +38,30 @@ class Plan(NamedTuple):
         plugins: Sequence[object] = (),
         hierarchy: Hierarchy | None = None,
     ) -> Plan:
-        """Load the plugins and judge each policy. Changes nothing. Raises `SettingsError`, `KernelError`."""
+        """Load the plugins and judge each policy. Change nothing. Raises `SettingsError`, `KernelError`."""
         hierarchy = hierarchy or Hierarchy.discover()
         manager = make_plugin_manager(settings, plugins)
         contributed = [policy for some in manager.hook.rcon_policies(settings=settings) for policy in some]
-        return cls(settings.with_policies(contributed), server or Server(), hierarchy, manager, {}).within(
-            hierarchy
-        )
+        settings, server = settings.with_policies(contributed), server or Server()
+        verdicts = {
+            name: judge(policy, server, hierarchy, manager.hook) for name, policy in settings.policies.items()
+        }
+        return cls(settings, server, hierarchy, manager, verdicts)
 
     def within(self, hierarchy: Hierarchy) -> Plan:
-        """The same judged again, for a part of the cgroup tree that may have fewer controllers."""
+        """Return the plan for a part of the cgroup tree. Judge and check again only if it differs.
+
+        Raises `SettingsError` for what that part cannot enforce.
+        """
+        if hierarchy == self.hierarchy:
+            return self
         verdicts = {
             name: judge(policy, self.server, hierarchy, self.plugins.hook)
             for name, policy in self.settings.policies.items()
         }
-        return self._replace(hierarchy=hierarchy, verdicts=verdicts)
+        plan = self._replace(hierarchy=hierarchy, verdicts=verdicts)
+        plan.check()
+        return plan
 
     def check(self) -> None:
         """Raise `SettingsError` for the first policy that cannot be enforced here: limit, reason, remedy."""
@@ -60,6 +69,25 @@ class Plan(NamedTuple):
             verdict.check(self.settings.file)
             check_identity(verdict.policy, self.settings.file)
         self.check_budget()
+
+    def check_process(self) -> None:
+        """Raise `SettingsError` for the first policy that the calling process lacks privileges for.
+
+        For a process that has another user than the one that made the plan.
+        """
+        for verdict in self.verdicts.values():
+            verdict._replace(refusals=tuple(process_refusals(verdict))).check(self.settings.file)
+            check_identity(verdict.policy, self.settings.file)
+
+    def check_service(self, service: object | None) -> None:
+        """Raise `ConfinementError` if a policy needs processes and there is no service to run in them."""
+        if service is not None:
+            return
+        for name, verdict in self.verdicts.items():
+            if verdict.isolation == "process":
+                raise ConfinementError(
+                    f"the policy {name!r} needs processes ({verdict.why}), and no service was given to run in them"
+                )
 
     def check_budget(self) -> None:
         """Raise `SettingsError` for the first policy that never fits into the budget."""
@@ -73,12 +101,12 @@ class Plan(NamedTuple):
 
     @property
     def budget(self) -> int | None:
-        """The whole budget, in bytes, on this machine; None without one. Raises KernelError."""
+        """The whole budget, in bytes, on this machine; None without one. Raises `KernelError`."""
         budget = self.settings.budget
         return None if budget is None else budget.memory.of(self.hierarchy.usable_memory())
 
     def check_fits(self, memory: Size, key: str) -> None:
-        """Raise `SettingsError` for a limit of memory, written as ``key``, that is above the whole budget."""
+        """Raise `SettingsError` for a memory limit, written as ``key``, that exceeds the whole budget."""
         whole = self.budget
         if whole is not None and memory > whole // 2**20 * 2**20:
             raise SettingsError(
@@ -90,41 +118,42 @@ class Plan(NamedTuple):
             )
 
     def warnings(self, uid: int | None = None) -> list[str]:
-        """Where work in processes is bounded against accidents only, and why: one sentence for each reason.
+        """Return what these settings leave open: untrusted code that is not contained, memory that is not counted.
 
-        ``uid`` is the server's user, where it is not that of the calling process yet.
+        ``uid`` is the server's user, if it is not that of the calling process yet.
         """
         found: dict[str, list[str]] = {}
         for name, verdict in self.verdicts.items():
-            why = caveat(verdict.policy, uid) if verdict.isolation == "process" else None
+            why = caveat(verdict.policy, self.server, uid) if verdict.isolation == "process" else None
             if why is not None:
                 found.setdefault(why, []).append(name)
-        warnings = [f"{', '.join(names)}: {why}" for why, names in found.items()]
+        warnings = [f"{_policies(names)}: {why}" for why, names in found.items()]
         if self.settings.budget is not None:
             unknown = [name for name, policy in self.settings.policies.items() if promised(policy) is None]
-            if self.settings.unmatched == "allow":
-                unknown.append("work that no route names")
             if unknown:
                 warnings.append(
-                    f"{', '.join(unknown)}: without a limit of memory, so that the budget does not count it"
+                    f"{_policies(unknown)}: no memory limit, so the budget does not count it. Set `memory =`."
                 )
+            if self.settings.unmatched == "allow":
+                warnings.append("the budget does not count work that no route names")
         inside = [name for name, verdict in self.verdicts.items() if verdict.isolation == "inline"]
+        where = [_policies(inside)] if inside else []
         if self.settings.unmatched == "allow":
-            inside.append("work that no route names")
-        if inside and any(policy.user is not None for policy in self.settings.policies.values()):
+            where.append("work that no route names")
+        if where and any(policy.user is not None for policy in self.settings.policies.values()):
             warnings.append(
-                f"{', '.join(inside)}: runs in the server's own process, which may become other users for the sake of "
-                "other policies: so may code that means harm there"
+                f"{' and '.join(where)}: runs in the server's process, which can become the users of other policies; "
+                "untrusted code there can, too"
             )
         return warnings
 
     @property
     def uses_threads(self) -> bool:
-        """Whether threads of the server will enter cgroups, for which the server must live in the instance."""
+        """Whether threads of the server enter cgroups, so that the server must live in the instance."""
         return any(verdict.isolation in ("inline", "thread") for verdict in self.verdicts.values())
 
-    def wants_adoption(self, instance: Instance) -> bool:
-        """Whether the server's own processes must live in the instance (`Instance.adopt`) for this plan to work."""
+    def needs_adoption(self, instance: Instance) -> bool:
+        """Return whether the server's own processes must live in the instance (`Instance.adopt`)."""
         return instance.needs_adoption or (self.uses_threads and instance.threads_need_adoption())
 
     @property
@@ -133,7 +162,11 @@ class Plan(NamedTuple):
         return any(verdict.isolation == "process" for verdict in self.verdicts.values())
 
 
+def _policies(names: list[str]) -> str:
+    return f"{'policy' if len(names) == 1 else 'policies'} {', '.join(names)}"
+
+
 def _where(policy: Policy) -> str:
-    """The key of the limit that is promised to one work of a policy."""
+    """Return the key of the limit that one unit of work of a policy reserves."""
     where, limit = ("each.memory", policy.each.memory) if policy.each.memory else ("memory", policy.memory)
     return f"{where}.up_to" if limit is not None and limit.expands else where

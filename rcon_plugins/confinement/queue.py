@@ -24,11 +24,8 @@ _LONGEST_WAIT = 0.25
 class Reservation:
     """What one unit of work holds while it runs: a slot, and memory of the budget. None where it needs none."""
 
-    __slots__ = ("memory", "slot")
-
-    def __init__(self) -> None:
-        self.slot: Allocation | None = None
-        self.memory: Allocation | None = None
+    slot: Allocation | None = None
+    memory: Allocation | None = None
 
 
 class Reservations:

@@ -67,7 +67,7 @@ class Monitor(Protocol):
     def change(self, policies: Mapping[str, Policy]) -> None:
         """Apply changed policies."""
 
-    def watch(self, executor: Executor) -> Monitored:
+    def watch(self, executor: Executor) -> Monitored | None:
         """Start watching a new executor, before its process is forked. Raises `KernelError`."""
 
 

@@ -37,8 +37,7 @@ def test_the_example_plugin_installed_and_named_in_the_settings(tmp_path: Path) 
                 "route": [{"policy": "p"}],
             }
         )
-        manager = Manager(settings)
-        manager.start(serve)
+        manager = Manager(settings).start(serve)
         ask(manager, "burn", 0.1, host="a.example")
         ask(manager, "raises", host="b.example")
         manager.close()

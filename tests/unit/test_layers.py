@@ -48,7 +48,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kernel", "settings", "tree", "identity", "groups", "command", "builtin", "confinement",
     ),
     "rcon_wsgi": ("connections", "errors", "ending", "outcome", "work", "settings", "executors", "confinement"),
-    "rcon_gunicorn": ("errors", "settings", "tree", "identity", "executors", "confinement", "rcon_wsgi"),
+    "rcon_gunicorn": ("errors", "settings", "identity", "executors", "confinement", "rcon_wsgi"),
     "rcon_celery": (
         "errors", "hookspecs", "outcome", "work",
         "settings", "tree", "groups", "executors", "confinement",

@@ -186,4 +186,6 @@ def test_a_worker_that_may_become_others_can_get_nothing_more(tmp_path: Path, ho
 def test_work_that_is_root_is_told_to_be_no_boundary(tmp_path: Path) -> None:
     text = '[policy.free]\nisolation = "process"\npids = 64\n[[route]]\npolicy = "free"\n'
     with Gunicorn(tmp_path, text) as server:
-        assert "free: its work is root" in server.log()
+        assert (
+            "policy free: requests run as root and can overwrite root's files. Set `user =`" in server.log()
+        )

@@ -87,7 +87,7 @@ def test_fork_server(tmp_path: Path, arguments: tuple[str, ...]) -> None:
             until(lambda: not set(workers) & set(server.workers()))
             load.wait_for_answers(20)
         assert_survived(load, server)
-        assert "the fork server is gone" in server.log()
+        assert "the fork server has ended" in server.log()
     assert not server.cgroups()
 
 

@@ -105,7 +105,7 @@ def test_worker_classes() -> None:
     [
         ("gunicorn.workers.gtornado.TornadoWorker", "coroutines"),
         ("gunicorn.workers.gasgi.ASGIWorker", "ASGI"),
-        ("uvicorn_worker.UvicornWorker", "nothing is known"),
+        ("uvicorn_worker.UvicornWorker", "does not know how it calls"),
     ],
 )
 def test_worker_classes_refused(name: str, reason: str) -> None:

@@ -72,8 +72,8 @@ def idle_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_the_example_plugin_makes_groups_of_processes_idle(idle_plugin: Any) -> None:
     with managing({"each": {"timeout": "30s"}}, plugins=[idle_plugin]) as manager:
         ask(manager, "pid")
-        assert manager._instance is not None
-        assert settings_of(manager._instance.policy_cgroup("p"), "cpu.idle") == "1"
+        assert manager.instance is not None
+        assert settings_of(manager.instance.policy_cgroup("p"), "cpu.idle") == "1"
 
 
 def test_the_example_plugin_makes_groups_of_threads_idle(idle_plugin: Any) -> None:
@@ -83,8 +83,8 @@ def test_the_example_plugin_makes_groups_of_threads_idle(idle_plugin: Any) -> No
         with admission.entered():
             pass
         admission.finish()
-        assert manager._instance is not None
-        assert settings_of(manager._instance.threaded("p"), "cpu.idle") == "1"
+        assert manager.instance is not None
+        assert settings_of(manager.instance.threaded("p"), "cpu.idle") == "1"
 
 
 def test_the_example_plugin_refuses_a_weight(idle_plugin: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins import Manager, Plan, Server
+from rcon_plugins import Manager, Plan, Server, Work
 from rcon_plugins.confinement.isolation import Verdict
 from rcon_plugins.errors import ConfinementError, SettingsError
 from rcon_plugins.settings.file import from_mapping
@@ -37,9 +37,9 @@ def verdict(server: Server, **keys: Any) -> Verdict:
         (THREADS, {"cpu": "30%"}, "process", "GIL"),
         (THREADS, {"cpu": "30%", "isolation": "inline"}, "inline", "the policy says"),
         (ALONE, {"cpu": "30%", "isolation": "process"}, "process", "the policy says"),
-        (ALONE, {"each": {"timeout": "1s"}}, "process", "each work"),
+        (ALONE, {"each": {"timeout": "1s"}}, "process", "each unit of work"),
         (ALONE, {"memory": "64M"}, "process", "memory"),
-        (ALONE, {"each": {"pids": 3}}, "process", "each work"),
+        (ALONE, {"each": {"pids": 3}}, "process", "each unit of work"),
         (GREENLETS, {"pids": 100}, "process", "greenlets"),
     ],
 )
@@ -99,11 +99,17 @@ def test_who_needs_processes_has_to_say_what_runs_in_them() -> None:
         manager.start()
 
 
-def test_two_starts_are_one_too_many() -> None:
-    manager = Manager(settings(concurrency=1), server=ALONE)
-    manager.start()
+def test_each_start_has_a_cgroup_tree_of_its_own() -> None:
+    manager = Manager(settings(pids=100), server=ALONE)
+    first = manager.start()
     try:
-        with pytest.raises(ConfinementError, match="already"):
-            manager.start()
+        second = manager.start()
+        try:
+            assert first.instance.path != second.instance.path
+        finally:
+            second.close()
+        assert first.admit(Work("call", "x")) is not None
     finally:
-        manager.close()
+        first.close()
+    with pytest.raises(ConfinementError, match="the manager is closed"):
+        first.admit(Work("call", "x"))

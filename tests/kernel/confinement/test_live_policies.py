@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins import Manager
-from rcon_plugins.confinement.live_policies import Change, PolicyChangeLog, change
+from rcon_plugins import Deployment, Manager, RunningManager
+from rcon_plugins.confinement.live_policies import Change
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, read_limits
+from rcon_plugins.kernel.cgroup import MAX, IoMax, read_limits
 from rcon_plugins.settings.file import from_mapping
-from rcon_plugins.settings.policy import Policy
-from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import DISK, eventually
 from tests.kernel.executors.service import ask, begin, end, serve
 
@@ -32,31 +30,28 @@ def gate(tmp_path: Path) -> Path:
 
 
 class Site:
-    """A started manager with one policy, `p`, and who changes it."""
+    """A running manager with one policy, `p`, and the deployment that changes it."""
 
-    def __init__(self, manager: Manager, instance: Instance, changes: PolicyChangeLog) -> None:
+    def __init__(self, manager: RunningManager, deployment: Deployment) -> None:
         self.manager = manager
-        self._instance = instance
-        self._changes = changes
-        self._policies: dict[str, Policy] = dict(manager.settings.policies)
+        self._deployment = deployment
 
     def set(self, key: str, value: str) -> Change:
-        made = change(self.manager.plan, self._policies, self._instance, self._changes, "p", key, value)
-        self._policies["p"] = made.policy
-        return made
+        return self._deployment.change("p", key, value)
 
 
 @contextlib.contextmanager
 def site(policy: dict[str, Any]) -> Iterator[Site]:
     settings = from_mapping({"policy": {"p": policy}, "route": [{"policy": "p"}]})
-    instance, changes = Instance.create(Hierarchy.discover()), PolicyChangeLog()
-    manager = Manager(settings, instance=instance, changes=changes)
+    deployment = Manager(settings).deploy(changeable=True)
     try:
-        manager.start(serve)
-        yield Site(manager, instance, changes)
+        manager = deployment.start(serve)
+        try:
+            yield Site(manager, deployment)
+        finally:
+            manager.close()
     finally:
-        manager.close()
-        instance.close()
+        deployment.close()
 
 
 @pytest.mark.smoke
@@ -166,8 +161,8 @@ def test_memory_of_all_that_expands(gate: Path) -> None:
 def test_what_is_no_limit() -> None:
     with site({"each": {"timeout": "100s"}}) as here:
         for key, value, said in (
-            ("each", "max", "is not a limit that can be set while work runs"),
-            ("io", "max", "is not a limit that can be set while work runs"),
+            ("each", "max", "is not a limit that can be changed while work runs"),
+            ("io", "max", "is not a limit that can be changed while work runs"),
             ("io./nowhere.read", "1M", "/nowhere"),
             (f"io.{DISK}.read", "max and more", "is not a size"),
             ("each.timeout_soft", "20s", "only a task of Celery"),

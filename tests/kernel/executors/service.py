@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rcon_plugins import Manager, Outcome, Work
+from rcon_plugins import Manager, Outcome, RunningManager, Work
 from rcon_plugins.confinement.admission import ProcessAdmission
 from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
 from rcon_plugins.settings.file import from_mapping
@@ -275,18 +275,24 @@ def take_out_of_its_cgroups(pid: int) -> None:
 
 
 @contextlib.contextmanager
-def managing(policy: dict[str, Any], *, settings: Any = None, **parameters: Any) -> Iterator[Manager]:
-    """A started manager with one policy, `p`, that all work gets."""
+def managing(
+    policy: dict[str, Any],
+    *,
+    settings: Any = None,
+    on_lost: Any = None,
+    after_fork: Any = (),
+    **parameters: Any,
+) -> Iterator[RunningManager]:
+    """A running manager with one policy, `p`, that all work gets."""
     keys = {"policy": {"p": policy}, "route": [{"policy": "p"}], **(settings or {})}
-    manager = Manager(from_mapping(keys), **parameters)
-    manager.start(serve)
+    manager = Manager(from_mapping(keys), **parameters).start(serve, on_lost=on_lost, after_fork=after_fork)
     try:
         yield manager
     finally:
         manager.close()
 
 
-def begin(manager: Manager, act: str, *arguments: Any, **attributes: str) -> ProcessAdmission:
+def begin(manager: RunningManager, act: str, *arguments: Any, **attributes: str) -> ProcessAdmission:
     """Start an act without waiting for it."""
     admission = manager.admit(Work("call", act, attributes))
     assert isinstance(admission, ProcessAdmission)
@@ -307,7 +313,7 @@ def end(admission: ProcessAdmission) -> tuple[Any, Outcome]:
     return json.loads(frame.payload), admission.finish()
 
 
-def ask(manager: Manager, act: str, *arguments: Any, **attributes: str) -> tuple[Any, Outcome]:
+def ask(manager: RunningManager, act: str, *arguments: Any, **attributes: str) -> tuple[Any, Outcome]:
     """Do an act: what it answered, and how it ended."""
     return end(begin(manager, act, *arguments, **attributes))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins import Manager
+from rcon_plugins import RunningManager
 from rcon_plugins.confinement.admission import ProcessAdmission
 from rcon_plugins.executors import pool
 from tests.kernel.executors.service import ask, begin, end, managing, soon
@@ -17,15 +17,14 @@ FRESH: dict[str, Any] = {"max_uses": 1, "each": {"memory": "256M", "timeout": "5
 PATIENCE = 60.0
 
 
-def others(manager: Manager, admission: ProcessAdmission) -> list[int]:
+def others(manager: RunningManager, admission: ProcessAdmission) -> list[int]:
     """The processes of a confinement but the one that serves this work."""
     found = admission.group.processes(subtree=True)
     return [pid for pid in found if pid != admission.executor_pid]
 
 
-def supervisor_has_done_its_jobs(manager: Manager) -> bool:
+def supervisor_has_done_its_jobs(manager: RunningManager) -> bool:
     done = threading.Event()
-    assert manager._pool is not None
     manager._pool.processes.submit(done.set)
     return done.wait(PATIENCE)
 
@@ -90,8 +89,7 @@ def test_after_a_run_of_works_all_but_one_of_those_that_wait_end(monkeypatch: py
     with managing(FRESH) as manager:
         pids = [ask(manager, "pid")[0] for _ in range(20)]
         assert len(set(pids)) == 20
-        work = manager._ready_instance().policy_cgroup(next(iter(manager._confinements)))
+        work = manager.instance.policy_cgroup(next(iter(manager._confinements)))
         assert soon(lambda: len(work.processes(subtree=True)) == len(work.children()) == 1, PATIENCE)
         assert supervisor_has_done_its_jobs(manager)
-        assert manager._pool is not None
         assert manager._pool.processes.count_usable() == 1

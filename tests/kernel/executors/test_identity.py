@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins import Manager, Work, hookimpl
+from rcon_plugins import RunningManager, Work, hookimpl
 from rcon_plugins.errors import ConfinementError, IdentityRefused, SettingsError
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import (
@@ -54,7 +54,7 @@ def setuid_root(tmp_path: Path) -> Iterator[str]:
     program.unlink()
 
 
-def of_the_server(manager: Manager) -> dict[str, int]:
+def of_the_server(manager: RunningManager) -> dict[str, int]:
     assert manager.fork_server_pid is not None
     return {"worker": os.getpid(), "fork server": manager.fork_server_pid}
 
@@ -229,9 +229,9 @@ def test_inline_refuses_an_identity() -> None:
         from_mapping({"policy": {"p": {"isolation": "inline", "user": TENANT, "group": TENANT}}})
 
 
-def manager_cgroups(manager: Manager) -> list[str]:
+def manager_cgroups(manager: RunningManager) -> list[str]:
     """The cgroups that hold work now."""
-    instance = manager._instance
+    instance = manager.instance
     assert instance is not None
     return [f"work/{name}" for name in instance.work.children()]
 

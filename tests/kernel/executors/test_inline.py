@@ -153,8 +153,7 @@ def test_a_manager_confines_inline_work_per_key() -> None:
         settings = from_mapping(
             {"policy": {"p": {"per": "host", "pids": 50}}, "route": [{"policy": "p"}], "confinements": 2}
         )
-        manager = Manager(settings, server=ALONE)
-        manager.start()
+        manager = Manager(settings, server=ALONE).start()
         seen = []
         usage = 0.0
         for host in ("a", "b", "c", "d", "a"):
@@ -180,8 +179,7 @@ def test_a_manager_confines_inline_work_per_key() -> None:
 def test_a_cgroup_that_another_worker_removed_is_made_again() -> None:
     def program() -> bool:
         settings = from_mapping({"policy": {"p": {"pids": 50}}, "route": [{"policy": "p"}]})
-        manager = Manager(settings, server=ALONE)
-        manager.start()
+        manager = Manager(settings, server=ALONE).start()
         first = manager.admit(Work("call", "first"))
         assert isinstance(first, InlineAdmission)
         with first.entered():

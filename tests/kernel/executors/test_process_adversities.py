@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins import Manager, hookimpl
+from rcon_plugins import Manager, RunningManager, Settings, hookimpl
 from rcon_plugins.confinement.confinement import Confinement
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, LimitExceeded
 from rcon_plugins.executors import pool, process
 from rcon_plugins.kernel.cgroup import Hierarchy
-from tests.kernel.executors.service import ask, begin, end, managing, soon, take_out_of_its_cgroups
+from rcon_plugins.settings.file import from_mapping
+from tests.kernel.executors.service import ask, begin, end, managing, serve, soon, take_out_of_its_cgroups
 from tests.processes import alive
 
 
@@ -34,7 +36,7 @@ def test_a_closed_way_into_a_cgroup_is_an_error_and_no_way_past_it() -> None:
         cgroup.delete()
 
 
-def an_idle_executor(manager: Manager) -> int:
+def an_idle_executor(manager: RunningManager) -> int:
     """The pid of an executor that has served and waits. On a loaded machine several may run into their deadline."""
     while True:
         admission = begin(manager, "pid")
@@ -208,7 +210,7 @@ def test_a_failing_plugin_refuses_the_work_and_leaks_nothing(hook: str, policy: 
 
     plugin = type("Broken", (), {hook: hookimpl(fail)})()
     with managing({"concurrency": 1, "per": "host", **policy}, plugins=[plugin]) as manager:
-        instance = manager._instance
+        instance = manager.instance
         assert instance is not None
         broken = True
         files = set(Path("/proc/self/fd").iterdir())
@@ -245,10 +247,16 @@ def test_executors_hold_no_means_of_waking_the_server() -> None:
 
 @pytest.mark.each_layout
 def test_a_changed_policy_has_a_cgroup_of_its_own_and_the_same_slots() -> None:
-    with managing({"concurrency": 1, "memory": "64M"}) as before:
+    def settings(memory: str) -> Settings:
+        return from_mapping(
+            {"policy": {"p": {"concurrency": 1, "memory": memory}}, "route": [{"policy": "p"}]}
+        )
+
+    deployment = Manager(settings("64M")).deploy()
+    with contextlib.closing(deployment), contextlib.closing(deployment.start(serve)) as before:
         first = begin(before, "sleep", 300)
-        changed = {"concurrency": 1, "memory": "32M"}
-        with managing(changed, instance=before._instance, generations={"p": 1}) as after:
+        deployment.reload(Manager(settings("32M"), hierarchy=deployment.instance.hierarchy))
+        with contextlib.closing(deployment.start(serve)) as after:
             second = begin(after, "pid")
             assert (first.host.name, second.host.name) == ("p", "p.1")
             assert isinstance(first.host, Confinement)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins import Manager, Server, Work, hookimpl
+from rcon_plugins import Manager, RunningManager, Server, Work, hookimpl
 from rcon_plugins.confinement.admission import ThreadAdmission
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, SettingsError
 from rcon_plugins.kernel.capability import CAP_SETUID, Capabilities, read_state, set_capabilities
@@ -34,12 +34,13 @@ POLICY: dict[str, Any] = {"isolation": "thread", "user": TENANT, "group": TENANT
 NOTHING = {"CapInh": 0, "CapPrm": 0, "CapEff": 0, "CapBnd": 0, "CapAmb": 0}
 
 
-def managed(policy: dict[str, Any], program: Callable[[Manager], Any], **settings: Any) -> Any:
+def managed(policy: dict[str, Any], program: Callable[[RunningManager], Any], **settings: Any) -> Any:
     """Run ``program`` with a started manager, in a process of its own."""
 
     def run() -> Any:
-        manager = Manager(from_mapping({"policy": {"p": policy}, "route": [{"policy": "p"}], **settings}))
-        manager.start()
+        manager = Manager(
+            from_mapping({"policy": {"p": policy}, "route": [{"policy": "p"}], **settings})
+        ).start()
         try:
             return program(manager)
         finally:
@@ -50,13 +51,13 @@ def managed(policy: dict[str, Any], program: Callable[[Manager], Any], **setting
     return in_child(run, timeout=60)
 
 
-def admit(manager: Manager, **attributes: str) -> ThreadAdmission:
+def admit(manager: RunningManager, **attributes: str) -> ThreadAdmission:
     admission = manager.admit(Work("call", "x", attributes))
     assert isinstance(admission, ThreadAdmission)
     return admission
 
 
-def run(manager: Manager, act: Callable[..., Any], *arguments: Any, **attributes: str) -> Any:
+def run(manager: RunningManager, act: Callable[..., Any], *arguments: Any, **attributes: str) -> Any:
     admission = admit(manager, **attributes)
     try:
         return admission.call(act, *arguments)
@@ -88,7 +89,7 @@ def others() -> list[dict[str, Any]]:
 @pytest.mark.smoke
 @pytest.mark.each_layout
 def test_work_runs_as_the_tenant_in_its_cgroup_and_nothing_else_changes() -> None:
-    def program(manager: Manager) -> Any:
+    def program(manager: RunningManager) -> Any:
         before = others()
         inside = run(manager, own_status), run(manager, where)
         return before == others(), inside, where()
@@ -109,7 +110,7 @@ def test_work_runs_as_the_tenant_in_its_cgroup_and_nothing_else_changes() -> Non
 def test_eight_tenants_at_once_under_eight_users() -> None:
     policy = {"isolation": "thread", "user": "owner:{root}/{{host}}", "per": "host"}
 
-    def program(manager: Manager, hosts: list[str]) -> Any:
+    def program(manager: RunningManager, hosts: list[str]) -> Any:
         before = others()
         together = threading.Barrier(len(hosts))
         seen: dict[str, set[int]] = {host: set() for host in hosts}
@@ -150,7 +151,7 @@ def test_all_system_call_ways_back_fail() -> None:
 def test_a_thread_is_used_again_and_only_for_its_own_identity() -> None:
     policy = {"isolation": "thread", "user": "owner:{path}", "min_uid": 100}
 
-    def program(manager: Manager) -> list[list[int]]:
+    def program(manager: RunningManager) -> list[list[int]]:
         ids = [threading.get_native_id()]
         return [
             [run(manager, threading.get_native_id, path=path) for path in ("/a", "/b", "/a", "/b")],
@@ -167,7 +168,7 @@ def test_a_thread_is_used_again_and_only_for_its_own_identity() -> None:
 
 
 def test_no_more_threads_than_there_may_be_and_the_longest_unused_goes_first() -> None:
-    def program(manager: Manager) -> tuple[list[bool], int, str]:
+    def program(manager: RunningManager) -> tuple[list[bool], int, str]:
         first = run(manager, threading.get_native_id, host="a")
         run(manager, threading.get_native_id, host="b")
         run(manager, threading.get_native_id, host="c")  # a's makes room
@@ -188,7 +189,7 @@ def test_no_more_threads_than_there_may_be_and_the_longest_unused_goes_first() -
 
 
 def test_concurrency_holds() -> None:
-    def program(manager: Manager) -> str:
+    def program(manager: RunningManager) -> str:
         held = admit(manager)
         try:
             admit(manager)
@@ -202,7 +203,7 @@ def test_concurrency_holds() -> None:
 
 
 def test_what_work_raises_comes_out_and_the_thread_serves_on() -> None:
-    def program(manager: Manager) -> list[object]:
+    def program(manager: RunningManager) -> list[object]:
         def fail() -> None:
             raise KeyError("its own")
 
@@ -219,7 +220,7 @@ def test_what_work_raises_comes_out_and_the_thread_serves_on() -> None:
 def test_a_call_that_was_left_alone_is_not_disturbed_and_its_thread_not_used_again() -> None:
     """As when a signal handler raises in the thread that waits."""
 
-    def program(manager: Manager) -> list[object]:
+    def program(manager: RunningManager) -> list[object]:
         class Left(Exception):
             pass
 
@@ -286,7 +287,7 @@ def logged() -> Iterator[list[logging.LogRecord]]:
 def test_an_exception_set_in_a_waiting_thread_ends_it_and_its_caller_is_told(
     error: type[BaseException],
 ) -> None:
-    def program(manager: Manager) -> list[object]:
+    def program(manager: RunningManager) -> list[object]:
         admission = admit(manager)
         first = admission.call(threading.get_native_id)
         inject(first, error)
@@ -304,7 +305,7 @@ def test_an_exception_set_in_a_waiting_thread_ends_it_and_its_caller_is_told(
 
 
 def test_a_thread_that_ended_while_it_waited_takes_up_no_room() -> None:
-    def program(manager: Manager) -> list[int]:
+    def program(manager: RunningManager) -> list[int]:
         first = run(manager, threading.get_native_id, host="a")
         inject(first, KeyError)
         with contextlib.suppress(ConfinementError):
@@ -321,7 +322,7 @@ def test_a_thread_that_ended_while_it_waited_takes_up_no_room() -> None:
 
 
 def test_an_exception_set_in_a_thread_at_work_is_the_works_own() -> None:
-    def program(manager: Manager) -> list[object]:
+    def program(manager: RunningManager) -> list[object]:
         first = run(manager, threading.get_native_id)
 
         def work() -> None:
@@ -338,7 +339,7 @@ def test_an_exception_set_in_a_thread_at_work_is_the_works_own() -> None:
 
 
 def test_calls_that_were_left_count_until_they_end() -> None:
-    def program(manager: Manager) -> list[object]:
+    def program(manager: RunningManager) -> list[object]:
         go_on = threading.Event()
         for _ in range(4):
             admission = admit(manager)
@@ -362,8 +363,7 @@ def test_calls_that_were_left_count_until_they_end() -> None:
 
 def test_close_while_a_thread_is_taken_lets_it_finish_and_makes_no_more() -> None:
     def program() -> list[object]:
-        manager = Manager(from_mapping({"policy": {"default": POLICY}}))
-        manager.start()
+        manager = Manager(from_mapping({"policy": {"default": POLICY}})).start()
         admission = admit(manager)
         inside, go_on = threading.Event(), threading.Event()
         results: list[object] = []
@@ -392,7 +392,7 @@ def test_close_while_a_thread_is_taken_lets_it_finish_and_makes_no_more() -> Non
 
 
 def test_only_a_call_that_was_left_is_logged_as_one() -> None:
-    def program(manager: Manager) -> list[int]:
+    def program(manager: RunningManager) -> list[int]:
         go_on = threading.Event()
         with logged() as records:
             run(manager, os.getpid)
@@ -412,11 +412,10 @@ def test_a_server_that_closed_over_a_busy_thread_leaves_nothing_that_the_next_st
     policy = {**POLICY, "pids": 50}
 
     def closes() -> str:
-        manager = Manager(from_mapping({"policy": {"default": policy}}))
-        manager.start()
+        manager = Manager(from_mapping({"policy": {"default": policy}})).start()
         inside = threading.Event()
         admission = admit(manager)
-        path = manager._ready_instance().path
+        path = manager.instance.path
 
         def work() -> None:
             inside.set()
@@ -440,7 +439,7 @@ def test_context_variables_are_the_callers_and_one_works_own() -> None:
         variable.set(value)
         return found
 
-    def program(manager: Manager) -> list[object]:
+    def program(manager: RunningManager) -> list[object]:
         variable.set("the server's")
         admission = admit(manager)
         same = [admission.call(step, str(number)) for number in range(3)]
@@ -455,7 +454,7 @@ def test_context_variables_are_the_callers_and_one_works_own() -> None:
 def test_what_is_closed_after_a_call_was_left_finds_the_context_of_its_work() -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
 
-    def program(manager: Manager) -> str:
+    def program(manager: RunningManager) -> str:
         go_on = threading.Event()
         admission = admit(manager)
         admission.call(variable.set, "its own")
@@ -470,7 +469,7 @@ def test_what_is_closed_after_a_call_was_left_finds_the_context_of_its_work() ->
 
 
 def test_working_directory_and_umask_are_the_threads_own() -> None:
-    def program(manager: Manager) -> tuple[str, str, int]:
+    def program(manager: RunningManager) -> tuple[str, str, int]:
         run(manager, os.chdir, "/proc")
         return run(manager, os.getcwd), str(Path.cwd()), os.umask(0o022)
 
@@ -481,7 +480,7 @@ def test_working_directory_and_umask_are_the_threads_own() -> None:
 
 
 def test_what_it_starts_is_the_tenants_too() -> None:
-    def program(manager: Manager) -> str:
+    def program(manager: RunningManager) -> str:
         said = run(manager, lambda: subprocess.run(["id", "-u"], capture_output=True, text=True, check=True))
         return str(said.stdout.strip())
 
@@ -521,8 +520,7 @@ def test_a_drop_that_fails_is_a_refusal() -> None:
             raise PermissionError(f"not in a {place}")
 
     def program() -> str:
-        manager = Manager(from_mapping({"policy": {"default": POLICY}}), plugins=[Refuses()])
-        manager.start()
+        manager = Manager(from_mapping({"policy": {"default": POLICY}}), plugins=[Refuses()]).start()
         try:
             manager.admit(Work("call", "x"))
         except ConfinementError as error:
@@ -535,7 +533,7 @@ def test_a_drop_that_fails_is_a_refusal() -> None:
 
 
 def test_threads_that_ended_leave_no_descriptor() -> None:
-    def program(manager: Manager) -> list[int]:
+    def program(manager: RunningManager) -> list[int]:
         def count() -> int:
             return sum(1 for _ in Path("/proc/self/fd").iterdir())
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins import Limits, Manager, Server, Work
+from rcon_plugins import Limits, Manager, RunningManager, Server, Work
 from rcon_plugins.confinement.admission import InlineAdmission, ThreadAdmission
 from rcon_plugins.kernel.capability import CAP_SYS_RESOURCE, Capabilities, read_state, set_capabilities
 from rcon_plugins.kernel.cgroup import read_limits
@@ -31,7 +31,7 @@ ISOLATIONS = ("inline", "thread")
 def managed(
     isolation: str,
     policy: dict[str, Any],
-    program: Callable[[Manager], Any],
+    program: Callable[[RunningManager], Any],
     *plugins: object,
     **settings: Any,
 ) -> Any:
@@ -44,8 +44,7 @@ def managed(
             from_mapping({"policy": table, "route": [{"policy": "p"}], **settings}),
             server=Server(threads=False),
             plugins=plugins,
-        )
-        manager.start()
+        ).start()
         try:
             return program(manager)
         finally:
@@ -70,7 +69,7 @@ def watches() -> int:
     return len(watcher_of_process()._watches)
 
 
-def run(manager: Manager, act: Callable[[], Any], host: str = "a.example") -> Any:
+def run(manager: RunningManager, act: Callable[[], Any], host: str = "a.example") -> Any:
     """Do a work: where its confinement has it run."""
     admission = manager.admit(Work("call", "x", {"host": host}))
     assert isinstance(admission, InlineAdmission | ThreadAdmission)
@@ -110,7 +109,7 @@ def start_threads() -> None:
 def test_rcon_event_tells_of_the_cpu_quota_and_of_pids(isolation: str) -> None:
     listener = Listener()
 
-    def program(manager: Manager) -> Any:
+    def program(manager: RunningManager) -> Any:
         # Counted when threads are held back; for how long, when they go on.
         run(manager, lambda: until(lambda: any(event.usage for event in listener.of("cpu_throttled")), spin))
         run(manager, lambda: until(lambda: listener.of("pids_limit"), start_threads))
@@ -129,7 +128,7 @@ def test_rcon_event_tells_of_the_cpu_quota_and_of_pids(isolation: str) -> None:
 def test_what_it_answers_is_applied_at_once(isolation: str) -> None:
     listener = Listener(pids_limit=Limits(pids=64))
 
-    def program(manager: Manager) -> Any:
+    def program(manager: RunningManager) -> Any:
         def act() -> int:
             until(lambda: listener.of("pids_limit"), start_threads)
             cgroup = next(iter(manager._confinements.values())).executor.cgroup  # type: ignore[attr-defined]
@@ -150,7 +149,7 @@ def test_what_it_answers_is_applied_at_once(isolation: str) -> None:
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_a_group_is_watched_once_however_much_work_it_has(isolation: str) -> None:
-    def program(manager: Manager) -> Any:
+    def program(manager: RunningManager) -> Any:
         seen = [watches()]
         for _ in range(20):
             run(manager, lambda: None)
@@ -163,7 +162,7 @@ def test_a_group_is_watched_once_however_much_work_it_has(isolation: str) -> Non
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_nobody_watches_where_nobody_asked(isolation: str) -> None:
-    def program(manager: Manager) -> Any:
+    def program(manager: RunningManager) -> Any:
         run(manager, lambda: None)
         return watches(), "cgroup-events" in [thread.name for thread in threading.enumerate()]
 
@@ -172,7 +171,7 @@ def test_nobody_watches_where_nobody_asked(isolation: str) -> None:
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_what_is_no_longer_kept_is_no_longer_watched(isolation: str) -> None:
-    def program(manager: Manager) -> Any:
+    def program(manager: RunningManager) -> Any:
         for number in range(9):
             run(manager, lambda: None, f"{number}.example")
         return watches()
@@ -184,7 +183,7 @@ def test_what_is_no_longer_kept_is_no_longer_watched(isolation: str) -> None:
 def test_a_cgroup_that_another_worker_removed_is_watched_again() -> None:
     listener = Listener()
 
-    def program(manager: Manager) -> Any:
+    def program(manager: RunningManager) -> Any:
         run(manager, lambda: None)
         next(iter(manager._confinements.values())).executor.cgroup.delete()  # type: ignore[attr-defined]
         run(manager, lambda: until(lambda: listener.of("pids_limit"), start_threads))
@@ -197,7 +196,7 @@ def test_a_cgroup_that_another_worker_removed_is_watched_again() -> None:
 @pytest.mark.layout("v2")
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_pressure_on_threads_is_listened_to(isolation: str) -> None:
-    def program(manager: Manager) -> Any:
+    def program(manager: RunningManager) -> Any:
         run(manager, lambda: None)
         return sorted(Path(file).name for file in descriptors().values() if "/host/p~a.example/" in file)
 

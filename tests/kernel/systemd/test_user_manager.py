@@ -207,8 +207,7 @@ def a_server() -> tuple[list[str], str]:
                 "policy": {"default": {"memory": "256M", "each": {"memory": "64M", "timeout": "60s"}}},
             }
         )
-    )
-    server.start(hold)
+    ).start(hold)
     endings = []
     try:
         for mebibytes in (10, 200):

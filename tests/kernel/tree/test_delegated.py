@@ -126,8 +126,7 @@ def test_threads_of_an_ordinary_user_come_back_on_v1(group: Cgroup) -> None:
         os.setresuid(uid, uid, uid)
         seen = [where()]
         settings = from_mapping({"cgroup": path, "policy": {"default": {"pids": 50}}})
-        manager = Manager(settings, server=Server(threads=False))
-        manager.start()
+        manager = Manager(settings, server=Server(threads=False)).start()
         admission = manager.admit(Work("call", "x"))
         assert isinstance(admission, InlineAdmission)
         for _ in range(2):

@@ -256,10 +256,10 @@ def test_a_note_names_policies_that_are_no_boundary(write: Write, capsys: pytest
     lines = capsys.readouterr().out.splitlines()
     place = next(number for number, line in enumerate(lines) if line.startswith("web: inline - "))
     assert lines[place + 1].startswith("    note: ")
-    assert "is no boundary" in lines[place + 1]
+    assert "guards against accidents only" in lines[place + 1]
     # At the end only the notes about several policies; a note beside a policy is not repeated.
     last = [line for line in lines if line.startswith("note: ")]
-    assert [line.startswith("note: web: runs in the server's own process") for line in last] == [True]
+    assert [line.startswith("note: policy web: runs in the server's process") for line in last] == [True]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ POLICY = Policy.make("small", memory="1G", each={"memory": "128M"}, io={"/": {"r
 WRONG = [
     ("memory", "1x", "policy.small.memory: '1x' is not a size (write"),
     ("each.memory", "much", "policy.small.each.memory: 'much' is not a size"),
-    ("max_uses", "1", "policy.small.max_uses: is not a limit that can be set while work"),
-    ("io", "1M", "policy.small.io: is not a limit that can be set while work"),
+    ("max_uses", "1", "policy.small.max_uses: is not a limit that can be changed while work"),
+    ("io", "1M", "policy.small.io: is not a limit that can be changed while work"),
     ("pids", "0", "policy.small.pids: 0 is refused: expected integer >= 1"),
     ("io.read", "1M", "policy.small.io.read: no device is named (io.DEVICE.KEY, the KEY one"),
     ("io./.read", "fast", "policy.small.io./.read: 'fast' is not a size"),

@@ -98,7 +98,7 @@ def test_a_policy_that_never_fits_is_refused(policy: dict[str, Any], key: str) -
 def test_a_policy_without_memory_is_reported() -> None:
     given = settings({"memory": "64M"}, p={"memory": "1M"}, q={"pids": 9})
     (warning,) = [one for one in Plan.make(from_mapping(given)).warnings(0) if "budget" in one]
-    assert warning.startswith("q: ")
+    assert warning.startswith("policy q: ")
 
 
 def test_the_memory_of_the_machine() -> None:

@@ -1,0 +1,347 @@
+"""A running manager: selects the policy of each unit of work, and admits it to the confinement that enforces it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+from rcon_plugins.builtin.log import LOGGER
+from rcon_plugins.builtin.plugins import calling
+from rcon_plugins.confinement.budget import MemoryBudget, machine_ledger
+from rcon_plugins.confinement.confinement import (
+    Confinement,
+    InlineConfinement,
+    ProcessConfinement,
+    ThreadConfinement,
+    cgroup_name,
+)
+from rcon_plugins.confinement.live_policies import LivePolicies, PolicyChangeLog
+from rcon_plugins.confinement.monitor import GroupMonitor
+from rcon_plugins.confinement.queue import Reservation, Reservations
+from rcon_plugins.ending import Ending
+from rcon_plugins.errors import (
+    ConfinementError,
+    IdentityRefused,
+    KernelError,
+    LimitExceeded,
+    PidsLimitExceeded,
+)
+from rcon_plugins.executors.pool import ExecutorPool
+from rcon_plugins.executors.thread import ThreadExecutors
+from rcon_plugins.identity.resolution import resolve
+from rcon_plugins.kernel.process import raise_descriptor_limit
+from rcon_plugins.outcome import Outcome
+from rcon_plugins.tree.locks import ByteLocks
+
+if TYPE_CHECKING:
+    from rcon_plugins.confinement.admission import Admission, Host, LocalAdmission, ProcessAdmission
+    from rcon_plugins.confinement.plan import Plan
+    from rcon_plugins.executors.fork_server import Service
+    from rcon_plugins.settings.policy import Policy
+    from rcon_plugins.tree.instance import Instance
+    from rcon_plugins.work import Work
+
+#: Open files of a server, and of an executor: its socket, usage files, entrances of its cgroup, wake-up pipes.
+_SERVER_FILES = 1024
+_EXECUTOR_FILES = 16
+
+
+class RunningManager:
+    """Confines the work of one process. Thread-safe. Made by `Manager.start` or `Deployment.start`.
+
+    Call `admit` for each unit of work, and `close` at the end. It works in the process that started it, not in a fork.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        instance: Instance,
+        generations: Mapping[str, int],
+        changes: PolicyChangeLog | None,
+        on_lost: Callable[[], object] | None,
+        on_close: Callable[[], object],
+    ) -> None:
+        """``on_close`` is called last by `close`. See `Deployment` for the other parameters."""
+        self.plan = plan
+        self.instance = instance
+        self.hook = plan.plugins.hook
+        self._generations = generations
+        self._on_close = on_close
+        settings = plan.settings
+        self._policies = LivePolicies(settings.policies, changes, self._policies_changed)
+        # The hooks that each unit of work calls.
+        self._select_policy = calling(self.hook.rcon_select_policy)
+        self._work_started = calling(self.hook.rcon_work_started)
+        self._work_finished = calling(self.hook.rcon_work_finished)
+        #: The policy of work that no route names; empty without one.
+        self._fallback = settings.fallback or ""
+        self._lets_pass = settings.unmatched == "allow"
+        #: Held for moments: guards `_confinements` and their users.
+        self._lock = threading.Lock()
+        #: Held while a confinement is made.
+        self._making = threading.Lock()
+        self._confinements: OrderedDict[str, Confinement] = OrderedDict()
+        self._pid = os.getpid()
+        #: Whether work is admitted: between `begin` and `close`.
+        self._open = False
+        self._budget = _budget(plan)
+        self._reservations = Reservations(ByteLocks(instance.locks), self._budget, lambda: self._open)
+        self._monitor = GroupMonitor(instance, self.hook, self._key_of, settings.policies)
+        self._threads = ThreadExecutors(settings.threads)
+        self._pool = ExecutorPool(
+            instance,
+            self.hook,
+            settings.processes,
+            is_kept=self._confinements.__contains__,
+            on_end=self._executor_ended,
+            on_lost=on_lost,
+            monitor=self._monitor,
+            current=self._policies.latest,
+        )
+
+    def begin(
+        self,
+        service: Service | None,
+        after_fork: Sequence[Callable[[], object]],
+        server_files: Sequence[int],
+    ) -> None:
+        """Fork the fork server if a policy needs processes. See `Deployment.start` for the parameters."""
+        settings, plan = self.plan.settings, self.plan
+        threads = settings.confinements + settings.threads if plan.uses_threads else 0
+        executors = threads + (settings.processes if plan.uses_processes else 0)
+        raise_descriptor_limit(_SERVER_FILES + executors * _EXECUTOR_FILES)
+        if service is not None and plan.uses_processes:
+            ledger = () if self._budget is None else (self._budget.ledger.file,)
+            log = () if self._policies.changes is None else (self._policies.changes.file,)
+            self._pool.processes.start(service, after_fork, [*server_files, *ledger, *log])
+        self._open = True
+
+    def close(self) -> None:
+        """End all executor processes and remove what this manager made. Running work is killed.
+
+        Except in an executor thread, which cannot be killed: it ends after its work. Its cgroup, and the tree around
+        it, may stay until the next start removes them.
+
+        Does nothing in any process but the one that started it.
+        """
+        if self._pid != os.getpid() or not self._open:
+            return
+        self._open = False
+        with contextlib.ExitStack() as last:  # each step, even if one before it fails
+            last.callback(self._on_close)
+            for confinement in self._confinements.values():
+                if not confinement.users:  # else a thread is in it, or about to enter
+                    last.callback(self._drop, confinement)
+            last.callback(self._threads.close)
+            last.callback(self._monitor.close)
+            last.callback(self._pool.close)
+        self._confinements.clear()
+
+    @property
+    def fork_server_pid(self) -> int | None:
+        """The pid of the fork server; None without one."""
+        return self._pool.processes.server_pid or None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the fork server ended early, so that no work that needs a process can start."""
+        return self._pool.processes.lost
+
+    def admit(
+        self, work: Work, *, wait: bool = False, memory: Callable[[Policy], int | None] | None = None
+    ) -> LocalAdmission | ProcessAdmission | None:
+        """Admit a unit of work under its policy. Return None when no route names it and the settings allow that.
+
+        On an error the work must not run; hooks and log have it already. With ``wait``, wait for a free slot instead of
+        raising `ConcurrencyLimitExceeded`. Waiting for the memory budget is bounded by the settings, either way; the
+        error's ``limit`` is `BUDGET` then. ``memory`` may return, for the policy, a number of bytes that replaces
+        ``each.memory`` for this work alone.
+
+        Raises `ConfinementError` when the work cannot be confined, `IdentityRefused` when its policy does not allow the
+        identity it would get, `ConcurrencyLimitExceeded` when the policy's concurrency is used up or the budget is,
+        `PidsLimitExceeded` when its confinement is full of processes.
+        """
+        if self._pid != os.getpid() or not self._open:
+            self._refuse(work, "", None, ConfinementError(self._why_not_here()))
+        name, key, policies = "", None, self._policies
+        try:
+            name = self._select_policy(work=work) or self._fallback
+            if not name and self._lets_pass:
+                return None
+            if policies.changes is not None:
+                policies.refresh()
+            policy = policies.by_name.get(name)
+            if policy is None:
+                raise ConfinementError(_why_no_policy(work, name))
+            key = work.attributes.get(policy.per) if policy.per is not None else None
+            identity = resolve(policy, work.attributes) if policy.user is not None else None
+            confinement = self._hold(policy, key)
+        except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the work does not run
+            self._refuse(work, name, key, error)
+        reservation = Reservation()
+        try:
+            own_memory = memory(policy) if memory is not None else None
+            if policy.concurrency is not None or self._budget is not None:
+                self._reservations.reserve(reservation, confinement, own_memory, wait=wait)
+            self._work_started(work=work, policy=policy)
+            if wait:
+                return self._reservations.retry(
+                    wait, partial(confinement.admit, work, reservation, identity, own_memory)
+                )
+            return confinement.admit(work, reservation, identity, own_memory)
+        except BaseException as error:
+            self._release(confinement, reservation)
+            if not isinstance(error, Exception):
+                raise
+            self._refuse(work, name, key, error)
+
+    def policy_of(self, work: Work) -> Policy | None:
+        """Return the policy that a unit of work would get now; None if it would run without limits.
+
+        Raises where the work would be refused.
+        """
+        name: str = self._select_policy(work=work) or self._fallback
+        if not name and self._lets_pass:
+            return None
+        policy = self._policies.all().get(name)
+        if policy is None:
+            raise ConfinementError(_why_no_policy(work, name))
+        return policy
+
+    def _hold(self, policy: Policy, key: str | None) -> Confinement:
+        """Return the confinement of a policy and key, with one more user; make it if it is not kept."""
+        generation = self._generations.get(policy.name, 0)
+        name = cgroup_name(policy.name, key, generation)
+        with self._lock:
+            confinement = self._confinements.get(name)
+            if confinement is not None:
+                self._confinements.move_to_end(name)
+                confinement.users += 1
+                return confinement
+        with self._making:
+            with self._lock:
+                confinement = self._confinements.get(name)
+                if confinement is not None:
+                    confinement.users += 1
+                    return confinement
+            confinement = self._make(policy.name, key, generation)
+            with self._lock:
+                confinement.users += 1
+                self._confinements[name] = confinement
+                superfluous = self._take_superfluous()
+            for one in superfluous:
+                self._drop(one)
+        return confinement
+
+    def _make(self, policy_name: str, key: str | None, generation: int) -> Confinement:
+        policy = self._policies.by_name[
+            policy_name
+        ]  # as it is now: it may have changed while this thread waited
+        isolation = self.plan.verdicts[policy_name].isolation
+        if isolation == "process":
+            return ProcessConfinement(policy, key, generation, self._conclude, self._pool)
+        kind = InlineConfinement if isolation == "inline" else partial(ThreadConfinement, self._threads)
+        threaded = kind(policy, key, generation, self._conclude, self.instance, self.hook, self._monitor)
+        threaded.open()
+        return threaded
+
+    def _take_superfluous(self) -> list[Confinement]:
+        """Take out unused confinements beyond the number to keep, least recently used first."""
+        excess = len(self._confinements) - self.plan.settings.confinements
+        if excess <= 0:
+            return []
+        idle = [name for name, kept in self._confinements.items() if not kept.users]
+        return [self._confinements.pop(name) for name in idle[:excess]]
+
+    def _drop(self, confinement: Confinement) -> None:
+        self._threads.forget(confinement.name)
+        self._monitor.forget(confinement.name)
+        try:
+            confinement.close()
+        except KernelError as error:
+            LOGGER.error("rcon: the cgroup of %s could not be removed: %s", confinement.name, error)
+        self._pool.forget(confinement.name)
+
+    def _executor_ended(self, name: str) -> None:
+        """An executor process of a confinement has ended: remove the cgroup if it is empty and not kept."""
+        if name in self._confinements:
+            return
+        try:
+            self.instance.policy_cgroup(name).delete()
+        except KernelError as error:
+            LOGGER.error("rcon: the cgroup of %s could not be removed: %s", name, error)
+
+    def _policies_changed(self, changed: Mapping[str, Policy]) -> None:
+        """Apply changed policies to what is kept. Called before any thread gets one of them from `LivePolicies`."""
+        with self._making:
+            for confinement in list(self._confinements.values()):
+                confinement.policy = changed.get(confinement.policy.name, confinement.policy)
+        self._pool.change(changed)
+
+    def _conclude(self, admission: Admission) -> None:
+        """Release what an admission holds, and report its outcome. Called once for each admission."""
+        self._release(admission.host, admission.reservation)
+        if admission.outcome is not None:
+            self._report(admission.work, admission.outcome)
+
+    def _release(self, confinement: Host, reservation: Reservation) -> None:
+        with self._lock:
+            confinement.users -= 1
+            idle = not confinement.users
+        if idle and self._monitor.expands:
+            self._monitor.shrink(confinement.name)
+        if reservation.slot is not None or reservation.memory is not None:
+            self._reservations.release(reservation)
+
+    def _refuse(self, work: Work, policy: str, key: str | None, error: Exception) -> NoReturn:
+        """Report to hooks and log that the work does not run, and raise the error."""
+        ending: Ending
+        if isinstance(error, LimitExceeded):
+            error.policy, error.key = policy, key
+            ending = "pids" if isinstance(error, PidsLimitExceeded) else "concurrency"
+            self._report(
+                work, Outcome(ending=ending, policy=policy, key=key, limit=error.limit, detail=str(error))
+            )
+            raise error
+        ending = "forbidden" if isinstance(error, IdentityRefused) else "refused"
+        self._report(work, Outcome(ending=ending, policy=policy, key=key, detail=str(error)))
+        if isinstance(error, ConfinementError):
+            raise error
+        raise ConfinementError(f"{work.name}: {type(error).__name__}: {error}") from error
+
+    def _report(self, work: Work, outcome: Outcome) -> None:
+        try:
+            self._work_finished(work=work, outcome=outcome)
+        except Exception:  # noqa: BLE001 - the work is over; the fault of a plugin that hears of it is for the log
+            LOGGER.exception("rcon: a plugin failed in rcon_work_finished")
+
+    def _key_of(self, name: str) -> str | None:
+        confinement = self._confinements.get(name)
+        return None if confinement is None else confinement.key
+
+    def _why_not_here(self) -> str:
+        if self._pid == os.getpid():
+            return "the manager is closed"
+        return (
+            f"the manager was started in process {self._pid}, and this is its fork {os.getpid()}; "
+            "start one in each process that serves (see the adapter for this server)"
+        )
+
+
+def _budget(plan: Plan) -> MemoryBudget | None:
+    settings, whole = plan.settings.budget, plan.budget
+    return None if settings is None or whole is None else MemoryBudget(machine_ledger(), whole, settings.wait)
+
+
+def _why_no_policy(work: Work, name: str) -> str:
+    if name:
+        return f"a plugin selected the policy {name!r}, which does not exist"
+    return (
+        f"no route names {work.quoted()}; add a route or a policy named `default`, "
+        'or set unmatched = "allow" to let such work run without limits'
+    )
