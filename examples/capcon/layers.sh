@@ -1,18 +1,18 @@
 #!/bin/sh
-# Three layers of privilege, without root: a user, a job of theirs, and a helper that the job does not trust.
-# Each may do less than the one that started it, and none can take more for itself.
+# Three layers of rights, without root: a user, a job of that user, and a helper that the job does not trust.
+# Each layer has fewer rights than the layer that started it, and none can gain more.
 #
 #   sh examples/capcon/layers.sh
 #
-# Needs capcon in PATH and a kernel with Landlock. Any user will do.
+# Needs capcon in PATH and a kernel with Landlock. Any user can run it.
 set -eu
 
 script=$(realpath "$0")
 layer=${1:-user}
 
-try() { # FOLDER: may this layer write there?
-	if (echo "$layer" >"$1/file") 2>/dev/null; then answer=yes; else answer=no; fi
-	printf '%-8s writes to %-12s %s\n' "$layer" "$1" "$answer"
+try() { # FOLDER: print whether this layer may write there
+	if (echo "$layer" >"$1/file") 2>/dev/null; then result=yes; else result=no; fi
+	printf '%-8s writes to %-12s %s\n' "$layer" "$1" "$result"
 }
 
 if [ "$layer" = user ]; then
@@ -32,7 +32,7 @@ user)
 	;;
 job)
 	capcon run --no-new-privs --read-only / --write job/scratch -- sh "$script" helper
-	# Asking for more than one has gives nothing.
+	# Requesting more than the layer has gives nothing.
 	capcon run --no-new-privs --read-only / --write / -- sh "$script" greedy
 	;;
 esac

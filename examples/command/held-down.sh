@@ -1,23 +1,23 @@
 #!/bin/sh
-# One heavy program after the other, each held down by one line. As root: examples/command/held-down.sh
+# Limit one program after the other, each with one line. Run as root: examples/command/held-down.sh
 set -u
 RCON=${RCON:-rcon}
 
-echo "== a loop that would take a whole CPU, for two seconds at 20 % of one"
+echo "== an endless loop, limited to 20 % of a CPU for two seconds"
 $RCON run --cpu 20% --timeout 2s --json - -- sh -c 'while :; do :; done' | grep cpu_seconds
 
-echo "== a program that takes more memory than it may"
+echo "== a program that needs more memory than its limit"
 $RCON run --memory 32M --swap 0 -- sh -c 'x=$(head -c 200M /dev/zero | tr "\0" x)'
 echo "exit status $?"
 
-echo "== the same, with a limit that grows"
+echo "== the same with a limit that expands"
 $RCON run --memory 32M --expand 2x --up-to 1G -- sh -c 'x=$(head -c 60M /dev/zero | tr "\0" x); echo "${#x} bytes"'
 
-echo "== a process that runs already, held down and let go"
+echo "== a process that already runs: limit it, then release it"
 sh -c 'while :; do :; done' &
 pid=$!
 $RCON attach --cpu 10% --group example-loop $pid
-grep -c taken/example-loop /proc/$pid/cgroup >/dev/null && echo "in its group"
+grep -q attached/example-loop /proc/$pid/cgroup && echo "in its group"
 $RCON attach --release example-loop
-grep taken /proc/$pid/cgroup || echo "back where it was"
+grep attached/ /proc/$pid/cgroup || echo "back where it was"
 kill $pid

@@ -1,10 +1,10 @@
-"""One WSGI application for all customers. It knows nothing of users, nor of rcon-plugins.
+"""One WSGI application for all customers. It does not know users or rcon-plugins.
 
-Each customer has a folder of the name of its host, below the directory that ``CUSTOMERS`` names.
+Each customer has a folder with the name of its host, below the directory in the environment variable ``CUSTOMERS``.
 
 - ``GET /whoami``: the user, groups and capabilities that this request runs with.
-- ``GET /read?of=FILE``: how many bytes the file has. There is a bug: nothing keeps FILE within the customer's folder.
-- ``GET /write``: a new file in the customer's folder.
+- ``GET /read?of=FILE``: the size of the file. It has a bug: FILE may lie outside the customer's folder.
+- ``GET /write``: write a new file into the customer's folder.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ CUSTOMERS = Path(os.environ.get("CUSTOMERS", "/srv"))
 
 
 def whoami() -> dict[str, Any]:
-    """What the kernel says of the thread that runs this."""
+    """Return the ids and capabilities of the thread that serves this request."""
     lines = Path("/proc/thread-self/status").read_text().splitlines()
-    told = dict(line.split(":", 1) for line in lines)
+    fields = dict(line.split(":", 1) for line in lines)
     return {
-        "uids": sorted({int(uid) for uid in told["Uid"].split()}),
-        "gids": sorted({int(gid) for gid in [*told["Gid"].split(), *told["Groups"].split()]}),
-        "capabilities": {name: int(told[name], 16) for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")},
+        "uids": sorted({int(uid) for uid in fields["Uid"].split()}),
+        "gids": sorted({int(gid) for gid in [*fields["Gid"].split(), *fields["Groups"].split()]}),
+        "capabilities": {name: int(fields[name], 16) for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")},
     }
 
 
 def read(file: str) -> dict[str, Any]:
-    """Read any file that this request may read."""
+    """Return the size of any file that this request may read."""
     return {"bytes": len((CUSTOMERS / file).read_bytes())}
 
 

@@ -1,8 +1,8 @@
 """Three customers on one gunicorn, each under its own user: ``python examples/customers/show.py``, as root.
 
-The same requests are made three times: without an identity, with ``isolation = "thread"`` and with ``"process"``.
+Makes the same requests three times: without users, with ``isolation = "thread"`` and with ``"process"``.
 
-Exits with 0 if everything is as it should be, 1 if not, and 2 where it cannot run.
+Exits with 0 if every check passed, 1 if not, and 2 if this machine or user cannot run it.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ from rcon_plugins.tree.base import find_base
 HERE = Path(__file__).resolve().parent
 NAMES = ("anna", "berta", "clara")
 FIRST_UID = 61001
-LOW_UID = 99  # below `min_uid`, which is 100 where nothing else is written
+LOW_UID = 99  # below `min_uid`, which is 100 by default
 ISOLATIONS = ("none", "thread", "process")
-CLIENTS = 2  # for each customer
-ROUNDS = 12  # of each client: every errand once
+CLIENTS = 2  # per customer
+ROUNDS = 12  # per client; a round makes every request once
 THREADS = 8
 MARKS = {None: "", True: "✓", False: "✗"}
-#: Seconds until an answer, and until the server serves.
+#: How long to wait for an answer, and for the server to start, in seconds.
 PATIENCE = 60.0
-#: What came to end the example. Looked at between two requests: an exception at any moment could leave things behind.
+#: The signals received that end the example. It checks them between requests, where it can clean up.
 signals: list[int] = []
 
 
 class CannotRun(Exception):
-    """Raised when this machine or this user cannot run the example; says what to do."""
+    """Raised when this machine or this user cannot run the example. The message has the remedy."""
 
 
 @dataclass
 class Row:
-    """What was seen of one customer under one isolation."""
+    """The observations of one customer under one isolation."""
 
     customer: str
     isolation: str
@@ -78,12 +78,12 @@ class Row:
 
     @property
     def p50(self) -> float | None:
-        """The median latency, milliseconds."""
+        """The median latency, in milliseconds."""
         return sorted(self.seconds)[len(self.seconds) // 2] * 1000 if self.seconds else None
 
     @property
     def good(self) -> bool | None:
-        """Whether all is as it should be; None without an identity, where there is nothing to hold."""
+        """Whether all observations are right; None for isolation "none", which promises nothing."""
         if self.isolation == "none":
             return None
         return (
@@ -105,14 +105,14 @@ class Row:
 
 
 def expected_of(file: str) -> str:
-    """What a customer gets of a file of root's: also a machine without it, or where it is open to all, is sound."""
+    """Return what a customer should see of a file of root: the file may be missing, or readable by all."""
     if not Path(file).exists():
         return "ENOENT"
     return "yes" if Path(file).stat().st_mode & 0o004 else "EACCES"
 
 
 class Srv:
-    """A temporary directory with the customers' folders, and some that nobody may be served as the owner of."""
+    """A temporary directory with the folders of the customers, and folders whose owners must not be served."""
 
     def __init__(self) -> None:
         taken = {entry.pw_uid for entry in pwd.getpwall()}
@@ -126,16 +126,18 @@ class Srv:
         self.path = Path(tempfile.mkdtemp(prefix="rcon-customers-"))
 
     def fill(self) -> None:
-        """Make the folders. Raises `CannotRun` where the customers could not come to them."""
+        """Make the folders. Raises `CannotRun` if the customers could not reach them."""
         self.path.chmod(0o755)
         for parent in self.path.parents:
             if not parent.stat().st_mode & 0o001:
-                raise CannotRun(f"the customers may not pass {parent}: set TMPDIR to a directory open to all")
+                raise CannotRun(
+                    f"the customers cannot enter {parent}: set TMPDIR to a directory open to all users"
+                )
         try:
             for host, uid in {**self.customers, "root.example": 0, "low.example": LOW_UID}.items():
                 self._folder(host, uid)
         except OSError as error:
-            raise CannotRun(f"no folder can be given to others, which takes CAP_CHOWN: {error}") from None
+            raise CannotRun(f"cannot change the owner of a folder: {error} (run it with CAP_CHOWN)") from None
 
     def _folder(self, host: str, uid: int) -> None:
         folder = self.path / host
@@ -147,14 +149,14 @@ class Srv:
             path.chmod(mode)
 
     def take_written(self, host: str) -> Counter[str]:
-        """Who owns what was written into the folder, and with which mode; takes it away."""
+        """Count the written files by owner and mode, and remove them."""
         found = {file: file.stat() for file in (self.path / host).glob("written-*")}
         for file in found:
             file.unlink()
         return Counter(f"{s.st_uid}:{s.st_gid} {s.st_mode & 0o7777:o}" for s in found.values())
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Remove the directory."""
         shutil.rmtree(self.path)
 
 
@@ -187,31 +189,31 @@ class Server:
             )
 
     def connect(self) -> contextlib.closing[http.client.HTTPConnection]:
-        """A connection to it, as a context manager."""
+        """Return a connection to the server, as a context manager."""
         return contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE))
 
     def wait_until_served(self, host: str) -> None:
-        """Return when a request is answered with 200. Raises `RuntimeError` where none is."""
+        """Wait until a request is answered with 200. Raises `RuntimeError` if none is in time."""
         deadline = time.monotonic() + PATIENCE
         while self._process.poll() is None and time.monotonic() < deadline:
             with self.connect() as connection:
                 if ask(connection, host, "/whoami")[0] == "200":
                     return
-            go_on()
+            check_signals()
             time.sleep(0.05)
         raise RuntimeError(f"the server does not serve:\n{self.log_file.read_text(errors='replace')}")
 
     def forbidden(self, host: str) -> str:
-        """Why the log says that requests of this host were refused."""
+        """Return the reason in the log for refusing the requests of this host."""
         for line in self.log_file.read_text(errors="replace").splitlines():
             _, start, rest = line.partition('{"event"')
-            told = json.loads(start + rest) if start else {}
-            if told.get("event") == "forbidden" and told.get("key") == host:
-                return str(told.get("detail", ""))
+            entry = json.loads(start + rest) if start else {}
+            if entry.get("event") == "forbidden" and entry.get("key") == host:
+                return str(entry.get("detail", ""))
         return ""
 
     def stop(self) -> None:
-        """End it, gracefully first."""
+        """Stop the server, gracefully first."""
         self._process.terminate()
         try:
             self._process.wait(timeout=10)
@@ -221,7 +223,7 @@ class Server:
 
 
 def policy(directory: Path, isolation: str) -> str:
-    """The policy file with this directory and isolation in their places."""
+    """Return the policy file with this directory and isolation."""
     text = (
         (HERE / "rcon.toml")
         .read_text()
@@ -231,7 +233,7 @@ def policy(directory: Path, isolation: str) -> str:
 
 
 def ask(connection: http.client.HTTPConnection, host: str, path: str) -> tuple[str, dict[str, Any]]:
-    """One request: its status, or "none" where no answer came; and what the answer says."""
+    """Make one request; return its status, or "none" without an answer, and the decoded body."""
     try:
         connection.request("GET", path, headers={"Host": host})
         response = connection.getresponse()
@@ -242,18 +244,18 @@ def ask(connection: http.client.HTTPConnection, host: str, path: str) -> tuple[s
 
 
 def visit(server: Server, srv: Srv, isolation: str) -> list[Row]:
-    """Several clients for each customer, all at once, every errand once a round and in any order."""
+    """Run all clients of all customers at once; each makes every request once a round, in random order."""
     rows = [Row(host, isolation, uid) for host, uid in srv.customers.items()]
     lock = threading.Lock()
 
     def client(row: Row, seed: int) -> None:
         neighbours = [other.customer for other in rows if other is not row]
-        errands = ["/whoami", f"/read?of={row.customer}/secret.txt", "/read?of=/etc/shadow", "/write"]
-        errands += [f"/read?of={neighbour}/secret.txt" for neighbour in neighbours]
+        requests = ["/whoami", f"/read?of={row.customer}/secret.txt", "/read?of=/etc/shadow", "/write"]
+        requests += [f"/read?of={neighbour}/secret.txt" for neighbour in neighbours]
         chance = random.Random(seed)
         with server.connect() as connection:
             for _ in range(ROUNDS):
-                for path in chance.sample(errands, len(errands)):
+                for path in chance.sample(requests, len(requests)):
                     start = time.monotonic()
                     status, answer = ask(connection, row.customer, path)
                     with lock:
@@ -274,7 +276,7 @@ def visit(server: Server, srv: Srv, isolation: str) -> list[Row]:
 
 
 def note(row: Row, path: str, status: str, answer: dict[str, Any]) -> None:
-    """Add one answer to what was seen."""
+    """Add one answer to the observations."""
     row.requests += 1
     match path.partition("?of=")[::2], answer:
         case ("/whoami", _), {"uids": uids, "gids": gids, "capabilities": capabilities}:
@@ -291,16 +293,16 @@ def note(row: Row, path: str, status: str, answer: dict[str, Any]) -> None:
 
 
 def show(srv: Srv) -> tuple[list[Row], list[dict[str, Any]]]:
-    """All isolations, one after the other."""
+    """Run the server under each isolation, one after the other, and return the observations."""
     rows, refused = list[Row](), list[dict[str, Any]]()
     for number, isolation in enumerate(ISOLATIONS, 1):
-        how = "without an identity" if isolation == "none" else f'isolation = "{isolation}"'
+        how = "without users" if isolation == "none" else f'isolation = "{isolation}"'
         say(f"  {number}/{len(ISOLATIONS)}  {how} …")
         server = Server(srv, isolation)
         try:
             server.wait_until_served(next(iter(srv.customers)))
             rows += visit(server, srv, isolation)
-            go_on()
+            check_signals()
             for host, why in srv.unserved.items() if isolation != "none" else ():
                 with server.connect() as connection:
                     status, _ = ask(connection, host, "/whoami")
@@ -313,7 +315,7 @@ def show(srv: Srv) -> tuple[list[Row], list[dict[str, Any]]]:
 
 
 def write_table(rows: Sequence[Row], refused: Sequence[dict[str, Any]]) -> None:
-    """Write what was seen."""
+    """Print the observations."""
     print()
     heads = "customer, isolation, uid, capabilities, own secret, neighbour's, /etc/shadow, files written"
     lines = [[*heads.split(", "), "requests", "p50", ""]]
@@ -324,7 +326,7 @@ def write_table(rows: Sequence[Row], refused: Sequence[dict[str, Any]]) -> None:
         p50 = f"{row.p50:.1f} ms" if row.p50 is not None else "-"
         lines.append([row.customer, row.isolation, *cells, str(row.requests), p50, MARKS[row.good]])
     columns(lines)
-    print("\n  and hosts that must not be served:\n")
+    print("\n  Hosts that must be refused:\n")
     columns([[r["host"], r["isolation"], r["status"], r["why"], MARKS[r["good"]]] for r in refused])
     for row in rows:
         for what, count in row.wrong.items():
@@ -332,26 +334,26 @@ def write_table(rows: Sequence[Row], refused: Sequence[dict[str, Any]]) -> None:
 
 
 def columns(lines: Sequence[Sequence[str]]) -> None:
-    """Write these lines, cell below cell."""
+    """Print lines in columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
         print("  " + "  ".join(cells).rstrip())
 
 
-def go_on() -> None:
-    """Raise KeyboardInterrupt if a signal came."""
+def check_signals() -> None:
+    """Raise KeyboardInterrupt if a signal was received."""
     if signals:
         raise KeyboardInterrupt
 
 
 def say(text: str) -> None:
-    """Progress, for the person who waits."""
+    """Print progress on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def check(srv: Srv) -> None:
-    """Raise `CannotRun` where the policies cannot be enforced."""
+    """Raise `CannotRun` if the policies cannot be enforced here."""
     if importlib.util.find_spec("gunicorn") is None:
         raise CannotRun("gunicorn is not installed: pip install 'rcon-plugins[gunicorn]'")
     try:
@@ -364,7 +366,7 @@ def check(srv: Srv) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the example."""
+    """Run the example and return the exit status."""
     parser = argparse.ArgumentParser(description="Three customers on one gunicorn, each under its own user.")
     parser.add_argument("--json", action="store_true", help="write the result as JSON instead of a table")
     options = parser.parse_args(arguments)
@@ -372,25 +374,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda number, _: signals.append(number))
     try:
         if os.geteuid() != 0:
-            raise CannotRun("only root may become others; run it as root: sudo make demo-customers")
+            raise CannotRun("this needs root, which can switch users (sudo make demo-customers)")
         with contextlib.closing(Srv()) as srv:
             srv.fill()
             check(srv)
             say(f"gunicorn, {THREADS} threads; {len(NAMES)} customers, {CLIENTS} clients each, all at once")
             rows, refused = show(srv)
     except (CannotRun, RuntimeError) as error:
-        say(f"{'This cannot be shown here: ' if isinstance(error, CannotRun) else ''}{error}")
+        say(f"{'This cannot run here: ' if isinstance(error, CannotRun) else ''}{error}")
         return 2 if isinstance(error, CannotRun) else 1
     except KeyboardInterrupt:
         say("\ninterrupted")
         return 130
     good = all(row.good is not False for row in rows) and all(one["good"] for one in refused)
     if options.json:
-        told = [row.as_dict() for row in rows]
-        print(json.dumps({"good": good, "rows": told, "refused": refused}, indent=2))
+        data = [row.as_dict() for row in rows]
+        print(json.dumps({"good": good, "rows": data, "refused": refused}, indent=2))
     else:
         write_table(rows, refused)
-        print("\n  everything is as it should be" if good else "\n  not everything is as it should be: see ✗")
+        print("\n  Every check passed." if good else "\n  A check failed: see ✗.")
     return 0 if good else 1
 
 

@@ -1,7 +1,7 @@
-"""A program that watches itself, and gives itself more memory as it needs it: ``python grow.py``, as root.
+"""Expand the memory limit of a child as the child needs more: ``python grow.py``, as root.
 
-It makes a cgroup with a limit of 32 MiB that may grow to 128 MiB, runs a child in it that needs a little more every
-tenth of a second, and says what happens. The child needs 160 MiB at last, which is more than it may ever have.
+Makes a cgroup with a limit of 32 MiB that may expand to 128 MiB, runs a child in it that allocates 8 MiB every tenth of
+a second, and prints the events. At 128 MiB the limit no longer expands, and the kernel kills the child.
 """
 
 from __future__ import annotations
@@ -17,39 +17,41 @@ MIB = 2**20
 MEMORY = Memory.parse({"limit": "32M", "expand": "2x", "up_to": "128M"})
 
 
-def need_more_and_more() -> None:
-    """The child: 8 MiB more at a time, up to 160."""
+def allocate() -> None:
+    """Allocate 8 MiB at a time, up to 160 MiB. Runs in the child."""
     held = []
     for _ in range(20):
         held.append(os.urandom(8 * MIB))
         time.sleep(0.1)
 
 
-def raised(event: Event) -> None:
-    """Called in the watching thread each time that the limit is reached, before it is raised."""
+def print_expansion(event: Event) -> None:
+    """Print each expansion. Called in the watcher's thread when the limit is hit, before it expands."""
     bound, becomes = (event.bound or 0) / MIB, (event.next_bound or 0) / MIB
-    print(f"needs {(event.usage or 0) / MIB:.0f} MiB: {bound:.0f} MiB become {becomes:.0f}")
+    print(
+        f"{(event.usage or 0) / MIB:.0f} MiB in use: the limit expands from {bound:.0f} to {becomes:.0f} MiB"
+    )
 
 
 def main() -> None:
-    """Run the child and tell its story."""
+    """Run the child and print what happens to it."""
     cgroup = Hierarchy.discover().cgroup(f"/rcon-grow-{os.getpid()}").create()
     try:
         with watch(cgroup, kinds=["oom_kill", "empty"]) as events:
-            growing = expand(cgroup, MEMORY, on_event=raised)
+            expansion = expand(cgroup, MEMORY, on_event=print_expansion)
             child = os.fork()
             if child == 0:
                 cgroup.enter_process()
-                need_more_and_more()
+                allocate()
                 os._exit(0)
             for event in events:
                 print(f"{event.kind}, {event.count} time(s)")
                 if event.kind == "empty":
                     break
-            growing.close()
+            expansion.close()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         how = (
-            f"killed: it needed more than {MEMORY.describe()}"
+            f"killed at its memory limit {MEMORY.describe()}"
             if status == -signal.SIGKILL
             else f"status {status}"
         )

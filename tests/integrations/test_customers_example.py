@@ -98,7 +98,7 @@ def test_a_signal_ends_it_and_nothing_is_left(room: Path, number: signal.Signals
     assert list(room.iterdir()) == []
 
 
-def test_who_is_not_root_is_told_what_to_do(capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_root_the_remedy_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     def program() -> int:
         show = module()
         os.setgroups([])
@@ -111,17 +111,17 @@ def test_who_is_not_root_is_told_what_to_do(capfd: pytest.CaptureFixture[str]) -
     assert "sudo make demo-customers" in capfd.readouterr().err
 
 
-def test_a_directory_that_customers_may_not_pass_is_said(room: Path) -> None:
+def test_a_closed_directory_is_refused(room: Path) -> None:
     closed = room / "closed"
     closed.mkdir(mode=0o700)
     process = start(closed)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert f"may not pass {closed}" in told
+    assert f"customers cannot enter {closed}" in told
     assert list(closed.iterdir()) == []
 
 
-def test_what_is_not_as_it_should_be_shows() -> None:
+def test_a_wrong_observation_fails_the_row() -> None:
     show = module()
     row = show.Row("anna.example", "thread", 61001)
     row.uids, row.gids, row.capabilities = {61001}, {61001}, {"none"}

@@ -277,6 +277,9 @@ def test_the_example() -> None:
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=100)
     lines = done.stdout.splitlines()
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line.partition(": ")[2] for line in lines[:2]] == ["32 MiB become 64", "64 MiB become 128"]
+    assert [line.partition(": ")[2] for line in lines[:2]] == [
+        "the limit expands from 32 to 64 MiB",
+        "the limit expands from 64 to 128 MiB",
+    ]
     assert any(line.startswith("oom_kill") for line in lines)
-    assert lines[-1] == "the child ended, killed: it needed more than 128M (up_to; expanded 2 times from 32M)"
+    assert lines[-1] == "the child ended, killed at its memory limit 128M (up_to; expanded 2 times from 32M)"
