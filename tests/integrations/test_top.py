@@ -15,7 +15,7 @@ import pytest
 from tests.terminals import GIVEN_BACK, MAIN, NO_CURSOR, ROOT, TAKEN, Terminal, terminal
 
 
-def test_other_sizes() -> None:
+def test_terminals_of_other_sizes() -> None:
     with terminal("top", "--interval", "0.5", lines=8, columns=60) as it:
         it.until(lambda: it.shows("q quit"))
         assert len(it.screen()) == 8
@@ -49,7 +49,7 @@ def test_the_terminal_is_clean_after(end: Callable[[Terminal], object], status: 
 
 
 def test_the_terminal_is_clean_after_a_crash() -> None:
-    """And the message comes after that, where it can be read."""
+    """The message comes after the terminal is restored, so that it can be read."""
     broken = (
         "from rcon_plugins.cli.top.top import top\n"
         "calls = []\n"
@@ -65,7 +65,7 @@ def test_the_terminal_is_clean_after_a_crash() -> None:
         assert it.said.index(b"RuntimeError: on purpose") > it.said.rindex(GIVEN_BACK)
 
 
-def test_the_terminal_is_given_back_while_it_is_suspended() -> None:
+def test_the_terminal_is_restored_while_suspended() -> None:
     with terminal("top", "--interval", "0.3") as it:
         it.until(lambda: it.shows("q quit"))
         os.kill(it.process.pid, signal.SIGTSTP)
@@ -81,7 +81,7 @@ def test_the_terminal_is_given_back_while_it_is_suspended() -> None:
         assert it.is_clean()
 
 
-def test_a_terminal_that_goes_away_ends_it() -> None:
+def test_a_closed_terminal_ends_it() -> None:
     with terminal("top") as it:
         it.until(lambda: it.shows("q quit"))
         os.close(it._slave)
@@ -103,7 +103,7 @@ def test_interrupted_without_a_terminal() -> None:
     assert (process.returncode, err) == (130, b"")
 
 
-def test_a_reader_that_has_enough() -> None:
+def test_a_closed_pipe_ends_it() -> None:
     done = subprocess.run(
         f"{sys.executable} -c '{MAIN}' top --json --interval 0.1 | head -n 1; echo ${{PIPESTATUS[0]}}",
         shell=True,

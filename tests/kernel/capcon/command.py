@@ -26,7 +26,7 @@ class Done(NamedTuple):
 
     @property
     def held(self) -> dict[str, str]:
-        """What a command that printed /proc/self/status held."""
+        """The fields of /proc/self/status that the command printed."""
         pairs = (line.partition(":") for line in self.out.splitlines())
         return {name: value.strip() for name, _, value in pairs}
 
@@ -61,12 +61,12 @@ def capcon(
 
 
 def become_nobody() -> None:
-    """With the C library's calls, which also drop all capabilities."""
+    """Switch to nobody with the calls of the C library, which also drop all capabilities."""
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def mask(*numbers: int) -> str:
-    """A capability set as /proc/PID/status shows it."""
+    """Return a capability set as /proc/PID/status shows it."""
     return f"{sum(1 << number for number in numbers):016x}"

@@ -14,7 +14,7 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 @contextlib.contextmanager
 def local_network() -> Iterator[None]:
-    """netdevice(7): `lo` is up within, and afterwards as it was."""
+    """Set `lo` up within the context (netdevice(7)), and restore it afterwards."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         answer = fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("16sh14x", b"lo", 0))
         flags = struct.unpack("16sh14x", answer)[1]
@@ -26,7 +26,7 @@ def local_network() -> Iterator[None]:
 
 
 def free_low_port() -> int:
-    """One below 1024 that nobody listens on."""
+    """Return a free port below 1024."""
     for port in random.sample(range(600, 1024), 400):
         with socket.socket() as attempt, contextlib.suppress(OSError):
             attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -46,7 +46,7 @@ def test_commands_of_the_documentation(everybodys: Path, python: str) -> None:
 
 
 def test_layers_of_the_example(everybodys: Path) -> None:
-    """As an ordinary user, and one who may not write the folder with the script."""
+    """As an ordinary user, and as a user who cannot write to the folder of the script."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         script = shutil.copy(ROOT / "examples/capcon/layers.sh", folder)

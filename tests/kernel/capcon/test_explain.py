@@ -37,7 +37,7 @@ AS_ASKED = {"plain", "script"}
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Path]:
-    """`cat`, in all the forms that execve(2) looks at."""
+    """`cat` in all forms that execve(2) treats differently."""
     cat = shutil.which("cat") or ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -57,7 +57,7 @@ def programs() -> Iterator[Path]:
 
 
 def held(done: Done) -> dict[str, Any]:
-    """From /proc/self/status, in the words of the JSON."""
+    """Return the fields of /proc/self/status with the names of the JSON."""
     fields = done.held
     ids = ("real", "effective", "saved", "fs")
     sets = {name: list(Capabilities(int(fields[field], 16)).names()) for name, field in FIELDS.items()}
@@ -72,7 +72,7 @@ def held(done: Done) -> dict[str, Any]:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("case", CASES)
-def test_explain_agrees_with_what_the_command_then_holds(programs: Path, case: str, program: str) -> None:
+def test_explain_predicts_the_rights_of_the_command(programs: Path, case: str, program: str) -> None:
     options, path = CASES[case], programs / program
     explained = capcon("explain", "--json", *options, "--", path, "/proc/self/status")
     ran = capcon("run", *options, "--", path, "/proc/self/status")
@@ -92,7 +92,7 @@ def test_explain_agrees_with_what_the_command_then_holds(programs: Path, case: s
 
 
 @pytest.mark.smoke
-def test_what_will_not_be_held_and_why(programs: Path) -> None:
+def test_explain_says_which_capabilities_are_lost_and_why(programs: Path) -> None:
     options = ("--user", "nobody", "--cap", "net_raw")
     done = capcon("explain", *options, "--", programs / "that take nothing")
     assert done.status == 1
@@ -110,7 +110,7 @@ def test_what_will_not_be_held_and_why(programs: Path) -> None:
 
 
 def test_explain_says_what_the_user_may_not_execute(tmp_path: Path) -> None:
-    """Nor the interpreter of a script."""
+    """The program, or the interpreter of a script."""
     cat = tmp_path / "cat"
     shutil.copy(shutil.which("cat") or "", cat)
     cat.chmod(0o700)
@@ -167,13 +167,13 @@ def test_show_of_another_process_in_json_and_as_a_table() -> None:
     assert "effective     none\n" in table
 
 
-def test_show_without_a_pid_is_what_the_shell_hands_down() -> None:
+def test_show_without_a_pid_shows_the_rights_from_the_shell() -> None:
     done = capcon("show", "--json", before=become_nobody)
     data = json.loads(done.out)
     assert (data["permitted"], data["uid"]["fs"], data["groups"], data["securebits"]) == ([], 65534, [], [])
 
 
-def test_show_of_a_process_that_is_not_there() -> None:
+def test_show_refuses_a_missing_process() -> None:
     last = int(Path("/proc/sys/kernel/pid_max").read_text())
     done = capcon("show", str(last + 1))
     assert (done.status, done.out, done.err.count("\n")) == (125, "", 1)

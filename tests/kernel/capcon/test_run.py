@@ -33,7 +33,7 @@ SETS = ("CapPrm", "CapEff", "CapInh", "CapAmb", "CapBnd")
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that everybody may enter and change."""
+    """A folder that every user may enter and change."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o777)
         yield Path(name)
@@ -41,7 +41,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.mark.smoke
 def test_a_web_server_on_a_low_port_as_nobody(everybodys: Path, python: str) -> None:
-    """What the talk could not do: one capability, any user, an ordinary program."""
+    """One capability, any user, an ordinary program."""
     with local_network():
         port = free_low_port()
         refused = capcon("run", "--user", "nobody", "--", python, "-c", bind_to(port))
@@ -81,7 +81,7 @@ def fetch(url: str) -> str:
             time.sleep(0.1)
 
 
-def test_the_server_of_a_low_port_can_do_no_more(folder: Path, python: str) -> None:
+def test_the_server_on_a_low_port_has_no_other_rights(folder: Path, python: str) -> None:
     secret = folder / "secret"
     secret.write_text("secret")
     secret.chmod(0o640)  # as /etc/shadow is, but in an emulated machine, which has one without passwords
@@ -119,7 +119,9 @@ print(json.dumps({
         (("--drop-all",), ()),
     ],
 )
-def test_the_command_holds_just_what_was_asked(options: tuple[str, ...], held: tuple[int, ...]) -> None:
+def test_the_command_holds_exactly_the_requested_capabilities(
+    options: tuple[str, ...], held: tuple[int, ...]
+) -> None:
     done = capcon("run", *options, "--", *STATUS)
     assert (done.status, done.err) == (0, "")
     assert {name: done.held[name] for name in SETS} == dict.fromkeys(SETS, mask(*held)), done.out
@@ -128,7 +130,7 @@ def test_the_command_holds_just_what_was_asked(options: tuple[str, ...], held: t
     assert done.held["NoNewPrivs"] == "0"
 
 
-def test_groups_are_those_of_the_database_or_those_named() -> None:
+def test_groups_come_from_the_database_or_the_options() -> None:
     assert capcon("run", "--user", "nobody", "--", *STATUS).held["Groups"] == str(NOBODY)
     named = capcon("run", "--user", "nobody", "--group", "daemon", "--groups", "mail,9", "--", *STATUS).held
     assert (named["Gid"].split(), named["Groups"].split()) == (["1"] * 4, ["8", "9"])
@@ -136,7 +138,7 @@ def test_groups_are_those_of_the_database_or_those_named() -> None:
     assert (none["Uid"].split(), none["Gid"].split(), none["Groups"]) == (["4242"] * 4, ["4243"] * 4, "")
 
 
-def test_without_a_word_about_it_the_callers_state_stays() -> None:
+def test_without_options_the_state_of_the_caller_stays() -> None:
     names = (*SETS, "Uid", "Gid", "Groups")
     mine = subprocess.run(STATUS, stdout=subprocess.PIPE, text=True, check=True).stdout
     before = {line.partition(":")[0]: line.partition(":")[2].strip() for line in mine.splitlines()}
@@ -150,7 +152,7 @@ def hold(*names: str) -> None:
     drop(Identity(NOBODY, NOBODY), Capabilities.of(*names), no_new_privs=False, ambient=True)
 
 
-def test_root_is_not_needed_for_what_the_caller_holds() -> None:
+def test_a_caller_without_root_can_give_what_it_holds() -> None:
     done = capcon("run", "--cap", "net_raw", "--", *STATUS, before=lambda: hold("cap_net_raw", "cap_kill"))
     assert (done.status, done.err) == (0, "")
     assert done.held["CapEff"] == done.held["CapPrm"] == done.held["CapAmb"] == mask(NET_RAW)
@@ -167,7 +169,7 @@ def test_root_is_not_needed_for_what_the_caller_holds() -> None:
         (("--cap", "net_admin"), "cap_net_admin"),
     ],
 )
-def test_what_the_caller_may_not_give_is_one_plain_line_and_nothing_is_run(
+def test_rights_that_the_caller_cannot_give_are_refused_in_one_line(
     options: tuple[str, ...], names: str
 ) -> None:
     done = capcon("run", *options, "--", "echo", "ran", before=lambda: hold("cap_net_raw"))
@@ -177,7 +179,7 @@ def test_what_the_caller_may_not_give_is_one_plain_line_and_nothing_is_run(
     assert names in done.err.lower()
 
 
-def test_the_exit_status_and_the_end_by_a_signal_are_the_commands() -> None:
+def test_the_exit_status_and_signal_are_those_of_the_command() -> None:
     run = ("run", "--user", "nobody", "--")
     assert capcon(*run, "sh", "-c", "exit 42").status == 42
     assert capcon(*run, "sh", "-c", "kill -TERM $$").status == -signal.SIGTERM
@@ -191,7 +193,7 @@ def test_the_command_takes_the_place_of_capcon() -> None:
     assert int(pid) != os.getpid()
 
 
-def test_commands_that_are_not_there_or_not_executable(folder: Path) -> None:
+def test_missing_and_not_executable_commands(folder: Path) -> None:
     plain, lost, foreign, closed = (folder / name for name in ("plain", "lost", "foreign", "closed"))
     plain.write_text("#!/bin/sh\n")
     lost.write_text("#!/nowhere/sh\n")
@@ -215,8 +217,8 @@ def test_commands_that_are_not_there_or_not_executable(folder: Path) -> None:
         assert command in done.err
 
 
-def test_the_environment_is_the_callers_but_for_the_account(everybodys: Path, python: str) -> None:
-    """Also in the C locale, where Python adds LC_CTYPE to its own."""
+def test_the_environment_changes_only_for_the_account(everybodys: Path, python: str) -> None:
+    """In the C locale too, where Python adds LC_CTYPE to its own environment."""
     given = {"PATH": os.environ["PATH"], "HOME": "/root", "USER": "root", "MAIL": "x", "LANG": "C"}
     account = {"HOME": "/nonexistent", "USER": "nobody", "LOGNAME": "nobody", "SHELL": "/usr/sbin/nologin"}
     nameless = {name: value for name, value in given.items() if name != "USER"}
@@ -263,7 +265,7 @@ def test_setuid_programs_and_no_new_privs(folder: Path) -> None:
     assert "uid 0" in done.err
 
 
-def test_file_capabilities_that_clear_the_ambient_set_are_told_and_left_alone(folder: Path) -> None:
+def test_file_capabilities_that_clear_the_ambient_set_are_warned_about(folder: Path) -> None:
     program = folder / "cat"
     shutil.copy(shutil.which("cat") or "", program)
     program.chmod(0o755)
@@ -277,8 +279,8 @@ def test_file_capabilities_that_clear_the_ambient_set_are_told_and_left_alone(fo
     assert os.getxattr(program, "security.capability") == attribute
 
 
-def test_layers_without_privilege_only_narrow(folder: Path, everybodys: Path) -> None:
-    """An ordinary user, their job, and what the job runs in turn."""
+def test_layers_without_privilege_only_lose_rights(folder: Path, everybodys: Path) -> None:
+    """An ordinary user, a job of that user, and a helper of the job."""
     for name in ("work", "work/inner", "other"):
         (folder / name).mkdir()
         (folder / name).chmod(0o777)
@@ -292,7 +294,7 @@ def test_layers_without_privilege_only_narrow(folder: Path, everybodys: Path) ->
     assert (folder / "work/inner/second").exists()
 
 
-def test_files_that_were_not_named_cannot_be_read_and_the_command_not_executed(folder: Path) -> None:
+def test_unnamed_files_cannot_be_read_nor_executed(folder: Path) -> None:
     (folder / "secret").write_text("secret")
     run = ("run", "--drop-all", "--no-new-privs")
     system = [part for path in ("/usr", "/bin", "/lib", "/lib64") for part in ("--read-only", path)]

@@ -1,4 +1,4 @@
-"""rcon run: memory that grows while the command runs, and another command that is told of each event."""
+"""rcon run --expand and --on-event: memory that expands while the command runs, and a command run for each event."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def events(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.smoke
-def test_a_command_that_needs_more_than_the_first_limit_finishes() -> None:
+def test_a_command_above_the_first_limit_finishes() -> None:
     done = rcon("run", *GROWS, "1G", "--swap", "0", "--", "sh", "-c", ALLOCATE.format(100) + "; echo ${#x}")
     assert (done.status, done.err, done.out) == (0, "", f"{100 << 20}\n")
     assert done.report["outcome"] == "ok"
     assert done.report["usage"]["memory_peak"] > 100 << 20
 
 
-def test_one_that_needs_more_than_the_last_limit_ends() -> None:
+def test_a_command_above_the_last_limit_is_killed() -> None:
     done = rcon("run", *GROWS, "64M", "--swap", "0", "--", "sh", "-c", ALLOCATE.format(200))
     assert done.status == 137
     assert done.err == "rcon: memory limit 64 MiB reached (peak 64.0 MiB, expanded from 32M)\n"
     assert (done.report["outcome"], done.report["limit"]) == ("memory", "memory")
 
 
-def test_the_figures_of_the_talk() -> None:
-    """From 64 MiB, twice as much each time, up to 1 GiB: what needs 200 MiB finishes, what needs 2 GiB is ended."""
+def test_expansion_from_64_mib_to_1_gib() -> None:
+    """From 64 MiB, doubled each time, up to 1 GiB: 200 MiB finishes, 2 GiB is killed."""
     grows = ("--memory", "64M", "--expand", "2x", "--up-to", "1G", "--swap", "0")
     done = rcon("run", *grows, "--", "python3", "-c", "print(len(b'x' * (200 << 20)))")
     assert (done.status, done.err, done.out) == (0, "", f"{200 << 20}\n")
@@ -51,7 +51,7 @@ def test_the_figures_of_the_talk() -> None:
     assert (done.report["outcome"], done.report["limit"]) == ("memory", "memory")
 
 
-def test_each_event_is_told_and_its_answer_applied(tmp_path: Path) -> None:
+def test_on_event_gets_each_event_and_its_limits_are_applied(tmp_path: Path) -> None:
     told = tmp_path / "told"
     answer = '{"memory": "1G", "pids": 77}'
     done = rcon(
@@ -88,7 +88,7 @@ true
 """
 
 
-def test_who_is_told_is_outside_and_holds_nobody_up(tmp_path: Path) -> None:
+def test_on_event_runs_outside_the_group_and_delays_nothing(tmp_path: Path) -> None:
     where = tmp_path / "where"
     began = time.monotonic()
     done = rcon(
@@ -100,7 +100,7 @@ def test_who_is_told_is_outside_and_holds_nobody_up(tmp_path: Path) -> None:
     assert "/work/" not in where.read_text()
 
 
-def test_an_answer_that_is_none_is_said() -> None:
+def test_invalid_output_of_on_event_is_reported() -> None:
     done = rcon(
         *("run", "--pids", "4", "--on-event", "echo junk", "--"),
         *("sh", "-c", FORKS),
@@ -108,7 +108,7 @@ def test_an_answer_that_is_none_is_said() -> None:
     assert "rcon: --on-event: echo junk: " in done.err
 
 
-def test_killed_while_memory_grows_leaves_nothing_that_waits(tmp_path: Path) -> None:
+def test_a_kill_during_expansion_leaves_no_process(tmp_path: Path) -> None:
     out = tmp_path / "out"
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""A user in a group that was given to it makes cgroups that look like others': nobody is let go or ended for that."""
+"""A user makes cgroups in its group that imitate those of rcon: no other process is released or killed for them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEAD = "rcon-999999999-5"
 
 @pytest.fixture
 def group() -> Iterator[Cgroup]:
-    """As ``rcon run --user nobody`` has it: the group and the leaf in it are nobody's."""
+    """A group and its leaf that belong to nobody, as ``rcon run --user nobody`` makes them."""
     cgroup = Hierarchy.discover().cgroup(f"/rcon-tests-{os.getpid()}/held").create()
     cgroup.delegate(NOBODY, NOBODY)
     try:
@@ -36,7 +36,7 @@ def group() -> Iterator[Cgroup]:
 
 
 def move_into(group: Cgroup, below: str) -> None:
-    """As nobody: make the cgroups, and go into the last."""
+    """As nobody: make the cgroups, and enter the last."""
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     for directory in group.directories:
@@ -52,7 +52,7 @@ def move_into(group: Cgroup, below: str) -> None:
 
 @contextlib.contextmanager
 def nobody_in(group: Cgroup, below: str) -> Iterator[Running]:
-    """A process of nobody that sits in a cgroup it made."""
+    """A process of nobody in a cgroup that it made."""
     ready, done = os.pipe()
 
     def act() -> None:
@@ -70,13 +70,13 @@ def nobody_in(group: Cgroup, below: str) -> Iterator[Running]:
 
 
 def where(pid: int) -> set[str]:
-    """The cgroups of a process in the hierarchies that are ours."""
+    """Return the cgroups of a process in the hierarchies that rcon uses."""
     lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     return {line.split(":", 2)[2] for line in lines if "rcon-tests" in line}
 
 
 @pytest.mark.smoke
-def test_what_is_no_watchers_is_not_put_back(group: Cgroup) -> None:
+def test_a_process_without_a_watcher_is_not_moved_back(group: Cgroup) -> None:
     with nobody_in(group, f"{DEAD}/attached/x") as process:
         before = Path(f"/proc/{process.pid}/cgroup").read_text()
         assert where(process.pid) == {f"{group.path}/{DEAD}/attached/x"}
@@ -87,7 +87,7 @@ def test_what_is_no_watchers_is_not_put_back(group: Cgroup) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_release_signals_no_stranger(group: Cgroup, whole: bool) -> None:
+def test_release_signals_no_other_process(group: Cgroup, whole: bool) -> None:
     name = f"backup-{os.getpid()}"
     with running(None, sleep_forever) as victim:
         instance = f"rcon-{victim.pid}-{proc.start_time(victim.pid)}"
@@ -101,7 +101,7 @@ def test_release_signals_no_stranger(group: Cgroup, whole: bool) -> None:
 
 
 def make_deep(directories: list[str]) -> None:
-    """As nobody: cgroups in cgroups, until their path is longer than any path may be."""
+    """As nobody: nest cgroups until their path is longer than PATH_MAX."""
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     for directory in directories:
@@ -111,7 +111,7 @@ def make_deep(directories: list[str]) -> None:
             os.chdir("d" * 200)
 
 
-def test_deeper_than_a_path_can_be_long(group: Cgroup) -> None:
+def test_cgroups_deeper_than_the_longest_path(group: Cgroup) -> None:
     with running(None, make_deep, group.directories) as nobody:
         assert nobody.wait() == 0
     with running(group.child("main").create(), sleep_forever) as process:
@@ -139,8 +139,8 @@ def test_io_limits_cannot_be_left(limits_first: bool) -> None:
         assert group.delete()
 
 
-def test_a_command_of_the_same_user_is_no_way_out() -> None:
-    """On v1 who may write to a cgroup may move there what is its own, from anywhere."""
+def test_a_second_command_of_the_user_gives_no_escape() -> None:
+    """On v1 a user who may write to a cgroup may move its processes there, from anywhere."""
     name = f"wide-{os.getpid()}"
     words = ["run", "--user", "nobody", "--group", name, "--", "sleep", "1000"]
     with running(None, become_rcon, words, []) as wide:

@@ -1,4 +1,4 @@
-"""rcon run inside of rcon run: the limits of both hold, also as different users."""
+"""rcon run inside rcon run: the limits of both hold, for different users too."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def within(
 
 @pytest.fixture
 def open_path() -> Iterator[Path]:
-    """A directory that nobody can reach, unlike pytest's."""
+    """A directory that the user nobody can enter, unlike those of pytest."""
     path = Path(tempfile.mkdtemp(prefix="rcon-nested-", dir="/tmp"))
     try:
         yield path
@@ -93,7 +93,7 @@ def open_path() -> Iterator[Path]:
 
 
 @pytest.mark.smoke
-def test_it_is_inside_of_the_others_group() -> None:
+def test_an_inner_group_is_inside_the_outer_group() -> None:
     done = rcon("run", "--pids", "40", "-g", "outer", "--", RCON, "run", "--pids", "9", "-g", "inner", "--",
                 "cat", "/proc/self/cgroup")  # fmt: skip
     assert (done.status, done.err) == (0, "")
@@ -104,8 +104,8 @@ def test_it_is_inside_of_the_others_group() -> None:
 
 @pytest.mark.measures
 @pytest.mark.layout("v1", "hybrid")
-def test_the_command_line_of_it_uses_the_outers_quota() -> None:
-    """On one machine only: the inner Python has to start within the quota."""
+def test_the_inner_rcon_runs_within_the_outer_quota() -> None:
+    """On the host only: the inner Python has to start within the quota."""
 
     def measure() -> dict[float, float]:
         done = rcon("run", "--cpu", "20%", "--timeout", "5s", "--", RCON, "run", "--cpu", "80%", "--", *SPIN)
@@ -137,7 +137,7 @@ def test_the_tighter_memory_limit_holds(outer: str, inner: str, open_path: Path)
     assert "memory limit 256 MiB reached" not in err
 
 
-def test_the_inner_as_another_user() -> None:
+def test_an_inner_command_as_another_user() -> None:
     done = rcon(
         "run", "--pids", "40", "--", RCON, "run", "--user", "nobody", "--pids", "9", "--", "id", "-un"
     )
@@ -145,7 +145,7 @@ def test_the_inner_as_another_user() -> None:
 
 
 @pytest.mark.layout("v1", "hybrid")
-def test_limits_of_io_cannot_be_within_others_on_v1() -> None:
+def test_nested_io_limits_are_refused_on_v1() -> None:
     done = rcon("run", "--write", "5M", "--device", DISK, "--", RCON, "run", "--write", "1M", "--device", DISK,
                 "--", "true")  # fmt: skip
     assert done.status == 125
@@ -153,7 +153,7 @@ def test_limits_of_io_cannot_be_within_others_on_v1() -> None:
     assert "set IO limits there alone" in done.err
 
 
-def test_a_group_that_was_given_to_another_user(open_path: Path) -> None:
+def test_an_inner_rcon_in_a_group_delegated_to_its_user(open_path: Path) -> None:
     status, out, err = within(PIDS, INNER, open_path, NOBODY, delegate=True)
     assert (status, err) == (0, "")
     paths = [line.split(":", 2)[2] for line in out.splitlines() if "/work/inner/main" in line]
@@ -161,7 +161,7 @@ def test_a_group_that_was_given_to_another_user(open_path: Path) -> None:
     assert all("/work/outer/rcon-" in path for path in paths)
 
 
-def test_a_group_that_was_not(open_path: Path) -> None:
+def test_an_inner_rcon_in_a_group_not_delegated(open_path: Path) -> None:
     status, out, err = within(PIDS, INNER, open_path, NOBODY)
     assert (status, out) == (125, "")
     assert err.startswith("rcon: ")
@@ -170,8 +170,8 @@ def test_a_group_that_was_not(open_path: Path) -> None:
 
 @pytest.mark.layout("v1", "hybrid")
 @pytest.mark.parametrize("inner", ["256M", None])
-def test_the_outer_says_that_its_own_limit_ended_what_was_nested(inner: str | None) -> None:
-    """On one machine only: the inner Python has to start. v1 counts the kill in the inner's cgroup, gone by then."""
+def test_the_outer_rcon_reports_its_limit_for_a_nested_kill(inner: str | None) -> None:
+    """On the host only: the inner Python has to start. v1 counts the kill in the inner cgroup, which is gone then."""
     limits = [] if inner is None else ["--memory", inner]
     done = rcon("run", "--memory", "64M", "--swap", "0", "--", RCON, "run", *limits, "--", *ALLOCATE)
     assert done.status == 137
@@ -180,7 +180,7 @@ def test_the_outer_says_that_its_own_limit_ended_what_was_nested(inner: str | No
 
 
 @pytest.mark.layout("v1", "hybrid")
-def test_the_outer_claims_nothing_that_the_inners_limit_ended() -> None:
+def test_the_outer_rcon_does_not_report_a_kill_of_the_inner_limit() -> None:
     done = rcon(
         "run", "--memory", "256M", "--", RCON, "run", "--memory", "32M", "--swap", "0", "--", *ALLOCATE
     )
@@ -189,8 +189,8 @@ def test_the_outer_claims_nothing_that_the_inners_limit_ended() -> None:
     assert (done.report["outcome"], done.report["limit"]) == ("error", None)
 
 
-def test_the_inner_that_is_killed_at_the_outers_limit_is_told_of(open_path: Path) -> None:
-    """It cannot say so itself, and leaves its cgroups behind."""
+def test_the_outer_rcon_reports_the_kill_of_the_inner_rcon(open_path: Path) -> None:
+    """The inner rcon cannot report its own kill, and leaves its cgroups behind."""
     resources = Resources(memory_max=64 << 20, swap_max=0)
     status, _, _ = within(resources, ["run", "--", *ALLOCATE], open_path, told=open_path / "told")
     assert status == 137

@@ -1,4 +1,4 @@
-"""rcon run --policy: the plugins that the settings name hear of its events, and what they answer is applied."""
+"""rcon run --policy: the plugins of the settings get its events, and the limits they return are applied."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.each_layout
 
 
 def until_heard(folder: Path) -> str:
-    """Takes more than 32M, and pauses until the plugin was asked and its answer applied: on v1 nothing slows it down.
+    """Allocate more than 32M, and pause until the plugin has set a limit: on v1 nothing slows the allocation down.
 
     At no time more than 64M: a shell holds what it reads twice.
     """
@@ -29,7 +29,7 @@ def until_heard(folder: Path) -> str:
 
 @pytest.fixture
 def listener(tmp_path: Path) -> Callable[..., Callable[[], None]]:
-    """It, installed; it answers events of a kind with more memory."""
+    """The installed plugin: returns more memory for events of a kind."""
     installed = install(tmp_path)
 
     def make(kind: str = "", memory: str = "") -> Callable[[], None]:
@@ -53,10 +53,10 @@ def heard(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.smoke
-def test_a_plugin_gives_more_before_memory_that_grows_ends(
+def test_a_plugin_raises_the_limit_before_the_kill(
     tmp_path: Path, listener: Callable[..., Callable[[], None]]
 ) -> None:
-    """Also by --on-event, which is told of the same."""
+    """--on-event, which gets the same events, raises it too."""
     memory = '{ limit = "32M", expand = "2x", up_to = "64M" }'
     settings = write(tmp_path, f"memory = {memory}\nswap = 0")
     told = tmp_path / "told"
@@ -76,7 +76,7 @@ def test_a_plugin_gives_more_before_memory_that_grows_ends(
     )  # of the shell, which holds it twice: it was given 1G
 
 
-def test_the_limit_that_a_plugin_gave_is_the_one_that_is_told(
+def test_the_limit_set_by_a_plugin_is_reported(
     tmp_path: Path, listener: Callable[..., Callable[[], None]]
 ) -> None:
     settings = write(tmp_path, 'memory = { limit = "32M", expand = "2x", up_to = "1G" }\nswap = 0')
@@ -90,9 +90,7 @@ def test_the_limit_that_a_plugin_gave_is_the_one_that_is_told(
     assert done.report["outcome"] == "memory"
 
 
-def test_events_of_the_single_command_are_told(
-    tmp_path: Path, listener: Callable[..., Callable[[], None]]
-) -> None:
+def test_each_limit_events_reach_plugins(tmp_path: Path, listener: Callable[..., Callable[[], None]]) -> None:
     settings = write(tmp_path, "each = { pids = 4 }")
     done = rcon(
         *("run", "--policy", "job", "--settings", settings, "--group", "forks", "--", "sh", "-c", FORKS),
@@ -105,7 +103,7 @@ def test_events_of_the_single_command_are_told(
     assert all(pressure["usage"] for pressure in heard(tmp_path, "pressure"))
 
 
-def test_memory_of_the_single_command_grows_without_a_plugin_too(tmp_path: Path) -> None:
+def test_each_memory_expands_without_a_plugin(tmp_path: Path) -> None:
     settings = tmp_path / "rcon.toml"
     settings.write_text(
         '[policy.job]\neach = { memory = { limit = "32M", expand = "2x", up_to = "1G" }, swap = 0 }\n'

@@ -1,4 +1,4 @@
-"""rcon run: limits that hold from the first instruction, all that was started ended, and what is said of it."""
+"""rcon run: limits hold from the first instruction, all processes end with the command, and the outcome is reported."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_command_is_confined_before_its_first_instruction() -> None:
         (["sh", "-c", "kill -INT $$"], -signal.SIGINT, ""),
     ],
 )
-def test_the_exit_status_is_the_commands(command: list[str], status: int, said: str) -> None:
+def test_the_exit_status_is_that_of_the_command(command: list[str], status: int, said: str) -> None:
     done = rcon("run", "--", *command)
     assert (done.status, done.err) == (status, said)
     assert done.report["outcome"] == ("ok" if status == 0 else "error" if status == 3 else "killed")
@@ -70,7 +70,7 @@ def test_a_cpu_quota_holds() -> None:
 
 
 @pytest.mark.each_layout
-def test_a_memory_limit_kills_and_is_said() -> None:
+def test_a_memory_limit_kills_and_is_reported() -> None:
     done = rcon("run", "--memory", "64M", "--swap", "0", "--", "sh", "-c", ALLOCATE.format(200))
     assert done.status == 137
     assert done.err == "rcon: memory limit 64 MiB reached (peak 64.0 MiB)\n"
@@ -92,7 +92,7 @@ def test_a_fork_bomb_stops() -> None:
 
 
 @pytest.mark.each_layout
-def test_what_somebody_ends_was_not_ended_by_a_limit_it_met_before() -> None:
+def test_a_signal_after_a_limit_hit_is_reported_as_the_signal() -> None:
     script = "(sleep 0 | sleep 0 | sleep 0 | sleep 0) 2>/dev/null; kill -TERM $$"
     done = rcon("run", "--pids", "3", "--", "sh", "-c", script)
     assert (done.status, done.report["outcome"], done.report["limit"]) == (143, "killed", None)
@@ -100,7 +100,7 @@ def test_what_somebody_ends_was_not_ended_by_a_limit_it_met_before() -> None:
 
 
 def write_directly(target: Path, size: int, *limits: str | Path) -> float:
-    """The MiB per second at which dd writes so many past the page cache, by its own clock."""
+    """Return the MiB per second at which dd writes past the page cache, by its own clock."""
     done = rcon(
         *("run", *limits, "--", "env", "LC_ALL=C", "dd", "if=/dev/zero", f"of={target}"),
         *("bs=1M", f"count={size}", "oflag=direct"),
@@ -112,7 +112,7 @@ def write_directly(target: Path, size: int, *limits: str | Path) -> float:
 
 
 @pytest.mark.measures(each_layout=True)
-def test_writes_are_held_down_to_the_limit_and_no_further() -> None:
+def test_writes_reach_the_limit_and_stay_below_it() -> None:
     size, limit = 20, 5
     target = DISK / f"rcon-run-{os.getpid()}"
     try:
@@ -130,7 +130,7 @@ def test_writes_are_held_down_to_the_limit_and_no_further() -> None:
 
 
 @pytest.mark.each_layout
-def test_a_timeout_ends_the_command_and_all_it_started(tmp_path: Path) -> None:
+def test_a_timeout_kills_the_command_and_its_descendants(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = (
         f"setsid sh -c 'echo $$ >> {pids}; exec sleep 1000' & (sh -c 'echo $$ >> {pids}; exec sleep 1000' &) ;"
@@ -148,7 +148,7 @@ def test_a_timeout_ends_the_command_and_all_it_started(tmp_path: Path) -> None:
 
 
 @pytest.mark.each_layout
-def test_a_timeout_ends_what_has_stopped_itself(tmp_path: Path) -> None:
+def test_a_timeout_kills_a_stopped_command(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     script = f"setsid sh -c 'echo $$ > {pid}; exec sleep 1000' & until [ -s {pid} ]; do sleep 0.1; done; kill -STOP $$"
     done = rcon("run", "--timeout", "5s", "--", "sh", "-c", script)
@@ -156,7 +156,7 @@ def test_a_timeout_ends_what_has_stopped_itself(tmp_path: Path) -> None:
     assert not alive(int(pid.read_text()))
 
 
-def test_where_the_caller_ignores_how_children_end() -> None:
+def test_the_exit_status_with_sigchld_ignored() -> None:
     def ignore() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
@@ -168,13 +168,13 @@ def test_where_the_caller_ignores_how_children_end() -> None:
     assert rcon("run", "--", "sh", "-c", "exit 3", before=ignore).status == 3
 
 
-def test_the_report_is_no_standard_stream_that_is_closed() -> None:
+def test_the_report_does_not_take_a_closed_standard_stream() -> None:
     done = rcon("run", "--timeout", "100ms", "--", "sleep", "1000", before=lambda: os.close(2))
     assert (done.status, done.err, done.report["outcome"]) == (137, "", "timeout")
 
 
 @pytest.mark.each_layout
-def test_what_it_leaves_behind_ends_with_it(tmp_path: Path) -> None:
+def test_background_processes_end_with_the_command(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     done = rcon(
         "run",
@@ -187,7 +187,7 @@ def test_what_it_leaves_behind_ends_with_it(tmp_path: Path) -> None:
     assert not alive(int(pid.read_text()))
 
 
-def test_the_environment_and_open_files_are_the_callers(tmp_path: Path) -> None:
+def test_the_command_gets_the_environment_and_open_files(tmp_path: Path) -> None:
     extra = tmp_path / "extra"
 
     def before() -> None:
@@ -233,7 +233,7 @@ def test_another_user(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_turns_out_not_to_be_executable(content: str, status: int, said: str, tmp_path: Path) -> None:
+def test_a_file_that_execve_refuses(content: str, status: int, said: str, tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text(content)
     program.chmod(0o755)
@@ -243,7 +243,7 @@ def test_what_turns_out_not_to_be_executable(content: str, status: int, said: st
     assert (done.report["outcome"], done.report["status"]) == ("refused", status)
 
 
-def test_what_another_user_cannot_execute_is_said(tmp_path: Path) -> None:
+def test_a_program_that_the_user_cannot_execute(tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o700)
@@ -255,7 +255,7 @@ def test_what_another_user_cannot_execute_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.each_layout
-def test_a_user_may_make_cgroups_inside_but_not_change_the_limits() -> None:
+def test_a_user_can_make_cgroups_inside_but_not_change_limits() -> None:
     script = """
     for line in $(cat /proc/self/cgroup); do
         path=${line#*:*:}; names=${line#*:}; names=${names%%:*}
@@ -278,8 +278,8 @@ def test_a_user_may_make_cgroups_inside_but_not_change_the_limits() -> None:
 
 
 @pytest.mark.layout("hybrid", "v1")
-def test_a_user_cannot_get_around_io_limits_in_a_cgroup_of_its_own() -> None:
-    """On v1 a cgroup within is not held to the IO limits of the one around it."""
+def test_io_limits_hold_in_a_cgroup_that_the_user_made() -> None:
+    """On v1 the IO limits of a cgroup do not hold for the cgroups in it."""
     script = (
         "p=/sys/fs/cgroup/blkio$(grep blkio: /proc/self/cgroup | cut -d: -f3); mkdir $p/free || echo kept"
     )
@@ -288,7 +288,7 @@ def test_a_user_cannot_get_around_io_limits_in_a_cgroup_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_rcon_reaches_the_command_and_the_group_goes(
+def test_a_signal_to_rcon_reaches_the_command_and_removes_the_group(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -311,7 +311,7 @@ def test_a_signal_to_rcon_reaches_the_command_and_the_group_goes(
 
 
 @pytest.mark.each_layout
-def test_if_rcon_is_killed_its_command_dies_and_the_next_run_clears_up(tmp_path: Path) -> None:
+def test_the_command_dies_with_rcon_and_the_next_run_cleans_up(tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = "sh -c 'echo child $$; exec sleep 1000' & echo command $$; wait"
     pid = os.fork()
@@ -335,7 +335,7 @@ def test_if_rcon_is_killed_its_command_dies_and_the_next_run_clears_up(tmp_path:
 
 
 def test_a_pipe_closes_when_the_command_closes_it() -> None:
-    """rcon holds neither standard input nor output open beside the command."""
+    """rcon does not keep standard input or output open while the command runs."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -369,8 +369,8 @@ def test_a_policy_of_a_settings_file(tmp_path: Path) -> None:
     assert done.report["policy"] == "job"
 
 
-def test_a_user_with_too_many_processes_gets_no_more_by_a_command(tmp_path: Path) -> None:
-    """The kernel looks when the user is taken, and refuses to execute: the limit has to be there before that."""
+def test_a_user_at_its_nproc_limit_cannot_run_a_command(tmp_path: Path) -> None:
+    """The kernel checks RLIMIT_NPROC when the uid changes, and execve fails: the limit must be set before that."""
     settings = tmp_path / "rcon.toml"
     settings.write_text(f"[policy.job]\nuser = {BUSY}\ngroup = {BUSY}\nrlimits = {{ nproc = 0 }}\n")
     with subprocess.Popen(["sleep", "1000"], user=BUSY) as other:
@@ -381,7 +381,7 @@ def test_a_user_with_too_many_processes_gets_no_more_by_a_command(tmp_path: Path
 
 
 @pytest.mark.each_layout
-def test_limits_of_the_command_line_come_on_top_of_a_policy(tmp_path: Path) -> None:
+def test_options_override_limits_of_a_policy(tmp_path: Path) -> None:
     settings = tmp_path / "rcon.toml"
     settings.write_text('[policy.job]\nmemory = "1G"\neach = { timeout = "100s" }\n')
     done = rcon(
@@ -393,7 +393,7 @@ def test_limits_of_the_command_line_come_on_top_of_a_policy(tmp_path: Path) -> N
 
 
 @pytest.mark.each_layout
-def test_that_a_limit_of_a_policy_was_reached_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_limit_of_a_policy_is_reported_in_one_line(tmp_path: Path) -> None:
     settings = tmp_path / "rcon.toml"
     settings.write_text('[policy.job]\neach = { timeout = "100ms" }\n')
     code = "from rcon_plugins.cli.start import main; main()"  # as a shell has it: nobody has set up a log

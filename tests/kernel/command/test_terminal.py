@@ -1,4 +1,4 @@
-"""rcon run on a terminal: the keys, the shell's job control and programs with jobs of their own, as without rcon."""
+"""rcon run on a terminal: keys, job control of the shell, and programs with job control, as without rcon."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COUNT = "trap 'echo got-{0}' {0}; echo ready; for i in 1 2 3 4 5 6 7 8 9 10; do 
 
 
 @pytest.mark.smoke
-def test_ctrl_c_reaches_the_command_once_and_rcon_not_at_all() -> None:
+def test_ctrl_c_reaches_the_command_once_and_not_rcon() -> None:
     with terminal("run", "--", "bash", "-c", COUNT.format("INT")) as tty:
         tty.wait_for("ready")
         tty.type("\x03")
@@ -22,14 +22,14 @@ def test_ctrl_c_reaches_the_command_once_and_rcon_not_at_all() -> None:
         assert tty.event() == "ended 4"
 
 
-def test_ctrl_c_ends_a_command_that_does_nothing_about_it() -> None:
+def test_ctrl_c_ends_a_command_without_a_handler() -> None:
     with terminal("run", "--", "sh", "-c", "echo ready; exec sleep 1000") as tty:
         tty.wait_for("ready")
         tty.type("\x03")
         assert tty.event() == f"ended -{signal.SIGINT:d}"
 
 
-def test_ctrl_z_stops_both_and_fg_lets_both_go_on() -> None:
+def test_ctrl_z_stops_and_fg_resumes_both() -> None:
     with terminal("run", "--", "bash", "-c", "echo ready; read line; echo heard $line; exit 5") as tty:
         tty.wait_for("ready")
         for _ in range(2):
@@ -41,7 +41,7 @@ def test_ctrl_z_stops_both_and_fg_lets_both_go_on() -> None:
         assert tty.event() == "ended 5"
 
 
-def test_the_shells_signal_to_the_whole_job_arrives_once() -> None:
+def test_a_signal_to_the_whole_job_arrives_once() -> None:
     with terminal("run", "--", "bash", "-c", COUNT.format("TERM")) as tty:
         tty.wait_for("ready")
         os.killpg(tty.job, signal.SIGTERM)
@@ -57,14 +57,14 @@ def test_a_signal_to_rcon_alone_arrives_once() -> None:
         assert tty.event() == "ended 4"
 
 
-def test_the_command_has_the_foreground_of_the_terminal() -> None:
+def test_the_command_is_in_the_foreground() -> None:
     script = "read -r a b c d group e f front rest < /proc/$$/stat; echo ready $((group - front)) $group"
     with terminal("run", "--", "bash", "-c", script) as tty:
         assert tty.wait_for("\r\n").split() == ["ready", "0", str(tty.job)]
         assert tty.event() == "ended 0"
 
 
-def test_a_shell_in_it_has_jobs_of_its_own_and_can_be_suspended() -> None:
+def test_a_shell_as_command_has_job_control() -> None:
     with terminal("run", "--", "bash", "--norc", "--noprofile", "-i") as tty:
         tty.type("PS1=; set +o emacs; echo is $((6*7))\n")
         tty.wait_for("is 42")
@@ -84,7 +84,7 @@ def test_a_shell_in_it_has_jobs_of_its_own_and_can_be_suspended() -> None:
 
 
 def test_a_pager_reads_its_keys_in_a_pipeline() -> None:
-    """The command is in the shell's own group, so that others of the job keep the terminal too."""
+    """The command stays in the process group of the job, so that the rest of the job keeps the terminal too."""
     with terminal("run", "--", "sh", "-c", "seq 3 | sh -c 'cat; read key < /dev/tty; echo key $key'") as tty:
         tty.wait_for("3")
         tty.type("q\n")
@@ -92,7 +92,7 @@ def test_a_pager_reads_its_keys_in_a_pipeline() -> None:
         assert tty.event() == "ended 0"
 
 
-def test_what_rcon_says_does_not_stop_it_where_only_the_foreground_may_write() -> None:
+def test_messages_of_rcon_do_not_stop_it_with_tostop() -> None:
     with terminal("run", "--timeout", "1s", "--", "sh", "-c", "stty tostop; sleep 1000") as tty:
         tty.wait_for("limit 1 s reached")
         assert tty.event() == "ended 137"

@@ -27,7 +27,7 @@ FEWEST = 6
 
 @pytest.fixture
 def base() -> Iterator[Cgroup]:
-    """A path in the tree with nothing there; what comes to be there is gone afterwards."""
+    """A path in the tree where nothing exists; what is made there is removed afterwards."""
     cgroup = Hierarchy.discover().cgroup(f"/rcon-check-{os.getpid()}")
     try:
         yield cgroup
@@ -64,7 +64,7 @@ def test_settings_that_can_be_enforced(
 
 
 @pytest.mark.each_layout
-def test_nothing_is_made_for_what_cannot_be_enforced(
+def test_a_refused_file_makes_no_cgroup(
     base: Cgroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "rcon.toml"
@@ -75,7 +75,7 @@ def test_nothing_is_made_for_what_cannot_be_enforced(
 
 
 @pytest.mark.each_layout
-def test_a_disk_that_is_not_there_is_told_of_the_policy_that_names_it(
+def test_a_missing_disk_is_reported_with_its_policy(
     base: Cgroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "rcon.toml"
@@ -97,8 +97,8 @@ def test_a_disk_that_is_not_there_is_told_of_the_policy_that_names_it(
 
 
 @pytest.mark.each_layout
-def test_without_a_cgroup_of_ones_own(tmp_path: Path, in_child: Any) -> None:
-    """An ordinary user is told the commands that make one, each in a line of its own."""
+def test_without_a_delegated_cgroup(tmp_path: Path, in_child: Any) -> None:
+    """An ordinary user gets the commands that make one, each in a line of its own."""
     file = tmp_path / "rcon.toml"
     file.write_text("[policy.web]\npids = 8\n")
     file.chmod(0o644)
@@ -136,8 +136,8 @@ def test_without_a_cgroup_of_ones_own(tmp_path: Path, in_child: Any) -> None:
 
 
 @pytest.mark.each_layout
-def test_the_limit_is_named_as_the_policy_writes_it(base: Cgroup, tmp_path: Path) -> None:
-    """Why a process, when it is because of a limit."""
+def test_a_limit_is_named_by_its_key(base: Cgroup, tmp_path: Path) -> None:
+    """In the reason for isolation = "process"."""
     file = tmp_path / "rcon.toml"
     file.write_text(f'cgroup = "/rcon-check-{os.getpid()}"\n[policy.web]\nmemory = "64M"\n')
     text, good = check.check(str(file), "sync", as_json=False)
@@ -146,7 +146,7 @@ def test_the_limit_is_named_as_the_policy_writes_it(base: Cgroup, tmp_path: Path
 
 
 def test_commands_of_the_documentation(tmp_path: Path) -> None:
-    """With the file that docs/reference/check.md shows, and what it says that they print."""
+    """With the file in docs/reference/check.md, and the output shown there."""
     page = (ROOT / "docs/reference/check.md").read_text()
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S)
     (tmp_path / "rcon.toml").write_text(next(text for language, text in blocks if language == "toml"))

@@ -130,7 +130,7 @@ def nest(base: str, levels: int) -> str:
     return instance.path
 
 
-def test_deeper_than_a_path_can_be_long(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cgroups_deeper_than_the_longest_path(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     path = children.in_child(nest, group.path, 25)
     status, out = gc(group, capsys, "--dry-run")
     assert status == 0
