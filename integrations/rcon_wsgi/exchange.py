@@ -23,7 +23,7 @@ from rcon_plugins.errors import ApplicationError
 from rcon_plugins.executors.channel import CHUNK, ChannelClosed, Frame, ProtocolViolation
 from rcon_plugins.outcome import Outcome
 from rcon_wsgi import wire
-from rcon_wsgi.request import is_problem, respond
+from rcon_wsgi.request import ANSWERED, respond
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
@@ -132,7 +132,7 @@ class Exchange:
                 raise self._failed(payload)
             raise ProtocolViolation(f"a response cannot begin with a frame of kind {kind}")
         except _Failed as failed:
-            if is_problem(failed.outcome):
+            if failed.outcome.ending not in ANSWERED:
                 return respond(self._environ, start_response, failed.outcome)
             raise failed.error from None
         except ChannelClosed:
@@ -148,7 +148,7 @@ class Exchange:
         if start.status.startswith("500"):
             self._ending = "error"
             outcome, only = self._hold_back()
-            if outcome is not None and is_problem(outcome):
+            if outcome is not None and outcome.ending not in ANSWERED:
                 return respond(self._environ, start_response, outcome)
             self._hand_over()
             start_response(start.status, start.headers)
@@ -174,7 +174,7 @@ class Exchange:
                 self._hand_over()
                 return self._pending.pop()
         except _Failed as failed:
-            if is_problem(failed.outcome):
+            if failed.outcome.ending not in ANSWERED:
                 raise self._cut(failed.outcome) from None
             raise failed.error from None
         except ChannelClosed:
@@ -247,7 +247,7 @@ class Exchange:
             kind, payload = self._next()
             if kind == wire.DONE:
                 outcome = self._done(payload)
-                if is_problem(outcome):  # the deadline came just before the end
+                if outcome.ending not in ANSWERED:  # the deadline came just before the end
                     return respond(self._environ, start_response, outcome)
                 start_response(start.status, start.headers)
                 return [chunk]
@@ -269,7 +269,8 @@ class Exchange:
         size = len(payload)
         while size < CHUNK and self._frames and self._frames[-1].kind in (wire.DATA, wire.ERRORS):
             kind, payload = self._frames.pop()
-            self._count(payload)
+            if len(payload) < SMALL_FRAME and (pause := self._limiter.count()):
+                self._pause(pause)
             if kind == wire.ERRORS:
                 self._write_log(payload)
             elif payload:
@@ -294,18 +295,18 @@ class Exchange:
             if kind in (wire.READ, wire.READLINE):
                 self._read(kind, wire.decode_size(payload))
                 continue
-            self._count(payload)
+            if len(payload) < SMALL_FRAME and (pause := self._limiter.count()):
+                self._pause(pause)
             if kind != wire.ERRORS:
                 return kind, payload
             self._write_log(payload)
 
-    def _count(self, payload: bytes) -> None:
-        """Count the frame if it is small, and wait where such frames come too fast."""
-        if len(payload) < SMALL_FRAME and (pause := self._limiter.count()):
-            if self._client is None:
-                time.sleep(pause)
-            else:
-                self._client.pause(pause)
+    def _pause(self, seconds: float) -> None:
+        """Wait where small frames come too fast. Raises `ClientGone`."""
+        if self._client is None:
+            time.sleep(seconds)
+        else:
+            self._client.pause(seconds)
 
     def _write_log(self, payload: bytes) -> None:
         if self._log is None:
@@ -331,8 +332,8 @@ class Exchange:
             answer = (wire.INPUT, data)
         if client is not None:
             client.enter(Stage.EXECUTOR)
-        if not answer[1] or answer[0] == wire.INPUT_FAILED:
-            self._count(b"")
+        if (not answer[1] or answer[0] == wire.INPUT_FAILED) and (pause := self._limiter.count()):
+            self._pause(pause)
         self._channel.send(answer, wait=None if client is None else client.wait_to_send)
 
     # -- how the work is settled: each sets the state first, so that it happens once -----------------
@@ -345,12 +346,12 @@ class Exchange:
     def _done(self, payload: bytes) -> Outcome:
         if self._answer(payload):
             raise ProtocolViolation("an end with a payload")
-        self._check_last()
+        self._settle_at_last()
         return self._admission.finish(self._ending, self._status if self._ending == "error" else "")
 
     def _failed(self, payload: bytes) -> _Failed:
         failure = wire.decode_failure(self._answer(payload))
-        self._check_last()
+        self._settle_at_last()
         # The server will log it, line by line, and no more of it than is sensible.
         prefix = log_prefix(self._admission.policy.name, self._admission.key)
         name = escape_unprintable(failure.type_name[:LINE_CHARACTERS])
@@ -361,11 +362,13 @@ class Exchange:
             return _Failed(self._input_error, outcome)
         return _Failed(ApplicationError(name, message, text), outcome)
 
-    def _check_last(self) -> None:
-        """Settle the state at the last frame of a request. Raise `ProtocolViolation` where more follows."""
+    def _settle_at_last(self) -> None:
+        """Settle at the last frame of a request. Raise `ProtocolViolation` where more follows."""
         if self._frames or not self._channel.drained:
             raise ProtocolViolation("a frame after the last")
-        self._settled()
+        self._state = "settled"
+        if self._client is not None:
+            self._client.release()
 
     def _died(self) -> Outcome:
         self._settled()

@@ -115,6 +115,9 @@ def _decoded(path: str) -> str:
         return path
 
 
+#: The endings for which the client gets the application's response; for others it gets a problem.
+ANSWERED: Final = frozenset({"ok", "error"})
+
 _UNAVAILABLE: Final = "503 Service Unavailable"
 _FORBIDDEN: Final = "403 Forbidden"
 _GATEWAY_TIMEOUT: Final = "504 Gateway Timeout"
@@ -163,11 +166,6 @@ _ENDINGS: Final[dict[type[LimitExceeded], Ending]] = {
     PidsLimitExceeded: "pids",
     TimeLimitExceeded: "timeout",
 }
-
-
-def is_problem(outcome: Outcome) -> bool:
-    """Return whether the client gets a problem in place of the application's response."""
-    return outcome.ending not in ("ok", "error")
 
 
 def respond_refused(

@@ -25,6 +25,12 @@ MAX_PAYLOAD = 1024 * 1024
 CHUNK = 64 * 1024
 #: Kinds below this one are the executor's own; services number theirs from here.
 FIRST_SERVICE_KIND = 16
+#: First frame of a new executor process, and last after each unit of work: it is confined and waits. Payload: its pid.
+READY = 1
+#: First frame of a new executor process: it could not be confined. Payload: why, as text.
+FAILED = 2
+#: First frame of a new executor process: its confinement has as many processes as it may. Payload: why, as text.
+FULL = 3
 
 
 _NOT_OURS = "this process is a fork of the channel's owner and may not use it"
@@ -62,18 +68,13 @@ class Channel:
         self._buffer: bytes | bytearray = b""
         self._position = 0
         self._owner = os.getpid()
+        #: Whether all of the service's frames that were read from the socket have been received. The executor's own
+        #: frames may follow them.
+        self.drained = True
 
     def fileno(self) -> int:
         """The socket's descriptor, to poll."""
         return self._socket.fileno()
-
-    @property
-    def drained(self) -> bool:
-        """Whether all of the service's frames that were read from the socket have been received.
-
-        The executor's own may follow them. Does not look at the socket.
-        """
-        return not self._buffer or self._buffer[self._position] < FIRST_SERVICE_KIND
 
     @property
     def quiet(self) -> bool:
@@ -141,9 +142,10 @@ class Channel:
         else:
             with memoryview(self._buffer) as view:
                 payload = bytes(view[start:end])
-        self._position = end
         if end == len(self._buffer):
-            self._buffer, self._position = b"", 0
+            self._buffer, self._position, self.drained = b"", 0, True
+        else:
+            self._position, self.drained = end, self._buffer[end] < FIRST_SERVICE_KIND
         return Frame(kind, payload)
 
     def receive_batch(self, wait: Callable[[], object] | None = None) -> list[Frame]:
@@ -162,9 +164,9 @@ class Channel:
             with memoryview(buffer) as view:
                 frames.append(Frame(kind, bytes(view[start:position])))
         if position == size:
-            self._buffer, self._position = b"", 0
+            self._buffer, self._position, self.drained = b"", 0, True
         else:
-            self._position = position
+            self._position, self.drained = position, buffer[position] < FIRST_SERVICE_KIND
         frames.reverse()
         return frames
 
@@ -224,7 +226,7 @@ class Channel:
         if not data:
             raise ChannelClosed("the other side closed the channel")
         if not self._buffer:
-            self._buffer = data
+            self._buffer, self.drained = data, data[0] < FIRST_SERVICE_KIND
             return
         if isinstance(self._buffer, bytes):
             self._buffer = bytearray(memoryview(self._buffer)[self._position :])

@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from rcon_plugins.executors.channel import Channel
+from rcon_plugins.executors.channel import READY, Channel, ChannelClosed, ChannelTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,7 +75,8 @@ class State(enum.Enum):
     ENDED = enum.auto()
 
 
-_USABLE = frozenset({State.STARTING, State.WAITING, State.SERVING, State.RETURNING})
+#: An executor in one of these may serve work now or later: it counts among the executor processes that may exist.
+USABLE = frozenset({State.STARTING, State.WAITING, State.SERVING, State.RETURNING})
 _EXIT_REPORTED = frozenset({State.LEFT, State.EXITED, State.ENDED})
 
 
@@ -155,39 +156,49 @@ class Executor:
     def set_ready(self, pid: int) -> None:
         """Note READY: it is confined and waits for work."""
         self.pid = pid
-        self._change({State.STARTING: State.WAITING, State.RETURNING: State.WAITING})
+        with self.lock:
+            if self.state in (State.STARTING, State.RETURNING):
+                self.state, self.since = State.WAITING, time.monotonic()
 
-    def begin_work(self) -> Reading:
-        """Count one more use and reset the memory peak where the kernel can. Return what was used before."""
+    def begin_work(self, deadline: float | None, action: Callable[[], object]) -> Reading:
+        """Count one more use, and reset the memory peak where the kernel can. Return what was used before.
+
+        At ``deadline`` (`time.monotonic`) the supervisor calls ``action``, as `set_deadline` says.
+        """
         with self.lock:
             if self.uses and self._meter is not None:
                 self._meter.reset_peak()
             self.uses += 1
             if self.state is State.WAITING:
-                self._enter(State.SERVING)
+                self.state, self.since = State.SERVING, time.monotonic()
+            if deadline is not None:
+                self._deadline_at(deadline, action)
         return self.reading
 
-    def end_work(self) -> None:
-        """Note the end of the work under way."""
+    def end_work(self) -> Reading:
+        """Note that the work is over. Return what its cgroup has used. Raises `KernelError`."""
         with self.lock:
             if self.state is State.SERVING:
-                self._enter(State.RETURNING)
+                self.state, self.since = State.RETURNING, time.monotonic()
+            if self._meter is not None:
+                self.reading = self._meter.read()
+        return self.reading
 
     def leave_children(self) -> None:
         """Let the process end by itself, and what its work started go on."""
-        self._change(dict.fromkeys(_USABLE, State.LEAVING))
+        self._change(dict.fromkeys(USABLE, State.LEAVING))
 
     def set_killed(self, reason: str) -> None:
         """Note why the host kills it, and all that it started. The first reason stays."""
         with self.lock:
             self.kill_reason = self.kill_reason or reason
-        self._change({**dict.fromkeys(_USABLE | {State.LEAVING}, State.KILLED), State.LEFT: State.EXITED})
+        self._change({**dict.fromkeys(USABLE | {State.LEAVING}, State.KILLED), State.LEFT: State.EXITED})
 
     def set_exited(self, status: int | None, problem: str | None = None) -> None:
         """Note the end of the process; ``status`` is None if unknown. ``problem``: why it could not be forked."""
         self.status = status if self.status is None else self.status
         self.kill_reason = self.kill_reason or problem
-        self._change({**dict.fromkeys(_USABLE | {State.KILLED}, State.EXITED), State.LEAVING: State.LEFT})
+        self._change({**dict.fromkeys(USABLE | {State.KILLED}, State.EXITED), State.LEAVING: State.LEFT})
 
     def set_ended(self) -> list[Callable[[], object]]:
         """Note that nothing is left of it, and set ``ended``. Return what is now to be called."""
@@ -210,21 +221,31 @@ class Executor:
     # -- questions --------------------------------------------------------------------------------
 
     @property
-    def is_usable(self) -> bool:
-        """Whether it may serve work now or later: it counts among the executor processes that may exist."""
-        return self.state in _USABLE
-
-    @property
     def exit_reported(self) -> bool:
         """Whether the fork server reported the end of the process, or cannot any more."""
         return self.state in _EXIT_REPORTED
 
-    def is_alone(self, reading: Reading) -> bool:
-        """Whether the executor process is the only one in its cgroup: its work left no process behind."""
-        if reading.pids_current == 1:
-            return True
-        # More than one task: threads of the executor process itself do not count, other processes do.
+    def is_alone(self) -> bool:
+        """Whether the executor process is the only one in its cgroup, whatever threads it has. Raises `KernelError`."""
         return self.leaf.processes() == [self.pid]
+
+    def is_back(self, seconds: float) -> bool | None:
+        """Whether it waits for work, after so many seconds at most. None: not yet; False: it never will.
+
+        False where it died, and where code of an earlier request still sends.
+        """
+        if self.state is not State.RETURNING:
+            return self.channel.quiet
+        try:
+            frame = self.channel.receive_last(seconds)
+        except ChannelTimeout:
+            return None
+        except ChannelClosed:
+            return False
+        if frame.kind != READY:
+            return False
+        self.set_ready(self.pid)
+        return True
 
     def read(self) -> Reading:
         """Return what its cgroup has used; the last reading once it has ended. Raises `KernelError`."""
@@ -258,9 +279,13 @@ class Executor:
         wake-up, and what the supervisor keeps does not grow with the number of requests.
         """
         with self.lock:
-            self.deadline = (when, action)
-            if self._alarm is None or self._alarm > when:
-                self._set_alarm(when)
+            self._deadline_at(when, action)
+
+    def _deadline_at(self, when: float, action: Callable[[], object]) -> None:
+        """With the lock held."""
+        self.deadline = (when, action)
+        if self._alarm is None or self._alarm > when:
+            self._set_alarm(when)
 
     def _set_alarm(self, when: float) -> None:
         self._alarm = when

@@ -31,7 +31,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from rcon_plugins.errors import ConfinementError, KernelError
-from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
+from rcon_plugins.executors.channel import FAILED, FULL, READY, Channel, ChannelClosed, Frame
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.proc import other_threads
 from rcon_plugins.kernel.syscalls import poll_readable
@@ -47,12 +47,6 @@ if TYPE_CHECKING:
 #: What an executor process does with each unit of work: called with its first frame.
 Service = Callable[[Channel, Frame], None]
 
-#: First frame of a new executor process, and last after each unit of work: it is confined and waits. Payload: its pid.
-READY = 1
-#: First frame of a new executor process: it could not be confined. Payload: why, as text.
-FAILED = 2
-#: First frame of a new executor process: its confinement has as many processes as it may. Payload: why, as text.
-FULL = 3
 PID = struct.Struct("!i")
 _EXIT_REPORT = struct.Struct("!qii")
 _MAX_ORDER = 128 * 1024

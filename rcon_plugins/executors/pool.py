@@ -10,9 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
-from rcon_plugins.executors.channel import ChannelClosed, ChannelTimeout
-from rcon_plugins.executors.executor import Executor, Key, State
-from rcon_plugins.executors.fork_server import READY
+from rcon_plugins.executors.executor import USABLE, Executor, Key, State
 from rcon_plugins.executors.process import LOGGER, Monitor, ProcessExecutors
 
 if TYPE_CHECKING:
@@ -91,8 +89,7 @@ class ExecutorPool:
         return executor
 
     def give_back(self, executor: Executor) -> None:
-        """Let an executor that finished its work wait for the next."""
-        executor.end_work()
+        """Let an executor whose work is over wait for the next."""
         if self._put_back(executor) and not self._overdue_check_scheduled:
             self._overdue_check_scheduled = True
             self.processes.submit(self._end_overdue, time.monotonic() + LATE_SECONDS)
@@ -147,7 +144,7 @@ class ExecutorPool:
         late: list[Executor] = []
         try:
             while (executor := self._pop_waiting(key)) is not None and executor.pid:
-                is_back = self._is_back(executor, 0.0 if late else SOON_SECONDS)
+                is_back = executor.is_back(0.0 if late else SOON_SECONDS)
                 if is_back:
                     break
                 if is_back is None and time.monotonic() < executor.since + LATE_SECONDS:
@@ -171,25 +168,9 @@ class ExecutorPool:
                 del self._waiting[key]  # there may be any number of identities over time
             return executor
 
-    @staticmethod
-    def _is_back(executor: Executor, seconds: float) -> bool | None:
-        """Whether an executor waits for work, after so many seconds at most. None: not yet; False: it never will."""
-        if executor.state is State.RETURNING:
-            try:
-                frame = executor.channel.receive_last(seconds)
-            except ChannelTimeout:
-                return None
-            except ChannelClosed:
-                return False
-            if frame.kind != READY:
-                return False
-            executor.set_ready(executor.pid)
-            return True
-        return executor.channel.quiet
-
     def _put_back(self, executor: Executor) -> bool:
         with self._lock:
-            if executor.is_usable:
+            if executor.state in USABLE:
                 self._waiting.setdefault(executor.key, []).append(executor)
                 self._waiting.move_to_end(executor.key)
                 return True

@@ -18,12 +18,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from rcon_plugins.errors import ConfinementError, KernelError, PidsLimitExceeded
-from rcon_plugins.executors.channel import Channel, ChannelClosed, ChannelTimeout
-from rcon_plugins.executors.executor import Executor, Monitored, State
+from rcon_plugins.executors.channel import FULL, READY, Channel, ChannelClosed, ChannelTimeout
+from rcon_plugins.executors.executor import USABLE, Executor, Monitored, State
 from rcon_plugins.executors.fork_server import (
-    FULL,
     PID,
-    READY,
     ForkServer,
     KillOrder,
     Service,
@@ -149,7 +147,7 @@ class ProcessExecutors:
 
     def count_usable(self) -> int:
         """Return how many executors there are, without those that end."""
-        return sum(executor.is_usable for executor in list(self._living.values()))
+        return sum(executor.state in USABLE for executor in list(self._living.values()))
 
     def spawn(self, name: str, policy: Policy, identity: Identity | None) -> Executor:
         """Order an executor process in a new cgroup below ``work/<name>``. It may not be ready yet.

@@ -88,7 +88,7 @@ class ProcessAdmission(Admission):
         executor = pool.take(host.name, host.policy, identity)
         admission = cls(host, work, reservation, pool, executor)
         try:
-            admission._set_limits(memory)
+            admission._begin(memory)
         except BaseException:
             admission._settle()
             pool.discard(executor, "the limits of its work could not be set")
@@ -96,18 +96,19 @@ class ProcessAdmission(Admission):
             raise
         return admission
 
-    def _set_limits(self, memory: int | None) -> None:
-        executor, each = self._executor, self.policy.each
-        if not executor.uses and self.policy.pids is not None:
+    def _begin(self, memory: int | None) -> None:
+        executor, policy = self._executor, self.policy
+        each = policy.each
+        if policy.pids is not None and not executor.uses:
             self.host.pids_limit_hits = self._pids_limit_hits()
-        self._before = executor.begin_work()
+        seconds, action = each.timeout, self._time_out
+        if each.timeout_soft is not None:
+            seconds, action = each.timeout_soft, self._warn_of_time
+        deadline = None if seconds is None else self._started + seconds
+        self._before = executor.begin_work(deadline, action)
         if memory is not None:
             self._own_memory = Memory(memory)
             executor.leaf.configure(Resources(memory_max=memory, swap_max=each.swap))
-        if each.timeout_soft is not None:
-            executor.set_deadline(self._started + each.timeout_soft, self._warn_of_time)
-        else:
-            self._set_deadline()
         if each.memory_soft is not None:
             self._watch = watcher_of_process().add(
                 executor.leaf, self._warn_of_memory, kinds=(), thresholds=(each.memory_soft,)
@@ -143,11 +144,10 @@ class ProcessAdmission(Admission):
             return self.died()  # it ran into its deadline just now
         executor = self._executor
         try:
-            reading = executor.read()
+            reading = executor.end_work()
             unfit = self._why_unfit(reading)
         except KernelError:
             return self.died()  # its cgroup is gone or cannot be read: the executor cannot serve again
-        executor.reading = reading
         if unfit is None:
             self._pool.give_back(executor)
         elif unfit == _LEFT_BEHIND and ending == "ok" and self.policy.leave_children:
@@ -206,13 +206,10 @@ class ProcessAdmission(Admission):
             self._watch.close()
         return True
 
-    def _set_deadline(self) -> None:
-        if self.policy.each.timeout is not None:
-            self._executor.set_deadline(self._started + self.policy.each.timeout, self._time_out)
-
     def _warn_of_time(self) -> None:
         """In the supervisor: the soft time limit is reached."""
-        self._set_deadline()
+        if self.policy.each.timeout is not None:
+            self._executor.set_deadline(self._started + self.policy.each.timeout, self._time_out)
         self.notify(SOFT_TIME)
 
     def _warn_of_memory(self, _: Event) -> None:
@@ -241,7 +238,7 @@ class ProcessAdmission(Admission):
     def _why_unfit(self, reading: Reading) -> str | None:
         """Why the executor process must not serve again; None if it may. Raises `KernelError`."""
         executor = self._executor
-        if self._threads_left or not executor.is_alone(reading):
+        if self._threads_left or (reading.pids_current != 1 and not executor.is_alone()):
             return _LEFT_BEHIND
         if self._warned:
             return "it was warned of a limit"
