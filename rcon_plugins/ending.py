@@ -26,7 +26,7 @@ Ending = Literal[
     "forbidden",  # never started: its identity is not allowed
 ]
 
-#: Why a host stopped work itself: its deadline, nobody waits for it, or its process does not keep to the protocol.
+#: Why a host stopped work itself: at its deadline, on `abort`, or because its process broke the protocol.
 Cause = Literal["timeout", "aborted", "protocol"]
 
 #: By these signals a person or a service manager ends a process. No limit sends them.
@@ -47,7 +47,7 @@ class Snapshot(NamedTuple):
 class Bounds(NamedTuple):
     """One limit in force, for one unit of work (``each``) and for all work together (``group``). None: no limit.
 
-    The texts are what people read in place of the numbers; ``note`` is added to what is said of a memory limit.
+    People read the texts in place of the numbers; ``note`` is added to the message about a memory limit.
     """
 
     each: int | None = None

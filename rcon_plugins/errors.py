@@ -5,14 +5,14 @@
     RconError
     ├── SettingsError              the settings or a policy are wrong
     ├── UnknownGroup               no group has that name, or several have
-    ├── KernelError (OSError)      the kernel said no, or would
+    ├── KernelError (OSError)      the kernel refuses, or would
     │   ├── ControllerUnavailable
     │   ├── DelegationError
     │   └── CapabilityError
     ├── ConfinementError           the work did not run
-    │   └── IdentityRefused        the identity it would get is not allowed
+    │   └── IdentityRefused        its identity is not allowed
     ├── ApplicationError           the confined code raised
-    ├── Killed                     the work's process was ended before the work was done
+    ├── Killed                     the process ended before the work was done
     └── LimitExceeded              the work ran into a limit
         ├── MemoryLimitExceeded
         ├── SoftMemoryLimitExceeded
@@ -70,7 +70,7 @@ class SettingsError(RconError):
 
 
 class UnknownGroup(RconError):
-    """Raised when no group, or more than one, has the name that was asked for. ``hint`` names those that are near."""
+    """Raised when no group, or more than one, has the given name. ``hint`` lists similar names."""
 
     def __init__(self, problem: str, *, hint: str) -> None:
         super().__init__(problem)
@@ -128,7 +128,7 @@ class ControllerUnavailable(KernelError):
 
 
 class DelegationError(KernelError):
-    """Raised when no part of the cgroup tree is ours to write. The hint is the exact remedy."""
+    """Raised when this process may write no part of the cgroup tree. The hint is the exact remedy."""
 
 
 class CapabilityError(KernelError):
@@ -140,9 +140,9 @@ class ConfinementError(RconError):
 
 
 class IdentityRefused(ConfinementError):
-    """Raised when the identity that work would get is not allowed. The work did not run.
+    """Raised when the identity of work is not allowed. The work did not run.
 
-    The message is for the log: it names paths and accounts, which are no business of a client.
+    The message is for the log alone: it names paths and accounts, which a client must not see.
     """
 
 
@@ -165,7 +165,7 @@ class ApplicationError(RconError):
 
 
 class Killed(RconError):
-    """Raised when the process of a work ended before the work was done, and no limit was the cause.
+    """Raised when the process of a unit of work ended before the work was done, and no limit was the cause.
 
     ``signal`` is the number of the signal that ended it, None where it ended by itself.
     """
@@ -184,7 +184,7 @@ class Killed(RconError):
         return f"{type(self).__name__}({self.args[0]!r})"
 
     def plain(self) -> Self:
-        """The same error with ``args`` that any serializer carries, and that make it again."""
+        """Return the error with ``args`` that any serializer can carry, and that construct it again."""
         self.args = (self.args[0], self.signal, _plain_usage(self.usage))
         return self
 
@@ -192,8 +192,8 @@ class Killed(RconError):
 class LimitExceeded(RconError):
     """Raised when work ran into one of its limits.
 
-    ``policy`` and ``key`` name the confinement, ``limit`` the limit as the policy spells it,
-    ``usage`` what was used. ``data`` is all of these in the form that `plain` makes.
+    ``policy`` and ``key`` name the confinement, ``limit`` the limit as the policy spells it, ``usage`` the usage.
+    ``data`` is all of these in the form that `plain` makes.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class LimitExceeded(RconError):
         return _rebuild, (type(self), self.args, dict(self.__dict__))
 
     def plain(self) -> Self:
-        """The same error with ``args`` that any serializer carries, and that make it again."""
+        """Return the error with ``args`` that any serializer can carry, and that construct it again."""
         data = {
             "policy": self.policy,
             "key": self.key,
@@ -239,7 +239,7 @@ class MemoryLimitExceeded(LimitExceeded):
 
 
 class SoftMemoryLimitExceeded(LimitExceeded):
-    """Raised inside of work when it has used so much memory that it had best come to its end."""
+    """Raised inside work that reached its soft memory limit: return before the memory limit kills it."""
 
 
 class TimeLimitExceeded(LimitExceeded):
@@ -247,15 +247,15 @@ class TimeLimitExceeded(LimitExceeded):
 
 
 class PidsLimitExceeded(LimitExceeded):
-    """Raised when work failed because it may start no more processes or threads."""
+    """Raised when work failed because its pids limit refused more processes or threads."""
 
 
 class ResultTooLarge(LimitExceeded):
-    """Raised when what a task has returned, or raised, is longer than its policy allows."""
+    """Raised when a task returned, or raised, more than ``max_result`` of its policy allows."""
 
 
 class ConcurrencyLimitExceeded(LimitExceeded):
-    """Raised when as much work of a confinement is under way as its policy allows.
+    """Raised when as many requests or tasks of a confinement are under way as its policy allows.
 
     ``retry_after`` is in seconds.
     """

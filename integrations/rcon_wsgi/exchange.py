@@ -1,4 +1,4 @@
-"""One request in an executor process, seen from the host: the exchange of frames, the client, and what is let through.
+"""One request in an executor process, seen from the host: the exchange of frames, the client, and bounds on rates.
 
 A frame that costs its sender next to nothing costs the host some microseconds. So a tenant limited to a twentieth of a
 CPU could keep a whole CPU of the host busy. `FrameRateLimiter` and `ErrorLog` bound rates, so that a response that

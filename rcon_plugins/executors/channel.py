@@ -1,11 +1,11 @@
 """Framed messages between a host and one of its executor processes, over a socket pair.
 
-A frame is one byte of kind, four bytes of length (network order), and the payload. What a frame means is
-the service's business; only the kinds below ``FIRST_SERVICE_KIND`` belong to the executor itself.
+A frame is one byte of kind, four bytes of length (network order), and the payload. The service defines what a frame
+means; only the kinds below ``FIRST_SERVICE_KIND`` belong to the executor itself.
 
-Whatever comes from an executor process is hostile until proven otherwise: a frame is bounded, and nothing
-is unpickled. Memory on either side stays bounded by one frame and the kernel's socket buffer: a sender
-blocks until the other side reads, which is the back-pressure that streamed bodies need.
+All data from an executor process is hostile: a frame is bounded, and nothing is unpickled. Memory on either side stays
+bounded by one frame and the kernel's socket buffer: a sender blocks until the other side reads, which is the
+back-pressure that streamed bodies need.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class Frame(NamedTuple):
 
 
 class ChannelClosed(Exception):
-    """Raised when the other side is gone, or may no longer be spoken to from this process."""
+    """Raised when the other side is gone, or this process may no longer use the channel."""
 
 
 class ChannelTimeout(ChannelClosed):
-    """Raised when the other side said nothing in time."""
+    """Raised when the other side sent nothing in time."""
 
 
 class ProtocolViolation(ChannelClosed):
-    """Raised when the other side sent what this protocol does not have."""
+    """Raised when the other side sent something that the protocol does not have."""
 
 
 class Channel:
@@ -81,7 +81,7 @@ class Channel:
         """Whether the other side lives and nothing it sent waits to be received, here or in the socket."""
         if self._buffer:
             return False
-        # gevent's sockets wait, whatever the flags; the one inside of them does not.
+        # gevent's sockets wait, whatever the flags; the plain socket inside does not.
         inner = getattr(self._socket, "_sock", self._socket)
         try:
             inner.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -191,14 +191,14 @@ class Channel:
         return frame
 
     def refuse(self) -> None:
-        """Stop reading: whatever the other side sends from now on fails there as a closed channel."""
+        """Stop reading: sending fails on the other side from now on, as on a closed channel."""
         try:
             self._socket.shutdown(socket.SHUT_RD)
         except OSError:
             return  # the other side is gone already, which is as closed as it can be
 
     def hang_up(self) -> None:
-        """End the conversation without giving the descriptor back: who waits in `receive` reads an end of file.
+        """Shut the socket down but keep the descriptor: a thread that waits in `receive` reads an end of file.
 
         May be called by any thread, while another one uses the channel; `close` may not.
         """
@@ -218,7 +218,7 @@ class Channel:
                 wait()
 
     def _fill(self) -> None:
-        """Read from the socket once, behind what is here already."""
+        """Read from the socket once, and append to the buffer."""
         try:
             data = self._socket.recv(CHUNK + _HEADER.size)
         except OSError as error:

@@ -131,7 +131,7 @@ class Executor:
         self.outdated = False
         #: Why the host killed it first; None if the host did not.
         self.kill_reason: str | None = None
-        #: Its wait status; None until its exit is reported, or where nobody could report it.
+        #: Its wait status; None until its exit is reported, or where it is unknown.
         self.status: int | None = None
         #: Set when it is gone, with all it started and its cgroup.
         self.ended = threading.Event()
@@ -143,7 +143,7 @@ class Executor:
         self.reading: Reading = meter.read()
         #: The deadline of the work under way and what it does; None without one, or when the work is over.
         self.deadline: tuple[float, Callable[[], object]] | None = None
-        #: Guards what follows, the state, and who settles the work under way. Held for moments.
+        #: Guards the state, the meter, the callbacks, and the settling of the work under way. Held for moments.
         self.lock = threading.Lock()
         self._meter: Meter | None = meter
         self._exit_callbacks: list[Callable[[], object]] = []
@@ -201,7 +201,7 @@ class Executor:
         self._change({**dict.fromkeys(USABLE | {State.KILLED}, State.EXITED), State.LEAVING: State.LEFT})
 
     def set_ended(self) -> list[Callable[[], object]]:
-        """Note that nothing is left of it, and set ``ended``. Return what is now to be called."""
+        """Note that nothing is left of it, and set ``ended``. Return the callbacks to call now."""
         with self.lock:
             self._enter(State.ENDED)
             self.ended.set()

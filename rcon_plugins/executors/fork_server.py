@@ -128,7 +128,7 @@ class ForkServer:
             process.join_new_session_keyring()
             self._sigchld_read, self._sigchld_write = process.open_sigchld_pipe()
             gc.collect()
-            gc.freeze()  # what is here now stays shared with every executor process
+            gc.freeze()  # objects that exist now stay shared with every executor process
             self._serve()
             status = 0
         except BaseException:  # noqa: BLE001 - this process ends: print the reason, whatever it is

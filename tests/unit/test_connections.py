@@ -12,7 +12,7 @@ from rcon_plugins.connections import cut
 PATIENCE = 60.0
 
 
-def test_who_waits_for_a_client_is_woken_and_the_client_finds_a_reset() -> None:
+def test_a_thread_that_waits_for_a_client_is_woken_and_the_client_finds_a_reset() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
         client.settimeout(PATIENCE)
         client.connect(listener.getsockname())
@@ -49,7 +49,7 @@ def test_a_unix_socket_is_shut_down() -> None:
             server.sendall(b"x")
 
 
-def test_one_that_is_closed_is_an_error_and_nobody_elses() -> None:
+def test_cutting_a_closed_socket_is_an_error() -> None:
     closed = socket.socket()
     closed.close()
     with pytest.raises(OSError, match="Bad file descriptor"):

@@ -59,7 +59,7 @@ class Admission:
         raise NotImplementedError
 
     def abort(self, detail: str) -> Outcome:
-        """Stop work that nobody waits for any more, and conclude it."""
+        """Stop the work, and conclude it as ``"aborted"``."""
         raise NotImplementedError
 
     def _conclude(
@@ -93,5 +93,5 @@ class LocalAdmission(Admission):
         self.ran = False
 
     def call(self, function: Callable[..., _Result], *arguments: object) -> _Result:
-        """Call ``function`` confined. Return its result, or raise what it raises; ``ran`` tells if it was called."""
+        """Call ``function`` confined. Return its result, or raise what it raises; ``ran`` says if it was called."""
         raise NotImplementedError

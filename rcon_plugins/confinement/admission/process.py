@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.events import Event, Watch
     from rcon_plugins.work import Work
 
-#: How long a work that is aborted has to end by itself before it is killed, seconds.
+#: How long aborted work may take to end by itself before it is killed, seconds.
 ABORT_GRACE = 0.2
-#: An executor process that still holds this much of its own memory limit after a work is replaced.
+#: An executor process that holds more than this share of its memory limit after its work is replaced.
 _HEAVY = 0.5
 _LEFT_BEHIND = "its work left processes behind"
 
@@ -47,8 +47,8 @@ _LEFT_BEHIND = "its work left processes behind"
 class ProcessAdmission(Admission):
     """Work that runs in an executor process, at the other end of `channel`.
 
-    On its deadline the supervisor ends and concludes the work by itself, whatever the thread that serves it is waiting
-    for. ``on_deadline``, where set, is called then, in the supervisor's thread, to wake that thread up.
+    At the deadline the supervisor kills and concludes the work by itself, whatever the thread that serves it waits for.
+    It then calls ``on_deadline``, where set, in its own thread, to wake that thread.
     """
 
     def __init__(
@@ -125,13 +125,13 @@ class ProcessAdmission(Admission):
         return self._executor.pid
 
     def leaves_threads(self) -> None:
-        """Note that threads go on which the work started in its process: they are left behind, like processes."""
+        """Note that threads of the work still run in its process: they count as left behind, as processes do."""
         self._threads_left = True
 
     def notify(self, number: int) -> None:
-        """Send the work a signal that its service expects: `SOFT_TIME`, `SOFT_MEMORY`, or one between the two.
+        """Send the work a signal that its service handles: `SOFT_TIME` or `SOFT_MEMORY`.
 
-        It may come too late for this work, so the executor process serves no other. Safe in a signal handler.
+        It may arrive after this work, so the executor process serves no other. Safe in a signal handler.
         """
         if not self._settled:
             self._warned = True
@@ -236,7 +236,7 @@ class ProcessAdmission(Admission):
         executor.channel.close()
 
     def _why_unfit(self, reading: Reading) -> str | None:
-        """Why the executor process must not serve again; None if it may. Raises `KernelError`."""
+        """Return why the executor process must not serve again; None if it may. Raises `KernelError`."""
         executor = self._executor
         if self._threads_left or (reading.pids_current != 1 and not executor.is_alone()):
             return _LEFT_BEHIND

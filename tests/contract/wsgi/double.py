@@ -1,7 +1,7 @@
 """A stand-in for the manager that needs no cgroups: real processes, real channels, no limits.
 
-What it keeps of the real one is what a host sees: an executor that waits for the first frame of a work, goes back to
-the pool when the work is finished, and whose end is told by `died` and `abort`.
+A host sees the same as with the real one: an executor waits for the first frame of a request, goes back to the pool
+when the request is finished, and `died` and `abort` report its end.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def test_an_executor_that_ends_after_the_body_harms_nothing(served: Served) -> N
     assert ask(served, get("ok")).endswith(b"ok")
 
 
-def test_only_the_executor_answers_not_what_the_application_forks(served: Served) -> None:
+def test_only_the_executor_answers_not_a_fork_of_it(served: Served) -> None:
     answer = ask(served, get("fork-and-return"))
     assert b"parent" in answer
     assert b"child" not in answer

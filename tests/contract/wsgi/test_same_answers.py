@@ -61,7 +61,7 @@ def test_nothing_for_the_validator_to_complain_about(serve: Serve, server: str, 
 
 @pytest.mark.parametrize("mode", ["inline", "thread", "process"])
 @pytest.mark.parametrize("server", ["wsgiref", "gunicorn"])
-def test_what_the_application_logs_is_in_the_servers_log(serve: Serve, server: str, mode: str) -> None:
+def test_text_that_the_application_logs_is_in_the_servers_log(serve: Serve, server: str, mode: str) -> None:
     served = serve(server, mode)
     ask(served, request_of("streams", CASES["streams"]))
     owner = "[double] " if mode == "process" else ""

@@ -155,7 +155,7 @@ def test_pids(served: Served, path: str) -> None:
     assert get(served, "few", "who").status == 200
 
 
-def test_what_a_request_leaves_running_ends_with_it(served: Served) -> None:
+def test_processes_that_a_request_leaves_running_end_with_it(served: Served) -> None:
     child = int(get(served, "a.example", "leave-something-running").body)
     end = time.monotonic() + 2
     while Path(f"/proc/{child}").exists():

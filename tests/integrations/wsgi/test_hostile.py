@@ -148,7 +148,7 @@ def is_cut(connection: socket.socket, version: str) -> bool:
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_a_client_that_does_not_read_holds_nobody_up_past_the_deadline(served: Served, version: str) -> None:
+def test_a_client_that_does_not_read_is_cut_off_at_the_deadline(served: Served, version: str) -> None:
     with served.connect() as first, served.connect() as second:
         for connection in (first, second):
             connection.sendall(request("much", "short.example", version=version))

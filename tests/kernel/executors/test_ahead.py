@@ -30,7 +30,7 @@ def supervisor_has_done_its_jobs(manager: RunningManager) -> bool:
 
 
 @pytest.mark.smoke
-def test_a_successor_waits_before_the_work_is_over_and_serves_the_next() -> None:
+def test_a_spare_waits_before_the_request_ends_and_serves_the_next() -> None:
     with managing(FRESH) as manager:
         first = begin(manager, "sleep", 0.1)
         assert soon(lambda: len(others(manager, first)) == 1, PATIENCE)
@@ -54,7 +54,7 @@ def test_so_does_that_of_one_at_its_last_work() -> None:
 
 
 @pytest.mark.parametrize("together", [{"pids": 8}, {"memory": "512M"}, {"rlimits": {"nproc": 100}}])
-def test_none_takes_a_place_or_memory_that_the_work_may_need(together: dict[str, Any]) -> None:
+def test_no_spare_takes_pids_or_memory_that_the_request_may_need(together: dict[str, Any]) -> None:
     with managing({**FRESH, **together}) as manager:
         first = begin(manager, "sleep", 0.1)
         assert supervisor_has_done_its_jobs(manager)
@@ -63,7 +63,7 @@ def test_none_takes_a_place_or_memory_that_the_work_may_need(together: dict[str,
         assert ask(manager, "pid")[1].ending == "ok"
 
 
-def test_a_successor_is_no_work() -> None:
+def test_a_spare_does_not_count_as_a_request() -> None:
     """It takes no slot of those that may be under way, and no process from a work that needs one."""
     with managing({**FRESH, "concurrency": 2}, settings={"processes": 2}) as manager:
         first = begin(manager, "sleep", 0.1)
@@ -84,7 +84,7 @@ def test_one_makes_room_for_another_confinement() -> None:
         assert [end(one)[1].ending for one in (first, second)] == ["ok", "ok"]
 
 
-def test_after_a_run_of_works_all_but_one_of_those_that_wait_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_many_requests_all_spares_but_one_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "IDLE_SECONDS", 0.5)
     with managing(FRESH) as manager:
         pids = [ask(manager, "pid")[0] for _ in range(20)]

@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.each_layout]
 
 
 @pytest.mark.smoke
-def test_nobody_watches_where_nobody_asked() -> None:
+def test_nothing_is_watched_without_a_plugin_for_events() -> None:
     with managing({"memory": "256M", "each": {"memory": "128M"}}) as manager:
         ask(manager, "allocate", 10)
         assert not [thread for thread in threading.enumerate() if thread.name == "cgroup-events"]
@@ -97,7 +97,7 @@ def test_the_limit_of_all_goes_back_when_nothing_is_under_way() -> None:
     assert bounds.count(80 * MIB) == 2
 
 
-def test_rcon_event_tells_of_memory() -> None:
+def test_rcon_event_reports_memory() -> None:
     listener = Listener()
     with managing({"per": "host", "each": {"memory": "64M"}}, plugins=[listener]) as manager:
         assert ask(manager, "allocate", 200, host="a.example")[1].ending == "memory"
@@ -109,7 +109,7 @@ def test_rcon_event_tells_of_memory() -> None:
     assert kill.count >= 1
 
 
-def test_rcon_event_tells_of_the_limit_of_all() -> None:
+def test_rcon_event_reports_the_limit_of_the_group() -> None:
     listener = Listener()
     with managing({"memory": "64M", "each": {"timeout": "100s"}}, plugins=[listener]) as manager:
         assert ask(manager, "allocate", 200)[1].ending == "memory"
@@ -118,7 +118,7 @@ def test_rcon_event_tells_of_the_limit_of_all() -> None:
     assert {event.limit for event in listener.of("oom_kill")} == {"memory"}
 
 
-def test_rcon_event_tells_before_the_limit_is_reached_and_gives_more(tmp_path: Path) -> None:
+def test_rcon_event_comes_before_the_limit_is_reached_and_may_raise_it(tmp_path: Path) -> None:
     """Fixed limits, too, can be raised in time."""
     go_on = tmp_path / "go on"
     listener = Listener(memory_usage=Limits(memory=Memory("400M")))
@@ -159,7 +159,7 @@ def test_rcon_event_decides_instead_of_the_policy(tmp_path: Path) -> None:
         assert "memory limit 120M reached" in outcome.detail
 
 
-def test_rcon_event_tells_of_pids_and_cpu() -> None:
+def test_rcon_event_reports_pids_and_cpu() -> None:
     listener = Listener()
     policy = {"cpu": "20%", "pids": 8, "each": {"timeout": "100s"}}
     with managing(policy, plugins=[listener]) as manager:

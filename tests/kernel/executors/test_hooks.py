@@ -127,7 +127,7 @@ def test_an_error_in_rcon_work_started_means_that_the_work_does_not_run() -> Non
                 ask(manager, "pid")
 
 
-def test_an_error_in_rcon_work_finished_is_logged_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_in_rcon_work_finished_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
     class Clumsy:
         @hookimpl
         def rcon_work_finished(self) -> None:

@@ -97,7 +97,7 @@ def test_every_way_back_fails_without_no_new_privs_too(setuid_root: str) -> None
     assert {name: said for name, said in found.items() if said not in ("EPERM", "EACCES")} == {}
 
 
-def test_who_keeps_the_servers_user_can_neither_loosen_its_limits_nor_reach_the_server() -> None:
+def test_with_the_servers_user_it_can_neither_loosen_its_limits_nor_reach_the_server() -> None:
     with managing({"pids": 32, "isolation": "process"}) as manager:
         state, _ = ask(manager, "state")
         found, _ = ask(manager, "ways_back_of_root", of_the_server(manager))

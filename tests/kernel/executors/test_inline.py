@@ -148,7 +148,7 @@ def test_what_a_thread_cannot_carry_is_refused() -> None:
         confine(Policy.make("p", cpu="10%"), cpu="10%")
 
 
-def test_a_manager_confines_inline_work_per_key() -> None:
+def test_a_manager_confines_inline_requests_per_key() -> None:
     def program() -> tuple[list[bool], str, bool]:
         settings = from_mapping(
             {"policy": {"p": {"per": "host", "pids": 50}}, "route": [{"policy": "p"}], "confinements": 2}

@@ -97,7 +97,7 @@ def test_a_process_that_comes_back_late_serves_again(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.each_layout
-def test_one_slow_death_delays_nobody_elses_deadline() -> None:
+def test_one_slow_death_delays_no_other_deadline() -> None:
     # Slow to die by its quota, and not too slow to be born under it: to drop takes milliseconds of CPU time, which an
     # emulated machine makes many.
     slow = {"cpu": "5%", "pids": 400, "each": {"timeout": "6s"}}
@@ -150,7 +150,7 @@ def test_a_fresh_process_for_each_work_serves_many_threads() -> None:
     assert seen == {"ok": 40}
 
 
-def test_no_two_works_take_the_last_place() -> None:
+def test_no_two_requests_take_the_last_process() -> None:
     inside: list[int] = []
     refused: set[str] = set()
     with managing({"isolation": "process", "pids": 4, "each": {"timeout": "30s"}}) as manager:
@@ -181,14 +181,14 @@ def test_no_two_works_take_the_last_place() -> None:
     assert refused == {"pids"}
 
 
-def test_what_an_earlier_work_says_is_not_the_answer_to_a_later_one() -> None:
+def test_a_frame_of_an_earlier_request_does_not_answer_a_later_one() -> None:
     with managing({"each": {"timeout": "30s"}}) as manager:
         assert ask(manager, "speak_later", 0.1)[1].ending == "ok"
         time.sleep(0.5)
         assert isinstance(ask(manager, "pid")[0], int)
 
 
-def test_deadlines_of_works_that_are_over_are_not_kept() -> None:
+def test_deadlines_of_requests_that_are_over_are_not_kept() -> None:
     with managing({"each": {"timeout": "1h"}}) as manager:
         for _ in range(200):
             ask(manager, "pid")
@@ -201,7 +201,7 @@ def test_deadlines_of_works_that_are_over_are_not_kept() -> None:
 @pytest.mark.each_layout
 @pytest.mark.parametrize("hook", ["rcon_select_policy", "rcon_resources", "rcon_work_started"])
 @pytest.mark.parametrize("policy", [{"pids": 50}, {"each": {"timeout": "30s"}}], ids=["inline", "process"])
-def test_a_failing_plugin_refuses_the_work_and_leaks_nothing(hook: str, policy: dict[str, Any]) -> None:
+def test_a_failing_plugin_refuses_the_request_and_leaks_nothing(hook: str, policy: dict[str, Any]) -> None:
     broken = False
 
     def fail(self: object) -> None:

@@ -25,7 +25,7 @@ MIB = 1024 * 1024
 
 
 @pytest.mark.smoke
-def test_a_work_that_ends_tells_its_usage() -> None:
+def test_a_request_that_ends_reports_its_usage() -> None:
     with managing({"memory": "256M", "each": {"memory": "128M"}}) as manager:
         answer, outcome = ask(manager, "use_cpu", 0.2)
         assert (answer, outcome.ending) == (None, "ok")
@@ -37,7 +37,7 @@ def test_a_work_that_ends_tells_its_usage() -> None:
         assert 0 < outcome.usage.memory_peak < 128 * MIB
 
 
-def test_the_same_process_serves_again_up_to_max_works() -> None:
+def test_the_same_process_serves_again_up_to_max_uses() -> None:
     with managing({"max_uses": 2, "each": {"timeout": "20s"}}) as manager:
         pids = [ask(manager, "pid")[0] for _ in range(4)]
         assert pids[0] == pids[1] != pids[2] == pids[3]
@@ -53,7 +53,7 @@ def test_usage_is_that_of_one_work() -> None:
         assert second < first / 2
 
 
-def test_a_work_above_its_memory_is_killed_by_name_and_the_next_one_served() -> None:
+def test_a_request_above_its_memory_is_killed_by_name_and_the_next_is_served() -> None:
     with managing({"each": {"memory": "64M"}}) as manager:
         began = time.monotonic()
         answer, outcome = ask(manager, "allocate", 200)
@@ -69,7 +69,7 @@ def test_a_work_above_its_memory_is_killed_by_name_and_the_next_one_served() -> 
         assert ask(manager, "allocate", 4)[0] == 4
 
 
-def test_memory_of_all_the_work_together_is_one_limit() -> None:
+def test_memory_of_all_requests_together_is_one_limit() -> None:
     with managing({"memory": "96M"}) as manager:
         held = [begin(manager, "allocate", 30) for _ in range(2)]
         assert [end(admission)[1].ending for admission in held] == ["ok", "ok"]
@@ -77,7 +77,7 @@ def test_memory_of_all_the_work_together_is_one_limit() -> None:
         assert (outcome.ending, outcome.limit) == ("memory", "memory")
 
 
-def test_a_work_beyond_its_wall_time_is_killed_with_all_it_started() -> None:
+def test_a_request_beyond_its_wall_time_is_killed_with_all_it_started() -> None:
     settings = {
         "policy": {"short": {"each": {"timeout": "1s"}}, "p": {"each": {"timeout": "60s"}}},
         "route": [{"host": "short", "policy": "short"}, {"policy": "p"}],
@@ -96,7 +96,7 @@ def test_a_work_beyond_its_wall_time_is_killed_with_all_it_started() -> None:
         assert ask(manager, "pid")[1].ending == "ok"
 
 
-def test_what_a_work_leaves_behind_is_gone_when_it_has_ended() -> None:
+def test_processes_left_behind_are_gone_when_the_request_has_ended() -> None:
     with managing({"pids": 32, "each": {"timeout": "20s"}}) as manager:
         sleepers, outcome = ask(manager, "leave_sleepers", 5)
         assert outcome.ending == "ok"
@@ -154,14 +154,14 @@ def test_work_is_refused_while_its_confinement_is_full_of_processes() -> None:
         assert ask(manager, "pid")[1].ending == "ok"
 
 
-def test_a_fork_of_the_work_cannot_answer_for_it() -> None:
+def test_a_fork_cannot_answer_for_its_request() -> None:
     with managing({"each": {"timeout": "20s"}}) as manager:
         for _ in range(3):
             assert ask(manager, "return_twice")[0] == "answered"
             assert isinstance(ask(manager, "pid")[0], int)
 
 
-def test_an_error_of_the_work_is_its_own() -> None:
+def test_an_error_of_a_request_keeps_its_executor() -> None:
     with managing({"each": {"timeout": "20s"}}) as manager:
         answer, outcome = ask(manager, "raises")
         assert answer == "ValueError('as asked')"
@@ -169,7 +169,7 @@ def test_an_error_of_the_work_is_its_own() -> None:
         assert outcome.error() is None
 
 
-def test_a_work_may_hold_nothing_of_the_server() -> None:
+def test_a_request_holds_no_descriptor_of_the_server() -> None:
     with managing({"each": {"timeout": "20s"}}) as manager:
         held = ask(manager, "descriptors")[0]
         assert not [target for target in held.values() if target.startswith(("/sys/fs/cgroup", "/memfd:"))]
@@ -200,7 +200,7 @@ def test_cpu_quotas_are_held_within_a_point(percents: tuple[int, ...]) -> None:
 
 
 @pytest.mark.measures
-def test_io_of_all_the_work_together_is_one_limit() -> None:
+def test_io_of_all_requests_together_is_one_limit() -> None:
     folder = Path(tempfile.mkdtemp(dir=DISK, prefix="rcon-test-"))
     try:
         limit = {"write": "5M"}

@@ -202,7 +202,7 @@ def test_concurrency_holds() -> None:
     assert managed({**POLICY, "concurrency": 1}, program) == "concurrency"
 
 
-def test_what_work_raises_comes_out_and_the_thread_serves_on() -> None:
+def test_an_exception_reaches_the_caller_and_the_thread_serves_on() -> None:
     def program(manager: RunningManager) -> list[object]:
         def fail() -> None:
             raise KeyError("its own")
@@ -284,7 +284,7 @@ def logged() -> Iterator[list[logging.LogRecord]]:
 
 
 @pytest.mark.parametrize("error", [KeyError, SystemExit, KeyboardInterrupt])
-def test_an_exception_set_in_a_waiting_thread_ends_it_and_its_caller_is_told(
+def test_an_exception_set_in_a_waiting_thread_ends_it_and_fails_the_next_call(
     error: type[BaseException],
 ) -> None:
     def program(manager: RunningManager) -> list[object]:
@@ -321,7 +321,7 @@ def test_a_thread_that_ended_while_it_waited_takes_up_no_room() -> None:
     assert managed({**POLICY, "per": "host"}, program, threads=2) == [TENANT]
 
 
-def test_an_exception_set_in_a_thread_at_work_is_the_works_own() -> None:
+def test_an_exception_set_in_a_busy_thread_is_raised_in_its_call() -> None:
     def program(manager: RunningManager) -> list[object]:
         first = run(manager, threading.get_native_id)
 
@@ -431,7 +431,7 @@ def test_a_server_that_closed_over_a_busy_thread_leaves_nothing_that_the_next_st
     assert [str(found) for found in Path("/sys/fs/cgroup").rglob(Path(path).name)] == []
 
 
-def test_context_variables_are_the_callers_and_one_works_own() -> None:
+def test_context_variables_of_the_caller_belong_to_one_request() -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
 
     def step(value: str) -> str:
@@ -451,7 +451,7 @@ def test_context_variables_are_the_callers_and_one_works_own() -> None:
     assert managed(POLICY, program) == [["the server's", "0", "1"], "2", *["the server's"] * 3]
 
 
-def test_what_is_closed_after_a_call_was_left_finds_the_context_of_its_work() -> None:
+def test_close_after_a_call_was_left_runs_in_the_context_of_its_request() -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
 
     def program(manager: RunningManager) -> str:

@@ -106,7 +106,7 @@ def start_threads() -> None:
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
-def test_rcon_event_tells_of_the_cpu_quota_and_of_pids(isolation: str) -> None:
+def test_rcon_event_reports_the_cpu_quota_and_pids(isolation: str) -> None:
     listener = Listener()
 
     def program(manager: RunningManager) -> Any:
@@ -161,7 +161,7 @@ def test_a_group_is_watched_once_however_much_work_it_has(isolation: str) -> Non
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
-def test_nobody_watches_where_nobody_asked(isolation: str) -> None:
+def test_nothing_is_watched_without_a_plugin_for_events(isolation: str) -> None:
     def program(manager: RunningManager) -> Any:
         run(manager, lambda: None)
         return watches(), "cgroup-events" in [thread.name for thread in threading.enumerate()]
@@ -204,7 +204,7 @@ def test_pressure_on_threads_is_listened_to(isolation: str) -> None:
     assert {"io.pressure", "memory.pressure"} <= set(found)
 
 
-def test_who_may_not_be_told_of_pressure_is_told_of_the_rest() -> None:
+def test_without_access_to_pressure_the_other_events_are_reported() -> None:
     """Before Linux 6.4 that takes CAP_SYS_RESOURCE, which a server under an ordinary user has not."""
     listener = Listener()
 

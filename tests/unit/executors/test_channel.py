@@ -94,7 +94,7 @@ def test_what_was_sent_before_the_end_is_still_read(ends: tuple[Channel, Channel
         other.send((20, b"too late"))
 
 
-def test_who_refuses_is_not_sent_to(ends: tuple[Channel, Channel]) -> None:
+def test_sending_fails_after_the_other_side_refused(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     one.refuse()
     with pytest.raises(ChannelClosed):
@@ -133,7 +133,7 @@ def test_quiet_means_that_nothing_waits_here_or_in_the_socket(ends: tuple[Channe
     assert not other.quiet  # nobody is there
 
 
-def test_what_the_executor_says_itself_is_none_of_the_service(ends: tuple[Channel, Channel]) -> None:
+def test_frames_of_the_executor_itself_leave_the_channel_drained(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     one.send((FIRST_SERVICE_KIND, b"the last"), (1, b"its own"))
     assert other.receive().payload == b"the last"

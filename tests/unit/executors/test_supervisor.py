@@ -43,7 +43,7 @@ class Thing:
     """What a deadline may be of."""
 
 
-def test_deadlines_of_what_is_gone_are_forgotten(pipe: tuple[int, int]) -> None:
+def test_deadlines_of_executors_that_are_gone_are_dropped(pipe: tuple[int, int]) -> None:
     """However far away they are: a server makes thousands of processes in a day."""
     supervisor = Supervisor(pipe[0], lambda: True)
     supervisor.start()
@@ -113,7 +113,7 @@ def test_it_hears_until_there_is_nothing_more_to_hear(pipe: tuple[int, int]) -> 
     assert heard == [b"a", b"b"]
 
 
-def test_what_fails_while_it_hears_does_not_end_the_watch(
+def test_a_failing_callback_does_not_end_the_supervisor(
     pipe: tuple[int, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     def hear() -> bool:

@@ -113,7 +113,7 @@ def test_the_end_of_the_work_is_noticed_while_the_executor_does_not_read() -> No
         assert [ending for ending, _ in met.admission.settled] == ["died"]
 
 
-def test_what_is_there_already_is_taken_though_the_client_left() -> None:
+def test_frames_that_are_here_are_taken_though_the_client_left() -> None:
     with connected() as (sock, client), meeting(sock) as met:
         met.says(START, data(b"one"), END, DONE)
         client.close()
@@ -222,7 +222,7 @@ def test_a_chunk_is_not_handed_over_past_the_deadline() -> None:
             next(result)
 
 
-def test_a_response_that_has_not_begun_at_the_deadline_is_told_so() -> None:
+def test_a_response_that_has_not_begun_at_the_deadline_becomes_a_problem() -> None:
     with connected() as (sock, client), meeting(sock) as met:
         met.says(START_500, data(b"x"), end=False)
         threading.Timer(0.2, time_out, (met,)).start()

@@ -155,7 +155,7 @@ def test_a_long_error_page_is_streamed() -> None:
         assert met.admission.settled == [("error", "500 Oh No")]
 
 
-def test_a_deadline_just_before_the_end_is_told_while_it_can_be() -> None:
+def test_a_deadline_just_before_the_end_is_answered_while_it_can_be() -> None:
     with meeting() as met:
         met.admission.turns["ok"] = Outcome(ending="timeout", policy="tenant", limit="each.timeout")
         met.says(START, only(b"late"), DONE)
@@ -245,7 +245,7 @@ def test_an_executor_cannot_claim_an_input_error_there_was_not() -> None:
             met.server.run()
 
 
-def test_what_ends_the_servers_thread_stops_the_work() -> None:
+def test_an_exception_that_ends_the_servers_thread_stops_the_request() -> None:
     with meeting(environ={"wsgi.input": Broken(SystemExit())}) as met:
         met.says((wire.READ, wire.encode_size(3)), end=False)
         with pytest.raises(SystemExit):
@@ -359,7 +359,7 @@ PAYLOADS = st.one_of(
 
 
 @given(st.lists(st.tuples(KINDS, PAYLOADS), max_size=8))
-def test_whatever_an_executor_says_the_work_is_settled_once(frames: list[tuple[int, bytes]]) -> None:
+def test_whatever_an_executor_sends_the_request_is_settled_once(frames: list[tuple[int, bytes]]) -> None:
     with meeting() as met:
         met.says(*frames)
         with contextlib.suppress(ApplicationError, ResponseCut):

@@ -104,7 +104,7 @@ FORGED = '{"event": "memory", "policy": "neighbour"}'
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029"])
-def test_each_line_says_whose_it_is(end: str) -> None:
+def test_each_line_begins_with_the_policy(end: str) -> None:
     """Whatever a reader of the log takes for the end of a line."""
     text = logged(f"first{end}{FORGED}{end}".encode())
     assert text.splitlines() == ["[tenant] first", f"[tenant] {FORGED}"]
@@ -136,7 +136,7 @@ def test_a_text_without_text_is_a_breach() -> None:
     [[b"x"] * 5 * LOG_FRAMES, [b"x" * 60_000] * 20, [b"\n" * 1_000_000] * 3, [b"\0\n" * 400_000] * 3],
     ids=["many", "long", "empty lines", "characters that grow"],
 )
-def test_a_work_logs_in_measure(clock: Clock, payloads: list[bytes]) -> None:
+def test_a_request_logs_at_a_bounded_rate(clock: Clock, payloads: list[bytes]) -> None:
     stream = io.StringIO()
     log = ErrorLog(stream, "tenant", None)
     for payload in payloads:

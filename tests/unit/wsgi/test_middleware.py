@@ -76,7 +76,7 @@ def busy() -> RconError:
         ),
     ],
 )
-def test_what_the_manager_refuses_does_not_run(error: RconError, told: dict[str, str]) -> None:
+def test_a_request_that_the_manager_refuses_does_not_run(error: RconError, told: dict[str, str]) -> None:
     manager = inline()
     manager.refuse = error
     answer = Answer(middleware(manager))
@@ -92,7 +92,7 @@ def test_what_the_manager_refuses_does_not_run(error: RconError, told: dict[str,
     assert answer.headers.get("Retry-After") == ("7" if told["type"] == "concurrency" else None)
 
 
-def test_what_the_settings_allow_runs_unconfined() -> None:
+def test_a_request_that_the_settings_allow_runs_unconfined() -> None:
     class Allows:
         def admit(self, work: object) -> None:
             return None

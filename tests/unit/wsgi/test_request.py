@@ -133,7 +133,7 @@ def test_what_a_key_may_be_made_of(name: str, value: str | None) -> None:
             attributes[name]
 
 
-def test_who_asks_is_missing_where_the_server_does_not_know() -> None:
+def test_remote_user_is_missing_where_the_server_does_not_know_it() -> None:
     attributes = work_of({"REMOTE_ADDR": "", "PATH_INFO": "*"}).attributes
     assert [name for name in ("remote_addr", "remote_user", "path:1") if name in attributes] == []
 
@@ -145,7 +145,7 @@ def test_every_name_that_settings_take_for_a_request_is_known_here() -> None:
             assert name in work_of(whole).attributes
 
 
-def test_what_the_application_does_to_its_environ_changes_nothing() -> None:
+def test_changes_of_the_environ_do_not_change_the_attributes() -> None:
     environ = {"HTTP_HOST": "a.example", "PATH_INFO": "/a", "REQUEST_METHOD": "GET"}
     work = work_of(environ)
     environ.update(HTTP_HOST="b.example", PATH_INFO="/b", REQUEST_METHOD="POST", REMOTE_USER="anna")
