@@ -246,14 +246,14 @@ def test_a_group_is_watched_by_its_name() -> None:
 @pytest.mark.parametrize("number", range(5))
 def test_the_loop_ends_with_the_group(number: int) -> None:
     """Also where the kernel has not told of the last process before it was gone."""
-    told: list[str] = []
+    kinds: list[str] = []
     with managing({"each": {"timeout": "100s"}}) as manager:
         ask(manager, "pid")
         time.sleep(0.003 * number)
         events = watch("p", kinds=["empty"])
-        thread = threading.Thread(target=lambda: told.extend(event.kind for event in events))
+        thread = threading.Thread(target=lambda: kinds.extend(event.kind for event in events))
         thread.start()
     thread.join(20)
     assert not thread.is_alive()
     assert events.ended
-    assert told[-1:] == ["empty"]
+    assert kinds[-1:] == ["empty"]

@@ -179,10 +179,10 @@ def test_no_more_threads_than_there_may_be_and_the_longest_unused_goes_first() -
         try:
             admit(manager, host="d")
         except ConcurrencyLimitExceeded as error:
-            told = error.limit
+            limit = error.limit
         for admission in held:
             admission.finish()
-        return gone, count, told
+        return gone, count, limit
 
     policy = {**POLICY, "per": "host"}
     assert managed(policy, program, threads=2) == ([False], 2, "threads")
@@ -268,7 +268,7 @@ def leave(admission: ThreadAdmission, act: Callable[..., Any], *arguments: Any) 
         admission.call(act, *arguments)
 
 
-def told(records: list[logging.LogRecord]) -> list[str]:
+def abandoned_calls(records: list[logging.LogRecord]) -> list[str]:
     return [record.getMessage() for record in records if "its caller left" in record.getMessage()]
 
 
@@ -386,7 +386,7 @@ def test_close_while_a_thread_is_taken_lets_it_finish_and_makes_no_more() -> Non
         except ConfinementError as error:
             results.append(str(error))
         ended = soon(lambda: not any(thread.name.startswith("rcon-") for thread in threading.enumerate()))
-        return [*results, told(records), ended]
+        return [*results, abandoned_calls(records), ended]
 
     assert in_child(program) == [TENANT, "the executor threads were closed", [], True]
 
@@ -396,13 +396,13 @@ def test_only_a_call_that_was_left_is_logged_as_one() -> None:
         go_on = threading.Event()
         with logged() as records:
             run(manager, os.getpid)
-            before = len(told(records))
+            before = len(abandoned_calls(records))
             admission = admit(manager)
             leave(admission, go_on.wait, 20)
             admission.finish("error")
         go_on.set()
         soon(lambda: not any(thread.name.startswith("rcon-") for thread in threading.enumerate()))
-        return [before, len(told(records))]
+        return [before, len(abandoned_calls(records))]
 
     assert managed(POLICY, program) == [0, 1]
 

@@ -21,25 +21,24 @@ NUMBER = b"12345678"
 
 
 class Admission:
-    """An admission that only keeps what it is told; `turns` is what the manager makes of an ending."""
+    """An admission that records how it is settled. `outcomes` replaces the outcome of an ending."""
 
     policy = SimpleNamespace(name="tenant")
     key: str | None = None
-    isolation = "process"
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.settled: list[tuple[str, str]] = []
-        self.turns: dict[Ending, Outcome] = {}
+        self.outcomes: dict[Ending, Outcome] = {}
         self.on_deadline: Callable[[], object] | None = None
 
     def finish(self, ending: Ending = "ok", detail: str = "") -> Outcome:
         self.settled.append((ending, detail))
-        return self.turns.get(ending, Outcome(ending=ending, detail=detail))
+        return self.outcomes.get(ending, Outcome(ending=ending, detail=detail))
 
     def died(self) -> Outcome:
         self.settled.append(("died", ""))
-        return self.turns.get("killed", Outcome(ending="killed", policy="tenant"))
+        return self.outcomes.get("killed", Outcome(ending="killed", policy="tenant"))
 
     def abort(self, detail: str) -> Outcome:
         self.settled.append(("aborted", detail))
@@ -90,7 +89,7 @@ class Meeting:
         self.server = Server(exchange)
 
     def says(self, *frames: tuple[int, bytes], end: bool = True) -> None:
-        """What the executor sends; then it is gone, unless told otherwise."""
+        """Send frames as the executor; with ``end`` close its side then."""
         self.executor.send(*frames)
         if end:
             self.peer.shutdown(socket.SHUT_WR)

@@ -123,7 +123,7 @@ def test_frames_that_are_here_are_taken_though_the_client_left() -> None:
 
 def time_out(met: Meeting) -> None:
     """What the supervisor does at the deadline."""
-    met.admission.turns["killed"] = TIMEOUT
+    met.admission.outcomes["killed"] = TIMEOUT
     met.admission.channel.hang_up()
     assert met.admission.on_deadline is not None
     met.admission.on_deadline()
@@ -269,7 +269,7 @@ def test_a_deadline_finds_no_thread_that_it_could_miss() -> None:
         with connected() as (sock, _), meeting(sock, {"wsgi.input": FromClient(sock)}) as met:
             met.says((wire.READ, wire.encode_size(5)), end=False)
             deadline = threading.Timer(delay / 10_000, time_out, (met,))
-            met.admission.turns["killed"] = TIMEOUT
+            met.admission.outcomes["killed"] = TIMEOUT
             met.admission.on_deadline = lambda: None  # the deadline may come before there is one
             deadline.start()
             assert json.loads(ends(met.server.run))["status"] == 504

@@ -110,17 +110,17 @@ PIDS = Outcome(ending="pids", policy="tenant", limit="each.pids")
 def test_work_that_failed_at_a_limit_is_a_problem(frames: tuple[tuple[int, bytes], ...]) -> None:
     """Also where a framework made a page of it."""
     with meeting() as met:
-        met.admission.turns["error"] = PIDS
+        met.admission.outcomes["error"] = PIDS
         met.says(*frames)
-        told = json.loads(met.server.run())
+        document = json.loads(met.server.run())
         assert met.server.status == "503 Service Unavailable"
-        assert (told["limit"], told["policy"]) == ("each.pids", "tenant")
+        assert (document["limit"], document["policy"]) == ("each.pids", "tenant")
         assert len(met.admission.settled) == 1
 
 
 def test_work_that_failed_at_a_limit_in_the_stream_is_cut() -> None:
     with meeting() as met:
-        met.admission.turns["error"] = PIDS
+        met.admission.outcomes["error"] = PIDS
         met.says(START, data(b"one"), FAILED)
         result = met.server.begin()
         assert next(result) == b"one"
@@ -157,7 +157,7 @@ def test_a_long_error_page_is_streamed() -> None:
 
 def test_a_deadline_just_before_the_end_is_answered_while_it_can_be() -> None:
     with meeting() as met:
-        met.admission.turns["ok"] = Outcome(ending="timeout", policy="tenant", limit="each.timeout")
+        met.admission.outcomes["ok"] = Outcome(ending="timeout", policy="tenant", limit="each.timeout")
         met.says(START, only(b"late"), DONE)
         assert json.loads(met.server.run())["limit"] == "each.timeout"
         assert met.server.status == "504 Gateway Timeout"
@@ -307,9 +307,9 @@ BEFORE_THE_RESPONSE = {
 def test_an_executor_that_breaks_the_protocol_is_a_503(name: str) -> None:
     with meeting() as met:
         met.says(*BEFORE_THE_RESPONSE[name])
-        told = json.loads(met.server.run())
+        document = json.loads(met.server.run())
         assert met.server.status == "503 Service Unavailable"
-        assert told["status"] == 503
+        assert document["status"] == 503
         assert [ending for ending, _ in met.admission.settled] == ["died"]
 
 

@@ -61,7 +61,7 @@ def busy() -> RconError:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (ConfinementError("/sys/fs/cgroup/secret could not be written"), {"type": "refused"}),
         (KernelError("no", path="/sys/fs/cgroup/secret"), {"type": "refused"}),
@@ -76,20 +76,20 @@ def busy() -> RconError:
         ),
     ],
 )
-def test_a_request_that_the_manager_refuses_does_not_run(error: RconError, told: dict[str, str]) -> None:
+def test_a_request_that_the_manager_refuses_does_not_run(error: RconError, expected: dict[str, str]) -> None:
     manager = inline()
     manager.refuse = error
     answer = Answer(middleware(manager))
     body = json.loads(answer.body)
     assert answer.status == "503 Service Unavailable"
     assert answer.headers["Content-Type"] == "application/problem+json"
-    assert body["type"] == f"urn:problem-type:rcon:{told['type']}"
+    assert body["type"] == f"urn:problem-type:rcon:{expected['type']}"
     assert {name: body.get(name) for name in ("policy", "limit")} == {
-        name: told.get(name) for name in ("policy", "limit")
+        name: expected.get(name) for name in ("policy", "limit")
     }
     assert b"secret" not in answer.body
     assert b"a.example" not in answer.body
-    assert answer.headers.get("Retry-After") == ("7" if told["type"] == "concurrency" else None)
+    assert answer.headers.get("Retry-After") == ("7" if expected["type"] == "concurrency" else None)
 
 
 def test_a_request_that_the_settings_allow_runs_unconfined() -> None:
