@@ -38,6 +38,23 @@ def judge(measure: Callable[[], dict[float, float]]) -> None:
         pytest.fail(f"too little, three times: {found}, and {left:.2f} CPUs were idle")
 
 
+def quota_in_force() -> float | None:
+    """The quota that the kernel's own files give the calling thread, in CPUs: that of the nearest cgroup with one."""
+    for line in Path("/proc/thread-self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = Path("/sys/fs/cgroup", controllers)
+        for cgroup in (mount / path.lstrip("/"), *(mount / path.lstrip("/")).parents):
+            for name in ("cpu.max", "cpu.cfs_quota_us"):
+                text = (
+                    cgroup.joinpath(name).read_text().split()[0] if cgroup.joinpath(name).exists() else "max"
+                )
+                if text not in ("max", "-1"):
+                    return int(text) / 100_000
+    return None
+
+
 def _idle_seconds() -> float:
     """CPU seconds that nobody used, since boot (proc(5), stat)."""
     idle, waiting = Path("/proc/stat").read_text().split("\n", 1)[0].split()[4:6]

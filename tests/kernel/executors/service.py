@@ -18,6 +18,7 @@ from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelC
 from rcon_plugins.settings.file import from_mapping
 from tests.kernel.cgroup.helpers import write_directly
 from tests.kernel.executors import ways_back
+from tests.kernel.quota import quota_in_force
 
 ASK, ANSWER, RAISED = range(FIRST_SERVICE_KIND, FIRST_SERVICE_KIND + 3)
 
@@ -61,6 +62,10 @@ class Acts:
         _spin(seconds)
         for child in children:
             os.waitpid(child, 0)
+
+    @staticmethod
+    def quota() -> float | None:
+        return quota_in_force()
 
     @staticmethod
     def use_cpu(seconds: float) -> None:

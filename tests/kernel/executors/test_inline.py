@@ -17,7 +17,7 @@ from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import running
-from tests.kernel.quota import WINDOW, judge
+from tests.kernel.quota import WINDOW, judge, quota_in_force
 
 pytestmark = pytest.mark.each_layout
 
@@ -103,6 +103,15 @@ def test_a_kept_confinement_is_entered_by_many_threads_at_once() -> None:
         return {len(seen) == 1600, *seen}
 
     assert in_child(program) == {True}
+
+
+def test_the_kernel_has_the_quota() -> None:
+    def program() -> tuple[float | None, float | None]:
+        with confine(cpu="30%"):
+            inside = quota_in_force()
+        return inside, quota_in_force()
+
+    assert in_child(program) == (0.3, None)
 
 
 @pytest.mark.measures

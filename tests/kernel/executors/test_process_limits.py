@@ -177,6 +177,13 @@ def test_a_request_holds_no_descriptor_of_the_server() -> None:
         assert len(sockets) >= 1  # its own channel
 
 
+def test_the_kernel_has_the_quotas_of_the_policy() -> None:
+    """`cpu` is for all of its work together, `each.cpu` for one; the nearest is the one of the executor."""
+    for policy, quota in (({"cpu": "30%"}, 0.3), ({"cpu": "80%", "each": {"cpu": "20%"}}, 0.2)):
+        with managing({**policy, "isolation": "process"}) as manager:
+            assert ask(manager, "quota")[0] == quota
+
+
 @pytest.mark.measures
 @pytest.mark.parametrize("percents", [(10, 20, 50), (150,)], ids=str)
 def test_cpu_quotas_are_held_within_a_point(percents: tuple[int, ...]) -> None:

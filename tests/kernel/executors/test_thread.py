@@ -27,7 +27,7 @@ from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.executors import ways_back
 from tests.kernel.executors.service import soon, status
-from tests.kernel.quota import WINDOW, judge
+from tests.kernel.quota import WINDOW, judge, quota_in_force
 
 TENANT, OTHER = 61001, 61002
 POLICY: dict[str, Any] = {"isolation": "thread", "user": TENANT, "group": TENANT, "groups": [61011]}
@@ -550,6 +550,14 @@ def test_threads_that_ended_leave_no_descriptor() -> None:
 
     before, most, after = managed(POLICY, program)
     assert before == after < most
+
+
+@pytest.mark.each_layout
+def test_the_kernel_has_the_quota() -> None:
+    def program(manager: RunningManager) -> Any:
+        return run(manager, quota_in_force), quota_in_force()
+
+    assert managed({**POLICY, "cpu": "30%"}, program) == (0.3, None)
 
 
 @pytest.mark.measures
