@@ -33,25 +33,25 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def rcon_policies(settings: Settings) -> Iterable[Policy]:  # type: ignore[empty-body]
-    """Contribute policies beside those of the settings file: from a database, say.
+    """Contribute policies in addition to those of the settings file, from a database for example.
 
-    Called once when a manager is made, in the host process.
+    Called once when a manager is made, in the host process, before it forks the processes that serve.
 
     :param settings: the settings as loaded.
-    :returns: the policies. A name that exists already is an error.
+    :returns: the policies. A name that already exists is an error.
     """
 
 
 @hookspec(firstresult=True)
 def rcon_select_policy(work: Work) -> str | None:
-    """Choose the policy for one work. The first result that is not None wins.
+    """Choose the policy of one unit of work. The first result that is not None wins.
 
-    Called for every work, on the hot path, in the thread that serves it. The built-in router comes last, so
-    that a plugin can decide before it. Where nobody answers, the policy named ``default`` is taken; without
+    Called for every unit of work, on the hot path, in the thread that serves it. The built-in router comes last, so
+    that a plugin can decide before it. If every plugin returns None, the policy named ``default`` is used; without
     one the work is refused, unless the settings say ``unmatched = "allow"``.
 
     :param work: the request, task or command.
-    :returns: the name of a policy, or None to leave the choice to the next.
+    :returns: the name of a policy, or None to leave the choice to the next plugin.
     """
 
 
@@ -77,14 +77,13 @@ def rcon_resources(limits: Limits, policy: Policy) -> Resources | None:
 
 @hookspec(firstresult=True)
 def rcon_event(event: Event) -> Limits | None:
-    """Take note of what happened to the cgroup of some work, and change its limits if that is called for.
+    """Handle an event of a cgroup, and optionally change its limits.
 
     Called in the host process, in the thread that watches its cgroups, for work in executor processes and in threads
-    of the host, and in the process of ``rcon run --policy`` for its command: when memory gets scarce (nine tenths of
-    the limit are in use, it is slowed down, the limit is reached or about to be raised, a process was killed for it),
-    when no more processes may be started, when CPU time was held back, and under pressure of memory or IO. It must not
-    take long. Without a plugin that has this hook, and without memory that expands, nothing is watched. See
-    docs/howto/events.md for the kinds of events.
+    of the host, and in the process of ``rcon run --policy`` for its command. Events are: memory at nine tenths of its
+    limit, slowed down, at its limit or about to be raised; a process killed for memory; no more processes allowed; CPU
+    time throttled; pressure of memory or IO. It must not take long. Without a plugin that has this hook, and without
+    memory that expands, nothing is watched. See docs/howto/events.md for the kinds of events.
 
     :param event: what happened, where, and which limit it is about. Where ``event.limit`` begins with ``each.`` the
         cgroup is that of one executor process, else that of all the work together.
@@ -96,11 +95,11 @@ def rcon_event(event: Event) -> Limits | None:
 
 @hookspec
 def rcon_prepare(policy: Policy) -> None:
-    """Make ahead of need what each new executor process would else make for itself.
+    """Prepare in the fork server what each new executor process would otherwise make for itself.
 
-    Called in the fork server, which has a single thread and all that the server may do, before each process that it
-    makes; what it makes has to be kept by the plugin, and is there in the new process, for `rcon_drop`. It must not
-    take long, nor start threads, nor leave open what confined code must not have.
+    Called in the fork server, which has a single thread and all privileges of the server, before each fork. The plugin
+    keeps the result, which is then available in the new process, for `rcon_drop`. It must not take long, start
+    threads, or leave descriptors open that confined code must not have.
 
     :param policy: the policy that the process will serve for the rest of its life.
     :raises Exception: anything raised means that the process ends and the work does not run.
@@ -109,22 +108,22 @@ def rcon_prepare(policy: Policy) -> None:
 
 @hookspec
 def rcon_drop(policy: Policy, place: str, identity: Identity | None) -> None:
-    """Give up what the policy does not grant: identity, capabilities, resource limits, anything irreversible.
+    """Drop what the policy does not grant: identity, capabilities, resource limits, anything irreversible.
 
     Called in the new process or thread, already in its cgroup, before its first work. The built-in plugins take the
-    identity, drop the capabilities and set rlimits last, so that other plugins run with all the server has. In a
-    thread, only what acts on the calling thread alone may be done: the others belong to the server.
+    identity, drop the capabilities and set rlimits last, so that other plugins run with all privileges of the server.
+    In a thread, do only what acts on the calling thread alone: the other threads belong to the server.
 
     :param policy: the policy that the process or thread will serve for the rest of its life.
     :param place: ``"process"``, ``"thread"``, or ``"command"``: a process that executes a program next.
-    :param identity: the user and groups it will have, found for the work it is made for; None keeps the server's.
+    :param identity: the user and groups it will have, resolved for its first work; None keeps the server's.
     :raises Exception: anything raised means that the process or thread ends and the work does not run.
     """
 
 
 @hookspec
 def rcon_work_started(work: Work, policy: Policy) -> None:
-    """Take note that a work is about to run. Called in the host process, in the thread that serves it.
+    """Hear that work is about to run. Called in the host process, in the thread that serves it.
 
     :param work: the request, task or command.
     :param policy: the policy it runs under.
@@ -134,7 +133,7 @@ def rcon_work_started(work: Work, policy: Policy) -> None:
 
 @hookspec
 def rcon_work_finished(work: Work, outcome: Outcome) -> None:
-    """Take note of how a work ended, or that it was refused. Called in the host process.
+    """Hear how work ended, or that it was refused. Called in the host process.
 
     :param work: the request, task or command.
     :param outcome: how it ended, and what it used.
@@ -145,10 +144,10 @@ def rcon_work_finished(work: Work, outcome: Outcome) -> None:
 def rcon_commands(cli: click.Group) -> None:
     """Add subcommands to the command ``rcon``.
 
-    Called in the process of the command line, of the plugins that the environment variable ``RCON_PLUGINS`` names
-    (settings belong to a server), and only when a subcommand is asked for that is none of the built-in ones, or all of
-    them are listed. No server calls it: import what only commands need inside.
+    Called in the process of the command line, for the plugins that the environment variable ``RCON_PLUGINS`` names
+    (settings belong to a server), and only to run a subcommand that is not built in, or to list all of them. No server
+    calls it: import modules that only commands need inside the function.
 
     :param cli: add to it with ``cli.command()``, ``cli.group()`` or ``cli.add_command()``. A command returns its exit
-        status, or None for 0. The name of a built-in one is an error.
+        status, or None for 0. The name of a built-in command is an error.
     """

@@ -1,1 +1,1 @@
-"""Who work becomes, and what a server must hold for that."""
+"""The user and groups that work runs as, and the capabilities that a server needs to change to them."""

@@ -1,8 +1,8 @@
-"""What a server must hold so that its work can become other users, and how it keeps that when it becomes one itself.
+"""The capabilities that a server needs to run work as other users, and how it keeps them when it changes its own user.
 
-All of it acts on the calling thread; call it while the process has no other. A server that was started as root and
-becomes, say, www-data would lose all capabilities with the change (capabilities(7)). It keeps those that its policies
-need, permitted but not effective: only a thread or process that is about to drop raises them.
+Everything here acts on the calling thread; call it while the process has no other. A server that starts as root and
+changes to www-data, say, would lose all capabilities with the change (capabilities(7)). It keeps those that its
+policies need, permitted but not effective: only a thread or process that is about to drop privileges raises them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TO_BECOME_OTHERS = Capabilities.of(CAP_SETUID, CAP_SETGID, CAP_SETPCAP)
 
 
 def needed(policies: Iterable[Policy]) -> Capabilities:
-    """What the server must hold: to become other users, and to leave work the capabilities that policies grant."""
+    """Return the capabilities that the server needs to change users, and to pass on those that policies grant."""
     found = Capabilities.none()
     for policy in policies:
         found |= kept_capabilities(policy)
@@ -42,9 +42,9 @@ def needed(policies: Iterable[Policy]) -> Capabilities:
 
 
 def keep(wanted: Capabilities) -> None:
-    """Before the process becomes another user: give up all but ``wanted`` and what the change takes, and keep that.
+    """Before the process changes its user: drop all but ``wanted`` and what the change needs, and keep that.
 
-    Does nothing where nothing is wanted. Raises `CapabilityError`.
+    Does nothing if nothing is wanted. Raises `CapabilityError`.
     """
     if not wanted:
         return
@@ -54,10 +54,10 @@ def keep(wanted: Capabilities) -> None:
 
 
 def settle(wanted: Capabilities) -> None:
-    """After the change: hold ``wanted`` and no more, and none of it effective. Raises `CapabilityError`.
+    """After the change: hold ``wanted`` and no more, none of it effective. Raises `CapabilityError`.
 
-    Nor can it be more again: the bounding set has no more either, and a program that is executed as uid 0, as who may
-    become anybody may do, is given nothing for that (SECBIT_NOROOT, locked).
+    The process cannot regain more: the bounding set is cut down too, and a program executed as uid 0, which CAP_SETUID
+    allows, gains nothing by that (SECBIT_NOROOT, locked).
     """
     if not wanted:
         return
@@ -71,7 +71,7 @@ def settle(wanted: Capabilities) -> None:
 
 
 def refusals(policy: Policy) -> list[Refusal]:
-    """What of a policy's identity this process cannot give, holding what it holds."""
+    """Return which keys of a policy's identity this process lacks the capabilities for."""
     held = read_state().permitted
     found = []
     lacking = Capabilities.of(CAP_SETUID, CAP_SETGID) - held
@@ -79,8 +79,8 @@ def refusals(policy: Policy) -> list[Refusal]:
         found.append(
             Refusal(
                 "user",
-                f"this process may not become another user: it lacks {lacking}",
-                "start the server as root (it may become another user itself), or give it "
+                f"this process cannot change its user: it lacks {lacking}",
+                "start the server as root (it may change to another user itself), or give it "
                 "CAP_SETUID, CAP_SETGID and CAP_SETPCAP (systemd: AmbientCapabilities=)",
             )
         )

@@ -1,10 +1,10 @@
-"""Who work becomes: the accounts that a policy names, as this machine knows them now.
+"""Resolve the user and groups that a policy names to the ids of this machine.
 
-`check` is for the start: what can be known without a work is known and refused there. `resolve` is for each work. It
-opens and reads nothing that a tenant could have put in its way: of a path only the owner is looked at.
+`check` is for the start: it refuses everything that is wrong whatever the work. `resolve` is for each unit of work. It
+opens and reads no file that a tenant could have made: of a path, only the owner is looked at.
 
-What the user and group databases say is remembered for `userdb.LIFE` seconds: a change of somebody's groups takes
-that long to be seen, while the owner of a path is looked up anew for every work.
+Results of the user and group databases are cached for `userdb.LIFE` seconds, so a change of a user's groups takes
+effect after that time. The owner of a path is looked up for every unit of work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rcon_plugins.settings.accounts import Account, PathTemplate
     from rcon_plugins.settings.policy import Policy
 
-#: What the kernel says of a path for which the work is to blame; anything else is for the machine to mend.
+#: Errors that are the fault of the path that the work named; any other error is the fault of the machine.
 _OF_THE_PATH = frozenset(
     {
         *(errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENAMETOOLONG, errno.EACCES),
@@ -36,7 +36,7 @@ _Find = Callable[[str, "PathTemplate"], paths.Owner]
 
 
 class _Fault(Exception):
-    """What is wrong with an identity, before it is known who has to hear of it."""
+    """A fault of an identity, until the caller turns it into an error of the settings or of the work."""
 
     def __init__(
         self, key: str, problem: str, hint: str, value: object = None, *, of_work: bool = False
@@ -50,14 +50,14 @@ class _Fault(Exception):
 
 
 class _OnlyWithWork(Exception):
-    """What is asked is known with the work, and not before."""
+    """The identity depends on the work, so it cannot be checked at the start."""
 
 
 def check(policy: Policy, file: str | None = None) -> None:
-    """Find out at the start what of the policy's identity cannot be on this machine.
+    """Check at the start the identity of a policy on this machine.
 
-    Static users and groups, and paths without placeholders, must exist and be allowed; the part of a path before its
-    first placeholder must be a directory; the capabilities must be known to this kernel. Raises `SettingsError`.
+    Fixed users and groups, and paths without placeholders, must exist and be allowed. The part of a path before its
+    first placeholder must be a directory. The kernel must know the capabilities. Raises `SettingsError`.
     """
     try:
         _check_capabilities(policy)
@@ -82,10 +82,10 @@ def check(policy: Policy, file: str | None = None) -> None:
 
 
 def resolve(policy: Policy, attributes: Mapping[str, str]) -> Identity | None:
-    """The identity that a work with these attributes gets; None where the policy names no user.
+    """Return the identity for work with these attributes; None if the policy names no user.
 
-    Raises `IdentityRefused` when it is not one that the policy allows, or when the work's own attributes lead to
-    none; `ConfinementError` when the machine cannot tell, as when a user was removed since the start.
+    Raises `IdentityRefused` if the policy does not allow the identity, or if the attributes of the work lead to none;
+    `ConfinementError` if the machine cannot tell, for example because a user was removed since the start.
     """
     if policy.user is None:
         return None
@@ -105,7 +105,7 @@ def resolve(policy: Policy, attributes: Mapping[str, str]) -> Identity | None:
 
 
 def kept_capabilities(policy: Policy) -> Capabilities:
-    """The capabilities that work of the policy keeps. ``all`` is all that the calling thread is permitted."""
+    """Return the capabilities that work of the policy keeps. ``all`` means all that the calling thread is permitted."""
     if policy.capabilities == ("all",):
         return read_state().permitted
     return Capabilities.of(*(int(name) if name.isdigit() else name for name in policy.capabilities or ()))
@@ -135,7 +135,7 @@ def _resolve(policy: Policy, find: _Find) -> Identity:
 
 
 def _user(user: Account, find: _Find) -> tuple[int, userdb.Entry | None, paths.Owner | None]:
-    """The uid, the entry of the user database where there is one, and what was found at the path if it is one."""
+    """Return the uid, its entry in the user database, and the owner of the path; None for what does not exist."""
     if user.path is not None:
         found = find("user", user.path)
         _check_known("user", "uid", found.uid, paths.overflow_uid())
@@ -154,7 +154,7 @@ def _user(user: Account, find: _Find) -> tuple[int, userdb.Entry | None, paths.O
 
 
 def _primary(policy: Policy, entry: userdb.Entry | None, found: paths.Owner | None, find: _Find) -> int:
-    """The group of the policy, else the user's primary group, else that of the path."""
+    """Return the group of the policy, else the user's primary group, else the group of the path."""
     if policy.group is not None:
         return _gid("group", policy.group, policy, find)
     if entry is not None:
@@ -165,7 +165,7 @@ def _primary(policy: Policy, entry: userdb.Entry | None, found: paths.Owner | No
     else:
         raise _Fault(
             "user",
-            f"uid {policy.user} has no entry in the user database, so that its group is not known",
+            f"uid {policy.user} has no entry in the user database, so its group is unknown",
             "write the group too: group = …",
             policy.user,
         )
@@ -174,7 +174,7 @@ def _primary(policy: Policy, entry: userdb.Entry | None, found: paths.Owner | No
 
 
 def _supplementary(policy: Policy, entry: userdb.Entry | None, gid: int, find: _Find) -> tuple[int, ...]:
-    """The groups of the policy, else those of the group database, as initgroups(3) has them."""
+    """Return the groups of the policy, else those of the group database, as initgroups(3) does."""
     if policy.groups is not None:
         return tuple(
             sorted(
@@ -214,9 +214,9 @@ def _gid(key: str, group: Account, policy: Policy, find: _Find) -> int:
 
 
 def _check_known(key: str, kind: str, number: int, overflow: int) -> None:
-    """Refuse the number that whatever owns a path has which has none here."""
+    """Refuse the overflow id: the owner of the path has no id in this user namespace."""
     if number == overflow:
-        problem = f"the path belongs to {kind} {number}, which stands for all that are not known here"
+        problem = f"the path belongs to {kind} {number}, the overflow id for owners unknown here"
         hint = "give it to an account of this machine; a user namespace or NFS may hide whose it is"
         raise _Fault(key, problem, hint, number, of_work=True)
 
@@ -228,7 +228,7 @@ def _check_uid(uid: int, user: Account, policy: Policy, *, of_work: bool) -> Non
     what = f"the owner of {show(str(path))} is" if path is not None else f"{show(str(user))} is"
     remedy = "give the path to another user" if path is not None else "name another user"
     if uid == 0:
-        problem, hint = f"{what} root, which work must not be", f"{remedy}, or write allow_root = true"
+        problem, hint = f"{what} root, and work must not run as root", f"{remedy}, or write allow_root = true"
     else:
         problem = f"{what} uid {uid}, and below min_uid = {policy.min_uid}"
         hint = f"{remedy}, or write min_uid = {uid}"
@@ -240,7 +240,7 @@ def _check_gid(key: str, gid: int, whose: str, policy: Policy, *, of_work: bool)
         return
     remedy = "groups = []" if key == "groups" else "name another group"
     if gid == 0:
-        problem = f"{whose} is gid 0, root's, which work must not have"
+        problem = f"{whose} is gid 0, and work must not have root's group"
         hint = f"{remedy}, or write allow_root = true"
     else:
         problem = f"{whose} is gid {gid}, and below min_gid = {policy.min_gid}"
@@ -285,7 +285,7 @@ def _find_at_start(key: str, template: PathTemplate) -> paths.Owner:
 
 
 def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> paths.Owner:
-    """Whose the path is that the work's attributes make of the template."""
+    """Return the owner of the path that the template and the attributes of the work make."""
     if not template.pieces:
         try:
             found = paths.owner(template)
@@ -307,32 +307,30 @@ def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> pa
 
 
 def _check_movers(key: str, template: PathTemplate, path: str, found: paths.Owner) -> None:
-    """Refuse what was reached by a link that somebody else may have put there.
+    """Refuse a file reached by a link that another user may have made.
 
-    Else a tenant could put a link to a neighbour's file, or move one of root's, and be the neighbour from then on.
+    Otherwise a tenant could link to another tenant's file, or move a link of root's, and take over that identity.
     """
     foreign = found.movers - {found.uid}
     if not foreign:
         return
     way = f"a link on the way to {show(path)}"
     if paths.ANYBODY in foreign:
-        problem = f"{way} may have been put there by anybody, and leads to what is uid {found.uid}'s"
+        problem = f"{way} can be made by any user, and leads to a file of uid {found.uid}"
         hint = "it must have one name, and lie where nobody but the owner of the directory may write"
     else:
-        problem = f"{way} is in the hands of uid {min(foreign)}, and leads to what is uid {found.uid}'s"
+        problem = f"{way} can be changed by uid {min(foreign)}, and leads to a file of uid {found.uid}"
         hint = f"it and its directories must be root's, of the owner of {template.trusted}, or of whom it leads to"
     raise _Fault(key, problem, hint, template, of_work=True)
 
 
 def _check_found(key: str, template: PathTemplate, path: str, found: paths.Owner) -> None:
-    """Refuse a path whose owner need not be who put it there."""
+    """Refuse a path whose owner may not be the user who made it."""
     if found.names > 1:
-        problem = (
-            f"{show(path)} has {found.names} names (hard links), and others than its owner may have made one"
-        )
+        problem = f"{show(path)} has {found.names} hard links, and another user may have made one"
         hint = "copy the file, so that it has one name"
     elif found.open_to_all:
-        problem, hint = f"everybody may write to {show(path)}", "chmod o-w"
+        problem, hint = f"every user may write to {show(path)}", "chmod o-w"
     else:
         return
     raise _Fault(key, problem, hint, template, of_work=True)
@@ -345,7 +343,7 @@ def _blame(key: str, template: PathTemplate, path: str, error: KernelError) -> N
         problem = f"there is no {show(path)}"
     else:
         problem = f"{show(path)}: {os.strerror(error.errno or errno.EIO)}"
-    hint = "its owner would be the user" if key == "user" else "its owner has to be known"
+    hint = "work runs as the owner of this path" if key == "user" else "the owner of this path must be known"
     raise _Fault(key, problem, hint, template, of_work=error.errno in _OF_THE_PATH) from None
 
 
@@ -355,14 +353,14 @@ def _open_trusted(key: str, template: PathTemplate) -> int:
     except KernelError as error:
         raise _Fault(
             key,
-            f"{show(template.trusted)}, below which paths are looked up: {os.strerror(error.errno or errno.EIO)}",
+            f"{show(template.trusted)}, the trusted directory of the path: {os.strerror(error.errno or errno.EIO)}",
             "make that directory, or name another",
             template,
         ) from None
 
 
 def _fill(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> str:
-    """The path below the trusted part. Raises `_Fault` for a value that is no name, or would go elsewhere."""
+    """Return the path below the trusted part. Raises `_Fault` for a value that is not a plain name."""
     parts = []
     for text, name in template.pieces:
         parts.append(text)
@@ -370,12 +368,12 @@ def _fill(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> st
             value = attributes.get(name)
             problem = _wrong_with(name, value)
             if problem or value is None:
-                hint = f"no path can be made of {show(str(template))}"
+                hint = f"{show(str(template))} cannot be filled in"
                 raise _Fault(key, problem or "", hint, template, of_work=True)
             parts.append(value.lstrip("/") if name == "path" else value)
     path = "".join(parts)
     if ".." in path.split("/"):
-        raise _Fault(key, f"{show(path)} goes back up", "it is not tidied", template, of_work=True)
+        raise _Fault(key, f"{show(path)} contains ..", "paths are not normalised", template, of_work=True)
     return path or "."  # the root of all paths is the trusted directory itself
 
 
@@ -385,5 +383,5 @@ def _wrong_with(name: str, value: object) -> str | None:
     if not isinstance(value, str):
         return f"the {name} of the work is not text"
     if value in ("", ".", "..") or "\0" in value or ("/" in value and name != "path"):
-        return f"{show(value)}, the {name} of the work, is not the name of a file"
+        return f"{show(value)}, the {name} of the work, is not a file name"
     return None

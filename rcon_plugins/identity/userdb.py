@@ -1,6 +1,6 @@
-"""The user and group databases of this machine, asked seldom: passwd(5), group(5), nsswitch.conf(5).
+"""The user and group databases of this machine, cached: passwd(5), group(5), nsswitch.conf(5).
 
-Answers, also "there is none", are remembered for `LIFE` seconds, since a database may be far away. Safe in threads.
+Results, including "not found", are cached for `LIFE` seconds, since a database may be remote. Thread-safe.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeVar, TypeVarTuple
 
-#: For how many seconds an answer is kept.
+#: How long a result is cached, seconds.
 LIFE: Final = 10.0
 
-_MOST = 4096  # answers kept
+_MOST = 4096  # results in the cache
 _Asked = TypeVarTuple("_Asked")
 _Answer = TypeVar("_Answer")
 
 
 class Entry(NamedTuple):
-    """Of an entry of the user database, what matters here."""
+    """The fields of an entry of the user database that matter here."""
 
     name: str
     uid: int
@@ -32,7 +32,7 @@ _kept: dict[tuple[object, ...], tuple[float, object]] = {}
 
 
 def _for_a_while(ask: Callable[[*_Asked], _Answer]) -> Callable[[*_Asked], _Answer]:
-    """Keep the answers, also "there is none", for `LIFE` seconds."""
+    """Cache the results of a function, including "not found", for `LIFE` seconds."""
 
     def answer(*asked: *_Asked) -> _Answer:
         now = time.monotonic()
@@ -50,7 +50,7 @@ def _for_a_while(ask: Callable[[*_Asked], _Answer]) -> Callable[[*_Asked], _Answ
 
 @_for_a_while
 def user(who: str | int) -> Entry | None:
-    """The user of that name, or of that number."""
+    """Return the user with that name or uid; None if there is none."""
     try:
         known = pwd.getpwuid(who) if isinstance(who, int) else pwd.getpwnam(who)
     except KeyError:
@@ -60,7 +60,7 @@ def user(who: str | int) -> Entry | None:
 
 @_for_a_while
 def group_named(name: str) -> int | None:
-    """The number of the group of that name."""
+    """Return the gid of the group with that name; None if there is none."""
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
@@ -69,22 +69,22 @@ def group_named(name: str) -> int | None:
 
 @_for_a_while
 def groups(name: str, gid: int) -> tuple[int, ...]:
-    """The groups of a user, and ``gid``, in order; as initgroups(3) finds them."""
+    """Return the groups of a user and ``gid``, sorted; as initgroups(3) finds them."""
     return tuple(sorted(set(os.getgrouplist(name, gid))))
 
 
 def forget() -> None:
-    """Ask anew from now on."""
+    """Empty the cache."""
     _kept.clear()
 
 
 @_for_a_while
 def user_names() -> list[str]:
-    """The users that the database lists; not every database lists all of its own."""
+    """Return the names of the users that the database lists. Not every database lists all."""
     return [known.pw_name for known in pwd.getpwall()]
 
 
 @_for_a_while
 def group_names() -> list[str]:
-    """The groups that the database lists; not every database lists all of its own."""
+    """Return the names of the groups that the database lists. Not every database lists all."""
     return [known.gr_name for known in grp.getgrall()]

@@ -102,10 +102,6 @@ class Settings(_Bounds, frozen=True, kw_only=True):
             _check_policy(route, number, together, self.file)
         return complete
 
-    def with_changed(self, policies: Mapping[str, Policy]) -> Self:
-        """Return these settings with the policies of these names replaced."""
-        return msgspec.structs.replace(self, policies={**self.policies, **policies})
-
 
 class _File(_Bounds, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The shape of a settings file."""

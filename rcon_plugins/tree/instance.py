@@ -26,9 +26,9 @@ _ATTEMPTS = 20
 class Instance:
     """The cgroup tree of one server. A child inherits it by ``fork``, whatever user it becomes.
 
-    Made by :meth:`create` in the process that will :meth:`close` it. ``hierarchy`` is narrowed to the
-    controllers that ``base`` has. ``locks`` is the fd of an empty file in memory that all processes of the
-    server share, for ``fcntl(2)`` record locks.
+    Made by `create`, in the process that will `close` it. ``hierarchy`` is narrowed to the controllers that ``base``
+    has. ``locks`` is the descriptor of an empty file in memory that all processes of the server share, for the record
+    locks of `rcon_plugins.tree.locks`.
     """
 
     def __init__(self, hierarchy: Hierarchy, base: str, name: str, user: tuple[int, int] | None) -> None:
@@ -39,7 +39,7 @@ class Instance:
         self._root = hierarchy.cgroup(f"{base.rstrip('/')}/{name}")
         self._work = self._root.child("work", shared=True)
         self._host = self._root.child("host", shared=True)
-        #: Our own cgroup is the base: it has to be left before it can pass controllers on.
+        #: Whether our own cgroup is the base: the process must leave it before it can pass controllers on.
         self._in_base = hierarchy.layout == "v2" and own_cgroup(hierarchy) == base
         #: The directories that adopt() took this process from, one for each of host/.
         self._previous: list[str] | None = None
@@ -49,10 +49,10 @@ class Instance:
     def create(
         cls, hierarchy: Hierarchy, base: str | None = None, owner: tuple[int, int] | None = None
     ) -> Instance:
-        """Find the base, remove what dead owners left there, and make the tree of the calling process.
+        """Find the base, remove the trees of dead owners there, and make the tree of the calling process.
 
-        ``base`` is the setting, ``owner`` the (uid, gid) that workers will have; the tree is delegated to
-        it. Raises DelegationError with the exact remedy, KernelError.
+        ``base`` is the setting. ``owner`` is the (uid, gid) of the workers; the tree is delegated to it. Raises
+        `DelegationError` with the exact remedy, `KernelError`.
         """
         for _ in range(_ATTEMPTS):
             found = find_base(hierarchy, base, systemd.enter_scope)
@@ -84,7 +84,7 @@ class Instance:
 
     def _make(self) -> None:
         if self._in_base and self._previous is None:
-            # No controllers before the base is empty: adopt() goes on from here.
+            # No controllers until the base is empty: adopt() continues from here.
             self.hierarchy.cgroup(self._host.path, controllers=frozenset()).create()
             return
         for cgroup in (self._root, self._host, self._work):
@@ -94,18 +94,18 @@ class Instance:
 
     @property
     def needs_adoption(self) -> bool:
-        """Whether :meth:`adopt` has to be called before anything can enter a cgroup of this tree.
+        """Whether `adopt` must be called before any process can enter a cgroup of this tree.
 
-        Our own cgroup is the base; or the workers are another user, who on v2 (and the v2 side of a hybrid)
-        may only move processes inside of what was delegated.
+        True if our own cgroup is the base, or if the workers have another user: on v2 (and the v2 side of a hybrid)
+        that user may only move processes within the delegated tree.
         """
         return self._in_base or (self.user is not None and self.hierarchy.unified is not None)
 
     def threads_need_adoption(self) -> bool:
-        """Whether :meth:`adopt` has to be called before threads can enter cgroups of this tree, and come back.
+        """Return whether `adopt` must be called before threads can enter cgroups of this tree and come back.
 
-        v2 moves threads within one domain only. v1 does not care; but an ordinary user may not go back to where root
-        had put the server, and no more may workers that will be another user. Raises KernelError.
+        v2 moves threads within one domain only. v1 does not care, but neither an ordinary user nor workers with another
+        user may go back to the cgroup that root chose for the server. Raises `KernelError`.
         """
         return (
             self.needs_adoption
@@ -125,12 +125,12 @@ class Instance:
 
     @property
     def path(self) -> str:
-        """The path of the tree, for people."""
+        """The path of the tree, for messages."""
         return self._root.path
 
     @property
     def work(self) -> Cgroup:
-        """``work/``: all that is confined in processes."""
+        """``work/``: all work that runs in executor processes."""
         return self._work
 
     @property
@@ -139,11 +139,11 @@ class Instance:
         return self._host
 
     def policy_cgroup(self, name: str) -> Cgroup:
-        """``work/<name>``: the limits of all the work of one name. ValueError for what is no name."""
+        """Return ``work/<name>``: the cgroup of one confinement. Raises ValueError for an invalid name."""
         return self._work.child(name, shared=True)
 
     def executor_cgroup(self, name: str, leaf: str) -> Cgroup:
-        """``work/<name>/<leaf>``: the place of one executor process. ValueError for what is no name."""
+        """Return ``work/<name>/<leaf>``: the cgroup of one executor process. Raises ValueError for an invalid name."""
         return self.policy_cgroup(name).child(leaf)
 
     def attached(self, name: str) -> Cgroup:
@@ -151,9 +151,9 @@ class Instance:
         return self._root.child("attached", shared=True).child(name)
 
     def threaded(self, name: str) -> Cgroup:
-        """``host/<name>``, to be entered by threads. On v2 the process has to be adopted first.
+        """Return ``host/<name>``, which threads enter. On v2 `adopt` must be called first.
 
-        ValueError for what is no name.
+        Raises ValueError for an invalid name.
         """
         cgroup = self._host.child(name, shared=True)
         cgroup.become_threaded()
@@ -162,9 +162,9 @@ class Instance:
     # -- the server's own processes -----------------------------------------------------------
 
     def adopt(self) -> None:
-        """Move the calling process, all its threads, into ``host/`` in every hierarchy.
+        """Move the calling process, with all its threads, into ``host/`` in every hierarchy.
 
-        Off the hot path; children forked later are born there. Again is harmless. Raises KernelError.
+        Not for the hot path. Children forked later start there. Harmless when called again. Raises `KernelError`.
         """
         if self._previous is not None:
             return
@@ -220,34 +220,33 @@ class Instance:
         v2.disable_all(self.hierarchy.mounts[-1].directory(self.base))
 
     def exit(self, controllers: Iterable[str] | None = None) -> Entrance:
-        """The way out of threaded cgroups: to ``host/``, or, not adopted, to where this process is.
+        """Return the entrance out of threaded cgroups: to ``host/``, or to the process's own cgroup if not adopted.
 
-        ``controllers`` as for :meth:`Cgroup.entrance`. Call it in a thread that has not entered one.
-        Raises KernelError.
+        ``controllers`` as for `Cgroup.entrance`. Call it in a thread that has not entered one. Raises `KernelError`.
         """
         return self._host.entrance(controllers, None if self._previous is not None else self._home())
 
     def _home(self) -> dict[str, str]:
-        """By mount, the cgroup of the calling thread."""
+        """Return the cgroup of the calling thread, by mount."""
         own = mounts.parse_membership(files.read_own("cgroup", thread=True))
         return {mount.path: mounts.membership(mount, own) or "/" for mount in self.hierarchy.mounts}
 
     # -- the end ------------------------------------------------------------------------------
 
     def sweep(self, prefix: str, timeout: float = 5.0) -> None:
-        """End and remove all leaves, of all names, that begin with ``prefix``, then empty names.
+        """Kill and remove all executor cgroups whose name begins with ``prefix``, then empty confinements.
 
-        Used with ``"<pid of a worker>-"``. Goes on after an error and raises the first KernelError.
+        ``prefix`` is for example ``"<pid of a worker>-"``. Continue after an error, and raise the first `KernelError`.
         """
         if not prefix:
-            raise ValueError("an empty prefix would end the work of everybody: close() does that")
+            raise ValueError("an empty prefix would kill all work: use close()")
         self._sweep(lambda leaf: leaf.startswith(prefix), timeout)
 
     def end_orphans(self, timeout: float = 5.0) -> None:
-        """End what still runs for processes of the server that are gone: their fork servers do, in their own time.
+        """Kill what still runs for dead processes of the server, before their fork servers do.
 
-        So for the work of other servers with the same base that are gone. Returns when nothing of it runs. Raises
-        KernelError where that does not come true within ``timeout`` seconds.
+        Also for dead servers with the same base. Return when nothing of it runs. Raises `KernelError` if something
+        still runs after ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
         while orphans := [
@@ -258,7 +257,7 @@ class Instance:
                 leaf.kill_once()
             if time.monotonic() > deadline:
                 raise KernelError(
-                    "what a process that is gone left does not end", errno=errno.EBUSY, path=orphans[0].path
+                    "processes of a dead server process do not end", errno=errno.EBUSY, path=orphans[0].path
                 )
             time.sleep(0.005)
 
@@ -294,11 +293,10 @@ class Instance:
             raise failed
 
     def close(self, timeout: float = 5.0) -> bool:
-        """End all work, put the calling process back and remove the tree; whether it is gone.
+        """Kill all work, put the calling process back and remove the tree. Return whether it is gone.
 
-        It is not where other processes of the server are still in ``host/``: these are never killed, and
-        the next start removes what is left. Does nothing in any other process than the one that made the
-        tree. Raises KernelError.
+        It stays if other processes of the server are still in ``host/``: these are never killed, and the next start
+        removes the tree. Does nothing in any process but the one that made the tree. Raises `KernelError`.
         """
         if os.getpid() != self._creator:
             return False

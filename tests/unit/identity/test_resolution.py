@@ -103,7 +103,7 @@ def test_the_path_of_a_request_is_below(sites: Path, path: str) -> None:
     if path:
         assert resolve(owner, {"path": path}) == ME
     else:
-        with pytest.raises(IdentityRefused, match="not the name of a file"):
+        with pytest.raises(IdentityRefused, match="not a file name"):
             resolve(owner, {"path": path})
 
 
@@ -192,13 +192,13 @@ def test_links_without_end(sites: Path, depth: int) -> None:
     ("host", "said"),
     [
         (None, "the work has no host"),
-        ("", "not the name of a file"),
-        (".", "not the name of a file"),
-        ("..", "not the name of a file"),
-        ("anna/", "not the name of a file"),
-        ("../outside/anna", "not the name of a file"),
-        ("/etc", "not the name of a file"),
-        ("anna\0", "not the name of a file"),
+        ("", "not a file name"),
+        (".", "not a file name"),
+        ("..", "not a file name"),
+        ("anna/", "not a file name"),
+        ("../outside/anna", "not a file name"),
+        ("/etc", "not a file name"),
+        ("anna\0", "not a file name"),
         ("berta", "there is no '.*/sites/berta'"),
         ("x" * 256, "File name too long"),
         ("x" * 5000, "File name too long"),
@@ -290,7 +290,7 @@ def test_what_is_wrong_with_the_machine_is_no_fault_of_the_work(sites: Path) -> 
 WRONG: list[tuple[dict[str, object], str, str]] = [
     # What the policy says, the key in the message, and a word of problem or remedy.
     ({"user": "root"}, "user", "allow_root = true"),
-    ({"user": 0}, "user", "root, which work must not be"),
+    ({"user": 0}, "user", "root, and work must not run as root"),
     ({"user": "owner:/"}, "user", "'/' is root"),
     ({"user": "bin"}, "user", "write min_uid = 2"),
     ({"user": "nobodyy"}, "user", "did you mean 'nobody'"),
@@ -327,7 +327,7 @@ def test_what_is_wrong_at_the_start_is_told_with_key_and_remedy(
 def test_a_directory_that_is_open_to_all_names_no_owner(sites: Path) -> None:
     (sites / "open").mkdir()
     (sites / "open").chmod(0o1777)
-    with pytest.raises(SettingsError, match=r"policy\.p\.user: everybody may write to '.*open'") as refused:
+    with pytest.raises(SettingsError, match=r"policy\.p\.user: every user may write to '.*open'") as refused:
         check(policy(f"owner:{sites}/open"))
     assert refused.value.hint == "chmod o-w"
 
