@@ -22,7 +22,7 @@ from rcon_plugins.settings.policy import Policy
 if TYPE_CHECKING:
     import pluggy
 
-#: Limits of each work at which it is told to come to its end.
+#: The `each` limits that only send a signal to the work, before the hard limit is reached.
 SOFT_LIMITS = ("timeout_soft", "memory_soft")
 
 Isolation = Literal["inline", "thread", "process"]

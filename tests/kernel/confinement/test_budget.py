@@ -42,7 +42,7 @@ def refused(manager: Any) -> str:
 
 
 @pytest.mark.smoke
-def test_what_does_not_fit_waits_and_is_refused() -> None:
+def test_work_that_does_not_fit_waits_and_is_refused() -> None:
     def server() -> list[Any]:
         with budgeted() as manager:
             held = begin(manager, "sleep", 300)
@@ -58,7 +58,7 @@ def test_what_does_not_fit_waits_and_is_refused() -> None:
     assert in_child(server) == [text, True, "ok", "memory", "memory", "ok"]
 
 
-def test_it_runs_as_soon_as_there_is_room() -> None:
+def test_waiting_work_runs_when_memory_is_released() -> None:
     def server() -> tuple[str, bool]:
         with budgeted(budget={"memory": "100M", "wait": "60s"}) as manager:
             held = begin(manager, "sleep", 300)
@@ -70,7 +70,7 @@ def test_it_runs_as_soon_as_there_is_room() -> None:
     assert in_child(server) == ("ok", True)
 
 
-def test_different_servers_share_it_and_the_dead_give_back() -> None:
+def test_servers_share_the_budget_and_dead_ones_release_it() -> None:
     def server() -> list[str]:
         reading, writing = os.pipe()
         other = os.fork()
@@ -89,7 +89,7 @@ def test_different_servers_share_it_and_the_dead_give_back() -> None:
     assert in_child(server) == ["budget.memory 1", "ok"]
 
 
-def test_two_managers_of_one_process_share_it() -> None:
+def test_managers_of_one_process_share_the_budget() -> None:
     def server() -> list[str]:
         with budgeted() as first, budgeted() as second:
             held = begin(first, "sleep", 300)
@@ -100,7 +100,7 @@ def test_two_managers_of_one_process_share_it() -> None:
     assert in_child(server) == ["budget.memory 1", "ok", "ok"]
 
 
-def test_memory_of_ones_own_is_what_counts() -> None:
+def test_memory_given_to_one_unit_of_work_counts() -> None:
     def server() -> list[str]:
         with budgeted({**POLICY, "each": {"memory": "10M"}}) as manager:
             answers = []
@@ -122,7 +122,7 @@ def test_memory_of_ones_own_is_what_counts() -> None:
     ]
 
 
-def test_executor_processes_do_not_have_the_account(tmp_path: Path) -> None:
+def test_executor_processes_do_not_have_the_ledger(tmp_path: Path) -> None:
     def server() -> list[str]:
         with budgeted() as manager:
             admission = begin(manager, "pid")
@@ -136,7 +136,7 @@ def test_executor_processes_do_not_have_the_account(tmp_path: Path) -> None:
     assert str(tmp_path / "rcon/budget") not in found
 
 
-def test_without_a_budget_there_is_no_account(tmp_path: Path) -> None:
+def test_without_a_budget_there_is_no_ledger(tmp_path: Path) -> None:
     def server() -> str:
         with managing(POLICY) as manager:
             held = [begin(manager, "sleep", 300) for _ in range(2)]

@@ -63,7 +63,7 @@ def read_file(path: str) -> int:
 
 
 @pytest.mark.smoke
-def test_work_that_needs_more_gets_it(group: Cgroup, watcher: Watcher) -> None:
+def test_the_limit_grows_with_the_need(group: Cgroup, watcher: Watcher) -> None:
     told: list[Event] = []
 
     def take_note(event: Event) -> None:
@@ -79,7 +79,7 @@ def test_work_that_needs_more_gets_it(group: Cgroup, watcher: Watcher) -> None:
     assert group.read().oom_kills == 0
 
 
-def test_work_that_needs_more_than_the_bound_ends(group: Cgroup, watcher: Watcher) -> None:
+def test_work_above_the_bound_is_killed(group: Cgroup, watcher: Watcher) -> None:
     expansion = expand(group, memory("32M", "2x", "160M"), watcher=watcher)
     with running(group, touch, 400 * MIB) as child:
         assert child.wait() == -signal.SIGKILL
@@ -140,7 +140,7 @@ def test_callback_that_returns_new_limits(group: Cgroup, watcher: Watcher) -> No
     assert limits.memory_high in (None, MAX)
 
 
-def test_callback_that_fails_holds_nobody_up(
+def test_a_failing_callback_does_not_stop_the_growth(
     group: Cgroup, watcher: Watcher, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(event: Event) -> None:
@@ -162,7 +162,7 @@ def test_two_levels_at_once(group: Cgroup, watcher: Watcher) -> None:
     assert (outer.limit, inner.limit) == (192 * MIB, 256 * MIB)
 
 
-def test_two_who_watch_the_same_cgroup(group: Cgroup, watcher: Watcher) -> None:
+def test_two_watchers_of_one_cgroup(group: Cgroup, watcher: Watcher) -> None:
     """As workers of one server do: it grows as if there were one."""
     with Watcher() as another:
         first = expand(group, memory("32M", "2x", "256M"), watcher=watcher)
@@ -174,7 +174,7 @@ def test_two_who_watch_the_same_cgroup(group: Cgroup, watcher: Watcher) -> None:
     assert high == 128 * MIB if layout() == "v2" else high is None
 
 
-def test_back_to_the_beginning(group: Cgroup, watcher: Watcher) -> None:
+def test_reset_to_the_first_limit(group: Cgroup, watcher: Watcher) -> None:
     expansion = expand(group, memory("32M", "2x", "256M"), watcher=watcher)
     with running(group, in_steps, [60 * MIB], 60.0):
         eventually(lambda: expansion.times == 1)
@@ -188,8 +188,8 @@ def test_back_to_the_beginning(group: Cgroup, watcher: Watcher) -> None:
     assert expansion.times == 1
 
 
-def test_killed_at_the_limit_while_nobody_raises_it(group: Cgroup, watcher: Watcher) -> None:
-    """Held up (v2) or not: what is in the cgroup can be killed at once."""
+def test_work_at_the_limit_can_be_killed_while_the_callback_hangs(group: Cgroup, watcher: Watcher) -> None:
+    """Slowed down (v2) or not: work at the limit can be killed at once."""
     hold = threading.Event()
 
     def wait(event: Event) -> None:
@@ -212,8 +212,8 @@ def raise_for_a_while(path: str, ready: int) -> None:
     sleep_forever()
 
 
-def test_whoever_raises_it_is_killed(group: Cgroup) -> None:
-    """The bound stays; and what is slowed down ends by it or by a kill, and never hangs in the kernel."""
+def test_the_watching_process_is_killed(group: Cgroup) -> None:
+    """The bound stays. Work that is slowed down ends at the bound or by a kill, and never hangs in the kernel."""
     reading, writing = os.pipe()
     with running(None, raise_for_a_while, group.path, writing) as raiser:
         os.read(reading, 1)
@@ -227,7 +227,7 @@ def test_whoever_raises_it_is_killed(group: Cgroup) -> None:
         os.close(descriptor)
 
 
-def test_deleted_under_it(group: Cgroup, watcher: Watcher) -> None:
+def test_the_cgroup_is_deleted(group: Cgroup, watcher: Watcher) -> None:
     gone = threading.Event()
     leaf = group.child("leaf").create()
     expansion = expand(leaf, memory("32M", "2x", "128M"), watcher=watcher, on_gone=gone.set)
@@ -239,7 +239,7 @@ def test_deleted_under_it(group: Cgroup, watcher: Watcher) -> None:
     assert not expansion.is_current
 
 
-def test_it_is_current_also_when_it_has_grown_all_the_way(group: Cgroup, watcher: Watcher) -> None:
+def test_it_is_current_at_the_bound(group: Cgroup, watcher: Watcher) -> None:
     expansion = expand(group, memory("32M", "100x", "400M"), watcher=watcher)
     with running(group, in_steps, [60 * MIB], 0.5) as child:
         child.result()
@@ -255,7 +255,7 @@ def test_the_smallest_steps(group: Cgroup, watcher: Watcher) -> None:
 
 
 @pytest.mark.layout("v2")
-def test_one_that_somebody_moved_further(group: Cgroup, watcher: Watcher) -> None:
+def test_a_limit_raised_by_another_process(group: Cgroup, watcher: Watcher) -> None:
     """Beyond all steps: there is nothing to be raised."""
     expansion = expand(group, memory("32M", "2x", "128M"), watcher=watcher)
     group.configure(Resources(memory_high=200 * MIB, memory_max=400 * MIB))

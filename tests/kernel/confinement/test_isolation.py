@@ -43,7 +43,7 @@ def verdict(server: Server, **keys: Any) -> Verdict:
         (GREENLETS, {"pids": 100}, "process", "greenlets"),
     ],
 )
-def test_auto_takes_the_cheapest_that_enforces_all(
+def test_auto_takes_the_cheapest_isolation_that_enforces_all(
     server: Server, keys: dict[str, Any], isolation: str, why: str
 ) -> None:
     found = verdict(server, **keys)
@@ -53,7 +53,7 @@ def test_auto_takes_the_cheapest_that_enforces_all(
 
 
 @pytest.mark.parametrize("isolation", ["auto", "inline", "thread", "process"])
-def test_only_a_task_is_tried_again(isolation: str) -> None:
+def test_retry_keys_are_refused_without_tasks(isolation: str) -> None:
     asked = {"isolation": isolation, "max_deaths": 2, "dead_letter": "dead"}
     found = verdict(ALONE, **asked)
     assert [refusal.limit for refusal in found.refusals] == ["max_deaths", "dead_letter"]
@@ -81,7 +81,7 @@ def test_a_policy_that_the_machine_cannot_enforce_is_refused_at_start() -> None:
 
 
 @pytest.mark.smoke
-def test_cpus_that_are_not_there_are_refused_at_start() -> None:
+def test_missing_cpus_are_refused_at_start() -> None:
     with pytest.raises(SettingsError, match=r"policy\.p\.cpus"):
         Manager(settings(cpus="0-4000"))
     with pytest.raises(SettingsError, match=r"policy\.p\.each\.cpus"):
@@ -93,7 +93,7 @@ def test_greenlets_cannot_be_confined_inline() -> None:
         Manager(settings(pids=100, isolation="inline"), server=GREENLETS)
 
 
-def test_who_needs_processes_has_to_say_what_runs_in_them() -> None:
+def test_a_policy_that_needs_processes_needs_a_service() -> None:
     manager = Manager(settings(each={"timeout": "1s"}))
     with pytest.raises(ConfinementError, match="'p' needs processes"):
         manager.start()

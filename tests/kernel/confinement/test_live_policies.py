@@ -55,7 +55,7 @@ def site(policy: dict[str, Any]) -> Iterator[Site]:
 
 
 @pytest.mark.smoke
-def test_a_limit_is_lifted_where_work_runs(gate: Path) -> None:
+def test_a_limit_of_running_work_is_removed(gate: Path) -> None:
     with site({"memory": "200M", "cpu": "50%", "each": {"memory": "100M", "pids": 20}}) as here:
         work = begin(here.manager, "wait_for", str(gate))
         group = work.group
@@ -72,7 +72,7 @@ def test_a_limit_is_lifted_where_work_runs(gate: Path) -> None:
 
 
 @pytest.mark.measures(each_layout=True)
-def test_first_limits_of_io_where_work_runs(gate: Path) -> None:
+def test_the_first_io_limit_of_running_work(gate: Path) -> None:
     """On v1 what runs is moved to where they hold; it goes on, and so does what begins beside it."""
     with site({"each": {"timeout": "100s"}}) as here:
         path = DISK / f"rcon-changes-{os.getpid()}"
@@ -104,7 +104,7 @@ def test_first_limits_of_io_where_work_runs(gate: Path) -> None:
         assert end(work)[1].ending == "ok"
 
 
-def test_limits_of_io_of_each(gate: Path) -> None:
+def test_io_limits_of_each(gate: Path) -> None:
     with site({"each": {"timeout": "100s"}}) as here:
         work = begin(here.manager, "wait_for", str(gate))
         group = work.group
@@ -117,7 +117,7 @@ def test_limits_of_io_of_each(gate: Path) -> None:
         assert end(work)[1].ending == "ok"
 
 
-def test_memory_that_expands_from_now_on(gate: Path) -> None:
+def test_each_memory_changed_to_expand(gate: Path) -> None:
     """And then to another bound, and then no more: for what begins. What runs has the bound at once."""
     table = '{ limit = "48M", expand = "2x", up_to = "%s" }'
     with site({"memory": "300M", "each": {"memory": "48M"}}) as here:
@@ -138,7 +138,7 @@ def test_memory_that_expands_from_now_on(gate: Path) -> None:
         assert "memory limit 64M reached" in ask(here.manager, "allocate", 100)[1].detail
 
 
-def test_memory_of_all_that_expands(gate: Path) -> None:
+def test_policy_memory_changed_to_expand(gate: Path) -> None:
     table = '{ limit = "48M", expand = "2x", up_to = "%s" }'
     with site({"memory": "300M", "each": {"timeout": "100s"}}) as here:
         work = begin(here.manager, "wait_for", str(gate))
@@ -158,7 +158,7 @@ def test_memory_of_all_that_expands(gate: Path) -> None:
         assert end(work)[1].ending == "ok"
 
 
-def test_what_is_no_limit() -> None:
+def test_an_invalid_limit_is_refused() -> None:
     with site({"each": {"timeout": "100s"}}) as here:
         for key, value, said in (
             ("each", "max", "is not a limit that can be changed while work runs"),

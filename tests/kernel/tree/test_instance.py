@@ -38,7 +38,7 @@ def where_am_i() -> str:
 
 
 @pytest.mark.smoke
-def test_the_name_tells_who_owns_it(instance: Instance, group: Cgroup) -> None:
+def test_the_name_holds_the_owner(instance: Instance, group: Cgroup) -> None:
     (name,) = group.children()
     assert instance.path == f"{group.path}/{name}"
     started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
@@ -56,14 +56,14 @@ def test_the_name_tells_who_owns_it(instance: Instance, group: Cgroup) -> None:
                 place(wrong)
 
 
-def test_two_in_one_process(hierarchy: Hierarchy, instance: Instance) -> None:
+def test_two_instances_in_one_process(hierarchy: Hierarchy, instance: Instance) -> None:
     second = Instance.create(hierarchy, base=instance.base)
     assert second.path == f"{instance.path}-2"
     assert second.close()
     assert instance.work.exists()
 
 
-def test_leaves_are_accounted_and_limits_add_up(instance: Instance) -> None:
+def test_executor_cgroups_are_accounted_and_limits_nest(instance: Instance) -> None:
     together, leaf = instance.policy_cgroup("a"), instance.executor_cgroup("a", "1-1")
     leaf.create()
     together.configure(Resources(pids_max=3))
@@ -74,7 +74,7 @@ def test_leaves_are_accounted_and_limits_add_up(instance: Instance) -> None:
     assert not together.exists()
 
 
-def test_sweep_takes_its_own_only(instance: Instance) -> None:
+def test_sweep_removes_only_its_prefix(instance: Instance) -> None:
     for name, leaf in (("a", "12-1"), ("a", "123-1"), ("b", "12-7")):
         instance.executor_cgroup(name, leaf).create()
     with (
@@ -108,7 +108,7 @@ def adopt_and_release(base: str) -> tuple[str, str, str]:
     return before, inside, after
 
 
-def test_adopted_and_put_back(group: Cgroup) -> None:
+def test_adopt_and_release(group: Cgroup) -> None:
     with running(None, adopt_and_release, group.path) as child:
         before, inside, after = child.result()
     assert before == after
@@ -159,7 +159,7 @@ def test_a_thread_enters_and_leaves(group: Cgroup, adopt: bool) -> None:
 
 
 @pytest.mark.layout("v1", "hybrid")
-def test_a_thread_enters_only_what_is_needed(instance: Instance) -> None:
+def test_a_thread_enters_only_the_needed_hierarchies(instance: Instance) -> None:
     cgroup = instance.threaded("t").create()
     with cgroup.entrance({"cpu"}) as entrance:
         assert entrance._files[0][1].endswith("/host/t/tasks")
@@ -184,7 +184,7 @@ def test_a_thread_cannot_have_memory_limits(hierarchy: Hierarchy, instance: Inst
 
 
 @pytest.mark.layout("v2")
-def test_v2_takes_no_thread_from_outside_of_its_domain(instance: Instance) -> None:
+def test_v2_refuses_a_thread_from_outside_its_domain(instance: Instance) -> None:
     cgroup = instance.threaded("t").create()
     with cgroup.entrance() as entrance, pytest.raises(KernelError) as caught:
         entrance.enter()
@@ -251,7 +251,7 @@ def _work_unprivileged(instance: Instance) -> None:
             assert caught.value.errno == errno.EACCES
 
 
-def test_a_worker_of_another_user(group: Cgroup) -> None:
+def test_a_worker_with_another_user(group: Cgroup) -> None:
     with running(None, unprivileged, group.path) as child:
         assert child.result() == []
 
@@ -287,7 +287,7 @@ def killed_owner(base: str, leave_host_process: bool) -> None:
     os.close(writing)
 
 
-def test_what_a_dead_owner_left_is_removed(hierarchy: Hierarchy, instance: Instance, group: Cgroup) -> None:
+def test_the_tree_of_a_dead_owner_is_removed(hierarchy: Hierarchy, instance: Instance, group: Cgroup) -> None:
     killed_owner(group.path, False)
     foreign = [group.child("rcon-x-1"), group.child("rcon-1"), group.child("somebody")]
     for cgroup in foreign:
@@ -302,7 +302,7 @@ def test_what_a_dead_owner_left_is_removed(hierarchy: Hierarchy, instance: Insta
     assert collect(hierarchy, group.path) == []
 
 
-def test_work_of_a_dead_owner_ends_before_it_is_done_again(
+def test_work_of_a_dead_owner_is_killed_before_it_runs_again(
     hierarchy: Hierarchy, instance: Instance, group: Cgroup
 ) -> None:
     killed_owner(group.path, False)
@@ -330,7 +330,7 @@ def test_a_dead_owners_own_processes_are_never_killed(hierarchy: Hierarchy, grou
     assert group.children() == []
 
 
-def test_the_next_start_removes_it(hierarchy: Hierarchy, group: Cgroup) -> None:
+def test_the_next_start_removes_the_tree(hierarchy: Hierarchy, group: Cgroup) -> None:
     killed_owner(group.path, False)
     (dead,) = group.children()
     instance = Instance.create(hierarchy, base=group.path)
@@ -338,13 +338,13 @@ def test_the_next_start_removes_it(hierarchy: Hierarchy, group: Cgroup) -> None:
     assert instance.close()
 
 
-def test_a_number_taken_over_by_another_process(hierarchy: Hierarchy, group: Cgroup) -> None:
+def test_a_pid_reused_by_another_process(hierarchy: Hierarchy, group: Cgroup) -> None:
     """The pid is there, but it started at another time: the owner is dead."""
     taken_over = group.child(f"rcon-{os.getpid()}-1").create()
     assert collect(hierarchy, group.path) == [Collected(taken_over.path, "removed")]
 
 
-def test_close_waits_for_nobody_else(hierarchy: Hierarchy, group: Cgroup) -> None:
+def test_close_leaves_other_processes_alone(hierarchy: Hierarchy, group: Cgroup) -> None:
     instance = Instance.create(hierarchy, base=group.path)
     with running(instance.host, sleep_forever) as worker:
         begin = time.monotonic()
@@ -356,7 +356,7 @@ def test_close_waits_for_nobody_else(hierarchy: Hierarchy, group: Cgroup) -> Non
     hierarchy.cgroup(f"{group.path}").child(instance.path.rpartition("/")[2].removesuffix("-2")).delete()
 
 
-def test_limits_of_a_confinement_that_others_remove_meanwhile(instance: Instance) -> None:
+def test_limits_of_a_confinement_that_another_worker_removes(instance: Instance) -> None:
     """The order of creating first and configuring after leaves no moment without limits for those who enter."""
     name = "pids.max"
 

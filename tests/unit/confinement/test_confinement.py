@@ -20,7 +20,7 @@ def test_names_of_plain_keys_are_readable() -> None:
 
 
 @given(st.text(st.characters(), max_size=300) | st.from_regex(r"[a-z0-9.~/_-]{1,110}", fullmatch=True))
-def test_no_key_makes_a_name_that_is_a_path_or_too_long(key: str) -> None:
+def test_names_are_never_paths_nor_too_long(key: str) -> None:
     name = cgroup_name("tenant", key)
     assert name.startswith("tenant~")
     assert check_name(name) == name
@@ -34,7 +34,7 @@ def test_different_keys_never_share_a_name(one: str, other: str) -> None:
     assert (cgroup_name("p", one) == cgroup_name("p", other)) == (one == other)
 
 
-def test_a_hashed_name_cannot_be_had_by_a_plain_key() -> None:
+def test_no_plain_key_has_a_hashed_name() -> None:
     hashed = cgroup_name("p", "Ü")
     assert cgroup_name("p", hashed.removeprefix("p~")) != hashed
 
@@ -57,7 +57,7 @@ def test_slots_run_out_and_come_back() -> None:
     assert slots.reserve_one(first, first + 2) is None
 
 
-def test_slots_are_shared_with_forks_and_come_back_when_they_end() -> None:
+def test_forks_share_slots_and_release_them_when_they_end() -> None:
     slots, first = _slots(), first_slot("p")
     mine = slots.reserve_one(first, first + 2)
 
@@ -69,7 +69,7 @@ def test_slots_are_shared_with_forks_and_come_back_when_they_end() -> None:
     assert mine is not None
 
 
-def test_threads_never_get_the_same_slot() -> None:
+def test_threads_never_reserve_the_same_slot() -> None:
     slots, first = _slots(), first_slot("p")
     taken: list[Allocation | None] = []
     threads = [

@@ -27,7 +27,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("key", "value", "said"), WRONG)
-def test_what_is_no_limit_is_told_with_its_key(key: str, value: str, said: str) -> None:
+def test_an_invalid_limit_is_refused_with_its_key(key: str, value: str, said: str) -> None:
     with pytest.raises(SettingsError) as refused:
         changed(POLICY, key, value)
     assert str(refused.value).startswith(said)

@@ -106,7 +106,7 @@ def test_the_memory_of_the_machine() -> None:
     assert 0 < Hierarchy.discover().usable_memory() <= total
 
 
-def test_it_runs_out_and_comes_back(budget: MemoryBudget) -> None:
+def test_memory_runs_out_and_is_released(budget: MemoryBudget) -> None:
     six = budget.reserve(6 * UNIT)
     assert six is not None
     assert budget.reserve(5 * UNIT) is None
@@ -134,7 +134,9 @@ def test_free_memory_need_not_be_contiguous(budget: MemoryBudget) -> None:
     assert in_child(other) == (True, [(1, 2), (4, 5), (8, 9)], True)
 
 
-def test_processes_allocation_it_and_give_back_however_they_end(budget: MemoryBudget, tmp_path: Path) -> None:
+def test_processes_share_the_budget_and_release_it_however_they_end(
+    budget: MemoryBudget, tmp_path: Path
+) -> None:
     held = budget.reserve(4 * UNIT)
     assert held is not None
     reading, writing = os.pipe()
@@ -161,7 +163,7 @@ def test_processes_allocation_it_and_give_back_however_they_end(budget: MemoryBu
     assert budget.reserve(6 * UNIT) is not None
 
 
-def test_threads_never_reserve_the_same(tmp_path: Path) -> None:
+def test_threads_never_reserve_the_same_memory(tmp_path: Path) -> None:
     budget = budget_in(tmp_path, WHOLE * 100)
     taken: list[Any] = []
 
@@ -181,7 +183,7 @@ def test_threads_never_reserve_the_same(tmp_path: Path) -> None:
     assert max(units) < 1000
 
 
-def test_nobody_elses_file(tmp_path: Path) -> None:
+def test_a_ledger_that_others_can_lock_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "rcon"
     os.close(open_ledger(str(folder)))
     account = folder / "budget"
@@ -223,7 +225,9 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
         open_ledger(str(folder))
 
 
-def test_one_for_a_process_also_as_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_keeps_its_ledger_when_it_changes_its_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     tmp_path.chmod(0o777)
 
