@@ -1,4 +1,4 @@
-"""A third-party plugin for rcon-plugins: what each tenant used, one line of JSON for each work.
+"""A third-party plugin for rcon-plugins: what each tenant used, one line of JSON for each request or task.
 
 Install it beside rcon-plugins and name it in the settings: ``plugins = ["ledger"]``. The lines go to the file that the
 environment variable ``RCON_LEDGER`` names, by default ``rcon-ledger.jsonl`` in the working directory. One ``write`` a
@@ -27,7 +27,7 @@ FILE = "rcon-ledger.jsonl"
 
 @hookimpl
 def rcon_work_finished(work: Work, outcome: Outcome) -> None:
-    """Append one line: who, what, how it ended, and what it used."""
+    """Append one line: policy, key, name, ending and usage."""
     line = {
         "policy": outcome.policy,
         "key": outcome.key,
@@ -44,13 +44,13 @@ def rcon_work_finished(work: Work, outcome: Outcome) -> None:
 
 @hookimpl
 def rcon_commands(cli: click.Group) -> None:
-    """Add ``rcon ledger``. click is imported here: a server that keeps a ledger has no use for it."""
+    """Add ``rcon ledger``. click is imported here, because a server does not need it."""
     import click
 
     @cli.command(short_help="Sum up what each tenant used.")
     @click.argument("file", type=click.Path(), envvar="RCON_LEDGER", default=FILE)
     def ledger(file: str) -> None:
-        """Sum up the lines of the ledger FILE: works and CPU seconds of each policy and key.
+        """Sum up the ledger FILE: CPU seconds, and the number of requests and tasks, by policy and key.
 
         \b
           RCON_PLUGINS=ledger rcon ledger /var/log/rcon-ledger.jsonl
@@ -59,10 +59,10 @@ def rcon_commands(cli: click.Group) -> None:
             lines = Path(file).read_text().splitlines()
         except OSError as error:
             raise click.UsageError(f"{file}: {error.strerror} (name the file, or set RCON_LEDGER)") from None
-        works, seconds = Counter[str](), Counter[str]()
+        counts, seconds = Counter[str](), Counter[str]()
         for line in map(json.loads, lines):
             name = "~".join(filter(None, (line["policy"], line["key"])))
-            works[name] += 1
+            counts[name] += 1
             seconds[name] += line["cpu_seconds"] or 0
-        for name in sorted(works, key=lambda name: -seconds[name]):
-            click.echo(f"{seconds[name]:10.2f} s {works[name]:8}  {name}")
+        for name in sorted(counts, key=lambda name: -seconds[name]):
+            click.echo(f"{seconds[name]:10.2f} s {counts[name]:8}  {name}")

@@ -237,7 +237,7 @@ def _installed_memory() -> int:
 
 
 def _file(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, str] | None:
-    """Why a file that no field of Resources sets cannot be written."""
+    """Return why a file that no field of Resources sets cannot be written, and the remedy."""
     controller = controller_of_file(name)
     mount = hierarchy.mount_of(controller)
     if controller in CONTROLLERS:
@@ -296,9 +296,9 @@ def _cpu_burst(
     quota, burst = (
         ("cpu.max", "cpu.max.burst") if mount.version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_burst_us")
     )
-    for directory in _with_controller(mount.path, quota):
-        if files.read_if_there(directory, burst) is None:
-            return ("this kernel has no CPU burst", "leave cpu_burst out, or boot Linux 5.14 or newer")
+    directory = _directory_with(quota, mount.path)
+    if directory is not None and files.read_if_there(directory, burst) is None:
+        return ("this kernel has no CPU burst", "leave cpu_burst out, or boot Linux 5.14 or newer")
     return None
 
 
@@ -313,7 +313,7 @@ def _cpus(hierarchy: Hierarchy, resources: Resources, within: Resources | None) 
         there &= parse_list(within.cpus)
     missing = parse_list(resources.cpus or "0") - there
     if missing:
-        return (f"CPUs {format_list(missing)} are not there or not allowed", f"choose from {text}")
+        return (f"CPUs {format_list(missing)} do not exist or are not allowed", f"choose from {text}")
     return None
 
 
@@ -336,26 +336,23 @@ def _swap(hierarchy: Hierarchy, resources: Resources, _within: Resources | None)
         if files.read_if_there(mount.path, "memory.memsw.limit_in_bytes") is None:
             return ("swap is not accounted for", "boot with swapaccount=1, or turn swap off")
         return None
-    for directory in _with_controller(mount.path, "memory.max"):
-        if files.read_if_there(directory, "memory.swap.max") is None:
-            return ("swap is not accounted for", "boot with swapaccount=1, or turn swap off")
-        break
+    directory = _directory_with("memory.max", mount.path)
+    if directory is not None and files.read_if_there(directory, "memory.swap.max") is None:
+        return ("swap is not accounted for", "boot with swapaccount=1, or turn swap off")
     return None
 
 
-def _with_controller(root: str, name: str) -> list[str]:
-    """The first cgroup near the root that has a file; the root itself has no limits."""
-    for first in [root, *(f"{root}/{child}" for child in files.subdirectories(root))]:
-        if os.path.exists(f"{first}/{name}"):
-            return [first]
-    return []
+def _directory_with(name: str, root: str) -> str | None:
+    """Return the root or the first directory in it that has a file. The root of v2 has no limits."""
+    directories = [root, *(f"{root}/{child}" for child in files.subdirectories(root))]
+    return next((directory for directory in directories if os.path.exists(f"{directory}/{name}")), None)
 
 
 def _io(hierarchy: Hierarchy, resources: Resources, within: Resources | None) -> tuple[str, str] | None:
     mount = hierarchy.mount_of("io")
     if mount is not None and mount.version == 1 and within is not None and within.io:
         return (
-            "cgroup v1 holds either IO limits for all work together or for each, not both",
+            "cgroup v1 can limit IO either of a group as a whole or of each of its processes, not both",
             "set one of them, or boot with cgroup v2",
         )
     for device in resources.io:

@@ -58,7 +58,7 @@ class _Limits(NamedTuple):
 
 
 class Resources(_Limits):
-    """What a cgroup may use. Raises ValueError for a value no kernel takes.
+    """What a cgroup may use. Raises ValueError for a value that no kernel accepts.
 
     ``cpu_quota`` in CPUs (0.3 is 30 % of one, 1.5 one and a half), held over periods of 100 ms;
     ``cpu_burst`` in seconds of CPU time that an idle cgroup may save up beyond the quota, at most the quota's
@@ -85,7 +85,7 @@ class Resources(_Limits):
         return (), self._asdict()
 
     def replaced(self, **news: Any) -> Self:
-        """The same with some limits changed. Raises ValueError for a value no kernel takes."""
+        """The same with some limits changed. Raises ValueError for a value that no kernel accepts."""
         return type(self)(**{**self._asdict(), **news})
 
     def _check(self) -> None:

@@ -86,7 +86,7 @@ def pairs(resources: Resources) -> list[tuple[str, str]]:
     """The limits as (file, value), in the order in which they are written where they are lowered.
 
     v1 has no ``oom_group``; it is not in the result. ``swap_max`` becomes a limit on the sum with ``memory_max``.
-    Raises ControllerUnavailable for what v1 cannot express.
+    Raises ControllerUnavailable for limits that v1 does not have.
     """
     if resources.memory_high is not None:
         raise ControllerUnavailable(
@@ -165,7 +165,7 @@ class V1Branch(Branch):
     def create(self) -> None:
         """Make the directory and those above it, ready to be entered."""
         if self._io_holder is not None:
-            # If it was made before the one above got its limits, nobody has entered it since.
+            # one that was made before the cgroup above got its limits is still empty
             files.remove_directory(self.directory)
             return
         if self.create_alone():
@@ -177,28 +177,28 @@ class V1Branch(Branch):
                 _inherit_cpuset(parent, child)
 
     def complete(self) -> bool:
-        """Its memory counts above it too, and it has the CPUs of the one above, where that has any."""
+        """Account its memory in the cgroups above, too, and give it the CPUs of the one above, if that has any."""
         if self.carries("memory"):
             _account_hierarchically(self.directory)
         return not self.carries("cpuset") or _pass_cpuset_on(self.directory)
 
     @property
     def _io_holder(self) -> str | None:
-        """Where the processes have to stay to be held by the IO limits of a cgroup above."""
+        """The directory above that has IO limits: processes have to enter that one for the limits to hold."""
         return io_holder(self.mount, os.path.dirname(self.path))
 
     def entry_directory(self) -> str:
-        """The directory that processes enter: the one above, where that one's IO limits are to hold."""
+        """The directory that processes enter: that of a cgroup above where its IO limits have to hold."""
         if self.mount.controllers != _ONLY_IO or super().exists():
             return self.directory
         return self._io_holder or self.directory
 
     def exists(self) -> bool:
-        """Whether the directory is there, or need not be."""
+        """Whether the directory exists, or is not needed."""
         return super().exists() or self._io_holder is not None
 
     def delegate(self, uid: int, gid: int, *, shut: bool = False) -> None:
-        """As for others; but not where IO is limited: what entered a cgroup below would not be held to that."""
+        """Delegate the directory, unless IO is limited here: the limits would not hold in cgroups below."""
         if not (self.mount.controllers == {"blkio"} and io_is_limited(self.entry_directory())):
             super().delegate(uid, gid, shut=shut)
 
@@ -227,7 +227,7 @@ class V1Branch(Branch):
         return files.read(self.directory, "freezer.state") == "FROZEN"
 
     def configure(self, resources: Resources) -> None:
-        """Write the limits in an order the kernel takes."""
+        """Write the limits in an order that the kernel accepts."""
         wanted = [(name, value) for name, value in pairs(resources) if self._carries(name)]
         names = [name for name, _ in wanted]
         if "memory.memsw.limit_in_bytes" in names and not self._order_memory(wanted):
@@ -250,11 +250,11 @@ class V1Branch(Branch):
         return self.carries(controller) and any(KERNEL_NAMES[ours] == controller for ours in self.controllers)
 
     def _order_memory(self, wanted: list[tuple[str, str]]) -> bool:
-        """Put the limit on the sum first where it is raised; False where it need not be written."""
+        """Move the limit on memory and swap to the front if it is raised; False if it need not be written."""
         current = files.read_if_there(self.directory, "memory.memsw.limit_in_bytes")
         if current is None:
             if not has_swap():
-                # No swap accounting, but nothing to account for either.
+                # no swap accounting, but no swap either
                 return False
             raise ControllerUnavailable(
                 "swap is not accounted for",
@@ -272,18 +272,18 @@ class V1Branch(Branch):
             raise ControllerUnavailable(
                 f"the IO of {self.path} is limited by the cgroup above",
                 path=self.directory,
-                hint="cgroup v1 holds either limits for all work together or limits for each; set one of them",
+                hint="cgroup v1 can limit IO either of a group as a whole or of each of its processes: set one of them",
             )
 
     def _take_back(self) -> None:
-        """Of a cgroup that was given to another user: nothing can be made in it any more, see `delegate`."""
+        """Take back the ownership of a delegated cgroup, so that nothing can be made in it; see `delegate`."""
         if files.owner_of(self.directory) not in (None, os.geteuid()):
             files.change_owner(self.directory, None, os.geteuid(), os.getegid())
 
     def _take_children_in(self) -> None:
-        """Remove the branches of children: what they do would not count here (see io_holder).
+        """Remove the directories of children: their IO would not count here (see io_holder).
 
-        One is there if it was made before this cgroup got its limits.
+        There are some if they were made before this cgroup got its limits.
         """
         for name in files.subdirectories(self.directory):
             child = f"{self.directory}/{name}"
@@ -292,15 +292,15 @@ class V1Branch(Branch):
                     f"the IO limits of {self.path} would not hold for the processes in {child}",
                     errno=errno.EBUSY,
                     path=child,
-                    hint="cgroup v1 does not add up the IO of child cgroups: set the limits before they run",
+                    hint="cgroup v1 does not count the IO of child cgroups: set the limits before they run",
                 )
 
 
 def io_holder(mount: Mount, path: str) -> str | None:
-    """The directory of the cgroup, ``path`` or the nearest above it, that has IO limits; None where none has.
+    """Return the directory of ``path``, or of the nearest cgroup above it, that has IO limits; None without any.
 
-    On v1 a throttled cgroup does not count what its child cgroups do: blk-throttle is flat there
-    (cgroup-v1/blkio-controller.rst, "Hierarchical Cgroups"). So below it nothing may have a directory.
+    On v1 a throttled cgroup does not count the IO of its child cgroups: blk-throttle is flat there
+    (cgroup-v1/blkio-controller.rst, "Hierarchical Cgroups"). So no cgroup below it may have a directory.
     """
     if mount.controllers != _ONLY_IO:
         return None
@@ -317,7 +317,7 @@ def io_is_limited(directory: str) -> bool:
 
 
 def gather_io(directory: str, seconds: float = 2.0) -> None:
-    """Move what runs in the child cgroups of a blkio cgroup up into it, where its limits hold (see _parent_limits_io).
+    """Move the processes in the child cgroups of a blkio cgroup up into it, where its limits hold (see io_holder).
 
     Processes further down stay there. Costs milliseconds a process. Raises KernelError.
     """
@@ -326,7 +326,7 @@ def gather_io(directory: str, seconds: float = 2.0) -> None:
     for child in children:
         if files.subdirectories(child):
             continue
-        # What is forked meanwhile is born in the child, and found the next time.
+        # processes that are forked meanwhile start in the child, and are found in the next round
         while pids := (files.read_if_there(child, "cgroup.procs") or "").split():
             for pid in pids:
                 try:
@@ -339,20 +339,20 @@ def gather_io(directory: str, seconds: float = 2.0) -> None:
 
 
 def _account_hierarchically(directory: str) -> None:
-    # Without it (the default before 5.11) a cgroup's limit does not hold for those below it.
+    # Without it (the default before 5.11) the limit of a cgroup does not hold for cgroups below it.
     if files.read_if_there(directory, "memory.use_hierarchy") == "0":
         files.write(directory, "memory.use_hierarchy", "1")
 
 
 def _inherit_cpuset(parent: str, child: str) -> None:
-    # A new v1 cpuset is empty, and nothing can enter an empty one (cgroup-v1/cpusets.rst).
+    # A new v1 cpuset is empty, and no process can enter an empty one (cgroup-v1/cpusets.rst).
     for name in _CPUSET:
         if not files.read(child, name):
             files.write(child, name, files.read(parent, name))
 
 
 def _pass_cpuset_on(directory: str) -> bool:
-    """The same for one that is new; False where the one above has nothing itself."""
+    """Copy the cpuset of the cgroup above to a new one; False if that one is empty."""
     above = files.read_those_there(os.path.dirname(directory), _CPUSET)
     if not all(above.get(name) for name in _CPUSET):
         return False
@@ -362,18 +362,18 @@ def _pass_cpuset_on(directory: str) -> bool:
 
 
 def _set_quota(directory: str, quota: int) -> None:
-    """Write a CPU quota; on v1 none may be above that of a cgroup around it (EINVAL)."""
+    """Write a CPU quota. On v1 it may not exceed the quota of a cgroup above (EINVAL)."""
     lower_burst(directory, "cpu.cfs_burst_us", str(quota))
     try:
         return files.write(directory, "cpu.cfs_quota_us", str(quota))
     except KernelError as error:
         if error.errno != errno.EINVAL or quota < 0:
             raise
-    # Above what holds for one around it: that one's own limit is then the tighter one in any case.
+    # Above the quota of a cgroup above: that one is the tighter limit in any case.
     above = _quota_around(directory)
     if 0 <= above < quota:
         return files.write(directory, "cpu.cfs_quota_us", str(above))
-    # Below what a child has: lower the children first.
+    # Below the quota of a child: lower the children first.
     for name in files.subdirectories(directory):
         child = f"{directory}/{name}"
         if _quota_of(child) > quota:
@@ -382,7 +382,7 @@ def _set_quota(directory: str, quota: int) -> None:
 
 
 def _quota_around(directory: str) -> int:
-    """The quota of the nearest cgroup above that has one; negative: none has."""
+    """Return the quota of the nearest cgroup above that has one; negative if none has."""
     above = os.path.dirname(directory)
     while (quota := files.read_if_there(above, "cpu.cfs_quota_us")) is not None:
         if int(quota) >= 0:
@@ -396,9 +396,9 @@ def _quota_of(directory: str) -> int:
 
 
 def _set_cpus(directory: str, cpus: str) -> None:
-    """Write a cpuset, after taking away from the children what they would have beyond it.
+    """Write a cpuset, after removing from the children the CPUs beyond it.
 
-    A child is never widened: whether what it has was meant for it cannot be told.
+    Children are never widened: their CPUs may have been set on purpose.
     """
     old = parse_cpus(files.read(directory, "cpuset.cpus"))
     new = parse_list(cpus)
@@ -406,7 +406,7 @@ def _set_cpus(directory: str, cpus: str) -> None:
         return
     children = [f"{directory}/{name}" for name in files.subdirectories(directory)]
     had = {child: parse_cpus(files.read_if_there(child, "cpuset.cpus") or "") for child in children}
-    # The kernel wants each set inside its parent's. A child that would be left with nothing gets all of it.
+    # The kernel requires each set to be within that of its parent. A child without any CPU left gets all of them.
     if not all(before <= new for before in had.values()):
         _write_cpus(directory, old | new)
     for child, before in had.items():
@@ -420,7 +420,7 @@ def _write_cpus(directory: str, cpus: frozenset[int]) -> None:
         directory,
         "cpuset.cpus",
         format_list(cpus),
-        hint="these CPUs are not all there, or not all allowed in the cgroup above",
+        hint="some of these CPUs do not exist, or are not allowed in the cgroup above",
     )
 
 

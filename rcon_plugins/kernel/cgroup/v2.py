@@ -30,7 +30,7 @@ from rcon_plugins.kernel.cgroup.resources import (
 #: Controllers that work in threaded cgroups (cgroup-v2.rst, "Threads").
 THREADED = frozenset({"cpu", "cpuset", "pids"})
 
-#: What a refused write usually means.
+#: The usual reason for a refused write.
 _HINTS = {
     ("io.max", errno.ENODEV): "only whole disks that are present can be limited: see lsblk",
     ("cpu.max.burst", errno.EINVAL): "at most what the quota allows in one period",
@@ -54,7 +54,7 @@ FILES = (
     LimitFile("cpu_burst", "cpu.max.burst", in_microseconds, in_seconds),  # kernel 5.14
     LimitFile("cpu_weight", "cpu.weight", str, int),
     LimitFile("cpus", "cpuset.cpus", str, str),
-    # high before max: max alone kills what high would have slowed down
+    # high before max: max alone kills processes that high would have slowed down
     LimitFile("memory_high", "memory.high", str, number_or_max),
     LimitFile("memory_max", "memory.max", str, number_or_max),
     LimitFile("swap_max", "memory.swap.max", str, number_or_max),
@@ -100,11 +100,11 @@ class V2Branch(Branch):
     def create(self) -> None:
         """Make the directory and those above it, and enable the controllers on the way down.
 
-        Raises ControllerUnavailable where one of them does not arrive.
+        Raises ControllerUnavailable if one of them is missing then.
         """
         if not self.threaded and self.create_alone():
             return
-        # All directories first: one that has a child cannot be removed by others.
+        # all directories first: others cannot remove one that has a child
         for _, child in create_levels(self):
             files.make_directory(child)
         if self.threaded and files.read(self.directory, "cgroup.type") != "threaded":
@@ -116,7 +116,7 @@ class V2Branch(Branch):
             except KernelError as error:
                 if error.errno in (errno.ENOENT, errno.ENODEV) and not files.is_directory(parent):
                     raise
-                # Not ours to change, or busy; whether it matters shows in what arrives below.
+                # not allowed, or busy; it matters only if the controller is missing below
                 refusal = error
         missing = self.controllers - offered(self.directory)
         if missing:
@@ -130,7 +130,7 @@ class V2Branch(Branch):
             )
 
     def complete(self) -> bool:
-        """Whether those above pass all of its controllers on."""
+        """Whether the cgroups above pass all of its controllers on."""
         return self.controllers <= offered(self.directory)
 
     def configure(self, resources: Resources) -> None:
@@ -164,7 +164,7 @@ class V2Branch(Branch):
         super().write_file(name, value)
 
     def _check_cpus(self, cpus: str) -> None:
-        # The kernel takes any list; where none of it can be had, the parent's CPUs stay in force.
+        # The kernel accepts any list; if none of it is available, the CPUs of the parent stay in force.
         effective = files.read(self.directory, "cpuset.cpus.effective")
         if not parse_list(effective) <= parse_list(cpus):
             raise ControllerUnavailable(
@@ -206,7 +206,7 @@ class V2Branch(Branch):
         return True
 
     def is_frozen(self) -> bool:
-        """Whether the whole subtree has come to a stop."""
+        """Whether all processes of the subtree are stopped."""
         return "frozen 1" in files.read(self.directory, "cgroup.events").splitlines()
 
 
@@ -216,7 +216,7 @@ def offered(directory: str) -> frozenset[str]:
 
 
 def enable(directory: str, controllers: frozenset[str]) -> None:
-    """Pass those of ``controllers`` that ``directory`` has on to its children. Raises KernelError."""
+    """Pass the ``controllers`` that ``directory`` has on to its children. Raises KernelError."""
     passed = frozenset(files.read(directory, "cgroup.subtree_control").split())
     missing = sorted((controllers & offered(directory)) - passed)
     if not missing:
@@ -226,7 +226,7 @@ def enable(directory: str, controllers: frozenset[str]) -> None:
     except KernelError as error:
         if len(missing) == 1 or error.errno != errno.EINVAL:
             raise
-        # One that cannot be passed on (cpu, with realtime processes about) must not keep the others.
+        # one that cannot be passed on (cpu, with realtime processes) must not prevent the others
         for name in missing:
             with contextlib.suppress(KernelError):
                 files.write_patiently(directory, "cgroup.subtree_control", f"+{name}")
@@ -234,7 +234,7 @@ def enable(directory: str, controllers: frozenset[str]) -> None:
 
 
 def disable_all(directory: str) -> None:
-    """Pass no controllers on any more, so that processes may be here again. Raises KernelError."""
+    """Stop passing controllers on, so that processes can be here again. Raises KernelError."""
     passed = files.read(directory, "cgroup.subtree_control").split()
     if passed:
         with contextlib.suppress(FileNotFoundError):

@@ -122,7 +122,7 @@ def test_memory_and_swap_raised_and_lowered_together(group: Cgroup) -> None:
     group.configure(Resources(memory_max=MAX, swap_max=MAX))
 
 
-def test_a_leaf_may_ask_for_more_cpu_than_there_is_around_it(group: Cgroup) -> None:
+def test_a_leaf_may_have_a_quota_above_that_of_its_group(group: Cgroup) -> None:
     leaf = group.child("leaf").create()
     group.configure(Resources(cpu_quota=0.5))
     leaf.configure(Resources(cpu_quota=0.8))
@@ -151,7 +151,7 @@ def test_a_cpuset_is_narrowed_and_widened_around_its_children(group: Cgroup) -> 
         same.kill()
 
 
-def test_cpus_that_are_not_there(hierarchy: Hierarchy, group: Cgroup) -> None:
+def test_cpus_that_do_not_exist_are_refused(hierarchy: Hierarchy, group: Cgroup) -> None:
     missing = Resources(cpus=str(os.cpu_count()))
     with pytest.raises(KernelError) as caught:
         group.configure(missing)
@@ -163,14 +163,14 @@ def test_cpus_that_are_not_there(hierarchy: Hierarchy, group: Cgroup) -> None:
     assert "choose from" in refusal.remedy
 
 
-def test_limits_below_what_is_in_use(group: Cgroup) -> None:
+def test_limits_below_the_usage(group: Cgroup) -> None:
     with running(group, sleep_forever):
         group.configure(Resources(pids_max=0))
         assert group.read().pids_current == 1
         group.kill()
 
 
-def test_a_device_that_is_not_there(hierarchy: Hierarchy, group: Cgroup) -> None:
+def test_a_device_that_does_not_exist_is_refused(hierarchy: Hierarchy, group: Cgroup) -> None:
     nowhere = Resources(io={Device(4000, 1): IoMax(wbps=1)})
     with pytest.raises(KernelError) as caught:
         group.configure(nowhere)
@@ -179,7 +179,7 @@ def test_a_device_that_is_not_there(hierarchy: Hierarchy, group: Cgroup) -> None
     assert [refusal.limit for refusal in hierarchy.refusals(nowhere)] == ["io"]
 
 
-def test_errors_tell_path_value_and_remedy_and_pickle(group: Cgroup) -> None:
+def test_errors_have_path_value_and_remedy_and_pickle(group: Cgroup) -> None:
     group.delete()
     with pytest.raises(KernelError) as caught:
         group.configure(Resources(pids_max=7))
@@ -194,7 +194,7 @@ def test_errors_tell_path_value_and_remedy_and_pickle(group: Cgroup) -> None:
 
 
 @pytest.mark.layout("v1", "hybrid")
-def test_what_v1_cannot_enforce_is_told(hierarchy: Hierarchy, group: Cgroup) -> None:
+def test_limits_that_v1_cannot_enforce_are_refused(hierarchy: Hierarchy, group: Cgroup) -> None:
     for resources, limit in (
         (Resources(memory_high=MIB), "memory_high"),
         (Resources(swap_max=MIB), "swap_max"),
@@ -210,7 +210,7 @@ def test_what_v1_cannot_enforce_is_told(hierarchy: Hierarchy, group: Cgroup) -> 
 
 
 @pytest.mark.layout("v2")
-def test_v2_can_enforce_all_of_it(hierarchy: Hierarchy) -> None:
+def test_v2_can_enforce_all_limits(hierarchy: Hierarchy) -> None:
     disk = {device_of(str(DISK)): IoMax(wbps=MIB)}
     everything = Resources(
         cpu_quota=0.1,
@@ -239,7 +239,7 @@ def test_a_partition_gives_its_disk(hierarchy: Hierarchy) -> None:
         assert device_of(str(DISK)) == device_of(str(device_of(str(DISK))))
 
 
-def test_no_device_behind_a_path() -> None:
+def test_a_path_without_a_device_is_refused() -> None:
     with pytest.raises(KernelError, match="no block device"):
         device_of("/proc")
     with pytest.raises(KernelError, match="No such file"):
@@ -259,15 +259,15 @@ def test_usage_is_accounted_without_any_limit(group: Cgroup) -> None:
 
 
 @pytest.mark.layout("v2")
-def test_cpus_that_the_group_around_does_not_have(group: Cgroup) -> None:
-    """v2 takes the list and leaves the others in force: that is no limit, so it is an error."""
+def test_cpus_that_the_group_above_does_not_have_are_refused(group: Cgroup) -> None:
+    """v2 accepts the list and keeps the other CPUs in force: that would be no limit."""
     group.configure(Resources(cpus="0"))
     leaf = group.child("leaf").create()
     with pytest.raises(ControllerUnavailable, match="none of the CPUs"):
         leaf.configure(Resources(cpus="1"))
 
 
-def test_limits_of_nobody_in_a_group_without_that_controller(hierarchy: Hierarchy, group: Cgroup) -> None:
+def test_a_group_without_the_controller_refuses_the_limit(hierarchy: Hierarchy, group: Cgroup) -> None:
     some = hierarchy.cgroup(f"{group.path}/some", controllers=frozenset({"pids"})).create()
     some.configure(Resources(pids_max=3))
     with pytest.raises(ControllerUnavailable, match="no cpu controller"):

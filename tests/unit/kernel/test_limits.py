@@ -1,4 +1,4 @@
-"""Limits read back: from what both versions of the interface say, and from what was written."""
+"""Limits are read back from the files of both versions."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ SAID = {
 }
 
 
-def test_all_that_v2_says() -> None:
+def test_v2_files_are_read() -> None:
     assert v2.limits_of(V2.get) == {**SAID, "memory_high": MAX, "oom_group": True, "io": IO}
 
 
-def test_all_that_v1_says() -> None:
+def test_v1_files_are_read() -> None:
     assert v1.limits_of(V1.get) == {**SAID, "io": IO}
 
 
@@ -82,7 +82,7 @@ def test_no_limit() -> None:
     assert v1.limits_of({**none, "memory.limit_in_bytes": "4096"}.get)["swap_max"] is MAX
 
 
-def test_without_a_controller_nothing_is_told() -> None:
+def test_without_a_controller_nothing_is_read() -> None:
     assert v2.limits_of(lambda _: None) == v1.limits_of(lambda _: None) == {}
     assert "swap_max" not in v1.limits_of({"memory.limit_in_bytes": "4096"}.get)
 
@@ -97,7 +97,7 @@ def test_periods_that_others_chose() -> None:
 
 
 @given(st.integers(1, 10_000))
-def test_weights_there_and_back(weight: int) -> None:
+def test_weights_round_trip(weight: int) -> None:
     assert weight_of(v1.shares_of(weight)) == weight
 
 
@@ -114,8 +114,8 @@ limits = st.builds(
 
 
 @given(limits)
-def test_what_is_written_is_read_back(resources: Resources) -> None:
-    """Both versions, by a kernel that says what it was told."""
+def test_written_limits_are_read_back(resources: Resources) -> None:
+    """With a kernel that returns what was written, for both versions."""
     assert Resources(**v2.limits_of(dict(v2.pairs(resources)).get)) == resources
     told = {name: value if value != "-1" else str(2**63 - 4096) for name, value in v1.pairs(resources)}
     told["cpu.cfs_quota_us"] = dict(v1.pairs(resources))["cpu.cfs_quota_us"]

@@ -1,4 +1,4 @@
-"""Limits as data, and the (file, value) pairs both versions of the interface make of them."""
+"""Limits as data, and their (file, value) pairs in both versions."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_v1_counts_swap_together_with_memory() -> None:
 
 
 @pytest.mark.parametrize("resources", [Resources(memory_high=1), Resources(swap_max=1)])
-def test_what_v1_cannot_say(resources: Resources) -> None:
+def test_limits_that_v1_does_not_have(resources: Resources) -> None:
     with pytest.raises(ControllerUnavailable) as caught:
         v1.pairs(resources)
     assert caught.value.hint
@@ -137,7 +137,7 @@ def test_shares(weight: int, shares: int) -> None:
         {"files": {"hugetlb.2MB.max": 0}},
     ],
 )
-def test_values_no_kernel_takes(wrong: dict[str, object]) -> None:
+def test_values_that_no_kernel_accepts(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r".+"):
         Resources(**wrong)  # type: ignore[arg-type]
 
@@ -158,14 +158,14 @@ def test_several_are_merged_and_the_first_decides() -> None:
     assert Resources.merged([]) == Resources()
 
 
-def test_max_is_one_thing_wherever_it_goes() -> None:
+def test_max_stays_one_object_when_pickled() -> None:
     assert pickle.loads(pickle.dumps(MAX)) is MAX
     assert str(MAX) == "max"
     assert pickle.loads(pickle.dumps(Resources(pids_max=MAX))) == Resources(pids_max=MAX)
 
 
 @given(st.sets(st.integers(0, 200), min_size=1))
-def test_lists_there_and_back(numbers: set[int]) -> None:
+def test_lists_round_trip(numbers: set[int]) -> None:
     assert parse_list(format_list(numbers)) == numbers
 
 
