@@ -126,13 +126,12 @@ class PoolProcess:
         """Run a task confined; return its result or raise its exception."""
         if self._manager is None and self._worker.pool.single_threaded:
             self._start_again(task)
-        manager = self._started_manager()
         if self.is_lost:
             self._replace_fork_server(task)
         work = work_of(task, args, kwargs)
         retry_policy = self._retry_policies.get(task.name)
         if self._policies_retry:
-            retry_policy = _with_policy_keys(retry_policy, manager, work)
+            retry_policy = _with_policy_keys(retry_policy, self._started_manager(), work)
         attempt = Attempt(task, retry_policy)
         if attempt.redelivered:
             self._worker.instance.end_orphans()  # it may still run for a process that is gone
