@@ -131,10 +131,10 @@ class PoolProcess:
         work = work_of(task, args, kwargs)
         retry_policy = self._retry_policies.get(task.name)
         if self._policies_retry:
-            retry_policy = _with_policy_keys(retry_policy, self._started_manager(), work)
+            retry_policy = _with_policy_keys(retry_policy, self._started_manager(task), work)
         attempt = Attempt(task, retry_policy)
         if attempt.redelivered:
-            self._worker.instance.end_orphans()  # it may still run for a process that is gone
+            self._worker.deployment.instance.end_orphans()  # it may still run for a process that is gone
         if not task.acks_late:
             return self._run_attempt(task, code, args, kwargs, work, attempt)
         with attempt.leased(self._heartbeat):
@@ -163,7 +163,7 @@ class PoolProcess:
         """Admit a task once there is room. A task that finds no room in the budget goes back to its queue."""
         failures = 0
         while True:
-            manager = self._started_manager()
+            manager = self._started_manager(task)
             try:
                 return manager.admit(work, wait=True, memory=attempt.memory)
             except ConcurrencyLimitExceeded as error:
@@ -184,9 +184,9 @@ class PoolProcess:
                         raise ForkServerLost(str(error)) from None
                     raise
 
-    def _started_manager(self) -> RunningManager:
+    def _started_manager(self, task: Any) -> RunningManager:
         if self._manager is None or self._pid != os.getpid():
-            raise ConfinementError(f"this pool process cannot confine tasks: {self._problem}")
+            raise ConfinementError(f"{task.name}: this pool process cannot confine tasks: {self._problem}")
         return self._manager
 
     def _lost(self) -> None:
@@ -208,7 +208,7 @@ class PoolProcess:
             self._start_again(task)
             return True
         if task.acks_late:
-            raise Reject("the fork server of this worker ended", requeue=True)
+            raise Reject(f"{task.name}: the fork server of this worker ended", requeue=True)
         return False
 
     def _start_again(self, task: Any) -> None:
@@ -222,7 +222,9 @@ class PoolProcess:
                 return
             time.sleep(_PAUSE)  # also so that it does not take tasks from processes that can confine them
         if task.acks_late:
-            raise Reject(f"this pool process cannot confine tasks: {self._problem}", requeue=True)
+            raise Reject(
+                f"{task.name}: this pool process cannot confine tasks: {self._problem}", requeue=True
+            )
 
 
 def _with_policy_keys(own: RetryPolicy | None, manager: RunningManager, work: Work) -> RetryPolicy | None:

@@ -51,8 +51,10 @@ def rcon(state: Any) -> dict[str, Any]:
         return _NOT_CONFINED
     return {
         "when": time.monotonic(),
-        "cgroup": worker.instance.path,
-        "policies": {name: _limits_of(policy) for name, policy in sorted(worker.policies.items())},
+        "cgroup": worker.deployment.instance.path,
+        "policies": {
+            name: _limits_of(policy) for name, policy in sorted(worker.deployment.policies.all().items())
+        },
         "confinements": _confinements(worker),
         "endings": worker.ending_counters.read(),
     }
@@ -69,7 +71,8 @@ def rcon_set(state: Any, policy: str = "", limit: str = "", value: str = "") -> 
         made = worker.deployment.change(policy, limit, str(value))
     except RconError as error:
         return {"error": " ".join(str(error).split())}
-    _log.warning("rcon: policy %s: %s changed from %s to %s", policy, limit, made.old or "not set", made.new)
+    before, after = ("no limit" if each is None else each for each in (made.old, made.new))
+    _log.warning("rcon: policy %s: %s changed from %s to %s", policy, limit, before, after)
     return {
         "ok": {
             "policy": policy,
@@ -101,7 +104,7 @@ def _limits_of(policy: Any) -> dict[str, Any]:
 
 def _confinements(worker: ConfinedWorker) -> dict[str, dict[str, Any]]:
     """Return what each running confinement of a worker uses, all its tasks together, by name."""
-    instance = worker.instance.path.rpartition("/")[2]
+    instance = worker.deployment.instance.path.rpartition("/")[2]
     found = {}
     for group in find_groups().groups:
         if group.instance == instance and group.kind == "work":

@@ -100,8 +100,8 @@ class ConfinedWorker:
     """The state of one worker: made in its main process, and inherited by the processes of its pool."""
 
     def __init__(self, deployment: Deployment, pool: Pool, hostname: str) -> None:
+        #: The settings in force, and the cgroups of the worker.
         self.deployment = deployment
-        self.instance = deployment.instance
         self.pool = pool
         self.hostname = hostname
         self.ending_counters = EndingCounters()
@@ -120,19 +120,14 @@ class ConfinedWorker:
     ) -> ConfinedWorker:
         """Check that this machine can enforce the settings, and make the cgroups.
 
-        ``largest`` is the most memory that tasks may be given when they are retried, by its key in an error message.
-        Raises `RconError` with the problem and its remedy.
+        ``tasks`` are those with `confined`. ``largest`` is the most memory that tasks may be given when they are
+        retried, by its key in an error message. Raises `RconError` with the problem and its remedy.
         """
         manager = Manager(settings, server=pool.server, plugins=[tasks], memory=largest)
         worker = cls(manager.deploy(changeable=True), pool, hostname)
         atexit.register(worker.close)
-        _log.info("rcon: tasks are confined in the cgroup %s", worker.instance.path)
+        _log.info("rcon: tasks are confined in the cgroup %s", worker.deployment.instance.path)
         return worker
-
-    @property
-    def policies(self) -> Mapping[str, Policy]:
-        """The policies as they are now, with those of decorators."""
-        return self.deployment.policies.all()
 
     def close_before_restart(self) -> None:
         """Have `close` called before all other exit handlers.
