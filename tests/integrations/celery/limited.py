@@ -433,7 +433,9 @@ def define(app: celery.Celery, url: str) -> None:
         return "done"
 
     @task(name="stay")
-    @confined(timeout="60s", pids=64)
+    @confined(
+        timeout="10m", pids=64
+    )  # longer than any test, however slow the machine: none waits for its end
     def stay(name: str) -> None:
         note(name, os.getpid(), start_child())
         time.sleep(MANY)
