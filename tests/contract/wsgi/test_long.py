@@ -125,7 +125,7 @@ def test_a_client_that_goes_away_ends_the_work_that_writes_nothing(
         assert gunicorn.log_has("<computing in ")
         pid = int(gunicorn.log.read_text().partition("<computing in ")[2].partition(">")[0])
         assert Path(f"/proc/{pid}").exists()
-    assert gunicorn.log_has("<outcome aborted: the client went away>")
+    assert gunicorn.log_has("<outcome aborted: the client closed the connection>")
     assert not Path(f"/proc/{pid}").exists()
     assert ask(gunicorn, get("ok")).endswith(b"ok")
     assert "Traceback" not in gunicorn.log.read_text()
