@@ -9,12 +9,13 @@ import time
 
 import pytest
 
-from rcon_plugins import hookimpl
+from rcon_plugins import Manager, hookimpl
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, Killed
 from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.settings.file import from_mapping
 from rcon_plugins.tree.instance import Instance
 from tests.children import in_child
-from tests.kernel.executors.service import ask, begin, end, managing, soon
+from tests.kernel.executors.service import ask, begin, end, managing, serve, soon
 from tests.processes import alive
 
 
@@ -88,21 +89,24 @@ def _start_and_stop() -> None:
 
 def test_concurrency_holds_in_all_workers_of_a_server_together() -> None:
     def server() -> tuple[str, str, str]:
-        instance = Instance.create(Hierarchy.discover())
-        shared = {"instance": instance}
+        settings = {"policy": {"p": {"concurrency": 2, "isolation": "process"}}, "route": [{"policy": "p"}]}
+        deployment = Manager(from_mapping(settings)).deploy()
         try:
             until_killed, _ = os.pipe()
             ready_reading, ready_writing = os.pipe()
             worker = os.fork()
             if worker == 0:
-                with managing({"concurrency": 2, "isolation": "process"}, **shared) as manager:
-                    held = begin(manager, "sleep", 300)
+                try:
+                    held = begin(deployment.start(serve), "sleep", 300)
                     os.write(ready_writing, b"x")
                     os.read(until_killed, 1)
                     held.abort("let go")
-                os._exit(0)
-            os.read(ready_reading, 1)
-            with managing({"concurrency": 2, "isolation": "process"}, **shared) as manager:
+                finally:
+                    os._exit(1)
+            os.close(ready_writing)
+            assert os.read(ready_reading, 1) == b"x"
+            manager = deployment.start(serve)
+            try:
                 mine = begin(manager, "sleep", 300)
                 try:
                     begin(manager, "pid")
@@ -117,10 +121,12 @@ def test_concurrency_holds_in_all_workers_of_a_server_together() -> None:
                 fifth = f"{len(both)} held"
                 for admission in both:
                     admission.abort("over")
-            instance.sweep(f"{worker}-")
+            finally:
+                manager.close()
+            deployment.instance.sweep(f"{worker}-")
             return third, fourth, fifth
         finally:
-            instance.close()
+            deployment.close()
 
     assert in_child(server) == ("concurrency 1", "ok", "2 held")
 
@@ -189,7 +195,7 @@ def test_a_manager_is_of_no_use_in_a_fork() -> None:
     with managing({"each": {"timeout": "60s"}}) as manager:
 
         def fork() -> str:
-            with pytest.raises(ConfinementError, match="fork of it"):
+            with pytest.raises(ConfinementError, match="this is its fork"):
                 ask(manager, "pid")
             manager.close()  # does nothing
             return "refused"
