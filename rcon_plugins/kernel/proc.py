@@ -9,7 +9,6 @@ import _thread  # `threading` takes a command longer to load
 import contextlib
 import errno
 import os
-import stat
 from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
@@ -214,19 +213,6 @@ def original_environment() -> dict[bytes, bytes]:
 
 
 # -- programs
-
-
-def find_program(name: str) -> str | None:
-    """Return the file that a shell would execute for ``name``, searched in PATH; None if there is none."""
-    for folder in [""] if "/" in name else os.get_exec_path():
-        path = f"{folder}/{name}" if folder else name
-        try:
-            regular = stat.S_ISREG(os.stat(path).st_mode)
-        except (OSError, ValueError):  # ValueError: the name contains a null character
-            continue
-        if regular and os.access(path, os.X_OK):
-            return path
-    return None
 
 
 def exec_remedy(number: int | None, *, as_another: bool = False) -> str:

@@ -34,7 +34,7 @@ def capcon() -> None:
 
     \b
     Examples:
-      capcon run --user nobody --cap net_bind_service -- python3 -m http.server 80
+      capcon run -u nobody -c net_bind_service -- python3 -m http.server 80
       capcon explain --user nobody --cap net_raw -- ping -c 1 127.0.0.1
       capcon show 1
 
@@ -63,14 +63,15 @@ def run(words: list[str]) -> int:
 
     \b
     Run a web server on port 80 as nobody:
-      capcon run --user nobody --cap net_bind_service -- python3 -m http.server 80
+      capcon run -u nobody -c net_bind_service -- python3 -m http.server 80
     Build without any privilege, and let the build change only its own folder:
-      capcon run --drop-all --no-new-privs --read-only / --write ./work -- make -C work
+      capcon run --drop-all --no-new-privs --read-only / --write work -- make
 
     \b
     Exit status: that of COMMAND, or
       2    bad usage
-      125  capcon itself failed, or the caller may not give these rights; nothing was run
+      125  capcon itself failed, or the caller may not give these rights;
+           nothing was run
       126  COMMAND cannot be executed
       127  COMMAND was not found
     """

@@ -91,14 +91,14 @@ def top(sort: str, interval: float, iterations: int | None, as_json: bool, celer
     \b
     Columns:
       CPU        CPU use; 100% is one CPU
-      THROTTLED  share of CPU periods in which the group used up its quota and waited
+      THROTTLED  share of CPU periods in which it used up its quota and waited
       MEMORY     memory in use, and how much of the memory limit that is
       PROCS      processes and threads
-      STALLED    share of the last 10 s in which processes waited for cpu, memory or io: the longest wait
-      HITS       memory and pids limit hits and OOM kills, since the group was made
+      STALLED    longest wait for cpu, memory or io, in % of the last 10 s
+      HITS       memory and pids limit hits and OOM kills, in total
       READ/s     bytes read from disks in a second
       WRITE/s    bytes written to disks in a second
-      KILLS      processes that the kernel killed for want of memory (part of HITS)
+      KILLS      OOM kills, in total (part of HITS)
 
     Keys: q quits, ? shows help, a letter sorts, R reverses the order, the arrow keys scroll.
 
@@ -145,7 +145,8 @@ def set_command(group: Group, as_json: bool, **options: Any) -> int:
     \b
     Exit status:
       0    all limits are in force
-      2    bad usage, no such group, or a limit that cannot be enforced; nothing was changed
+      2    bad usage, no such group, or a limit that cannot be enforced here;
+           nothing was changed
       125  the kernel refused a limit; nothing was changed
     """
     from rcon_plugins.cli.groups import set as command
@@ -261,7 +262,7 @@ def watch(
     \b
     Exit status:
       0    the group is gone
-      2    bad usage, no such group, or an event that this machine does not report
+      2    bad usage, no such group, or an event that is not reported here
       125  the group could not be watched
       130  interrupted
     """

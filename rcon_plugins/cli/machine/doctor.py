@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from rcon_plugins.cli.exit import BAD_USAGE, Refused
+from rcon_plugins.cli.exit import BadUsage, Refused
 from rcon_plugins.identity import userdb
 from rcon_plugins.kernel.capability import Identity, drop
 from rcon_plugins.tree.doctor import Finding, Report, examine
@@ -40,11 +40,9 @@ def _as_user(name: str, base: str | None) -> Report:
     """Return the report of a child process that becomes the user. Raises Refused."""
     account = userdb.user(int(name) if name.isdigit() else name)
     if account is None:
-        raise Refused(f"--user: unknown user {name!r} (getent passwd lists them)", BAD_USAGE)
+        raise BadUsage(f"--user: unknown user {name!r} (getent passwd lists them)")
     if os.geteuid() != 0:
-        raise Refused(
-            f"--user needs root (sudo rcon doctor --user {name}, or: sudo -u {name} rcon doctor)", BAD_USAGE
-        )
+        raise BadUsage(f"--user needs root (sudo rcon doctor --user {name}, or: sudo -u {name} rcon doctor)")
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from rcon_plugins.cli.exit import BAD_USAGE, Refused
+from rcon_plugins.cli.exit import BadUsage
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.branch import check_path
 from rcon_plugins.tree.garbage import Collected, Garbage, collect_garbage, find_garbage
@@ -16,7 +16,7 @@ def gc(below: str, dry_run: bool, as_json: bool) -> tuple[str, bool]:
     try:
         check_path(below)
     except ValueError as error:
-        raise Refused(f"--below: {error} (below the mounts, such as /rcon)", BAD_USAGE) from error
+        raise BadUsage(f"--below: {error} (for example /rcon)") from error
     if dry_run:
         garbage = find_garbage(hierarchy, below)
         trees = [{**tree._asdict(), "message": _plan(tree)} for tree in garbage]

@@ -30,8 +30,9 @@ def run(words: list[str]) -> int:
       rcon run --user nobody --cpus 0 --json usage.json -- ./job
 
     \b
-    Exit status: that of COMMAND; 128+n if signal n ended it (137: a memory limit or the timeout); or
-      2    bad usage, or a limit that this machine cannot enforce; nothing was run
+    Exit status: that of COMMAND; 128+n if signal n ended it (137: a memory limit
+    or the timeout); or
+      2    bad usage, or a limit that cannot be enforced here; nothing was run
       125  rcon itself failed; nothing was run
       126  COMMAND cannot be executed
       127  COMMAND was not found
@@ -60,7 +61,8 @@ def attach(**options: Any) -> int:
     \b
     Exit status:
       0    all processes were moved
-      2    bad usage, a process that cannot be moved, or a limit that this machine cannot enforce; none was moved
+      2    bad usage, a process that cannot be moved, or a limit that cannot be
+           enforced here; no process was moved
       125  rcon itself failed
     """
     from rcon_plugins.cli.run import attach

@@ -48,6 +48,15 @@ def test_the_help_of_each_command_has_examples_and_exit_statuses(
     assert "    0    " in out or "that of COMMAND" in out
 
 
+@pytest.mark.parametrize("name", [None, *SUBCOMMANDS])
+def test_help_fits_into_80_columns(
+    name: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_main([*([name] if name else []), "--help"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 79] == []
+
+
 def test_an_added_command_is_listed_after_the_built_in_ones() -> None:
     @click.command(short_help="Added.")
     def added() -> None: ...
