@@ -15,7 +15,7 @@ import pytest
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import running
-from tests.kernel.quota import WINDOW, judge
+from tests.kernel.quota import judge, window
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -33,13 +33,14 @@ def burn(seconds: float, cpu_time: Callable[[], float]) -> float:
 
 
 def in_processes(group: Cgroup, quotas: tuple[float, ...], processes: int) -> dict[float, float]:
+    seconds = window(*quotas)
     cgroups = {quota: group.child(f"{quota:g}").create() for quota in quotas}
     for quota, cgroup in cgroups.items():
         cgroup.configure(Resources(cpu_quota=quota))
     with contextlib.ExitStack() as stack:
         started = {
             quota: [
-                stack.enter_context(running(cgroup, burn, WINDOW, time.process_time))
+                stack.enter_context(running(cgroup, burn, seconds, time.process_time))
                 for _ in range(processes)
             ]
             for quota, cgroup in cgroups.items()
@@ -47,12 +48,12 @@ def in_processes(group: Cgroup, quotas: tuple[float, ...], processes: int) -> di
         found = {quota: sum(child.result() for child in some) for quota, some in started.items()}
     for quota, cgroup in cgroups.items():
         # The kernel's own account agrees with what the processes saw.
-        assert cgroup.read().cpu_seconds == pytest.approx(found[quota] * WINDOW, rel=0.1)
+        assert cgroup.read().cpu_seconds == pytest.approx(found[quota] * seconds, rel=0.1)
         cgroup.delete()
     return found
 
 
-def in_threads(base: str, quota: float, threads: int) -> float:
+def in_threads(base: str, quota: float, threads: int, seconds: float) -> float:
     """As ``inline`` does it: threads of this process enter, work and leave. The CPUs they used."""
     instance = Instance.create(Hierarchy.discover(), base=base)
     try:
@@ -64,7 +65,7 @@ def in_threads(base: str, quota: float, threads: int) -> float:
         def run() -> None:
             entrance.enter()
             try:
-                used.append(burn(WINDOW, time.thread_time))
+                used.append(burn(seconds, time.thread_time))
             finally:
                 home.enter()
 
@@ -75,7 +76,7 @@ def in_threads(base: str, quota: float, threads: int) -> float:
             for worker in workers:
                 worker.join()
         assert cgroup.threads() == []
-        assert cgroup.read().cpu_seconds == pytest.approx(sum(used) * WINDOW, rel=0.1)
+        assert cgroup.read().cpu_seconds == pytest.approx(sum(used) * seconds, rel=0.1)
         assert cgroup.delete()
         return sum(used)
     finally:
@@ -86,7 +87,7 @@ def in_threads_of_processes(group: Cgroup, quotas: tuple[float, ...], threads: i
     """Each quota in a process of its own: threads of one would stop each other while they hold the GIL."""
     with contextlib.ExitStack() as stack:
         started = {
-            quota: stack.enter_context(running(None, in_threads, group.path, quota, threads))
+            quota: stack.enter_context(running(None, in_threads, group.path, quota, threads, window(*quotas)))
             for quota in quotas
         }
         return {quota: child.result() for quota, child in started.items()}

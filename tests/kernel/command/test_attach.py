@@ -20,7 +20,7 @@ from rcon_plugins.tree import attach as tree_attach
 from rcon_plugins.tree.garbage import collect
 from tests.kernel.command.harness import Done, left_by, rcon, until
 from tests.kernel.command.test_run import ALLOCATE
-from tests.kernel.quota import WINDOW, judge
+from tests.kernel.quota import judge, window
 
 pytestmark = pytest.mark.each_layout
 
@@ -78,7 +78,7 @@ def test_two_processes_are_held_down_together_and_the_group_goes_with_them() -> 
 
         def measure() -> dict[float, float]:
             before, began = sum(cpu_seconds(one.pid) for one in both), time.monotonic()
-            time.sleep(WINDOW)
+            time.sleep(window(0.3))
             used = sum(cpu_seconds(one.pid) for one in both) - before
             return {0.3: used / (time.monotonic() - began)}
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.command.harness import MOUNTS, become_rcon, left_by, rcon, until
-from tests.kernel.quota import WINDOW, judge
+from tests.kernel.quota import judge, window
 from tests.processes import alive
 
 NOBODY = 65534
@@ -61,7 +61,7 @@ def test_the_exit_status_is_that_of_the_command(command: list[str], status: int,
 def test_a_cpu_quota_holds() -> None:
     def measure() -> dict[float, float]:
         done = rcon(
-            "run", "--cpu", "10%", "--timeout", f"{WINDOW:g}s", "--", "sh", "-c", "while :; do :; done"
+            "run", "--cpu", "10%", "--timeout", f"{window(0.1):g}s", "--", "sh", "-c", "while :; do :; done"
         )
         assert done.report["outcome"] == "timeout"
         return {0.1: done.report["usage"]["cpu_seconds"] / done.report["usage"]["wall_seconds"]}

@@ -17,7 +17,7 @@ from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import running
-from tests.kernel.quota import WINDOW, judge, quota_in_force
+from tests.kernel.quota import judge, quota_in_force, window
 
 pytestmark = pytest.mark.each_layout
 
@@ -120,7 +120,7 @@ def test_cpu_quotas_are_held_within_a_point() -> None:
 
     def program(quota: float) -> float:
         with confine(cpu=f"{quota:.0%}", cpu_weight=10000):
-            return burn(WINDOW)
+            return burn(window(0.5))
 
     def measure() -> dict[float, float]:
         with contextlib.ExitStack() as stack:
@@ -139,7 +139,7 @@ def test_cpu_quota_above_one_cpu() -> None:
             reading, writing = os.pipe()
             for _ in range(2):
                 if os.fork() == 0:
-                    os.write(writing, f"{burn(WINDOW):7.2f}".encode())
+                    os.write(writing, f"{burn(window(1.5)):7.2f}".encode())
                     os._exit(0)
             for _ in range(2):
                 os.wait()

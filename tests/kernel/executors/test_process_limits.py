@@ -16,7 +16,7 @@ from rcon_plugins.errors import MemoryLimitExceeded, PidsLimitExceeded, TimeLimi
 from rcon_plugins.kernel.cgroup import Cgroup
 from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.executors.service import ask, begin, end, managing, soon
-from tests.kernel.quota import WINDOW, judge
+from tests.kernel.quota import judge, window
 from tests.processes import alive
 
 pytestmark = pytest.mark.each_layout
@@ -197,7 +197,9 @@ def test_cpu_quotas_are_held_within_a_point(percents: tuple[int, ...]) -> None:
     ):
 
         def used(name: str) -> float:
-            usage = ask(manager, "burn", WINDOW, 2 if quotas[name] > 1 else 1, host=name)[1].usage
+            usage = ask(manager, "burn", window(*quotas.values()), 2 if quotas[name] > 1 else 1, host=name)[
+                1
+            ].usage
             assert usage.cpu_seconds is not None
             return usage.cpu_seconds / usage.wall_seconds
 

@@ -27,7 +27,7 @@ from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.executors import ways_back
 from tests.kernel.executors.service import soon, status
-from tests.kernel.quota import WINDOW, judge, quota_in_force
+from tests.kernel.quota import judge, quota_in_force, window
 
 TENANT, OTHER = 61001, 61002
 POLICY: dict[str, Any] = {"isolation": "thread", "user": TENANT, "group": TENANT, "groups": [61011]}
@@ -568,4 +568,4 @@ def test_cpu_quota() -> None:
             pass
         return (time.thread_time() - cpu) / (time.monotonic() - wall)
 
-    judge(lambda: {0.2: managed({**POLICY, "cpu": "20%"}, lambda manager: run(manager, burn, WINDOW))})
+    judge(lambda: {0.2: managed({**POLICY, "cpu": "20%"}, lambda manager: run(manager, burn, window(0.2)))})
