@@ -36,10 +36,10 @@ def test_a_closed_way_into_a_cgroup_is_an_error_and_no_way_past_it() -> None:
         cgroup.delete()
 
 
-def an_idle_executor(manager: RunningManager) -> int:
+def an_idle_executor(manager: RunningManager, **attributes: str) -> int:
     """The pid of an executor that has served and waits. On a loaded machine several may run into their deadline."""
     while True:
-        admission = begin(manager, "pid")
+        admission = begin(manager, "pid", **attributes)
         if end(admission)[1].ending == "ok" and admission.executor_pid:
             return admission.executor_pid
 
@@ -106,6 +106,7 @@ def test_one_slow_death_delays_no_other_deadline() -> None:
         "route": [{"host": "slow", "policy": "slow"}, {"policy": "p"}],
     }
     with managing({}, settings=settings) as manager:
+        an_idle_executor(manager, host="slow")  # to be born takes CPU time, too
         first = begin(manager, "many", 150, host="slow")
         second = begin(manager, "sleep", 300)
         assert end(second)[1].ending == "timeout"

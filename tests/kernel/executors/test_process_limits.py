@@ -97,7 +97,7 @@ def test_a_request_beyond_its_wall_time_is_killed_with_all_it_started() -> None:
 
 
 def test_processes_left_behind_are_gone_when_the_request_has_ended() -> None:
-    with managing({"pids": 32, "each": {"timeout": "20s"}}) as manager:
+    with managing({"pids": 32, "each": {"timeout": "100s"}}) as manager:
         sleepers, outcome = ask(manager, "leave_sleepers", 5)
         assert outcome.ending == "ok"
         assert len(sleepers) == 5
