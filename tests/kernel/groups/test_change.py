@@ -162,7 +162,7 @@ BAD = [
     (["--memory", "1"], "--memory: 1 bytes are less than one page"),
     (["--pids", "-1"], "--pids: '-1' is not a whole number"),
     (["--pids", "0"], "--pids: "),
-    (["--cpus", "4000"], "--cpus: CPUs 4000 are not there"),
+    (["--cpus", "4000"], "--cpus: CPUs 4000 do not exist"),
     (["--cpus", "max"], "--cpus: 'max' is not a list of CPUs"),
     (["--device", "/"], "--device limits nothing by itself"),
     (["--write", "5M", "--device", "/no/such/path"], "--device: /no/such/path"),

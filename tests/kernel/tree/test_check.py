@@ -70,7 +70,7 @@ def test_a_refused_file_makes_no_cgroup(
     file = tmp_path / "rcon.toml"
     file.write_text(f'cgroup = "/rcon-check-{os.getpid()}"\n[policy.web]\ncpus = "4000"\n')
     assert run_main(["check", str(file)]) == 1
-    assert "REFUSED: cpus: CPUs 4000 are not there" in capsys.readouterr().out
+    assert "REFUSED: cpus: CPUs 4000 do not exist" in capsys.readouterr().out
     assert not any(Path(directory).exists() for directory in base.directories)
 
 

@@ -237,7 +237,7 @@ pids = 8
         name: {problem["limit"]: problem for problem in one["problems"]} for name, one in policies.items()
     }
     assert problems["web"].keys() == {"cpus", "each.cpus"}
-    assert "CPUs 4000-4002 are not there" in problems["web"]["cpus"]["reason"]
+    assert "CPUs 4000-4002 do not exist" in problems["web"]["cpus"]["reason"]
     assert problems["web"]["cpus"]["remedy"].startswith("choose from 0")
     assert problems["site"]["user"]["reason"] == "there is no user 'nobdy'"
     assert problems["site"]["user"]["remedy"] == "did you mean 'nobody'?"
