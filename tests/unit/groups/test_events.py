@@ -98,7 +98,7 @@ def test_as_json() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"resource": "disk"}, "not of 'disk'"),
+        ({"resource": "disk"}, "not for 'disk'"),
         ({"resource": "io", "share": "half"}, '"some" or "full"'),
         ({"resource": "io", "window": 0.1, "stall": 0.1}, "between 0.5 s and 10 s"),
         ({"resource": "io", "window": 20.0}, "between 0.5 s and 10 s"),
