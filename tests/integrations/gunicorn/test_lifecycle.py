@@ -67,7 +67,7 @@ def test_reload_takes_the_settings_anew_but_not_bad_ones(tmp_path: Path) -> None
         reload('[policy.default]\nmemory = "64 potatoes"\n')
         assert server.get("/other/who").json()["confined"]
         assert server.get("/free/who").json()["confined"]
-        complaint = [line for line in server.log().splitlines() if "the former stay" in line]
+        complaint = [line for line in server.log().splitlines() if "the old ones stay" in line]
         assert len(complaint) == 1
         assert "policy.default.memory" in complaint[0]
         # a policy that a thread can carry: the server has to live in its instance from now on
