@@ -54,7 +54,7 @@ def test_what_a_server_confines_is_listed_and_changed(
         assert told["limits"]["memory"] == 200 << 20
         assert f"a server, pid {server.pid} (" in told["notes"][0]
         (executor,) = rcon(capsys, "stat", name)["processes"]
-        assert rcon(capsys, "kill", name)["ended"][0]["pid"] == executor["pid"]
+        assert rcon(capsys, "kill", name)["killed"][0]["pid"] == executor["pid"]
         # The server goes on, with a new executor process, for which it writes its policy's limits.
         assert server.get("/who", Host="groups-a.example").status == 200
         after = rcon(capsys, "stat", name)
