@@ -20,6 +20,7 @@ import pytest
 
 from rcon_plugins import errors, hookspecs
 from rcon_plugins.ending import Ending
+from rcon_plugins.executors import executor
 from rcon_plugins.settings import file as settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +93,14 @@ def test_every_ending_is_documented() -> None:
     assert sorted(documented) == sorted(get_args(Ending))
 
 
+def test_the_map_quotes_the_code() -> None:
+    """docs/architecture.md has the executor's states as the code has them; test_layers.py looks at its table."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    states = re.search(r"^=+ .*?^=+ .*?^=+ [= ]+$", executor.__doc__ or "", re.M | re.S)
+    assert states is not None
+    assert states[0] in page
+
+
 def test_every_hook_is_used_in_a_test() -> None:
     defined = {
         node.name
@@ -154,6 +163,49 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_each_link_has_a_text(page: Path) -> None:
     """`[](page.md)` shows a title on the site, and nothing anywhere else."""
     assert re.findall(r"(?<!!)\[\s*\]\([^)]*\)", page.read_text()) == []
+
+
+LONGEST_LINE = 120
+#: *A work* and *works* as nouns: it is a request, a task, a command, or a unit of work.
+NOUN = re.compile(
+    r"\b(?:a|an|one|each|every|single|this|that|no|another|which|any|next|former|other|whose|the) work\b(?! queue)"
+    r"|\b(?:the|all|of|many|few|fewer|more|most|these|those|such|its|several|other|some|any|two|three|between|for"
+    r"|by|as|or|and|so|\d+) works\b",
+    re.I,
+)
+
+
+def prose(page: Path) -> list[str]:
+    """Its lines; those of code blocks are empty."""
+    blank = re.sub(
+        r"^```.*?^```$", lambda block: "\n" * block[0].count("\n"), page.read_text(), flags=re.M | re.S
+    )
+    return blank.splitlines()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lines_of_prose_are_short(page: Path) -> None:
+    lines = enumerate(prose(page), 1)
+    assert [n for n, line in lines if len(line) > LONGEST_LINE and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_cells_of_tables_are_short(page: Path) -> None:
+    most = 20  # words
+    cells = [cell for line in prose(page) if line.startswith("|") for cell in re.split(r"(?<!\\)\|", line)]
+    assert [cell for cell in cells if len(re.sub(r"\]\([^)]*\)", "]", cell).split()) > most] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_work_is_not_countable(page: Path) -> None:
+    lines = enumerate((re.sub(r"`[^`]*`", "", line) for line in prose(page)), 1)
+    assert [(n, found[0]) for n, line in lines if (found := NOUN.search(line))] == []
+
+
+def test_work_as_a_noun_is_found() -> None:
+    assert NOUN.search("The works under way end with an error.")
+    assert NOUN.search("Choose the policy for one work.")
+    assert not NOUN.search("It works on v2, in a work queue, for each unit of work.")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
