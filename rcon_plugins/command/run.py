@@ -44,7 +44,7 @@ class Order(NamedTuple):
     group. ``resources`` are the limits of ``work/<group>``, ``each`` those of the single command. The new process calls
     ``become`` inside its cgroup, to drop privileges for good. ``delegate_to`` is the (uid, gid) that may make cgroups
     of its own below. ``timeout`` is in seconds of wall time. ``keep`` are descriptors that the caller needs afterwards.
-    ``attend`` watches the group and its leaf, in threads, from before the command's first instruction until its end.
+    ``watch`` watches the group and its leaf, in threads, from before the command's first instruction until its end.
     ``memory_note`` is added to the message about the memory limit.
     """
 
@@ -58,7 +58,7 @@ class Order(NamedTuple):
     delegate_to: tuple[int, int] | None = None
     timeout: float | None = None
     keep: Sequence[int] = ()
-    attend: Callable[[Cgroup, Cgroup], AbstractContextManager[None]] | None = None
+    watch: Callable[[Cgroup, Cgroup], AbstractContextManager[None]] | None = None
     memory_note: str = ""
 
 
@@ -142,8 +142,8 @@ class _Run:
     def run(self) -> Ended:
         self._prepare()
         try:
-            with contextlib.ExitStack() as attending:
-                return self._follow(self._start(attending))
+            with contextlib.ExitStack() as watching:
+                return self._follow(self._start(watching))
         finally:
             if self._memory_notices is not None:
                 os.close(self._memory_notices)
@@ -181,7 +181,7 @@ class _Run:
             for cgroup in (self._group, self._leaf):
                 cgroup.delegate(*order.delegate_to, shut=True)
 
-    def _start(self, attending: contextlib.ExitStack) -> int:
+    def _start(self, watching: contextlib.ExitStack) -> int:
         """Start the command. Return its pid, or raise why it could not be executed."""
         ours, theirs = os.pipe()
         waits, go = os.pipe()
@@ -197,9 +197,9 @@ class _Run:
         try:
             # After the fork: the new process prepares itself meanwhile.
             self._make_group()
-            if self._order.attend is not None:
+            if self._order.watch is not None:
                 # Not before the fork, which must not meet threads; not after the command has started.
-                attending.enter_context(self._order.attend(self._group, self._leaf))
+                watching.enter_context(self._order.watch(self._group, self._leaf))
             self._began = time.monotonic()
             with contextlib.suppress(BrokenPipeError):
                 os.write(go, b"x")

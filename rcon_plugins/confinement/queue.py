@@ -12,7 +12,7 @@ from rcon_plugins.settings.units import Size
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement.budget import MemoryBudget
-    from rcon_plugins.confinement.confinement import Confinement
+    from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tree.locks import Allocation, ByteLocks
 
 _T = TypeVar("_T")
@@ -41,19 +41,19 @@ class Reservations:
         self._is_open = is_open
 
     def reserve(
-        self, reservation: Reservation, confinement: Confinement, memory: int | None, *, wait: bool
+        self, reservation: Reservation, policy: Policy, first_slot: int, memory: int | None, *, wait: bool
     ) -> None:
         """Reserve a slot and budget. On failure the reservation still lists what was taken: release it in any case.
 
-        ``memory`` replaces ``each.memory`` of the policy, in bytes. With ``wait``, wait for a slot instead of raising.
-        Waiting for the budget is bounded by its own ``wait``, either way. Raises `ConcurrencyLimitExceeded`,
-        `ConfinementError`.
+        ``first_slot`` is that of the confinement. ``memory`` replaces ``each.memory`` of the policy, in bytes. With
+        ``wait``, wait for a slot instead of raising. Waiting for the budget is bounded by its own ``wait``, either way.
+        Raises `ConcurrencyLimitExceeded`, `ConfinementError`.
         """
-        concurrency = confinement.policy.concurrency
+        concurrency = policy.concurrency
         if concurrency is not None:
-            reservation.slot = self.retry(wait, lambda: self._reserve_slot(confinement, concurrency))
+            reservation.slot = self.retry(wait, lambda: self._reserve_slot(first_slot, concurrency))
         if self._budget is not None:
-            size = promised(confinement.policy) if memory is None else Size(memory)
+            size = promised(policy) if memory is None else Size(memory)
             if size is not None:
                 reservation.memory = self._reserve_memory(self._budget, size)
 
@@ -76,8 +76,7 @@ class Reservations:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_WAIT)
 
-    def _reserve_slot(self, confinement: Confinement, limit: int) -> Allocation:
-        first = confinement.first_slot
+    def _reserve_slot(self, first: int, limit: int) -> Allocation:
         slot = self._slots.reserve_one(first, first + limit)
         if slot is None:
             raise ConcurrencyLimitExceeded(

@@ -187,7 +187,9 @@ class RunningManager:
         try:
             own_memory = memory(policy) if memory is not None else None
             if policy.concurrency is not None or self._budget is not None:
-                self._reservations.reserve(reservation, confinement, own_memory, wait=wait)
+                self._reservations.reserve(
+                    reservation, confinement.policy, confinement.first_slot, own_memory, wait=wait
+                )
             self._work_started(work=work, policy=policy)
             if wait:
                 return self._reservations.retry(

@@ -60,8 +60,8 @@ def as_written(value: Any) -> Any:
     if isinstance(value, Memory) and value.expands:
         return {"limit": str(value), "expand": str(value.expand), "up_to": str(value.up_to)}
     if isinstance(value, msgspec.Struct):
-        told = msgspec.to_builtins(value, enc_hook=str)
-        return {key: one for key, one in told.items() if one is not None}
+        found = msgspec.to_builtins(value, enc_hook=str)
+        return {key: one for key, one in found.items() if one is not None}
     if isinstance(value, Mapping):
         return {key: as_written(one) for key, one in value.items()}
     return value if value is None or type(value) is int else str(value)

@@ -107,7 +107,7 @@ def _watch_fields(policy: Policy, manager: pluggy.PluginManager, on_event: str |
     from rcon_plugins.cli.run.events import watched
 
     return {
-        "attend": partial(watched, policy=policy, manager=manager, command=on_event, to_plugins=to_plugins),
+        "watch": partial(watched, policy=policy, manager=manager, command=on_event, to_plugins=to_plugins),
         "memory_note": f", expanded from {policy.memory}" if expands else "",
     }
 
