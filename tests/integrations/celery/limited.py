@@ -435,7 +435,7 @@ def define(app: celery.Celery, url: str) -> None:
     @task(name="stay")
     @confined(
         timeout="10m", pids=64
-    )  # longer than any test, however slow the machine: none waits for its end
+    )  # longer than any test on a slow machine
     def stay(name: str) -> None:
         note(name, os.getpid(), start_child())
         time.sleep(MANY)
