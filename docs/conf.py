@@ -58,7 +58,7 @@ vars(rcon_plugins).update({name: getattr(rcon_plugins, name) for name in rcon_pl
 
 
 class CommandHelp(Directive):
-    """Show what a command prints for ``--help``, as a terminal of 100 columns shows it."""
+    """Show what a command prints for ``--help``, as a terminal of 90 columns shows it."""
 
     required_arguments = 1
     final_argument_whitespace = True
@@ -69,7 +69,7 @@ class CommandHelp(Directive):
         program = Path(sys.executable).with_name(words[0])
         done = subprocess.run(
             [program, *words[1:], "--help"],
-            env={"PATH": "/usr/bin:/bin", "COLUMNS": "100"},
+            env={"PATH": "/usr/bin:/bin", "COLUMNS": "90"},
             capture_output=True,
             text=True,
             check=True,
