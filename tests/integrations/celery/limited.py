@@ -433,9 +433,7 @@ def define(app: celery.Celery, url: str) -> None:
         return "done"
 
     @task(name="stay")
-    @confined(
-        timeout="10m", pids=64
-    )  # longer than any test on a slow machine
+    @confined(timeout="10m", pids=64)  # longer than any test on a slow machine
     def stay(name: str) -> None:
         note(name, os.getpid(), start_child())
         time.sleep(MANY)

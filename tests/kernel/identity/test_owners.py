@@ -304,7 +304,8 @@ def test_an_owner_who_is_not_known_here(sites: Path, keys: dict[str, Any], key: 
 def test_a_group_that_is_not_known_here(sites: Path, keys: dict[str, Any], key: str) -> None:
     os.chown(sites / "anna", ANNA, 65534)
     with pytest.raises(
-        IdentityRefused, match=rf"^{re.escape(key)} of policy p: the path belongs to gid 65534, the overflow id"
+        IdentityRefused,
+        match=rf"^{re.escape(key)} of policy p: the path belongs to gid 65534, the overflow id",
     ):
         resolve(with_sites(sites, keys), {"host": "anna"})
     allowed = Policy.make("p", user=f"owner:{sites}/{{host}}", group="nogroup", groups=[])
