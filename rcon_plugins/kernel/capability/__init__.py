@@ -1,6 +1,7 @@
-"""Capabilities and identity of threads, by system calls that act on the calling thread alone. Useful by itself.
+"""Read and change the capabilities and the identity of a thread.
 
-Knows no policy. Every failure is a `CapabilityError` or another `KernelError`.
+Each function that changes something acts on the calling thread alone. The package knows no policy and can be used by
+itself. Every failure raises `CapabilityError` or another `KernelError`.
 """
 
 from __future__ import annotations

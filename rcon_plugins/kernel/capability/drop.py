@@ -1,4 +1,4 @@
-"""Becoming somebody else, with fewer capabilities, for good."""
+"""Change the identity of the calling thread and drop its capabilities, irreversibly."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ _NEEDED = Capabilities.of(CAP_SETUID, CAP_SETGID, CAP_SETPCAP)
 
 
 class Identity(NamedTuple):
-    """Who work is: the uid and gid that become real, effective, saved and fs id, and the supplementary groups."""
+    """The uid, the gid and the supplementary groups to switch to.
+
+    ``uid`` and ``gid`` each set four ids of the thread: real, effective, saved and file system id.
+    """
 
     uid: int
     gid: int
@@ -48,19 +51,28 @@ def drop(
     no_new_privs: bool = True,
     ambient: bool = False,
 ) -> None:
-    """Let the calling thread, alone and for good, be ``identity`` and hold no capability but ``keep``.
+    """Switch the calling thread alone to ``identity`` and drop all capabilities but ``keep``, irreversibly.
 
-    Afterwards all four uids and gids and the groups are those of ``identity`` (None: they stay as they are, a saved uid
-    of 0 too); permitted and effective are ``keep``; inheritable and ambient are empty, or ``keep`` with ``ambient``, so
-    that it outlasts execve(2); the bounding set has nothing but ``keep`` where CAP_SETPCAP is permitted, and is as it
-    was elsewhere; PR_SET_KEEPCAPS is off; no_new_privs is set if asked. All that is read back and compared.
+    Sets, reads back and compares:
 
-    Takes CAP_SETUID and CAP_SETGID in the permitted set (effective they need not be), each only where an id has to
-    change. ``keep`` must be permitted. What was never asked for is not changed: open files, directories, rlimits.
+    - All four uids, all four gids and the groups become those of ``identity``. With None they stay as they are; a saved
+      uid of 0 stays, too.
+    - The permitted and the effective set become ``keep``.
+    - The inheritable and the ambient set become empty. With ``ambient`` they become ``keep``, which then survives
+      execve(2).
+    - The bounding set loses all but ``keep`` if CAP_SETPCAP is permitted. Without CAP_SETPCAP it stays as it is.
+    - PR_SET_KEEPCAPS is switched off, unless it is locked.
+    - no_new_privs is set, with the argument ``no_new_privs``.
 
-    Raises `CapabilityError`. What is missing is found before anything has changed; but after any other error the thread
-    may be half way, and must not go on. A thread boundary does not hold hostile native code: it shares the memory of
-    threads that have not dropped.
+    Nothing else changes: open files, directories and rlimits stay.
+
+    Changing a uid needs CAP_SETUID, and changing a gid or the groups needs CAP_SETGID. Both must be permitted; they
+    need not be effective. ``keep`` must be permitted.
+
+    Raises `CapabilityError`. A missing capability is reported before anything changes. After any other error the thread
+    may be changed in part, and must not continue.
+
+    A thread does not contain malicious native code: that code shares the memory of threads that have not dropped.
     """
     before = read_state()
     _check(before, identity, keep, ambient)
@@ -96,7 +108,7 @@ def drop(
 
 
 def _check(now: State, identity: Identity | None, keep: Capabilities, ambient: bool) -> None:
-    """Find what is missing while nothing has changed."""
+    """Raise `CapabilityError` for a missing capability, before anything changes."""
     if missing := keep - now.permitted:
         raise CapabilityError(
             f"cannot keep {missing}: this thread does not hold it",
@@ -157,13 +169,16 @@ def _check_identity(now: State, identity: Identity, keep: Capabilities) -> None:
 
 
 def _would_lose(now: State, identity: Identity, keep: Capabilities) -> bool:
-    """Whether the change of uid would clear the permitted set, and that matters."""
+    """Return whether the change of uid would clear the permitted set while ``keep`` needs it."""
     kept = (now.securebits or 0) & (SECBIT_KEEP_CAPS | SECBIT_NO_SETUID_FIXUP)
     return bool(keep) and not kept and 0 in now.uids[:3] and identity.uid != 0
 
 
 def _forget_keeping() -> None:
-    """But where it is locked: then it matters to nobody, for there is no uid 0 to leave."""
+    """Switch PR_SET_KEEPCAPS off, unless it is locked.
+
+    A locked flag stays set. It acts only when a uid leaves 0.
+    """
     securebits = read_securebits()
     if securebits & SECBIT_KEEP_CAPS and not securebits & SECBIT_KEEP_CAPS_LOCKED:
         set_keep_capabilities(False)

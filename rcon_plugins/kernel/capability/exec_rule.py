@@ -1,8 +1,11 @@
-"""Predict what execve(2) does to a thread, and why: the rules of capabilities(7), as a pure function.
+"""Predict how execve(2) changes a thread, and why: the rules of capabilities(7) as a pure function.
 
-Checked against the kernel: tests/kernel/capability/test_exec_rule.py. Not covered: whether the file may be executed at
-all (permissions, ``noexec``, its format), security modules, ptrace(2), a working directory shared with another process
-(clone(2) with CLONE_FS), user namespaces that do not map the owner of the file, binfmt_misc.
+tests/kernel/capability/test_exec_rule.py compares the predictions with the kernel. Not covered:
+
+- whether the file may be executed at all (permissions, ``noexec``, its format)
+- security modules, ptrace(2), binfmt_misc
+- a working directory shared with another process (clone(2) with CLONE_FS)
+- user namespaces that do not map the owner of the file
 """
 
 from __future__ import annotations
@@ -19,20 +22,20 @@ from rcon_plugins.kernel.capability.files import FileCapabilities, read_file_cap
 from rcon_plugins.kernel.capability.sets import NAMES, Capabilities
 from rcon_plugins.kernel.capability.state import SECBIT_KEEP_CAPS, SECBIT_NOROOT, Ids, State
 
-_FIRST_BYTES = 256  # what the kernel reads of a file to see what it is (BINPRM_BUF_SIZE)
-_MOST_SCRIPTS = 5  # interpreters that are scripts themselves; then ELOOP
+_FIRST_BYTES = 256  # the kernel reads so many bytes of a file to determine its format (BINPRM_BUF_SIZE)
+_MOST_SCRIPTS = 5  # the most interpreters that may be scripts themselves; one more fails with ELOOP
 
-# "exec: Correct the permission check for unsafe exec": what counts as a change of ids. Earlier it was any effective id
-# that differs from the real one after execve, so that such a process lost its ambient set at each execve, and with
-# no_new_privs its effective ids.
+# Linux 6.17 redefines a change of ids ("exec: Correct the permission check for unsafe exec"). Earlier kernels compare
+# the effective id with the real one after execve. A process in which they differ then loses its ambient set at each
+# execve, and with no_new_privs its effective ids.
 _COMPARES_EFFECTIVE_IDS = (6, 17)
 
 
 class File(NamedTuple):
-    """A file that execve(2) is called with; for a script, its interpreter in the end, since only that counts.
+    """The binary that execve(2) runs in the end. For a script this is its interpreter, whose bits alone count.
 
-    ``mode`` has the permission bits of stat(2); ``uid`` and ``gid`` are the owner; ``nosuid`` is of its mount.
-    ``scripts`` are those that led here by their ``#!``, the first as it was called.
+    ``mode`` holds the permission bits of stat(2). ``uid`` and ``gid`` are the owner. ``nosuid`` is the option of the
+    mount. ``scripts`` lists the scripts whose ``#!`` lines led to this file, starting with the script that was called.
     """
 
     path: str
@@ -45,10 +48,10 @@ class File(NamedTuple):
 
     @classmethod
     def of(cls, path: str) -> File:
-        """Read it from disk, by way of the interpreters of scripts. Links are followed; PATH is not searched.
+        """Return the file at ``path``, or the interpreter of a script. Follows links; does not search PATH.
 
-        A file that cannot be read is taken for a binary. Raises `KernelError` where it, or an interpreter, is missing
-        or malformed as execve(2) would say: ENOENT, ENOEXEC, ELOOP.
+        A file that cannot be read counts as a binary. Raises `KernelError` with the errno of execve(2) if the file or
+        an interpreter is missing or malformed: ENOENT, ENOEXEC, ELOOP.
         """
         scripts: list[File] = []
         while True:
@@ -75,7 +78,7 @@ class File(NamedTuple):
             raise KernelError.from_oserror(error, path=path) from None
         capabilities = read_file_capabilities(path)
         if capabilities is not None:
-            known = Capabilities.known()  # the kernel takes no notice of others
+            known = Capabilities.known()  # the kernel ignores all others
             capabilities = capabilities._replace(
                 permitted=capabilities.permitted & known, inheritable=capabilities.inheritable & known
             )
@@ -90,22 +93,22 @@ class File(NamedTuple):
 
     @property
     def sets_uid(self) -> bool:
-        """Whether its mode has the set-user-ID bit."""
+        """Whether the mode has the set-user-ID bit."""
         return bool(self.mode & stat.S_ISUID)
 
     @property
     def sets_gid(self) -> bool:
-        """Whether its mode has the set-group-ID bit, whatever that means."""
+        """Whether the mode has the set-group-ID bit. Without group execution that bit means mandatory locking."""
         return bool(self.mode & stat.S_ISGID)
 
     @property
     def privileged(self) -> bool:
-        """Whether there is anything about it that could change what a process is."""
+        """Whether the file has a set-ID bit or file capabilities, and so could change ids or capabilities."""
         return self.sets_uid or self.sets_gid or self.capabilities is not None
 
 
 def _interpreter(path: str) -> str | None:
-    """The path after ``#!``, as the kernel reads it; None where the file is no script, or cannot be read."""
+    """Return the path after ``#!``, as the kernel reads it; None if the file is no script or cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -121,9 +124,9 @@ def _interpreter(path: str) -> str | None:
     line, newline, _ = start[2:].partition(b"\n")
     words = line.replace(b"\t", b" ").split(b"\0")[0].strip(b" ")
     name, more, _ = words.partition(b" ")
-    whole = newline or len(start) < _FIRST_BYTES  # else there may be more of it
+    whole = newline or len(start) < _FIRST_BYTES  # otherwise the line may continue
     if not name or not (whole or more):
-        # A file that ends there has the empty path for an interpreter, which is a directory.
+        # In a file that ends after #!, the kernel takes the empty path for the interpreter: a directory (EACCES).
         number = errno.ENOEXEC if newline or not whole else errno.EACCES
         raise KernelError(
             f"{path}: no whole path after #! in the first {_FIRST_BYTES} bytes",
@@ -135,14 +138,17 @@ def _interpreter(path: str) -> str | None:
 
 
 class Step(NamedTuple):
-    """One thing that happens at execve, and the rule by which it does."""
+    """One change at execve, and the rule that causes it."""
 
     what: str
     why: str
 
 
 class Prediction(NamedTuple):
-    """The state after execve, and what led to it. ``error``: execve fails with that errno, and nothing changes."""
+    """The state after execve, and the steps that led to it.
+
+    With ``error``, execve fails with that errno and changes nothing.
+    """
 
     state: State
     steps: tuple[Step, ...]
@@ -150,15 +156,16 @@ class Prediction(NamedTuple):
 
 
 def predict(state: State, file: File, *, kernel: tuple[int, int] | None = None) -> Prediction:
-    """What ``state`` becomes when that thread executes ``file``, on Linux ``kernel`` (None: the running one).
+    """Return the state of a thread in ``state`` after it executes ``file`` on Linux ``kernel``.
 
-    Securebits that are not known (None: those of another process) are taken as 0.
+    ``kernel`` is (major, minor); None means the running kernel. Unknown securebits (None: those of another process)
+    count as 0.
     """
     return _Execve(state, file, kernel or _running()).run()
 
 
 class _Execve:
-    """One execve, in the kernel's order: ids, file capabilities, root, no_new_privs, ambient, effective."""
+    """Compute one execve in the kernel's order: ids, file capabilities, root, no_new_privs, ambient, effective."""
 
     def __init__(self, old: State, file: File, kernel: tuple[int, int]) -> None:
         self.old = old
@@ -169,7 +176,7 @@ class _Execve:
         self.egid = old.gids.effective
         self.permitted = Capabilities.none()
         self.ambient = old.ambient
-        self.effective_because = ""  # why all that is permitted becomes effective; empty: it does not
+        self.effective_because = ""  # why the permitted set becomes effective; empty if it does not
         self.has_file_capabilities = False
         self.steps: list[Step] = []
 
@@ -255,7 +262,7 @@ class _Execve:
         return "no_new_privs is set" if self.old.no_new_privs else ""
 
     def file_capabilities(self) -> Capabilities:
-        """Take them. Returns what is missing for a file whose effective bit is set."""
+        """Apply the file capabilities. Return those that a file with the effective bit lacks: execve then fails."""
         capabilities = self.file.capabilities
         if capabilities is None:
             return Capabilities.none()

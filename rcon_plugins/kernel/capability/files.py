@@ -1,4 +1,7 @@
-"""File capabilities: the extended attribute ``security.capability`` (capabilities(7), ``linux/capability.h``)."""
+"""Read and write file capabilities: the extended attribute ``security.capability``.
+
+Source: capabilities(7), ``linux/capability.h``.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from rcon_plugins.kernel.capability.sets import Capabilities
 
 ATTRIBUTE = "security.capability"
 
-_REVISIONS = {0x01000000: (1, 12), 0x02000000: (2, 20), 0x03000000: (3, 24)}  # their number, their size
+_REVISIONS = {0x01000000: (1, 12), 0x02000000: (2, 20), 0x03000000: (3, 24)}  # (version, size)
 _REVISION_MASK = 0xFF000000
 _EFFECTIVE = 0x000001
 _LOW = 0xFFFFFFFF
 
 
 class FileCapabilities(NamedTuple):
-    """What a file adds at execve(2). Of ``effective`` there is only one bit, for all.
+    """The capabilities that a file adds at execve(2). ``effective`` is one bit for all of them.
 
-    ``rootid``: None is version 2, for everybody. A number is version 3 (Linux 4.14): only for processes in a user
-    namespace whose uid 0 is that uid outside of it, and in those below.
+    With ``rootid`` None (version 2) they apply to every process. With a number (version 3, Linux 4.14) they apply only
+    in a user namespace whose uid 0 is that uid outside, and in the namespaces below it.
     """
 
     permitted: Capabilities = Capabilities()
@@ -32,7 +35,7 @@ class FileCapabilities(NamedTuple):
 
 
 def decode(data: bytes) -> FileCapabilities:
-    """The meaning of the attribute's bytes, versions 1, 2 and 3. Raises `ValueError` where it is none of them."""
+    """Decode the attribute's bytes, versions 1, 2 and 3. Raises `ValueError` for any other bytes."""
     magic = int.from_bytes(data[:4], "little")
     version, size = _REVISIONS.get(magic & _REVISION_MASK, (0, 0))
     if version == 0 or len(data) != size:
@@ -48,7 +51,10 @@ def decode(data: bytes) -> FileCapabilities:
 
 
 def encode(capabilities: FileCapabilities) -> bytes:
-    """The attribute's bytes: version 2, or 3 with a ``rootid``. Raises `ValueError` where that is no uid."""
+    """Return the attribute's bytes: version 2, or version 3 with a ``rootid``.
+
+    Raises `ValueError` if ``rootid`` is not a uid.
+    """
     rootid = capabilities.rootid
     if rootid is not None and not 0 <= rootid < _LOW:
         raise ValueError(f"{rootid} is not a uid")
@@ -59,10 +65,10 @@ def encode(capabilities: FileCapabilities) -> bytes:
 
 
 def read_file_capabilities(file: str | int) -> FileCapabilities | None:
-    """Those of a path (links are followed) or of an open descriptor; None where it has none.
+    """Return the capabilities of a path (follows links) or an open descriptor; None if the file has none.
 
-    The kernel shows version 3 whose ``rootid`` is uid 0 of the caller's user namespace as version 2. Raises
-    `KernelError` where the file is out of reach, or its attribute is malformed (execve(2) then fails with EINVAL).
+    Where ``rootid`` is uid 0 of the caller's user namespace, the kernel shows version 3 as version 2. Raises
+    `KernelError` if the file is inaccessible, or its attribute is malformed (execve(2) then fails with EINVAL).
     """
     try:
         data = os.getxattr(file, ATTRIBUTE)
@@ -77,10 +83,10 @@ def read_file_capabilities(file: str | int) -> FileCapabilities | None:
 
 
 def write_file_capabilities(file: str | int, capabilities: FileCapabilities | None) -> None:
-    """Give a path or open descriptor these, or none. Changing the owner or the content later takes them away.
+    """Set the capabilities of a path or an open descriptor; None removes them.
 
-    Needs CAP_SETFCAP effective. Raises `CapabilityError` without it, `KernelError` where the file is out of reach or
-    its file system has no such attribute.
+    The kernel removes them when the owner or the content of the file changes later. Needs CAP_SETFCAP effective. Raises
+    `CapabilityError` without it, `KernelError` if the file is inaccessible or its file system has no such attribute.
     """
     try:
         if capabilities is not None:

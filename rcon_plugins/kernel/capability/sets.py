@@ -1,9 +1,9 @@
-"""Sets of capabilities as values; their names (capabilities(7)), and the text form of libcap.
+"""Represent sets of capabilities as values, with their names (capabilities(7)) and the text form of libcap.
 
 The text form describes three sets, as in cap_from_text(3) and cap_to_text(3): ``cap_chown,cap_net_raw=ep cap_kill+i``.
-Clauses are separated by white space. Each is a list of capabilities (``all`` or nothing for all) and operators with
-the sets that they change: ``=`` clears and then raises, ``+`` raises, ``-`` lowers, in ``e``\\ ffective,
-``i``\\ nheritable, ``p``\\ ermitted.
+White space separates the clauses. A clause is a list of capabilities, then operators with the sets that they change.
+``all``, or an empty list, stands for all capabilities. ``=`` clears and then raises, ``+`` raises, ``-`` lowers. The
+sets are ``e``\\ ffective, ``i``\\ nheritable and ``p``\\ ermitted.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ CAP_PERFMON = 38  # Linux 5.8
 CAP_BPF = 39  # Linux 5.8
 CAP_CHECKPOINT_RESTORE = 40  # Linux 5.9
 
-#: As libcap writes them, by number.
+#: The names as libcap writes them, indexed by number.
 NAMES: tuple[str, ...] = tuple(
     name.lower()
     for name, _ in sorted(
@@ -69,19 +69,19 @@ NAMES: tuple[str, ...] = tuple(
 )
 NUMBERS: dict[str, int] = {name: number for number, name in enumerate(NAMES)}
 
-#: A capability set of the kernel has so many bits.
+#: The number of bits in a capability set of the kernel.
 BITS = 64
 
 _LAST = "/proc/sys/kernel/cap_last_cap"
 
 
 def name_of(number: int) -> str:
-    """``cap_net_raw``; the bare number, as libcap writes it, where a newer kernel has one without a name here."""
+    """Return the name, such as ``cap_net_raw``, or the number of a capability without a name here, as libcap does."""
     return NAMES[number] if number < len(NAMES) else str(number)
 
 
 def number_of(name: str) -> int:
-    """The number of ``cap_net_raw``, ``net_raw`` or ``13``, in any case. Raises `ValueError`."""
+    """Return the number of ``cap_net_raw``, ``net_raw`` or ``13``, in upper or lower case. Raises `ValueError`."""
     text = name.strip().lower()
     if text.isascii() and text.isdigit() and int(text) < BITS:
         return int(text)
@@ -95,9 +95,9 @@ def number_of(name: str) -> int:
 
 @cache
 def last() -> int:
-    """The highest capability of the running kernel (``/proc/sys/kernel/cap_last_cap``, Linux 3.2).
+    """Return the highest capability of the running kernel (``/proc/sys/kernel/cap_last_cap``, Linux 3.2).
 
-    Raises `KernelError` where that cannot be read.
+    Raises `KernelError` if the file cannot be read.
     """
     try:
         descriptor = os.open(_LAST, os.O_RDONLY | os.O_CLOEXEC)
@@ -113,8 +113,8 @@ def last() -> int:
 class Capabilities:
     """A set of capabilities: immutable, hashable, picklable. ``mask`` has bit N set for capability number N.
 
-    ``|``, ``&`` and ``-`` combine, ``<=`` and ``>=`` compare as sets do, ``in`` takes a number, iterating gives the
-    numbers from the lowest. Numbers that have no name here are kept.
+    ``|``, ``&`` and ``-`` combine two sets; ``<=`` and ``>=`` compare as sets do; ``in`` takes a number. Iteration
+    yields the numbers in ascending order. Numbers without a name here are kept.
     """
 
     mask: int = 0
@@ -125,17 +125,20 @@ class Capabilities:
 
     @classmethod
     def none(cls) -> Capabilities:
-        """The empty set."""
+        """Return the empty set."""
         return cls()
 
     @classmethod
     def known(cls) -> Capabilities:
-        """All that the running kernel has, named here or not."""
+        """Return all capabilities of the running kernel, also those without a name here."""
         return cls((1 << last() + 1) - 1)
 
     @classmethod
     def of(cls, *capabilities: str | int) -> Capabilities:
-        """The set of these names (with ``cap_`` or without, in any case) and numbers. Raises `ValueError`."""
+        """Return the set of these names and numbers. Raises `ValueError`.
+
+        A name may lack ``cap_`` and may be in upper or lower case.
+        """
         mask = 0
         for capability in capabilities:
             number = number_of(capability) if isinstance(capability, str) else capability
@@ -146,7 +149,10 @@ class Capabilities:
 
     @classmethod
     def parse(cls, text: str) -> Capabilities:
-        """``"net_raw,cap_chown,41"``, ``"all"`` (of this kernel), ``"none"`` or ``""``. Raises `ValueError`."""
+        """Parse ``"net_raw,cap_chown,41"``, ``"all"`` (of the running kernel), ``"none"`` or ``""``.
+
+        Raises `ValueError`.
+        """
         found = cls()
         if text.strip().lower() in ("", "none"):
             return found
@@ -155,7 +161,7 @@ class Capabilities:
         return found
 
     def names(self) -> tuple[str, ...]:
-        """``("cap_chown", "41")``, from the lowest number; a number where there is no name."""
+        """Return the names, such as ``("cap_chown", "41")``, in ascending order; a number where there is no name."""
         return tuple(name_of(number) for number in self)
 
     def __or__(self, other: Capabilities) -> Capabilities:
@@ -183,7 +189,7 @@ class Capabilities:
         return (number for number in range(self.mask.bit_length()) if self.mask >> number & 1)
 
     def __str__(self) -> str:
-        """Names with commas between them, as libcap writes a list; ``none`` for the empty set. `parse` reads it."""
+        """Return the names separated by commas, as libcap does; ``none`` for the empty set. `parse` reads it."""
         return ",".join(self.names()) or "none"
 
     def __repr__(self) -> str:
@@ -192,7 +198,7 @@ class Capabilities:
 
 # -- the text form of libcap
 
-_LETTERS = ("e", "p", "i")  # bits 1, 2, 4 of a combination, in the order in which libcap counts
+_LETTERS = ("e", "p", "i")  # bits 1, 2, 4 of a combination, in libcap's order
 _WRITTEN = ((1, "e"), (4, "i"), (2, "p"))
 
 _CLAUSE = re.compile(r"(?P<list>[A-Za-z0-9_,]*)(?P<actions>(?:(?:=[+-]|[=+-])[eip]*)+)")
@@ -200,18 +206,18 @@ _ACTION = re.compile(r"(=[+-]|[=+-])([eip]*)")
 
 
 class Sets(NamedTuple):
-    """The three sets that libcap's text form is about."""
+    """The three sets that libcap's text form describes."""
 
     permitted: Capabilities = Capabilities()
     effective: Capabilities = Capabilities()
     inheritable: Capabilities = Capabilities()
 
     def text(self) -> str:
-        """As cap_to_text(3) of libcap 2.66 writes it: ``cap_chown,cap_net_raw=ep``; ``=`` for nothing."""
+        """Return the text that cap_to_text(3) of libcap 2.66 writes: ``cap_chown,cap_net_raw=ep``; ``=`` if empty."""
         known = last() + 1
         found = [self._combination(number) for number in range(BITS)]
         counts = [found[:known].count(combination) for combination in range(8)]
-        # What most have stands first, and of equals the smallest; the rest is told as what differs from it.
+        # The most frequent combination comes first (of equals the smallest); the others are written as differences.
         most = min(range(8), key=lambda combination: (-counts[combination], combination))
         text = "=" + _letters(most)
         for combination in reversed(range(8)):
@@ -226,7 +232,7 @@ class Sets(NamedTuple):
             if lowered:
                 text += "-" + _letters(lowered)
         for combination in reversed(range(1, 8)):
-            # Beyond what the kernel knows, nothing prevails but their absence.
+            # Capabilities that the kernel does not know are written only where they are set.
             unknown = [str(n) for n in range(known, BITS) if found[n] == combination]
             if unknown:
                 text += " " + ",".join(unknown) + "+" + _letters(combination)
@@ -238,9 +244,9 @@ class Sets(NamedTuple):
 
 
 def parse_text(text: str) -> Sets:
-    """The sets that a text for cap_from_text(3) describes. ``all`` is what the running kernel has.
+    """Parse a text for cap_from_text(3). ``all`` stands for all capabilities of the running kernel.
 
-    Raises `ValueError` naming the clause.
+    Raises `ValueError`, which names the clause.
     """
     masks = dict.fromkeys(_LETTERS, 0)
     for clause in text.split():
@@ -292,7 +298,7 @@ def _listed(text: str, clause: str) -> int:
 
 
 def _number(text: str) -> int | None:
-    """As strtoul(3) with base 0 reads it: decimal, octal after 0, hexadecimal after 0x."""
+    """Parse a number as strtoul(3) with base 0 does: decimal, octal after 0, hexadecimal after 0x."""
     if re.fullmatch(r"0x[0-9a-f]+", text):
         return int(text, 16)
     if re.fullmatch(r"0[0-7]*", text):

@@ -1,4 +1,4 @@
-"""What a thread is and may do: its ids and capability sets (proc_pid_status(5), capabilities(7), credentials(7))."""
+"""Read the ids and the capability sets of a thread (proc_pid_status(5), capabilities(7), credentials(7))."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Ids(NamedTuple):
 
     @classmethod
     def all(cls, number: int) -> Ids:
-        """The same id four times."""
+        """Return four times the same id."""
         return cls(number, number, number, number)
 
 
 class State(NamedTuple):
     """The identity and the capability sets of one thread.
 
-    ``securebits`` is None for another thread than the calling one: the kernel shows nobody else's. ``groups`` are the
-    supplementary groups, in ascending order. Ids are as the caller's user namespace sees them.
+    ``securebits`` is None unless the thread is the calling one: the kernel shows a thread its own securebits alone.
+    ``groups`` are the supplementary groups, in ascending order. Ids are those of the caller's user namespace.
     """
 
     permitted: Capabilities
@@ -55,10 +55,10 @@ class State(NamedTuple):
 
 
 def read_state(tid: int | None = None) -> State:
-    """The state of the calling thread, or of the thread or process ``tid``; of a process, its main thread's.
+    """Return the state of the calling thread, or of the thread ``tid``. A pid stands for the main thread.
 
-    Raises `KernelError`: ESRCH where there is no such thread, or it has ended. Needs no privilege, but where ``/proc``
-    is mounted with ``hidepid`` other users' processes cannot be seen.
+    Needs no privilege. Where ``/proc`` is mounted with ``hidepid``, other users' processes are invisible. Raises
+    `KernelError`: ESRCH if there is no such thread, or it has ended.
     """
     own = tid is None or tid == threading.get_native_id()
     path = "/proc/thread-self/status" if own else f"/proc/{tid}/status"
@@ -66,13 +66,13 @@ def read_state(tid: int | None = None) -> State:
 
 
 def read_securebits() -> int:
-    """prctl(PR_GET_SECUREBITS): the securebits flags of the calling thread, as ``SECBIT_*``."""
+    """Return the securebits of the calling thread, as ``SECBIT_*`` flags: prctl(PR_GET_SECUREBITS)."""
     return syscall("prctl", PR_GET_SECUREBITS)
 
 
 def parse_status(text: bytes, securebits: int | None = None) -> State:
-    """The state that a ``/proc/PID/status`` tells of, which has no securebits. Raises `KeyError`, `ValueError`."""
-    # The name of the program comes first; the kernel has escaped its newlines.
+    """Parse the text of a ``/proc/PID/status``, which lacks the securebits. Raises `KeyError`, `ValueError`."""
+    # The name of the program comes first; the kernel escapes newlines in it.
     lines = (line.partition(b":") for line in text.split(b"\n"))
     fields = {name.decode("ascii", "replace"): value for name, colon, value in lines if colon}
     return State(

@@ -1,9 +1,11 @@
-"""Setting the identity and the capabilities of the calling thread.
+"""Set the identity and the capabilities of the calling thread **alone**.
 
-Of the calling thread **alone**: these are the system calls themselves, where the C library's functions of the same
-names, and with them `os.setresuid` and its like, change every thread of the process. Every error is a `CapabilityError`
-with what the kernel wanted (capabilities(7), capset(2), credentials(7), prctl(2)). A call that fails changes nothing,
-but for `set_ambient` and `drop_bounding`, which are several calls to the kernel.
+The functions make the system calls themselves. The C library's functions of the same names, and with them
+`os.setresuid` and the like, change every thread of the process.
+
+Every error is a `CapabilityError` that names what the kernel requires (capabilities(7), capset(2), credentials(7),
+prctl(2)). A call that fails changes nothing. The exceptions are `set_ambient` and `drop_bounding`, which make several
+system calls.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from rcon_plugins.kernel.syscalls import (
 )
 
 _VERSION_3 = 0x20080522
-_NO_ID = 0xFFFFFFFF  # what the kernel reads as "leave it"
+_NO_ID = 0xFFFFFFFF  # -1: the kernel leaves the id as it is
 _MOST_GROUPS = 65536
 _LOCKS = 0xAA  # every second bit of securebits locks the one below it
 _BITS = 0xFF
@@ -53,11 +55,12 @@ class _Data(ctypes.Structure):
 
 
 def set_capabilities(permitted: Capabilities, effective: Capabilities, inheritable: Capabilities) -> None:
-    """capset(2): the three sets of the calling thread.
+    """Set the three sets of the calling thread: capset(2).
 
-    The kernel allows: a permitted set within the one now; an effective one within the new permitted one; an inheritable
-    one within inheritable and permitted of now (within inheritable and bounding, with CAP_SETPCAP effective). What is
-    no longer both permitted and inheritable leaves the ambient set too. Raises `CapabilityError`.
+    The kernel allows a permitted set within the current one, and an effective set within the new permitted one. The
+    inheritable set must be within the current inheritable and permitted sets together; with CAP_SETPCAP effective,
+    within the current inheritable and bounding sets together. The ambient set loses the capabilities that are no longer
+    both permitted and inheritable. Raises `CapabilityError`.
     """
     header = _Header(_VERSION_3, 0)
     low, high = 0xFFFFFFFF, 32
@@ -72,9 +75,9 @@ def set_capabilities(permitted: Capabilities, effective: Capabilities, inheritab
 
 
 def set_ambient(capabilities: Capabilities) -> None:
-    """The ambient set of the calling thread: what execve(2) of an ordinary file leaves it (Linux 4.3).
+    """Set the ambient set of the calling thread: the capabilities kept by execve(2) of an ordinary file (Linux 4.3).
 
-    Each must be permitted and inheritable. What is in the set and not in ``capabilities`` is taken out first. Raises
+    Each must be permitted and inheritable. Capabilities outside of ``capabilities`` are lowered first. Raises
     `CapabilityError`.
     """
     now = read_state().ambient
@@ -88,9 +91,10 @@ def set_ambient(capabilities: Capabilities) -> None:
 
 
 def drop_bounding(keep: Capabilities, held: Capabilities | None = None) -> None:
-    """Take all but ``keep`` out of the bounding set of the calling thread, for good. ``held``: that set, where known.
+    """Drop all but ``keep`` from the bounding set of the calling thread, irreversibly.
 
-    Needs CAP_SETPCAP in the effective set where there is anything to take out. Raises `CapabilityError`.
+    ``held`` is the current bounding set; None reads it. Needs CAP_SETPCAP effective if there is anything to drop.
+    Raises `CapabilityError`.
     """
     for number in (read_state().bounding if held is None else held) - keep:
         try:
@@ -104,9 +108,9 @@ def drop_bounding(keep: Capabilities, held: Capabilities | None = None) -> None:
 
 
 def set_securebits(bits: int) -> None:
-    """prctl(PR_SET_SECUREBITS): the securebits flags of the calling thread, as ``SECBIT_*``.
+    """Set the securebits of the calling thread, as ``SECBIT_*`` flags: prctl(PR_SET_SECUREBITS).
 
-    Needs CAP_SETPCAP effective, and no flag that changes may be locked. Raises `CapabilityError`.
+    Needs CAP_SETPCAP effective. A locked flag cannot change. Raises `CapabilityError`.
     """
     try:
         syscall("prctl", PR_SET_SECUREBITS, bits)
@@ -122,15 +126,16 @@ def set_securebits(bits: int) -> None:
                 "setting securebits needs cap_setpcap, effective",
                 "raise it, or let a parent set them",
             )
-        else:  # SECBIT_EXEC_* (Linux 6.14) follow rules of their own
+        else:  # SECBIT_EXEC_* (Linux 6.14) follow other rules
             reason, hint = f"the kernel does not take the securebits {bits:#x}", "capabilities(7)"
         _refuse(error, reason, hint)
 
 
 def set_keep_capabilities(on: bool) -> None:
-    """PR_SET_KEEPCAPS: whether the calling thread keeps its permitted set when the last of its uids leaves 0.
+    """Set whether the calling thread keeps its permitted set when the last of its uids leaves 0: PR_SET_KEEPCAPS.
 
-    The effective set is cleared then anyhow. execve(2) switches it off. Raises `CapabilityError` where it is locked.
+    The kernel clears the effective set in either case. execve(2) switches the flag off. Raises `CapabilityError` if the
+    flag is locked.
     """
     try:
         syscall("prctl", PR_SET_KEEPCAPS, int(on))
@@ -145,9 +150,9 @@ def set_keep_capabilities(on: bool) -> None:
 
 
 def set_no_new_privs() -> None:
-    """PR_SET_NO_NEW_PRIVS: for good, no execve(2) of the calling thread and what it starts gains anything.
+    """Set no_new_privs irreversibly: no execve(2) of the calling thread or its children gains privileges.
 
-    Raises `CapabilityError`, before Linux 3.5.
+    Raises `CapabilityError` before Linux 3.5.
     """
     try:
         syscall("prctl", PR_SET_NO_NEW_PRIVS, 1)
@@ -156,25 +161,25 @@ def set_no_new_privs() -> None:
 
 
 def set_uids(real: int, effective: int, saved: int) -> None:
-    """setresuid(2) of the calling thread; -1 leaves one as it is. The fs id becomes the effective one.
+    """Set the uids of the calling thread: setresuid(2). -1 leaves a uid as it is; the fs uid becomes the effective one.
 
-    Without CAP_SETUID effective, each must be one of the three of now. Leaving 0 with the last of them clears all
-    capabilities, leaving it with the effective one clears the effective set (but `set_keep_capabilities`,
-    SECBIT_NO_SETUID_FIXUP). Raises `CapabilityError`.
+    Without CAP_SETUID effective, each new uid must be one of the current three. When the last of the three leaves 0,
+    the kernel clears all capabilities. When the effective uid leaves 0, it clears the effective set. Exceptions:
+    `set_keep_capabilities`, SECBIT_NO_SETUID_FIXUP. Raises `CapabilityError`.
     """
     _set_ids("setresuid", "uids", "cap_setuid", CAP_SETUID, (real, effective, saved))
 
 
 def set_gids(real: int, effective: int, saved: int) -> None:
-    """setresgid(2) of the calling thread; -1 leaves one as it is. The fs id becomes the effective one.
+    """Set the gids of the calling thread: setresgid(2). -1 leaves a gid as it is; the fs gid becomes the effective one.
 
-    Without CAP_SETGID effective, each must be one of the three of now. Raises `CapabilityError`.
+    Without CAP_SETGID effective, each new gid must be one of the current three. Raises `CapabilityError`.
     """
     _set_ids("setresgid", "gids", "cap_setgid", CAP_SETGID, (real, effective, saved))
 
 
 def set_groups(groups: Iterable[int]) -> None:
-    """setgroups(2): the supplementary groups of the calling thread. Needs CAP_SETGID effective.
+    """Set the supplementary groups of the calling thread: setgroups(2). Needs CAP_SETGID effective.
 
     Raises `CapabilityError`.
     """
@@ -214,7 +219,7 @@ def _set_ids(call: str, what: str, name: str, capability: int, ids: tuple[int, i
 
 
 def check_id(number: int, call: str, what: str) -> None:
-    """Raise `CapabilityError` where that is no id: -1 would leave it as it is."""
+    """Raise `CapabilityError` if ``number`` is not an id. -1 is not: the system calls would change nothing."""
     if not 0 <= number < _NO_ID:
         raise CapabilityError(
             f"{number} is not a {what}", errno=errno.EINVAL, path=call, hint=f"from 0 to {_NO_ID - 1}"
@@ -222,7 +227,7 @@ def check_id(number: int, call: str, what: str) -> None:
 
 
 def _prctl(option: int, *arguments: int) -> int:
-    """One that asks, or that anybody may."""
+    """Call prctl with an option that needs no privilege."""
     try:
         return syscall("prctl", option, *arguments)
     except KernelError as error:
