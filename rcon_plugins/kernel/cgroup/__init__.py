@@ -1,4 +1,4 @@
-"""Control groups, version 1, version 2 and hybrid, behind one interface. Knows no policy.
+"""Manage control groups of version 1, version 2 and hybrid through one interface. The package knows no policy.
 
 ::
 

@@ -1,6 +1,6 @@
-"""A branch: the directory of one cgroup in one hierarchy. Also the names and paths that a cgroup can have.
+"""The directory of one cgroup in one hierarchy, and checks of cgroup names and paths.
 
-On v2 a cgroup has one branch. On v1 it has one in each hierarchy that it uses, on hybrid also one on the v2 side.
+On v2 a cgroup has one branch. On v1 it has one in each hierarchy that it uses; on hybrid also one on the v2 side.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.cgroup.resources import Resources
 
-#: Of a file name, in bytes (NAME_MAX).
+#: The longest file name, in bytes (NAME_MAX).
 LONGEST_NAME = 255
 
 _RESERVED = frozenset({"tasks", "notify_on_release", "release_agent"})
-#: What the kernel's own files begin with; a later kernel may add files of these names.
+#: Prefixes of the kernel's own files; a later kernel may add files with them.
 _RESERVED_PREFIXES = (
     "cgroup.", "cpu.", "cpuacct.", "cpuset.", "memory.", "io.", "blkio.", "pids.", "freezer.", "devices.",
     "hugetlb.", "rdma.", "misc.",
@@ -27,7 +27,7 @@ _RESERVED_PREFIXES = (
 
 
 def check_name(name: str) -> str:
-    """Return ``name`` if it can be the name of a cgroup; else raise ValueError, before any system call."""
+    """Return ``name`` if it is a valid name of a cgroup; else raise ValueError. Makes no system call."""
     if not name or name in (".", ".."):
         raise ValueError(f"not the name of a cgroup: {name!r}")
     if "/" in name or not name.isprintable():
@@ -40,20 +40,20 @@ def check_name(name: str) -> str:
 
 
 def check_path(path: str) -> str:
-    """Return ``path`` if it can be the path of a cgroup below a mount, ``/`` or ``/a/b``; else raise ValueError."""
+    """Return ``path`` if it is a valid path of a cgroup below a mount, ``/`` or ``/a/b``; else raise ValueError."""
     if path == "/":
         return path
     if not path.startswith("/"):
         raise ValueError(f"the path of a cgroup begins with a slash: {path!r}")
     for name in path[1:].split("/"):
-        # Cgroups of other programs may have any name; refuse only what leads elsewhere.
+        # Cgroups of other programs may have any name; refuse only names that lead elsewhere.
         if not name or name in (".", "..") or "\0" in name or "\n" in name:
             raise ValueError(f"not the path of a cgroup: {path!r}")
     return path
 
 
 def levels(path: str) -> list[str]:
-    """``/a/b`` gives ``["/", "/a", "/a/b"]``."""
+    """Return the path of each level down to ``path``: ``/a/b`` gives ``["/", "/a", "/a/b"]``."""
     found = ["/"]
     for name in path.strip("/").split("/"):
         if name:
@@ -64,9 +64,9 @@ def levels(path: str) -> list[str]:
 class Branch(abc.ABC):
     """One directory of a cgroup, in one version of the interface."""
 
-    #: The files that change hands with the directory when a cgroup is delegated.
+    #: The files whose owner changes with that of the directory when a cgroup is delegated.
     delegated_files: tuple[str, ...] = ()
-    #: Those of them that do not let processes of other cgroups in.
+    #: The same for a delegation that keeps processes of other cgroups out.
     shut_files: tuple[str, ...] = ()
 
     def __init__(self, mount: Mount, path: str, controllers: frozenset[str], threaded: bool) -> None:
@@ -79,10 +79,10 @@ class Branch(abc.ABC):
 
     @abc.abstractmethod
     def create(self) -> None:
-        """Make the directory and those above it. Raises KernelError, ENOENT: another process removed one meanwhile."""
+        """Make the directory and those above it. Raises KernelError (ENOENT: another process removed one meanwhile)."""
 
     def create_alone(self) -> bool:
-        """Make the directory, and none above it; return whether processes can enter it now."""
+        """Make the directory, but none above it. Return whether processes can enter it now."""
         try:
             return files.make_directory(self.directory) and self.complete()
         except KernelError as error:
@@ -92,7 +92,7 @@ class Branch(abc.ABC):
 
     @abc.abstractmethod
     def complete(self) -> bool:
-        """Prepare the new directory; return False if those above it must be prepared first."""
+        """Prepare the new directory. Return False if those above it must be prepared first."""
 
     @abc.abstractmethod
     def configure(self, resources: Resources) -> None:
@@ -100,7 +100,7 @@ class Branch(abc.ABC):
 
     @abc.abstractmethod
     def carries(self, controller: str) -> bool:
-        """Whether files of this controller, by the kernel's name, can be here."""
+        """Return whether the directory can have files of this controller, by the kernel's name."""
 
     def write_file(self, name: str, value: str) -> None:
         """Write a file that no field of `Resources` sets. Raises KernelError."""
@@ -113,12 +113,12 @@ class Branch(abc.ABC):
 
     @abc.abstractmethod
     def enter_process(self, *, alone: bool) -> None:
-        """Move the calling process in. ``alone``: it has a single thread."""
+        """Move the calling process here. ``alone``: it has a single thread."""
 
     @property
     @abc.abstractmethod
     def thread_file(self) -> str:
-        """The name of the file to which a thread writes ``0``."""
+        """The name of the file to which a thread writes ``0`` to enter."""
 
     def entry_directory(self) -> str:
         """Return the directory that processes of this cgroup enter."""
@@ -129,11 +129,11 @@ class Branch(abc.ABC):
         return files.is_directory(self.directory)
 
     def attach(self, pid: int) -> None:
-        """Move a process with all its threads here. Takes milliseconds: never on a hot path."""
+        """Move a process with all its threads here. Takes milliseconds: do not use it on a hot path."""
         files.write(self.entry_directory(), "cgroup.procs", str(pid))
 
     def ids(self, name: str, *, subtree: bool = False) -> set[int]:
-        """Return the numbers in the file ``name`` of this cgroup, or also of all below it.
+        """Return the numbers in the file ``name`` of this cgroup; with ``subtree`` also of all cgroups below it.
 
         0 stands for a process of a PID namespace that cannot be seen from here.
         """
@@ -154,7 +154,7 @@ class Branch(abc.ABC):
         return files.remove_directory(self.directory)
 
     def delegate(self, uid: int, gid: int, *, shut: bool = False) -> None:
-        """Give the directory, and the files that processes are moved with, to another user."""
+        """Give another user the directory and the files that move processes. ``shut``: see `Cgroup.delegate`."""
         files.change_owner(self.directory, None, uid, gid)
         for name in self.shut_files if shut else self.delegated_files:
             files.change_owner(self.directory, name, uid, gid)
@@ -167,6 +167,6 @@ def create_levels(branch: Branch) -> Iterable[tuple[str, str]]:
 
 
 def lower_burst(directory: str, name: str, quota: str) -> None:
-    """Make a CPU burst in force fit under a new quota, in microseconds, or the kernel would refuse that (EINVAL)."""
+    """Lower the CPU burst to a new ``quota`` in microseconds: the kernel refuses a quota below the burst (EINVAL)."""
     if quota.isdigit() and int(files.read_if_there(directory, name) or 0) > int(quota):
         files.write(directory, name, quota)

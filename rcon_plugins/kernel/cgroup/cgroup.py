@@ -1,4 +1,4 @@
-"""A cgroup: make it, limit it, enter it, read it, freeze it, kill what is in it, remove it."""
+"""Make, limit, enter, read, freeze, kill and remove one cgroup."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from rcon_plugins.kernel.cgroup.resources import Resources
 from rcon_plugins.kernel.cgroup.v1 import V1Branch
 from rcon_plugins.kernel.cgroup.v2 import V2Branch
 
-#: How long create() goes on while others remove what it needs.
+#: How long create() repeats while other processes remove cgroups that it needs.
 _CREATE_SECONDS = 5.0
 
 
 class Cgroup:
-    """A name in the cgroup tree, existing or not. It holds nothing open, and survives ``fork``.
+    """A name in the cgroup tree, existing or not. The object keeps no file open, and survives ``fork``.
 
-    ``controllers`` are those whose limits can be set here and by which usage is accounted. Made by
-    :meth:`Hierarchy.cgroup` and :meth:`child`.
+    ``controllers`` are the controllers whose limits can be set here and by which usage is accounted. Use
+    :meth:`Hierarchy.cgroup` or :meth:`child` to make one.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Cgroup:
     ) -> None:
         self._path = path
         self._make_branches = branches
-        #: Several processes make and remove children here; delete() then leaves children alone.
+        #: Several processes make and remove children here: delete() keeps the children.
         self.shared = shared
         self._use(controllers, threaded)
 
@@ -74,32 +74,34 @@ class Cgroup:
         return [branch.mount for branch in self._branches]
 
     def become_threaded(self) -> None:
-        """Take it for a cgroup of threads; nothing is made yet."""
+        """Treat this as a threaded cgroup from now on. Makes nothing in the kernel."""
         self._use(self.controllers, True)
 
     # -- the tree -----------------------------------------------------------------------------
 
     def child(self, name: str, *, shared: bool = False) -> Cgroup:
-        """The cgroup ``name`` in this one; nothing is made. Raises ValueError for what is not a name."""
+        """Return the cgroup ``name`` in this one, without making it. Raises ValueError for an invalid name."""
         path = f"{self._path.rstrip('/')}/{check_name(name)}"
         return Cgroup(path, self._make_branches, self.controllers, threaded=self.threaded, shared=shared)
 
     def children(self) -> list[str]:
-        """The names of the cgroups in this one, in any of its hierarchies."""
+        """Return the names of the cgroups in this one, in any of its hierarchies."""
         return sorted({name for branch in self._branches for name in files.subdirectories(branch.directory)})
 
     def exists(self) -> bool:
-        """Whether the cgroup is there in all its hierarchies."""
+        """Return whether the cgroup exists in all its hierarchies."""
         return all(branch.exists() for branch in self._branches)
 
     def create(self, threaded: bool | None = None, controllers: frozenset[str] | None = None) -> Cgroup:
-        """Make the cgroup, and those above it that are missing; one that is there already is fine.
+        """Make the cgroup and the missing ones above it, and return the cgroup. It may exist already.
 
-        ``threaded`` makes one that single threads can enter; the cgroup above becomes its domain.
-        ``controllers`` restricts it to some of the hierarchy's. If another process removes a cgroup above
-        meanwhile, that is made again, without limits: where others may do so, configure the one above
-        after this returned, when it can no longer be removed, and before anybody enters.
-        Raises KernelError, ControllerUnavailable. Returns itself.
+        ``threaded``: single threads can enter the cgroup; the one above becomes its domain. ``controllers`` restricts
+        the cgroup to some controllers of the hierarchy.
+
+        If another process removes a cgroup above meanwhile, this makes that one again, without limits. So configure a
+        cgroup that others may remove after this call, which keeps it from being removed, and before a process enters.
+
+        Raises KernelError, ControllerUnavailable.
         """
         if threaded is not None or controllers is not None:
             wanted = self.controllers if controllers is None else controllers
@@ -117,10 +119,10 @@ class Cgroup:
             time.sleep(0.0005)
 
     def configure(self, resources: Resources) -> None:
-        """Write limits; what is ``None`` stays as it is. May be done again, also while in use.
+        """Write limits; a field that is ``None`` stays as it is. May be called again while the cgroup is in use.
 
-        Raises KernelError with path, value and hint, ControllerUnavailable where one cannot be set here.
-        Limits written before the failing one stay.
+        Raises KernelError with path, value and hint, and ControllerUnavailable for a limit that cannot be set here.
+        The limits written before the failed one stay.
         """
         missing = resources.controllers() - self.controllers
         if self.threaded and not missing:
@@ -153,20 +155,20 @@ class Cgroup:
             hint="Hierarchy.refusals() tells what this machine cannot enforce, and the remedy",
         )
 
-    # -- who is in it -------------------------------------------------------------------------
+    # -- processes and threads ----------------------------------------------------------------
 
     def attach(self, pid: int) -> None:
-        """Move the process ``pid``, all its threads, in. Takes milliseconds. Raises KernelError."""
+        """Move the process ``pid`` with all its threads here. Takes milliseconds. Raises KernelError."""
         if pid <= 0:
             raise ValueError(f"not a process: {pid}")
         for branch in self._branches:
             branch.attach(pid)
 
     def enter_process(self) -> None:
-        """Move the calling process in; meant for one that has a single thread.
+        """Move the calling process here. Intended for a process with a single thread.
 
-        Raises KernelError; the process may then be in some hierarchies and not in others, and must not
-        run what the limits are for.
+        Raises KernelError. The process may then have entered only some of the hierarchies, and must not run the code
+        that the limits are for.
         """
         alone = proc.is_single_threaded()
         for branch in self._branches:
@@ -175,12 +177,12 @@ class Cgroup:
     def entrance(
         self, controllers: Iterable[str] | None = None, home: Mapping[str, str] | None = None
     ) -> Entrance:
-        """Open the way in for threads (see :class:`Entrance`). The cgroup has to exist.
+        """Open the files with which threads enter (see :class:`Entrance`). The cgroup must exist.
 
-        On v1 a thread enters one hierarchy per controller, which costs a write each: ``controllers``
-        leaves out what is not needed (``"cpu"`` alone then measures no CPU time unless ``"cpuacct"`` is
-        named too, where that is a hierarchy of its own). Without it, all that act on threads. ``home``
-        gives by mount point another cgroup instead of this one. Raises KernelError.
+        On v1 a thread enters each hierarchy with a write of its own. ``controllers`` names the controllers to enter,
+        and saves the other writes; None enters all that act on threads. Where ``cpuacct`` is a hierarchy of its own,
+        name it beside ``cpu`` to measure CPU time. ``home`` gives by mount point another cgroup to enter instead of
+        this one. Raises KernelError.
         """
         wanted = None if controllers is None else frozenset(controllers)
         targets = []
@@ -196,7 +198,7 @@ class Cgroup:
         covered: set[str] = set()
         for branch in self._branches:
             if isinstance(branch, V2Branch):
-                # On hybrid the v2 side of a domain cgroup is not for threads.
+                # On hybrid, threads cannot enter the v2 side of a domain cgroup.
                 if len(self._branches) > 1 and not branch.controllers:
                     continue
                 covered |= v2.THREADED | {"cpuacct"}
@@ -216,11 +218,11 @@ class Cgroup:
         return found
 
     def processes(self, *, subtree: bool = False) -> list[int]:
-        """The processes in this cgroup, or also of those below it; a threaded one lists none."""
+        """Return the processes in this cgroup; with ``subtree`` also in those below it. A threaded one lists none."""
         return sorted(self._ids("cgroup.procs", subtree))
 
     def threads(self, *, subtree: bool = False) -> list[int]:
-        """The threads in this cgroup, or also of those below it."""
+        """Return the threads in this cgroup; with ``subtree`` also in those below it."""
         return sorted(self._ids(None, subtree))
 
     def _ids(self, name: str | None, subtree: bool) -> set[int]:
@@ -232,7 +234,7 @@ class Cgroup:
     # -- usage --------------------------------------------------------------------------------
 
     def meter(self, controllers: Iterable[str] | None = None) -> Meter:
-        """Open the usage files (of these controllers only). The cgroup has to exist. KernelError."""
+        """Open the usage files; with ``controllers`` only those of these. The cgroup must exist. Raises KernelError."""
         wanted = self.controllers if controllers is None else frozenset(controllers)
         targets = []
         for branch in self._branches:
@@ -254,22 +256,22 @@ class Cgroup:
         return prefix in branch.mount.controllers
 
     def read(self) -> Reading:
-        """What this cgroup has used until now. Raises KernelError."""
+        """Return what this cgroup has used until now. Raises KernelError."""
         with self.meter() as opened:
             return opened.read()
 
     def open_oom_notice(self) -> int | None:
-        """Return an eventfd that v1 signals before it kills for want of memory, here or above; see `v1.open_notice`.
+        """Return an eventfd that v1 signals before an OOM kill in this cgroup or one above; see `v1.open_notice`.
 
-        None on a kernel without such notices, and on v2: its counters include the cgroups below. v1 counts a kill in
-        the cgroup of the process alone, which may be gone before it is read. Raises KernelError.
+        Return None on a kernel without such notices. Return None on v2, whose counters include the cgroups below. v1
+        counts a kill only in the cgroup of the process, which may be removed before it is read. Raises KernelError.
         """
         for branch in self._branches:
             if isinstance(branch, V1Branch) and branch.carries("memory"):
                 try:
                     return v1.open_notice(branch.directory, "memory.oom_control")
                 except KernelError as error:
-                    # A realtime kernel (since 5.18) has none.
+                    # A realtime kernel (since 5.18) has no such notices.
                     if error.errno in (errno.EOPNOTSUPP, errno.ENOENT):
                         return None
                     raise
@@ -278,9 +280,9 @@ class Cgroup:
     # -- stopping and ending ------------------------------------------------------------------
 
     def freeze(self, timeout: float = 5.0) -> None:
-        """Stop all processes here and below, and wait until they are.
+        """Freeze all processes here and below, and wait until they are frozen.
 
-        Raises KernelError (ETIMEDOUT; they are let go again) and ControllerUnavailable.
+        Raises KernelError (ETIMEDOUT, after thawing the processes again) and ControllerUnavailable.
         """
         self._set_frozen(True)
         deadline = time.monotonic() + timeout
@@ -319,11 +321,11 @@ class Cgroup:
             )
 
     def kill(self, timeout: float = 5.0) -> None:
-        """End every process here and below with SIGKILL, and return when none is left.
+        """Kill every process here and below with SIGKILL, and return when none is left.
 
-        Double forks and new sessions are found too; nothing outside is signalled. Raises KernelError:
-        ETIMEDOUT with the processes that do not die, EDEADLK where the caller itself is inside, EINVAL for
-        the root of a hierarchy or a threaded cgroup.
+        A double fork or a new session does not escape. No process outside is signalled. Raises KernelError: ETIMEDOUT
+        with the processes that do not end, EDEADLK if the calling process is inside, EINVAL for the root of a hierarchy
+        or a threaded cgroup.
         """
         if self._path == "/" or self.threaded:
             raise KernelError(
@@ -353,14 +355,14 @@ class Cgroup:
             pause = min(pause * 2, 0.05)
 
     def kill_once(self) -> None:
-        """Send SIGKILL to every process here and below, and return: `kill` without the wait. KernelError."""
+        """Send SIGKILL to every process here and below, without waiting for their end. Raises KernelError."""
         for branch in self._branches:
             if isinstance(branch, V2Branch) and branch.kill():
-                # Whoever is on the v1 side only is left for the walk.
+                # cgroup.kill misses processes that are on the v1 side only.
                 self._signal(self._ids("cgroup.procs", True) - branch.ids("cgroup.procs", subtree=True))
                 return
         with contextlib.suppress(KernelError):
-            # No more forks from now on, also where nothing can be frozen.
+            # Prevent further forks, also on a kernel that cannot freeze.
             self.configure(Resources(pids_max=0))
         try:
             with contextlib.suppress(KernelError):
@@ -371,7 +373,7 @@ class Cgroup:
                 self.thaw()
 
     def _signal(self, pids: set[int]) -> None:
-        """SIGKILL to those of ``pids`` that are here; a number that was taken over by another is not."""
+        """Send SIGKILL to the processes ``pids`` that are still here. A pid reused outside is left alone."""
         for pid in pids - {0, os.getpid()}:
             try:
                 fd = os.pidfd_open(pid)
@@ -379,7 +381,7 @@ class Cgroup:
                 continue
             try:
                 if pid in self._ids("cgroup.procs", True):
-                    # Imported here: it is seldom needed, and knows much more than that.
+                    # Imported here: it is seldom needed, and loads much more.
                     from rcon_plugins.kernel import process
 
                     process.kill(fd, pid)
@@ -387,11 +389,11 @@ class Cgroup:
                 os.close(fd)
 
     def delete(self, timeout: float = 2.0, *, recursive: bool | None = None) -> bool:
-        """Remove the cgroup and all below it, deepest first; whether it is gone now.
+        """Remove the cgroup and all below it, deepest first. Return whether it is gone.
 
-        Nothing may run in it: :meth:`kill` first. EBUSY, which lingers after the last process, is waited
-        out for ``timeout`` seconds. Of a shared cgroup children are left alone unless ``recursive`` is True,
-        and the answer is a quiet False while somebody uses it. Raises KernelError.
+        No process may be in it: call :meth:`kill` first. EBUSY lingers after the last process has left, so this repeats
+        for up to ``timeout`` seconds. In a shared cgroup the children stay unless ``recursive`` is True; this then
+        returns False while the cgroup has children or threads. Raises KernelError.
         """
         if self._path == "/":
             raise KernelError("not deleting the root of a hierarchy", path="/")
@@ -425,9 +427,10 @@ class Cgroup:
     def delegate(self, uid: int, gid: int, *, shut: bool = False) -> None:
         """Let another user make cgroups here and move its own processes in and out.
 
-        The directory and the files that processes are moved with change hands; the limits do not, nor do
-        ``cgroup.kill`` and ``cgroup.freeze``. ``shut``: nothing that user has elsewhere can come in, as always on v2;
-        on v1 nothing can then be moved here at all, only between the cgroups made below. Raises KernelError.
+        The user becomes the owner of the directory and of the files that move processes. The user does not own the
+        limits, ``cgroup.kill`` or ``cgroup.freeze``. ``shut``: the user cannot move processes here from elsewhere, as
+        always on v2. On v1 the user then can move no process here at all, only between the cgroups below. Raises
+        KernelError.
         """
         for branch in self._branches:
             branch.delegate(uid, gid, shut=shut)

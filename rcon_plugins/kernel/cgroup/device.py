@@ -1,4 +1,4 @@
-"""Block devices: from a path to the disk whose traffic the kernel can throttle."""
+"""Find the block device behind a path: the disk whose traffic the kernel can throttle."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Device(NamedTuple):
 def device_of(text: str) -> Device:
     """Return the whole disk that ``text`` names: a path on it, its device file, or ``"MAJ:MIN"``.
 
-    A partition gives the disk it is on, because only whole disks can be throttled. A device-mapper or loop
-    device is a disk of its own. Overlay file systems give the disk of their upper directory.
-    Raises KernelError: ENOENT for a path or device that is not there, ENODEV where no block device is
-    behind the path (tmpfs, network and 9p file systems).
+    For a partition, return the disk that contains it: the kernel throttles only whole disks. A device-mapper or loop
+    device is a whole disk. For an overlay file system, return the disk of its upper directory. Raises KernelError:
+    ENOENT for a path that does not exist, ENODEV for a device that does not exist or a path without a block device
+    (tmpfs, network and 9p file systems).
     """
     numbers = _NUMBERS.fullmatch(text)
     if numbers:
@@ -57,7 +57,7 @@ def device_of(text: str) -> Device:
 
 
 def whole_disk(device: Device) -> Device:
-    """Return the disk of a partition, or the device itself if it is none. Raises KernelError (ENOENT)."""
+    """Return the disk of a partition, or ``device`` itself if it is no partition. Raises KernelError (ENODEV)."""
     entry = f"/sys/dev/block/{device}"
     if not os.path.exists(entry):
         raise KernelError(

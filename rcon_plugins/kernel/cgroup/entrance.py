@@ -1,4 +1,4 @@
-"""Let threads enter a cgroup: files kept open, one write each."""
+"""Let threads enter a cgroup with one write to an open file per hierarchy."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rcon_plugins.kernel import files
 
 
 class Entrance:
-    """Open fds of ``cgroup.threads`` (v2) or ``tasks`` (v1), to be written by the thread that enters.
+    """Open fds of ``cgroup.threads`` (v2) or ``tasks`` (v1); the thread that enters writes to them.
 
-    A thread that writes ``0`` moves itself without waiting for the kernel's other users (6 us; any other
-    way costs milliseconds). The fds carry the authority of the one who opened them, are closed by ``exec``
-    and inherited by ``fork``: close them in a process that may not enter. Source: ``cgroups(7)``.
+    A thread that writes ``0`` moves itself, without waiting for other users of the kernel: this takes 6 us, any other
+    way milliseconds. The kernel checks a write against the process that opened the fd. ``exec`` closes the fds, and
+    ``fork`` inherits them: close them in a process that must not enter. Source: ``cgroups(7)``.
     """
 
     def __init__(self, paths: Iterable[tuple[str, str]]) -> None:
-        """``paths`` are (directory, file) pairs. Raises KernelError."""
+        """Open ``paths``, which are (directory, file) pairs. Raises KernelError."""
         self._files: list[tuple[int, str]] = []
         self._fds: tuple[int, ...] | None = None
         try:
@@ -32,14 +32,14 @@ class Entrance:
         self._fds = tuple(fd for fd, _ in self._files)
 
     def enter(self) -> None:
-        """Move the calling thread in.
+        """Move the calling thread into the cgroup.
 
-        Raises KernelError; the thread may then be in some hierarchies and not in others, and must not run
-        what the limits are for.
+        Raises KernelError. The thread may then have entered only some of the hierarchies, and must not run the code
+        that the limits are for.
         """
         fds = self._fds
         if fds is None:
-            # To write nothing would mean to set no limits.
+            # Without a write the thread would run without limits.
             raise KernelError("this entrance of a cgroup is closed", errno=errno.EBADF, path="cgroup.threads")
         try:
             for fd in fds:

@@ -1,4 +1,4 @@
-"""The cgroup file systems of this machine: v2, v1 or hybrid, behind one interface."""
+"""Find the cgroup file systems of this machine (v2, v1 or hybrid), and the limits that they can enforce."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ class Refusal(NamedTuple):
 
 
 class Hierarchy(NamedTuple):
-    """What is mounted, and which limits can be set with it. Immutable; survives ``fork``."""
+    """The mounted cgroup hierarchies, and the controllers whose limits can be set. Immutable; survives ``fork``."""
 
     layout: Layout
     controllers: frozenset[str]
     mounts: tuple[Mount, ...]
-    #: The directory of v1 whose IO limits hold for all that is made here, and keep it from having its own.
+    #: On v1: the directory whose IO limits hold for every cgroup made here. These cannot have IO limits of their own.
     io_holder: str | None = None
 
     @classmethod
     def discover(cls) -> Hierarchy:
         """Return the hierarchies in ``/proc/self/mountinfo``.
 
-        ``controllers`` are those at the root of the tree. A cgroup below it may have fewer: see :meth:`narrowed`.
-        Raises ControllerUnavailable if no cgroup file system is mounted.
+        ``controllers`` are those at the root of the tree. A cgroup below may have fewer: see :meth:`narrowed`. Raises
+        ControllerUnavailable if no cgroup file system is mounted.
         """
         found = mounts.cgroup_mounts(mounts.parse_mountinfo(files.read_own("mountinfo")))
         return cls.of(
@@ -65,7 +65,7 @@ class Hierarchy(NamedTuple):
 
     @classmethod
     def of(cls, found: list[Mount]) -> Hierarchy:
-        """The hierarchy made of these mounts. Raises ControllerUnavailable for none."""
+        """Return the hierarchy of these mounts. Raises ControllerUnavailable if ``found`` has no usable mount."""
         ones = {name for mount in found if mount.version == 1 for name in mount.controllers}
         offered = {name for mount in found if mount.version == 2 for name in mount.controllers}
         has_two = any(mount.version == 2 for mount in found)
@@ -80,12 +80,12 @@ class Hierarchy(NamedTuple):
         return cls(layout, frozenset(usable | (offered & CONTROLLERS)), tuple(found))
 
     def narrowed(self, base: str) -> Hierarchy:
-        """The same with the controllers that the existing cgroup ``base`` has.
+        """Return this hierarchy with only the controllers of the existing cgroup ``base``.
 
-        A hierarchy without limits (the v2 side of a hybrid) is left out where ``base`` is not there, or this
-        process may not go there; that of v1's IO where ``base`` has IO limits: what is below stays in that
-        cgroup, or they would not hold.
-        Raises KernelError (ENOENT) where it is not in one with limits.
+        Leaves out a mount without limits (the v2 side of a hybrid) if it has no ``base``, or if this process may not
+        enter that. Leaves out the blkio mount of v1 if ``base`` or a cgroup above has IO limits: processes below must
+        stay in that cgroup, or its limits would not hold. Raises KernelError (ENOENT) if a mount with limits has no
+        ``base``.
         """
         limiting = {self.mount_of(name) for name in self.controllers}
         kept = []
@@ -107,9 +107,9 @@ class Hierarchy(NamedTuple):
         return Hierarchy.of(kept)._replace(io_holder=holder)
 
     def where(self, path: str) -> Hierarchy | None:
-        """The same with the mounts that have a cgroup ``path``, each with what it has there; None where none has.
+        """Return this hierarchy with only the mounts that have a cgroup ``path``; None if no mount has one.
 
-        Raises KernelError.
+        A v2 mount keeps the controllers of that cgroup. Raises KernelError.
         """
         kept = []
         for mount in self.mounts:
@@ -124,7 +124,7 @@ class Hierarchy(NamedTuple):
 
     @property
     def unified(self) -> Mount | None:
-        """The v2 mount, where there is one."""
+        """The v2 mount; None without one."""
         return next((mount for mount in self.mounts if mount.version == 2), None)
 
     @property
@@ -134,7 +134,7 @@ class Hierarchy(NamedTuple):
         return [mount for mount in self.mounts if mount in found]
 
     def mount_of(self, controller: str) -> Mount | None:
-        """The mount in which the limits of ``controller`` are set."""
+        """Return the mount in which the limits of ``controller`` are set; None without that controller."""
         if controller not in self.controllers:
             return None
         for mount in self.mounts:
@@ -143,7 +143,7 @@ class Hierarchy(NamedTuple):
         return self.unified
 
     def cgroup(self, path: str, *, controllers: frozenset[str] | None = None, shared: bool = False) -> Cgroup:
-        """The cgroup at ``path`` (``/a/b``, below the mounts); nothing is made. Raises ValueError."""
+        """Return the cgroup at ``path`` (``/a/b``, below the mounts), without making it. Raises ValueError."""
         wanted = self.controllers if controllers is None else controllers & self.controllers
         return Cgroup(check_path(path), self._branches, wanted, shared=shared)
 
@@ -168,9 +168,9 @@ class Hierarchy(NamedTuple):
         return found
 
     def usable_memory(self) -> int:
-        """Return the bytes of memory that this process can have: those of the machine, or of its container.
+        """Return the bytes of memory that this process can use: those of the machine, or of its container.
 
-        This is the least of ``/proc/meminfo`` and the visible limits of its own cgroup and those around it. Raises
+        This is the least of ``/proc/meminfo`` and the visible limits of its own cgroup and those above. Raises
         KernelError.
         """
         total = _installed_memory()
@@ -190,7 +190,8 @@ class Hierarchy(NamedTuple):
     ) -> list[Refusal]:
         """Return the limits that this machine cannot enforce, each with the reason and the remedy.
 
-        ``threaded``: for a cgroup of threads. ``within``: the limits of the cgroup around it. Nothing is written.
+        ``threaded``: the limits are for a cgroup of threads. ``within`` are the limits of the cgroup above. Writes
+        nothing.
         """
         values = {name: getattr(resources, name) for name in resources.written()}
         asked = [
@@ -233,7 +234,7 @@ def _installed_memory() -> int:
     raise KernelError("/proc/meminfo does not say how much memory there is", path="/proc/meminfo")
 
 
-# -- what a machine cannot enforce
+# -- refusals: limits that this machine cannot enforce
 
 
 def _file(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, str] | None:
@@ -343,7 +344,7 @@ def _swap(hierarchy: Hierarchy, resources: Resources, _within: Resources | None)
 
 
 def _directory_with(name: str, root: str) -> str | None:
-    """Return the root or the first directory in it that has a file. The root of v2 has no limits."""
+    """Return ``root``, or the first directory in it, with a file ``name``. The root of v2 has no files of limits."""
     directories = [root, *(f"{root}/{child}" for child in files.subdirectories(root))]
     return next((directory for directory in directories if os.path.exists(f"{directory}/{name}")), None)
 

@@ -1,4 +1,4 @@
-"""The limits of an existing cgroup: read what is in force, change it while it is in use."""
+"""Read the limits of an existing cgroup, and change them while it is in use."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def read_limits(cgroup: Cgroup) -> Resources:
-    """Return the limits in force: :data:`MAX` is no limit, ``None`` where the kernel has no such limit.
+    """Return the current limits of ``cgroup``. :data:`MAX` means no limit, ``None`` that the kernel has no such limit.
 
-    Only the cgroup's own limits: those of the cgroups around it may be tighter. ``cpus`` is None where the cgroup has
-    the CPUs of the one above. Raises KernelError.
+    The limits of the cgroups above may be tighter. ``cpus`` is None if the cgroup has the CPUs of the one above. Raises
+    KernelError.
     """
     found: dict[str, Any] = {}
     for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):
@@ -34,21 +34,21 @@ def read_limits(cgroup: Cgroup) -> Resources:
             found |= v1.limits_of(read)
             above = files.read_if_there(os.path.dirname(directory), "cpuset.cpus")
             if "cpus" in found and found["cpus"] == above:
-                del found["cpus"]  # a new v1 cpuset is given the CPUs of the one above
+                del found["cpus"]  # a new v1 cpuset gets the CPUs of the one above
     return Resources(**found)
 
 
 def change_limits(cgroup: Cgroup, wanted: Resources, *, gather: bool = False) -> None:
     """Write limits to a cgroup in use; fields that are ``None`` stay as they are. Raises KernelError.
 
-    All limits are in force afterwards, or, if one cannot be written, all of the limits before.
+    If one limit cannot be written, restore all the limits before.
 
-    A limit may be below what is in use. Processes beyond ``pids_max`` stay, and no more can be started. For
-    ``memory_max`` the kernel first reclaims memory; then it kills processes (v2) or refuses the limit (v1, EBUSY).
+    A limit may be below the current usage. Processes beyond ``pids_max`` stay, but no more can start. For
+    ``memory_max`` the kernel first reclaims memory. Then it kills processes (v2) or refuses the limit (v1, EBUSY).
 
-    ``gather`` is for the first IO limits of a cgroup on v1. They hold for processes of the cgroup itself only, so the
-    processes of its leaves are moved up into it, in the blkio hierarchy; without ``gather`` such limits are refused.
-    The blkio directories of the leaves are removed: do not use it where somebody keeps their files open.
+    ``gather`` is for the first IO limits of a cgroup on v1. IO limits there hold only for the processes of the cgroup
+    itself, so this moves the processes of its leaves up into it, in the blkio hierarchy. Without ``gather`` such limits
+    are refused. The blkio directories of the leaves are removed: do not use ``gather`` while their files are open.
     """
     before = read_limits(cgroup).replaced(files=_texts_of(cgroup, wanted.files))
     wanted = _with_swap(wanted, before)
@@ -64,14 +64,14 @@ def change_limits(cgroup: Cgroup, wanted: Resources, *, gather: bool = False) ->
                 v1.gather_io(directory)
         cgroup.configure(wanted)
     except KernelError as error:
-        # Restore what can be restored; report the first error.
+        # Restore as many limits as possible; report the first error.
         with contextlib.suppress(KernelError):
             cgroup.configure(_undoing(cgroup, wanted, before))
         raise _explained(error) from None
     finally:
         for directory in io if gather and wanted.io else ():
             if not v1.io_is_limited(directory):
-                # Without IO limits above them the leaves have their own blkio directories again.
+                # Without IO limits above, the leaves need their own blkio directories again.
                 for name in leaves:
                     files.make_directory(f"{directory}/{name}")
 
@@ -81,7 +81,7 @@ def _is_flat(mount: Mount) -> bool:
 
 
 def _with_swap(wanted: Resources, before: Resources) -> Resources:
-    """Add what v1 needs to limit the sum of memory and swap: the swap in force for new memory, and the reverse."""
+    """Complete ``wanted`` for v1, which limits the sum of memory and swap: add the current limit of the other one."""
     if wanted.memory_max is not None and wanted.swap_max is None and isinstance(before.swap_max, int):
         return wanted.replaced(swap_max=before.swap_max)
     if wanted.swap_max is not None and wanted.memory_max is None:
@@ -101,7 +101,7 @@ def _undoing(cgroup: Cgroup, wanted: Resources, before: Resources) -> Resources:
 
 
 def _texts_of(cgroup: Cgroup, names: Iterable[str]) -> dict[str, str]:
-    """The texts of files that no field of Resources sets, without those that are missing or empty."""
+    """Return the texts of files that no field of Resources sets. Leaves out missing and empty files."""
     found = (
         (name, files.read_if_there(directory, name)) for directory in cgroup.directories for name in names
     )

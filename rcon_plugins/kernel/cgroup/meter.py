@@ -1,4 +1,4 @@
-"""Read usage on the hot path: files kept open, ``pread``, and little parsing."""
+"""Read the usage of a cgroup on the hot path, from files that stay open, with ``pread`` and little parsing."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ Parser = Callable[[bytes, Fields], None]
 
 
 class Reading(NamedTuple):
-    """What a cgroup and all below it have used since it was made. ``None`` is "not accounted here".
+    """The usage of a cgroup and all below it since it was made. ``None`` means not accounted here.
 
-    ``oom_kills`` are processes of this cgroup or below it that were killed for want of memory (one incident
-    may count twice); on v1 only of this cgroup itself. ``memory_limit_hits`` is how often usage ran into
-    this cgroup's own limit (on v2 also those below it; v1 of Linux 6.18 counts none where ``swap_max`` is 0).
-    ``pids_limit_hits`` is how often a fork failed: on
-    v1, and on v2 before 6.11, one by a process of this very cgroup, whichever limit stopped it; since 6.11
-    at the limit of this cgroup or one below it.
+    ``oom_kills`` counts the processes that the OOM killer ended in this cgroup or below; on v1 only in this cgroup
+    itself. One incident may count twice.
+
+    ``memory_limit_hits`` counts how often usage reached the limit of this cgroup; on v2 also the limits of those below.
+    v1 of Linux 6.18 counts none if ``swap_max`` is 0.
+
+    ``pids_limit_hits`` counts failed forks. On v1, and on v2 before 6.11, these are the forks by processes of this
+    cgroup itself, whichever limit stopped them. Since 6.11 these are the forks stopped at the limit of this cgroup or
+    one below.
     """
 
     cpu_seconds: float | None = None
@@ -125,7 +128,7 @@ def _pids_current(data: bytes, found: Fields) -> None:
     found[_PIDS] = int(data)
 
 
-#: By file: its controller and parser.
+#: The controller and the parser of each file.
 V2_FILES: dict[str, tuple[str, Parser]] = {
     "cpu.stat": ("cpu", _cpu_stat),
     "memory.current": ("memory", _memory_usage),
@@ -141,24 +144,24 @@ V1_FILES: dict[str, tuple[str, Parser]] = {
     "memory.max_usage_in_bytes": ("memory", _memory_peak),
     "memory.oom_control": ("memory", _oom_control),
     "memory.failcnt": ("memory", _failcnt),
-    # Counts instead of memory.failcnt if the limit on memory and swap together is as low.
+    # If the limit on memory and swap together is as low, this file counts instead of memory.failcnt.
     "memory.memsw.failcnt": ("memory", _failcnt),
     "blkio.throttle.io_service_bytes_recursive": ("io", _blkio),  # kernel 4.16
     "pids.current": ("pids", _pids_current),
     "pids.events": ("pids", _pids_events),
 }
-#: By file, the text that resets the peak.
+#: The text that resets the peak, by file.
 _PEAKS = {"memory.peak": b"reset\n", "memory.max_usage_in_bytes": b"0"}
 
 
 class Meter:
-    """Open fds of a cgroup's usage files. Cheap enough to be read before and after every request.
+    """Open fds of a cgroup's usage files. Reading is cheap enough before and after every request.
 
-    May be used by any thread. The fds are closed by ``exec`` and inherited by ``fork``.
+    Any thread may use it. ``exec`` closes the fds, ``fork`` inherits them.
     """
 
     def __init__(self, targets: list[tuple[str, str, Parser]]):
-        """``targets`` are (directory, file, parser); missing files are left out. Raises KernelError."""
+        """Open ``targets``, which are (directory, file, parser), without missing files. Raises KernelError."""
         self._files: list[tuple[int, str, Parser]] = []
         self._peak: tuple[int, str, bytes] | None = None
         try:
@@ -174,7 +177,7 @@ class Meter:
         path = f"{directory}/{name}"
         fd: int | None = None
         if name in _PEAKS:
-            # To be reset, a peak has to be read through the fd that reset it (v2, kernel 6.12).
+            # A reset peak shows only through the fd that reset it (v2, kernel 6.12).
             try:
                 fd = open_one(name, os.O_RDWR)
                 self._peak = (fd, path, _PEAKS[name])
@@ -202,13 +205,13 @@ class Meter:
                     raise files.failure(error, path) from None
                 given_up = one
         if given_up is not None:
-            # On v1 the IO of a cgroup counts in the one above once that has IO limits; the other counters remain.
+            # On v1 the IO of a cgroup counts in the one above as soon as that has IO limits. The other counters remain.
             self._files.remove(given_up)
             os.close(given_up[0])
         return Reading._make(found)
 
     def reset_peak(self) -> bool:
-        """Reset ``memory_peak``; return False if the kernel cannot (v2 before 6.12), or may not for this user."""
+        """Reset ``memory_peak``. Return False if the kernel cannot (v2 before 6.12), or this user may not."""
         if self._peak is None:
             return False
         fd, _, value = self._peak

@@ -1,4 +1,4 @@
-"""``/proc/self/mountinfo`` and ``/proc/PID/cgroup``, parsed (``proc(5)``, ``cgroups(7)``)."""
+"""Parse ``/proc/self/mountinfo`` and ``/proc/PID/cgroup`` (``proc(5)``, ``cgroups(7)``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rcon_plugins.kernel import files
 _BOOTED = "/run/systemd/system"
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
-#: Names of v1 controllers this project uses, in the order in which directories are made and removed.
+#: The v1 controllers that this project uses, in the order in which directories are made and removed.
 V1_CONTROLLERS = ("cpu", "cpuacct", "cpuset", "pids", "blkio", "memory", "freezer")
 
 
@@ -31,9 +31,9 @@ class MountEntry(NamedTuple):
 class Mount(NamedTuple):
     """A mounted cgroup hierarchy.
 
-    ``path`` is where, ``root`` the cgroup that is seen there (``/`` except in some containers),
-    ``controllers`` the kernel's names: of v1 those bound to it (``cpu``, ``cpuacct``, ``blkio`` ...), of v2
-    those that its root offers.
+    ``path`` is the mount point. ``root`` is the cgroup visible there (``/`` except in some containers).
+    ``controllers`` holds the kernel's names: on v1 the controllers bound to the hierarchy (``cpu``, ``cpuacct``,
+    ``blkio`` ...), on v2 the controllers that the visible root offers.
     """
 
     version: int
@@ -118,7 +118,7 @@ def is_systemds() -> bool:
 
 
 def parse_membership(text: str) -> dict[frozenset[str], str]:
-    """Parse a ``/proc/PID/cgroup`` file: by set of v1 controllers (empty for v2) the path of the cgroup."""
+    """Parse a ``/proc/PID/cgroup`` file. Return the path of the cgroup by set of v1 controllers (empty for v2)."""
     found = {}
     for line in text.splitlines():
         number, _, rest = line.partition(":")
@@ -155,7 +155,7 @@ def mount_table() -> str:
 
 
 def mount_points(table: str) -> list[str]:
-    """Return where cgroup file systems of any version are mounted in a `mount_table`, named hierarchies included."""
+    """Return the mount points of all cgroup file systems in a `mount_table`, including named hierarchies."""
     entries = parse_mountinfo(table)
     return sorted({entry.path for entry in entries if entry.filesystem in ("cgroup", "cgroup2")})
 

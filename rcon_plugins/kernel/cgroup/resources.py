@@ -1,7 +1,7 @@
-"""Limits as pure data, in the kernel's own terms.
+"""Represent limits as pure data, in the kernel's own terms.
 
-``None`` is "not set: leave as it is", :data:`MAX` is the kernel's "max": no limit. What a version of the
-interface writes for them is in :mod:`.v1` and :mod:`.v2`.
+``None`` means not set: leave the limit as it is. :data:`MAX` is the kernel's "max": no limit. :mod:`.v1` and
+:mod:`.v2` convert limits to and from the files of their version.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class _Max(enum.Enum):
 MAX: Final = _Max.MAX
 Max = Literal[_Max.MAX]
 
-#: Of ``cpu.max`` and ``cpu.cfs_period_us``: the default of the kernel.
+#: The kernel's default period in ``cpu.max`` and ``cpu.cfs_period_us``.
 CPU_PERIOD_MICROSECONDS = 100_000
 #: The kernel accepts no quota below 1 ms (``min_cfs_quota_period`` in kernel/sched/core.c).
 SMALLEST_CPU_QUOTA = 1_000 / CPU_PERIOD_MICROSECONDS
 
 
 class IoMax(NamedTuple):
-    """Throttling of one block device: bytes per second and operations per second, read and written."""
+    """The throttling of one block device: bytes per second and operations per second, for reads and writes."""
 
     rbps: int | Max | None = None
     wbps: int | Max | None = None
@@ -58,20 +58,26 @@ class _Limits(NamedTuple):
 
 
 class Resources(_Limits):
-    """What a cgroup may use. Raises ValueError for a value that no kernel accepts.
+    """The limits of a cgroup. Raises ValueError for a value that no kernel accepts.
 
-    ``cpu_quota`` in CPUs (0.3 is 30 % of one, 1.5 one and a half), held over periods of 100 ms;
-    ``cpu_burst`` in seconds of CPU time that an idle cgroup may save up beyond the quota, at most the quota's
-    share of a period, 0 is none (kernel 5.14); ``cpu_weight`` 1..10000 relative to siblings (default of the
-    kernel: 100); ``cpus`` a list such as ``"0-1,3"``; ``memory_max``, ``memory_high``, ``swap_max`` in bytes;
-    ``oom_group``: an OOM kill takes the whole cgroup (v2, kernel 4.19; without effect on v1); ``pids_max`` in
-    processes and threads; ``io`` per block device; ``files`` for files of a controller that no field sets, by name,
-    as in ``{"hugetlb.2MB.max": "0"}``, written last. Source: Documentation/admin-guide/cgroup-v2.rst.
+    - ``cpu_quota``: CPUs (0.3 is 30 % of one, 1.5 is one and a half), over periods of 100 ms.
+    - ``cpu_burst``: seconds of CPU time that an idle cgroup may save up beyond the quota (kernel 5.14). At most the
+      quota's share of a period; 0 is none.
+    - ``cpu_weight``: 1..10000 relative to siblings. The kernel's default is 100.
+    - ``cpus``: a list such as ``"0-1,3"``.
+    - ``memory_max``, ``memory_high``, ``swap_max``: bytes.
+    - ``oom_group``: an OOM kill ends the whole cgroup (v2, kernel 4.19; no effect on v1).
+    - ``pids_max``: processes and threads.
+    - ``io``: rates by block device.
+    - ``files``: texts by name of controller files that no other field sets, such as ``{"hugetlb.2MB.max": "0"}``.
+      Written last.
+
+    Source: Documentation/admin-guide/cgroup-v2.rst.
     """
 
     __slots__ = ()
 
-    # Not a dataclass: loading that module takes as long as starting Python, and delays the command of `rcon run`.
+    # Not a dataclass: importing dataclasses takes as long as starting Python, and would delay `rcon run`.
     if not TYPE_CHECKING:  # type checkers take the signature from the fields above
 
         def __new__(cls, **limits: Any) -> Self:
@@ -85,7 +91,7 @@ class Resources(_Limits):
         return (), self._asdict()
 
     def replaced(self, **news: Any) -> Self:
-        """The same with some limits changed. Raises ValueError for a value that no kernel accepts."""
+        """Return these limits with some changed. Raises ValueError for a value that no kernel accepts."""
         return type(self)(**{**self._asdict(), **news})
 
     def _check(self) -> None:
@@ -108,13 +114,13 @@ class Resources(_Limits):
             _check_file(name, text)
 
     def controllers(self) -> frozenset[str]:
-        """The controllers these limits need, of `CONTROLLERS`; a limit that is ``None`` needs none."""
+        """Return the controllers, of `CONTROLLERS`, that these limits need. A limit that is ``None`` needs none."""
         fields = {controller_of(name) for name in self.written() if name != "files"}
         return frozenset(fields | {controller_of_file(name) for name in self.files}) & CONTROLLERS
 
     @classmethod
     def merged(cls, several: Iterable[Resources]) -> Resources:
-        """Return one from several: the first that sets a field, a rate of a device or a file decides."""
+        """Merge several into one. The first that sets a field, a rate of a device, or a file decides."""
         found: dict[str, Any] = {"io": {}, "files": {}}
         for one in several:
             for name in one.written():
@@ -129,7 +135,7 @@ class Resources(_Limits):
         return cls(**found)
 
     def written(self) -> tuple[str, ...]:
-        """The fields that are set."""
+        """Return the names of the fields that are set."""
         values = self._asdict().items()
         return tuple(
             name for name, value in values if value is not None and value is not False and value != {}
@@ -138,17 +144,17 @@ class Resources(_Limits):
 
 #: The controllers of this project, by their v2 names.
 CONTROLLERS = frozenset({"cpu", "cpuset", "memory", "io", "pids"})
-#: Controllers of the fields that are not named after theirs.
+#: The controllers of fields whose name does not begin with that of their controller.
 _CONTROLLERS = {"cpus": "cpuset", "swap_max": "memory", "oom_group": "memory"}
 
 
 def controller_of(field: str) -> str:
-    """The controller of a field of `Resources`: the first word of its name, with the exceptions above."""
+    """Return the controller of a field of `Resources`: the first word of its name, with the exceptions above."""
     return _CONTROLLERS.get(field) or field.partition("_")[0]
 
 
 def controller_of_file(name: str) -> str:
-    """The controller of a file, by its v2 name: ``hugetlb.2MB.max`` is of ``hugetlb``."""
+    """Return the controller of a file, by its v2 name: ``hugetlb`` for ``hugetlb.2MB.max``."""
     controller = name.partition(".")[0]
     return "io" if controller == "blkio" else controller
 
@@ -158,7 +164,7 @@ def _first(one: int | Max | None, other: int | Max | None) -> int | Max | None:
 
 
 class LimitFile(NamedTuple):
-    """Where one version of the interface keeps one field of `Resources`: how the value is written and read back."""
+    """The file of one field of `Resources` in one version of the interface, and functions that convert its value."""
 
     field: str
     file: str
@@ -167,17 +173,17 @@ class LimitFile(NamedTuple):
 
 
 def pairs_of(rows: Iterable[LimitFile], resources: Resources) -> list[tuple[str, str]]:
-    """The limits that are set as (file, value), in the order of the rows."""
+    """Return the limits that are set as (file, value), in the order of the rows."""
     written = resources.written()
     return [(row.file, row.write(getattr(resources, row.field))) for row in rows if row.field in written]
 
 
-#: The text of a file of one cgroup; None where there is no such file.
+#: Return the text of a file of one cgroup; None if there is no such file.
 Read = Callable[[str], str | None]
 
 
 def read_back(rows: Iterable[LimitFile], read: Read) -> dict[str, Any]:
-    """The fields whose files are there and not empty: the inverse of `pairs_of`."""
+    """Return the fields whose files exist and are not empty. The inverse of `pairs_of`."""
     found = {row.field: row.read(text) for row in rows if (text := read(row.file))}
     return {name: value for name, value in found.items() if value is not False}
 
@@ -198,10 +204,7 @@ def _check_file(name: str, text: str) -> None:
 
 
 def parse_list(text: str) -> frozenset[int]:
-    """The numbers of a kernel list such as ``"0-1,3"`` (``cpuset(7)``, list format).
-
-    Raises ValueError.
-    """
+    """Return the numbers of a kernel list such as ``"0-1,3"`` (``cpuset(7)``, list format). Raises ValueError."""
     numbers: set[int] = set()
     for part in text.strip().split(","):
         first, dash, last = part.strip().partition("-")
@@ -215,22 +218,25 @@ def parse_list(text: str) -> frozenset[int]:
 
 
 def number_or_max(text: str) -> int | Max:
-    """A count as the kernel spells it: a number or ``max``."""
+    """Parse a count as the kernel writes it: a number or ``max``."""
     return MAX if text == "max" else int(text)
 
 
 def in_microseconds(seconds: float) -> str:
-    """A length of time as the kernel spells it."""
+    """Return a duration as the kernel writes it: in whole microseconds."""
     return str(round(seconds * 1_000_000))
 
 
 def in_seconds(microseconds: str) -> float:
-    """The inverse of `in_microseconds`."""
+    """Return a duration in seconds. The inverse of `in_microseconds`."""
     return int(microseconds) / 1_000_000
 
 
 def cpus_of(quota: int, period: int) -> float:
-    """A CPU quota in CPUs. Others may have chosen a longer period, and less of it than can be set here."""
+    """Return a CPU quota in CPUs, at least `SMALLEST_CPU_QUOTA`.
+
+    Another program may have set a longer period, and a smaller share of it than can be set here.
+    """
     return max(quota / period, SMALLEST_CPU_QUOTA)
 
 
@@ -239,7 +245,7 @@ def _is_number(text: str) -> bool:
 
 
 def format_list(numbers: Iterable[int]) -> str:
-    """The kernel's spelling of a set of numbers, the inverse of :func:`parse_list`."""
+    """Return a set of numbers as the kernel writes it. The inverse of :func:`parse_list`."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:

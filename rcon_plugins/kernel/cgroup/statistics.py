@@ -1,6 +1,7 @@
-"""Statistics of a cgroup beyond its usage: pressure, throttling, kinds of memory, whether it is frozen.
+"""Read statistics of a cgroup beyond its usage: pressure, throttling, kinds of memory, whether it is frozen.
 
-Read file by file, for commands; :class:`~rcon_plugins.kernel.cgroup.meter.Meter` is for the hot path.
+The functions open file by file, and are for commands. On the hot path use
+:class:`~rcon_plugins.kernel.cgroup.meter.Meter`.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ if TYPE_CHECKING:
 
 
 class Stall(NamedTuple):
-    """``share`` of the time of the last ten seconds (0 to 1), and ``seconds`` since the cgroup was made."""
+    """The time that processes waited: the ``share`` of the last ten seconds (0 to 1), and all ``seconds``.
+
+    ``seconds`` counts since the cgroup was made.
+    """
 
     share: float
     seconds: float
 
 
 class Pressure(NamedTuple):
-    """How long processes waited for a resource: ``some`` of them, or ``full``: all at once.
+    """How long processes waited for a resource: at least one of them (``some``), or all at once (``full``).
 
-    Source: Documentation/accounting/psi.rst. ``full`` of the CPU: since Linux 5.13.
+    Linux 5.13 and later measure ``full`` of the CPU. Source: Documentation/accounting/psi.rst.
     """
 
     some: Stall | None = None
@@ -35,12 +39,12 @@ class Pressure(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Counters since the cgroup was made, including all below it. None means not available here.
+    """Counters of a cgroup and all below it since it was made. None means not available here.
 
-    ``cpu_periods`` are periods of 100 ms with threads to run; ``cpu_throttled`` are those in which its own quota
-    throttled it, for ``cpu_throttled_seconds`` in all. ``memory_high_hits`` is how often allocation was throttled at
-    ``memory_high``. ``memory_anon`` is memory that belongs to no file, ``memory_file`` is page cache. ``swap_current``
-    is in bytes.
+    ``cpu_periods`` counts the periods of 100 ms with runnable threads. ``cpu_throttled`` counts those in which the
+    cgroup's own quota throttled it, for ``cpu_throttled_seconds`` in all. ``memory_high_hits`` counts how often
+    ``memory_high`` throttled allocation. ``memory_anon`` is memory without a file, ``memory_file`` is page cache;
+    these and ``swap_current`` are in bytes.
     """
 
     cpu_user_seconds: float | None = None
@@ -59,16 +63,16 @@ def read_statistics(cgroup: Cgroup) -> Statistics:
     """Return the statistics of an existing cgroup. Raises KernelError."""
     found: dict[str, float | int] = {}
     for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):
-        # v1 comes first: on a hybrid, the v2 files have no controller behind them.
+        # v1 takes precedence: on a hybrid, the v2 files have no controller behind them.
         found = (_of_v1(directory) if mount.version == 1 else _of_v2(directory)) | found
     return Statistics(**found)  # type: ignore[arg-type]
 
 
 def read_usage(cgroup: Cgroup) -> Reading:
-    """Return the usage of an existing cgroup, with OOM kills and refused forks including the cgroups below.
+    """Return the usage of an existing cgroup, including OOM kills and refused forks in the cgroups below.
 
-    v1, and v2 before Linux 6.11 for refused forks, count them in the cgroup of the process alone. Then those of all
-    existing cgroups below are added; counts of removed ones are lost. Raises KernelError.
+    v1 counts both only in the cgroup of the process; so does v2 before Linux 6.11 for refused forks. In these cases
+    this adds the counts of all existing cgroups below. The counts of removed cgroups are lost. Raises KernelError.
     """
     reading = cgroup.read()
     for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True):

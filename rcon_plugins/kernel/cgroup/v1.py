@@ -1,4 +1,4 @@
-"""Version 1: one directory per cgroup in each hierarchy (Documentation/admin-guide/cgroup-v1/)."""
+"""Cgroup version 1, with one directory per cgroup in each hierarchy (Documentation/admin-guide/cgroup-v1/)."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ THREADED = frozenset({"cpu", "cpuset", "io", "pids"})
 #: The kernel's names of our controllers.
 KERNEL_NAMES = {"cpu": "cpu", "cpuset": "cpuset", "memory": "memory", "io": "blkio", "pids": "pids"}
 
-#: The one hierarchy in which a cgroup may have to do without a directory: see `io_holder`.
+#: The one hierarchy in which a cgroup may have no directory: see `io_holder`.
 _ONLY_IO = frozenset({"blkio"})
 _UNLIMITED = "-1"
-#: What v1 reports where memory has no limit is just below 2**63, by the size of a page.
+#: v1 reports memory without a limit as a number just below 2**63, by the size of a page.
 _UNLIMITED_BYTES = 2**63 - 2**20
 _CPUSET = ("cpuset.cpus", "cpuset.mems")
 IO_FILES = {
@@ -53,12 +53,12 @@ IO_FILES = {
 
 
 def shares_of(weight: int) -> int:
-    """``cpu.shares`` of a v2 weight: the kernel's own conversion (100 is 1024; kernel/sched/core.c)."""
+    """Convert a v2 weight to ``cpu.shares``, as the kernel does: 100 is 1024 (kernel/sched/core.c)."""
     return max(2, min(262_144, round(weight * 1024 / 100)))
 
 
 def weight_of(shares: int) -> int:
-    """The v2 weight of ``cpu.shares``: the inverse of `shares_of`."""
+    """Convert ``cpu.shares`` to a v2 weight. The inverse of `shares_of`."""
     return max(1, min(10_000, round(shares * 100 / 1024)))
 
 
@@ -70,7 +70,7 @@ def _read_bytes(text: str) -> int | Max:
     return MAX if int(text) >= _UNLIMITED_BYTES else int(text)
 
 
-#: One row for each limit, in the order in which they are written. Quota, swap and ``io`` take more than one file.
+#: One row for each limit with a single file, in the order of writing. Quota, swap and ``io`` need several files.
 FILES = (
     LimitFile("cpu_burst", "cpu.cfs_burst_us", in_microseconds, in_seconds),  # kernel 5.14
     LimitFile(
@@ -83,10 +83,10 @@ FILES = (
 
 
 def pairs(resources: Resources) -> list[tuple[str, str]]:
-    """The limits as (file, value), in the order in which they are written where they are lowered.
+    """Return the limits as (file, value), in the order of writing when they are lowered.
 
-    v1 has no ``oom_group``; it is not in the result. ``swap_max`` becomes a limit on the sum with ``memory_max``.
-    Raises ControllerUnavailable for limits that v1 does not have.
+    Leaves out ``oom_group``, which v1 lacks. ``swap_max`` becomes a limit on the sum of swap and ``memory_max``. Raises
+    ControllerUnavailable for limits that v1 does not have.
     """
     if resources.memory_high is not None:
         raise ControllerUnavailable(
@@ -109,7 +109,7 @@ def pairs(resources: Resources) -> list[tuple[str, str]]:
 
 
 def limits_of(read: Read) -> dict[str, Any]:
-    """The fields of `Resources` that a directory of one hierarchy has files for: the inverse of `pairs`."""
+    """Return the fields of `Resources` whose files a directory of one hierarchy has. The inverse of `pairs`."""
     found = read_back(FILES, read)
     if (text := read("cpu.cfs_quota_us")) is not None:
         period = int(read("cpu.cfs_period_us") or CPU_PERIOD_MICROSECONDS)
@@ -144,12 +144,12 @@ def _memory_and_swap(resources: Resources) -> str:
             value=str(swap),
             hint="set memory_max as well",
         )
-    # Without a limit on memory there is none on the sum.
+    # Without a limit on memory there is no limit on the sum.
     return str(memory + swap) if isinstance(memory, int) else _UNLIMITED
 
 
 def has_swap() -> bool:
-    """Whether this machine has any swap in use (``/proc/swaps`` has more than its heading)."""
+    """Return whether this machine uses any swap area (``/proc/swaps`` has more than its heading)."""
     return len(files.read("/proc", "swaps").splitlines()) > 1
 
 
@@ -159,13 +159,13 @@ class V1Branch(Branch):
     delegated_files = ("tasks", "cgroup.procs")
 
     def carries(self, controller: str) -> bool:
-        """Whether this hierarchy carries a controller, by the kernel's name."""
+        """Return whether this hierarchy carries a controller, by the kernel's name."""
         return controller in self.mount.controllers
 
     def create(self) -> None:
-        """Make the directory and those above it, ready to be entered."""
+        """Make the directory and those above it, ready for processes to enter."""
         if self._io_holder is not None:
-            # one that was made before the cgroup above got its limits is still empty
+            # A directory made before the cgroup above got its limits is still empty.
             files.remove_directory(self.directory)
             return
         if self.create_alone():
@@ -177,38 +177,41 @@ class V1Branch(Branch):
                 _inherit_cpuset(parent, child)
 
     def complete(self) -> bool:
-        """Account its memory in the cgroups above, too, and give it the CPUs of the one above, if that has any."""
+        """Account the memory in the cgroups above, too, and copy the cpuset of the one above.
+
+        Return False if that cpuset is empty.
+        """
         if self.carries("memory"):
             _account_hierarchically(self.directory)
         return not self.carries("cpuset") or _pass_cpuset_on(self.directory)
 
     @property
     def _io_holder(self) -> str | None:
-        """The directory above that has IO limits: processes have to enter that one for the limits to hold."""
+        """The directory above with IO limits; None without any. Processes must enter it for the limits to hold."""
         return io_holder(self.mount, os.path.dirname(self.path))
 
     def entry_directory(self) -> str:
-        """The directory that processes enter: that of a cgroup above where its IO limits have to hold."""
+        """Return the directory that processes enter: that of a cgroup above, if its IO limits must hold."""
         if self.mount.controllers != _ONLY_IO or super().exists():
             return self.directory
         return self._io_holder or self.directory
 
     def exists(self) -> bool:
-        """Whether the directory exists, or is not needed."""
+        """Return whether the directory exists, or is not needed."""
         return super().exists() or self._io_holder is not None
 
     def delegate(self, uid: int, gid: int, *, shut: bool = False) -> None:
-        """Delegate the directory, unless IO is limited here: the limits would not hold in cgroups below."""
+        """Delegate the directory, unless it has IO limits: these would not hold in cgroups below."""
         if not (self.mount.controllers == {"blkio"} and io_is_limited(self.entry_directory())):
             super().delegate(uid, gid, shut=shut)
 
     @property
     def thread_file(self) -> str:
-        """``tasks``."""
+        """Return ``tasks``."""
         return "tasks"
 
     def enter_process(self, *, alone: bool) -> None:
-        """Write ``0``: to ``tasks``, which is cheap, or with several threads to ``cgroup.procs``."""
+        """Write ``0`` to ``tasks``, which is cheap; with several threads to ``cgroup.procs``."""
         name = self.thread_file if alone else "cgroup.procs"
         try:
             files.write(self.directory, name, "0")
@@ -218,12 +221,12 @@ class V1Branch(Branch):
             files.write(self.entry_directory(), name, "0")
 
     def freeze(self, frozen: bool) -> bool:
-        """Stop or continue the subtree (cgroup-v1/freezer-subsystem.rst)."""
+        """Freeze or thaw the subtree (cgroup-v1/freezer-subsystem.rst). Return True."""
         files.write(self.directory, "freezer.state", "FROZEN" if frozen else "THAWED")
         return True
 
     def is_frozen(self) -> bool:
-        """Whether the whole subtree has come to a stop."""
+        """Return whether the whole subtree is frozen."""
         return files.read(self.directory, "freezer.state") == "FROZEN"
 
     def configure(self, resources: Resources) -> None:
@@ -250,11 +253,11 @@ class V1Branch(Branch):
         return self.carries(controller) and any(KERNEL_NAMES[ours] == controller for ours in self.controllers)
 
     def _order_memory(self, wanted: list[tuple[str, str]]) -> bool:
-        """Move the limit on memory and swap to the front if it is raised; False if it need not be written."""
+        """Move the limit on memory and swap to the front if it is raised. Return False if it need not be written."""
         current = files.read_if_there(self.directory, "memory.memsw.limit_in_bytes")
         if current is None:
             if not has_swap():
-                # no swap accounting, but no swap either
+                # There is no swap accounting, but no swap either.
                 return False
             raise ControllerUnavailable(
                 "swap is not accounted for",
@@ -276,14 +279,14 @@ class V1Branch(Branch):
             )
 
     def _take_back(self) -> None:
-        """Take back the ownership of a delegated cgroup, so that nothing can be made in it; see `delegate`."""
+        """Take the ownership of a delegated cgroup back, so that its user makes no cgroups in it; see `delegate`."""
         if files.owner_of(self.directory) not in (None, os.geteuid()):
             files.change_owner(self.directory, None, os.geteuid(), os.getegid())
 
     def _take_children_in(self) -> None:
-        """Remove the directories of children: their IO would not count here (see io_holder).
+        """Remove the directories of children, whose IO would not count here (see `io_holder`).
 
-        There are some if they were made before this cgroup got its limits.
+        A child has a directory if it was made before this cgroup got its limits. Raises KernelError (EBUSY).
         """
         for name in files.subdirectories(self.directory):
             child = f"{self.directory}/{name}"
@@ -299,7 +302,7 @@ class V1Branch(Branch):
 def io_holder(mount: Mount, path: str) -> str | None:
     """Return the directory of ``path``, or of the nearest cgroup above it, that has IO limits; None without any.
 
-    On v1 a throttled cgroup does not count the IO of its child cgroups: blk-throttle is flat there
+    On v1 a throttled cgroup does not count the IO of its child cgroups, because blk-throttle is flat there
     (cgroup-v1/blkio-controller.rst, "Hierarchical Cgroups"). So no cgroup below it may have a directory.
     """
     if mount.controllers != _ONLY_IO:
@@ -312,21 +315,21 @@ def io_holder(mount: Mount, path: str) -> str | None:
 
 
 def io_is_limited(directory: str) -> bool:
-    """Whether a blkio cgroup has a throttling rule."""
+    """Return whether a blkio cgroup has a throttling rule."""
     return any(files.read_those_there(directory, IO_FILES.values()).values())
 
 
 def gather_io(directory: str, seconds: float = 2.0) -> None:
-    """Move the processes in the child cgroups of a blkio cgroup up into it, where its limits hold (see io_holder).
+    """Move the processes in the child cgroups of a blkio cgroup up into it, where its limits hold (see `io_holder`).
 
-    Processes further down stay there. Costs milliseconds a process. Raises KernelError.
+    Processes further down stay there. Gives up after ``seconds``. Each process takes milliseconds. Raises KernelError.
     """
     deadline = time.monotonic() + seconds
     children = [f"{directory}/{name}" for name in files.subdirectories(directory)]
     for child in children:
         if files.subdirectories(child):
             continue
-        # processes that are forked meanwhile start in the child, and are found in the next round
+        # Processes forked meanwhile start in the child; the next round finds them.
         while pids := (files.read_if_there(child, "cgroup.procs") or "").split():
             for pid in pids:
                 try:
@@ -339,7 +342,7 @@ def gather_io(directory: str, seconds: float = 2.0) -> None:
 
 
 def _account_hierarchically(directory: str) -> None:
-    # Without it (the default before 5.11) the limit of a cgroup does not hold for cgroups below it.
+    # Without use_hierarchy (the default before 5.11) the limit of a cgroup does not hold for cgroups below it.
     if files.read_if_there(directory, "memory.use_hierarchy") == "0":
         files.write(directory, "memory.use_hierarchy", "1")
 
@@ -352,7 +355,7 @@ def _inherit_cpuset(parent: str, child: str) -> None:
 
 
 def _pass_cpuset_on(directory: str) -> bool:
-    """Copy the cpuset of the cgroup above to a new one; False if that one is empty."""
+    """Copy the cpuset of the cgroup above to a new one. Return False if it is empty."""
     above = files.read_those_there(os.path.dirname(directory), _CPUSET)
     if not all(above.get(name) for name in _CPUSET):
         return False
@@ -369,11 +372,11 @@ def _set_quota(directory: str, quota: int) -> None:
     except KernelError as error:
         if error.errno != errno.EINVAL or quota < 0:
             raise
-    # Above the quota of a cgroup above: that one is the tighter limit in any case.
+    # The quota exceeds that of a cgroup above, which is the tighter limit in any case.
     above = _quota_around(directory)
     if 0 <= above < quota:
         return files.write(directory, "cpu.cfs_quota_us", str(above))
-    # Below the quota of a child: lower the children first.
+    # The quota is below that of a child: lower the children first.
     for name in files.subdirectories(directory):
         child = f"{directory}/{name}"
         if _quota_of(child) > quota:
@@ -382,7 +385,7 @@ def _set_quota(directory: str, quota: int) -> None:
 
 
 def _quota_around(directory: str) -> int:
-    """Return the quota of the nearest cgroup above that has one; negative if none has."""
+    """Return the quota of the nearest cgroup above that has one; a negative number if none has."""
     above = os.path.dirname(directory)
     while (quota := files.read_if_there(above, "cpu.cfs_quota_us")) is not None:
         if int(quota) >= 0:
@@ -396,9 +399,9 @@ def _quota_of(directory: str) -> int:
 
 
 def _set_cpus(directory: str, cpus: str) -> None:
-    """Write a cpuset, after removing from the children the CPUs beyond it.
+    """Write a cpuset, after removing the CPUs beyond it from the children.
 
-    Children are never widened: their CPUs may have been set on purpose.
+    A child that keeps some CPUs gets no new ones: its cpuset may be deliberate.
     """
     old = parse_cpus(files.read(directory, "cpuset.cpus"))
     new = parse_list(cpus)
@@ -425,14 +428,14 @@ def _write_cpus(directory: str, cpus: frozenset[int]) -> None:
 
 
 def parse_cpus(text: str) -> frozenset[int]:
-    """The CPUs of a cpuset file, which may be empty."""
+    """Return the CPUs of a cpuset file, which may be empty."""
     return parse_list(text) if text.strip() else frozenset()
 
 
 def open_notice(directory: str, name: str, argument: str = "") -> int:
-    """Return a new eventfd that the kernel signals when the file ``name`` has news, or the cgroup is removed.
+    """Return a new eventfd that the kernel signals at an event of the file ``name``, or when the cgroup is removed.
 
-    It is closed by execve(2), and reading it does not block. Raises KernelError. Source: memory.rst, chapters 9 and 10.
+    execve(2) closes it, and reading it does not block. Raises KernelError. Source: memory.rst, chapters 9 and 10.
     """
     descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:

@@ -1,4 +1,4 @@
-"""Version 2: one directory per cgroup (Documentation/admin-guide/cgroup-v2.rst)."""
+"""Cgroup version 2, with one directory per cgroup (Documentation/admin-guide/cgroup-v2.rst)."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def _read_quota(text: str) -> float | Max:
     return MAX if quota == "max" else cpus_of(int(quota), int(period))
 
 
-#: One row for each limit but ``io``, in the order in which they are written.
+#: One row for each limit but ``io``, in the order of writing.
 FILES = (
     LimitFile("cpu_quota", "cpu.max", _write_quota, _read_quota),
     LimitFile("cpu_burst", "cpu.max.burst", in_microseconds, in_seconds),  # kernel 5.14
     LimitFile("cpu_weight", "cpu.weight", str, int),
     LimitFile("cpus", "cpuset.cpus", str, str),
-    # high before max: max alone kills processes that high would have slowed down
+    # high before max: max alone kills processes that high would have throttled
     LimitFile("memory_high", "memory.high", str, number_or_max),
     LimitFile("memory_max", "memory.max", str, number_or_max),
     LimitFile("swap_max", "memory.swap.max", str, number_or_max),
@@ -64,7 +64,7 @@ FILES = (
 
 
 def pairs(resources: Resources) -> list[tuple[str, str]]:
-    """The limits as (file, value), in the order in which they are written."""
+    """Return the limits as (file, value), in the order of writing."""
     found = pairs_of(FILES, resources)
     for device, limits in sorted(resources.io.items()):
         keys = " ".join(f"{key}={value}" for key, value in limits._asdict().items() if value is not None)
@@ -74,7 +74,7 @@ def pairs(resources: Resources) -> list[tuple[str, str]]:
 
 
 def limits_of(read: Read) -> dict[str, Any]:
-    """The fields of `Resources` that a directory has files for: the inverse of `pairs`."""
+    """Return the fields of `Resources` whose files the directory has. The inverse of `pairs`."""
     found = read_back(FILES, read)
     if text := read("io.max"):
         found["io"] = _io_max(text)
@@ -93,18 +93,18 @@ def _io_max(text: str) -> dict[Device, IoMax]:
 
 
 class V2Branch(Branch):
-    """The directory of a cgroup in the v2 hierarchy; on hybrid hosts usually one without controllers."""
+    """The directory of a cgroup in the v2 hierarchy. On hybrid hosts it usually has no controllers."""
 
     delegated_files = shut_files = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
 
     def create(self) -> None:
         """Make the directory and those above it, and enable the controllers on the way down.
 
-        Raises ControllerUnavailable if one of them is missing then.
+        Raises ControllerUnavailable if a controller is missing afterwards.
         """
         if not self.threaded and self.create_alone():
             return
-        # all directories first: others cannot remove one that has a child
+        # Make all directories first: no process can remove one that has a child.
         for _, child in create_levels(self):
             files.make_directory(child)
         if self.threaded and files.read(self.directory, "cgroup.type") != "threaded":
@@ -116,7 +116,7 @@ class V2Branch(Branch):
             except KernelError as error:
                 if error.errno in (errno.ENOENT, errno.ENODEV) and not files.is_directory(parent):
                     raise
-                # not allowed, or busy; it matters only if the controller is missing below
+                # Not allowed, or busy: report it only if the controller is missing below.
                 refusal = error
         missing = self.controllers - offered(self.directory)
         if missing:
@@ -130,11 +130,11 @@ class V2Branch(Branch):
             )
 
     def complete(self) -> bool:
-        """Whether the cgroups above pass all of its controllers on."""
+        """Return whether the cgroups above pass on all controllers of this branch."""
         return self.controllers <= offered(self.directory)
 
     def configure(self, resources: Resources) -> None:
-        """Write the limits; afterwards check that a cpuset is really in force."""
+        """Write the limits, and check that the kernel applies the cpuset."""
         for name, value in pairs(resources):
             if name.partition(".")[0] not in self.controllers:
                 continue
@@ -149,13 +149,13 @@ class V2Branch(Branch):
                 self._check_cpus(value)
 
     def carries(self, controller: str) -> bool:
-        """Whether the hierarchy offers this controller, also one that is no part of this project."""
+        """Return whether the hierarchy offers this controller, also one that this project does not use."""
         return controller in self.mount.controllers
 
     def write_file(self, name: str, value: str) -> None:
         """Write a file that no field of `Resources` sets.
 
-        Cgroups are made with the controllers of this project alone; another one is passed on down to here first.
+        `create` enables only the controllers of this project. This first passes any other controller on, down to here.
         """
         controller = name.partition(".")[0]
         if controller not in self.controllers:
@@ -164,7 +164,7 @@ class V2Branch(Branch):
         super().write_file(name, value)
 
     def _check_cpus(self, cpus: str) -> None:
-        # The kernel accepts any list; if none of it is available, the CPUs of the parent stay in force.
+        # The kernel accepts any list. If none of these CPUs is available, those of the parent stay in force.
         effective = files.read(self.directory, "cpuset.cpus.effective")
         if not parse_list(effective) <= parse_list(cpus):
             raise ControllerUnavailable(
@@ -176,15 +176,15 @@ class V2Branch(Branch):
 
     @property
     def thread_file(self) -> str:
-        """``cgroup.threads`` (kernel 4.14)."""
+        """Return ``cgroup.threads`` (kernel 4.14)."""
         return "cgroup.threads"
 
     def enter_process(self, *, alone: bool) -> None:  # noqa: ARG002 - it makes no difference here
-        """Write ``0`` to ``cgroup.procs``: takes all threads of the caller along."""
+        """Write ``0`` to ``cgroup.procs``, which moves all threads of the calling process."""
         files.write_patiently(self.directory, "cgroup.procs", "0")
 
     def kill(self) -> bool:
-        """SIGKILL to the whole subtree in one write; False before kernel 5.14."""
+        """Send SIGKILL to the whole subtree in one write. Return False before kernel 5.14."""
         try:
             files.write(self.directory, "cgroup.kill", "1")
         except KernelError as error:
@@ -196,7 +196,7 @@ class V2Branch(Branch):
         return True
 
     def freeze(self, frozen: bool) -> bool:
-        """Stop or continue the subtree; False before kernel 5.2."""
+        """Freeze or thaw the subtree. Return False before kernel 5.2."""
         try:
             files.write(self.directory, "cgroup.freeze", "1" if frozen else "0")
         except KernelError as error:
@@ -206,17 +206,17 @@ class V2Branch(Branch):
         return True
 
     def is_frozen(self) -> bool:
-        """Whether all processes of the subtree are stopped."""
+        """Return whether all processes of the subtree are frozen."""
         return "frozen 1" in files.read(self.directory, "cgroup.events").splitlines()
 
 
 def offered(directory: str) -> frozenset[str]:
-    """The controllers a cgroup has."""
+    """Return the controllers that a cgroup has."""
     return frozenset(files.read(directory, "cgroup.controllers").split())
 
 
 def enable(directory: str, controllers: frozenset[str]) -> None:
-    """Pass the ``controllers`` that ``directory`` has on to its children. Raises KernelError."""
+    """Enable for the children of ``directory`` those ``controllers`` that it has. Raises KernelError."""
     passed = frozenset(files.read(directory, "cgroup.subtree_control").split())
     missing = sorted((controllers & offered(directory)) - passed)
     if not missing:
@@ -226,7 +226,7 @@ def enable(directory: str, controllers: frozenset[str]) -> None:
     except KernelError as error:
         if len(missing) == 1 or error.errno != errno.EINVAL:
             raise
-        # one that cannot be passed on (cpu, with realtime processes) must not prevent the others
+        # A controller that cannot be enabled (cpu, with realtime processes) must not prevent the others.
         for name in missing:
             with contextlib.suppress(KernelError):
                 files.write_patiently(directory, "cgroup.subtree_control", f"+{name}")
@@ -234,7 +234,7 @@ def enable(directory: str, controllers: frozenset[str]) -> None:
 
 
 def disable_all(directory: str) -> None:
-    """Stop passing controllers on, so that processes can be here again. Raises KernelError."""
+    """Disable all controllers for the children, so that processes can enter ``directory`` again. Raises KernelError."""
     passed = files.read(directory, "cgroup.subtree_control").split()
     if passed:
         with contextlib.suppress(FileNotFoundError):
