@@ -1,11 +1,11 @@
-"""The errors of this project. They pickle, and each message says what to do.
+"""Define the errors of this project. They can be pickled, and each message names a remedy.
 
 ::
 
     RconError
     ├── SettingsError              the settings or a policy are wrong
     ├── UnknownGroup               no group has that name, or several have
-    ├── KernelError (OSError)      the kernel refuses, or would
+    ├── KernelError (OSError)      the kernel refuses, or would refuse
     │   ├── ControllerUnavailable
     │   ├── DelegationError
     │   └── CapabilityError
@@ -87,8 +87,8 @@ class UnknownGroup(RconError):
 class KernelError(RconError, OSError):
     """Raised when a kernel file or system call refuses.
 
-    ``path`` is the file or call, ``value`` what was written (None for a read), ``hint`` the remedy;
-    ``errno`` is the kernel's own.
+    ``path`` is the file or the call, ``value`` the text written (None for a read), ``errno`` the kernel's error number,
+    and ``hint`` the remedy.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class KernelError(RconError, OSError):
     def from_oserror(
         cls, error: OSError, *, path: str, value: str | None = None, hint: str | None = None
     ) -> KernelError:
-        """The same error with the path, the value written and the remedy."""
+        """Return ``error`` as a KernelError with the path, the value written and the remedy."""
         number = error.errno or _errno.EIO
         action = f"writing {value!r} to {path}" if value is not None else path
         return cls(f"{action}: {os.strerror(number)}", errno=number, path=path, value=value, hint=hint)
@@ -132,7 +132,7 @@ class DelegationError(KernelError):
 
 
 class CapabilityError(KernelError):
-    """Raised when an identity or a capability cannot be taken, given or dropped."""
+    """Raised when the calling thread cannot take, give or drop an identity or a capability."""
 
 
 class ConfinementError(RconError):
@@ -147,10 +147,10 @@ class IdentityRefused(ConfinementError):
 
 
 class ApplicationError(RconError):
-    """Raised in the host when confined code raised: its exception, as text.
+    """Raised in the host when confined code raised an exception. Carries that exception as text.
 
-    Nothing from a confined process is unpickled, so this carries ``type_name`` (qualified), the
-    ``message`` and the ``traceback_text`` instead of the object.
+    The host unpickles nothing from a confined process. So this has the qualified ``type_name``, the ``message`` and the
+    ``traceback_text`` instead of the exception object.
     """
 
     def __init__(self, type_name: str, message: str, traceback_text: str = "") -> None:
@@ -167,7 +167,7 @@ class ApplicationError(RconError):
 class Killed(RconError):
     """Raised when the process of a unit of work ended before the work was done, and no limit was the cause.
 
-    ``signal`` is the number of the signal that ended it, None where it ended by itself.
+    ``signal`` is the number of the signal that ended the process; None if it exited by itself.
     """
 
     def __init__(
@@ -184,7 +184,10 @@ class Killed(RconError):
         return f"{type(self).__name__}({self.args[0]!r})"
 
     def plain(self) -> Self:
-        """Return the error with ``args`` that any serializer can carry, and that construct it again."""
+        """Set ``args`` to plain values that any serializer can carry, and return the error.
+
+        Calling the class with these ``args`` makes the error again.
+        """
         self.args = (self.args[0], self.signal, _plain_usage(self.usage))
         return self
 
@@ -193,7 +196,7 @@ class LimitExceeded(RconError):
     """Raised when work ran into one of its limits.
 
     ``policy`` and ``key`` name the confinement, ``limit`` the limit as the policy spells it, ``usage`` the usage.
-    ``data`` is all of these in the form that `plain` makes.
+    ``data`` holds all of these in the form of `plain`.
     """
 
     def __init__(
@@ -223,7 +226,10 @@ class LimitExceeded(RconError):
         return _rebuild, (type(self), self.args, dict(self.__dict__))
 
     def plain(self) -> Self:
-        """Return the error with ``args`` that any serializer can carry, and that construct it again."""
+        """Set ``args`` to plain values that any serializer can carry, and return the error.
+
+        Calling the class with these ``args`` makes the error again.
+        """
         data = {
             "policy": self.policy,
             "key": self.key,

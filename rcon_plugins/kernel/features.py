@@ -1,4 +1,4 @@
-"""Features of the running kernel and what they are good for; and the container that this process runs in."""
+"""Detect features of the running kernel, with their use, and the container that this process runs in."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def release() -> tuple[int, int]:
 
 
 def features_of(directory: str) -> list[Feature]:
-    """Return the features that the v2 cgroup ``directory``, not the root of the tree, has or lacks.
+    """Return the features that the v2 cgroup ``directory`` has or lacks. It must not be the root of the tree.
 
-    Those of a controller that the cgroup does not have are left out.
+    Leaves out the features of a controller that the cgroup does not have.
     """
     controllers = (files.read_if_there(directory, "cgroup.controllers") or "").split()
     found = [
@@ -64,7 +64,7 @@ def features_of(directory: str) -> list[Feature]:
         if not controller or controller in controllers
     ]
     if "memory" in controllers:
-        # Where the peak can be reset, the file is writable.
+        # The file is writable if the kernel can reset the peak.
         writable = _mode(f"{directory}/memory.peak") & stat.S_IWUSR
         found.append(
             Feature("memory.peak, reset", "6.12", "peak memory of each request or task", bool(writable))
@@ -83,7 +83,7 @@ def _mode(path: str) -> int:
 
 
 def pressure() -> Feature:
-    """Return whether the kernel measures pressure (``/proc/pressure``); it may be switched off at boot."""
+    """Return whether the kernel measures pressure (``/proc/pressure``). It may be switched off at boot."""
     try:
         there = bool(files.read("/proc/pressure", "cpu"))
     except KernelError:

@@ -1,8 +1,8 @@
-"""The one door to the kernel's files: a directory, a name in it, one unbuffered read or write.
+"""Read and write the kernel's files: a directory, a name in it, one unbuffered read or write.
 
-Every open is ``O_CLOEXEC | O_NOFOLLOW`` below a directory that was itself opened without following a link.
-Every failure is a :class:`~rcon_plugins.errors.KernelError` with the path, the value and a hint.
-A buffered Python file is never used: it can swallow the error of a write (``cgroups(7)``).
+Every open is ``O_CLOEXEC | O_NOFOLLOW``, below a directory that was itself opened without following a link. Every
+failure is a :class:`~rcon_plugins.errors.KernelError` with the path, the value and a hint. The module uses no buffered
+Python files: they can hide the error of a write (``cgroups(7)``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from rcon_plugins.errors import KernelError
 
-#: Larger than any file read here; a kernel file is read until it ends in any case.
+#: The bytes per read(2): more than any file here has. Reading continues to the end of the file in any case.
 _CHUNK = 65536
 #: The number of links of a cgroup directory without children.
 _LINKS_WITHOUT_CHILDREN = 2
@@ -59,7 +59,7 @@ def open_file(directory: str, name: str, flags: int = os.O_RDONLY) -> int:
     try:
         return _open_in(at, directory, name, flags)
     finally:
-        posix.close(at)  # gevent's os.close() of what is no regular file waits for an event loop
+        posix.close(at)  # gevent's os.close() waits for an event loop unless the file is regular
 
 
 def _open_in(at: int, directory: str, name: str, flags: int) -> int:
@@ -73,9 +73,9 @@ def _open_in(at: int, directory: str, name: str, flags: int) -> int:
 
 @contextlib.contextmanager
 def opening(directory: str) -> Iterator[Callable[[str, int], int]]:
-    """For several files of one directory: yield a function that opens one by name and flags, as :func:`open_file` does.
+    """Open ``directory`` once for several files: yield a function that opens one by name and flags.
 
-    Raises KernelError (ENOENT ...).
+    The function works as :func:`open_file` does. Raises KernelError (ENOENT ...).
     """
     try:
         at = _open_directory(directory)
@@ -241,7 +241,7 @@ def is_directory(directory: str) -> bool:
 
 
 def identity(directory: str) -> int | None:
-    """Return the inode, which tells ``directory`` from a later one of that name; None if it does not exist."""
+    """Return the inode of ``directory``, which a later one of the same name does not have; None without it."""
     try:
         return os.lstat(directory).st_ino
     except OSError:
@@ -296,7 +296,7 @@ def subdirectories(directory: str) -> list[str]:
 
 
 def _is_childless(directory: str) -> bool:
-    """Return whether it surely has no directories in it, by one call. Most have none."""
+    """Return whether one call shows that ``directory`` has no child directories. Most have none."""
     try:
         status = os.lstat(directory)
     except OSError:

@@ -1,15 +1,15 @@
-"""Landlock: restrict what the calling thread, and everything it starts later, may do with files (landlock(7)).
+"""Restrict file access of the calling thread, and of everything it starts later, with Landlock (landlock(7)).
 
-Needs no privilege but no_new_privs. Each call adds a layer, and no later layer allows what an earlier one forbids. It
-holds for the calling thread and for the threads and processes that it starts later, also after execve(2); not for
-threads that exist already. Open files stay open.
+Landlock needs no privilege but no_new_privs. Each call adds a layer; no later layer allows what an earlier one forbids.
+A layer holds for the calling thread and for the threads and processes that it starts later, also after execve(2). It
+does not hold for threads that exist already. Open files stay open.
 
-Any layer also keeps ptrace(2), and with it ``/proc/PID/mem``, ``process_vm_writev`` and ``pidfd_getfd``, from
-processes outside of it, whatever their uid and whatever capabilities the caller has; and it forbids mount(2) and
-pivot_root(2).
+Any layer also forbids ptrace(2) of processes outside of it, whatever their uid and whatever capabilities the caller
+has. With ptrace(2) it forbids ``/proc/PID/mem``, ``process_vm_writev`` and ``pidfd_getfd``. It also forbids mount(2)
+and pivot_root(2).
 
-ABI 1 is Linux 5.13, 2 is 5.19, 3 is 6.2, 5 is 6.10, 6 is 6.12. Of the rights in ``linux/landlock.h`` a kernel knows
-those of its ABI, and refuses others.
+ABI 1 is Linux 5.13, 2 is 5.19, 3 is 6.2, 5 is 6.10, 6 is 6.12. A kernel refuses rights that are newer than its ABI
+(``linux/landlock.h``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SCOPE_SIGNAL = 1 << 1  # ABI 6, in a field of its own
 _MAKE = _MAKE_CHAR | _MAKE_DIR | _MAKE_REG | _MAKE_SOCK | _MAKE_FIFO | _MAKE_BLOCK | _MAKE_SYM
 _READ = _EXECUTE | _READ_FILE | _READ_DIR
 _WRITE = _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE | _REFER | _TRUNCATE
-# What a rule on something else than a directory may name; the kernel refuses the rest with EINVAL.
+# The rights that a rule on anything but a directory may name. The kernel refuses all others with EINVAL.
 _OF_A_FILE = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 _NEWER = ((2, _REFER), (3, _TRUNCATE), (5, _IOCTL_DEV))
 
@@ -65,7 +65,7 @@ class _RulesetAttr(ctypes.Structure):
 
 class _PathBeneathAttr(ctypes.Structure):
     _pack_ = 1
-    _layout_ = "ms"  # what _pack_ has always meant; Python 3.14 wants it said
+    _layout_ = "ms"  # the layout that _pack_ implies; Python 3.14 requires it explicitly
     _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
 
 
@@ -80,8 +80,8 @@ def abi() -> int:
 def forbid_writing_below(paths: Iterable[str], *, signals: bool = False) -> None:
     """Forbid the calling thread, for good, to change anything below ``paths``. Everything else stays as it is.
 
-    Forbidden are: opening a file to write, truncating (from ABI 3), making, removing, renaming and linking. A path
-    may be a directory or a file; links in it are followed now. A file system mounted twice must be named twice.
+    The thread can no longer open a file to write, truncate (from ABI 3), make, remove, rename or link. A path may be a
+    directory or a file; this follows links in it now. If a file system is mounted twice, name both mount points.
 
     Rules allow everything beside the paths, up to the root directory. So in the directories that lead to a path, ``/``
     among them, no name can be made or removed, and what other processes make there later cannot be written. On ABI 1
@@ -179,7 +179,7 @@ def _known(access: int, version: int) -> int:
 
 def _create(handled: int, scoped: int, version: int) -> int:
     attributes = _RulesetAttr(handled, 0, scoped)
-    # An older kernel takes a longer structure only as long as the rest of it is zero; this one never is too long.
+    # An older kernel accepts a longer structure only if the rest of it is zero. This size is never too long.
     size = ctypes.sizeof(attributes) if version >= 6 else 8
     return syscall("landlock_create_ruleset", ctypes.byref(attributes), size, 0)
 
@@ -242,7 +242,7 @@ def _allow_if_there(ruleset: int, path: str, access: int) -> None:
     except KernelError as error:
         if (
             error.errno != errno.EBADFD
-        ):  # a mounted namespace, say: Landlock neither takes a rule for it nor needs one
+        ):  # a mounted namespace, for example: Landlock neither accepts nor needs a rule for it
             raise
     finally:
         os.close(descriptor)

@@ -1,7 +1,7 @@
 """Find the owner of a path of which an untrusted user may have chosen a part.
 
-Nothing here opens a file for reading: descriptors are of the kind O_PATH, which needs no permission on the file
-itself. Sources: openat2(2), open(2), symlink(7), path_resolution(7).
+The module opens no file for reading: its descriptors are O_PATH, which needs no permission on the file itself.
+Sources: openat2(2), open(2), symlink(7), path_resolution(7).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
 
-_OPENAT2 = 437  # the same on all architectures that came to it after Linux 5.0: x86_64, aarch64
+_OPENAT2 = 437  # newer than Linux 5.0: the same number on x86_64 and aarch64
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_NO_SYMLINKS = 0x04
 _RESOLVE_BENEATH = 0x08
 
-_LINKS = 40  # as many as the kernel itself follows in one path
-_DEPTH = 100  # directories held open while links are followed
+_LINKS = 40  # the most links in one path, as in the kernel
+_DEPTH = 100  # the most directories held open while links are followed
 
 
 class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-#: In `Owner.movers`: any user.
+#: Any user, in `Owner.movers`.
 ANYBODY = -1
 
 _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
@@ -40,8 +40,8 @@ class Owner(NamedTuple):
 
     ``names`` is the number of its hard links, 1 for a directory. ``open_to_all``: every user may write to it.
     ``movers`` are the users who could make symbolic links lead to it: the owners of the links, and of the directories
-    that contain them. Root and the owner of the directory of the search are trusted and left out; but `ANYBODY` is
-    included if other users could have put or moved a link of theirs.
+    that contain them. Root and the owner of the directory of the search are trusted and left out. `ANYBODY` is included
+    if other users could have put or moved a link of these two.
     """
 
     uid: int
@@ -58,17 +58,16 @@ class Owner(NamedTuple):
 
 @cache
 def overflow_uid() -> int:
-    """Return the uid that stands for owners without one here: proc_sys_kernel(5), ``overflowuid``.
+    """Return the uid that the kernel shows for users who are not mapped into this user namespace.
 
-    The kernel shows it for users who are not mapped into this user namespace; NFS squashes to the same number by
-    default.
+    NFS squashes to the same number by default. Source: proc_sys_kernel(5), ``overflowuid``.
     """
     return _overflow("uid")
 
 
 @cache
 def overflow_gid() -> int:
-    """Return the gid that stands for groups without one here: proc_sys_kernel(5), ``overflowgid``."""
+    """Return the gid that the kernel shows for groups that are not mapped here: proc_sys_kernel(5), ``overflowgid``."""
     return _overflow("gid")
 
 
@@ -99,7 +98,7 @@ def open_beneath(directory: int, path: str) -> int:
     """Open ``path`` beneath a directory with O_PATH, without following links; openat2(2), Linux 5.6.
 
     Raises `KernelError`: ELOOP for a link, EXDEV for a path that leads out or is absolute, ENOSYS before Linux 5.6,
-    and what open(2) says.
+    and the errors of open(2).
     """
     how = _OpenHow(
         os.O_PATH | os.O_CLOEXEC,
@@ -126,10 +125,10 @@ def owner(path: str) -> Owner:
 
 
 def owner_beneath(directory: int, path: str) -> Owner:
-    """Return the owner of ``path`` beneath a directory; no ``..`` and no link may lead out of it.
+    """Return the owner of ``path`` beneath a directory. No ``..`` and no link may lead out of it.
 
-    Links within are followed one by one, and `Owner.movers` are the users who may have put or moved them. Raises
-    `KernelError`: ELOOP for too many links, EXDEV for a path that leads out, and what open(2) says.
+    Follows links within one by one; `Owner.movers` are the users who may have put or moved them. Raises `KernelError`:
+    ELOOP for too many links, EXDEV for a path that leads out, and the errors of open(2).
     """
     movers: frozenset[int] = frozenset()
     try:
@@ -145,9 +144,9 @@ def owner_beneath(directory: int, path: str) -> Owner:
 
 
 def _follow(directory: int, path: str) -> tuple[int, frozenset[int]]:
-    """Open ``path`` beneath the directory with O_PATH; return it with the `Owner.movers` of the links on the way.
+    """Open ``path`` beneath the directory with O_PATH. Return its descriptor and the `Owner.movers` of its links.
 
-    Each part is opened in the directory before it, so that a rename meanwhile does not lead elsewhere.
+    Opens each part in the directory before it, so that a rename meanwhile does not lead elsewhere.
     """
     parts = deque(path.split("/"))
     top = os.fstat(directory)

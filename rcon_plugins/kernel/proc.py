@@ -1,6 +1,6 @@
-"""Processes and threads as ``/proc`` shows them (``proc(5)``), and the programs that they can execute.
+"""Read processes and threads from ``/proc`` (``proc(5)``), and explain why execve(2) refuses a program.
 
-Loads no ctypes, so that a command starts quickly.
+The module does not import ctypes, so that a command starts quickly.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def stat_fields(pid: int) -> list[str]:
 def is_alive(pid: int, started: int) -> bool:
     """Return whether the process ``pid`` that started at ``started`` is alive.
 
-    Also finds a process of a PID namespace below ours, which has another number there. A process that this user may
-    not see (``hidepid`` in ``proc(5)``) counts as alive.
+    Also find a process of a PID namespace below ours, which has another number there. A process that is invisible to
+    this user (``hidepid`` in ``proc(5)``) counts as alive.
     """
     return visible_pid(pid, started) is not None or _is_hidden(pid)
 
@@ -79,7 +79,7 @@ def _is_hidden(pid: int) -> bool:
 
 
 def system_id() -> str:
-    """Return an id shared by all processes that see each other's pids, and by no others.
+    """Return an id that is the same for all processes that see each other's pids, and for no others.
 
     It names this boot of this machine and the PID namespace (pid_namespaces(7)). Raises `OSError`.
     """
@@ -88,13 +88,13 @@ def system_id() -> str:
     return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
-# -- what a process is and runs
+# -- a process and its command
 
 
 class Process(NamedTuple):
     """A process. ``command`` is the command line joined by spaces, or ``[name]`` for a kernel thread.
 
-    ``uid`` is the effective one. ``state`` is a letter such as R, S, D, T or Z. ``memory`` is the resident memory in
+    ``uid`` is the effective uid. ``state`` is a letter such as R, S, D, T or Z. ``memory`` is the resident memory in
     bytes (shared pages count for each process), or None. ``threads`` is the number of threads.
     """
 
@@ -107,7 +107,7 @@ class Process(NamedTuple):
 
 
 def read_process(pid: int) -> Process | None:
-    """Return a process; None if there is none, or this user may not see it (``hidepid``). Raises KernelError."""
+    """Return a process; None if it does not exist or is hidden from this user (``hidepid``). Raises KernelError."""
     status = _read(pid, "status")
     if status is None:
         return None
@@ -124,16 +124,16 @@ def read_process(pid: int) -> Process | None:
 
 
 def command_line(pid: int) -> str | None:
-    """Return the command line joined by spaces; None if it is not known. Raises KernelError.
+    """Return the command line joined by spaces; None if it is empty or unreadable. Raises KernelError.
 
-    The process can write anything there: escape it before you print it.
+    The process controls this text: escape it before printing.
     """
     text = _read(pid, "cmdline")
     return text.rstrip("\0").replace("\0", " ") if text else None
 
 
 def process_of(thread: int) -> int | None:
-    """Return the pid of the process that a thread belongs to; None if it has ended. Raises KernelError."""
+    """Return the pid of the process of a thread; None if the thread has ended. Raises KernelError."""
     for line in (_read(thread, "status") or "").splitlines():
         if line.startswith("Tgid:"):
             return int(line.split()[1])
@@ -169,7 +169,7 @@ def _read(pid: int, name: str) -> str | None:
 
 
 def is_single_threaded() -> bool:
-    """Return whether the calling process has one thread; a zombie leader counts. Opens no file."""
+    """Return whether the calling process has one thread. A zombie leader counts as one. Opens no file."""
     # A directory has a link for each entry: proc(5), and proc_task_getattr in the kernel.
     return os.stat("/proc/self/task").st_nlink == _LINKS_WITH_ONE_THREAD
 
@@ -218,7 +218,7 @@ def original_environment() -> dict[bytes, bytes]:
 def exec_remedy(number: int | None, *, as_another: bool = False) -> str:
     """Return the remedy for an errno with which execve(2) refused an existing program; "" if the errno says enough.
 
-    ``as_another``: the program was to run as another user than the one that searched for it.
+    ``as_another``: the program should run as another user than the one that searched for it.
     """
     if number == errno.ENOENT:
         return "the interpreter or loader that it names is missing: install it, or correct the line that begins with #!"

@@ -1,12 +1,12 @@
-"""Make processes, wait for their end, and undo in a new process what it has from its parent.
+"""Make processes, wait for their end, and undo in a new process the state inherited from its parent.
 
-Every function acts on the calling process or thread. They use the interpreter's own system calls: a cooperative
+Every function acts on the calling process or thread. The module uses the interpreter's own system calls: a cooperative
 library may have replaced `os.fork` and `os.waitpid`, and its event loop must not run in a fork server.
 """
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # `signal` gives all 64 numbers names, which takes 0.2 ms each time
+import _signal  # type: ignore[import-not-found]  # `signal` converts all 64 numbers to enums: 0.2 ms a call
 import _socket  # a cooperative library may have replaced `socket`
 import contextlib
 import errno
@@ -30,7 +30,7 @@ _CGROUP_TREE = "/sys/fs/cgroup/"
 def fork() -> int:
     """Call fork(2): return 0 in the child and the child's pid in the parent. Every signal is blocked in the child.
 
-    So no handler inherited from the parent can run before `take_default_signals`.
+    So no handler of the parent can run in the child before `take_default_signals`.
     """
     before = _signal.pthread_sigmask(signal.SIG_BLOCK, _signal.valid_signals())
     try:
@@ -60,9 +60,9 @@ def take_default_signals() -> None:
 
 
 def close_sigchld_pipe(read: int, write: int) -> None:
-    """In a new process: give SIGCHLD its default action, unblock all signals, and close the parent's pipe.
+    """Give SIGCHLD its default action, unblock all signals, and close the parent's pipe. Call it in a new process.
 
-    For a child of a process that called `take_default_signals` and `open_sigchld_pipe`, and set no other handlers.
+    The parent must have called `take_default_signals` and `open_sigchld_pipe`, and set no other handlers.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -94,10 +94,9 @@ def unshare_directory_and_umask() -> None:
 def kill(pidfd: int, pid: int, uid: int | None = None, number: int = signal.SIGKILL) -> None:
     """Signal a process, also one of another user if the calling thread holds CAP_SETUID.
 
-    Without CAP_KILL the thread takes the target's uid as its effective uid for the moment of the call; CAP_SETUID must
-    be in its permitted set. Its real uid stays, so that the other user cannot signal it meanwhile. ``uid`` is that of
-    the target, if known; otherwise it is read. Does nothing if the process has ended. Raises `KernelError`. Source:
-    kill(2).
+    Without CAP_KILL the thread takes the target's uid as its effective uid during the call; CAP_SETUID must be
+    permitted. The real uid stays, so that the other user cannot signal the thread meanwhile. ``uid`` is that of the
+    target; None reads it. Does nothing if the process has ended. Raises `KernelError`. Source: kill(2).
     """
     with contextlib.suppress(ProcessLookupError):
         try:
@@ -137,9 +136,9 @@ def _kill_as(uid: int, pidfd: int, number: int, state: capability.State) -> None
 def join_new_session_keyring() -> None:
     """Give the calling thread a new, empty session keyring: keyctl(2), KEYCTL_JOIN_SESSION_KEYRING.
 
-    The inherited one is shared with whatever started the server. The new one is charged to the current user. Does
-    nothing if the kernel has no keyrings or a seccomp filter forbids the call. Raises `KernelError`: EDQUOT if that
-    user has too many keys (kernel.keys.maxkeys).
+    The inherited keyring is shared with the process that started the server. The kernel charges the new one to the
+    current user. Does nothing if the kernel has no keyrings or a seccomp filter forbids the call. Raises `KernelError`:
+    EDQUOT if that user has too many keys (kernel.keys.maxkeys).
     """
     try:
         syscall("keyctl", _KEYCTL_JOIN_SESSION_KEYRING, 0)
@@ -163,7 +162,7 @@ def open_sigchld_pipe() -> tuple[int, int]:
 
 
 def drain(descriptor: int) -> None:
-    """Read all that is there from a non-blocking descriptor, and drop it."""
+    """Read and discard all available data of a non-blocking descriptor."""
     with contextlib.suppress(BlockingIOError):
         while os.read(descriptor, 4096):
             pass
@@ -177,7 +176,7 @@ def reap_unknown_children(known: Collection[int]) -> None:
         except ChildProcessError:
             return
         if ended is None or ended.si_pid in known:
-            return  # it may hide others: call again after it was reaped
+            return  # this child may hide others: call again after reaping it
         posix.waitpid(ended.si_pid, 0)
 
 
@@ -210,9 +209,9 @@ def raise_descriptor_limit(wanted: int) -> None:
 def shared_descriptors(private: str) -> list[int]:
     """Return the open descriptors above 2 that a child running untrusted code must not have.
 
-    These are sockets, pipes, epolls and the like, which are shared with the parent and every other child;
-    files of the cgroup tree; and regular files whose target begins with ``private``. Other regular files, directories
-    and devices stay: the application may have opened them while it was loaded.
+    These are sockets, pipes, epolls and the like, which the parent and all its children share. They are also the files
+    of the cgroup tree, and the regular files whose target begins with ``private``. Other regular files, directories and
+    devices stay: the application may have opened them while it was loaded.
     """
     found: list[int] = []
     for name in os.listdir(_DESCRIPTORS):
@@ -237,8 +236,8 @@ def shared_descriptors(private: str) -> list[int]:
 def replace_with_closed_socket(descriptor: int) -> None:
     """Replace ``descriptor`` by a socket whose peer is closed.
 
-    After a plain close, code that still has the number would write into whatever is opened next. This socket gives end
-    of file and EPIPE instead.
+    After a plain close, code that still has the number would write to the next file opened under it. This socket gives
+    end of file and EPIPE instead.
     """
     end, peer = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:

@@ -1,6 +1,6 @@
-"""The system calls that Python's standard library lacks, through ctypes.
+"""Make the system calls that Python's standard library lacks, through ctypes.
 
-A call is judged by its return value, never by errno alone (errno may be left over from before).
+The return value decides whether a call failed, never errno alone: errno may be left over from an earlier call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from rcon_plugins.errors import KernelError
 
-#: prctl(2): the signal that this process gets when the thread that forked it ends.
+#: prctl(2): send this process a signal when the thread that forked it ends.
 PR_SET_PDEATHSIG = 1
 PR_SET_KEEPCAPS = 8
 PR_CAPBSET_DROP = 24
@@ -26,10 +26,10 @@ PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_LOWER = 3
 
-#: unshare(2): a working directory, root directory and umask of its own.
+#: unshare(2): give the thread its own working directory, root directory and umask.
 CLONE_FS = 0x00000200
 
-# By machine. The functions of these names in glibc change every thread of the process, or do not exist.
+# The numbers by machine. The functions of these names in glibc change every thread of the process, or do not exist.
 _NUMBERS = {
     "x86_64": {
         "setgroups": 116,
@@ -54,7 +54,7 @@ _NUMBERS = {
 # Since Linux 5.0 a new system call has the same number on both.
 _SINCE_5 = {"landlock_create_ruleset": 444, "landlock_add_rule": 445, "landlock_restrict_self": 446}
 
-#: poll(2): the same numbers on all machines. POLLERR and POLLHUP are reported unasked.
+#: poll(2): the same numbers on all machines. The kernel always reports POLLERR and POLLHUP.
 POLLIN = 0x001
 POLLPRI = 0x002
 _POLLERR = 0x008
@@ -84,10 +84,10 @@ def _number(name: str) -> int:
 
 
 def syscall(name: str, *arguments: Any) -> int:
-    """Call ``name`` without the C library's wrapper, for the calling thread alone; return the result.
+    """Call ``name`` without the C library's wrapper, for the calling thread alone, and return the result.
 
-    Integers are passed as long, with zeros up to five; everything else as ctypes passes it. Raises `KernelError` with
-    the call as its path.
+    Passes integers as long, everything else as ctypes does, and adds zeros up to five arguments. Raises `KernelError`
+    whose path is the name of the call.
     """
     passed = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     passed += [ctypes.c_long(0)] * (5 - len(passed))
@@ -106,9 +106,9 @@ def _syscall() -> Any:
 
 
 def prctl(option: int, argument: int) -> None:
-    """Call prctl(2) with one argument, for the calling thread or process depending on the option.
+    """Call prctl(2) with one argument. The option decides whether it acts on the calling thread or process.
 
-    Raises `KernelError` when the kernel refuses.
+    Raises `KernelError` if the kernel refuses.
     """
     if _libc().prctl(option, ctypes.c_ulong(argument), 0, 0, 0) != 0:
         number = ctypes.get_errno()
@@ -118,17 +118,17 @@ def prctl(option: int, argument: int) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Call unshare(2): the calling thread no longer shares what ``flags`` name. Raises `KernelError`."""
+    """Call unshare(2): give the calling thread its own copies of the resources in ``flags``. Raises `KernelError`."""
     if _libc().unshare(ctypes.c_int(flags)) != 0:
         number = ctypes.get_errno()
         raise KernelError(f"unshare({flags:#x}): {os.strerror(number)}", errno=number, path="unshare")
 
 
 def disconnect(descriptor: int) -> None:
-    """connect(2) with AF_UNSPEC: reset a TCP connection at once; threads that wait for it get an error.
+    """Reset a TCP connection at once: connect(2) with AF_UNSPEC. Threads that wait for it get an error.
 
-    Unsent data is dropped, and no end of the connection is sent. Raises `KernelError`: EINVAL for other kinds of
-    sockets, EBUSY from kernels that do not do it while a thread waits (6.4 to 6.6).
+    The kernel drops unsent data, and sends no end of the connection. Raises `KernelError`: EINVAL for other kinds of
+    sockets, EBUSY while a thread waits on kernels that then refuse (6.4 to 6.6).
     """
     nowhere = bytes(16)  # a sockaddr, whose family is AF_UNSPEC
     if _libc().connect(ctypes.c_int(descriptor), nowhere, ctypes.c_uint(len(nowhere))) != 0:
@@ -143,7 +143,7 @@ def poll_readable(descriptors: Iterable[int], timeout: float | None) -> set[int]
 
 
 def poll(wanted: Mapping[int, int], timeout: float | None) -> dict[int, int]:
-    """Call poll(2) for up to ``timeout`` seconds; ``wanted`` gives the events of each descriptor.
+    """Call poll(2) for up to ``timeout`` seconds. ``wanted`` gives the events of each descriptor.
 
     See `Poll`. Raises `KernelError`.
     """
@@ -151,9 +151,9 @@ def poll(wanted: Mapping[int, int], timeout: float | None) -> dict[int, int]:
 
 
 class Poll:
-    """poll(2) on a fixed set of descriptors; ``wanted`` gives the events of each.
+    """Call poll(2) on a fixed set of descriptors. ``wanted`` gives the events of each.
 
-    The real system call: a library such as gevent may have replaced `select.poll`.
+    This is the real system call: a library such as gevent may have replaced `select.poll`.
     """
 
     def __init__(self, wanted: Mapping[int, int]) -> None:

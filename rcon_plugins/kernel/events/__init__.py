@@ -1,4 +1,4 @@
-"""Report events of cgroups as they happen, with one thread for all cgroups of a process. Knows no policy.
+"""Report events of cgroups as they happen, with one thread for all cgroups of a process. The package knows no policy.
 
 ::
 

@@ -9,18 +9,18 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import capability
 
 Kind = Literal[
-    "memory_high",  # usage went above memory.high, and is slowed down (v2)
+    "memory_high",  # usage went above memory.high, and the kernel throttles allocation (v2)
     "memory_limit",  # usage reached the limit; on v1 only if reclaim did not suffice
-    "oom_kill",  # a process was killed for want of memory
+    "oom_kill",  # the OOM killer ended a process
     "memory_usage",  # usage rose to a threshold of the caller
     "pids_limit",  # a fork failed at the limit of processes
-    "cpu_throttled",  # threads were held back by the CPU quota
+    "cpu_throttled",  # the CPU quota throttled threads
     "pressure",  # threads waited for CPU, memory or IO longer than the trigger allows (PSI)
     "empty",  # the last process left or ended
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-#: How often the thread polls what the kernel does not notify of, seconds.
+#: The interval at which the thread polls events that the kernel does not notify of, seconds.
 POLLED_SECONDS = 0.25
 
 #: The step of a PSI trigger's window without CAP_SYS_RESOURCE (Documentation/accounting/psi.rst; Linux 6.4).
@@ -30,12 +30,14 @@ _WINDOW = (0.5, 10.0)
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened to a cgroup.
+    """One event of a cgroup.
 
-    ``count`` is how often it happened since the last event of this kind, ``total`` since the cgroup was made (None if
-    not counted). ``limit`` and ``usage`` are the values just after it: bytes of memory; processes and threads; for
-    ``cpu_throttled`` CPUs and the seconds for which threads were throttled; for ``pressure`` the seconds of the trigger
-    and the share of the last ten seconds (0 to 1). None means no limit, or not known. ``when`` is `time.monotonic`.
+    ``count`` counts the occurrences since the last event of this kind, ``total`` those since the cgroup was made (None
+    if not counted). ``when`` is `time.monotonic`.
+
+    ``limit`` and ``usage`` are the values just after the event: bytes of memory, or a number of processes and threads.
+    For ``cpu_throttled`` they are CPUs, and the seconds for which threads were throttled. For ``pressure`` they are the
+    seconds of the trigger, and the share of the last ten seconds (0 to 1). None means no limit, or not known.
     """
 
     kind: Kind
@@ -45,7 +47,7 @@ class Event:
     total: int | None = None
     limit: float | None = None
     usage: float | None = None
-    #: Of ``pressure``: the resource, and whether some or all threads waited for it.
+    #: For ``pressure``: the resource, and whether some or all threads waited for it.
     resource: Literal["cpu", "memory", "io"] | None = None
     share: Literal["some", "full"] | None = None
 
@@ -54,9 +56,9 @@ class Event:
 class Pressure:
     """A pressure trigger: report when threads waited ``stall`` seconds within a ``window`` of seconds.
 
-    ``some``: at least one thread waited; ``full``: all of them did, at once. The window is 0.5 to 10 s; without
-    CAP_SYS_RESOURCE a multiple of 2 s. Raises ValueError for values that no kernel accepts.
-    Source: Documentation/accounting/psi.rst.
+    ``some``: at least one thread waited. ``full``: all threads waited at once. The window is 0.5 to 10 s; without
+    CAP_SYS_RESOURCE it must be a multiple of 2 s. Raises ValueError for values that no kernel accepts. Source:
+    Documentation/accounting/psi.rst.
     """
 
     resource: Literal["cpu", "memory", "io"]

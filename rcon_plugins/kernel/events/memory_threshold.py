@@ -1,4 +1,4 @@
-"""A threshold of memory: notify when a cgroup needs that much, and on v2 throttle it there."""
+"""Notify when a cgroup needs a given amount of memory, and on v2 throttle it there."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.cgroup import Cgroup
     from rcon_plugins.kernel.events.watcher import Watch, Watcher
 
-#: Shares of the threshold that must be in use, and in use beyond page cache, for it to count as reached on v2: an event
-#: may be late, and belong to a lower threshold.
+#: On v2 a threshold counts as reached if these shares of it are in use, and in use beyond page cache. An event alone
+#: does not suffice: it may be late, and belong to a lower threshold.
 _IN_USE = 0.97
 _REALLY = 15 / 16
 
 
 class MemoryThreshold:
-    """Calls ``callback`` in the watcher's thread when the cgroup needs the memory given to `move`.
+    """Call ``callback`` in the watcher's thread when the cgroup needs the memory given to `move`.
 
-    On v2 it may also be called early: check `is_reached`. Unmapped page cache does not count, since the kernel reclaims
-    it by itself. On v2 the threshold is ``memory.high``: processes above it are throttled until it moves. On v1 it only
-    notifies: stopping processes there (``memory.oom_control``) would make system calls fail with ENOMEM or EFAULT. The
-    memory limit of the cgroup is not changed.
+    Unmapped page cache does not count: the kernel reclaims it by itself. The memory limit of the cgroup stays as it is.
+
+    On v2 the threshold is ``memory.high``, which throttles processes above it until it moves. The callback may come
+    early there: check `is_reached`. On v1 the threshold only notifies. Stopping processes there
+    (``memory.oom_control``) would make system calls fail with ENOMEM or EFAULT.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class MemoryThreshold:
         self._closed = False
         self._identity = files.identity(cgroup.directories[0])
         branches = zip(cgroup.mounts, cgroup.directories, strict=True)
-        #: The directory in which memory is accounted, and whether that is v2.
+        #: The directory in which memory is accounted, and whether it is on v2.
         self._directory, self._slows = next(
             (
                 (directory, mount.version == 2)
@@ -85,9 +86,9 @@ class MemoryThreshold:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep all threads and processes from moving the threshold of this cgroup meanwhile. Hold it only briefly.
+        """Keep other threads and processes that use this lock from moving the threshold. Hold it only briefly.
 
-        An advisory lock on its directory (flock(2)). Raises KernelError.
+        Takes an advisory lock on the cgroup's directory (flock(2)). Raises KernelError.
         """
         with files.locked(self.cgroup.directories[0]):
             yield

@@ -1,4 +1,4 @@
-"""Open the sources of the wanted events of a cgroup; refuse, with the reason, what its hierarchy cannot report."""
+"""Open the sources of a cgroup's events. Refuse, with the reason, events that its hierarchy cannot report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Opening:
     def __init__(self, cgroup: Cgroup, optional: bool) -> None:
         self.cgroup = cgroup
         self.path = cgroup.path
-        #: Leave out what cannot be reported: the caller named no kinds.
+        #: Leave out events that cannot be reported: the caller named no kinds.
         self.optional = optional
         self.sources: list[Source] = []
         self._branches = list(zip(cgroup.mounts, cgroup.directories, strict=True))
@@ -70,10 +70,10 @@ def open_sources(
     needs: Collection[int],
     pressure: Collection[Pressure],
 ) -> list[Source]:
-    """Open the sources of ``kinds`` of events of an existing cgroup; None: of all kinds that it can report.
+    """Open the sources of ``kinds`` of events of an existing cgroup. None opens all kinds that it can report.
 
-    Raises ControllerUnavailable, with the reason, for a named kind that it cannot report; ValueError; KernelError
-    (ENOENT: there is no such cgroup).
+    Raises ControllerUnavailable, with the reason, for a named kind that the cgroup cannot report. Raises ValueError.
+    Raises KernelError (ENOENT: there is no such cgroup).
     """
     unknown = set(kinds or ()) - set(KINDS)
     if unknown:
@@ -151,11 +151,11 @@ def _memory_v2(opening: _Opening, there: str, kinds: frozenset[str]) -> None:
     if "memory_limit" in kinds:
         own["max"] = ("memory_limit", levels("memory.max"))
     if own:
-        # Kernel 5.2. The other file counts the limits of those below as well.
+        # Kernel 5.2. The other file also counts the limits of the cgroups below.
         name = "memory.events.local" if files.is_file(there, "memory.events.local") else "memory.events"
         opening.open(lambda: sources.Counters(path, there, name, own))
     if "oom_kill" in kinds:
-        # Counted where the victim is, and above.
+        # The kernel counts a kill in the cgroup of the victim, and in those above.
         killed: dict[str, tuple[Kind, Levels]] = {"oom_kill": ("oom_kill", levels("memory.max"))}
         opening.open(lambda: sources.Counters(path, there, "memory.events", killed))
 
@@ -192,7 +192,7 @@ def _pids(opening: _Opening) -> Source | None:
     if there is not None and files.is_file(there, "pids.events.local"):  # kernel 6.11
         keys: dict[str, tuple[Kind, Levels]] = {"max": ("pids_limit", levels)}
         return sources.Counters(opening.path, there, "pids.events.local", keys)
-    # Earlier kernels and v1 count it in the cgroup of the forking process; v1 does not notify of it.
+    # Earlier kernels and v1 count a refused fork in the cgroup of the forking process. v1 does not notify of it.
     return sources.PolledCounters(opening.path, "pids_limit", directory, "pids.events", "max", levels)
 
 
@@ -217,7 +217,7 @@ def _pressure(opening: _Opening, pressure: Pressure) -> Source:
 def _populated(opening: _Opening, wanted: bool) -> Source:
     if opening.unified is not None and files.is_file(opening.unified, "cgroup.events"):
         return sources.Populated(opening.path, opening.unified, wanted)
-    # A directory with all of its processes: not that of IO, see V1Branch.entry_directory.
+    # Use a directory with all processes of the cgroup: not that of IO, see V1Branch.entry_directory.
     directory = next(
         (d for d in opening.cgroup.directories if "/blkio/" not in d), opening.cgroup.directories[0]
     )

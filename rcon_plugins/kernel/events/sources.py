@@ -1,6 +1,6 @@
-"""Sources of events: a descriptor that the kernel makes ready, or a file that is polled.
+"""Read events from their sources: descriptors that the kernel makes ready, and files that are polled.
 
-A source belongs to one watch. Only the watcher's thread calls `take`; it raises `Gone` when the cgroup was removed.
+A source belongs to one watch. Only the watcher's thread calls `take`, which raises `Gone` when the cgroup was removed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from rcon_plugins.kernel.cgroup.v1 import count_notices, open_notice
 from rcon_plugins.kernel.events.event import POLLED_SECONDS, Event, Kind, Pressure
 from rcon_plugins.kernel.syscalls import POLLIN, POLLPRI
 
-#: Return the present limit and usage of a cgroup.
+#: Return the current limit and usage of a cgroup.
 Levels = Callable[[], tuple[float | None, float | None]]
 
-#: How long the thread polls after a notification, seconds: v2 notifies of changes to a file at most every 10 ms
-#: (cgroup_file_notify).
+#: The time for which the thread polls after a notification, seconds. v2 notifies of changes to a file at most every
+#: 10 ms (cgroup_file_notify).
 _AFTER_V2 = 0.02
 
 
 class Hurry:
-    """When to poll again after a notification: after 1 ms, then 2, then 4 ..., for that many seconds."""
+    """The pauses between polls after a notification: 1 ms, 2, 4 ..., for so many ``seconds``."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -48,7 +48,7 @@ class Gone(Exception):
 
 
 class Source:
-    """One source of events: ``descriptor`` is polled for ``mask``; ``due`` is when to look without a notification."""
+    """One source of events. The watcher polls ``descriptor`` for ``mask``, and reads at ``due`` in any case."""
 
     descriptor = -1
     mask = POLLPRI
@@ -75,7 +75,7 @@ class Source:
 
 
 class Numbers(Source):
-    """Files of one number each, kept open so that an event is not delayed by opening them. Yields no events."""
+    """Open files of one number each, so that an event need not wait for opening them. Yields no events."""
 
     def __init__(self, directory: str, *names: str) -> None:
         self._open: dict[str, int] = {}
@@ -87,7 +87,7 @@ class Numbers(Source):
             raise
 
     def read(self, name: str) -> int | None:
-        """Return the number; None for "max", and if the cgroup is gone."""
+        """Return the number. Return None for "max", and if the cgroup is gone."""
         try:
             text = os.pread(self._open[name], 64, 0)
         except (KeyError, OSError):  # closed; removed
@@ -137,7 +137,7 @@ class Counters(Source):
 
 
 class PolledCounters(Source):
-    """The sum of a counter over a cgroup and all below it, polled."""
+    """The sum of a counter over a cgroup and all below it. Polled."""
 
     def __init__(self, cgroup: str, kind: Kind, directory: str, name: str, key: str, levels: Levels) -> None:
         self._cgroup = cgroup
@@ -159,7 +159,7 @@ class PolledCounters(Source):
         return found
 
     def hurry(self) -> None:
-        """Poll at once, and soon again: the counter is about to change."""
+        """Poll at once and soon again, because the counter is about to change."""
         self._hurry.begin()
         self.due = 0.0
 
@@ -178,7 +178,7 @@ class PolledCounters(Source):
 
 
 class Throttling(Source):
-    """``cpu.stat``: how often, and for how long, the quota throttled threads. Polled."""
+    """How often, and for how long, the CPU quota throttled threads (``cpu.stat``). Polled."""
 
     def __init__(self, cgroup: str, directory: str, quota: Callable[[], float | None]) -> None:
         self._cgroup = cgroup
@@ -208,7 +208,7 @@ class Throttling(Source):
 
 
 class PolledUsage(Source):
-    """Thresholds of memory usage on v2, polled, since the kernel has none. ``needs``: thresholds of `need`."""
+    """Thresholds of memory usage on v2. Polled, because the kernel has none. ``needs`` are thresholds of `need`."""
 
     def __init__(
         self, cgroup: str, directory: str, thresholds: tuple[int, ...], needs: tuple[int, ...] = ()
@@ -236,31 +236,31 @@ class PolledUsage(Source):
 
 
 def need(directory: str, usage: int) -> int:
-    """Return the used memory that dropping unmapped page cache would not free (``memory.stat``), in bytes.
+    """Return ``usage`` without unmapped page cache (``memory.stat``), in bytes.
 
-    Mapped files, such as programs and libraries, would only be read again.
+    Mapped files, such as programs and libraries, count: if dropped, they would only be read again.
     """
     data = (files.read_if_there(directory, "memory.stat") or "").encode()
 
     def count(*names: bytes) -> int:
-        # v1 has another name for one of them, and another for sums that include the cgroups below.
+        # v1 names file_mapped differently, and prefixes sums that include the cgroups below.
         values = (value_of(data, prefix + name) for prefix in (b"total_", b"") for name in names)
         return next((value for value in values if value is not None), 0)
 
-    # Shared memory counts as mapped, too, and is no page cache.
+    # Shared memory also counts as mapped, but is no page cache.
     mapped = max(0, count(b"file_mapped", b"mapped_file") - count(b"shmem"))
     cache = count(b"active_file") + count(b"inactive_file")
     return max(0, usage - max(0, cache - mapped))
 
 
 class Populated(Source):
-    """``cgroup.events`` (v2, and the v2 side of a hybrid): whether any process is here or below."""
+    """Whether any process is in the cgroup or below (``cgroup.events`` on v2 and the v2 side of a hybrid)."""
 
     def __init__(self, cgroup: str, directory: str, wanted: bool) -> None:
         self._cgroup = cgroup
         self._directory = directory
         self._wanted = wanted
-        # A change right after a notification is notified later, or never if the cgroup is removed before.
+        # The kernel notifies late of a change right after a notification, or never if the cgroup is removed before.
         self._hurry = Hurry(_AFTER_V2)
         self._hurry.begin()
         self.due = 0.0
@@ -284,12 +284,12 @@ class Populated(Source):
             if self._last[0] and self._wanted:
                 yield Event("empty", self._cgroup, now)
             raise
-        # Notified, yet unchanged: a process entered and left in between.
+        # A notification without a change: a process entered and left in between.
         left = self._last[0] or (self.ready and state == self._last)
         self._last = state
         if self.ready:
             self._hurry.begin()
-        # Its removal is not notified either.
+        # The kernel does not notify of the removal either.
         pause = self._hurry.next() or (None if state[0] else POLLED_SECONDS)
         self.due = None if pause is None else now + pause
         if left and not state[0] and self._wanted:
@@ -377,7 +377,10 @@ class _EventFd(Source):
 
 
 class Threshold(_EventFd):
-    """A threshold of memory usage on v1: notified when crossed, up or down. ``of_need``: a threshold of `need`."""
+    """A threshold of memory usage on v1. The kernel notifies of crossings up and down.
+
+    ``of_need`` makes it a threshold of `need`.
+    """
 
     def __init__(self, cgroup: str, directory: str, threshold: int, of_need: bool = False) -> None:
         super().__init__(cgroup, directory, "memory.usage_in_bytes", str(threshold))
@@ -412,7 +415,7 @@ class Threshold(_EventFd):
 
 
 class OutOfMemory(_EventFd):
-    """v1: usage reached the limit and reclaim did not suffice; a kill is next."""
+    """Out-of-memory notifications of v1: usage reached the limit, reclaim did not suffice, and a kill follows."""
 
     def __init__(
         self, cgroup: str, directory: str, levels: Levels, deaths: PolledCounters | None, wanted: bool
@@ -438,14 +441,14 @@ class OutOfMemory(_EventFd):
         hits = self._read_hits()
         rose, self._hits = hits > self._hits, hits
         limit, usage = self._levels()
-        # A cgroup above that reached its limit notifies here, too. By now the processes may be dead, and with
-        # swap_max 0 nothing is counted (6.18): then the peak decides.
+        # A cgroup above at its limit notifies here, too. By now the processes may be dead. With swap_max 0 the kernel
+        # counts no hits (6.18), and the peak decides.
         if self._wanted and count and limit is not None and (rose or self._peak() >= 0.95 * limit):
             yield Event("memory_limit", self._cgroup, now, count, None, limit, usage)
 
 
 class PolledPopulated(Source):
-    """Whether any process is here or below, if only v1 is mounted. Polled."""
+    """Whether any process is in the cgroup or below, if only v1 is mounted. Polled."""
 
     def __init__(self, cgroup: str, directory: str, wanted: bool) -> None:
         self._cgroup = cgroup

@@ -1,4 +1,4 @@
-"""The thread that waits for the events of all watched cgroups of a process."""
+"""Wait in one thread for the events of all watched cgroups of a process."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("rcon")
 
-#: Under a cooperative library, whose event loop knows no priority events: how often the thread polls, seconds.
+#: The interval of polling under a cooperative library, whose event loop has no priority events, seconds.
 COOPERATIVE_SECONDS = 0.01
-#: The most watches that wait to be closed by the thread; then `Watcher.add` waits.
+#: The most watches that may wait for the thread to close them. With more, `Watcher.add` waits.
 _MOST_CLOSING = 256
 
 
 class Watch:
-    """One watched cgroup. ``gone``: it was removed, and no more events will come."""
+    """One watched cgroup. ``gone``: the cgroup was removed, and no more events come."""
 
     def __init__(
         self,
@@ -120,9 +120,9 @@ class Watch:
 class Watcher:
     """One thread that reports the events of any number of cgroups. Thread-safe.
 
-    The thread runs while a cgroup is watched. It belongs to the process that made it: a fork has neither the thread nor
-    the watches, and `add` refuses there. Callbacks run in the thread, one at a time; a slow one delays the others.
-    Under gevent the thread is a greenlet that polls every `COOPERATIVE_SECONDS`.
+    The thread runs while a cgroup is watched. It belongs to the process that made it. A fork has neither the thread nor
+    the watches, and `add` raises there. Callbacks run in the thread, one at a time; a slow one delays the others. Under
+    gevent the thread is a greenlet that polls every `COOPERATIVE_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ class Watcher:
         self._closing: list[Watch] = []
         self._jobs: deque[Callable[[], object]] = deque()
         self._wake = -1
-        #: The present thread, and the last one, which may still be ending.
+        #: The current thread, and the last one, which may still be ending.
         self._thread: threading.Thread | None = None
         self._last: threading.Thread | None = None
 
@@ -149,10 +149,10 @@ class Watcher:
     ) -> Watch:
         """Call ``callback`` with each event of an existing cgroup, until the watch is closed or the cgroup is removed.
 
-        ``kinds`` are the kinds wanted; None is all that the cgroup can report. ``thresholds`` (bytes) add
-        ``memory_usage``; so do ``needs``, thresholds of memory that dropping the page cache would not free.
+        ``kinds`` are the kinds to report; None means all that the cgroup can report. ``thresholds`` (bytes) add
+        ``memory_usage`` events. So do ``needs``, which are thresholds of memory beyond unmapped page cache.
         ``pressure`` adds pressure events. ``on_gone`` is called once if the cgroup is removed before the watch is
-        closed. Raises ControllerUnavailable, with the reason, for a named kind that cannot be reported here;
+        closed. Raises ControllerUnavailable, with the reason, for a named kind that cannot be reported here. Raises
         KernelError, ValueError.
         """
         if os.getpid() != self._pid:
@@ -184,7 +184,7 @@ class Watcher:
                 os.eventfd_write(self._wake, 1)
 
     def remove(self, watch: Watch) -> None:
-        """Remove a watch; the thread closes its descriptors soon."""
+        """Remove a watch. The thread closes its descriptors soon."""
         if os.getpid() != self._pid:  # a fork has neither the thread nor the holder of a lock
             watch.closed = True
             for source in watch.sources:
@@ -212,7 +212,7 @@ class Watcher:
                 return
             if time.monotonic() > deadline:
                 return
-            # Again: a running callback may have added a watch meanwhile.
+            # Repeat: a running callback may have added a watch meanwhile.
             thread.join(0.05)
 
     def __enter__(self) -> Watcher:
@@ -242,7 +242,7 @@ class Watcher:
                     self._wake = -1
             for job in jobs:
                 _do(job)
-            # Only here, where nothing is polled: a closed number may be reused at once.
+            # Close only here, while nothing is polled: the number of a closed descriptor may be reused at once.
             for watch in closing:
                 _close(watch)
             if not watched:
@@ -255,7 +255,7 @@ class Watcher:
                 pass
 
     def _wait_once(self, waiting: _Waiting, wake: int, watched: list[tuple[Source, Watch]]) -> bool:
-        """Wait once, and report the events; return whether the thread was woken."""
+        """Wait once, and report the events. Return whether the thread was woken."""
         dues = [source.due for source, _ in watched if source.due is not None]
         try:
             ready = waiting.wait(min(dues) if dues else None)
@@ -275,7 +275,10 @@ class Watcher:
 
 
 class _OfProcess:
-    """The watcher that a program shares. Another thread may have held the lock when a child was forked."""
+    """The watcher that a program shares.
+
+    A new child calls `forget`: another thread may have held the lock at the fork.
+    """
 
     def __init__(self) -> None:
         self.forget()
@@ -291,10 +294,7 @@ os.register_at_fork(after_in_child=_of_process.forget)
 
 
 def watcher_of_process() -> Watcher:
-    """Return the watcher that all of a program shares; made at the first call.
-
-    A fork gets a new one.
-    """
+    """Return the watcher that the whole program shares. The first call makes it; a fork makes a new one."""
     with _of_process.lock:
         if _of_process.watcher is None:
             _of_process.watcher = Watcher()
@@ -306,7 +306,7 @@ class _Waiting:
 
     def __init__(self, wanted: dict[int, int]) -> None:
         self._poll: select.poll | None = None
-        # A cooperative library removes it, or replaces it by one that would not wake up for these files.
+        # A cooperative library removes select.poll, or replaces it by one that would not wake up for these files.
         if getattr(getattr(select, "poll", None), "__module__", "") == "select":
             self._poll = select.poll()
             for descriptor, mask in wanted.items():
@@ -315,7 +315,7 @@ class _Waiting:
             self._system = Poll(wanted)
 
     def wait(self, until: float | None) -> dict[int, int]:
-        """Return what is ready; wait for it until ``until`` (`time.monotonic`). Raises KernelError, OSError."""
+        """Wait until ``until`` (`time.monotonic`), and return the ready descriptors. Raises KernelError, OSError."""
 
         def remaining() -> float | None:
             return None if until is None else max(0.0, until - time.monotonic())
