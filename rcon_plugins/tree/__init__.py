@@ -1,1 +1,1 @@
-"""The cgroup tree of one owner: made, filled with processes that ran before, and cleared away after it."""
+"""Make the cgroup tree of one owner, attach running processes to it, and remove it afterwards."""

@@ -1,8 +1,8 @@
 """Attach running processes to a group with limits, and release them: ``rcon attach``.
 
-A watcher (`attach_watcher`), a small process that outlives the command and its terminal, owns the instance. It waits
-for the processes to end and then removes the group. On SIGTERM it first moves them back to where they came from. If it
-is killed, the next start or ``rcon gc`` moves them back. Attached processes are never killed.
+A small process, the watcher (`attach_watcher`), owns the instance and outlives the command and its terminal. It waits
+for the processes to end, and then removes the group. On SIGTERM it first moves them back to their previous cgroups. If
+the watcher is killed, the next start or ``rcon gc`` moves them back. Attached processes are never killed.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from rcon_plugins.tree.instance import Instance
 from rcon_plugins.tree.previous_cgroups import PreviousCgroups
 from rcon_plugins.tree.survey import INSTANCE_NAME
 
-#: How often the processes that were forked meanwhile are attached, too.
+#: The most rounds of attaching processes that were forked meanwhile.
 _ATTEMPTS = 20
 
 
 class AttachRefused(RconError):
-    """Raised when a process cannot be attached. Then none is."""
+    """Raised when a process cannot be attached. In that case no process is attached."""
 
 
 class AttachRequest(NamedTuple):
     """The processes to attach, and the ``group`` for them.
 
-    ``resources`` are the limits of the group. ``children``: attach all descendants, too. ``monitor``
-    is called with the group before any process is in it; it may start threads in the watcher, and returns the function
+    ``resources`` are the limits of the group. ``children``: attach all descendants, too. `attach` calls ``monitor``
+    with the group before any process is in it. ``monitor`` may start threads in the watcher, and returns the function
     that stops them.
     """
 
@@ -48,7 +48,7 @@ class AttachRequest(NamedTuple):
 
 
 def check(pids: Iterable[int], hierarchy: Hierarchy) -> None:
-    """Raise `AttachRefused`, with the remedy, for the first process that this one cannot attach."""
+    """Raise `AttachRefused`, with the remedy, for the first process that the calling process cannot attach."""
     for pid in pids:
         if pid == os.getpid():
             raise AttachRefused(f"process {pid} is rcon itself (name another process; $$ is the shell)")
@@ -82,7 +82,7 @@ def _check_cgroups(pid: int, hierarchy: Hierarchy) -> None:
 
 
 def not_restorable(pids: Iterable[int], hierarchy: Hierarchy) -> list[int]:
-    """Return the processes that this user may attach, but not move back to their present cgroups."""
+    """Return the processes that this user may not move back to their current cgroups."""
     if os.geteuid() == 0:
         return []
     mounts = {mount.path: mount for mount in hierarchy.limit_mounts}
@@ -91,7 +91,7 @@ def not_restorable(pids: Iterable[int], hierarchy: Hierarchy) -> list[int]:
         try:
             paths = previous_cgroups.cgroups_of(pid, hierarchy.cgroup("/"))
         except KernelError:
-            continue  # it has ended, and `attach` refuses it
+            continue  # the process has ended, and `attach` refuses it
         targets = [f"{mounts[at].directory(path)}/cgroup.procs" for at, path in paths.items() if at in mounts]
         if not all(os.access(target, os.W_OK) for target in targets):
             found.append(pid)
@@ -99,9 +99,9 @@ def not_restorable(pids: Iterable[int], hierarchy: Hierarchy) -> list[int]:
 
 
 def attach(request: AttachRequest, hierarchy: Hierarchy, base: str | None = None) -> list[int]:
-    """Attach all processes, or none, and leave a watcher behind; return the processes that were attached.
+    """Attach all processes, or none, and start a watcher. Return the attached processes.
 
-    Raises `AttachRefused`, `KernelError`, and what ``monitor`` raises.
+    Raises `AttachRefused`, `KernelError`, and any exception of ``monitor``.
     """
     check(request.pids, hierarchy)
     reading, writing = os.pipe()
@@ -132,7 +132,7 @@ def _become_watcher(request: AttachRequest, hierarchy: Hierarchy, base: str | No
 
     try:
         os.setsid()
-        # The terminal may go away, and no signal may end this process half way.
+        # The terminal may close, and no signal may end this process before it is done.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, attach_watcher.SIGNALS)
@@ -234,7 +234,7 @@ def _descendants(pids: set[int]) -> set[int]:
 
 
 def _watch(instance: Instance, group: Cgroup, stop: Callable[[], object] | None) -> NoReturn:
-    """Go on as the watcher: executed anew, to be small, unless ``stop`` ends threads that must run on."""
+    """Become the watcher. Execute its program anew to save memory, unless ``stop`` ends threads that must go on."""
     if not instance.needs_adoption and stop is None:
         command = [
             sys.executable,
@@ -255,9 +255,10 @@ def _watch(instance: Instance, group: Cgroup, stop: Callable[[], object] | None)
 
 
 def release_group(group: Cgroup, instance: str, timeout: float = 10.0) -> None:
-    """Move all processes of a group back to where they came from, and remove it; its watcher does that if it lives.
+    """Move all processes of a group back to their previous cgroups, and remove the group.
 
-    Raises KernelError: ETIMEDOUT if the watcher does not, EACCES if another user owns the group.
+    The watcher does it if it is alive. Raises KernelError: ETIMEDOUT if the watcher does not do it in time, EACCES if
+    another user owns the group.
     """
     pid = int(instance.split("-")[1])
     uid = previous_cgroups.other_owner(group)
@@ -288,7 +289,7 @@ def release_group(group: Cgroup, instance: str, timeout: float = 10.0) -> None:
 
 
 def release_process(pid: int, group: Cgroup, instance: str) -> None:
-    """Move one process back to where it came from; the watcher ends after the last one. Raises KernelError."""
+    """Move one process back to its previous cgroups. The watcher ends after the last process. Raises KernelError."""
     uid = previous_cgroups.other_owner(group)
     if uid is not None:
         raise _not_permitted(group, uid)
@@ -306,7 +307,7 @@ def _not_permitted(group: Cgroup, uid: int) -> KernelError:
 
 
 def _signal(instance: str, number: int) -> bool:
-    """Signal the watcher of an instance; return False if it is dead."""
+    """Send a signal to the watcher of an instance. Return False if it is dead."""
     _, pid, started = instance.split("-")[:3]
     try:
         descriptor = os.pidfd_open(int(pid))

@@ -1,7 +1,7 @@
-"""The watcher of an attached group: the process that ``rcon attach`` leaves behind. Also a program.
+"""Run the watcher of an attached group, the process that ``rcon attach`` starts. Also executed as a program.
 
-It owns the instance, waits for the processes to end, and removes the group. On SIGTERM it first moves the processes
-back to where they came from. If it is killed, the next start or ``rcon gc`` does that.
+The watcher owns the instance, waits for the processes to end, and removes the group. On SIGTERM it first moves the
+processes back to their previous cgroups. If the watcher is killed, the next start or ``rcon gc`` does that.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from rcon_plugins.tree import previous_cgroups
 from rcon_plugins.tree.instance import Instance
 
-#: SIGTERM: move all processes back and end. SIGUSR1: check the group again. Blocked before a process becomes a watcher.
+#: SIGTERM: move all processes back and end. SIGUSR1: check the group again. Both stay blocked until `watch` runs.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-#: How long to wait before checking again while an ended process is still listed, milliseconds.
+#: The pause before another check while the cgroup still lists an ended process, milliseconds.
 _PAUSE = 100
 
 
 def main(base: str, name: str, group: str) -> None:
-    """Watch a group of the instance that this process made before it executed this program."""
+    """Watch a group. This process made the instance before it executed this program."""
     instance = Instance(Hierarchy.discover().narrowed(base), base, name, None)
     watch(instance, instance.attached(group))
 
 
 def name_of(instance: Instance) -> str:
-    """Return ``rcon-<pid>-<starttime>``."""
+    """Return the name of an instance: ``rcon-<pid>-<starttime>``."""
     return instance.path.rpartition("/")[2]
 
 
 def watch(instance: Instance, group: Cgroup, stop: Callable[[], object] | None = None) -> None:
-    """Wait until the group is empty or SIGTERM arrives; move back what is left, and remove everything. KernelError.
+    """Wait until the group is empty or SIGTERM arrives. Then move the remaining processes back, and remove everything.
 
-    ``stop`` is called first: it ends the threads that monitor the group.
+    Before that, call ``stop``, which ends the threads that monitor the group. Raises KernelError.
     """
     wakeup, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -58,7 +58,7 @@ def watch(instance: Instance, group: Cgroup, stop: Callable[[], object] | None =
 
 
 def release(instance: Instance, group: Cgroup) -> None:
-    """Move the processes of the group back to where they came from, and remove everything. Raises KernelError."""
+    """Move the processes of the group back to their previous cgroups, and remove everything. Raises KernelError."""
     if not previous_cgroups.restore(group, previous_cgroups.load(name_of(instance))):
         group.delete()
         previous_cgroups.forget(name_of(instance))
@@ -78,7 +78,7 @@ def _wait_for(pid: int, wakeup: int) -> None:
         waiting.register(descriptor, select.POLLIN)
         if any(ready == descriptor for ready, _ in waiting.poll()):
             waiting.unregister(descriptor)
-            waiting.poll(_PAUSE)  # the cgroup lists it until it is reaped
+            waiting.poll(_PAUSE)  # the cgroup lists the process until it is reaped
     finally:
         os.close(descriptor)
 

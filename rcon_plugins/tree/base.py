@@ -1,4 +1,4 @@
-"""Which part of the cgroup tree is ours to write, or what would make one so."""
+"""Find a base: a cgroup in which this process may make others. Without one, explain how to get it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,26 @@ from rcon_plugins.tree.survey import INSTANCE_NAME
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
 
-#: The base for root where nothing was delegated.
+#: The base for root if nothing was delegated.
 ROOT_BASE = "/rcon"
 
 
 def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[], None] | None = None) -> str:
-    """The path of a cgroup that is ours to make others in; it exists when this returns.
+    """Return the path of an existing cgroup in which this process may make others: the base.
 
-    In this order: ``setting``; the cgroup this process is in, if it is alone there and may write it (or,
-    where it is in the tree of a server, the base of that, if it may write it; or, in a unit with
-    DelegateSubgroup=, that of the unit); on v2, what ``ask`` has this process moved into, which raises
-    DelegationError where that cannot be; for root ``/rcon``; on v1, the one that root gave this user. The
-    scope and ``/rcon`` not out of a unit of systemd's that has limits. In a group that holds it to limits,
-    only inside of that: see :mod:`.nested`.
-    Raises DelegationError with the exact remedy, ValueError for a setting that is no path.
+    The first of these that applies:
+
+    1. ``setting``, which is made if it is missing.
+    2. In the tree of a server: the base of that server, if this process may write it.
+    3. The cgroup delegated to this process, its own or the one above: see `given`.
+    4. On v2: the scope that ``ask`` moves this process into. ``ask`` raises DelegationError if it cannot.
+    5. For root: ``/rcon``.
+    6. On v1: the one cgroup that root gave to this user.
+
+    On v2 with ``ask``, a process in a systemd unit with limits gets neither the scope nor ``/rcon``: both would be
+    outside of these limits. If a group holds this process to limits, the base is inside that group: see :mod:`.nested`.
+
+    Raises DelegationError with the exact remedy, and ValueError if ``setting`` is not a path.
     """
     if setting is None and any(mount.root.startswith("/..") for mount in hierarchy.limit_mounts):
         raise DelegationError(
@@ -86,9 +92,9 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
 
 
 def remove_root_base(hierarchy: Hierarchy, base: str) -> None:
-    """Remove ``base`` where it is ``/rcon``, root's, and this process root's too, which may have made it.
+    """Remove ``base`` if it is ``/rcon``, belongs to root, and this process runs as root, which may have made it.
 
-    It stays while others have something in it, and where root has given it to a user. Raises KernelError.
+    It stays while it has processes or cgroups of others, or if root has given it to a user. Raises KernelError.
     """
     if base != ROOT_BASE or os.geteuid() != 0:
         return
@@ -98,10 +104,11 @@ def remove_root_base(hierarchy: Hierarchy, base: str) -> None:
 
 
 def given(hierarchy: Hierarchy) -> str | None:
-    """What was given to this process with the cgroup it is in: that itself, or what is around it.
+    """Return the cgroup delegated to this process: its own, or the one above; None if neither is.
 
-    The one around, if nothing runs there: of a unit with DelegateSubgroup= (systemd 254), or a directory
-    of this user's in which root made one for its processes.
+    Its own cgroup counts if this process is alone in it and may write it. The one above counts if no process is in it:
+    it belongs to a unit with DelegateSubgroup= (systemd 254), or it is a directory of this user in which root made a
+    cgroup for this user's processes.
     """
     own = own_cgroup(hierarchy)
     if own is None:
@@ -116,10 +123,10 @@ def given(hierarchy: Hierarchy) -> str | None:
 
 
 def owned_on_v1(hierarchy: Hierarchy) -> list[str]:
-    """The cgroups that root gave to this user by name (chown), where all limits are v1's; none below another of them.
+    """Return the cgroups that root gave to this user (chown), if all limits are on v1; none below another of them.
 
-    There a process may enter them from wherever it is. Each is this user's, and may be written, in every hierarchy that
-    carries limits. Not those within the tree of a server or command, whose limits would hold.
+    On v1 a process may enter such a cgroup from anywhere. This user owns each of them, and may write it, in every
+    hierarchy that carries limits. Leaves out cgroups in the tree of a server or command, whose limits would hold.
     """
     there = hierarchy.limit_mounts
     if any(mount.version == 2 for mount in there):
@@ -130,7 +137,7 @@ def owned_on_v1(hierarchy: Hierarchy) -> list[str]:
         try:
             names = files.subdirectories(there[0].directory(above))
         except KernelError:
-            continue  # what this user may not look into is not its own either
+            continue  # a directory that this user may not read is not its own either
         for name in names:
             path = f"{above.rstrip('/')}/{name}"
             if INSTANCE_NAME.fullmatch(name):
@@ -145,7 +152,7 @@ def owned_on_v1(hierarchy: Hierarchy) -> list[str]:
 
 
 def _has_controllers(hierarchy: Hierarchy, path: str) -> bool:
-    """Whether the cgroup above passes any controllers on to ``path``; on v1 all are there."""
+    """Return whether ``path`` gets any controllers from the cgroup above. True on v1, where it has all."""
     mount = hierarchy.unified
     if mount is None or mount not in hierarchy.limit_mounts:
         return True
@@ -154,9 +161,10 @@ def _has_controllers(hierarchy: Hierarchy, path: str) -> bool:
 
 
 def _is_given(hierarchy: Hierarchy, path: str) -> bool:
-    """Whether somebody gave this cgroup away: systemd, or by its owner, who is this user.
+    """Return whether systemd delegated the cgroup ``path``, or root gave it to this user.
 
-    All below the manager of a user is the user's, and that manager's business.
+    A cgroup below the user's own systemd manager does not count by its owner: the user owns all of them, and the
+    manager is in charge of them.
     """
     directories = [mount.directory(path) for mount in hierarchy.limit_mounts]
     if all(_is_marked(directory) for directory in directories):
@@ -168,9 +176,9 @@ def _is_given(hierarchy: Hierarchy, path: str) -> bool:
 
 
 def _check_may_leave(hierarchy: Hierarchy, own: str | None) -> None:
-    """That a scope elsewhere, or ``/rcon``, does not take this process out of what limits its unit of systemd's has.
+    """Raise DelegationError if the systemd unit of this process has limits, which a scope or ``/rcon`` would escape.
 
-    Its slices do not count, since the scope is in them, too; nor does TasksMax=, which every unit has.
+    Slices do not count, because the scope is in them, too. TasksMax= does not count, because every unit has it.
     """
     unit = own or "/"
     while mounts.is_systemds() and (name := os.path.basename(unit)) and not name.endswith(".slice"):
@@ -189,14 +197,14 @@ def _read_only(hierarchy: Hierarchy) -> bool:
 
 
 def own_cgroup(hierarchy: Hierarchy) -> str | None:
-    """Where this process is, if that is the same path in every hierarchy that carries limits."""
+    """Return the cgroup of this process; None unless it is the same path in every hierarchy that carries limits."""
     own = mounts.parse_membership(files.read_own("cgroup"))
     paths = {mounts.membership(mount, own) for mount in hierarchy.limit_mounts}
     return paths.pop() if len(paths) == 1 else None
 
 
 def _inside(hierarchy: Hierarchy, location: nested.Location, setting: str | None) -> str:
-    """The base of a process that is held to limits: inside of what holds it, or refused."""
+    """Return the base of a process that a group holds to limits. Raises DelegationError unless it is in that group."""
     group = location.boundary or "/"
     base = location.base if setting is None else check_path(setting)
     if setting is not None and not nested.is_within(setting, group):
@@ -235,7 +243,7 @@ def _inside(hierarchy: Hierarchy, location: nested.Location, setting: str | None
 
 
 def _has_room(hierarchy: Hierarchy, base: str) -> bool:
-    """Whether ``base`` can pass controllers on: on v2 it has no processes, or only this one."""
+    """Return whether ``base`` can pass controllers on: on v2 it must have no process but this one."""
     for mount in hierarchy.limit_mounts:
         if mount.version == 2 and files.is_directory(mount.directory(base)):
             try:
@@ -249,7 +257,7 @@ def _has_room(hierarchy: Hierarchy, base: str) -> bool:
 
 
 def _is_writable(hierarchy: Hierarchy, path: str) -> bool:
-    """Whether this process may make cgroups in ``path`` and move processes below it."""
+    """Return whether this process may make cgroups in ``path`` and move processes below it."""
     for mount in hierarchy.limit_mounts:
         directory = mount.directory(path)
         needed = [directory, f"{directory}/cgroup.procs"]
@@ -261,9 +269,9 @@ def _is_writable(hierarchy: Hierarchy, path: str) -> bool:
 
 
 def _is_ours(hierarchy: Hierarchy, path: str, inside: set[str], *, asked: bool = False) -> bool:
-    """Whether this process may write ``path``, and just the processes ``inside`` are there.
+    """Return whether this process may write ``path``, it was delegated, and exactly the processes ``inside`` are in it.
 
-    ``asked``: a manager made it for us, so that it need not be looked for in what managers made.
+    ``asked``: a manager made the cgroup for this process, so that the mark of delegation need not be checked.
     """
     if not _is_writable(hierarchy, path):
         return False
@@ -274,7 +282,7 @@ def _is_ours(hierarchy: Hierarchy, path: str, inside: set[str], *, asked: bool =
         try:
             found = files.read(directory, "cgroup.procs").split()
         except KernelError:
-            # EOPNOTSUPP: a threaded cgroup is no place for ours.
+            # EOPNOTSUPP: a threaded cgroup cannot be a base.
             return False
         if set(found) != inside or not (asked or _was_delegated(mount, path)):
             return False
@@ -282,20 +290,20 @@ def _is_ours(hierarchy: Hierarchy, path: str, inside: set[str], *, asked: bool =
 
 
 def _is_machine_root(mount: Mount, directory: str) -> bool:
-    """Whether this is the root of the machine's tree, where every process begins that nobody has moved."""
+    """Return whether ``directory`` is the root of the machine's tree, in which every process starts by default."""
     if mount.version == 2:
-        # The root of a container's cgroup namespace has this file, the real root has not.
+        # The root of a container's cgroup namespace has this file; the real root does not.
         return not os.path.exists(f"{directory}/cgroup.type")
     return directory == mount.path and mount.root == "/"
 
 
 def _was_delegated(mount: Mount, path: str) -> bool:
-    """Whether systemd, where it manages the tree, gave this cgroup away.
+    """Return whether systemd delegated the cgroup ``path``. True also if systemd does not manage that part of the tree.
 
-    A root process may write everywhere, and a user everywhere below its own manager, but a manager is the
-    single writer of what it did not delegate (https://systemd.io/CGROUP_DELEGATION). The mark is on the
-    unit's cgroup, which with DelegateSubgroup= is the one above. Older managers of users cannot set one;
-    then that of the user's manager itself has none that a user can see either.
+    Root may write everywhere, and a user everywhere below the user's own manager. But a manager must be the only writer
+    of a cgroup that it did not delegate (https://systemd.io/CGROUP_DELEGATION). The mark of delegation is on the unit's
+    cgroup; with DelegateSubgroup= that is the one above. Older user managers cannot set the mark. Then the manager's
+    own cgroup shows the user no mark either, and this returns True.
     """
     if os.geteuid() == 0:
         managed = mounts.is_systemds()
@@ -307,7 +315,7 @@ def _was_delegated(mount: Mount, path: str) -> bool:
 
 
 def _is_marked(directory: str) -> bool:
-    """Whether a systemd manager delegated this cgroup (``user.delegate`` since kernel 5.7)."""
+    """Return whether the directory has systemd's mark of delegation (``user.delegate`` since kernel 5.7)."""
     for name in ("trusted.delegate", "user.delegate"):
         with contextlib.suppress(OSError):
             if os.getxattr(directory, name) == b"1":
@@ -316,14 +324,14 @@ def _is_marked(directory: str) -> bool:
 
 
 def _prepare(hierarchy: Hierarchy, path: str) -> str:
-    """Make ``path`` where it is missing, and see that it can be written."""
+    """Make ``path`` if it is missing, check that it can be written, and return it. Raises DelegationError."""
     for mount in hierarchy.limit_mounts:
         if mount.read_only:
             raise _refused(hierarchy, path, errno.EROFS, f"{mount.path} is mounted read-only")
     cgroup = hierarchy.cgroup(path)
     try:
         with contextlib.suppress(KernelError):
-            # Of a hybrid's v2 side, or a controller that stays away, the hierarchy is narrowed below.
+            # If a hybrid's v2 side or a controller stays unavailable, the caller narrows the hierarchy.
             cgroup.create()
         for mount in hierarchy.limit_mounts:
             directory = mount.directory(path)
@@ -342,7 +350,7 @@ def _prepare(hierarchy: Hierarchy, path: str) -> str:
 
 
 def _check_passed_on(hierarchy: Hierarchy, path: str, directory: str) -> None:
-    """That the cgroup got any controllers; a container's root keeps them while processes are in it."""
+    """Raise DelegationError if the cgroup got no controllers: a root of a container with processes passes none on."""
     wanted = {name for name in hierarchy.controllers if hierarchy.mount_of(name) == hierarchy.unified}
     if not wanted & set(files.read(directory, "cgroup.controllers").split()):
         raise _refused(hierarchy, path, errno.EBUSY, f"{directory} gets no controllers from the cgroup above")
@@ -354,7 +362,7 @@ def _refused(hierarchy: Hierarchy, path: str, number: int, problem: str) -> Dele
     )
 
 
-# -- what would give a base: steps separated by "; ", each to be copied
+# -- remedies: steps that give a base, separated by "; ", each to be copied
 
 
 def remedy(
@@ -364,10 +372,10 @@ def remedy(
     number: int = errno.EACCES,
     asked: DelegationError | None = None,
 ) -> str:
-    """The commands or unit lines after which there is a base.
+    """Return the commands or unit lines that give this process a base.
 
-    ``path`` is the base that was tried, ``own`` where this process is, ``number`` what the kernel said, and
-    ``asked`` what systemd answered, if it was asked.
+    ``path`` is the base that was tried, ``own`` the cgroup of this process, ``number`` the errno of the refusal, and
+    ``asked`` the error of systemd, if it was asked.
     """
     if number == errno.EROFS:
         return mounts.writable_remedy(hierarchy.limit_mounts)
@@ -398,7 +406,7 @@ def _from_systemd(hierarchy: Hierarchy, own: str, asked: DelegationError | None)
 
 
 def _by_hand(hierarchy: Hierarchy, mount: Mount, path: str) -> list[str]:
-    """What root does once, so that this user can have ``path`` in one hierarchy."""
+    """Return the commands that root runs once to give this user ``path`` in one hierarchy."""
     user = _user_name()
     directory = mount.directory(path)
     if mount.version == 1:
@@ -418,15 +426,16 @@ def _by_hand(hierarchy: Hierarchy, mount: Mount, path: str) -> list[str]:
         f"{directory}/cgroup.subtree_control {server} {server}/cgroup.procs "
         f"{server}/cgroup.threads {server}/cgroup.subtree_control"
     )
-    # Who may not write above can only be moved within.
+    # Without write permission above, this user may only move processes that are in the delegated part already.
     commands.append(f"echo PID-OF-THE-SHELL-THAT-STARTS-IT > {server}/cgroup.procs")
     return commands
 
 
 def _fill_cpuset(mount: Mount, path: str) -> list[str]:
-    """A new v1 cpuset is empty, and nothing can enter an empty one (cgroup-v1/cpusets.rst).
+    """Return the commands that copy the cpuset of the cgroups above, down to ``path``.
 
-    One that is there already may be new when the commands are typed: root's own goes with the last that uses it.
+    A new v1 cpuset is empty, and no process can enter an empty one (cgroup-v1/cpusets.rst). A directory of another user
+    gets the commands even if it is filled: it may be removed with its last user, and be new when the commands run.
     """
     if "cpuset" not in mount.controllers:
         return []
@@ -441,7 +450,7 @@ def _fill_cpuset(mount: Mount, path: str) -> list[str]:
 
 
 def _user_name() -> str:
-    """The name of the effective user, or its number."""
+    """Return the name of the effective user; the uid if it has no name."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:

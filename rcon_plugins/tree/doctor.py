@@ -1,4 +1,4 @@
-"""What this machine offers, what of it works for this process, and for each thing missing the remedy."""
+"""Examine which limits and features work on this machine for this process, and give a remedy for each missing one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from rcon_plugins.kernel.cgroup.resources import CONTROLLERS
 from rcon_plugins.tree import previous_cgroups, systemd
 from rcon_plugins.tree.instance import Instance
 
-#: ``there``: it is, or works. ``missing``: a limit cannot be set without it. ``absent``: not there, no limit needs it.
+#: ``there``: present, or works. ``missing``: not there, and some limit needs it. ``absent``: not there, but no limit
+#: needs it.
 State = Literal["there", "missing", "absent"]
 
 _BIG = 1 << 40
-#: By controller: what is set with it, and limits that hold nothing back.
+#: The names of the limits of each controller, and limits so high that they restrict nothing.
 _LIMITS: dict[str, tuple[str, Resources]] = {
     "cpu": ("cpu, cpu_weight", Resources(cpu_quota=64.0, cpu_weight=100)),
     "cpuset": ("cpus", Resources(cpus="0")),
@@ -31,7 +32,7 @@ _LIMITS: dict[str, tuple[str, Resources]] = {
 
 
 class Finding(NamedTuple):
-    """One thing looked for. ``remedy`` is None where there is nothing to mend, or no way to."""
+    """The result of one check. ``remedy`` is None if nothing needs one, or no remedy is known."""
 
     area: str
     name: str
@@ -41,7 +42,7 @@ class Finding(NamedTuple):
 
 
 class Report(NamedTuple):
-    """All that was found, for one user on one machine. ``base`` is where cgroups can be made, None for nowhere."""
+    """All findings for one user on one machine. ``base`` is the cgroup in which others can be made, or None."""
 
     user: int
     kernel: str
@@ -56,14 +57,15 @@ class Report(NamedTuple):
 
     @property
     def missing(self) -> list[Finding]:
-        """What limits lack."""
+        """The findings that keep a limit from working."""
         return [finding for finding in self.findings if finding.state == "missing"]
 
 
 def examine(base: str | None = None) -> Report:
-    """Look at this machine, and try each limit on a process of our own, in ``base`` or what is found. Nothing stays.
+    """Examine this machine: make cgroups in ``base``, or a base that is found, try each limit there, and remove them.
 
-    May move this process into a scope of systemd, as all that makes cgroups may. Meant for a process with one thread.
+    May move this process into a scope of systemd, like all functions that make a tree. Call it in a process with one
+    thread.
     """
     findings: list[Finding] = []
     hierarchy = None
@@ -110,7 +112,7 @@ def _mounts(hierarchy: Hierarchy) -> Iterator[Finding]:
 
 
 def _try(hierarchy: Hierarchy, base: str | None) -> tuple[str | None, list[Finding]]:
-    """Make a tree as a server would, and everything in it; the base, and what worked."""
+    """Make a cgroup tree as a server does, and try everything in it. Return the base and the findings."""
     try:
         instance = Instance.create(hierarchy, base)
     except KernelError as error:
@@ -183,7 +185,7 @@ def _attempt(area: str, name: str, act: Callable[[], object], text: str = "can b
 
 
 def _ways_in(instance: Instance, leaf: Cgroup) -> Iterator[Finding]:
-    """How work gets under limits: in a process, in a thread, and one that runs already."""
+    """Try each way under limits: for a new process, for a thread, and for a running process."""
     yield _attempt(
         "works", "process", lambda: _in_a_child(leaf.enter_process), "rcon run, isolation = process"
     )
@@ -217,7 +219,7 @@ def _inline(instance: Instance) -> None:
 
 
 def _attach(leaf: Cgroup) -> None:
-    """Take a child of ours that waits, and end it."""
+    """Fork a waiting child, attach it to ``leaf``, and end it."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -233,7 +235,7 @@ def _attach(leaf: Cgroup) -> None:
 
 
 def _in_a_child(act: Callable[[], None]) -> None:
-    """Do it in a child; raise what it raised."""
+    """Call ``act`` in a child. Raise the KernelError that it raised."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -302,7 +304,7 @@ def _systemd() -> Finding:
 
 
 def _process() -> Iterator[Finding]:
-    """What this process may do beside limits."""
+    """Check what this process may do beside setting limits."""
     held = read_state().permitted
     lacking = Capabilities.of(CAP_SETUID, CAP_SETGID) - held
     if lacking:

@@ -1,4 +1,4 @@
-"""Find and remove the cgroup trees that dead owners left behind."""
+"""Find and remove the cgroup trees of dead owners."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from rcon_plugins.kernel.cgroup.branch import check_path
 from rcon_plugins.tree.base import remove_root_base
 from rcon_plugins.tree.survey import INSTANCE_NAME, survey
 
-#: How long `wait_until_empty` waits for processes in ``host/``; in most cases they are about to end. Seconds.
+#: The time that `wait_until_empty` waits for processes, seconds. In most cases they are about to end.
 _HOST_SECONDS = 1.0
 
 
 class Garbage(NamedTuple):
-    """The tree of a dead owner: its ``path``, the ``pid`` that the owner had, and the processes still in it.
+    """The tree of a dead owner: its ``path``, the ``pid`` of the owner, and the processes still in it.
 
-    `collect_garbage` kills those in ``work``, moves those in ``attached`` back to where they came from, and never
-    touches those in ``host``. ``unseen``: the tree contains processes of a PID namespace that cannot be seen from here.
-    ``other_uid`` is the uid of another user who owns ``attached``. In these three cases the tree stays.
+    `collect_garbage` kills the processes in ``work``, moves those in ``attached`` back to their previous cgroups, and
+    never touches those in ``host``. ``unseen``: the tree contains processes of a PID namespace that cannot be seen from
+    here. ``other_uid`` is the uid of another user who owns ``attached``. The tree stays with processes in ``host``,
+    with ``unseen``, and with ``other_uid``.
     """
 
     path: str
@@ -40,12 +41,12 @@ class Garbage(NamedTuple):
         return self.unseen or self.other_uid is not None or bool(self.host)
 
 
-#: Why a tree was removed, or not.
+#: The result for a tree: removed, or the reason why it stays.
 State = Literal["removed", "unseen", "other_user", "not_restored", "host_runs", "failed"]
 
 
 class Collected(NamedTuple):
-    """The result for one tree. ``processes`` kept it, ``uid`` is the user who did, ``error`` is what failed."""
+    """The result for one tree. ``processes``, another user's ``uid`` or ``error`` tell why it stays."""
 
     path: str
     state: State
@@ -82,8 +83,8 @@ class Collected(NamedTuple):
 def find_garbage(hierarchy: Hierarchy, below: str = "/") -> list[Garbage]:
     """Return the trees of dead owners in the visible tree, from ``below`` down. Raises KernelError, ValueError.
 
-    A tree inside the ``work/`` of a dead owner goes with that one and is not listed. Directories that this user may
-    not read are skipped: they contain nothing of this user.
+    A tree inside the ``work/`` of a dead owner is removed with that one and not listed. Skips directories that this
+    user may not read: they contain nothing of this user.
     """
     found: list[Garbage] = []
     for path in survey(hierarchy, check_path(below), every=True).instances:
@@ -118,7 +119,7 @@ def collect_garbage(hierarchy: Hierarchy, below: str = "/") -> list[Collected]:
             done = {one.path: one for one in collect(hierarchy, base)}
         except KernelError as error:
             done = {path: Collected(path, "failed", error=str(error)) for path in paths}
-        # One that is not in the report was removed by another process meanwhile.
+        # A tree that is not in the report was removed by another process meanwhile.
         report += [done.get(path, Collected(path, "removed")) for path in paths]
     for base in {_base_of(one.path) for one in report}:
         remove_root_base(hierarchy, base)
@@ -126,11 +127,11 @@ def collect_garbage(hierarchy: Hierarchy, below: str = "/") -> list[Collected]:
 
 
 def collect(hierarchy: Hierarchy, base: str) -> list[Collected]:
-    """Remove the trees of dead owners directly below ``base``; one result for each.
+    """Remove the trees of dead owners directly below ``base``. Return one result for each tree.
 
-    Processes in ``work/`` are killed. Processes in ``attached/`` are moved back to where they came from. Processes in
-    ``host/``, which belong to the server itself, are never killed: they get a second to end, otherwise the tree stays
-    until the next start. Nothing else below ``base`` is touched. Raises KernelError only if ``base`` cannot be read.
+    Kills processes in ``work/``, and moves processes in ``attached/`` back to their previous cgroups. Never kills
+    processes in ``host/``, which belong to the server itself: they get a second to end, otherwise the tree stays until
+    the next start. Touches nothing else below ``base``. Raises KernelError only if ``base`` cannot be read.
     """
     report = []
     for path in _dead_instances(hierarchy, base):
@@ -153,7 +154,7 @@ def running_work(hierarchy: Hierarchy, base: str) -> list[Cgroup]:
 
 
 def wait_until_empty(cgroup: Cgroup) -> list[int]:
-    """Wait up to a second for the processes in ``cgroup`` to end; return those that still run."""
+    """Wait up to a second for the processes in ``cgroup`` to end. Return those that still run."""
     deadline = time.monotonic() + _HOST_SECONDS
     while running := cgroup.processes(subtree=True):
         if time.monotonic() >= deadline:
@@ -199,7 +200,7 @@ def _has_unseen(hierarchy: Hierarchy, path: str) -> bool:
 def _other_owner(hierarchy: Hierarchy, path: str) -> int | None:
     """Return the uid of another user who owns a populated ``attached/``; None if there is none. Raises KernelError.
 
-    Its processes are not moved: see `previous_cgroups.other_owner`.
+    The caller must not move its processes: see `previous_cgroups.other_owner`.
     """
     attached = hierarchy.cgroup(f"{path}/attached")
     if not attached.processes(subtree=True):
@@ -210,7 +211,7 @@ def _other_owner(hierarchy: Hierarchy, path: str) -> int | None:
 
 
 def _restore_attached(hierarchy: Hierarchy, path: str) -> list[int]:
-    """Move the processes in ``attached/`` back to where they came from; return those that remain. KernelError."""
+    """Move the processes in ``attached/`` back to their previous cgroups. Return the rest. Raises KernelError."""
     attached = hierarchy.cgroup(f"{path}/attached")
     if not any(files.is_directory(directory) for directory in attached.directories):
         return []

@@ -1,6 +1,6 @@
-"""The cgroup tree of one server: ``<base>/rcon-<pid>-<starttime>/`` with ``host/`` and ``work/``.
+"""Make, use and remove the cgroup tree of one server: ``<base>/rcon-<pid>-<starttime>/`` with ``host/`` and ``work/``.
 
-Knows no policy: names and prepared cgroups come from above. See docs/reference/kernel.md for the shape of the tree.
+The module knows no policy: its callers choose the names and the limits. docs/reference/kernel.md shows the tree.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from rcon_plugins.tree.base import find_base, own_cgroup, remove_root_base
 from rcon_plugins.tree.garbage import collect, running_work, wait_until_empty
 
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM)
-#: How often to begin again because another server's end took the base away.
+#: The most attempts to make the tree while other servers end and remove the base.
 _ATTEMPTS = 20
 
 
 class Instance:
-    """The cgroup tree of one server. A child inherits it by ``fork``, whatever user it becomes.
+    """The cgroup tree of one server. A child inherits it by ``fork``, also if it changes its user.
 
-    Made by `create`, in the process that will `close` it. ``hierarchy`` is narrowed to the controllers that ``base``
-    has. ``locks`` is the descriptor of an empty file in memory that all processes of the server share, for the record
+    `create` makes it, in the process that must `close` it. ``hierarchy`` is narrowed to the controllers that ``base``
+    has. ``locks`` is the descriptor of an empty file in memory, which all processes of the server share for the record
     locks of `rcon_plugins.tree.locks`.
     """
 
@@ -39,7 +39,8 @@ class Instance:
         self._root = hierarchy.cgroup(f"{base.rstrip('/')}/{name}")
         self._work = self._root.child("work", shared=True)
         self._host = self._root.child("host", shared=True)
-        #: Whether our own cgroup is the base: the process must leave it before it can pass controllers on.
+        #: Whether the base is this process's own cgroup. The process must then leave it: before that, the base cannot
+        #: pass controllers on.
         self._in_base = hierarchy.layout == "v2" and own_cgroup(hierarchy) == base
         #: The directories that adopt() took this process from, one for each of host/.
         self._previous: list[str] | None = None
@@ -51,8 +52,8 @@ class Instance:
     ) -> Instance:
         """Find the base, remove the trees of dead owners there, and make the tree of the calling process.
 
-        ``base`` is the setting. ``owner`` is the (uid, gid) of the workers; the tree is delegated to it. Raises
-        `DelegationError` with the exact remedy, `KernelError`.
+        ``base`` is the user's setting. ``owner`` is the (uid, gid) of the workers, who may then write the tree. Raises
+        `DelegationError` with the exact remedy, and `KernelError`.
         """
         for _ in range(_ATTEMPTS):
             found = find_base(hierarchy, base, systemd.enter_scope)
@@ -84,7 +85,7 @@ class Instance:
 
     def _make(self) -> None:
         if self._in_base and self._previous is None:
-            # No controllers until the base is empty: adopt() continues from here.
+            # The base can pass no controllers on until it is empty: adopt() continues from here.
             self.hierarchy.cgroup(self._host.path, controllers=frozenset()).create()
             return
         for cgroup in (self._root, self._host, self._work):
@@ -96,16 +97,16 @@ class Instance:
     def needs_adoption(self) -> bool:
         """Whether `adopt` must be called before any process can enter a cgroup of this tree.
 
-        True if our own cgroup is the base, or if the workers have another user: on v2 (and the v2 side of a hybrid)
-        that user may only move processes within the delegated tree.
+        True if the base is this process's own cgroup. Also true if the workers have another user: on v2 (and the v2
+        side of a hybrid) that user may only move processes within the delegated tree.
         """
         return self._in_base or (self.user is not None and self.hierarchy.unified is not None)
 
     def threads_need_adoption(self) -> bool:
         """Return whether `adopt` must be called before threads can enter cgroups of this tree and come back.
 
-        v2 moves threads within one domain only. v1 does not care, but neither an ordinary user nor workers with another
-        user may go back to the cgroup that root chose for the server. Raises `KernelError`.
+        v2 moves threads only within one domain. v1 has no domains, but there neither an ordinary user nor workers with
+        another user may return to the cgroup that root chose for the server. Raises `KernelError`.
         """
         return (
             self.needs_adoption
@@ -130,12 +131,12 @@ class Instance:
 
     @property
     def work(self) -> Cgroup:
-        """``work/``: all work that runs in executor processes."""
+        """The cgroup ``work/`` of all executor processes."""
         return self._work
 
     @property
     def host(self) -> Cgroup:
-        """``host/``: the server's own processes, and the domain of the threaded cgroups."""
+        """The cgroup ``host/`` of the server's own processes, which is also the domain of the threaded cgroups."""
         return self._host
 
     def policy_cgroup(self, name: str) -> Cgroup:
@@ -147,11 +148,11 @@ class Instance:
         return self.policy_cgroup(name).child(leaf)
 
     def attached(self, name: str) -> Cgroup:
-        """Return ``attached/<name>``, the group of running processes that were moved there. Raises ValueError."""
+        """Return ``attached/<name>``, a group for attached processes. Raises ValueError for an invalid name."""
         return self._root.child("attached", shared=True).child(name)
 
     def threaded(self, name: str) -> Cgroup:
-        """Return ``host/<name>``, which threads enter. On v2 `adopt` must be called first.
+        """Return ``host/<name>``, a cgroup for threads. On v2 call `adopt` first.
 
         Raises ValueError for an invalid name.
         """
@@ -164,7 +165,7 @@ class Instance:
     def adopt(self) -> None:
         """Move the calling process, with all its threads, into ``host/`` in every hierarchy.
 
-        Not for the hot path. Children forked later start there. Harmless when called again. Raises `KernelError`.
+        Takes milliseconds. Children forked later start there. Does nothing when called again. Raises `KernelError`.
         """
         if self._previous is not None:
             return
@@ -174,9 +175,9 @@ class Instance:
             self._make()
 
     def release(self) -> None:
-        """Put the calling process back to where :meth:`adopt` took it from. Raises KernelError.
+        """Move the calling process back to the cgroups that :meth:`adopt` took it from. Raises KernelError.
 
-        On v1, where this user may not, into the base.
+        On v1, if this user may not, move it to the base.
         """
         if self._previous is None:
             return
@@ -213,16 +214,17 @@ class Instance:
         return found
 
     def _pass_nothing_on(self) -> None:
-        # The base cannot have processes while it passes controllers on, nor stop while its children do.
+        # The base cannot have processes while it passes controllers on, and cannot stop that while its children do it.
         for directory in (*self._work.directories, *self._host.directories, *self._root.directories):
             if files.is_directory(directory):
                 v2.disable_all(directory)
         v2.disable_all(self.hierarchy.mounts[-1].directory(self.base))
 
     def exit(self, controllers: Iterable[str] | None = None) -> Entrance:
-        """Return the entrance out of threaded cgroups: to ``host/``, or to the process's own cgroup if not adopted.
+        """Return the entrance out of threaded cgroups: to ``host/`` if adopted, otherwise to the thread's own cgroup.
 
-        ``controllers`` as for `Cgroup.entrance`. Call it in a thread that has not entered one. Raises `KernelError`.
+        ``controllers`` is as for `Cgroup.entrance`. Call it in a thread that has not entered a threaded cgroup. Raises
+        `KernelError`.
         """
         return self._host.entrance(controllers, None if self._previous is not None else self._home())
 
@@ -231,21 +233,21 @@ class Instance:
         own = mounts.parse_membership(files.read_own("cgroup", thread=True))
         return {mount.path: mounts.membership(mount, own) or "/" for mount in self.hierarchy.mounts}
 
-    # -- the end ------------------------------------------------------------------------------
+    # -- cleaning up --------------------------------------------------------------------------
 
     def sweep(self, prefix: str, timeout: float = 5.0) -> None:
         """Kill and remove all executor cgroups whose name begins with ``prefix``, then empty confinements.
 
-        ``prefix`` is for example ``"<pid of a worker>-"``. Continue after an error, and raise the first `KernelError`.
+        ``prefix`` is for example ``"<pid of a worker>-"``. Continues after an error; raises the first `KernelError`.
         """
         if not prefix:
             raise ValueError("an empty prefix would kill all work: use close()")
         self._sweep(lambda leaf: leaf.startswith(prefix), timeout)
 
     def end_orphans(self, timeout: float = 5.0) -> None:
-        """Kill what still runs for dead processes of the server, before their fork servers do.
+        """Kill the executor processes of dead server processes, without waiting for their fork servers to do it.
 
-        Also for dead servers with the same base. Return when nothing of it runs. Raises `KernelError` if something
+        Also kills those of dead servers with the same base. Returns when all have ended. Raises `KernelError` if one
         still runs after ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
@@ -293,10 +295,11 @@ class Instance:
             raise failed
 
     def close(self, timeout: float = 5.0) -> bool:
-        """Kill all work, put the calling process back and remove the tree. Return whether it is gone.
+        """Kill all executor processes, move the calling process back and remove the tree. Return whether it is gone.
 
-        It stays if other processes of the server are still in ``host/``: these are never killed, and the next start
-        removes the tree. Does nothing in any process but the one that made the tree. Raises `KernelError`.
+        The tree stays while other processes of the server are in ``host/``, or attached processes in ``attached/``.
+        These are never killed; the next start removes the tree. Does nothing except in the process that made the tree.
+        Raises `KernelError`.
         """
         if os.getpid() != self._creator:
             return False

@@ -1,8 +1,8 @@
-"""Byte-range locks on a shared file: a count of something that processes hand out among themselves.
+"""Share a limited number of units among processes, with byte-range locks on a shared file.
 
-Each byte stands for one thing (a slot, a mebibyte) and is locked (fcntl(2), POSIX record locks) by the process that
-holds it. The kernel releases the locks of a process however it ends, so nothing is ever lost. The file itself stays
-empty: offsets reach 2**63 whatever its size.
+Each byte stands for one unit (a slot, a mebibyte). The process that holds the unit locks its byte (fcntl(2), POSIX
+record locks). The kernel releases the locks of a process however it ends, so no unit is ever lost. The file itself
+stays empty: offsets reach 2**63 whatever its size.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Iterator
 
 #: The most slots of one confinement.
 MAX_SLOTS = 1 << 16
-#: The byte that a process locks while it looks for several free bytes. Far beyond all bytes that count.
+#: The byte that a process locks while it searches for several free bytes. It is far beyond all bytes that count.
 _SEARCH = 1 << 61
 #: struct flock, native: type, whence, start, length, pid.
 _FLOCK = "hhqqi"
 
 
 class Allocation:
-    """Bytes that this process holds, as ranges: first byte, and the byte after the last."""
+    """Bytes that this process holds, as ranges: the first byte, and the byte after the last."""
 
     __slots__ = ("ranges",)
 
@@ -36,24 +36,25 @@ class Allocation:
 class ByteLocks:
     """The locks of one process on one shared file. Thread-safe; a fork starts with none.
 
-    POSIX locks belong to the process: the kernel separates processes, this class separates the threads of one. So use
-    one `ByteLocks` for each file in a process, and close no descriptor of that file, which would release all its locks.
+    POSIX locks belong to the process: the kernel keeps processes apart, and this class keeps the threads of a process
+    apart. So use one `ByteLocks` for each file in a process. Close no descriptor of that file: that would release all
+    locks of the process on it.
     """
 
     def __init__(self, file: int) -> None:
         self.file = file
         self._lock = threading.Lock()
-        #: By first byte of each range held: the byte after its last.
+        #: The byte after the last of each held range, by its first byte.
         self._held: dict[int, int] = {}
         _LOCKS.add(self)
 
     def forget(self) -> None:
-        """In a new child: forget what the parent holds. A thread of the parent may have held the lock."""
+        """Forget the parent's ranges, in a new child. Replace the lock: a thread of the parent may have held it."""
         self._lock = threading.Lock()
         self._held = {}
 
     def reserve_one(self, start: int, stop: int) -> Allocation | None:
-        """Reserve the first free byte from ``start`` up to ``stop``; None when all are held."""
+        """Reserve the first free byte from ``start`` up to ``stop``. Return None if all are held."""
         with self._lock:
             for byte in range(start, stop):
                 if byte in self._held:
@@ -67,7 +68,7 @@ class ByteLocks:
         return None
 
     def reserve(self, count: int, stop: int) -> Allocation | None:
-        """Reserve ``count`` of the first ``stop`` bytes, in any ranges; None when fewer are free."""
+        """Reserve ``count`` of the first ``stop`` bytes, in any ranges. Return None if fewer are free."""
         found = Allocation()
         with self._lock, self._searching():
             free = []
@@ -92,7 +93,7 @@ class ByteLocks:
         return found
 
     def release(self, allocation: Allocation) -> None:
-        """Release an allocation. Harmless when released before, and in a fork of the process that reserved it."""
+        """Release an allocation. Does nothing if it was released before, or in a fork of the process that made it."""
         with self._lock:
             self._release(allocation)
 
@@ -114,7 +115,7 @@ class ByteLocks:
             self._set(fcntl.LOCK_UN, _SEARCH, _SEARCH + 1)
 
     def _free(self, stop: int) -> list[tuple[int, int]]:
-        """Return the free ranges below ``stop``, in order: one question to the kernel for each lock on the file."""
+        """Return the free ranges below ``stop``, in order. Asks the kernel once for each lock on the file."""
         to_ask, begin = [], 0
         for start, end in [*sorted(self._held.items()), (stop, stop)]:
             if begin < min(start, stop):
@@ -146,7 +147,7 @@ os.register_at_fork(after_in_child=_forget_all)
 
 @contextlib.contextmanager
 def entering(file: int, name: str) -> Iterator[None]:
-    """Wait until no other process of the server is entering the confinement ``name``, and keep others out."""
+    """Let only one process of the server at a time enter the confinement ``name``. Waits for the others."""
     byte = first_slot(name) + MAX_SLOTS
     fcntl.lockf(file, fcntl.LOCK_EX, 1, byte, os.SEEK_SET)
     try:
@@ -156,6 +157,6 @@ def entering(file: int, name: str) -> Iterator[None]:
 
 
 def first_slot(name: str) -> int:
-    """Return the byte at which the slots of the confinement ``name`` begin: the same in every process."""
+    """Return the byte at which the slots of the confinement ``name`` begin. It is the same in every process."""
     digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 18 << 17

@@ -1,7 +1,7 @@
-"""Nested instances: where a process that is held to the limits of a group may make its own cgroups.
+"""Find where a process may make its own cgroups while the limits of a group hold for it.
 
-The inner instance can only narrow: everything it makes must be inside of the group. The tree recognised here is the one
-that :class:`~rcon_plugins.tree.instance.Instance` makes (docs/reference/kernel.md).
+Such a nested instance can only narrow these limits: everything it makes must be inside of the group. The functions
+recognise the tree that :class:`~rcon_plugins.tree.instance.Instance` makes (docs/reference/kernel.md).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from rcon_plugins.tree.survey import INSTANCE_NAME
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
 
-#: The leaf of a group for its own processes; instances may be beside it.
+#: The leaf for a group's own processes. Instances may be beside it.
 MAIN = "main"
 
 
 class Location(NamedTuple):
-    """Where a process is, as its cgroup path tells.
+    """The location of a process in the cgroup tree.
 
-    ``base`` is the cgroup in which it may make its own instance; None if there is none. ``boundary`` is the group whose
-    limits hold for it: it may make nothing outside. None: no limits hold.
+    ``base`` is the cgroup in which the process may make its own instance; None if there is none. ``boundary`` is the
+    group whose limits hold for the process, which may make nothing outside; None if no limits hold.
     """
 
     base: str | None
@@ -69,7 +69,7 @@ def own_location(hierarchy: Hierarchy) -> Location | None:
     main = f"{location.base}/{MAIN}"
     here = hierarchy.where(main)
     if here is not None and limits_something(read_limits(here.cgroup(main))):
-        # A single command has limits of its own; they would not hold for a cgroup beside it.
+        # This is a single command with its own limits. They would not hold for a cgroup beside it.
         return Location(main, main)
     return location
 
@@ -85,10 +85,10 @@ def limits_something(resources: Resources, *, but_pids: bool = False) -> bool:
 
 
 def combine_locations(paths: Iterable[str | None]) -> Location | None:
-    """Return the location of a process from its cgroup in each hierarchy; None: it cannot be seen in that one.
+    """Return the location of a process from its ``paths``: its cgroup in each hierarchy, or None if invisible there.
 
-    On v1 they may differ: for IO, processes below a group stay in the group's own directory, and a thread enters only
-    the hierarchies that it needs. The deepest path decides. If it is not inside the group that another hierarchy names,
+    On v1 the paths may differ: for IO, processes below a group stay in the group's own directory, and a thread enters
+    only the hierarchies that it needs. The deepest path decides. If it is not inside the group of another hierarchy,
     there is no base.
     """
     locations = {

@@ -1,4 +1,4 @@
-"""Identify a process across machines, and apart from a later one of the same pid."""
+"""Identify a process across machines, and distinguish it from a later process with the same pid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rcon_plugins.kernel import proc
 
 
 class Presence(NamedTuple):
-    """A process: its system (see `rcon_plugins.kernel.proc.system_id`), its pid, when it started."""
+    """The identity of a process: its system (see `rcon_plugins.kernel.proc.system_id`), its pid, its start time."""
 
     system: str
     pid: int
@@ -21,5 +21,5 @@ class Presence(NamedTuple):
         return cls(proc.system_id(), os.getpid(), proc.start_time(os.getpid()) or 0)
 
     def has_gone(self) -> bool:
-        """Return whether it has surely ended. False if that is not known here, for example on another machine."""
+        """Return whether the process has ended. Return False if that is unknown, for example on another machine."""
         return proc.system_id() == self.system and not proc.is_alive(self.pid, self.started)

@@ -1,7 +1,7 @@
-"""Where attached processes came from: recorded, so that any later process can move them back.
+"""Record the previous cgroups of attached processes, so that any later process can move them back.
 
-Each instance has a file beside other things that do not survive a boot: ``/run/rcon/<instance>.json`` for root,
-otherwise in the user's runtime directory.
+Each instance has a file that does not survive a reboot: ``/run/rcon/<instance>.json`` for root, and
+``rcon/<instance>.json`` in the runtime directory of any other user.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, mounts
 from rcon_plugins.tree.survey import INSTANCE_NAME
 
-#: How long `restore` follows processes that go on forking, seconds.
+#: The time for which `restore` follows processes that keep forking, seconds.
 _SECONDS = 2.0
-#: Errors of a cgroup that takes no processes, or no longer exists: the one above it is tried.
+#: Errors of a cgroup that accepts no processes or no longer exists. `restore_process` then tries the one above.
 _UNUSABLE = frozenset({errno.ENOENT, errno.ENODEV, errno.EBUSY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSPC})
 
-#: The cgroups of one process: by mount point, the path in that hierarchy.
+#: The cgroups of one process: the path in each hierarchy, by mount point.
 Paths = Mapping[str, str]
 
 
 class PreviousCgroups(NamedTuple):
-    """By process (pid and start time) the cgroups that it came from."""
+    """The previous cgroups of each process, by its pid and start time."""
 
     by_process: dict[tuple[int, int], Paths]
 
     def of(self, pid: int) -> Paths:
-        """Return the cgroups of a process; of one forked since, those of the first process recorded."""
+        """Return the previous cgroups of a process. For one forked since, use those of the first recorded process."""
         started = proc.start_time(pid)
         known = None if started is None else self.by_process.get((pid, started))
         return known or next(iter(self.by_process.values()), {})
 
 
 def cgroups_of(pid: int, group: Cgroup) -> Paths:
-    """Return the cgroups of a process in the hierarchies of ``group``. Raises KernelError, ESRCH if it has ended."""
+    """Return the cgroups of a process in the hierarchies of ``group``. Raises KernelError (ESRCH: it has ended)."""
     text = proc.membership(pid)
     if text is None:
         raise KernelError(f"process {pid} has ended", errno=errno.ESRCH)
@@ -63,18 +63,18 @@ def cgroups_of(pid: int, group: Cgroup) -> Paths:
 def other_owner(group: Cgroup) -> int | None:
     """Return the uid of another user who owns a directory of this cgroup; None if all are this user's.
 
-    A user who may make cgroups in a group with limits could make one that looks attached. Moving processes back would
-    take them out of these limits, so this is done only for cgroups that this user owns.
+    Move processes back only from cgroups that this user owns. Otherwise a user who may make cgroups in a group with
+    limits could make one that looks attached, and moving its processes back would free them from these limits.
     """
     found = {uid for one in group.directories if (uid := files.owner_of(one)) is not None} - {os.geteuid()}
     return min(found, default=None)
 
 
 def restore(group: Cgroup, previous: PreviousCgroups, pids: Iterable[int] | None = None) -> list[int]:
-    """Move the processes of ``group``, and what they fork meanwhile, to where they came from; return the rest.
+    """Move the processes of ``group``, and their new forks, back to their previous cgroups. Return those that stay.
 
-    ``pids``: only these. A cgroup that is gone or takes no processes is replaced by the next one above. Raises
-    KernelError.
+    ``pids`` restricts this to these processes. If a cgroup is gone or accepts no processes, the next usable one above
+    takes its place. Raises KernelError.
     """
     deadline = time.monotonic() + _SECONDS
     wanted = None if pids is None else set(pids)
@@ -87,10 +87,10 @@ def restore(group: Cgroup, previous: PreviousCgroups, pids: Iterable[int] | None
 
 
 def restore_process(pid: int, group: Cgroup, paths: Paths) -> None:
-    """Move one process to its cgroup in each hierarchy; do nothing if it has ended. Raises KernelError.
+    """Move one process to its cgroup in each hierarchy. Does nothing if the process has ended. Raises KernelError.
 
-    v1 lets a user take own processes from any cgroup, and move them only to cgroups that the user may write. Where
-    that is forbidden the process goes to the base of the group, outside of our limits.
+    On v1 a user may move own processes from any cgroup, but only to cgroups that the user may write. If the kernel
+    refuses, the process goes to the base of the group, outside of its limits.
     """
     base = _base_of(group)
     for mount in group.mounts:
@@ -155,7 +155,7 @@ def check_writable() -> None:
 
 
 def load(instance: str) -> PreviousCgroups:
-    """Return the record; an empty one if it is gone, so that processes move to the root of the tree."""
+    """Return the record; an empty one if it is missing or damaged. Processes then move to the root of the tree."""
     try:
         with open(_path(instance), "rb") as file:
             entries = json.loads(file.read())

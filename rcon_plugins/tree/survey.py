@@ -1,4 +1,4 @@
-"""Find the instances of all users in the visible cgroup tree, nested ones included."""
+"""Find the instances of all users in the visible cgroup tree, including nested ones."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from rcon_plugins.kernel import files
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
 
-#: The name of an instance: the pid and the start time of its owner. A second one of the same process has a number.
+#: The name of an instance: the pid and the start time of its owner. Further instances of a process add a number.
 INSTANCE_NAME = re.compile(r"rcon-([1-9][0-9]{0,9})-([0-9]{1,20})(?:-[0-9]{1,4})?")
 
 
 class Survey(NamedTuple):
-    """The paths of ``instances``, and the directories that could not be read."""
+    """The paths of ``instances``, and the ``unreadable`` directories."""
 
     instances: list[str]
     unreadable: list[str]
 
 
 def survey(hierarchy: Hierarchy, below: str = "/", *, every: bool = False) -> Survey:
-    """Walk the tree of one mount from ``below`` down: an instance is in every mount that carries limits.
+    """Find the instances from ``below`` down in one mount: an instance is in every mount that carries limits.
 
-    ``every``: walk all mounts. An instance that was removed in part may be left in one of them.
+    ``every``: search all mounts. An instance that was removed in part may remain in only some of them.
     """
     limiting = [*hierarchy.limit_mounts, hierarchy.mounts[-1]]
     found: set[str] = set()

@@ -1,7 +1,8 @@
-"""A cgroup of our own, asked of systemd over D-Bus: a transient scope with ``Delegate=yes``.
+"""Request a transient scope with ``Delegate=yes`` from systemd over D-Bus, and move this process into it.
 
-An ordinary user asks its own manager (``systemd --user``), root the system's. Needs jeepney (the extra ``systemd``),
-which is imported only when it is asked. Source: https://systemd.io/CGROUP_DELEGATION, org.freedesktop.systemd1(5).
+For an ordinary user, the request goes to the user's own manager (``systemd --user``); for root, to the system manager.
+It needs jeepney (the extra ``systemd``), which is imported only for a request. Source:
+https://systemd.io/CGROUP_DELEGATION, org.freedesktop.systemd1(5).
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ if TYPE_CHECKING:
     from jeepney import Message
     from jeepney.io.blocking import DBusConnection
 
-#: For all of it: connecting, asking, and the move of this process. A machine that is busy booting is slow to answer.
+#: The timeout of the whole request: connecting, asking, and moving this process. A booting machine is slow to answer.
 TIMEOUT_SECONDS = 30.0
 _SYSTEM_BUS = "/run/dbus/system_bus_socket"
 _EXTRA = "pip install 'rcon-plugins[systemd]'"
 
 
 def enter_scope() -> None:
-    """Have this process moved, all its threads, into a scope of its own that systemd leaves alone.
+    """Let systemd move this process, with all its threads, into a new scope that is delegated to it.
 
-    Its children stay where they are. The scope goes when the last process in it has ended. Waits for
-    systemd. Raises `DelegationError` with the remedy where that cannot be asked, or says no; this process is then
-    where it was.
+    Children stay in their cgroups. Waits for systemd, which removes the scope when the last process in it has ended.
+    Raises `DelegationError` with the remedy if systemd cannot be asked, or refuses. This process then stays where it
+    was.
     """
     address = _who_can_be_asked()
     try:
@@ -45,7 +46,7 @@ def enter_scope() -> None:
 
 
 def refusal() -> DelegationError | None:
-    """Why systemd cannot be asked for a scope, with the remedy; None where it can be. Asks nothing."""
+    """Return why systemd cannot be asked for a scope, with the remedy; None if it can be asked. Sends no request."""
     try:
         _who_can_be_asked()
     except DelegationError as error:
@@ -68,12 +69,12 @@ def _who_can_be_asked() -> str:
 
 
 def manager() -> str:
-    """The manager that would be asked, for people."""
+    """Return the name of the manager that gets the request, for messages."""
     return "systemd" if os.geteuid() == 0 else "systemd --user"
 
 
 def _bus() -> str:
-    """The address of the bus on which the manager of this user is. Raises DelegationError where there is none."""
+    """Return the address of the bus of this user's manager. Raises DelegationError if there is none."""
     uid = os.geteuid()
     if uid == 0:
         if not is_systemds() or not os.path.exists(_SYSTEM_BUS):
@@ -82,7 +83,7 @@ def _bus() -> str:
                 problem, errno=errno.ENOENT, path=_SYSTEM_BUS, hint="root needs no systemd for a cgroup"
             )
         return f"unix:path={_SYSTEM_BUS}"
-    # Where pam_systemd makes it, and else where the environment says; another user's (after su) does not count.
+    # Try pam_systemd's directory, then that of the environment. A directory of another user (after su) does not count.
     for runtime in (f"/run/user/{uid}", os.environ.get("XDG_RUNTIME_DIR", "")):
         if runtime and os.path.exists(f"{runtime}/bus") and os.stat(runtime).st_uid == uid:
             return f"unix:path={runtime}/bus"
@@ -107,7 +108,10 @@ def _ask(address: str) -> None:
 
 
 def _check_numbers(connection: DBusConnection, address: str, deadline: float) -> None:
-    """That the bus knows this process by the number we have: in a PID namespace another would be moved."""
+    """Raise DelegationError if the bus knows this process by another pid.
+
+    That is so in another PID namespace; systemd would then move another process.
+    """
     from jeepney import DBusAddress, new_method_call
 
     bus = DBusAddress("/org/freedesktop/DBus", "org.freedesktop.DBus", "org.freedesktop.DBus")
@@ -122,7 +126,7 @@ def _check_numbers(connection: DBusConnection, address: str, deadline: float) ->
 
 
 def _start(connection: DBusConnection, address: str, name: str, deadline: float) -> str:
-    """Start the scope and wait until the job is done; its result: ``done``, ``failed``, ``canceled`` ..."""
+    """Start the scope, and wait for the job. Return its result: ``done``, ``failed``, ``canceled`` ..."""
     from jeepney import DBusAddress, MatchRule, new_method_call
     from jeepney.bus_messages import message_bus
 
@@ -141,7 +145,7 @@ def _start(connection: DBusConnection, address: str, name: str, deadline: float)
     if (ours := own_slice(files.read_own("cgroup"))) is not None:
         properties.append(("Slice", ("s", ours)))
     _reply(connection, message_bus.AddMatch(removed), address, deadline)
-    # Signals are sent only while somebody has subscribed.
+    # systemd sends signals only while a client has subscribed.
     _reply(connection, new_method_call(systemd, "Subscribe"), address, deadline)
     call = new_method_call(systemd, "StartTransientUnit", "ssa(sv)a(sa(sv))", (name, "fail", properties, []))
     with connection.filter(removed, bufsize=1000) as signals:
@@ -154,10 +158,11 @@ def _start(connection: DBusConnection, address: str, name: str, deadline: float)
 
 
 def own_slice(membership: str) -> str | None:
-    """The slice that the scope is to be in, so that the limits of that go on to hold; None: the manager's own choice.
+    """Return the slice for the scope, so that its limits continue to hold; None lets the manager choose.
 
-    ``membership`` is the text of ``/proc/self/cgroup``. It is the slice this process is in, where the manager asked has
-    made that. Not that of root's logins: what ``systemd-run`` starts is not in it either, and outlives them.
+    ``membership`` is the text of ``/proc/self/cgroup``. The slice is that of this process, if the manager of the
+    request made it. The slice of a login of root does not count: like a scope of ``systemd-run``, the new scope is
+    outside of it, and outlives the login.
     """
     path = parse_membership(membership).get(frozenset(), "")
     uid = os.geteuid()
