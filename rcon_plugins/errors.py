@@ -140,9 +140,9 @@ class ConfinementError(RconError):
 
 
 class IdentityRefused(ConfinementError):
-    """Raised when the identity of work is not allowed. The work did not run.
+    """Raised when work may not run with its identity. The work did not run.
 
-    The message is for the log alone: it names paths and accounts, which a client must not see.
+    Write the message only to the log: it names paths and accounts, which a client must not see.
     """
 
 
@@ -261,7 +261,7 @@ class ResultTooLarge(LimitExceeded):
 
 
 class ConcurrencyLimitExceeded(LimitExceeded):
-    """Raised when as many requests or tasks of a confinement are under way as its policy allows.
+    """Raised when a confinement already runs as many requests or tasks as its policy allows.
 
     ``retry_after`` is in seconds.
     """

@@ -42,7 +42,7 @@ _MAKE_SYM = 1 << 12
 _REFER = 1 << 13  # ABI 2
 _TRUNCATE = 1 << 14  # ABI 3
 _IOCTL_DEV = 1 << 15  # ABI 5
-_SCOPE_SIGNAL = 1 << 1  # ABI 6, in a field of its own
+_SCOPE_SIGNAL = 1 << 1  # ABI 6, in the field `scoped`
 
 _MAKE = _MAKE_CHAR | _MAKE_DIR | _MAKE_REG | _MAKE_SOCK | _MAKE_FIFO | _MAKE_BLOCK | _MAKE_SYM
 _READ = _EXECUTE | _READ_FILE | _READ_DIR
@@ -74,23 +74,23 @@ def abi() -> int:
     try:
         return syscall("landlock_create_ruleset", None, 0, _CREATE_RULESET_VERSION)
     except KernelError:
-        return 0  # ENOSYS, EOPNOTSUPP, or what a filter of a container answers
+        return 0  # ENOSYS, EOPNOTSUPP, or the errno of a container's seccomp filter
 
 
 def forbid_writing_below(paths: Iterable[str], *, signals: bool = False) -> None:
-    """Forbid the calling thread, for good, to change anything below ``paths``. Everything else stays as it is.
+    """Forbid the calling thread irreversibly to change anything below ``paths``. Everything else stays as it is.
 
     The thread can no longer open a file to write, truncate (from ABI 3), make, remove, rename or link. A path may be a
     directory or a file; this follows links in it now. If a file system is mounted twice, name both mount points.
 
-    Rules allow everything beside the paths, up to the root directory. So in the directories that lead to a path, ``/``
-    among them, no name can be made or removed, and what other processes make there later cannot be written. On ABI 1
-    nothing can be moved or linked from one directory to another.
+    The rules allow all that exists beside the paths, up to the root directory. In the directories that lead to a path,
+    including ``/``, the thread can make or remove no name, and cannot write files that other processes make there
+    later. On ABI 1 it can move or link nothing from one directory to another.
 
-    ``signals``: also let it signal only itself and processes that it starts later. From ABI 6; no effect before.
+    ``signals``: the thread can then signal only itself and processes that it starts later. No effect before ABI 6.
 
-    Raises `CapabilityError` if the kernel has no Landlock, without no_new_privs and CAP_SYS_ADMIN, and for the
-    seventeenth layer; `KernelError` if a path cannot be read. Then nothing has changed.
+    Raises `CapabilityError` if the kernel has no Landlock, if the thread has neither no_new_privs nor CAP_SYS_ADMIN, or
+    if it has sixteen layers already. Raises `KernelError` if a path cannot be read. After an error nothing has changed.
     """
     wall = Wall(paths, signals=signals)
     try:
@@ -100,13 +100,13 @@ def forbid_writing_below(paths: Iterable[str], *, signals: bool = False) -> None
 
 
 class Wall:
-    """The rules of `forbid_writing_below`, prepared in advance for any number of threads, also of forks.
+    """The rules of `forbid_writing_below`, prepared in advance for any number of threads, including those of forks.
 
-    It is an open file. Close it before untrusted code runs, which could add rules for later users.
+    The object keeps a file open. Close it before untrusted code runs, which could add rules for later users.
     """
 
     def __init__(self, paths: Iterable[str], *, signals: bool = False) -> None:
-        """Raises as `forbid_writing_below`."""
+        """Prepare the rules. Raises as `forbid_writing_below`."""
         version = _need()
         handled = _known(_WRITE, version)
         scoped = _SCOPE_SIGNAL if signals and version >= 6 else 0
@@ -126,7 +126,7 @@ class Wall:
         return all(_state(path) == state for path, state in self._looked_into.items())
 
     def put_up(self) -> None:
-        """Apply the rules to the calling thread, for good. Raises as `forbid_writing_below`."""
+        """Apply the rules to the calling thread, irreversibly. Raises as `forbid_writing_below`."""
         _restrict_self(self._ruleset)
 
     def close(self) -> None:
@@ -137,12 +137,12 @@ class Wall:
 
 
 def restrict(read: Iterable[str], write: Iterable[str]) -> None:
-    """Allow the calling thread, for good, only to read and execute below ``read``, and everything below ``write``.
+    """Allow the calling thread only to read and execute below ``read``, and everything below ``write``. Irreversible.
 
-    Its identity and capabilities must allow the same. Paths may be directories or files; links in them are followed
-    now. Landlock does not forbid connecting to a socket, changing modes, owners and times, or testing whether a file
-    exists. Devices take ioctl(2) only below ``write`` (from ABI 5). On ABI 1 nothing can be moved or linked from one
-    directory to another.
+    The identity and the capabilities of the thread must allow the same. A path may be a directory or a file; this
+    follows links in it now. Landlock does not forbid connecting to a socket, changing modes, owners and times, or
+    testing whether a file exists. From ABI 5 it allows ioctl(2) on devices only below ``write``. On ABI 1 the thread
+    can move or link nothing from one directory to another.
 
     Raises as `forbid_writing_below`.
     """
@@ -231,7 +231,7 @@ def _beside(
 
 
 def _allow_if_there(ruleset: int, path: str, access: int) -> None:
-    """Add a rule for a path, unless it is a link: the target has a rule of its own, or none."""
+    """Add a rule for a path unless it is a link: the target has its own rule, or none."""
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

@@ -5,7 +5,7 @@ The module does not import ctypes, so that a command starts quickly.
 
 from __future__ import annotations
 
-import _thread  # `threading` takes a command longer to load
+import _thread  # importing `threading` takes longer
 import contextlib
 import errno
 import os

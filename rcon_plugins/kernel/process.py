@@ -72,11 +72,11 @@ def close_sigchld_pipe(read: int, write: int) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when ``parent``, its parent's pid, ends (PR_SET_PDEATHSIG).
+    """Make the kernel kill this process when its parent, with the pid ``parent``, ends (PR_SET_PDEATHSIG).
 
-    A change of uid or gid clears the setting: call this after the last one. The kernel checks the parent's permission
-    to signal, so an unprivileged parent does not end a child of another user. Raises `KernelError`, also if the parent
-    has ended already.
+    A change of uid or gid clears the setting: call this after the last change. The kernel checks the parent's
+    permission to signal, so an unprivileged parent does not end a child of another user. Raises `KernelError`, also if
+    the parent has ended already.
     """
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -262,7 +262,7 @@ class _Execve:
         return "no_new_privs is set" if self.old.no_new_privs else ""
 
     def file_capabilities(self) -> Capabilities:
-        """Apply the file capabilities. Return those that a file with the effective bit lacks: execve then fails."""
+        """Apply the file capabilities. Return the missing ones if the file has the effective bit: execve then fails."""
         capabilities = self.file.capabilities
         if capabilities is None:
             return Capabilities.none()

@@ -1,4 +1,4 @@
-"""The directory of one cgroup in one hierarchy, and checks of cgroup names and paths.
+"""Represent the directory of one cgroup in one hierarchy, a branch. Check the names and paths of cgroups.
 
 On v2 a cgroup has one branch. On v1 it has one in each hierarchy that it uses; on hybrid also one on the v2 side.
 """

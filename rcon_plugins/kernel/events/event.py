@@ -1,4 +1,4 @@
-"""An event of a cgroup as plain data, and the kinds of events."""
+"""Represent an event of a cgroup as plain data, and define the kinds of events."""
 
 from __future__ import annotations
 

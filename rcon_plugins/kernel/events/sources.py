@@ -64,7 +64,7 @@ class Source:
         """Close the descriptors. Calling it again does nothing."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
-            posix.close(descriptor)  # gevent's os.close() of what is no regular file waits for an event loop
+            posix.close(descriptor)  # gevent's os.close() waits for an event loop unless the file is regular
 
     def pread(self) -> bytes:
         """Return the content of the file, which also clears its notification. Raises `Gone`."""
