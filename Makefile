@@ -11,6 +11,9 @@ SOURCES := rcon_plugins integrations tests examples
 # What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them; brokers; systemd to ask.
 DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file redis-server rabbitmq-server systemd dbus curl
 
+# The tests start thousands of interpreters: without byte code each would compile every module that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo demo-customers demo-jobs redis serve test lint docs bench bench-vm clean root debian \

@@ -151,7 +151,7 @@ def boot(arguments: list[str], *, timeout: int, memory: str) -> int:
     """Boot, run pytest in the machine, and return its exit status. Nothing is left running, however this ends."""
     kernel = newest_kernel()
     print(f"Booting {kernel.name} with systemd as PID 1 in an emulated machine (about 20 s) ...", flush=True)
-    compile_sources()
+    compile_sources([TESTS])
     with tempfile.TemporaryDirectory(prefix="rcon-vm-") as directory:
         scratch = Path(directory)
         prepare(scratch / "systemd", arguments)
