@@ -1,1 +1,1 @@
-"""The built-in behaviour, as plugins on the same hooks that third parties get."""
+"""The built-in behaviour: plugins that use the same hooks as third-party plugins."""

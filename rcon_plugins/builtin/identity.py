@@ -1,4 +1,4 @@
-"""User, groups and capabilities: a process or thread takes them for good before it runs anything."""
+"""Set user, groups and capabilities: once, in an executor process or thread, before it runs any work."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rcon_plugins.settings.policy import Policy
 
 @hookimpl(trylast=True)
 def rcon_drop(policy: Policy, place: str, identity: capability.Identity | None) -> None:
-    """Take the identity, and keep only the capabilities that the policy names, in the calling thread alone.
+    """Take the identity, and keep only the capabilities that the policy names. Acts on the calling thread alone.
 
-    Runs after all other plugins but rlimits, so that they have the privileges of the server. Without an identity the
-    user stays, and the capabilities are dropped all the same. For a command they survive ``execve`` (ambient set).
+    Runs after all other plugins except rlimits, so that those plugins still have the server's privileges. Without an
+    identity the user stays, but capabilities are dropped. For a command they survive ``execve`` (ambient set).
     """
     capability.drop(
         identity, kept_capabilities(policy), no_new_privs=policy.no_new_privs, ambient=place == "command"

@@ -13,7 +13,7 @@ from rcon_plugins.settings.policy import Policy
 
 
 class Landlock:
-    """The plugin. The fork server prepares the ruleset, which takes most of the time."""
+    """The Landlock plugin. The fork server prepares the ruleset, because that takes most of the time."""
 
     def __init__(self) -> None:
         self._wall: landlock.Wall | None = None
@@ -22,11 +22,11 @@ class Landlock:
 
     @hookimpl
     def rcon_prepare(self) -> None:
-        """Make the ruleset, or make it again after a change of the mounts."""
+        """Make the ruleset. Make it again when the mounts have changed."""
         if not landlock.abi() or self._has_wall():
             return
         self._forget()
-        # On an error the new process tries again, and reports why.
+        # On an error, `rcon_drop` in the new process tries again and reports the reason.
         with contextlib.suppress(KernelError):
             self._mounts = mount_table()
             self._wall = _make(self._mounts)
@@ -35,8 +35,9 @@ class Landlock:
     def rcon_drop(self, policy: Policy, place: str) -> None:
         """Forbid the process to write below the cgroup mounts and to signal or trace processes outside of its group.
 
-        Code that runs as the server's user could otherwise write the files that limit it. Without Landlock in the
-        kernel nothing is done, and the policy's `Verdict` has a caveat. A thread cannot be restricted by itself.
+        Without this, code that runs as the server's user could write the files that limit it. Do nothing if the kernel
+        has no Landlock: the policy's `Verdict` has a caveat then. Do nothing in a thread, which cannot be restricted
+        by itself.
         """
         if place == "thread" or not landlock.abi():
             return

@@ -1,4 +1,4 @@
-"""The limits of a policy, in the kernel's terms."""
+"""Translate the limits of a policy into `Resources`, which name the kernel's limits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rcon_plugins.settings.policy import Policy
 
 @hookimpl(trylast=True)
 def rcon_resources(limits: Limits, policy: Policy) -> Resources:
-    """Return the limits by the table of limits. A path under ``io`` stands for the disk that holds it.
+    """Return the kernel limits of a policy, by the table of limits. A path under ``io`` means the disk that holds it.
 
-    Memory that expands is limited to the most it may become (see `rcon_plugins.confinement.expansion`). On v2 an OOM
-    kill takes an executor process together with all it started.
+    A memory limit that expands is set to its upper bound (see `rcon_plugins.confinement.expansion`). On v2 an OOM kill
+    ends the executor process and everything it started.
     """
     kills_all = limits is policy.each and (policy.memory is not None or limits.memory is not None)
     fields = {row.field: _plain(getattr(limits, row.key)) for row in CGROUP_LIMITS}
@@ -29,7 +29,7 @@ def rcon_resources(limits: Limits, policy: Policy) -> Resources:
 
 
 def _plain(value: Any) -> Any:
-    """The plain number or text of a value as settings write it."""
+    """Return the plain number or text of a value of the settings."""
     if isinstance(value, Memory):
         return int(value.most)
     kind = next((kind for kind in (int, float, str) if isinstance(value, kind)), None)

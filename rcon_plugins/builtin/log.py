@@ -1,4 +1,4 @@
-"""One structured log line for each refusal and each limit hit."""
+"""Log one structured line for each refusal and each limit hit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _QUIET = frozenset({"ok", "error", "aborted"})
 
 @hookimpl
 def rcon_work_finished(work: Work, outcome: Outcome) -> None:
-    """Write one line of JSON at level WARNING unless the request, task or command ended by itself."""
+    """Log one line of JSON at level WARNING, unless the request, task or command ended by itself."""
     if outcome.ending in _QUIET:
         return
     line = {

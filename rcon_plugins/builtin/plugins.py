@@ -1,4 +1,4 @@
-"""The plugin manager, with the built-in plugins and those that the settings name."""
+"""Make the plugin manager, with the built-in plugins and the plugins that the settings name."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ENTRY_POINTS = "rcon_plugins"
 def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> pluggy.PluginManager:
     """Return a plugin manager with the built-in plugins, those named in ``settings.plugins``, and ``extra``.
 
-    Installed is not active: only plugins that the settings name are loaded. Raises `SettingsError` for a name that no
-    installed distribution offers, a plugin that cannot be loaded, or a hook that does not exist.
+    An installed plugin is loaded only if the settings name it. Raises `SettingsError` for a name that no installed
+    distribution offers, a plugin that cannot be loaded, or a hook that does not exist.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(limits, "rcon.limits")
     manager.register(log, "rcon.log")
     manager.register(Routing(settings), "rcon.routing")
-    # Called last, in this order: what takes privileges comes before the identity, which gives them up; rlimits come
-    # after Landlock and the identity, which open files.
+    # pluggy calls these last, in this order. Plugins that need privileges come before the identity, which drops them.
+    # Rlimits come after Landlock and the identity, because these open files.
     manager.register(BeforeIdentity(), "rcon.process")
     manager.register(Landlock(), "rcon.landlock")
     manager.register(identity, "rcon.identity")
@@ -44,9 +44,9 @@ def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> plu
 
 
 def commands_manager(names: Iterable[str], where: str) -> pluggy.PluginManager:
-    """Return a plugin manager with the installed plugins of these names alone: for commands, which have no settings.
+    """Return a plugin manager with only the installed plugins of these names. For commands, which have no settings.
 
-    ``where`` says in messages where the names come from. Raises `SettingsError` as `make_plugin_manager` does.
+    ``where`` is the source of the names, for messages. Raises `SettingsError` as `make_plugin_manager` does.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
@@ -56,7 +56,7 @@ def commands_manager(names: Iterable[str], where: str) -> pluggy.PluginManager:
 
 
 def limits_manager() -> pluggy.PluginManager:
-    """Return a plugin manager with the built-in plugin for limits alone: for the options of a command."""
+    """Return a plugin manager with only the built-in plugin for limits. For the options of a command."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(limits, "rcon.limits")
@@ -64,10 +64,10 @@ def limits_manager() -> pluggy.PluginManager:
 
 
 def calling(hook: pluggy.HookCaller) -> Callable[..., Any]:
-    """Return a function that calls a hook as it is registered now: with one implementation, that implementation itself.
+    """Return a function that calls a hook with the implementations registered now.
 
-    For hooks on the hot path whose first result counts. With one implementation or none, most of the time would be
-    spent in pluggy.
+    If there is only one implementation, return that function itself. Use it for hooks on the hot path whose first
+    result counts: with one implementation or none, pluggy would take most of the time.
     """
     implementations = hook.get_hookimpls()
     if not implementations:
@@ -80,7 +80,7 @@ def calling(hook: pluggy.HookCaller) -> Callable[..., Any]:
 
 
 def _nobody(**_: object) -> None:
-    """Stand in for a hook without implementations."""
+    """Do nothing. Called in place of a hook that has no implementation."""
 
 
 def _load(name: str, file: str | None, key: str = "plugins") -> object:

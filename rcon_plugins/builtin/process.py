@@ -1,4 +1,4 @@
-"""What belongs to the process itself: umask, and the resource limits of setrlimit(2)."""
+"""Set the umask and the resource limits of a process: umask(2), setrlimit(2)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _NPROC = "nproc"
 
 
 class BeforeIdentity:
-    """The umask, and the limit on processes of the user, which has to be set before the process becomes that user."""
+    """Set the umask, and ``nproc``, which limits the user's processes. Runs before the process changes to that user."""
 
     @hookimpl(trylast=True)
     def rcon_drop(self, policy: Policy) -> None:
         """Set both for the calling process. An executor thread has a umask of its own: umask(2), unshare(2).
 
-        Set after the identity, ``nproc`` would only keep the process from forking: EAGAIN in execve(2).
+        If ``nproc`` were set after the identity, the kernel would only refuse forks: see EAGAIN in execve(2).
         """
         if policy.umask is not None:
             os.umask(policy.umask)
@@ -30,20 +30,20 @@ class BeforeIdentity:
 
 
 class Rlimits:
-    """All other resource limits, after the other built-in plugins: the files and memory these need do not count."""
+    """Set all other resource limits. Runs after the other built-in plugins, which need files and memory themselves."""
 
     @hookimpl(trylast=True)
     def rcon_drop(self, policy: Policy) -> None:
-        """Set each limit, soft and hard alike, for the calling process. Policies for threads have none."""
+        """Set soft and hard value of each limit for the calling process. Policies for threads have no rlimits."""
         for name, value in policy.rlimits.written().items():
             if name != _NPROC:
                 set_rlimit(name, value)
 
 
 def set_rlimit(name: str, value: int) -> None:
-    """Set one limit of the calling process, by its name in small letters. Raises `ConfinementError`.
+    """Set one limit of the calling process, by its name in lower case. Raises `ConfinementError`.
 
-    A lower hard limit of the server stays: it is the stricter one, and raising it takes CAP_SYS_RESOURCE.
+    Keep a lower hard limit of the server: it is stricter, and raising it needs CAP_SYS_RESOURCE.
     """
     kind = getattr(resource, f"RLIMIT_{name.upper()}")
     _, hard = resource.getrlimit(kind)

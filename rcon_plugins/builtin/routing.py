@@ -1,4 +1,4 @@
-"""The routes of the settings file, after the plugins that select a policy."""
+"""Select a policy by the routes of the settings file. Runs after all other plugins that select a policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rcon_plugins.work import Work
 
 
 class Routing:
-    """Selects the policy by the routes of the settings; the first match wins."""
+    """Selects the policy by the routes of the settings. The first match wins."""
 
     def __init__(self, settings: Settings) -> None:
         self._router = Router(settings.routes)

@@ -6,7 +6,7 @@ group reaches the command once, and forwards signals that are sent to it alone. 
 the group again and stops too, because the shell watches the caller. When the shell continues the group, both continue.
 Sources: setpgid(2), sigwaitinfo(2), termios(3), credentials(7).
 
-All of it acts on the calling process, and is for one thread.
+This module acts on the calling process. Use it from one thread only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _FROM_THE_KERNEL = 0x80  # SI_KERNEL, asm-generic/siginfo.h
 
 
 class Caller:
-    """The process between shell and command. It blocks signals when it is made; `wait` takes them."""
+    """The process between shell and command. Blocks signals when it is made; `wait` receives them."""
 
     def __init__(self) -> None:
         self._blocked = signal.valid_signals() - _OWN
@@ -63,7 +63,7 @@ class Caller:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def become_child(self) -> None:
-        """Restore the signals that the caller was started with. Call it in the new process, last before execve(2)."""
+        """Restore the signals that the caller was started with. Call it in the new process, right before execve(2)."""
         for number in _IGNORED_BY_PYTHON:
             signal.signal(number, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -81,14 +81,14 @@ class Caller:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def forget_signals(self) -> None:
-        """Drop signals that came after the command had ended."""
+        """Discard pending signals that arrived after the command ended."""
         while signal.sigtimedwait(self._blocked, 0) is not None:
             pass
 
     def stand_aside(self, child: int, keep: Iterable[int] = ()) -> None:
-        """Leave the process group to ``child``, and close all descriptors but 2 and ``keep``. Call it in the caller.
+        """Leave the process group to ``child``, and close all descriptors except 2 and ``keep``. Call it in the caller.
 
-        Otherwise a reader at the other end of a pipe would wait for the caller after the command closed its side.
+        If the caller kept a pipe open, its reader would go on waiting after the command closed its own end.
         """
         self._child = child
         kept = {2, *keep}
@@ -105,7 +105,7 @@ class Caller:
         """Wait until the command ends. Return its wait status; None when ``deadline`` (`time.monotonic`) comes first.
 
         Meanwhile forward signals, and stop when the command stops, but not beyond ``deadline``. Raises KernelError
-        where another part of the process reaped the command.
+        if another part of the process reaped the command.
         """
         self._deadline = deadline
         while True:
@@ -121,7 +121,7 @@ class Caller:
             if status is not None:
                 return status
             if self._is_late():
-                return None  # before a signal that came meanwhile continues a stopped command
+                return None  # do not take pending signals: they might continue a stopped command
 
     def _look(self) -> int | None:
         """Return the wait status of the command if it has ended. Stop too if it has stopped."""
@@ -153,7 +153,7 @@ class Caller:
     # -- the process group ------------------------------------------------------------------------
 
     def _leave_group(self) -> None:
-        """Leave the command's group: for one of its own or, where the caller leads the job, for the shell's."""
+        """Leave the command's group. Join the shell's group if the caller leads the job, else make a new group."""
         if self._session == self._pid:
             return  # the leader of a session cannot leave
         with contextlib.suppress(PermissionError, ProcessLookupError):
@@ -178,7 +178,7 @@ class Caller:
             if proc.is_stopped(self._child):
                 self._stop_until_deadline(number)
             if self._is_late():
-                return  # the shell has not continued the job: the terminal is the shell's
+                return  # the shell has not continued the job: the terminal still belongs to the shell
             if terminal is not None and foreground == theirs != self._group:
                 # Give the terminal back to a shell inside the command that had it.
                 with contextlib.suppress(OSError):
@@ -195,7 +195,7 @@ class Caller:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
     def _stop_until_deadline(self, number: int) -> None:
-        """Stop; a helper process continues this one at the deadline, which holds for a stopped command too."""
+        """Stop this process. A helper process continues it at the deadline, which also holds for a stopped command."""
         if self._deadline is None:
             self._stop(number)
             return
@@ -215,7 +215,7 @@ class Caller:
         posix.waitpid(alarm, 0)
 
     def _stop(self, number: int) -> None:
-        """Stop this process, by the same signal, which the shell may report. Does nothing in an orphaned group."""
+        """Stop this process by the same signal, which the shell may report. Do nothing in an orphaned process group."""
         if number in _STOPS and signal.getsignal(number) == signal.SIG_DFL:
             os.kill(self._pid, number)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})  # delivered here

@@ -1,7 +1,8 @@
-"""Run one command in a group of its own. The limits hold before its first instruction; all it started ends with it.
+"""Run one command in a group of its own. The limits hold before its first instruction.
 
-The group is ``work/<name>`` of an instance that belongs to the calling process; the command runs in its leaf ``main``.
-This module imports little, because ``rcon run`` starts with it.
+When the command ends, all processes that it started are killed. The group is ``work/<name>`` of an instance that
+belongs to the calling process; the command runs in its leaf ``main``. This module imports little, because ``rcon run``
+starts with it.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Ended(NamedTuple):
     group: str
 
     def outcome(self, policy: str = "") -> Outcome:
-        """Return the `Outcome`, as all other work has it."""
+        """Return the `Outcome`, in the same form as for a request or task."""
         from rcon_plugins.outcome import Outcome
         from rcon_plugins.work import Usage
 
@@ -108,8 +109,8 @@ def run(order: Order, hierarchy: Hierarchy, base: str | None = None) -> Ended:
     ``order.keep``. If the calling process is killed, the kernel kills the command; other processes in the group stay
     within its limits until ``rcon gc`` ends them.
 
-    Raises `NotRun`, `KernelError`, `DelegationError`, and what ``become`` raises. Nothing ran then, and nothing is
-    left.
+    Raises `NotRun`, `KernelError`, `DelegationError`, and what ``become`` raises. The command has not run then, and its
+    group is removed.
     """
     caller = Caller()
     try:
@@ -195,10 +196,10 @@ class _Run:
         os.close(waits)
         problem = b""
         try:
-            # After the fork: the new process prepares itself meanwhile.
+            # The new process prepares itself at the same time.
             self._make_group()
             if self._order.watch is not None:
-                # Not before the fork, which must not meet threads; not after the command has started.
+                # `watch` starts threads, so the fork comes first. The command has not started yet.
                 watching.enter_context(self._order.watch(self._group, self._leaf))
             self._began = time.monotonic()
             with contextlib.suppress(BrokenPipeError):
@@ -224,11 +225,11 @@ class _Run:
             from rcon_plugins.kernel import syscalls  # noqa: F401
 
             if order.become is not None:
-                # Load it now: the user that it becomes may not be able to read the module.
+                # Load it before the change of user: the new user may not be able to read the module.
                 import pickle
 
             if not os.read(waits, 1):
-                os._exit(1)  # the caller failed, and raises why
+                os._exit(1)  # the caller failed, and raises the error
             self._leaf.enter_process()
             if order.become is not None:
                 order.become()

@@ -1,9 +1,10 @@
 """The memory budget in force: how much of this machine's memory running work may still reserve.
 
-All servers of one user on a machine share the budget. A mebibyte is one byte of a ledger file, locked by the process
-that reserved it (see `rcon_plugins.tree.locks`). The file is ``/run/rcon/budget`` for root, else ``rcon/budget`` in the
-user's runtime directory. A process that can open it can lock all of it, so it belongs to one user, and no other user
-may open it. A server that changes its user opens it before (`machine_ledger`), and its processes inherit it.
+All servers of one user on a machine share the budget. Each byte of a ledger file stands for one mebibyte. The process
+that reserved a mebibyte holds a lock on its byte (see `rcon_plugins.tree.locks`). The file is ``/run/rcon/budget`` for
+root, else ``rcon/budget`` in the user's runtime directory. A process that can open the file can lock all of it, so
+only its owner may open it. A server that changes its user opens the file before (`machine_ledger`), and its processes
+inherit it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ UNIT = 2**20
 
 
 class MemoryBudget(NamedTuple):
-    """The ledger, the size of the whole budget in bytes, and how long work waits for its share of it, in seconds."""
+    """The ledger, the size of the whole budget in bytes, and how long work waits for its share, in seconds."""
 
     ledger: ByteLocks
     whole: int
@@ -33,7 +34,7 @@ class MemoryBudget(NamedTuple):
         return self.ledger.reserve(-(-size // UNIT), self.whole // UNIT)
 
     def release(self, allocation: Allocation) -> None:
-        """Return what was reserved."""
+        """Release a reservation."""
         self.ledger.release(allocation)
 
 
@@ -45,7 +46,7 @@ class _MachineLedger:
         self.ledger: ByteLocks | None = None
 
     def after_fork(self) -> None:
-        """In a new child: another thread may have held the lock. Keep the file: the user may have changed since."""
+        """Replace the lock in a new child: another thread may have held it. Keep the file, as the user may change."""
         self.lock = threading.Lock()
 
 
@@ -56,7 +57,7 @@ os.register_at_fork(after_in_child=_machine_ledger.after_fork)
 def machine_ledger() -> ByteLocks:
     """Return the ledger of this machine and user. The first call opens it; it stays open until the process ends.
 
-    Raises `KernelError`, with the remedy, when the file cannot be opened or is not this user's alone.
+    Raises `KernelError`, with the remedy, if the file cannot be opened or another user could open it.
     """
     with _machine_ledger.lock:
         if _machine_ledger.ledger is None:
@@ -65,7 +66,7 @@ def machine_ledger() -> ByteLocks:
 
 
 def open_ledger(folder: str) -> int:
-    """Open the file ``budget`` in a folder, or make it; follow no link. Raises `KernelError`."""
+    """Open the file ``budget`` in a folder, or create it. Do not follow links. Raises `KernelError`."""
     path = f"{folder}/budget"
     try:
         with contextlib.suppress(FileExistsError):

@@ -1,4 +1,4 @@
-"""``with confine(cpu="30%"): …`` for any program: the calling thread, for the length of a block."""
+"""``with confine(cpu="30%"): …`` for any program: confine the calling thread inside a block."""
 
 from __future__ import annotations
 
@@ -132,9 +132,9 @@ class _Stays(threading.local):
 
 
 class _ThisProcess:
-    """The instance that all `Confined` of this process share.
+    """The instance that all `Confined` objects of this process share.
 
-    There can be only one: a process is in one cgroup, and moving it there takes all its threads along.
+    A process can have only one, because it is in one cgroup: moving the process moves all its threads.
     """
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class _ThisProcess:
         self._pid = 0
 
     def join(self) -> Instance:
-        """Return the instance. The first call makes it, and moves the process into it."""
+        """Return the instance. The first call makes it and moves the process into it."""
         with self._lock:
             if self._pid != os.getpid():  # first use, or a fork, which must not use its parent's instance
                 self._instance, self._users, self._pid = None, 0, os.getpid()
@@ -162,7 +162,7 @@ class _ThisProcess:
             return instance
 
     def leave(self) -> None:
-        """Put the process back and remove the instance after its last use."""
+        """Note that one user is done. After the last one, move the process back and remove the instance."""
         with self._lock:
             self._users -= 1
             instance = self._instance

@@ -42,11 +42,11 @@ _PLAIN_KEY = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,99}")
 def cgroup_name(policy: str, key: str | None, generation: int = 0) -> str:
     """Return the directory name of a confinement: ``policy``, or ``policy~key``.
 
-    It is ``policy.2`` after two changes by a reload: a changed policy gets a cgroup of its own, so that workers that
-    still finish work under the old one do not write its limits back.
+    After two reloads that changed the policy it is ``policy.2``. A changed policy gets a new cgroup, because workers
+    that still finish work under the old policy would write the old limits back.
 
-    Clients send keys. A key that is not plain (host-like, at most 100 characters) appears as ``policy~~HASH``, so that
-    every key names exactly one directory, and different keys never share one.
+    Clients send keys. A key that is not plain (host-like, at most 100 characters) becomes ``policy~~HASH``. So every
+    key names exactly one directory, and different keys never share one.
     """
     if generation:
         policy = f"{policy}.{generation}"
@@ -61,8 +61,8 @@ def cgroup_name(policy: str, key: str | None, generation: int = 0) -> str:
 class Confinement:
     """One policy in force for one key: the `Host` of its admissions.
 
-    ``users`` counts them, and is changed by the manager alone. ``conclude`` is called with each admission, once, when
-    it has its outcome.
+    ``users`` is the number of admissions under way; only the manager changes it. ``conclude`` is called once for each
+    admission, when it has its outcome.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Confinement:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Remove what this process keeps of it in the kernel. No work may be running in it."""
+        """Remove the cgroups and close the files of this process for the confinement. No work may be running in it."""
 
 
 class ProcessConfinement(Confinement):
@@ -111,7 +111,7 @@ class ProcessConfinement(Confinement):
 
 
 class InlineConfinement(Confinement):
-    """A confinement that the serving threads enter and leave: a threaded cgroup, or none if nothing is limited."""
+    """A confinement that the serving threads enter and leave: a threaded cgroup, or no cgroup if nothing is limited."""
 
     def __init__(
         self,
@@ -130,8 +130,8 @@ class InlineConfinement(Confinement):
         self._lock = threading.Lock()
         self._home: Entrance | None = None
         self.executor: InlineExecutor | None = None
-        #: Entrances of cgroups that are gone. They stay open: a thread may still be about to use one, and the number of
-        #: a closed one could belong to another file by then.
+        #: Entrances of removed cgroups. They stay open, because a thread may be about to write to one: if it were
+        #: closed, another file might have the same descriptor by then.
         self._former: list[InlineExecutor] = []
         self._controllers = resources_of(hook, policy, policy).controllers()
 
@@ -161,7 +161,7 @@ class InlineConfinement(Confinement):
     def enter(self) -> InlineExecutor | None:
         """Move the calling thread into the cgroup. Return the executor that moves it out again; None without a cgroup.
 
-        If another worker of the server removed the cgroup, as its least recently used, make it again. Raises
+        Make the cgroup again if another worker of the server removed it as its least recently used one. Raises
         `KernelError`.
         """
         executor = self.executor
@@ -182,7 +182,7 @@ class InlineConfinement(Confinement):
         self,
         work: Work,
         reservation: Reservation,
-        identity: Identity | None,  # noqa: ARG002 - judged: an inline policy has none
+        identity: Identity | None,  # noqa: ARG002 - always None: an inline policy has no identity
         memory: int | None,  # noqa: ARG002 - judged: `each.memory` needs a process
     ) -> LocalAdmission:
         return InlineAdmission(self, work, reservation, self.enter)
@@ -198,7 +198,7 @@ class InlineConfinement(Confinement):
 
 
 class ThreadConfinement(InlineConfinement):
-    """A confinement with threads of its own, which stay in its threaded cgroup for good."""
+    """A confinement with threads of its own, which stay in its threaded cgroup until they end."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class ThreadConfinement(InlineConfinement):
         return ThreadAdmission(self, work, reservation, self._threads, executor)
 
     def settle(self, identity: Identity | None) -> None:
-        """Confine the calling thread for good: enter the cgroup, then drop privileges. Raises `KernelError`."""
+        """Confine the calling thread until it ends: enter the cgroup, then drop privileges. Raises `KernelError`."""
         self.enter()
         self._hook.rcon_drop(policy=self.policy, place="thread", identity=identity)
         if identity is not None:

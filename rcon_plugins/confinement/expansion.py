@@ -1,6 +1,6 @@
-"""Memory limits that expand: when work reaches the limit, raise it, up to a bound.
+"""Expand memory limits: when work reaches the limit, raise it, up to a bound.
 
-The bound, ``up_to``, is the cgroup's limit in the kernel from the start, so safety does not depend on the process that
+The bound, ``up_to``, is the cgroup's limit in the kernel from the start. So safety does not depend on the process that
 raises the limit. If that process is late or ends, work is slowed down (v2) or may use more at once (v1), but never
 more than ``up_to``. The limit that grows is a threshold below it (`rcon_plugins.kernel.events.memory_threshold`).
 """
@@ -49,7 +49,7 @@ def expand(
 class Expansion:
     """The memory limit of one cgroup while it grows. Thread-safe. Made by `expand`.
 
-    ``limit`` is the current limit in bytes, ``times`` how often it was raised.
+    ``limit`` is the current limit in bytes. ``times`` is the number of times it was raised.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Expansion:
             self._threshold.move(self.limit if memory.expands else None)
 
     def reset(self) -> None:
-        """Return to the first limit, unless the cgroup still needs more. Raises `KernelError`."""
+        """Set the first limit again, unless the cgroup still needs more. Raises `KernelError`."""
         with self._lock, self._threshold.locked():
             if self.times and self.memory.expands and self._threshold.need() < int(self.memory):
                 self.limit = int(self.memory)
@@ -104,7 +104,7 @@ class Expansion:
                 self._threshold.move(self.limit)
 
     def unthrottle(self) -> None:
-        """Remove the threshold: only the bound stays, and nothing is slowed down below it. Raises `KernelError`."""
+        """Remove the threshold, so that work is no longer slowed down below the bound. Raises `KernelError`."""
         with self._lock:
             self._threshold.move(None)
 
@@ -118,7 +118,7 @@ class Expansion:
             self.cgroup.configure(Resources(memory_max=int(memory.most)))
 
     def _reached(self, event: KernelEvent) -> None:
-        """Raise the limit, which was reached. Runs in the watcher's thread."""
+        """Raise the limit after the work reached it. Called in the watcher's thread."""
         with self._lock:
             if not self._is_still_reached():
                 return
@@ -153,7 +153,7 @@ class Expansion:
             while self.limit < min(there, self.memory.most):
                 self._step()
             return False
-        # Lower: another worker returned to the first limit.
+        # If lower: another worker has set the first limit again.
         self.limit = there
         return self._threshold.is_reached()
 
@@ -163,7 +163,7 @@ class Expansion:
         try:
             return self._on_event(event)
         except Exception:
-            # Raise the limit as configured: the work has to go on.
+            # Raise the limit as configured, so that the work can go on.
             LOGGER.exception("rcon: a callback for events of %s failed", self.cgroup.path)
             return None
 
@@ -180,5 +180,5 @@ class Expansion:
         self._step()
         while self.limit < most and needed >= self.limit:
             self._step()
-        # At the bound, remove the threshold: the kernel kills above it, and nothing stays slowed down for ever.
+        # At the bound, remove the threshold. The kernel kills above the bound; with a threshold, work would stay slow.
         self._threshold.move(self.limit if self.limit < most else None)

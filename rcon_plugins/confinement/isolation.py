@@ -1,7 +1,7 @@
-"""Choose the isolation of each policy on this machine and server, and find what cannot be enforced.
+"""Choose the isolation of each policy on this machine and server, and find the limits that cannot be enforced.
 
-``auto`` takes the cheaper of ``inline`` and ``process`` that enforces *all* limits of the policy. ``thread`` is only
-taken if the policy names it. See docs/explanation/isolation.md.
+``auto`` chooses the cheaper of ``inline`` and ``process`` that enforces *all* limits of the policy. ``thread`` is used
+only if the policy names it. See docs/explanation/isolation.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rcon_plugins.settings.policy import Policy
 if TYPE_CHECKING:
     import pluggy
 
-#: The `each` limits that only send a signal to the work, before the hard limit is reached.
+#: The `each` limits that only send a signal to the work. The work reaches them before the hard limit.
 SOFT_LIMITS = ("timeout_soft", "memory_soft")
 
 Isolation = Literal["inline", "thread", "process"]
@@ -42,9 +42,9 @@ class Server(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The isolation chosen for one policy, why, and what cannot be enforced.
+    """The isolation chosen for one policy, the reason, and the limits that cannot be enforced.
 
-    ``caveat`` says in a sentence why this policy only guards against accidents; None if it contains untrusted code.
+    ``caveat`` is one sentence: why this policy only guards against accidents. None if it contains untrusted code.
     """
 
     policy: Policy
@@ -65,12 +65,12 @@ class Verdict(NamedTuple):
 
 
 def resources_of(hook: pluggy.HookRelay, limits: Limits, policy: Policy) -> Resources:
-    """Merge what the plugins return for `rcon_resources`. Raises what they raise."""
+    """Return the merged results of the hook `rcon_resources`. Raises what the plugins raise."""
     return Resources.merged(hook.rcon_resources(limits=limits, policy=policy))
 
 
 def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.HookRelay) -> Verdict:
-    """Choose the isolation of a policy, and find what this machine and process cannot enforce."""
+    """Return the verdict on a policy: its isolation, and the limits that this machine and process cannot enforce."""
     try:
         together = resources_of(hook, policy, policy)
         each = resources_of(hook, policy.each, policy)
@@ -83,7 +83,7 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     soft = _soft_limit_refusals(policy, server, hierarchy)
     as_process += identity + soft + _landlock_refusals(policy)
     if not server.tasks:
-        tries = [  # whatever the isolation
+        tries = [  # for any isolation
             Refusal(key, "only a task of Celery is tried again", "leave it out") for key in policy.wants_tries
         ]
         as_process += tries
@@ -110,7 +110,7 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
 
 
 def _of_no_disk(policy: Policy, error: KernelError) -> Verdict:
-    """Return the verdict for an IO limit whose disk is not found. Raise any other error again."""
+    """Return the verdict for an IO limit whose disk is not found. Re-raise any other error."""
     if not policy.io and not policy.each.io:
         raise error
     limits, table = (policy.each, "each.") if error.path in policy.each.io else (policy, "")
@@ -121,12 +121,12 @@ def _of_no_disk(policy: Policy, error: KernelError) -> Verdict:
 
 
 def _as_written(refusals: list[Refusal], table: str = "") -> list[Refusal]:
-    """Return the refusals with the keys of a policy for the fields of `Resources`."""
+    """Return the refusals with the names of `Resources` fields replaced by the keys of a policy."""
     return [one._replace(limit=table + KEY_OF_FIELD.get(one.limit, one.limit)) for one in refusals]
 
 
 def process_refusals(verdict: Verdict) -> list[Refusal]:
-    """Return what the calling process lacks, whatever the machine can enforce: privileges."""
+    """Return the refusals for privileges that the policy needs and the calling process lacks."""
     if verdict.isolation == "inline":
         return []
     found = privileges.refusals(verdict.policy)
@@ -134,7 +134,7 @@ def process_refusals(verdict: Verdict) -> list[Refusal]:
 
 
 def _landlock_refusals(policy: Policy) -> list[Refusal]:
-    """Refuse a policy whose executor processes cannot be kept away from the cgroup files."""
+    """Return a refusal if executor processes of the policy could write the cgroup files."""
     if policy.no_new_privs or not landlock.abi() or CAP_SYS_ADMIN in read_state().permitted:
         return []
     return [
@@ -147,7 +147,7 @@ def _landlock_refusals(policy: Policy) -> list[Refusal]:
 
 
 def _soft_limit_refusals(policy: Policy, server: Server, hierarchy: Hierarchy) -> list[Refusal]:
-    """Refuse soft limits where no signal can reach the work."""
+    """Return a refusal for each soft limit of a policy whose work cannot receive the signal."""
     if server.tasks:
         if policy.each.memory_soft is None or "memory" in hierarchy.controllers:
             return []
@@ -163,7 +163,7 @@ def _soft_limit_refusals(policy: Policy, server: Server, hierarchy: Hierarchy) -
     ]
 
 
-#: The caveat of work in threads of the server.
+#: The caveat for work that runs in threads of the server.
 _SHARED = "shares memory with the server: guards against accidents only, and does not contain untrusted code"
 
 
@@ -186,7 +186,7 @@ def caveat(policy: Policy, server: Server, uid: int | None = None) -> str | None
 
 
 def _work_uid(policy: Policy, server: int) -> int | None:
-    """Return the uid that work of the policy has; None if it depends on the work."""
+    """Return the uid that work of the policy runs as; None if it depends on the request or task."""
     if policy.user is None:
         return server
     if policy.user.path is not None:
@@ -194,7 +194,7 @@ def _work_uid(policy: Policy, server: int) -> int | None:
     try:
         identity = resolve(policy, {})
     except RconError:
-        return None  # refused on its own, by the check of the identity
+        return None  # the check of the identity refuses it
     return None if identity is None else identity.uid
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rcon_plugins.tree.instance import Instance
 
 
-#: How often to write IO limits while work starts beside them.
+#: How many times to try to write IO limits while new work keeps starting in the cgroup.
 _ATTEMPTS = 10
 _UNLIMITED = IoMax(MAX, MAX, MAX, MAX)
 
@@ -35,8 +35,8 @@ _UNLIMITED = IoMax(MAX, MAX, MAX, MAX)
 class PolicyChangeLog:
     """All changes of limits since a deployment was made, in order; shared by the processes of a server.
 
-    A file in memory that grows by one line with each change. Made before the processes that share it are forked. To
-    see that nothing changed costs one fstat(2). Safe in every process and thread.
+    The log is a file in memory that grows by one line with each change. Make it before the processes that share it are
+    forked. Checking for changes costs one fstat(2). Safe in every process and thread.
     """
 
     def __init__(self) -> None:
@@ -54,15 +54,15 @@ class PolicyChangeLog:
     def since(self, offset: int) -> tuple[list[tuple[str, str, str]], int]:
         """Return the changes from this byte on (policy, key, value), and the byte after the last of them."""
         data = os.pread(self.file, self.size() - offset, offset)
-        whole = data[: data.rfind(b"\n") + 1]  # the last line may be incomplete still
+        whole = data[: data.rfind(b"\n") + 1]  # the last line may still be incomplete
         return [tuple(json.loads(line)) for line in whole.splitlines()], offset + len(whole)
 
 
 class LivePolicies:
     """The policies of a server as they are now, seen from one process. Thread-safe.
 
-    Without ``changes`` they stay as they are. ``on_change`` is called with the changed policies, by name, before any
-    thread sees one of them.
+    Without ``changes`` they never change. ``on_change`` is called with the changed policies, by name, before any thread
+    gets one of them.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class LivePolicies:
         self._lock = threading.Lock()
 
     def refresh(self) -> None:
-        """Apply what was changed since the last call: hardly ever anything."""
+        """Apply the changes since the last call. Usually there are none."""
         if self.changes is None or self.changes.size() == self._read:
             return
         with self._lock:
@@ -121,12 +121,12 @@ def change_limit(
 ) -> Change:
     """Change one limit of a policy, also for its running work. Call it in one process, by one thread at a time.
 
-    A limit of the whole policy is changed in each of its cgroups, or nothing is changed. A limit of ``each`` holds for
-    work that starts from now on. Running work keeps its own limit if it was given more than the policy says, or if the
-    kernel refuses the new one (v1: memory below what is in use). A new ``timeout`` holds for work that starts later.
+    A limit of the whole policy is changed in all of its cgroups or in none. A limit of ``each`` holds for work that
+    starts from now on. Running work gets it too, unless it was given more than the policy says, or the kernel refuses
+    the new limit (v1: memory below what is in use). A new ``timeout`` holds only for work that starts later.
 
-    Raises `SettingsError` for a key that is not a limit or a limit that cannot be enforced here, `KernelError` when the
-    kernel refuses, `ConfinementError` when ``policies`` cannot change.
+    Raises `SettingsError` for a key that is not a limit or a limit that cannot be enforced here, `KernelError` if the
+    kernel refuses, `ConfinementError` if ``policies`` cannot change.
     """
     if policies.changes is None:
         raise ConfinementError("limits cannot be changed while this server runs")
@@ -151,7 +151,7 @@ def change_limit(
     news = _differing(was, wanted)
     cgroups, kept = _change_all(instance, name, was, news, of_each=of_each)
     policies.changes.add(name, key, value)
-    # Again, for cgroups that another process made meanwhile under the old policy.
+    # Write again, for cgroups that another process has just made under the old policy.
     cgroups, kept = _change_all(instance, name, was, news, of_each=of_each)
     return Change(new, _limit(old, key), _limit(new, key), cgroups, kept)
 
@@ -186,12 +186,12 @@ def changed(policy: Policy, key: str, value: str) -> Policy:
 
 
 def _limits(policy: Policy, key: str) -> tuple[Limits, str]:
-    """Return the table that holds a limit, and its name there: of ``each.memory`` the table `each`, and ``memory``."""
+    """Return the table that holds a limit, and its name in it: for ``each.memory`` the table `each` and ``memory``."""
     return (policy.each, key.removeprefix("each.")) if key.startswith("each.") else (policy, key)
 
 
 def _changed_io(now: Mapping[str, IoLimits], name: str, value: str, where: str) -> dict[str, IoLimits]:
-    """Return the IO limits of all devices with one device changed: one key of it, or its whole table."""
+    """Return the IO limits of all devices, with one key or the whole table of one device changed."""
     device, key = device_and_key(name)
     devices = dict(now)
     if key is None and value != NO_LIMIT:
@@ -226,7 +226,7 @@ def _limit(policy: Policy, key: str) -> Any:
 
 
 def _differing(was: Resources, wanted: Resources) -> Resources:
-    """Return what of ``wanted`` differs from ``was``; `MAX` for a limit that was removed."""
+    """Return the fields of ``wanted`` that differ from ``was``; `MAX` for a limit that was removed."""
     news: dict[str, Any] = {}
     for name in Resources._fields:
         before, after = getattr(was, name), getattr(wanted, name)
@@ -244,7 +244,7 @@ def _differing(was: Resources, wanted: Resources) -> Resources:
 
 
 def _changed_rate(before: Any, after: Any) -> Any:
-    """Return what to write for one rate; None to leave it as it is."""
+    """Return the value to write for one rate; None to leave it unchanged."""
     if before == after:
         return None
     return MAX if after is None else after
@@ -253,7 +253,7 @@ def _changed_rate(before: Any, after: Any) -> Any:
 def _change_all(
     instance: Instance, policy: str, was: Resources, news: Resources, *, of_each: bool
 ) -> tuple[int, int]:
-    """Write limits to all cgroups of a policy, or of its executors. Return how many changed, and how many kept."""
+    """Write limits to all cgroups of a policy, or of its executors. Return how many changed and how many did not."""
     done: list[tuple[Cgroup, Resources]] = []
     kept = 0
     if news == Resources():
@@ -279,7 +279,10 @@ def _change_all(
 
 
 def _write(cgroup: Cgroup, news: Resources, *, of_each: bool) -> None:
-    """Write limits to a cgroup in use. IO limits on v1 include processes started meanwhile. Raises `KernelError`."""
+    """Write limits to a cgroup in use. On v1, IO limits also cover processes that start meanwhile.
+
+    Raises `KernelError`.
+    """
     for attempts_left in reversed(range(_ATTEMPTS)):
         try:
             change_limits(cgroup, news, gather=not of_each)
@@ -299,13 +302,13 @@ def _cgroups(instance: Instance, policy: str, *, of_each: bool) -> list[Cgroup]:
 
 
 def _has_its_own(now: Resources, was: Resources, news: Resources) -> bool:
-    """Return whether a cgroup was given more memory than its policy said, and says now."""
+    """Return whether a cgroup has more memory than both the old and the new limit of its policy."""
     own, old, new = now.memory_max, was.memory_max, news.memory_max
     return isinstance(own, int) and isinstance(old, int) and isinstance(new, int) and own > max(old, new)
 
 
 def _of_before(before: Resources, news: Resources) -> Resources:
-    """Return the part of ``before`` that ``news`` may have changed."""
+    """Return the limits of ``before`` that writing ``news`` may have changed."""
     kept = {
         name: getattr(before, name)
         for name in Resources._fields

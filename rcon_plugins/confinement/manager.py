@@ -1,4 +1,4 @@
-"""From settings to what runs: the one start-up sequence of every server.
+"""The start-up sequence of every server: from settings to a `RunningManager`.
 
 1. `Manager` loads the plugins and judges the settings.
 2. `Manager.deploy` opens the ledger of the memory budget, makes the cgroup tree, judges again if that part of the tree
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Manager:
-    """Settings judged for this machine and server. Makes nothing until it is started."""
+    """Settings judged for this machine and server. Changes nothing on the machine until it is started."""
 
     def __init__(
         self,
@@ -80,12 +80,12 @@ class Manager:
             raise
 
     def deploy(self, *, owner: tuple[int, int] | None = None, changeable: bool = False) -> Deployment:
-        """Make what a server makes once: its cgroup tree. Log the warnings of the plan.
+        """Make the cgroup tree of a server, once for all its processes. Log the warnings of the plan.
 
         Call it in the process that will close the deployment, before it forks the processes that serve.
 
-        :param owner: the (uid, gid) of the processes that will serve, if it is not that of this one.
-        :param changeable: let `Deployment.change` work. It costs one fstat(2) for each unit of work.
+        :param owner: the (uid, gid) of the processes that will serve, if it differs from this process's.
+        :param changeable: enable `Deployment.change`, which costs one fstat(2) for each unit of work.
         :raises KernelError: the tree cannot be made (`DelegationError`, with the remedy).
         :raises SettingsError: this part of the cgroup tree cannot enforce a policy.
         """
@@ -116,8 +116,8 @@ class Deployment:
         self.instance = instance
         #: The policies as they are now, seen from this process.
         self.policies = LivePolicies(plan.settings.policies, changes)
-        #: How often a reload changed each policy. A changed policy gets cgroups of its own: processes that still finish
-        #: work under the old one would write its limits back.
+        #: How often a reload changed each policy. A changed policy gets new cgroups, because processes that still
+        #: finish work under the old policy would write the old limits back.
         self.generations: dict[str, int] = {}
         self._changes = changes
         self._judged_in = os.getpid()
@@ -136,8 +136,8 @@ class Deployment:
         Call it in each process that serves, after the application is loaded and before other threads run.
 
         :param service: what an executor process does with each unit of work.
-        :param on_lost: called in another thread if the fork server ends early. Work that needs a process is refused
-            from then on, so the host should be replaced.
+        :param on_lost: called in another thread if the fork server ends early. From then on all work that needs a
+            process is refused, so replace the host.
         :param after_fork: called in each new executor process.
         :param server_files: descriptors of regular files that executor processes must not have. They never have the
             server's sockets and pipes.
@@ -167,10 +167,10 @@ class Deployment:
         return change_limit(self.plan, self.policies, self.instance, policy, key, value)
 
     def reload(self, manager: Manager) -> None:
-        """Take other settings for the processes that start from now on. Running processes keep theirs.
+        """Use other settings for the processes that start from now on. Running processes keep the old ones.
 
-        ``manager`` was made for `Instance.hierarchy` of this deployment, whose cgroup base stays. Raises `KernelError`,
-        and changes nothing, if the budget's ledger cannot be opened or the process cannot be moved.
+        Make ``manager`` for the `Instance.hierarchy` of this deployment: the cgroup base does not change. Raises
+        `KernelError`, and changes nothing, if the budget's ledger cannot be opened or the process cannot be moved.
         """
         plan = manager.plan
         if plan.settings.budget is not None:
@@ -186,5 +186,5 @@ class Deployment:
         self.plan = plan
 
     def close(self) -> None:
-        """End all work and remove the cgroup tree. Does nothing in any process but the one that made it."""
+        """End all work and remove the cgroup tree. Do nothing except in the process that made it."""
         self.instance.close()

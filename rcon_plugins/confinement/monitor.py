@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("rcon")
 
-#: The share of a memory limit at which plugins hear that memory is nearly used up, so that they can act in time.
+#: At this share of a memory limit, plugins get an event that memory is nearly used up, so that they can act in time.
 _NEARLY = 0.9
-#: The pressure on a confinement that plugins hear of: a tenth of two seconds with all of its work waiting.
+#: Plugins get an event at this pressure on a confinement: all its work waited for 0.2 seconds of the last 2 seconds.
 _PRESSURE = (Pressure("memory", 0.2, 2.0, "full"), Pressure("io", 0.2, 2.0, "full"))
 
 
 class GroupMonitor:
     """Watches the cgroups of one server process: events for plugins, and memory limits that expand. Thread-safe.
 
-    Nothing is watched without a plugin that has `rcon_event`, and without memory that expands. ``key_of`` returns the
-    key of a confinement by its name.
+    It watches nothing unless a plugin implements `rcon_event` or a memory limit expands. ``key_of`` returns the key of
+    a confinement by its name.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class GroupMonitor:
         self._hook = hook
         self._key_of = key_of
         self._policies = dict(policies)
-        #: Whether a memory limit of any policy expands, so that `shrink` has something to do.
+        #: Whether a memory limit of any policy expands. If none does, `shrink` has no effect.
         self.expands = any(map(_expands, self._policies.values()))
         self._listens = listens(hook)
         self._watcher = watcher_of_process()
@@ -68,7 +68,7 @@ class GroupMonitor:
     def watch(self, executor: Executor) -> MonitoredGroup | None:
         """Start watching a new executor and, if nothing watches it yet, its confinement. Raises `KernelError`.
 
-        Return None if nothing of it is to be watched.
+        Return None if there is nothing to watch in it.
         """
         name, policy = executor.name, executor.policy
         if not self._listens and not _expands(policy):
@@ -94,15 +94,16 @@ class GroupMonitor:
             former.close()
 
     def forget(self, name: str) -> None:
-        """Stop watching a confinement whose cgroup is about to be removed, after its last events."""
+        """Report the last events of a confinement whose cgroup is about to be removed, and stop watching it."""
         with self._lock:
             found = self._confinements.pop(name, None)
         if found is not None:
             found.finish()
 
     def change(self, policies: Mapping[str, Policy]) -> None:
-        """Apply changed policies. Confinements are watched anew with their next executor, unless memory goes on
-        expanding as before.
+        """Apply changed policies.
+
+        Watching a confinement starts anew with its next executor, unless its memory goes on expanding as before.
         """
         with self._lock:
             self._policies.update(policies)
@@ -114,7 +115,7 @@ class GroupMonitor:
             one.close()
 
     def shrink(self, name: str) -> None:
-        """Take back, soon, what an idle confinement was given beyond its memory limit."""
+        """Have the expanded memory limit of an idle confinement reset soon."""
         with self._lock:
             found = self._confinements.get(name)
         if found is not None and found.expansion is not None and found.expansion.grew:
@@ -145,7 +146,7 @@ class GroupMonitor:
 class MonitoredGroup:
     """One watched cgroup: that of a confinement, or that of an executor process in it.
 
-    ``above`` is the monitored confinement around the cgroup of an executor process; None for a confinement itself.
+    ``above`` is the monitored confinement that contains the cgroup of an executor process; None for a confinement.
     """
 
     def __init__(
@@ -205,7 +206,7 @@ class MonitoredGroup:
         return of.limits.memory
 
     def change(self, policies: Mapping[str, Policy]) -> bool:
-        """Apply changed policies. Return whether its own is among them, so that it must be watched anew."""
+        """Apply changed policies. Return whether its own policy changed, so that watching it must start anew."""
         policy = policies.get(self._policy.name)
         if policy is None:
             return False
@@ -221,12 +222,12 @@ class MonitoredGroup:
         self.close()
 
     def shrink(self) -> None:
-        """Return to the configured memory limit, unless the cgroup still needs more."""
+        """Set the configured memory limit again, unless the cgroup still needs more."""
         if self.expansion is not None:
             self._or_log(self.expansion.reset, "rcon: the expanded memory limit of %s was not taken back: %s")
 
     def unthrottle(self) -> None:
-        """Stop slowing work down at a limit that expands. The upper bound stays."""
+        """Stop slowing work down at a limit that expands. The upper bound still holds."""
         if self.expansion is not None:
             self._or_log(self.expansion.unthrottle, "rcon: %s stays slowed down at its old memory limit: %s")
 
@@ -238,14 +239,14 @@ class MonitoredGroup:
                 LOGGER.error(problem, self.cgroup.path, error)
 
     def close(self) -> None:
-        """Stop watching. Harmless when called again."""
+        """Stop watching. Further calls do nothing."""
         if self.expansion is not None:
             self.expansion.close()
         if self._watch is not None:
             self._watch.close()
 
     def _listen(self, watcher: Watcher) -> Watch | None:
-        """Watch for the events that plugins hear of."""
+        """Watch for the events that plugins receive."""
         limits = self.limits
         kinds: list[str] = []
         if limits.memory is not None:
@@ -263,7 +264,7 @@ class MonitoredGroup:
         try:
             return self._add(watcher, kinds, nearly, pressure)
         except ControllerUnavailable:
-            # A kernel without pressure information: do without it.
+            # The kernel has no pressure information: watch without it.
             return self._add(watcher, kinds, nearly, ())
 
     def _add(
@@ -278,7 +279,7 @@ class MonitoredGroup:
         return watcher.add(self.cgroup, self._hear, kinds=kinds, thresholds=nearly, pressure=pressure)
 
     def _hear(self, event: KernelEvent) -> None:
-        """Handle an event of the kernel. Runs in the watcher's thread."""
+        """Handle an event of the kernel. Called in the watcher's thread."""
         own = self._about.replaced(event)
         if event.kind == "oom_kill" and self.limits.memory is None:
             own = msgspec.structs.replace(own, limit="memory")
@@ -287,7 +288,7 @@ class MonitoredGroup:
             self.expansion.take(answer.memory)
 
     def _ask(self, event: Event) -> Limits | None:
-        """Call the plugins, and apply the limits they return at once."""
+        """Call the plugins, and apply the limits they return immediately."""
         answer: Limits | None = self._hook.rcon_event(event=event)
         if answer is None:
             return None
@@ -296,7 +297,7 @@ class MonitoredGroup:
         except KernelError:
             if self.cgroup.exists():
                 raise
-            return None  # the last event of a cgroup that is gone: there is nothing to change
+            return None  # the cgroup is gone: this was its last event
         news = {name: getattr(answer, name) for name in answer.asks()}
         old = {name: getattr(self.limits, name) for name in Limits.__struct_fields__}
         self.limits = Limits(**{**old, **news})
@@ -304,7 +305,7 @@ class MonitoredGroup:
         return answer
 
     def _with_swap(self, answer: Limits) -> Limits:
-        """Add swap to memory, or memory to swap: both are written together, since v1 limits their sum."""
+        """Add swap to memory, or memory to swap. Both are written together, because v1 limits their sum."""
         if answer.memory is not None and answer.swap is None:
             return msgspec.structs.replace(answer, swap=self.limits.swap)
         if answer.swap is not None and answer.memory is None:
@@ -313,7 +314,7 @@ class MonitoredGroup:
 
 
 def listens(hook: pluggy.HookRelay) -> bool:
-    """Return whether a plugin has the hook `rcon_event`."""
+    """Return whether a plugin implements the hook `rcon_event`."""
     return bool(hook.rcon_event.get_hookimpls())
 
 

@@ -73,7 +73,7 @@ class Plan(NamedTuple):
     def check_process(self) -> None:
         """Raise `SettingsError` for the first policy that the calling process lacks privileges for.
 
-        For a process that has another user than the one that made the plan.
+        Call it in a process whose user differs from that of the process that made the plan.
         """
         for verdict in self.verdicts.values():
             verdict._replace(refusals=tuple(process_refusals(verdict))).check(self.settings.file)
@@ -90,7 +90,7 @@ class Plan(NamedTuple):
                 )
 
     def check_budget(self) -> None:
-        """Raise `SettingsError` for the first policy that never fits into the budget."""
+        """Raise `SettingsError` for the first policy whose memory limit exceeds the whole budget."""
         if self.settings.budget is not None:
             for name, policy in self.settings.policies.items():
                 memory = promised(policy)
@@ -118,9 +118,9 @@ class Plan(NamedTuple):
             )
 
     def warnings(self, uid: int | None = None) -> list[str]:
-        """Return what these settings leave open: untrusted code that is not contained, memory that is not counted.
+        """Return warnings about these settings: untrusted code that is not contained, memory that is not counted.
 
-        ``uid`` is the server's user, if it is not that of the calling process yet.
+        ``uid`` is the server's user, if it differs from that of the calling process.
         """
         found: dict[str, list[str]] = {}
         for name, verdict in self.verdicts.items():

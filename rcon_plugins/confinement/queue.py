@@ -1,4 +1,4 @@
-"""Waiting before work runs: for a free slot of its confinement, and for its share of the memory budget."""
+"""Wait before work runs: for a free slot of its confinement, and for its share of the memory budget."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from rcon_plugins.tree.locks import Allocation, ByteLocks
 
 _T = TypeVar("_T")
-#: How long waiting work sleeps between two attempts, seconds: at first, and at most.
+#: How long waiting work sleeps between two attempts: the first time, and at most. In seconds.
 _SHORTEST_WAIT = 0.01
 _LONGEST_WAIT = 0.25
 
 
 class Reservation:
-    """What one unit of work holds while it runs: a slot, and memory of the budget. None where it needs none."""
+    """The slot and the memory of the budget that one unit of work holds while it runs. Each is None if not needed."""
 
     slot: Allocation | None = None
     memory: Allocation | None = None
@@ -31,7 +31,7 @@ class Reservation:
 class Reservations:
     """Hands out reservations in one process. Thread-safe.
 
-    ``slots`` are the locks that all processes of the server share (`Instance.locks`); ``is_open`` tells whether work
+    ``slots`` are the locks that all processes of the server share (`Instance.locks`). ``is_open`` returns whether work
     should still wait.
     """
 
@@ -45,9 +45,9 @@ class Reservations:
     ) -> None:
         """Reserve a slot and budget. On failure the reservation still lists what was taken: release it in any case.
 
-        ``first_slot`` is that of the confinement. ``memory`` replaces ``each.memory`` of the policy, in bytes. With
-        ``wait``, wait for a slot instead of raising. Waiting for the budget is bounded by its own ``wait``, either way.
-        Raises `ConcurrencyLimitExceeded`, `ConfinementError`.
+        ``first_slot`` is that of the confinement. ``memory``, in bytes, replaces ``each.memory`` of the policy. With
+        ``wait``, wait for a slot instead of raising. In both cases the budget's own ``wait`` bounds the wait for
+        memory. Raises `ConcurrencyLimitExceeded`, `ConfinementError`.
         """
         concurrency = policy.concurrency
         if concurrency is not None:
@@ -58,7 +58,7 @@ class Reservations:
                 reservation.memory = self._reserve_memory(self._budget, size)
 
     def release(self, reservation: Reservation) -> None:
-        """Release whatever the reservation lists."""
+        """Release the slot and memory that the reservation lists."""
         if reservation.memory is not None and self._budget is not None:
             self._budget.release(reservation.memory)
         if reservation.slot is not None:

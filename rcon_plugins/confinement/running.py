@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from rcon_plugins.tree.instance import Instance
     from rcon_plugins.work import Work
 
-#: Open files of a server, and of an executor: its socket, usage files, entrances of its cgroup, wake-up pipes.
+#: The number of open files of a server, and of each executor: socket, usage files, entrances of its cgroup, pipes.
 _SERVER_FILES = 1024
 _EXECUTOR_FILES = 16
 
@@ -54,7 +54,8 @@ _EXECUTOR_FILES = 16
 class RunningManager:
     """Confines the work of one process. Thread-safe. Made by `Manager.start` or `Deployment.start`.
 
-    Call `admit` for each unit of work, and `close` at the end. It works in the process that started it, not in a fork.
+    Call `admit` for each unit of work, and `close` at the end. Use it only in the process that started it, not in a
+    fork.
     """
 
     def __init__(
@@ -78,10 +79,10 @@ class RunningManager:
         self._select_policy = calling(self.hook.rcon_select_policy)
         self._work_started = calling(self.hook.rcon_work_started)
         self._work_finished = calling(self.hook.rcon_work_finished)
-        #: The policy of work that no route names; empty without one.
+        #: The name of the policy for work that no route matches; empty without one.
         self._fallback = settings.fallback or ""
         self._lets_pass = settings.unmatched == "allow"
-        #: Held for moments: guards `_confinements` and their users.
+        #: Guards `_confinements` and their users. Held for a short time only.
         self._lock = threading.Lock()
         #: Held while a confinement is made.
         self._making = threading.Lock()
@@ -122,20 +123,18 @@ class RunningManager:
         self._open = True
 
     def close(self) -> None:
-        """End all executor processes and remove what this manager made. Running work is killed.
+        """Kill running work, end all executor processes, and remove the cgroups that this manager made.
 
-        Except in an executor thread, which cannot be killed: it ends after its work. Its cgroup, and the tree around
-        it, may stay until the next start removes them.
-
-        Does nothing in any process but the one that started it.
+        An executor thread cannot be killed: it ends after its work. Its cgroup, and the tree around it, may stay until
+        the next start removes them. Do nothing except in the process that started the manager.
         """
         if self._pid != os.getpid() or not self._open:
             return
         self._open = False
-        with contextlib.ExitStack() as last:  # each step, even if one before it fails
+        with contextlib.ExitStack() as last:  # run each step, even if an earlier one fails
             last.callback(self._on_close)
             for confinement in self._confinements.values():
-                if not confinement.users:  # else a thread is in it, or about to enter
+                if not confinement.users:  # otherwise a thread is in it, or about to enter
                     last.callback(self._drop, confinement)
             last.callback(self._threads.close)
             last.callback(self._monitor.close)
@@ -157,14 +156,14 @@ class RunningManager:
     ) -> LocalAdmission | ProcessAdmission | None:
         """Admit a unit of work under its policy. Return None when no route names it and the settings allow that.
 
-        On an error the work must not run; hooks and log have it already. With ``wait``, wait for a free slot instead of
-        raising `ConcurrencyLimitExceeded`. Waiting for the memory budget is bounded by the settings, either way; the
-        error's ``limit`` is `BUDGET` then. ``memory`` may return, for the policy, a number of bytes that replaces
-        ``each.memory`` for this work alone.
+        On an error the work must not run; hooks and log have received the error already. With ``wait``, wait for a free
+        slot instead of raising `ConcurrencyLimitExceeded`. In both cases the settings bound the wait for the memory
+        budget; the error's ``limit`` is `BUDGET` then. ``memory`` is called with the policy. If it returns a number of
+        bytes, that replaces ``each.memory`` for this work alone.
 
-        Raises `ConfinementError` when the work cannot be confined, `IdentityRefused` when its policy does not allow the
-        identity it would get, `ConcurrencyLimitExceeded` when the policy's concurrency is used up or the budget is,
-        `PidsLimitExceeded` when its confinement is full of processes.
+        Raises `ConfinementError` if the work cannot be confined, `IdentityRefused` if its policy does not allow the
+        identity it would get, `ConcurrencyLimitExceeded` if the policy's concurrency or the budget is used up,
+        `PidsLimitExceeded` if its confinement has as many processes as it may.
         """
         if self._pid != os.getpid() or not self._open:
             self._refuse(work, "", None, ConfinementError(self._why_not_here()))
@@ -181,7 +180,7 @@ class RunningManager:
             key = work.attributes.get(policy.per) if policy.per is not None else None
             identity = resolve(policy, work.attributes) if policy.user is not None else None
             confinement = self._hold(policy, key)
-        except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the work does not run
+        except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the work does not run
             self._refuse(work, name, key, error)
         reservation = Reservation()
         try:
@@ -205,7 +204,7 @@ class RunningManager:
     def policy_of(self, work: Work) -> Policy | None:
         """Return the policy that a unit of work would get now; None if it would run without limits.
 
-        Raises where the work would be refused.
+        Raises the error with which the work would be refused.
         """
         name: str = self._select_policy(work=work) or self._fallback
         if not name and self._lets_pass:
@@ -216,7 +215,7 @@ class RunningManager:
         return policy
 
     def _hold(self, policy: Policy, key: str | None) -> Confinement:
-        """Return the confinement of a policy and key, with one more user; make it if it is not kept."""
+        """Return the confinement of a policy and key, and count one more user. Make it if it is not kept."""
         generation = self._generations.get(policy.name, 0)
         name = cgroup_name(policy.name, key, generation)
         with self._lock:
@@ -243,7 +242,7 @@ class RunningManager:
     def _make(self, policy_name: str, key: str | None, generation: int) -> Confinement:
         policy = self._policies.by_name[
             policy_name
-        ]  # as it is now: it may have changed while this thread waited
+        ]  # look it up again: it may have changed while this thread waited
         isolation = self.plan.verdicts[policy_name].isolation
         if isolation == "process":
             return ProcessConfinement(policy, key, generation, self._conclude, self._pool)
@@ -253,7 +252,7 @@ class RunningManager:
         return threaded
 
     def _take_superfluous(self) -> list[Confinement]:
-        """Take out unused confinements beyond the number to keep, least recently used first."""
+        """Take unused confinements out of those kept until their number is allowed, least recently used first."""
         excess = len(self._confinements) - self.plan.settings.confinements
         if excess <= 0:
             return []
@@ -270,7 +269,7 @@ class RunningManager:
         self._pool.forget(confinement.name)
 
     def _executor_ended(self, name: str) -> None:
-        """An executor process of a confinement has ended: remove the cgroup if it is empty and not kept."""
+        """Remove the cgroup of a confinement after an executor process has ended, if it is empty and not kept."""
         if name in self._confinements:
             return
         try:
@@ -279,7 +278,7 @@ class RunningManager:
             LOGGER.error("rcon: the cgroup of %s could not be removed: %s", name, error)
 
     def _policies_changed(self, changed: Mapping[str, Policy]) -> None:
-        """Apply changed policies to what is kept. Called before any thread gets one of them from `LivePolicies`."""
+        """Apply changed policies to confinements and pool. Called before any thread gets one from `LivePolicies`."""
         with self._making:
             for confinement in list(self._confinements.values()):
                 confinement.policy = changed.get(confinement.policy.name, confinement.policy)
@@ -319,7 +318,7 @@ class RunningManager:
     def _report(self, work: Work, outcome: Outcome) -> None:
         try:
             self._work_finished(work=work, outcome=outcome)
-        except Exception:  # noqa: BLE001 - the work is over; the fault of a plugin that hears of it is for the log
+        except Exception:  # noqa: BLE001 - the work is over: log the error of the plugin
             LOGGER.exception("rcon: a plugin failed in rcon_work_finished")
 
     def _key_of(self, name: str) -> str | None:

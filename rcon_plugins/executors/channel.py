@@ -3,9 +3,9 @@
 A frame is one byte of kind, four bytes of length (network order), and the payload. The service defines what a frame
 means; only the kinds below ``FIRST_SERVICE_KIND`` belong to the executor itself.
 
-All data from an executor process is hostile: a frame is bounded, and nothing is unpickled. Memory on either side stays
-bounded by one frame and the kernel's socket buffer: a sender blocks until the other side reads, which is the
-back-pressure that streamed bodies need.
+All data from an executor process is treated as hostile: the size of a frame is bounded, and nothing is unpickled. Each
+side needs memory for one frame and the kernel's socket buffer at most. A sender blocks until the other side reads; that
+is the back-pressure that streamed bodies need.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _HEADER = struct.Struct("!BI")
 MAX_PAYLOAD = 1024 * 1024
 #: A good size for the pieces of a streamed body, bytes.
 CHUNK = 64 * 1024
-#: Kinds below this one are the executor's own; services number theirs from here.
+#: Kinds below this one belong to the executor itself; services number their kinds from here.
 FIRST_SERVICE_KIND = 16
-#: First frame of a new executor process, and last after each unit of work: it is confined and waits. Payload: its pid.
+#: The executor process is confined and waits. Its first frame, and its last after each unit of work. Payload: its pid.
 READY = 1
-#: First frame of a new executor process: it could not be confined. Payload: why, as text.
+#: The new executor process could not be confined. Sent in place of the first READY. Payload: the reason, as text.
 FAILED = 2
-#: First frame of a new executor process: its confinement has as many processes as it may. Payload: why, as text.
+#: The confinement has as many processes as it may. Sent in place of the first READY. Payload: the reason, as text.
 FULL = 3
 
 
@@ -44,22 +44,22 @@ class Frame(NamedTuple):
 
 
 class ChannelClosed(Exception):
-    """Raised when the other side is gone, or this process may no longer use the channel."""
+    """Raised when the other side has closed the channel, or when this process may no longer use it."""
 
 
 class ChannelTimeout(ChannelClosed):
-    """Raised when the other side sent nothing in time."""
+    """Raised when no frame arrived in time."""
 
 
 class ProtocolViolation(ChannelClosed):
-    """Raised when the other side sent something that the protocol does not have."""
+    """Raised when the other side sent a message that the protocol does not allow."""
 
 
 class Channel:
     """One end of the socket pair. Not thread-safe: one unit of work at a time owns it.
 
-    A fork of the process that made it can neither send nor receive: what confined code forks must not answer in its
-    parent's name.
+    A fork of the process that made it can neither send nor receive. So a process that confined code forks cannot answer
+    in place of its parent.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -78,10 +78,10 @@ class Channel:
 
     @property
     def quiet(self) -> bool:
-        """Whether the other side lives and nothing it sent waits to be received, here or in the socket."""
+        """Whether the other side is alive and no data from it waits to be received, here or in the socket."""
         if self._buffer:
             return False
-        # gevent's sockets wait, whatever the flags; the plain socket inside does not.
+        # gevent's socket waits despite the flags; the plain socket inside it does not.
         inner = getattr(self._socket, "_sock", self._socket)
         try:
             inner.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -94,8 +94,9 @@ class Channel:
     def send(self, *frames: tuple[int, bytes], wait: Callable[[], object] | None = None) -> None:
         """Send frames, in one system call where they fit. Blocks while the other side does not read.
 
-        With ``wait`` it does not block by itself: it calls ``wait`` each time the other side has to read before more
-        can be sent; ``wait`` returns when it may have. What it raises comes out; the channel is of no use then.
+        With ``wait`` it does not block itself: it calls ``wait`` each time the other side has to read before more can
+        be sent. ``wait`` returns when that may have happened. An exception of ``wait`` is passed on; do not use the
+        channel after that.
 
         Raises `ChannelClosed` when the other side is gone.
         """
@@ -118,8 +119,8 @@ class Channel:
     def receive(self, wait: Callable[[], object] | None = None) -> Frame:
         """Return the next frame. Blocks until it is whole.
 
-        ``wait`` is called before each read of the socket: it can wait for other things besides. What it raises comes
-        out.
+        ``wait`` is called before each read of the socket, so that it can wait for other events too. An exception of
+        ``wait`` is passed on.
 
         Raises `ChannelClosed` at the end of the stream, `ProtocolViolation` for a frame above the bound.
         """
@@ -149,9 +150,9 @@ class Channel:
         return Frame(kind, payload)
 
     def receive_batch(self, wait: Callable[[], object] | None = None) -> list[Frame]:
-        """Return the next frames, last first: at least one, and those of the service that are here already.
+        """Return the next frames, last first: at least one, and all further frames of the service received already.
 
-        It stops before a frame of the executor's own, or one above the bound. Otherwise as `receive`.
+        Stop before a frame of the executor itself, and before a frame above the bound. Otherwise like `receive`.
         """
         frames = [self.receive(wait)]
         buffer, position, size = self._buffer, self._position, len(self._buffer)
@@ -171,7 +172,10 @@ class Channel:
         return frames
 
     def receive_within(self, seconds: float) -> Frame:
-        """Return the next frame, if it comes in time; 0: if it is here. Raises as `receive`, and `ChannelTimeout`."""
+        """Return the next frame, if it comes in so many seconds. Raises like `receive`, and `ChannelTimeout`.
+
+        With 0, do not wait.
+        """
         self._socket.settimeout(seconds)
         try:
             return self.receive()
@@ -184,23 +188,23 @@ class Channel:
                 self._socket.settimeout(None)
 
     def receive_last(self, seconds: float) -> Frame:
-        """Return the next frame, as `receive_within`. Raise `ChannelClosed` where the other side is not quiet then."""
+        """Return the next frame like `receive_within`. Raise `ChannelClosed` if the other side is not `quiet` then."""
         frame = self.receive_within(seconds)
         if not self.quiet:
             raise ChannelClosed("the other side is gone, or has sent more")
         return frame
 
     def refuse(self) -> None:
-        """Stop reading: sending fails on the other side from now on, as on a closed channel."""
+        """Stop reading. From now on, sending fails on the other side as on a closed channel."""
         try:
             self._socket.shutdown(socket.SHUT_RD)
         except OSError:
-            return  # the other side is gone already, which is as closed as it can be
+            return  # the other side is gone already
 
     def hang_up(self) -> None:
-        """Shut the socket down but keep the descriptor: a thread that waits in `receive` reads an end of file.
+        """Shut the socket down but keep the descriptor. A thread that waits in `receive` reads an end of file.
 
-        May be called by any thread, while another one uses the channel; `close` may not.
+        Any thread may call it while another one uses the channel; that is not true of `close`.
         """
         with contextlib.suppress(OSError):  # the other side is gone already
             self._socket.shutdown(socket.SHUT_RDWR)

@@ -20,8 +20,8 @@ KILLED         the fork server reports its exit (`set_exited`) EXITED     superv
 EXITED, LEFT   its cgroup is empty and removed (`set_ended`)   ENDED      supervisor
 =============  ==============================================  =========  ======================================
 
-An event that the table does not have for a state changes nothing: an executor that was killed stays killed, whatever
-the thread that serves work on it does meanwhile.
+An event that the table does not list for a state changes nothing. So a killed executor stays killed, even if the thread
+that serves work on it calls another method meanwhile.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from rcon_plugins.settings.memory import Memory
     from rcon_plugins.settings.policy import Policy
 
-#: Signals that warn work of its time or its memory limit. Only for services that handle them.
+#: Signals that warn work before its time limit or memory limit. Only for services that handle them.
 SOFT_TIME = signal.SIGUSR1
 SOFT_MEMORY = signal.SIGUSR2
 
-#: The name of a confinement and the identity of its work. An executor, process or thread, serves one key all its life.
+#: The name of a confinement and the identity of its work. An executor process or thread serves one key all its life.
 Key = tuple[str, "Identity | None"]
 
 
@@ -61,21 +61,21 @@ class State(enum.Enum):
     WAITING = enum.auto()
     #: Serves a unit of work.
     SERVING = enum.auto()
-    #: Its work is over; has not reported READY since.
+    #: Its work is over; READY is not reported yet.
     RETURNING = enum.auto()
-    #: Ends by itself; what its work started may go on.
+    #: Ends by itself; processes that its work started may go on.
     LEAVING = enum.auto()
-    #: Has exited; what its work started goes on in its cgroup.
+    #: Has exited; processes that its work started go on in its cgroup.
     LEFT = enum.auto()
     #: Killed; its exit is not reported yet.
     KILLED = enum.auto()
-    #: Has exited; what it started is being killed, and its cgroup is not removed yet.
+    #: Has exited; processes that it started are being killed, and its cgroup is not removed yet.
     EXITED = enum.auto()
-    #: Gone, with all it started and its cgroup.
+    #: Gone, with all processes that it started and its cgroup.
     ENDED = enum.auto()
 
 
-#: An executor in one of these may serve work now or later: it counts among the executor processes that may exist.
+#: An executor in one of these states may serve work now or later. It counts towards the bound on executor processes.
 USABLE = frozenset({State.STARTING, State.WAITING, State.SERVING, State.RETURNING})
 _EXIT_REPORTED = frozenset({State.LEFT, State.EXITED, State.ENDED})
 
@@ -91,10 +91,10 @@ class Monitored(Protocol):
         """Return the limit ``memory`` or ``each.memory`` in force; None without one."""
 
     def change(self, policies: Mapping[str, Policy]) -> bool:
-        """Apply changed policies. Return whether its own is among them, so that it must be watched anew."""
+        """Apply changed policies. Return whether its own policy changed, so that watching it must start anew."""
 
     def finish(self) -> None:
-        """Report the last events and stop watching: the cgroup is about to be removed."""
+        """Report the last events and stop watching, before the cgroup is removed."""
 
 
 class Executor:
@@ -115,40 +115,40 @@ class Executor:
         self.key = key
         self.name, self.identity = key
         self.policy = policy
-        #: The cgroup of its confinement, and its own below that.
+        #: The cgroup of its confinement, and its own cgroup below that.
         self.group = group
         self.leaf = leaf
         self.channel = channel
         self.monitored: Monitored | None = None
         self.state = State.STARTING
-        #: When it entered its state (`time.monotonic`).
+        #: The time when it entered its state (`time.monotonic`).
         self.since = time.monotonic()
-        #: 0 until it is ready for the first time.
+        #: Its pid; 0 until it is ready for the first time.
         self.pid = 0
-        #: How many units of work it has served, the one under way included.
+        #: The number of units of work it has served, including the one under way.
         self.uses = 0
-        #: Whether the limits of its policy were changed since it was made: it serves at most one more unit of work.
+        #: Whether the limits of its policy changed since it was made. It serves at most one more unit of work then.
         self.outdated = False
-        #: Why the host killed it first; None if the host did not.
+        #: The first reason for which the host killed it; None if the host did not.
         self.kill_reason: str | None = None
-        #: Its wait status; None until its exit is reported, or where it is unknown.
+        #: Its wait status; None until its exit is reported, or if it is unknown.
         self.status: int | None = None
-        #: Set when it is gone, with all it started and its cgroup.
+        #: Set when it is gone, with all processes that it started and its cgroup.
         self.ended = threading.Event()
-        #: When it was last killed (`time.monotonic`).
+        #: The time when it was last killed (`time.monotonic`).
         self.killed_at = 0.0
-        #: Whether the log says already that it does not end.
+        #: Whether it is logged already that the process does not end.
         self.hang_logged = False
-        #: What its cgroup had used after its last work, or at its end.
+        #: The usage of its cgroup after its last work, or at its end.
         self.reading: Reading = meter.read()
-        #: The deadline of the work under way and what it does; None without one, or when the work is over.
+        #: The deadline of the work under way and its action; None without a deadline, or when the work is over.
         self.deadline: tuple[float, Callable[[], object]] | None = None
-        #: Guards the state, the meter, the callbacks, and the settling of the work under way. Held for moments.
+        #: Guards the state, the meter, the callbacks, and whether the work under way is settled. Held for a short time.
         self.lock = threading.Lock()
         self._meter: Meter | None = meter
         self._exit_callbacks: list[Callable[[], object]] = []
         self._supervisor = supervisor
-        #: When the supervisor looks at the deadline next.
+        #: The time at which the supervisor checks the deadline next.
         self._alarm: float | None = None
 
     # -- transitions ------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Executor:
                 self.state, self.since = State.WAITING, time.monotonic()
 
     def begin_work(self, deadline: float | None, action: Callable[[], object]) -> Reading:
-        """Count one more use, and reset the memory peak where the kernel can. Return what was used before.
+        """Count one more use, and reset the memory peak if the kernel can. Return the usage before the work.
 
         At ``deadline`` (`time.monotonic`) the supervisor calls ``action``, as `set_deadline` says.
         """
@@ -176,7 +176,7 @@ class Executor:
         return self.reading
 
     def end_work(self) -> Reading:
-        """Note that the work is over. Return what its cgroup has used. Raises `KernelError`."""
+        """Note that the work is over. Return the usage of its cgroup. Raises `KernelError`."""
         with self.lock:
             if self.state is State.SERVING:
                 self.state, self.since = State.RETURNING, time.monotonic()
@@ -185,23 +185,23 @@ class Executor:
         return self.reading
 
     def leave_children(self) -> None:
-        """Let the process end by itself, and what its work started go on."""
+        """Let the process end by itself, and let processes that its work started go on."""
         self._change(dict.fromkeys(USABLE, State.LEAVING))
 
     def set_killed(self, reason: str) -> None:
-        """Note why the host kills it, and all that it started. The first reason stays."""
+        """Note the reason for which the host kills it and all processes that it started. Keep the first reason."""
         with self.lock:
             self.kill_reason = self.kill_reason or reason
         self._change({**dict.fromkeys(USABLE | {State.LEAVING}, State.KILLED), State.LEFT: State.EXITED})
 
     def set_exited(self, status: int | None, problem: str | None = None) -> None:
-        """Note the end of the process; ``status`` is None if unknown. ``problem``: why it could not be forked."""
+        """Note the end of the process. ``status`` is None if unknown. ``problem`` is why it could not be forked."""
         self.status = status if self.status is None else self.status
         self.kill_reason = self.kill_reason or problem
         self._change({**dict.fromkeys(USABLE | {State.KILLED}, State.EXITED), State.LEAVING: State.LEFT})
 
     def set_ended(self) -> list[Callable[[], object]]:
-        """Note that nothing is left of it, and set ``ended``. Return the callbacks to call now."""
+        """Note that its processes and its cgroup are gone, and set ``ended``. Return the callbacks to call now."""
         with self.lock:
             self._enter(State.ENDED)
             self.ended.set()
@@ -214,7 +214,7 @@ class Executor:
                 self._enter(following)
 
     def _enter(self, state: State) -> None:
-        """With the lock held."""
+        """Enter a state. Call it with the lock held."""
         self.state = state
         self.since = time.monotonic()
 
@@ -222,17 +222,17 @@ class Executor:
 
     @property
     def exit_reported(self) -> bool:
-        """Whether the fork server reported the end of the process, or cannot any more."""
+        """Whether the fork server reported the end of the process, or can no longer report it."""
         return self.state in _EXIT_REPORTED
 
     def is_alone(self) -> bool:
-        """Whether the executor process is the only one in its cgroup, whatever threads it has. Raises `KernelError`."""
+        """Return whether the executor process is the only process in its cgroup. Raises `KernelError`."""
         return self.leaf.processes() == [self.pid]
 
     def is_back(self, seconds: float) -> bool | None:
-        """Whether it waits for work, after so many seconds at most. None: not yet; False: it never will.
+        """Return whether it waits for work, after so many seconds at most. None: not yet; False: it never will.
 
-        False where it died, and where code of an earlier request still sends.
+        False if it died, or if code of an earlier request still sends.
         """
         if self.state is not State.RETURNING:
             return self.channel.quiet
@@ -248,12 +248,12 @@ class Executor:
         return True
 
     def read(self) -> Reading:
-        """Return what its cgroup has used; the last reading once it has ended. Raises `KernelError`."""
+        """Return the usage of its cgroup; the last reading once it has ended. Raises `KernelError`."""
         with self.lock:
             return self.reading if self._meter is None else self._meter.read()
 
     def close_meter(self) -> None:
-        """Take the last reading and close the meter. Raises `KernelError`; the meter is closed all the same."""
+        """Take the last reading and close the meter. Raises `KernelError`; the meter is closed even then."""
         with self.lock:
             meter, self._meter = self._meter, None
             if meter is not None:
@@ -275,14 +275,14 @@ class Executor:
     def set_deadline(self, when: float, action: Callable[[], object]) -> None:
         """Have the supervisor call ``action`` at ``when`` (`time.monotonic`), unless ``deadline`` is None by then.
 
-        An executor has one alarm, which is set again when it rings too early. So work that ends in time costs no
-        wake-up, and what the supervisor keeps does not grow with the number of requests.
+        An executor has one alarm, which is set again when it comes too early. So work that ends in time costs no
+        wake-up, and the supervisor's memory does not grow with the number of requests.
         """
         with self.lock:
             self._deadline_at(when, action)
 
     def _deadline_at(self, when: float, action: Callable[[], object]) -> None:
-        """With the lock held."""
+        """Set the deadline and, if it comes first, the alarm. Call it with the lock held."""
         self.deadline = (when, action)
         if self._alarm is None or self._alarm > when:
             self._set_alarm(when)
@@ -292,7 +292,7 @@ class Executor:
         self._supervisor.at(when, Executor._ring, self)
 
     def _ring(self) -> None:
-        """In the supervisor."""
+        """Act on the deadline if it has come, else set the alarm again. Called in the supervisor's thread."""
         with self.lock:
             self._alarm = None
             if self.deadline is None:

@@ -1,8 +1,8 @@
-"""The fork server: the single-threaded process that alone makes executor processes.
+"""The fork server: the single-threaded process that makes all executor processes.
 
-It is forked from the host after the application is loaded and before other threads serve, so that forking never
-meets threads. It runs no application code. It reaps the executor processes and reports to the host how each ended. When
-the host ends, in whatever way, it kills all that the host's executor processes started, and ends too.
+The host forks it after the application is loaded and before other threads serve, so that no fork happens beside
+threads. It runs no application code. It reaps the executor processes and reports to the host how each ended. When the
+host ends, for any reason, it kills the executor processes and all processes that they started, and ends too.
 
 Host and fork server talk over a ``SOCK_SEQPACKET`` pair. The host sends a `SpawnOrder` (with one end of the new
 executor's channel), a `KillOrder` or a `SignalOrder`; the fork server sends an `ExitReport`. Both ends are this
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tree.instance import Instance
 
-#: What an executor process does with each unit of work: called with its first frame.
+#: The function that serves one unit of work in an executor process. It is called with the first frame.
 Service = Callable[[Channel, Frame], None]
 
 PID = struct.Struct("!i")
@@ -56,9 +56,9 @@ _EXIT_SERVICE_RAISED = 70
 
 
 class SpawnOrder(NamedTuple):
-    """Make an executor process in the cgroup ``work/<name>/<leaf>``, for one policy and the rest of its life.
+    """Make an executor process in the cgroup ``work/<name>/<leaf>``. It serves one policy until it ends.
 
-    ``identity`` is the one it takes; None keeps the server's user and groups.
+    ``identity`` is the user and groups that it changes to; None keeps those of the server.
     """
 
     number: int
@@ -69,20 +69,20 @@ class SpawnOrder(NamedTuple):
 
 
 class KillOrder(NamedTuple):
-    """End an executor process, by its pid: it may have left its cgroup."""
+    """Kill an executor process by its pid, because it may have left its cgroup."""
 
     number: int
 
 
 class SignalOrder(NamedTuple):
-    """Send an executor process a signal that its service handles, by its pid."""
+    """Send a signal, which its service handles, to an executor process by its pid."""
 
     number: int
     signal: int
 
 
 class ExitReport(NamedTuple):
-    """An executor process ended with a wait status. With pid 0 it could not be forked: ``status`` is an errno."""
+    """An executor process ended with a wait status. With pid 0 it could not be forked, and ``status`` is an errno."""
 
     number: int
     pid: int
@@ -90,7 +90,7 @@ class ExitReport(NamedTuple):
 
 
 class ForkServer:
-    """The fork server's own side. `run` never returns."""
+    """The fork server, in its own process. `run` never returns."""
 
     def __init__(
         self,
@@ -112,15 +112,15 @@ class ForkServer:
         self._host_pidfd = -1
         self._pid = 0
         self._children: dict[int, tuple[SpawnOrder, int]] = {}  # by pidfd
-        #: A pipe that the handler of SIGCHLD writes to, to wake `poll` up.
+        #: A pipe. The handler of SIGCHLD writes to it, to wake `poll` up.
         self._sigchld_read, self._sigchld_write = -1, -1
 
     def run(self) -> NoReturn:
-        """Serve until the host is gone; then kill what is left, and exit."""
+        """Serve until the host is gone; then kill the executor processes that are left, and exit."""
         status = 1
         self._pid = os.getpid()
         try:
-            # Not in the terminal's foreground group: the host alone handles an interrupt.
+            # Leave the terminal's foreground group, because only the host handles an interrupt.
             os.setsid()
             process.take_default_signals()
             self._host_pidfd = os.pidfd_open(self._host)
@@ -162,7 +162,7 @@ class ForkServer:
                 self._reap(pidfd)
             if ended or self._sigchld_read in ready:
                 process.drain(self._sigchld_read)
-                # Confined code can make children of this process that are no executors: CLONE_PARENT, clone(2).
+                # Confined code can make children of this process that are not executors: CLONE_PARENT, clone(2).
                 process.reap_unknown_children({pid for _, pid in self._children.values()})
             if host in ready:
                 return
@@ -209,7 +209,7 @@ class ForkServer:
             posix.close(channel_end)
 
     def _prepare(self, policy: Policy) -> BaseException | None:
-        """Call rcon_prepare. Return what it raised, for the new process to report."""
+        """Call rcon_prepare. Return the exception it raised, which the new process reports."""
         try:
             self._hook.rcon_prepare(policy=policy)
         except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
@@ -262,11 +262,11 @@ def run_executor(
     service: Service,
     fault: BaseException | None = None,
 ) -> NoReturn:
-    """The life of an executor process: drop for good, report READY, serve one unit of work after the other, end.
+    """Run an executor process: drop privileges, report READY, serve one unit of work after the other, end.
 
-    ``fault`` is why it cannot be confined, where that is known before the fork.
+    ``fault`` is why it cannot be confined, if that is known before the fork.
 
-    A process that confined code forked may return here through the service: it ends at once, and prints nothing.
+    A process that confined code forked may return here through the service. It ends immediately and prints nothing.
     """
     me = os.getpid()
     try:
@@ -310,14 +310,14 @@ def run_executor(
 
 
 def _let_threads_go_on() -> None:
-    """Wait for the threads that work left running, as Python does at its exit. The host may kill them before."""
+    """Wait for the threads that the work left running, as Python does at its exit. The host may kill them earlier."""
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.current_thread():
             thread.join()
 
 
 def _check_alone() -> None:
-    """Raise `ConfinementError` if other threads of this process still have the privileges that this one dropped."""
+    """Raise `ConfinementError` if other threads of this process still have the privileges that this thread dropped."""
     if threads := other_threads():
         raise ConfinementError(
             f"a library started threads in a fork hook, which still have the server's privileges: "
@@ -326,10 +326,10 @@ def _check_alone() -> None:
 
 
 def _enter(order: SpawnOrder, instance: Instance) -> bool:
-    """Enter the leaf. Return False where the confinement is full.
+    """Enter the leaf. Return False if the confinement is full.
 
-    The kernel counts processes that move in, and does not refuse them (cgroup-v2.rst, pids). So all workers of the
-    server do this one at a time, under a lock.
+    The kernel counts processes that move in, but does not refuse them (cgroup-v2.rst, pids). So the workers of the
+    server enter one at a time, under a lock.
     """
     leaf, pids = instance.executor_cgroup(order.name, order.leaf), order.policy.pids
     if pids is None:
@@ -344,7 +344,7 @@ def _enter(order: SpawnOrder, instance: Instance) -> bool:
 
 
 def read_exit_report(data: bytes) -> ExitReport:
-    """Return the exit report of a record."""
+    """Return the exit report that a record encodes."""
     return ExitReport(*_EXIT_REPORT.unpack(data))
 
 
@@ -357,7 +357,7 @@ def _flush() -> None:
 
 # -- log files ------------------------------------------------------------------------------------
 
-#: Keeps the handlers that were removed: an unreferenced file object would close its descriptor and warn.
+#: Keeps the removed handlers, because an unreferenced file object would close its descriptor and warn.
 _removed_handlers: list[logging.Handler] = []
 
 
@@ -371,10 +371,10 @@ def open_log_files(loggers: Iterable[logging.Logger]) -> set[int]:
 
 
 def leaving_log_files(loggers: Iterable[logging.Logger]) -> Callable[[], None]:
-    """Return a function for ``after_fork`` that sends what these loggers write to files to standard error instead.
+    """Return a function for ``after_fork`` that makes these loggers write to standard error instead of files.
 
-    A handler would write to whatever has the descriptor of its file now, or open the file again as the identity of the
-    work. The handlers are looked up here: to visit every logger takes a new process a while.
+    In an executor process the handler's descriptor may belong to another file, or the handler may open its file again
+    as the user of the work. The handlers are looked up here, because visiting every logger takes a new process a while.
     """
     return partial(_replace_handlers, list(_file_handlers(loggers)))
 

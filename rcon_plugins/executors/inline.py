@@ -1,7 +1,7 @@
 """The ``inline`` executor: the thread that runs the work joins a cgroup, and leaves it afterwards.
 
-It acts on the calling thread alone. A thread moves itself by writing ``0`` to a file that is already open: the only
-cheap way (docs/reference/kernel.md).
+It acts on the calling thread alone. A thread moves itself by writing ``0`` to a file that is already open. No other way
+is cheap enough (docs/reference/kernel.md).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _thread = _ThreadState()
 class InlineExecutor:
     """A threaded cgroup that any thread of this process may enter for a while. Thread-safe.
 
-    Entering nests, also in different cgroups: `leave` goes back to the cgroup around it, and from the outermost to
-    ``home``. Call `enter` and `leave` in pairs, in one thread, as `InlineAdmission.entered` does.
+    Entering nests, also in different cgroups: `leave` returns to the cgroup entered before, and from the outermost one
+    to ``home``. Call `enter` and `leave` in pairs, in one thread, as `InlineAdmission.entered` does.
     """
 
     def __init__(self, cgroup: Cgroup, entrance: Entrance, home: Entrance) -> None:
@@ -36,7 +36,7 @@ class InlineExecutor:
         self._home = home
 
     def enter(self) -> None:
-        """Move the calling thread in. Raises `KernelError`; the thread stays where it was then."""
+        """Move the calling thread into the cgroup. Raises `KernelError`; the thread stays in its old cgroup then."""
         try:
             self.entrance.enter()
         except BaseException:
@@ -45,12 +45,12 @@ class InlineExecutor:
         _thread.entered.append(self.entrance)
 
     def leave(self) -> None:
-        """Move the calling thread back to where it was. Raises `KernelError`."""
+        """Move the calling thread back to the cgroup it was in before. Raises `KernelError`."""
         _thread.entered.pop()
         self._around().enter()
 
     def close(self) -> None:
-        """Close the files that threads enter by, and remove the cgroup unless a thread is in it."""
+        """Close the files by which threads enter, and remove the cgroup unless a thread is in it."""
         self.entrance.close()
         self.cgroup.delete()
 

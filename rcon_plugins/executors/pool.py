@@ -1,4 +1,4 @@
-"""Waiting executor processes, made before they are needed and kept; the least recently used end first."""
+"""A pool of waiting executor processes: some are spawned before they are needed; the least recently used end first."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tree.instance import Instance
 
-#: How long the next request waits for an executor process that has just served another, seconds.
+#: How long a request waits for an executor process that has just served another request, seconds.
 SOON_SECONDS = 0.25
-#: After how long an executor that does not report READY again is ended: something of its last work keeps it busy.
+#: After so many seconds, kill an executor that did not report READY again: code of its last work keeps it busy.
 LATE_SECONDS = 2.0
-#: How many spare executors of one use each may wait for one confinement, while that many are needed.
+#: The most spare executors, of one use each, that may wait for one confinement.
 MAX_SPARES = 3
-#: After how long without work all spares but one end, seconds.
+#: After so many seconds without work, all spares except one end.
 IDLE_SECONDS = 5.0
 
 
 class ExecutorPool:
-    """At most ``most`` executor processes for all confinements, without those that end. Thread-safe.
+    """At most ``most`` executor processes for all confinements, not counting those that are ending. Thread-safe.
 
-    An executor serves one confinement as one identity for life, so a waiting one can only be taken for its own.
-    When the bound is reached, the least recently used waiting process makes room. ``is_kept`` returns whether the
-    confinement of a name may still be used; ``on_end`` is called with the name of its confinement when an executor is
-    gone.
+    An executor serves one confinement as one identity until it ends, so a request can only take a waiting executor of
+    the same confinement and identity. When the bound is reached, the least recently used waiting process is ended.
+    ``is_kept`` returns whether the confinement of a name may still be used. When an executor is gone, ``on_end`` is
+    called with the name of its confinement.
     """
 
     def __init__(
@@ -58,20 +58,20 @@ class ExecutorPool:
         self._is_kept = is_kept
         self._on_end = on_end
         self._lock = threading.Lock()
-        #: How many executors are being spawned that `ProcessExecutors` does not know yet.
+        #: The number of executors being spawned that are not yet registered in `ProcessExecutors`.
         self._spawning = 0
         #: Waiting executors by confinement and identity, the least recently used key first.
         self._waiting: OrderedDict[Key, list[Executor]] = OrderedDict()
-        #: How many spares are to wait for a key whose executors serve one request each; more while they come too late.
+        #: The number of spares wanted for a key whose executors serve one request each. It grows while spares are late.
         self._spares_wanted: dict[Key, int] = {}
         self._last_taken: dict[Key, float] = {}
         self._overdue_check_scheduled = False
 
     def take(self, name: str, policy: Policy, identity: Identity | None = None) -> Executor:
-        """Return a confined, waiting executor process of this confinement and identity. Spawn one where none waits.
+        """Return a confined, waiting executor process of this confinement and identity. Spawn one if none waits.
 
-        Raises `ConcurrencyLimitExceeded` when every executor process is busy; `PidsLimitExceeded`,
-        `ConfinementError` or `KernelError` when none can be made.
+        Raises `ConcurrencyLimitExceeded` if every executor process is busy; `PidsLimitExceeded`,
+        `ConfinementError` or `KernelError` if none can be made.
         """
         executor = self._take_waiting((name, identity))
         if executor is None:
@@ -89,7 +89,7 @@ class ExecutorPool:
         return executor
 
     def give_back(self, executor: Executor) -> None:
-        """Let an executor whose work is over wait for the next."""
+        """Return an executor whose work is over to the pool, where it waits for more work."""
         if self._put_back(executor) and not self._overdue_check_scheduled:
             self._overdue_check_scheduled = True
             self.processes.submit(self._end_overdue, time.monotonic() + LATE_SECONDS)
@@ -99,13 +99,13 @@ class ExecutorPool:
         self.processes.kill(executor, reason)
 
     def leave(self, executor: Executor) -> None:
-        """End an executor process, and let what it started go on in its cgroup. Does not wait."""
+        """End an executor process, and let processes that it started go on in its cgroup. Does not wait."""
         executor.leave_children()
-        executor.channel.close()  # which ends it
+        executor.channel.close()  # the executor process ends when its channel is closed
         self.processes.submit(partial(self._spawn_replacement, executor))
 
     def replace(self, executor: Executor, reason: str) -> None:
-        """Kill an executor that must not be used again, and have its successor made. Does not wait."""
+        """Kill an executor that must not be used again, and have its replacement spawned. Does not wait."""
         self.discard(executor, reason)
         self.processes.submit(partial(self._spawn_replacement, executor))
 
@@ -128,7 +128,7 @@ class ExecutorPool:
             self._end_waiting(executor)
 
     def close(self) -> None:
-        """End everything. Nothing is left when it returns."""
+        """End all executor processes. All are gone when it returns."""
         with self._lock:
             waiting = [executor for some in self._waiting.values() for executor in some]
             self._waiting.clear()
@@ -150,7 +150,7 @@ class ExecutorPool:
                 if is_back is None and time.monotonic() < executor.since + LATE_SECONDS:
                     late.append(executor)
                 else:
-                    # It died, or an earlier request's code still sends or keeps it busy: not for the next client.
+                    # It died, or code of an earlier request still sends or keeps it busy: no other request may use it.
                     self._end_waiting(executor)
             return executor
         finally:
@@ -162,10 +162,10 @@ class ExecutorPool:
             waiting = self._waiting.get(key)
             if not waiting:
                 return None
-            # The one that served last; of spares, which never served, the one made first.
+            # Take the executor that served last; among spares, which have not served, the oldest.
             executor = waiting.pop() if waiting[-1].pid else waiting.pop(0)
             if not waiting:
-                del self._waiting[key]  # there may be any number of identities over time
+                del self._waiting[key]  # the number of identities over time is not bounded
             return executor
 
     def _put_back(self, executor: Executor) -> bool:
@@ -174,11 +174,11 @@ class ExecutorPool:
                 self._waiting.setdefault(executor.key, []).append(executor)
                 self._waiting.move_to_end(executor.key)
                 return True
-        executor.channel.close()  # it was killed, or died, just now
+        executor.channel.close()  # it has just been killed, or has died
         return False
 
     def _end_overdue(self) -> None:
-        """In the supervisor: end executors that do not report READY after their work."""
+        """Kill executors that do not report READY after their work. Called in the supervisor's thread."""
         self._overdue_check_scheduled = False
         latest = time.monotonic() - LATE_SECONDS
         with self._lock:
@@ -202,7 +202,7 @@ class ExecutorPool:
             self.processes.submit(self._end_overdue, time.monotonic() + LATE_SECONDS)
 
     def _remove(self, executor: Executor) -> Executor:
-        """Take out a waiting executor. With the lock held."""
+        """Remove a waiting executor from the pool. Call it with the lock held."""
         waiting = self._waiting[executor.key]
         waiting.remove(executor)
         if not waiting:
@@ -216,10 +216,10 @@ class ExecutorPool:
     # -- new executors ----------------------------------------------------------------------------
 
     def _order_spares(self, executor: Executor) -> None:
-        """Have successors made while the executor serves its last request.
+        """Have replacements spawned while the executor serves its last request.
 
-        Until they serve, they cost their confinement nothing but CPU time, which they take in any case. Where they
-        would take memory or pids that the request under way may need, they are made after it instead.
+        Until they serve, they use only CPU time of their confinement, which they would use later too. If they would
+        use memory or pids that the request under way may need, `take` does not call this: they are spawned later.
         """
         key = executor.key
         late = not executor.pid and executor.channel.quiet
@@ -240,7 +240,7 @@ class ExecutorPool:
             self.processes.submit(self._trim, time.monotonic() + IDLE_SECONDS)
 
     def _trim(self) -> None:
-        """In the supervisor: keep one spare for each key that had no request for a while."""
+        """Keep only one spare for each key without a recent request. Called in the supervisor's thread."""
         long_ago = time.monotonic() - IDLE_SECONDS
         superfluous: list[Executor] = []
         with self._lock:
@@ -254,7 +254,7 @@ class ExecutorPool:
             self.processes.submit(self._trim, time.monotonic() + IDLE_SECONDS)
 
     def _make_room(self) -> None:
-        """Count one more executor process; end a waiting one where the bound is reached."""
+        """Count one more executor process. If the bound is reached, end a waiting one."""
         spare: Executor | None = None
         with self._lock:
             if self._is_full():
@@ -270,11 +270,11 @@ class ExecutorPool:
             self._end_waiting(spare)
 
     def _is_full(self) -> bool:
-        """With the lock held."""
+        """Return whether the bound on executor processes is reached. Call it with the lock held."""
         return self.processes.count_usable() + self._spawning >= self._most
 
     def _spawn(self, name: str, policy: Policy, identity: Identity | None) -> Executor:
-        """Spawn an executor that was counted in ``_spawning``."""
+        """Spawn an executor that ``_spawning`` counts already."""
         try:
             return self.processes.spawn(name, policy, identity)
         finally:
@@ -282,7 +282,7 @@ class ExecutorPool:
                 self._spawning -= 1
 
     def _spawn_replacement(self, executor: Executor) -> None:
-        """Spawn the successor of an executor, if there is room and no spare waits already."""
+        """Spawn the replacement of an executor, if there is room and not enough spares wait already."""
         with self._lock:
             wanted = self._spares_wanted.get(executor.key, 1)
             superfluous = self._is_full() or len(self._waiting.get(executor.key, ())) >= wanted
@@ -295,7 +295,7 @@ class ExecutorPool:
             LOGGER.error("no spare executor process could be made for %s: %s", executor.name, error)
 
     def _ended(self, executor: Executor) -> None:
-        """In the supervisor: an executor is gone, however it went."""
+        """Forget an executor that is gone, for whatever reason. Called in the supervisor's thread."""
         with self._lock:
             was_waiting = executor in self._waiting.get(executor.key, ())
             if was_waiting:
@@ -306,5 +306,5 @@ class ExecutorPool:
 
 
 def _is_shared(policy: Policy) -> bool:
-    """Whether a spare process uses memory or pids that the work under way may need."""
+    """Return whether a spare process would use memory or pids that the work under way may need."""
     return policy.pids is not None or policy.memory is not None or policy.rlimits.nproc is not None

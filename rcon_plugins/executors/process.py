@@ -1,4 +1,4 @@
-"""Executor processes, seen from the host: spawn, kill, and the end. See `fork_server` for the other side."""
+"""Executor processes, seen from the host: spawn them, kill them, and follow their end. See `fork_server`, too."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ LOGGER = logging.getLogger("rcon")
 
 #: How long a new executor process may take to be ready, seconds.
 READY_SECONDS = 10.0
-#: How long a request waits for the end of an executor, seconds. The end may take longer.
+#: How long a request waits for the end of an executor, seconds. The executor may take longer to end.
 DEATH_SECONDS = 1.0
-#: How long the end of all may take when the host closes, seconds.
+#: How long `close` waits until all executors have ended, seconds.
 CLOSE_SECONDS = 10.0
-#: After how long executors that still live are killed again, seconds.
+#: After so many seconds, kill executors that are still alive again.
 KILL_AGAIN_SECONDS = 0.2
-#: How often a cgroup is made again while other workers remove the one above it.
+#: How many times to make a cgroup while other workers remove its parent.
 _ATTEMPTS = 20
 
 
@@ -73,8 +73,8 @@ class ProcessExecutors:
     """All executor processes of one host process, and their fork server. Thread-safe.
 
     ``on_end`` is called in the supervisor's thread with each executor that ended. ``on_lost`` is called once if the
-    fork server ends before the host closes it: no more executor processes can be made then, and the host should be
-    replaced. ``current`` returns a policy as it is now.
+    fork server ends before the host closes it. After that no executor process can be made, so replace the host.
+    ``current`` returns a policy as it is now.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class ProcessExecutors:
         self._numbers = itertools.count()
         #: Executors that have not ended, by number.
         self._living: dict[int, Executor] = {}
-        #: Those of them that were killed or have exited. The supervisor's own, until `close`.
+        #: The executors among these that were killed or have exited. Only the supervisor uses it, until `close`.
         self._ending: dict[int, Executor] = {}
         self._lost = False
-        #: Set where an order could not be sent, before the supervisor learns that the fork server ended.
+        #: Set when an order could not be sent, before the supervisor detects that the fork server ended.
         self._control_broken = False
         self._closing = False
         self._server = 0
@@ -119,7 +119,7 @@ class ProcessExecutors:
 
     @property
     def lost(self) -> bool:
-        """Whether the fork server ended before its time."""
+        """Whether the fork server ended before the host closed it."""
         return self._lost or self._control_broken
 
     def start(
@@ -130,8 +130,8 @@ class ProcessExecutors:
     ) -> None:
         """Fork the fork server from the calling process, which should have no other threads, and start the supervisor.
 
-        Each new executor process calls ``after_fork``, to renew what a library must renew after a fork.
-        ``server_files`` are descriptors of the server's own files, which confined code must not have.
+        Each new executor process calls ``after_fork``, for libraries that need a call after a fork. ``server_files``
+        are descriptors of the server's own files, which confined code must not have.
         """
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         pid = process.fork()
@@ -146,13 +146,13 @@ class ProcessExecutors:
         self._supervisor.start()
 
     def count_usable(self) -> int:
-        """Return how many executors there are, without those that end."""
+        """Return the number of executors, not counting those that are ending."""
         return sum(executor.state in USABLE for executor in list(self._living.values()))
 
     def spawn(self, name: str, policy: Policy, identity: Identity | None) -> Executor:
         """Order an executor process in a new cgroup below ``work/<name>``. It may not be ready yet.
 
-        Raises `KernelError` where the cgroup cannot be made or limited, `ConfinementError` without a fork server.
+        Raises `KernelError` if the cgroup cannot be made or limited, `ConfinementError` without a fork server.
         """
         supervisor = self._supervisor
         if supervisor is None or not self.usable:
@@ -196,8 +196,8 @@ class ProcessExecutors:
     def _make_cgroup(self, order: SpawnOrder) -> Cgroup:
         """Make ``work/<name>/<leaf>`` and write all limits.
 
-        Another worker of the server that no longer uses ``work/<name>`` may remove it, and the limits with it, until
-        it holds a leaf. So the limits are written once the leaf is there.
+        Another worker of the server may remove an unused ``work/<name>``, and the limits with it, as long as it has no
+        leaf. So write the limits after the leaf is made.
         """
         group = self._instance.policy_cgroup(order.name)
         leaf = self._instance.executor_cgroup(order.name, order.leaf)
@@ -231,8 +231,8 @@ class ProcessExecutors:
     def wait_ready(self, executor: Executor) -> None:
         """Wait until the new executor process is confined.
 
-        Raises `ConfinementError` with the reason it gave if it could not be confined, `PidsLimitExceeded` if its
-        confinement has as many processes as it may. The executor is ended then.
+        Raises `ConfinementError`, with the reason from the process, if it could not be confined. Raises
+        `PidsLimitExceeded` if its confinement has as many processes as it may. The executor is killed in both cases.
         """
         try:
             frame = executor.channel.receive_within(READY_SECONDS)
@@ -255,15 +255,15 @@ class ProcessExecutors:
         raise PidsLimitExceeded(reason, limit="pids") if frame.kind == FULL else ConfinementError(reason)
 
     def submit(self, job: Callable[[], object], when: float | None = None) -> None:
-        """Have the supervisor call ``job`` soon, or at ``when``: work that must not keep a request waiting."""
+        """Have the supervisor call ``job`` soon, or at ``when``. For jobs that must not keep a request waiting."""
         supervisor = self._supervisor
         if supervisor is not None:
             supervisor.submit(job) if when is None else supervisor.at(when, job)
 
     def kill(self, executor: Executor, reason: str) -> None:
-        """Kill the executor process and all it started. Does not wait: ``executor.ended`` is set when it is gone.
+        """Kill the executor process and all processes it started. Do not wait: ``executor.ended`` is set in the end.
 
-        A thread that waits at its channel reads an end of file at once.
+        A thread that waits on its channel reads an end of file immediately.
         """
         executor.set_killed(reason)
         if executor.state is State.ENDED:
@@ -281,7 +281,7 @@ class ProcessExecutors:
             self._send_order(SignalOrder(executor.number, number))
 
     def close(self) -> None:
-        """End all executor processes and the fork server. Nothing of them is left when it returns."""
+        """End all executor processes and the fork server. All are gone when it returns."""
         if self._control is None or os.getpid() != self._host:
             return
         self._closing = True
@@ -319,7 +319,7 @@ class ProcessExecutors:
         executor.leaf.kill_once()
 
     def _receive_exit_report(self) -> bool:
-        """Take one message of the fork server. Return False when no more will come."""
+        """Handle one message from the fork server. Return False when no more will come."""
         control = self._control
         if control is None:
             return False
@@ -357,7 +357,7 @@ class ProcessExecutors:
             self._on_lost()
 
     def _await_end(self, executor: Executor) -> None:
-        """Have `_reap` follow an executor that was killed or has exited to its end."""
+        """Have `_reap` finish an executor that was killed or has exited."""
         if executor.number in self._living:
             self._ending[executor.number] = executor
 
@@ -376,7 +376,7 @@ class ProcessExecutors:
         return 0.005 if time.monotonic() - youngest < 1 else 0.1
 
     def _finish_if_gone(self, executor: Executor) -> bool:
-        """Whether the executor process and all it started have ended. Removes its cgroup then."""
+        """Return whether the executor process and all processes it started have ended. Remove its cgroup if so."""
         late = time.monotonic() > executor.killed_at + KILL_AGAIN_SECONDS
         try:
             if not executor.exit_reported:

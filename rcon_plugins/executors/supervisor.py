@@ -1,7 +1,7 @@
 """The thread of the host that receives exit reports of executor processes and acts on deadlines.
 
-Threads that serve work only wait on their own channel. The supervisor makes sure that this wait ends. It never blocks
-on one executor, so that an executor that is slow to die delays no other deadline.
+Threads that serve work wait only on their own channel. The supervisor makes sure that this wait ends. It never blocks
+on one executor, so an executor that ends slowly delays no other deadline.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 LOGGER = logging.getLogger("rcon")
 
-#: How many deadlines may be kept before those of executors that are gone are dropped.
+#: When this many deadlines are kept, drop those of executors that are gone.
 _FEW = 1000
 
 
@@ -29,8 +29,8 @@ class Supervisor:
     """One thread that waits for a descriptor, a deadline, a job or the next round of chores. Thread-safe.
 
     The thread calls ``on_readable`` when ``descriptor`` can be read, until that returns False. It calls ``chores`` in
-    each turn; that returns after how many seconds to call it again at the latest, None if it need not. Names of modules
-    are looked up when used, so that under gevent the thread is a greenlet and yields.
+    each turn; ``chores`` returns the number of seconds until its next call at the latest, or None. Names of modules are
+    looked up when used, so that under gevent the thread is a greenlet and yields.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class Supervisor:
         self._thread.start()
 
     def submit(self, job: Callable[[], object]) -> None:
-        """Have ``job`` called in the thread, soon; never after `close`."""
+        """Have ``job`` called in the thread soon. After `close`, it is never called."""
         self._jobs.append(job)
         self._wake_up()
 
     def at(self, when: float, action: Callable[..., object], of: Any = None) -> None:
         """Have ``action`` called in the thread at ``when`` (`time.monotonic`) or shortly after.
 
-        ``of`` is its argument, by a weak reference: if that object is gone by then, nothing is called.
+        ``of`` is its argument, kept by a weak reference. If that object is gone by then, ``action`` is not called.
         """
         with self._lock:
             if len(self._deadlines) >= self._limit:
-                # A deadline may be a day away, and thousands of executors come and go before it.
+                # A deadline may be a day away, and thousands of executors may come and go before it.
                 self._deadlines = [one for one in self._deadlines if one[3] is None or one[3]() is not None]
                 heapq.heapify(self._deadlines)
                 self._limit = max(_FEW, 2 * len(self._deadlines))
@@ -91,7 +91,7 @@ class Supervisor:
 
     def _wake_up(self) -> None:
         with self._lock:
-            if not self._closed:  # else the descriptor may be another file by now
+            if not self._closed:  # otherwise the descriptor may belong to another file by now
                 os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
@@ -106,7 +106,7 @@ class Supervisor:
             if self._descriptor in ready and self._do(self._on_readable) is False:
                 poll.unregister(self._descriptor)
             self._act_on_deadlines()
-            # One job in a turn: exit reports and deadlines come first.
+            # Do one job per turn, because exit reports and deadlines come first.
             if self._jobs:
                 self._do(self._jobs.popleft())
             elif self._ending:
@@ -115,7 +115,7 @@ class Supervisor:
             again = seconds if isinstance(seconds, float) else None
 
     def _timeout(self, again: float | None) -> float | None:
-        """Return milliseconds until something is to be done; None for ever."""
+        """Return the milliseconds until the next deadline, job or chores; None to wait for the descriptor alone."""
         if self._jobs or self._ending:
             return 0
         with self._lock:
@@ -139,6 +139,6 @@ class Supervisor:
         try:
             return action()
         except Exception:
-            # One failed action must not end the thread that all others need.
+            # A failed action must not end the thread: all other executors need it.
             LOGGER.exception("the supervisor of executor processes failed in %r", action)
             return None

@@ -1,8 +1,8 @@
-"""The ``thread`` executor: a waiting thread of this process that took its identity and its cgroup for good.
+"""The ``thread`` executor: a waiting thread of this process that keeps one identity and one cgroup until it ends.
 
-In Linux, identity and capabilities belong to threads, and so does membership in a threaded cgroup. A thread that
-dropped for good never goes back, so a request costs one hand-over to it. It guards against accidents and does not
-contain malicious code: docs/howto/identity.md lists what it shares with the other threads, memory above all.
+In Linux, identity, capabilities and membership in a threaded cgroup belong to threads. The thread never regains
+privileges or leaves its cgroup, so a request costs one hand-over to it. It guards against accidents and does not
+contain malicious code: docs/howto/identity.md lists what it shares with other threads, memory above all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOGGER = logging.getLogger("rcon")
 
 #: How long a new thread may take to be confined, seconds.
 READY_SECONDS = 10.0
-#: How long the end of all may take when the host closes, seconds.
+#: How long `close` waits until all threads have ended, seconds.
 CLOSE_SECONDS = 2.0
 
 _ENDED = "the executor thread ended"
@@ -33,18 +33,18 @@ _Result = TypeVar("_Result")
 
 
 class _Signal:
-    """Wakes the one thread that waits for it, now or later, by a pipe: two descriptors.
+    """Wakes the one thread that waits for it, now or later. Uses a pipe, which takes two descriptors.
 
-    One write costs more than releasing a lock, but the hand-over costs less. A thread that releases a lock holds the
-    GIL, so the other thread wakes and waits again, for the GIL. A pipe is written without the GIL; as its writer tends
-    to wait next, the kernel runs the reader on the same CPU. Measured in a gthread worker: 10 switches a request
-    instead of 14.
+    One write costs more than releasing a lock, but the whole hand-over costs less. A thread that releases a lock holds
+    the GIL, so the other thread wakes and waits again for the GIL. A pipe is written without the GIL. The writer
+    usually waits next, so the kernel runs the reader on the same CPU. Measured in a gthread worker: 10 switches per
+    request instead of 14.
     """
 
     __slots__ = ("_reading", "_writing")
 
     def __init__(self) -> None:
-        """Raises OSError where there are no descriptors left."""
+        """Make the pipe. Raises OSError if there are no descriptors left."""
         self._reading, self._writing = os.pipe()
 
     def __del__(self) -> None:
@@ -61,7 +61,7 @@ class _Signal:
         os.read(self._reading, 1)
 
     def wait_for(self, seconds: float) -> bool:
-        """Wait for `give`, for so many seconds at most. Return whether it came."""
+        """Wait for `give`, for so many seconds at most. Return whether it was called."""
         poll = select.poll()
         poll.register(self._reading, select.POLLIN)
         if not poll.poll(seconds * 1000):
@@ -78,9 +78,9 @@ class ThreadExecutor:
 
     def __init__(self, key: Key, prepare: Callable[[], object]) -> None:
         self.key = key
-        #: Whether a call is under way. True for good where its caller left it: the thread cannot be used again then.
+        #: Whether a call is under way. Stays true if its caller left the call: the thread cannot be used again then.
         self.busy = False
-        #: Whether the thread ended, or never began: nothing can be called in it.
+        #: Whether the thread ended or never began, so that it takes no calls.
         self.ended = False
         self.cpu_seconds = 0.0
         #: Confines the thread. Called in it, once, before anything else.
@@ -89,12 +89,12 @@ class ThreadExecutor:
         self._done = _Signal()
         self._ending = False
         self._job: Callable[[], object] | None = None
-        #: What a call returned and what it raised, from when it is done until its caller takes it.
+        #: The result and the exception of a finished call, until its caller takes them.
         self._outcome: tuple[object, BaseException | None] | None = None
         self._thread = threading.Thread(target=self._live, name=f"rcon-{key[0]}", daemon=True)
 
     def start(self) -> None:
-        """Start the thread and wait until it is confined. Raises why it is not; call `end` then."""
+        """Start the thread and wait until it is confined. Raises the error if it cannot be; call `end` then."""
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -112,9 +112,9 @@ class ThreadExecutor:
     def call(self, job: Callable[[], _Result]) -> _Result:
         """Run ``job`` in the thread and wait for it. Return its result, or raise what it raised.
 
-        Raises `ConfinementError` where the thread ended, or ends before the job is done: other code may set an
-        exception in a thread. Where an exception of a signal handler cuts the wait short, ``busy`` stays true, and the
-        thread takes no more calls.
+        Raises `ConfinementError` if the thread ended, or ends before the job is done, which happens if other code sets
+        an exception in the thread. If an exception of a signal handler cuts the wait short, ``busy`` stays true, and
+        the thread takes no more calls.
         """
         if self.busy:
             raise ConfinementError("the executor thread is busy with an earlier call, which its caller left")
@@ -136,16 +136,16 @@ class ThreadExecutor:
             try:
                 raise error
             finally:
-                outcome = error = None  # or they would be a reference cycle
+                outcome = error = None  # avoid a reference cycle
         return result
 
     def end(self) -> None:
-        """Have the thread end after the call under way. Does not wait."""
+        """Tell the thread to end after the call under way. Does not wait."""
         self._ending = True
         self._begin.give()
 
     def join(self, timeout: float) -> bool:
-        """Wait for the thread's end, for so many seconds at most. Return whether it came."""
+        """Wait for so many seconds at most until the thread has ended. Return whether it has."""
         self._thread.join(max(0.0, timeout))
         return not self._thread.is_alive()
 
@@ -154,7 +154,7 @@ class ThreadExecutor:
             if self._confine():
                 self._serve()
         finally:
-            # However it ends, its caller must not wait for ever. No other calls here: each might raise.
+            # Wake the caller whatever ended the thread. Make no other calls here: each might raise.
             self.ended = True
             self._done.give()
 
@@ -186,16 +186,16 @@ class ThreadExecutor:
                 del job
             self.cpu_seconds += time.thread_time() - began
             self._outcome = outcome
-            del outcome  # or it would be kept while the thread waits
+            del outcome  # do not keep it while the thread waits
             self._done.give()
 
 
 class ThreadExecutors:
     """At most ``most`` executor threads for all confinements. Thread-safe.
 
-    A thread serves one confinement and identity for life, so a waiting one can only be taken for its own. When the
-    bound is reached, the least recently used waiting thread makes room. A thread whose caller left a call counts until
-    it ends.
+    A thread serves one confinement and identity until it ends, so a request can only take a waiting thread of the same
+    confinement and identity. When the bound is reached, the least recently used waiting thread is ended. A thread whose
+    caller left a call counts until it ends.
     """
 
     def __init__(self, most: int) -> None:
@@ -207,9 +207,9 @@ class ThreadExecutors:
         self._waiting: OrderedDict[Key, list[ThreadExecutor]] = OrderedDict()
 
     def take(self, key: Key, prepare: Callable[[], object]) -> ThreadExecutor:
-        """Return a confined, waiting thread. Start one where none waits; it calls ``prepare`` to confine itself.
+        """Return a confined, waiting thread. Start one if none waits; it calls ``prepare`` to confine itself.
 
-        Raises `ConcurrencyLimitExceeded` when every thread is busy, `ConfinementError` after `close`, and what
+        Raises `ConcurrencyLimitExceeded` if every thread is busy, `ConfinementError` after `close`, and what
         ``prepare`` raises.
         """
         with self._lock:
@@ -228,12 +228,12 @@ class ThreadExecutors:
         try:
             executor.start()
         except BaseException:
-            executor.end()  # it may live on where the wait was cut short, and counts until it ends
+            executor.end()  # if the wait was cut short, the thread may still live, and counts until it ends
             raise
         return executor
 
     def give_back(self, executor: ThreadExecutor) -> None:
-        """Let a thread wait for the next request. It ends instead where its caller left a call, and after `close`."""
+        """Let a thread wait for the next request. End it instead if its caller left a call, or after `close`."""
         with self._lock:
             if not (executor.busy or executor.ended or self._closed):
                 self._waiting.setdefault(executor.key, []).append(executor)
@@ -247,7 +247,7 @@ class ThreadExecutors:
         executor.end()
 
     def forget(self, name: str) -> None:
-        """End the waiting threads of a confinement that is no longer kept, whatever their identity."""
+        """End the waiting threads of a confinement that is no longer kept, for all identities."""
         with self._lock:
             keys = [key for key in self._waiting if key[0] == name]
             ending = [executor for key in keys for executor in self._waiting.pop(key)]
@@ -255,7 +255,7 @@ class ThreadExecutors:
         _end(ending)
 
     def close(self) -> None:
-        """End all waiting threads, and start no more. A busy one ends after its call, or with the process."""
+        """End all waiting threads, and start no more. A busy thread ends after its call, or with the process."""
         with self._lock:
             self._closed = True
             ending = [executor for some in self._waiting.values() for executor in some]

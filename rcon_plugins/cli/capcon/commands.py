@@ -1,4 +1,4 @@
-"""``capcon``: the click group and its commands, for help and completion. Each imports its work when it is called."""
+"""``capcon``: the click group and its commands, for help and completion. Each imports its module when it is called."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``capcon explain``: predict which rights a command will hold after execve(2), and why.
 
-This process really takes the requested user and capabilities, so that the kernel refuses here what it would refuse to
-``capcon run``. Only the last step, execve itself, is predicted.
+This process takes the requested user and capabilities itself. So the kernel refuses here whatever it would refuse to
+``capcon run``. Only the last step, execve, is predicted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def explain(words: Sequence[str]) -> tuple[str, bool]:
 
 
 def refused(request: Request, program: str, error: CapabilityError, as_json: bool) -> str:
-    """Return the explanation where the caller may not give the requested rights."""
+    """Return the explanation for a caller that may not give the requested rights."""
     if as_json:
         return show.as_text(
             {**request_data(request, program), "problems": [str(error)], "as_requested": False}
@@ -140,7 +140,7 @@ def difference(before: State, after: State) -> tuple[Capabilities, Capabilities]
 
 
 def request_data(request: Request, program: str) -> dict[str, Any]:
-    """Return the request for JSON; null is "not requested"."""
+    """Return the request for JSON; null means "not requested"."""
     who = request.identity
     return {
         "program": program,

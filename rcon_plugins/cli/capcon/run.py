@@ -19,17 +19,17 @@ from rcon_plugins.kernel.capability import State, drop, read_state, set_no_new_p
 from rcon_plugins.kernel.capability.exec_rule import File, predict
 from rcon_plugins.kernel.proc import exec_remedy, original_environment
 
-#: Devices that hold no data and that most programs write to: always allowed with --read-only and --write.
+#: Devices that most programs write to and that hold no data. --read-only and --write always allow them.
 HARMLESS_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/tty")
 
-# Python ignores these signals at its start, and execve(2) would pass that on.
+# Python ignores these signals at its start, and ignored signals stay ignored through execve(2).
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def run(words: Sequence[str]) -> int:
     """Execute the command of the words after ``capcon run`` in place of this process. Does not return.
 
-    Raises `BadUsage`, `HelpRequested`, `Refused` and `RconError`; nothing was run then.
+    Raises `BadUsage`, `HelpRequested`, `Refused` and `RconError`. The command has not run then.
     """
     request = Request.of(*parse(words, CAPCON_OPTIONS))
     program = find_program(request.command[0])
@@ -52,7 +52,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def executable(program: str) -> File:
-    """Return what execve(2) reads of the program's file. Raises `Refused` where execve would fail for it."""
+    """Return the attributes of the program's file that execve(2) reads. Raises `Refused` if execve would fail."""
     try:
         return File.of(program)
     except KernelError as error:
@@ -80,7 +80,7 @@ def environment_of(request: Request) -> dict[bytes, bytes]:
 
 
 def become(request: Request) -> None:
-    """Give this process the requested user and capabilities for good; not the file rules. Raises `CapabilityError`."""
+    """Change this process to the requested user and capabilities; not the file rules. Raises `CapabilityError`."""
     if request.keep is not None:
         drop(request.identity, request.keep, no_new_privs=request.no_new_privs, ambient=True)
     elif request.no_new_privs:
@@ -106,7 +106,7 @@ def problems(request: Request, after: State) -> list[str]:
 
 
 def not_executed(request: Request, program: str, error: OSError) -> Refused:
-    """Return the error for a program that exists and that the kernel did not execute, with the remedy."""
+    """Return the error, with the remedy, for a program that exists but that the kernel did not execute."""
     reason = os.strerror(error.errno or errno.EIO)
     status = NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
     if error.errno in (errno.EACCES, errno.EPERM) and request.read is not None:

@@ -26,7 +26,7 @@ SECUREBITS = (
     "no_cap_ambient_raise",
     "no_cap_ambient_raise_locked",
 )
-_WIDTH = 100  # where standard output is not a terminal
+_WIDTH = 100  # if standard output is not a terminal
 
 
 def show(pid: int | None, as_json: bool) -> str:
@@ -46,7 +46,7 @@ def as_text(value: dict[str, Any]) -> str:
 
 
 def data(state: State) -> dict[str, Any]:
-    """Return a state for JSON."""
+    """Return a state as data for JSON."""
     return {
         "uid": state.uids._asdict(),
         "gid": state.gids._asdict(),
@@ -58,7 +58,7 @@ def data(state: State) -> dict[str, Any]:
 
 
 def table(state: State) -> str:
-    """Return a state as lines of labels and values, wrapped to the terminal."""
+    """Return a state as lines of labels and values, wrapped to the width of the terminal."""
     bits = (
         "unknown for other processes" if state.securebits is None else ", ".join(securebits(state.securebits))
     )
@@ -74,7 +74,7 @@ def table(state: State) -> str:
 
 
 def listed(capabilities: Capabilities) -> str:
-    """Return the names with commas; of nearly all capabilities, those that are missing."""
+    """Return the names, separated by commas. If nearly all capabilities are present, name the missing ones."""
     known = Capabilities.known()
     missing = known - capabilities
     if not missing:
@@ -85,7 +85,7 @@ def listed(capabilities: Capabilities) -> str:
 
 
 def width() -> int:
-    """Return the columns of the terminal."""
+    """Return the width of the terminal in columns."""
     return max(shutil.get_terminal_size((_WIDTH, 24)).columns, 40)
 
 

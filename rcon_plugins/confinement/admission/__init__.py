@@ -1,4 +1,4 @@
-"""Admission: one unit of work that may run, from its start to its one outcome."""
+"""Admission: one unit of work that may run, from its start to its outcome."""
 
 from rcon_plugins.confinement.admission.base import Admission, Host, LocalAdmission
 from rcon_plugins.confinement.admission.inline import InlineAdmission

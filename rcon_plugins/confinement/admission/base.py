@@ -1,4 +1,4 @@
-"""What every admission has: the unit of work, its host, and exactly one outcome."""
+"""The base of every admission: a unit of work, its host, and exactly one outcome."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Host(Protocol):
     name: str
     #: The number of admissions under way. Its manager counts them.
     users: int
-    #: Forks refused in the cgroup of the confinement at the last look; None if never read.
+    #: The number of forks that the kernel has refused in the confinement's cgroup, when last read; None if never read.
     pids_limit_hits: int | None
 
     def conclude(self, admission: Admission, /) -> None:
@@ -85,7 +85,7 @@ class Admission:
 
 
 class LocalAdmission(Admission):
-    """Work that runs in a thread of this process: whatever is given to `call`."""
+    """Admission of work that runs in a thread of this process: each function that is passed to `call`."""
 
     def __init__(self, host: Host, work: Work, reservation: Reservation) -> None:
         super().__init__(host, work, reservation)
@@ -93,5 +93,5 @@ class LocalAdmission(Admission):
         self.ran = False
 
     def call(self, function: Callable[..., _Result], *arguments: object) -> _Result:
-        """Call ``function`` confined. Return its result, or raise what it raises; ``ran`` says if it was called."""
+        """Call ``function`` confined. Return its result, or raise what it raises. Set ``ran`` once it is called."""
         raise NotImplementedError

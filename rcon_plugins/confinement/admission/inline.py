@@ -25,7 +25,7 @@ class InlineAdmission(LocalAdmission):
     def __init__(
         self, host: Host, work: Work, reservation: Reservation, enter: Callable[[], InlineExecutor | None]
     ) -> None:
-        """``enter`` moves the calling thread into the cgroup, and returns what moves it out again."""
+        """``enter`` moves the calling thread into the cgroup, and returns the executor that moves it out again."""
         super().__init__(host, work, reservation)
         self._enter = enter
         self._cpu_seconds = 0.0
@@ -33,7 +33,7 @@ class InlineAdmission(LocalAdmission):
     def entered(self) -> _Stay:
         """Return a context manager that confines the calling thread. Use it as often as the work needs.
 
-        Raises `KernelError` on entering where the thread cannot be moved; the block does not run then.
+        Raises `KernelError` on entry if the thread cannot be moved. The block does not run then.
         """
         return _Stay(self, self._enter)
 
@@ -57,7 +57,7 @@ class InlineAdmission(LocalAdmission):
 
 
 class _Stay:
-    """The stay of one thread in the cgroup of a confinement."""
+    """Context manager that keeps one thread in the cgroup of a confinement for one block."""
 
     __slots__ = ("_admission", "_cpu", "_enter", "_executor")
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 #: How long aborted work may take to end by itself before it is killed, seconds.
 ABORT_GRACE = 0.2
-#: An executor process that holds more than this share of its memory limit after its work is replaced.
+#: Replace an executor process that still uses more than this share of its memory limit after its work.
 _HEAVY = 0.5
 _LEFT_BEHIND = "its work left processes behind"
 
@@ -55,7 +55,7 @@ class ProcessAdmission(Admission):
         self, host: Host, work: Work, reservation: Reservation, pool: ExecutorPool, executor: Executor
     ) -> None:
         super().__init__(host, work, reservation)
-        #: The way to the executor process, which waits for the first frame of this work.
+        #: The channel to the executor process, which waits for the first frame of this work.
         self.channel = executor.channel
         self.on_deadline: Callable[[], object] | None = None
         self._pool = pool
@@ -82,8 +82,8 @@ class ProcessAdmission(Admission):
     ) -> ProcessAdmission:
         """Take an executor process of the pool, and set the limits and the deadline of this work.
 
-        ``memory`` is in bytes and replaces ``each.memory`` for this work alone. Raises what `ExecutorPool.take` raises,
-        and `KernelError` where a limit cannot be set; the executor process is ended then.
+        ``memory`` is in bytes and replaces ``each.memory`` for this work alone. Raises what `ExecutorPool.take` raises.
+        Raises `KernelError` if a limit cannot be set, and kills the executor process.
         """
         executor = pool.take(host.name, host.policy, identity)
         admission = cls(host, work, reservation, pool, executor)
@@ -116,7 +116,7 @@ class ProcessAdmission(Admission):
 
     @property
     def group(self) -> Cgroup:
-        """The cgroup of the confinement, which holds the executor process's own."""
+        """The cgroup of the confinement. The executor process's own cgroup is below it."""
         return self._executor.group
 
     @property
@@ -141,13 +141,13 @@ class ProcessAdmission(Admission):
         if self.outcome is not None:
             return self.outcome
         if not self._settle():
-            return self.died()  # it ran into its deadline just now
+            return self.died()  # the deadline has just passed
         executor = self._executor
         try:
             reading = executor.end_work()
             unfit = self._why_unfit(reading)
         except KernelError:
-            return self.died()  # its cgroup is gone or cannot be read: the executor cannot serve again
+            return self.died()  # the cgroup is gone or cannot be read: the executor cannot serve again
         if unfit is None:
             self._pool.give_back(executor)
         elif unfit == _LEFT_BEHIND and ending == "ok" and self.policy.leave_children:
@@ -161,7 +161,7 @@ class ProcessAdmission(Admission):
         return self._conclude(ending, self._usage(reading), limit=limit, detail=detail)
 
     def died(self) -> Outcome:
-        """Conclude work whose channel is closed: find out how its executor process ended."""
+        """Conclude work whose channel is closed, by the way its executor process ended."""
         self._settle()
         executor = self._executor
         if not executor.ended.wait(DEATH_SECONDS) and executor.kill_reason is None:
@@ -173,7 +173,7 @@ class ProcessAdmission(Admission):
         return outcome
 
     def abandon(self, detail: str) -> None:
-        """Have the supervisor stop the work soon, and conclude it. For a host that has no time to wait for that."""
+        """Have the supervisor stop and conclude the work soon. For a host that cannot wait for that."""
         if self._settle():
             self._cause = "aborted"
             self._pool.processes.submit(partial(self._end_abandoned, detail))
@@ -196,7 +196,7 @@ class ProcessAdmission(Admission):
         return outcome
 
     def _settle(self) -> bool:
-        """Settle that the work is over. Return False if that was settled before."""
+        """Mark the work as over. Return False if it already was."""
         with self._executor.lock:
             if self._settled:
                 return False
@@ -207,17 +207,17 @@ class ProcessAdmission(Admission):
         return True
 
     def _warn_of_time(self) -> None:
-        """In the supervisor: the soft time limit is reached."""
+        """Signal the work that its soft time limit is reached. Called in the supervisor's thread."""
         if self.policy.each.timeout is not None:
             self._executor.set_deadline(self._started + self.policy.each.timeout, self._time_out)
         self.notify(SOFT_TIME)
 
     def _warn_of_memory(self, _: Event) -> None:
-        """In the watcher's thread: the soft memory limit is reached."""
+        """Signal the work that its soft memory limit is reached. Called in the watcher's thread."""
         self.notify(SOFT_MEMORY)
 
     def _time_out(self) -> None:
-        """In the supervisor: the deadline has come."""
+        """Kill the executor process at the deadline. Called in the supervisor's thread."""
         if not self._settle():
             return
         self._cause = "timeout"
@@ -227,11 +227,11 @@ class ProcessAdmission(Admission):
             self.on_deadline()
 
     def _replace(self, reason: str) -> None:
-        """End the executor process, which must not serve again, and have its successor made."""
+        """Kill the executor process, which must not serve again, and have its replacement spawned."""
         executor = self._executor
         self._pool.replace(executor, reason)
         if reason == _LEFT_BEHIND:
-            # What the work started ends before anybody learns that the work is over, if that is soon.
+            # Wait a short time, so that processes left by the work have ended before the work is reported as over.
             executor.ended.wait(DEATH_SECONDS)
         executor.channel.close()
 
@@ -255,7 +255,7 @@ class ProcessAdmission(Admission):
         return None
 
     def _conclude_end(self, detail: str = "") -> Outcome:
-        """Find out how the work ended, and conclude it, unless that was done before."""
+        """Conclude the work by the way it ended, unless it is concluded already."""
         with self._concluding:
             if self.outcome is not None:
                 return self.outcome
@@ -309,7 +309,7 @@ class ProcessAdmission(Admission):
         policy, host = self.host.policy, self.host
         before, after = Snapshot(self._before), Snapshot(reading)
         if policy.pids is not None:
-            # Since Linux 6.11 a hit is counted where the limit is: in the cgroup of all work together.
+            # Since Linux 6.11 the kernel counts a hit in the cgroup that has the limit: that of the confinement.
             hits = self._pids_limit_hits()
             if host.pids_limit_hits is not None:
                 before = before._replace(group=Reading(pids_limit_hits=host.pids_limit_hits))
@@ -318,7 +318,7 @@ class ProcessAdmission(Admission):
         return pids_limit_hit(before, after, Bounds(policy.each.pids, policy.pids))
 
     def _pids_limit_hits(self) -> int | None:
-        """Return the forks that the limit of all work together refused; None if unknown."""
+        """Return the number of forks that the ``pids`` limit of the confinement refused; None if unknown."""
         try:
             return self._executor.group.read().pids_limit_hits
         except KernelError:

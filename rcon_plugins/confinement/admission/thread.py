@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 
 
 class ThreadAdmission(LocalAdmission):
-    """Work that runs in a thread of this process which is confined for good."""
+    """Admission of work that runs in a thread of this process, which stays confined until it ends."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class ThreadAdmission(LocalAdmission):
         threads: ThreadExecutors,
         executor: ThreadExecutor,
     ) -> None:
-        """``executor`` was taken from ``threads``, and goes back there when the work is concluded."""
+        """``executor`` was taken from ``threads``, and is returned there when the work is concluded."""
         super().__init__(host, work, reservation)
         self._threads = threads
         self._executor = executor
@@ -44,8 +44,8 @@ class ThreadAdmission(LocalAdmission):
         All calls of one unit of work share a copy of the first caller's context (`contextvars`). They see what the
         serving thread had set and what an earlier call set, as in one thread; no other work sees it.
 
-        May be called after the conclusion, to close what is left: it runs in another thread of the same kind then.
-        Raises `ConfinementError` where the executor thread ended, or where no thread can be had.
+        After the conclusion it may still be called, for cleanup: it runs in another thread of the same kind then.
+        Raises `ConfinementError` if the executor thread ended, or if no thread is available.
         """
         if self.outcome is None:
             self.ran = True
