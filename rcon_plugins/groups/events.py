@@ -1,4 +1,4 @@
-"""Events of groups: memory, processes, CPU, pressure, and that a group is empty; for loops and callbacks.
+"""Events of groups, for loops and callbacks: memory, processes, CPU, pressure, and a group that becomes empty.
 
 ::
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Event", "Events", "Pressure", "watch"]
 
-#: By kind of event, the policy key of the limit concerned.
+#: For each kind of event, the policy key of the limit concerned.
 _LIMITS: dict[Kind, str] = {
     "memory_high": "memory_high",
     "memory_limit": "memory",
@@ -37,19 +37,19 @@ _LIMITS: dict[Kind, str] = {
     "pids_limit": "pids",
     "cpu_throttled": "cpu",
 }
-#: The most events that wait for the reader; then the oldest is dropped.
+#: The most events that wait for the reader. If there are more, the oldest is dropped.
 _MOST_WAITING = 10_000
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to a group.
 
-    ``group`` is its name, ``cgroup`` its path, ``policy`` and ``key`` those it belongs to ("" and None if unknown).
-    ``limit`` is the policy key of the limit concerned (``each.memory``; "" if there is none), ``bound`` the value of
-    that limit, ``usage`` the usage at the time of the event. Both are bytes of memory, or processes and threads; for
-    ``cpu_throttled`` CPUs and the seconds for which threads were throttled; for ``pressure`` the seconds of the trigger
-    and the share of the last ten seconds, 0 to 1. ``count`` is how often it happened since the last event, ``total``
-    since the group was made. If the limit expands, ``next_bound`` is its next value.
+    ``group`` is the name of the group, ``cgroup`` its path, ``policy`` and ``key`` those it belongs to ("" and None if
+    unknown). ``limit`` is the policy key of the limit concerned (``each.memory``; "" if there is none), ``bound`` the
+    value of that limit, ``usage`` the usage at the time of the event. Both are bytes of memory, or numbers of processes
+    and threads. For ``cpu_throttled`` they are CPUs and the seconds for which threads were throttled; for ``pressure``
+    the seconds of the trigger and the share of the last ten seconds, 0 to 1. ``count`` is the number of times since the
+    last event, ``total`` the number since the group was made. If the limit expands, ``next_bound`` is its next value.
     """
 
     kind: Kind
@@ -63,7 +63,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     count: int = 1
     total: int | None = None
     next_bound: int | None = None
-    #: Of ``pressure``: the resource, and whether some or all threads waited for it.
+    #: For ``pressure``: the resource, and whether some or all threads waited for it.
     resource: Literal["cpu", "memory", "io"] | None = None
     share: Literal["some", "full"] | None = None
     #: The time of the event, as `time.time`.
@@ -73,13 +73,16 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     def of_group(
         cls, cgroup: Cgroup, *, group: str = "", policy: str = "", key: str | None = None, limit: str = ""
     ) -> Event:
-        """Return what all events of a group share; ``limit`` is ``"each."`` for a single request or task."""
+        """Return an event with the fields that all events of a group share.
+
+        ``limit`` is ``"each."`` for a single request or task.
+        """
         return cls(
             kind="empty", group=group or cgroup.name, cgroup=cgroup.path, policy=policy, key=key, limit=limit
         )
 
     def replaced(self, event: KernelEvent, **more: Any) -> Event:
-        """Return this event with the kernel's values, and ``more`` fields."""
+        """Return this event with the values of the kernel's event and the fields ``more``."""
         kind: Kind = more.pop("kind", event.kind)
         name = _LIMITS.get(kind, "")
         news = {
@@ -105,7 +108,7 @@ class Events:
     """The events of one group as they happen. Iterate, which waits for the next event, or call `get`. See `watch`.
 
     The iteration ends when the group is removed or another thread calls `close`. At most 10,000 events wait for the
-    reader; ``dropped`` counts those that were lost.
+    reader; ``dropped`` is the number of events lost.
     """
 
     def __init__(self, callback: Callable[[Event], object] | None) -> None:
@@ -117,14 +120,14 @@ class Events:
         self._close: Callable[[], object] = lambda: None
 
     def get(self, timeout: float | None = None) -> Event | None:
-        """Wait up to ``timeout`` seconds for the next event; return None if there is none, or no more will come."""
+        """Wait up to ``timeout`` seconds for the next event and return it; None without one, or after the last one."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._ended, timeout)
             return self._waiting.popleft() if self._waiting else None
 
     @property
     def ended(self) -> bool:
-        """Whether no more events will come than those that wait for the reader."""
+        """Whether no more events will be added to those that wait for the reader."""
         return self._ended
 
     def close(self) -> None:
@@ -174,10 +177,11 @@ def watch(
     """Watch a group until the returned `Events`, a context manager, is closed or the group is removed.
 
     ``group`` is a name as ``rcon ls`` shows it, or a `Cgroup`. Without a ``callback``, iterate over the result. A
-    callback runs in the watcher's thread, one event at a time; it should return soon. ``kinds`` are the kinds of events
-    wanted; the default is all that this machine can report. ``thresholds`` (bytes) add ``memory_usage`` events,
-    ``pressure`` adds pressure events. One thread watches all groups of a process, as long as there are any. Raises
-    ControllerUnavailable for a named kind that this machine cannot report, `UnknownGroup`, KernelError, ValueError.
+    callback is called in the watcher's thread, with one event at a time; it should return soon. ``kinds`` are the kinds
+    of events wanted; the default is all that this machine can report. ``thresholds`` (bytes) add ``memory_usage``
+    events, ``pressure`` adds pressure events. One thread watches all groups of a process, as long as there are any.
+    Raises ControllerUnavailable for a named kind that this machine cannot report, `UnknownGroup`, KernelError,
+    ValueError.
     """
     about, cgroup = _about(group)
     events = Events(callback)
@@ -196,7 +200,7 @@ def watch(
 def _about(group: str | Cgroup) -> tuple[Event, Cgroup]:
     if not isinstance(group, str):
         return Event.of_group(group), group
-    # Imported here: watching a Cgroup does not need it.
+    # Import here, because watching a Cgroup does not need it.
     from rcon_plugins.groups.find import find_group
 
     found = find_group(group)

@@ -1,8 +1,8 @@
-"""Find groups: what is confined on this machine, by which process, and within which limits.
+"""Find the groups on this machine, their owners and their limits.
 
-A group is ``work/<name>``, ``host/<name>`` or ``attached/<name>`` of any instance in the visible cgroup tree: of a
-server, of a command, of a program with ``with confine(…)``; nested ones, too, and those of other users as far as this
-user may read them. Each call reads the tree again; nothing is cached.
+A group is ``work/<name>``, ``host/<name>`` or ``attached/<name>`` of any instance in the visible cgroup tree. The
+instance may belong to a server, a command, or a program with ``with confine(…)``. Nested instances are found, too, and
+those of other users that this user may read. Each call reads the tree again; nothing is cached.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rcon_plugins.tree.nested import MAIN
 from rcon_plugins.tree.survey import INSTANCE_NAME, survey
 
 #: ``work``: processes that end with the instance. ``host``: threads of the server itself. ``attached``: processes that
-#: ran before, and are moved back in the end.
+#: ran before the instance, and are moved back at its end.
 Kind = Literal["work", "host", "attached"]
 
 _WITH_KEY = re.compile(r"(?P<policy>[a-z][a-z0-9_-]{0,62})(?:\.[0-9]+)?(?P<hashed>~~?)(?P<key>.+)")
@@ -41,7 +41,7 @@ _WITH_KEY = re.compile(r"(?P<policy>[a-z][a-z0-9_-]{0,62})(?:\.[0-9]+)?(?P<hashe
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that made an instance. ``pid`` is its number here, or, if it is dead, that in the instance's name.
+    """The process that made an instance. ``pid`` is its pid here; if it is dead, the pid in the instance's name.
 
     ``command`` and ``uid`` are None if it is dead or this user may not see it.
     """
@@ -57,7 +57,7 @@ class Group:
     """One group. ``label`` is its shortest name that no other group has.
 
     ``policy`` and ``key`` are None if the name does not contain them. The methods raise KernelError; :func:`is_gone`
-    tells whether that is because the group was removed meanwhile.
+    returns whether the reason is that the group was removed meanwhile.
     """
 
     name: str
@@ -70,42 +70,42 @@ class Group:
     key: str | None = None
 
     def limits(self) -> Resources:
-        """Return its own limits, read from the kernel: see :func:`~rcon_plugins.kernel.cgroup.read_limits`."""
+        """Return the group's own limits, read from the kernel: see :func:`~rcon_plugins.kernel.cgroup.read_limits`."""
         return read_limits(self.cgroup)
 
     def usage(self) -> Reading:
-        """Return its usage until now, including everything below it."""
+        """Return the usage of the group and everything below it, until now."""
         return read_usage(self.cgroup)
 
     def statistics(self) -> Statistics:
-        """Return the kernel's further counters."""
+        """Return further counters of the kernel."""
         return read_statistics(self.cgroup)
 
     def pressure(self) -> dict[str, Pressure]:
-        """Return how long it waited for cpu, memory and io; empty if the kernel does not measure it."""
+        """Return how long the group waited for cpu, memory and io; empty if the kernel does not measure it."""
         return read_pressure(self.cgroup)
 
     def is_frozen(self) -> bool:
-        """Return whether all its processes are frozen."""
+        """Return whether all processes of the group are frozen."""
         return is_frozen(self.cgroup)
 
     def pids(self) -> list[int]:
-        """Return the processes in it or below it; of a group of threads, the processes that they belong to."""
+        """Return the pids of the processes in the group and below it; for a group of threads, those they belong to."""
         if self.kind != "host":
             return self.cgroup.processes(subtree=True)
         owners = (proc.process_of(thread) for thread in self.cgroup.threads(subtree=True))
         return sorted({pid for pid in owners if pid is not None})
 
     def processes(self) -> list[Process]:
-        """Return those of :meth:`pids` that this user may see."""
+        """Return the processes among :meth:`pids` that this user may see."""
         return [found for pid in self.pids() if (found := proc.read_process(pid)) is not None]
 
     def is_of_server(self) -> bool:
-        """Return whether a server made it, not a command. A server may write its limits again."""
+        """Return whether a server made the group, not a command. A server may write the limits of its groups again."""
         return self.kind == "host" or (self.kind == "work" and MAIN not in self.cgroup.children())
 
     def sample(self) -> Sample:
-        """Return its present usage, limits, statistics and pressure."""
+        """Return the current usage, limits, statistics and pressure."""
         return Sample(
             id=self.cgroup.path,
             name=self.label,
@@ -166,14 +166,14 @@ def find_group(name: str, groups: Iterable[Group] | None = None) -> Group:
 
 
 def is_gone(error: KernelError) -> bool:
-    """Return whether an error means that the group or process was gone already."""
+    """Return whether the cause of an error is that the group or process was already gone."""
     return error.errno in (errno.ENOENT, errno.ENODEV, errno.ESRCH)
 
 
 def split_name(name: str) -> tuple[str | None, str | None]:
     """Return the policy and the key in the name of a group; the policy alone if the key is stored as a hash.
 
-    The inverse of :func:`rcon_plugins.confinement.confinement.cgroup_name`, as far as possible.
+    This is the inverse of :func:`rcon_plugins.confinement.confinement.cgroup_name`, as far as possible.
     """
     parts = _WITH_KEY.fullmatch(name)
     if parts is None:
@@ -182,7 +182,7 @@ def split_name(name: str) -> tuple[str | None, str | None]:
 
 
 def _existing(hierarchy: Hierarchy, path: str, kind: Kind) -> Cgroup | None:
-    """Return the cgroup with the controllers that it has; None if it is gone."""
+    """Return the cgroup with its controllers; None if it is gone."""
     here = hierarchy.where(path)
     if here is None:
         return None

@@ -15,10 +15,10 @@ from rcon_plugins.kernel.cgroup.statistics import Pressure, Stall, Statistics
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """The usage of one group at one moment. Two samples make a rate.
+    """The usage of one group at one moment. Compute rates from two samples.
 
     ``id`` identifies the group across samples. ``when`` is in seconds of a monotonic clock. ``node`` is the Celery
-    worker that reported it, if it is not of this machine.
+    worker that reported the sample; None for a group of this machine.
     """
 
     id: str
@@ -33,10 +33,10 @@ class Sample:
 
 
 class SampleData(msgspec.Struct, frozen=True, kw_only=True):
-    """A sample as plain data. Sizes are bytes, times seconds; None is "not measured", of a limit also "no limit".
+    """A sample as plain data. Sizes are in bytes, times in seconds. None means "not measured"; for a limit, "no limit".
 
-    ``when`` is a monotonic clock of the machine of the group. ``pressure`` is, by resource, the share of the last ten
-    seconds in which at least one thread waited.
+    ``when`` is the time of a monotonic clock on the group's machine. ``pressure`` is, by resource, the share of the
+    last ten seconds in which at least one thread waited.
     """
 
     when: float
@@ -57,7 +57,7 @@ class SampleData(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def to_data(sample: Sample) -> dict[str, Any]:
-    """Return the fields of `SampleData` as built-in types."""
+    """Return the fields of `SampleData`, as built-in types."""
     reading, limits, statistics = sample.reading, sample.limits, sample.statistics
     data = SampleData(
         when=sample.when,
@@ -82,8 +82,8 @@ def to_data(sample: Sample) -> dict[str, Any]:
     return found
 
 
-def from_data(data: object, *, id: str, name: str, owner: str, node: str) -> Sample:  # noqa: A002 - the name of the field
-    """Return the sample of which `to_data` made ``data``. Raises `ConfinementError` if it is not such data."""
+def from_data(data: object, *, id: str, name: str, owner: str, node: str) -> Sample:  # noqa: A002 - the field's name
+    """Return the sample from the ``data`` that `to_data` made. Raises `ConfinementError` for any other data."""
     try:
         received = msgspec.convert(data, SampleData)
     except msgspec.ValidationError as error:

@@ -1,8 +1,9 @@
-"""The capabilities that a server needs to run work as other users, and how it keeps them when it changes its own user.
+"""The capabilities that a server needs to run work as other users. Keep them when the server changes its own user.
 
-Everything here acts on the calling thread; call it while the process has no other. A server that starts as root and
-changes to www-data, say, would lose all capabilities with the change (capabilities(7)). It keeps those that its
-policies need, permitted but not effective: only a thread or process that is about to drop privileges raises them.
+All functions act on the calling thread. Call them while the process has no other thread. A server that starts as root
+and changes to www-data, for example, loses all capabilities with the change (capabilities(7)). These functions keep the
+capabilities that its policies need: permitted but not effective. Only a thread or process that is about to drop
+privileges raises them.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def needed(policies: Iterable[Policy]) -> Capabilities:
 
 
 def keep(wanted: Capabilities) -> None:
-    """Before the process changes its user: drop all but ``wanted`` and what the change needs, and keep that.
+    """Drop all capabilities except ``wanted`` and those that a change of user needs, and keep them across the change.
 
-    Does nothing if nothing is wanted. Raises `CapabilityError`.
+    Call it before the process changes its user. Do nothing if ``wanted`` is empty. Raises `CapabilityError`.
     """
     if not wanted:
         return
@@ -54,10 +55,10 @@ def keep(wanted: Capabilities) -> None:
 
 
 def settle(wanted: Capabilities) -> None:
-    """After the change: hold ``wanted`` and no more, none of it effective. Raises `CapabilityError`.
+    """Reduce the capabilities to ``wanted``, none of them effective. Call it after the change of user.
 
-    The process cannot regain more: the bounding set is cut down too, and a program executed as uid 0, which CAP_SETUID
-    allows, gains nothing by that (SECBIT_NOROOT, locked).
+    The process cannot regain others: the bounding set is reduced too. CAP_SETUID allows it to execute a program as uid
+    0, but the program gains nothing by that (SECBIT_NOROOT, locked). Raises `CapabilityError`.
     """
     if not wanted:
         return
@@ -71,7 +72,7 @@ def settle(wanted: Capabilities) -> None:
 
 
 def refusals(policy: Policy) -> list[Refusal]:
-    """Return which keys of a policy's identity this process lacks the capabilities for."""
+    """Return a refusal for each key of a policy's identity that needs a capability this process lacks."""
     held = read_state().permitted
     found = []
     lacking = Capabilities.of(CAP_SETUID, CAP_SETGID) - held

@@ -1,10 +1,10 @@
 """Resolve the user and groups that a policy names to the ids of this machine.
 
-`check` is for the start: it refuses everything that is wrong whatever the work. `resolve` is for each unit of work. It
-opens and reads no file that a tenant could have made: of a path, only the owner is looked at.
+Call `check` at the start: it refuses every fault that does not depend on the request or task. Call `resolve` for each
+unit of work. It opens and reads no file that a tenant could have made: it only looks up the owner of a path.
 
-Results of the user and group databases are cached for `userdb.LIFE` seconds, so a change of a user's groups takes
-effect after that time. The owner of a path is looked up for every unit of work.
+Results of the user and group databases are cached for `userdb.LIFE` seconds. So a change of a user's groups takes
+effect after that time at the latest. The owner of a path is looked up for every unit of work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rcon_plugins.settings.accounts import Account, PathTemplate
     from rcon_plugins.settings.policy import Policy
 
-#: Errors that are the fault of the path that the work named; any other error is the fault of the machine.
+#: Errors caused by the path that the request or task named. Any other error has its cause in the machine.
 _OF_THE_PATH = frozenset(
     {
         *(errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENAMETOOLONG, errno.EACCES),
@@ -36,7 +36,7 @@ _Find = Callable[[str, "PathTemplate"], paths.Owner]
 
 
 class _Fault(Exception):
-    """A fault of an identity, until the caller turns it into an error of the settings or of the work."""
+    """Raised for a fault of an identity. The caller turns it into an error of the settings or of the work."""
 
     def __init__(
         self, key: str, problem: str, hint: str, value: object = None, *, of_work: bool = False
@@ -50,11 +50,11 @@ class _Fault(Exception):
 
 
 class _OnlyWithWork(Exception):
-    """The identity depends on the work, so it cannot be checked at the start."""
+    """Raised when the identity depends on the request or task, so that it cannot be checked at the start."""
 
 
 def check(policy: Policy, file: str | None = None) -> None:
-    """Check at the start the identity of a policy on this machine.
+    """Check the identity of a policy on this machine, at the start.
 
     Fixed users and groups, and paths without placeholders, must exist and be allowed. The part of a path before its
     first placeholder must be a directory. The kernel must know the capabilities. Raises `SettingsError`.
@@ -85,7 +85,7 @@ def resolve(policy: Policy, attributes: Mapping[str, str]) -> Identity | None:
     """Return the identity for work with these attributes; None if the policy names no user.
 
     Raises `IdentityRefused` if the policy does not allow the identity, or if the attributes of the work lead to none;
-    `ConfinementError` if the machine cannot tell, for example because a user was removed since the start.
+    `ConfinementError` if the lookup fails on this machine, for example because a user was removed since the start.
     """
     if policy.user is None:
         return None
@@ -105,7 +105,7 @@ def resolve(policy: Policy, attributes: Mapping[str, str]) -> Identity | None:
 
 
 def kept_capabilities(policy: Policy) -> Capabilities:
-    """Return the capabilities that work of the policy keeps. ``all`` means all that the calling thread is permitted."""
+    """Return the capabilities that work of the policy keeps. ``all`` means the calling thread's permitted set."""
     if policy.capabilities == ("all",):
         return read_state().permitted
     return Capabilities.of(*(int(name) if name.isdigit() else name for name in policy.capabilities or ()))
@@ -135,7 +135,7 @@ def _resolve(policy: Policy, find: _Find) -> Identity:
 
 
 def _user(user: Account, find: _Find) -> tuple[int, userdb.Entry | None, paths.Owner | None]:
-    """Return the uid, its entry in the user database, and the owner of the path; None for what does not exist."""
+    """Return the uid, its entry in the user database, and the owner of the path. Each is None if it does not exist."""
     if user.path is not None:
         found = find("user", user.path)
         _check_known("user", "uid", found.uid, paths.overflow_uid())
@@ -214,7 +214,7 @@ def _gid(key: str, group: Account, policy: Policy, find: _Find) -> int:
 
 
 def _check_known(key: str, kind: str, number: int, overflow: int) -> None:
-    """Refuse the overflow id: the owner of the path has no id in this user namespace."""
+    """Refuse the overflow id, which means that the owner of the path has no id in this user namespace."""
     if number == overflow:
         problem = f"the path belongs to {kind} {number}, the overflow id for owners unknown here"
         hint = "give it to an account of this machine; a user namespace or NFS may hide whose it is"
@@ -285,7 +285,7 @@ def _find_at_start(key: str, template: PathTemplate) -> paths.Owner:
 
 
 def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> paths.Owner:
-    """Return the owner of the path that the template and the attributes of the work make."""
+    """Return the owner of the path that results from the template and the attributes of the work."""
     if not template.pieces:
         try:
             found = paths.owner(template)
@@ -309,7 +309,7 @@ def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> pa
 def _check_movers(key: str, template: PathTemplate, path: str, found: paths.Owner) -> None:
     """Refuse a file reached by a link that another user may have made.
 
-    Otherwise a tenant could link to another tenant's file, or move a link of root's, and take over that identity.
+    Otherwise a tenant could link to another tenant's file, or move a link that belongs to root, to get that identity.
     """
     foreign = found.movers - {found.uid}
     if not foreign:
@@ -325,7 +325,7 @@ def _check_movers(key: str, template: PathTemplate, path: str, found: paths.Owne
 
 
 def _check_found(key: str, template: PathTemplate, path: str, found: paths.Owner) -> None:
-    """Refuse a path whose owner may not be the user who made it."""
+    """Refuse a path that may have been made by another user than its owner."""
     if found.names > 1:
         problem = f"{show(path)} has {found.names} hard links, and another user may have made one"
         hint = "copy the file, so that it has one name"

@@ -1,1 +1,1 @@
-"""What people write: settings, and the policies and limits in them. Immutable data that names nothing of the kernel."""
+"""Settings, and the policies and limits in them. Immutable data that does not depend on the kernel."""

@@ -63,23 +63,23 @@ class PathTemplate(Written, str):
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """The names of its placeholders, in order."""
+        """The names of the placeholders, in order."""
         return tuple(_PLACEHOLDER.findall(self))
 
     @property
     def trusted(self) -> str:
-        """The directory before the first placeholder; the whole path where there is none."""
+        """The directory before the first placeholder; the whole path if there is none."""
         return _split(self)[0]
 
     @property
     def pieces(self) -> tuple[tuple[str, str | None], ...]:
-        """The part below `trusted`: pieces of plain text, each with the placeholder after it, or None."""
+        """The part below `trusted`: pieces of plain text, each with the placeholder that follows it, or None."""
         return _split(self)[1]
 
 
 @lru_cache(maxsize=1024)
 def _split(template: str) -> tuple[str, tuple[tuple[str, str | None], ...]]:
-    """Return the trusted part of a template, and the pieces below it; called several times for each request."""
+    """Return the trusted part of a template, and the pieces below it. Cached: each request needs it several times."""
     before, brace, _ = template.partition("{")
     if not brace:
         return str(template), ()
@@ -128,13 +128,13 @@ class Account(Written, str):
 
     @property
     def path(self) -> PathTemplate | None:
-        """The path whose owner is meant; None for a name or a number."""
+        """The path whose owner is the account; None for a name or a number."""
         return _meaning(self)[1]
 
 
 @lru_cache(maxsize=1024)
 def _meaning(account: str) -> tuple[int | None, PathTemplate | None]:
-    """Return the number and the path of an account; called several times for each request."""
+    """Return the number and the path of an account. Cached: each request needs it several times."""
     if account.startswith(_OWNER):
         return None, PathTemplate(account.removeprefix(_OWNER))
     return int(account) if account.isascii() and account.isdigit() else None, None

@@ -45,7 +45,7 @@ class Portion(Written, str):
         return cls(value)
 
     def of(self, total: int) -> int:
-        """Bytes, on a machine that has ``total``."""
+        """Return the number of bytes, on a machine with ``total`` bytes of memory."""
         return int(Decimal(self[:-1]) / 100 * total) if self.endswith("%") else int(Size.parse(str(self)))
 
 
@@ -71,7 +71,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def promised(policy: Policy) -> Size | None:
     """Return the most memory, in bytes, that one request or task of a policy may use; None without a limit.
 
-    That is ``each.memory``, else ``memory``; of a limit that expands, the most it may become.
+    That is ``each.memory``, else ``memory``. For a limit that expands it is the upper bound.
     """
     limit = policy.each.memory or policy.memory
     return None if limit is None else limit.most

@@ -1,8 +1,8 @@
 """Convert what a settings file holds to the types of this project, with errors that name the key.
 
-msgspec converts and checks, but reports the location as ``$.io[...]``, without the key of a table, and
-checks a table before its parts. So on an error `explain` looks again, part by part in the order of the
-file, for the first fault and its key.
+msgspec converts and checks. But it reports the location as ``$.io[...]``, without the key of a table, and checks a
+table before its parts. So on an error `explain` checks again, part by part in the order of the file, to find the first
+fault and its key.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _TOML_WORDS = {"int": "integer", "str": "string", "bool": "boolean", "object": "
 
 
 def convert(value: object, kind: type[T], key: str = "") -> T:
-    """Return ``value``, as a settings file holds it, as a ``kind``.
+    """Return ``value``, in the form of a settings file, converted to ``kind``.
 
-    ``key`` is the dotted key of ``value`` itself. Raises `SettingsError` for the first fault.
+    ``key`` is the dotted key of ``value``. Raises `SettingsError` for the first fault.
     """
     try:
         return msgspec.convert(value, kind, dec_hook=dec_hook)
@@ -36,14 +36,14 @@ def convert(value: object, kind: type[T], key: str = "") -> T:
 
 
 def dec_hook(kind: type, value: object) -> object:
-    """msgspec's ``dec_hook`` for the types of `rcon_plugins.settings.units`."""
+    """Decode the types of `rcon_plugins.settings.units`, as msgspec's ``dec_hook``."""
     if issubclass(kind, Written):
         return kind.parse(value)
     raise NotImplementedError(kind)
 
 
 def schema_hook(kind: type) -> dict[str, Any]:
-    """msgspec's ``schema_hook`` for the types of `rcon_plugins.settings.units`."""
+    """Return the schema of the types of `rcon_plugins.settings.units`, as msgspec's ``schema_hook``."""
     if issubclass(kind, Written):
         return dict(kind.schema)
     raise NotImplementedError(kind)
@@ -56,7 +56,7 @@ def dotted(key: str, part: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """Return a hint at the known word that is most like ``word``, or None."""
+    """Return a hint with the known word that is most similar to ``word``, or None."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else None
 
@@ -67,7 +67,7 @@ def one_of(known: Iterable[str]) -> str:
 
 
 def explain(value: object, kind: Any, key: str, meta: msgspec.Meta | None = None) -> SettingsError | None:
-    """Return the first error in ``value`` as a ``kind``, or None."""
+    """Return the first error in converting ``value`` to ``kind``, or None."""
     try:
         msgspec.convert(value, kind, dec_hook=dec_hook)
         return None
@@ -107,7 +107,7 @@ def _fields(kind: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def _unwrapped(kind: Any, meta: msgspec.Meta | None) -> tuple[Any, msgspec.Meta | None]:
-    """Return the type in ``Annotated[kind | None, meta]``, and the meta."""
+    """Return the type ``kind`` in ``Annotated[kind | None, meta]``, and ``meta``."""
     while True:
         if get_origin(kind) is Annotated:
             meta = next((extra for extra in kind.__metadata__ if extra.examples), meta)
@@ -119,7 +119,7 @@ def _unwrapped(kind: Any, meta: msgspec.Meta | None) -> tuple[Any, msgspec.Meta 
 
 
 def _plainly(value: object, kind: Any, meta: msgspec.Meta | None, message: str) -> SettingsError:
-    """Return the message of msgspec in terms of TOML, with the value and a remedy."""
+    """Return msgspec's message in terms of TOML, with the value and a remedy."""
     if message.startswith("Object missing required field "):
         name = message.split("`")[1]
         fields = _fields(_unwrapped(kind, None)[0])

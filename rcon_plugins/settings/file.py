@@ -70,22 +70,22 @@ class _Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Settings(_Bounds, frozen=True, kw_only=True):
-    """The settings of one server. From a file by `load`, from data by `from_mapping`."""
+    """The settings of one server. Read them from a file with `load`, or from data with `from_mapping`."""
 
     policies: Mapping[str, Policy] = {}
     routes: tuple[Route, ...] = ()
-    #: The file they were read from, for error messages and the log.
+    #: The file that the settings were read from, for error messages and the log.
     file: str | None = None
 
     @property
     def fallback(self) -> str | None:
-        """The policy where no route matches: ``"default"``, or None if there is none of that name."""
+        """The policy to use if no route matches: ``"default"``, or None if there is no policy of that name."""
         return "default" if "default" in self.policies else None
 
     def with_policies(self, policies: Iterable[Policy]) -> Self:
-        """Return these settings with more policies, contributed by plugins.
+        """Return these settings with more policies, from plugins.
 
-        Raises `SettingsError` when a name is taken, or when a route still leads to no policy.
+        Raises `SettingsError` if a name is taken, or if the policy of a route still does not exist.
         """
         together = dict(self.policies)
         for policy in policies:
@@ -142,7 +142,7 @@ def load(path: str | os.PathLike[str]) -> Settings:
 
 
 def from_mapping(mapping: Mapping[str, Any], *, file: str | None = None) -> Settings:
-    """Return the settings in ``mapping``, which has the shape of the file. Raises as `load` does."""
+    """Return the settings in ``mapping``, which has the structure of the file. Raises like `load`."""
     try:
         return _from_mapping(mapping, file)
     except SettingsError as error:
@@ -216,7 +216,7 @@ def _check_policy(route: Route, number: int, policies: Mapping[str, Policy], fil
 
 
 def check_cgroup(path: str) -> None:
-    """Raise `SettingsError` if the path is not that of a cgroup to make groups in."""
+    """Raise `SettingsError` if the path cannot be the path of a cgroup to make groups in."""
     name = path.strip("/")
     if path.startswith("/sys/fs/cgroup"):
         problem, hint = "begins with the mount", "leave the mount out: as /proc/self/cgroup shows it"

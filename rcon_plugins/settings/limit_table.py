@@ -1,10 +1,10 @@
-"""The table of limits. Every limit is one row.
+"""The table of limits. Each limit is one row.
 
-From the rows derive: the flags of commands and their help, the names in JSON and in text output, the descriptions in
-the JSON schema, the messages of refused limits, the keywords of ``@confined``, and, in `rcon_plugins.builtin.limits`,
-the step from a policy to `rcon_plugins.kernel.cgroup.Resources`.
+The rows define the flags of commands and their help, the names in JSON and in text output, the descriptions in the JSON
+schema, the messages of refused limits, and the keywords of ``@confined``. `rcon_plugins.builtin.limits` uses them to
+translate a policy to `rcon_plugins.kernel.cgroup.Resources`.
 
-Plain data that imports nothing of weight: `rcon run` reads it before its command starts.
+The table is plain data and imports no large module, because `rcon run` reads it before its command starts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Limit(NamedTuple):
     def parse(self, text: str) -> float | int | str:
         """Return the value of an option's text: CPUs, bytes, seconds, a count, or a list of CPUs.
 
-        Raises `SettingsError`, without a key, for text that is no such value or out of range.
+        Raises `SettingsError`, without a key, if the text is not such a value or is out of range.
         """
         from rcon_plugins.settings import units  # loads slowly
 
@@ -168,7 +168,7 @@ LIMITS: tuple[Limit, ...] = (
 
 #: The rows by key.
 BY_KEY = {limit.key: limit for limit in LIMITS}
-#: Limits of a policy and of its ``each`` that set a field of `Resources`, in the order of the table; ``io`` is apart.
+#: Limits of a policy and of its ``each`` that set a field of `Resources`, in the order of the table, without ``io``.
 CGROUP_LIMITS = tuple(limit for limit in LIMITS if limit.field and limit.table == "")
 #: Limits of one device, under ``io``.
 IO_LIMITS = tuple(limit for limit in LIMITS if limit.field and limit.table == "io")
@@ -177,7 +177,7 @@ OPTIONS = tuple(limit for limit in LIMITS if limit.table != "each")
 #: The keys that a policy and its ``each`` both have.
 SHARED_KEYS = frozenset({*(limit.key for limit in CGROUP_LIMITS), "io"})
 
-#: By field of `Resources`: the key of a policy that sets it.
+#: For each field of `Resources`, the key of a policy that sets it.
 KEY_OF_FIELD = {limit.field: limit.key for limit in CGROUP_LIMITS}
-#: By field of `Resources`: the flag that sets it, for messages.
+#: For each field of `Resources`, the flag that sets it, for messages.
 FLAG_OF_FIELD = {**{limit.field: limit.flag for limit in CGROUP_LIMITS}, "io": "--read and --write"}

@@ -21,12 +21,12 @@ IO_KEYS: Final = tuple(limit.key for limit in IO_LIMITS)
 
 
 def removes(key: str, text: str) -> bool:
-    """Whether the text removes this limit: it is ``max``, and the limit can be removed."""
+    """Return whether the text removes this limit: it is ``max``, and the limit can be removed."""
     return text == NO_LIMIT and key in BY_KEY and BY_KEY[key].removable
 
 
 def value_of(key: str, text: str) -> object:
-    """Return what a settings file would hold for a key; a table is written as in TOML. Raises `SettingsError`."""
+    """Return a key's value in the form of a settings file. ``text`` may be a TOML table. Raises `SettingsError`."""
     if text.startswith("{"):
         try:
             return tomllib.loads(f"value = {text}")["value"]
@@ -42,7 +42,7 @@ def value_of(key: str, text: str) -> object:
 
 
 def device_and_key(name: str) -> tuple[str, str | None]:
-    """Split ``DEVICE.read`` into device and key; the key is None where the whole device is meant.
+    """Split ``DEVICE.read`` into device and key; the key is None if the text names the whole device.
 
     The device may be quoted as in a settings file. Raises `SettingsError`.
     """
@@ -56,7 +56,7 @@ def device_and_key(name: str) -> tuple[str, str | None]:
 
 
 def as_written(value: Any) -> Any:
-    """Return a limit as plain data, spelled as in a settings file; None where it is not set."""
+    """Return a limit as plain data, spelled as in a settings file; None if it is not set."""
     if isinstance(value, Memory) and value.expands:
         return {"limit": str(value), "expand": str(value.expand), "up_to": str(value.up_to)}
     if isinstance(value, msgspec.Struct):

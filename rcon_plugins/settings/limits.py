@@ -1,4 +1,4 @@
-"""Limits: how much of the machine may be used. Immutable data that knows nothing of the kernel.
+"""Limits: how much of the machine may be used. Immutable data that does not depend on the kernel.
 
 `Limits` hold for everything under a policy together, `Each` for each request, task or command.
 """
@@ -18,18 +18,18 @@ from rcon_plugins.settings.limit_table import BY_KEY
 from rcon_plugins.settings.memory import Memory
 from rcon_plugins.settings.units import CpuList, Cpus, CpuTime, Duration, Size, check_a_page, show
 
-#: CPU quotas hold over periods of this many seconds.
+#: The length of the period of a CPU quota, seconds.
 _CPU_PERIOD = 0.1
 
 
 def _about(key: str) -> Meta:
-    """The description and example of a row of the table."""
+    """Return the description and example of a row of the table."""
     row = BY_KEY[key]
     return Meta(description=row.description, examples=[row.example])
 
 
 def _range(key: str) -> Meta:
-    """The range of a row of the table."""
+    """Return the range of a row of the table."""
     row = BY_KEY[key]
     return Meta(ge=row.least, le=row.most)
 
@@ -74,7 +74,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = {}
     pids: Annotated[Annotated[int, _range("pids")] | None, _about("pids")] = None
 
-    #: The remedy for keys that belong elsewhere, for error messages.
+    #: The remedy, in error messages, for keys that belong to another table.
     belongs: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
 
     def asks(self) -> tuple[str, ...]:
-        """The limits that are set, as settings spell them: ``("cpu", "memory")``."""
+        """Return the keys of the limits that are set, as in a settings file: ``("cpu", "memory")``."""
         return tuple(name for name in self.__struct_fields__ if name in _LIMITS and _is_set(self, name))
 
 
@@ -169,7 +169,7 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     )
 
     def check_within(self, whole: Limits) -> None:
-        """Raise `SettingsError` for a limit of ``each`` above that of the whole policy: it is never reached."""
+        """Raise `SettingsError` for a limit of ``each`` above that of the whole policy, which is never reached."""
         _check_each(self, whole, "each")
         for device, limits in self.io.items():
             if device in whole.io:
@@ -184,7 +184,7 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 _LIMITS = frozenset(Each.__struct_fields__)
-#: Limits of ``each`` that are never reached above those of the whole policy.
+#: Limits of ``each`` that are never reached if they are above the same limit of the whole policy.
 _COMPARED = ("cpu", "memory", "swap", "pids", "read", "write", "read_iops", "write_iops")
 
 

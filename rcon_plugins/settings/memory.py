@@ -89,7 +89,7 @@ class Memory(Size):
 
     @property
     def most(self) -> Size:
-        """The final bound: ``up_to``, or the limit itself where it does not expand."""
+        """The final bound: ``up_to``, or the limit itself if it does not expand."""
         return self if self.up_to is None else self.up_to
 
     @property
@@ -98,7 +98,7 @@ class Memory(Size):
         return self.up_to is not None
 
     def after(self, limit: int) -> int:
-        """Return the next limit after ``limit`` bytes were hit: whole pages, at most `most`."""
+        """Return the next limit after a limit of ``limit`` bytes was hit, in bytes: whole pages, at most `most`."""
         if self.expand is None:
             return int(self)
         grown = int(limit * self.expand)
@@ -175,7 +175,7 @@ class OnMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ]
 
     def after(self, limit: Memory, deaths: int) -> int:
-        """Return the memory, in bytes, after so many kills, where the limit was ``limit`` at the start."""
+        """Return the memory, in bytes, after so many kills of a task whose limit was ``limit`` at the start."""
         return min(int(limit * self.expand**deaths), max(self.up_to, limit))
 
 

@@ -21,7 +21,7 @@ from rcon_plugins.settings.memory import OnMemory
 from rcon_plugins.settings.rights import CapabilityName, Rlimits, Umask
 from rcon_plugins.settings.units import Size, Written, show
 
-#: How a request, task or command is confined. ``"auto"`` is the cheapest way that enforces the whole policy.
+#: How to confine a request, task or command. ``"auto"`` chooses the cheapest way that enforces the whole policy.
 Isolation = Literal["auto", "inline", "thread", "process"]
 
 _COUNT = Meta(ge=1, le=2**63 - 1)
@@ -224,7 +224,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @classmethod
     def make(cls, name: str, /, **keys: object) -> Self:
-        """Return a policy from what a settings file would hold, checked in the same way.
+        """Return a policy from values in the form of a settings file, checked in the same way.
 
         ``Policy.make("batch", cpu="50%", each={"memory": "512M"})``. Raises `SettingsError` with the key,
         as ``policy.batch.each.memory``.
@@ -331,22 +331,22 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
             )
 
     def asks(self) -> tuple[str, ...]:
-        """The limits that are set, as settings spell them: ``("cpu", "each.memory")``."""
+        """Return the keys of the limits that are set, as in a settings file: ``("cpu", "each.memory")``."""
         return (*super().asks(), *(f"each.{name}" for name in self.each.asks()))
 
     @property
     def wants_tries(self) -> tuple[str, ...]:
-        """The keys for retries that are set: ``("on_memory", "max_deaths")``."""
+        """The keys for retries that are set, for example ``("on_memory", "max_deaths")``."""
         return tuple(name for name in _OF_TRIES if getattr(self, name) is not None)
 
     @property
     def result_limit(self) -> Size:
-        """The most bytes of the encoded result of a task; the default where ``max_result`` is not set."""
+        """The largest encoded result of a task, in bytes; the default if ``max_result`` is not set."""
         return _MAX_RESULT if self.max_result is None else self.max_result
 
     @property
     def wants_identity(self) -> tuple[str, ...]:
-        """The keys for identity and rights that are set: ``("user", "umask")``."""
+        """The keys for identity and rights that are set, for example ``("user", "umask")``."""
         written = [name for name in _OF_IDENTITY if getattr(self, name) is not None]
         return (*written, "rlimits") if self.rlimits.written() else tuple(written)
 
@@ -356,5 +356,5 @@ _MAX_RESULT, _SHORTEST_MAX_RESULT = Size(16 * 2**20), 4096
 _OF_A_PROCESS = frozenset({"memory", "memory_high", "swap"})
 #: Keys for retries of tasks that were killed.
 _OF_TRIES = ("on_memory", "max_deaths", "dead_letter")
-#: Keys for identity and rights, which a process takes for good. Also rlimits, which are never None.
+#: Keys for identity and rights, which a process keeps until it ends. Also rlimits, which are never None.
 _OF_IDENTITY = ("user", "group", "groups", "capabilities", "owner_must_be", "umask")

@@ -1,4 +1,4 @@
-"""The rights of a policy beside its limits: capabilities, umask, rlimits."""
+"""The rights of a policy: capabilities, umask, rlimits."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ class Rlimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             )
 
     def written(self) -> dict[str, int]:
-        """The limits that are set, by the names of setrlimit(2) in small letters: ``{"nofile": 256}``.
+        """Return the limits that are set, by the names of setrlimit(2) in lower case: ``{"nofile": 256}``.
 
-        In bytes, whole seconds, or a count.
+        The values are in bytes or whole seconds, or are counts.
         """
         fields = zip(self.__struct_encode_fields__, self.__struct_fields__, strict=True)
         values = ((name, getattr(self, attribute)) for name, attribute in fields)

@@ -1,6 +1,6 @@
-"""Routes: the policy for each request, task or command. First match wins.
+"""Routes: the policy for each request, task or command. The first match wins.
 
-A `Router` looks up hosts, domains, tasks and queues in an index: ten thousand routes cost no more than ten.
+A `Router` looks up hosts, domains, tasks and queues in an index, so ten thousand routes cost no more than ten.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @classmethod
     def make(cls, policy: str, /, **conditions: str | Iterable[str]) -> Self:
-        """Return a route from what a settings file would hold, checked in the same way."""
+        """Return a route from values in the form of a settings file, checked in the same way."""
         return convert({"policy": policy, **conditions}, cls, "route")
 
     def __post_init__(self) -> None:
@@ -179,7 +179,7 @@ class Router:
             place.append(Found(order, route.policy, rest))
 
     def _candidates(self, attributes: _Attributes) -> Iterator[Found]:
-        """The routes that may match by the indexes, in their order."""
+        """Return the routes that may match according to the indexes, in their order."""
         found: list[list[Found]] = []
         if self._hosts or self._domains:
             host = attributes["host"]
@@ -201,7 +201,7 @@ class Router:
         if "" in self._domains:
             yield self._domains[""]
         domain = ""
-        # no more labels than the longest domain of a route has: a host with a thousand dots costs no more
+        # Check no more labels than the longest domain of a route has, so that a host with a thousand dots stays cheap.
         for label in reversed(host.rsplit(".", self._depth)[1:]):
             domain = f"{label}.{domain}" if domain else label
             if domain in self._domains:
@@ -209,7 +209,7 @@ class Router:
 
 
 class _Attributes(dict[str, str | None]):
-    """Attributes, each looked up on first use; None is "not there"."""
+    """Attributes, each looked up on first use; None if an attribute is missing."""
 
     def __init__(self, attributes: Mapping[str, str]) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class _Attributes(dict[str, str | None]):
 
 
 def _matcher(name: str, patterns: Iterable[str]) -> Callable[[str], bool]:
-    """Return a function that tells whether a value of the attribute ``name`` matches one of the patterns."""
+    """Return a function that returns whether a value of the attribute ``name`` matches one of the patterns."""
     if name == "path":
         return _any_of([_glob(p) if _GLOB & set(p) else _prefix(p) for p in patterns])
     if name == "method":

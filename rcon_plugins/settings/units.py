@@ -1,7 +1,7 @@
-"""The units that settings are written in: CPUs, sizes, durations, lists of CPUs.
+"""The units in settings: CPUs, sizes, durations, lists of CPUs.
 
-Each type is the number or text it stands for, so that it computes, compares and pickles as one, and
-``str()`` gives back a spelling that the type reads again::
+Each type derives from the number or text it stands for, so that it computes, compares and pickles like one. ``str()``
+returns a spelling that the type reads again::
 
     >>> Size("256M") // 2
     134217728
@@ -23,7 +23,7 @@ _PERCENT = r"\d{1,7}(?:\.\d{1,6})?%"  # the kernel takes no quota of 10**5 CPUs 
 
 
 class Written:
-    """A type that settings write as text. A subclass also derives from float, int or str."""
+    """A type that is written as text in settings. A subclass also derives from float, int or str."""
 
     __slots__ = ()
 
@@ -32,16 +32,16 @@ class Written:
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        """Return the value that a settings file means by ``value``.
+        """Return the value that ``value`` means in a settings file.
 
-        Stricter than the constructor: a number without a unit is refused where the unit would be a guess. Raises
+        It is stricter than the constructor: it refuses a number without a unit where the unit would be a guess. Raises
         `SettingsError`, without a key, for a value that is invalid or out of range.
         """
         raise NotImplementedError
 
 
 class WrittenNumber(Written):
-    """A number that settings write as text. Its constructor takes both."""
+    """A number that is written as text in settings. Its constructor accepts both."""
 
     __slots__ = ()
 
@@ -205,7 +205,7 @@ class CpuList(Written, str):
 
     @property
     def numbers(self) -> frozenset[int]:
-        """The CPUs, by number."""
+        """The numbers of the CPUs."""
         return frozenset(self._numbers(self))
 
     @classmethod
@@ -233,7 +233,7 @@ class CpuList(Written, str):
 def parse(unit: str, text: str) -> float | int | str:
     """Return the value of the text of an option: CPUs, bytes, seconds, a count, a list of CPUs, or the text itself.
 
-    ``unit`` is that of a row of `rcon_plugins.settings.limit_table`. Raises `SettingsError`, without a key.
+    ``unit`` is the unit of a row of `rcon_plugins.settings.limit_table`. Raises `SettingsError`, without a key.
     """
     match unit:
         case "share":
@@ -254,7 +254,7 @@ def parse(unit: str, text: str) -> float | int | str:
 
 
 def written(unit: str, value: Any) -> str:
-    """Return a number as a settings file spells it: ``written("size", 67108864)`` is ``"64M"``."""
+    """Return a number in the spelling of a settings file: ``written("size", 67108864)`` is ``"64M"``."""
     kind = {"share": Cpus, "cpu_time": CpuTime, "size": Size, "duration": Duration}.get(unit)
     return str(value if kind is None else kind(value))
 
