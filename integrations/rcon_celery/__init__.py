@@ -11,12 +11,12 @@
     @confined(memory="512M", timeout="60s")
     def render(name): ...
 
-Call `install` before the tasks are used. Outside of workers, and in eager mode, tasks run as they always did.
+Call `install` before the tasks are used. Outside of workers, and in eager mode, tasks run unconfined as before.
 
-The modules, in the order of a task's path: `install` (an application), `worker` (the worker's main process),
+The modules, in the order in which a task passes them: `install` (an application), `worker` (the worker's main process),
 `pool_process` (a process that runs tasks), `call`, `codec` and `wire` (one task, on its way to an executor process),
-`service` (the executor process), `results` (its outcome); ``retry/`` (the task's next attempt). `decorator` and
-`task_annotations` connect a task's code to them, `remote_control` asks all workers.
+`service` (the executor process), `results` (its outcome), ``retry/`` (the task's next attempt). `decorator` and
+`task_annotations` connect a task's code to them. `remote_control` sends commands to all workers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One call of a task, in the pool's process: what routes see of it, and how an executor runs it."""
+"""One call of a task, in the pool's process: its attributes for routes, and its run in an executor."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from rcon_plugins.confinement.admission import LocalAdmission, ProcessAdmission
     from rcon_plugins.outcome import Outcome
 
-#: Celery's own tasks that call other tasks in their own process.
+#: The tasks of Celery itself that call other tasks in their own process.
 _CALL_OTHERS: Final = frozenset({"celery.map", "celery.starmap"})
 _CELERYS_OWN: Final = "celery.app.builtins"
-#: How a task ends by one of Celery's own exceptions, which are no errors.
+#: The endings of tasks that raise one of Celery's control exceptions, which are not errors.
 _PREDICATES: Final = ("retry", "ignore", "reject")
 
 
 def is_celerys_own(cls: Any) -> bool:
-    """Return whether a task is a part of Celery that only sends other tasks, or looks after them."""
+    """Return whether a task belongs to Celery itself and only sends or tracks other tasks."""
     return str(cls.__module__) == _CELERYS_OWN and cls.name not in _CALL_OTHERS
 
 
 def work_of(task: Any, args: Any, kwargs: Any) -> Work:
-    """Return a task as a unit of work: the attributes that routes match and ``per`` takes its key from.
+    """Return a task as a unit of work, with the attributes for routes and for the key of ``per``.
 
     Raises `ConfinementError` for a map of a map.
     """
@@ -55,7 +55,7 @@ def work_of(task: Any, args: Any, kwargs: Any) -> Work:
 def _mapped_name(app: Any, inner: object) -> str:
     """Return the name of the task that a map calls for each item, resolved as Celery does.
 
-    Raises what Celery would raise, and `ConfinementError`.
+    Raises the exceptions that Celery would raise, and `ConfinementError`.
     """
     name = str(signature(inner, app=app).type.name)
     if name in _CALL_OTHERS:
@@ -80,8 +80,8 @@ def _queue_of(app: Any, delivery: Mapping[str, Any]) -> str | None:
 class SoftTimeLimit:
     """Passes the signal of Celery's ``soft_time_limit`` on to the executor process that runs the task.
 
-    The pool sends it to its process, whose handler would raise there. The handler of this class is installed once,
-    since that takes longer than to pass a task on; use it in the main thread.
+    The pool sends the signal to its own process, where Celery's handler would raise an exception. This class installs
+    its handler only once, because that takes longer than passing on a task. Use it in the main thread.
     """
 
     def __init__(self) -> None:
@@ -113,14 +113,14 @@ class Host(Protocol):
 
     #: The content types that the application reads.
     accepted: set[str]
-    #: Whether the fork server ended, and all executor processes with it.
+    #: Whether the fork server ended, and with it all executor processes.
     is_lost: bool
-    #: None where the pool does not send the signal of a soft time limit.
+    #: None if the pool does not send the signal of a soft time limit.
     soft_time_limit: SoftTimeLimit | None
 
 
 class UnencodableResult:
-    """Stands for an ignored result that no serializer of the application takes; it has its repr."""
+    """Stands for an ignored result that no serializer of the application can encode. Its repr is that of the result."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -130,9 +130,9 @@ class UnencodableResult:
 
 
 def run_in_process(task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, host: Host) -> Any:
-    """Have an executor process run the task; return its result or raise its exception."""
+    """Run the task in an executor process; return its result or raise its exception."""
     relay = host.soft_time_limit
-    # Until the admission is settled: a signal that comes late must not interrupt that.
+    # The block includes `_settle`, so that a late signal does not interrupt that.
     with relay.passed_to(admission) if relay is not None else contextlib.nullcontext():
         head, answer = _exchange(task, admission, args, kwargs, host)
         return _settle(task, admission, head, answer)
@@ -141,7 +141,7 @@ def run_in_process(task: Any, admission: ProcessAdmission, args: Any, kwargs: An
 def _exchange(
     task: Any, admission: ProcessAdmission, args: Any, kwargs: Any, host: Host
 ) -> tuple[wire.AnswerHead, dict[str, Any]]:
-    """Send the task and receive its answer."""
+    """Send the task to the executor process and receive the answer."""
     number, channel, max_result = (
         os.urandom(wire.NUMBER_SIZE),
         admission.channel,
@@ -157,11 +157,11 @@ def _exchange(
     except ChannelClosed:
         outcome = admission.died()
         if task.acks_late and outcome.ending == "killed" and host.is_lost:
-            # The broker still has its message, and the task need not be the cause.
+            # The broker still has the message, and the task may not be the cause.
             raise ForkServerLost(outcome.detail) from None
         raise _exception_of(outcome) from None
     except BaseException as error:
-        # Without waiting: a pool that ends this process gives it a tenth of a second.
+        # Do not wait: a pool that ends this process gives it a tenth of a second.
         admission.abandon(codec.sentence(error))
         raise
     return head, answer
@@ -222,7 +222,7 @@ def _too_large(task: Any, size: int, admission: ProcessAdmission) -> str:
 
 
 def run_in_thread(task: Any, code: TaskCode, admission: LocalAdmission, args: Any, kwargs: Any) -> Any:
-    """Run the task in a thread of this process, where its policy says ``inline`` or ``thread``."""
+    """Run the task in a thread of this process, for a policy with the isolation ``inline`` or ``thread``."""
     try:
         result = admission.call(_execute_with, task.request, task, code, args, kwargs)
     except BaseException as error:
@@ -239,7 +239,7 @@ def run_in_thread(task: Any, code: TaskCode, admission: LocalAdmission, args: An
 
 
 def _execute_with(request: Any, task: Any, code: TaskCode, args: Any, kwargs: Any) -> Any:
-    """Run the code of a task in this thread, with its request: Celery keeps a stack of requests for each thread."""
+    """Run the code of a task in this thread, with its request. Celery keeps a stack of requests for each thread."""
     if task.request_stack.top is request:
         return code.execute(task, args, kwargs)
     _task_stack.push(task)

@@ -1,4 +1,4 @@
-"""How arguments, results and exceptions cross to an executor process and back: by the application's own serializers."""
+"""Encode arguments, results and exceptions for an executor process and back, with the application's serializers."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from rcon_plugins.executors.channel import ProtocolViolation
 serialization: Any = _serialization  # its functions have no types
 safe_repr: Any = _safe_repr
 
-#: Attributes of a task's request that are sent otherwise, or belong to one process.
+#: Attributes of a task's request that are sent in another way, or that belong to one process.
 _NOT_SENT = frozenset({"args", "kwargs", "called_directly", STAGE})
 
 
 def accepted_content_types(app: Any) -> set[str]:
     """Return the content types that the application reads from its broker or its result backend.
 
-    Call it once in a process: it takes longer than to encode a usual task.
+    Call it once in a process, because it takes longer than encoding a typical task.
     """
     names = {*app.conf.accept_content, *(app.conf.result_accept_content or ())}
     return set(serialization.prepare_accept_content(names))
 
 
 def encode(value: object, serializers: Iterable[str | None]) -> tuple[Payload, bytes]:
-    """Encode the value by the first of these serializers that can. Raises the exception of the last one."""
+    """Encode the value with the first of these serializers that can. Raises the exception of the last one."""
     error: Exception | None = None
     for name in dict.fromkeys(serializers):
         try:
             content_type, encoding, data = serialization.dumps(value, serializer=name)
             if isinstance(data, str):
                 data = data.encode(encoding if encoding != "binary" else "utf-8")
-        except Exception as failed:  # noqa: BLE001 - serializers are the application's own, and raise what they like
+        except Exception as failed:  # noqa: BLE001 - an application's serializer may raise anything
             error = failed
             continue
         return Payload(content_type, encoding, len(data)), data
@@ -53,7 +53,7 @@ def encode(value: object, serializers: Iterable[str | None]) -> tuple[Payload, b
 
 
 def decode(payload: Payload, data: bytes, accept: set[str]) -> Any:
-    """Decode a payload. Raises `ProtocolViolation` where the application does not accept it or it is malformed."""
+    """Decode a payload. Raises `ProtocolViolation` if the application does not accept it or if it is malformed."""
     try:
         return serialization.loads(
             data, payload.content_type, payload.content_encoding, accept=accept, force=True
@@ -72,8 +72,8 @@ def encode_task(task: Any, request: Any, args: Any, kwargs: Any, accept: set[str
         if name[0] != "_" and name not in _NOT_SENT:
             context[name] = value
     own = task.serializer or task.app.conf.task_serializer
-    # A message may have come by another serializer than the task's own, and hold a value that only that one carries.
-    # Pickle carries all of them, and pickles here only what this process has decoded.
+    # A message may use another serializer than the task's own, and hold a value that only that one can encode. Pickle
+    # can encode all such values. It pickles here only values that this process has decoded.
     serializers = (own,) if len(accept) == 1 else ("pickle", own)
     try:
         return encode({"args": args, "kwargs": kwargs, "request": context}, serializers)
@@ -87,7 +87,7 @@ def encode_result(
 ) -> tuple[Payload, bytes]:
     """Encode a task's result and the tasks that it sent. Runs in the executor. Raises what serializers raise.
 
-    ``serializer``, here and below, is that of the result backend.
+    Here and below, ``serializer`` is that of the result backend.
     """
     content: dict[str, Any] = {"children": [child.as_tuple() for child in children]}
     if isinstance(result, ResultBase):
@@ -98,7 +98,7 @@ def encode_result(
 
 
 def encode_exception(error: BaseException, children: Iterable[Any], serializer: str) -> tuple[Payload, bytes]:
-    """Encode an exception, as far as the serializer of the result backend can. Runs in the executor."""
+    """Encode an exception as far as the serializer of the result backend can. Runs in the executor."""
     content = {"error": _described(error, serializer), "children": [child.as_tuple() for child in children]}
     return encode(content, (serializer,))
 
@@ -125,12 +125,12 @@ def encode_predicate(
 
 
 def encode_no_result(task: Any, serializer: str) -> tuple[Payload, bytes]:
-    """Encode an answer without a result, where the result is too large. Runs in the executor."""
+    """Encode an answer without a result, for a result that is too large. Runs in the executor."""
     return encode({"children": []}, _result_serializers(task, serializer))
 
 
 def is_ignored(task: Any, request: Any) -> bool:
-    """Return whether the result is dropped, so that it may be too large, or no serializer may take it."""
+    """Return whether the result is dropped. Then it may be too large, and no serializer need be able to encode it."""
     return bool(get_actual_ignore_result(task, request)) or isinstance(task.backend, DisabledBackend)
 
 
@@ -142,10 +142,10 @@ def decode_value(app: Any, content: dict[str, Any]) -> Any:
 
 
 def decode_exception(described: dict[str, Any], traceback_text: str) -> Exception:
-    """Return the exception that `encode_exception` encoded, of its own class where this process has that loaded.
+    """Return the exception that `encode_exception` encoded, with its own class if this process has loaded that.
 
-    This is Celery's own rule for the exceptions in a result backend: an executor process cannot name a module to be
-    imported, and a class that is not loaded gets a stand-in. Raises `ProtocolViolation`.
+    Celery has the same rule for exceptions in a result backend. An executor process cannot make this process import a
+    module: an exception whose class is not loaded gets a stand-in class. Raises `ProtocolViolation`.
     """
     error = _rebuilt(described)
     if traceback_text:
@@ -172,7 +172,7 @@ def decode_predicate(task: Any, how: str, content: dict[str, Any]) -> Exception:
 
 
 def sentence(error: BaseException) -> str:
-    """Return the class and message of an exception, also where its ``__str__`` fails."""
+    """Return the class and message of an exception, even if its ``__str__`` fails."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - its own ``__str__``
@@ -184,13 +184,13 @@ def _result_serializers(task: Any, serializer: str) -> tuple[str, str]:
 
 
 def _described(error: BaseException, serializer: str) -> dict[str, Any]:
-    """Return an exception as data: its class, arguments and attributes, as far as the serializer takes them."""
+    """Return an exception as data: its class, arguments and attributes, as far as the serializer can encode them."""
     cls, serializers = type(error), (serializer,)
     try:
         reduced = error.__reduce__()
     except Exception:  # noqa: BLE001 - one of its own
         reduced = ""
-    # An OSError is constructed from more than its args.
+    # The constructor of an OSError takes more arguments than its `args` hold.
     constructor_args = reduced[1] if isinstance(reduced, tuple) and reduced[0] is cls else error.args
     state = {name: value for name, value in vars(error).items() if name[:2] != "__" and name != "args"}
     return {
@@ -217,7 +217,7 @@ def _rebuilt(described: dict[str, Any]) -> Exception:
     args = tuple(_rebuilt_argument(each) for each in described["args"])
     constructor_args = tuple(_rebuilt_argument(each) for each in described["constructor_args"])
     if issubclass(cls, UnpickleableExceptionWrapper):
-        # It stands for an exception of the module that its first argument names.
+        # It stands for an exception from the module that its first argument names.
         args = constructor_args = (
             *(name if name in sys.modules else celery.exceptions.__name__ for name in args[:1]),
             *args[1:],
@@ -266,7 +266,7 @@ def _exception_class(module: str | None, name: str) -> type[Exception]:
 
 
 def _stand_in(name: str) -> type[Exception]:
-    # In a module that is loaded: Celery pickles the exception to try it, which would import any other module.
+    # Name a module that is loaded: Celery tries to pickle the exception, which would import any other module.
     return create_exception_cls(name, celery.exceptions.__name__)  # type: ignore[no-any-return]
 
 

@@ -21,20 +21,20 @@ from rcon_plugins.settings.policy import Policy
 _F = TypeVar("_F", bound=Callable[..., Any])
 _log = logging.getLogger("rcon")
 _ATTRIBUTE = "__rcon__"
-#: Keywords that are no limits of each task, but keys of the policy.
+#: Keywords that are keys of the policy, not limits of each task.
 _POLICY_KEYS = frozenset(Policy.__struct_fields__) - {*SHARED_KEYS, "name", "each", "isolation"}
 
 
 class TaskPolicy(NamedTuple):
-    """The policy that `confined` gives a task: the name of one in the settings, or the table of one."""
+    """The policy that `confined` gives a task: the name of a policy in the settings, or the table of a new one."""
 
     name: str | None
     table: Mapping[str, Any]
-    #: The retry keys beside a name, which override those of the policy.
+    #: The retry keys given together with a name. They override those of the policy.
     retry: RetryPolicy | None = None
 
     def make(self, task: str, taken: Container[str]) -> Policy:
-        """Make the policy of a task of this name, under a name that is not taken."""
+        """Return the policy of the task with this name. Choose a policy name that is not taken."""
         name = policy_name(task)
         if name in taken:
             name = f"{name[:54]}-{hashlib.blake2b(task.encode(), digest_size=4).hexdigest()}"
@@ -45,19 +45,19 @@ def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
     """Confine a task: under ``@app.task``, or on a task class.
 
     Give either the name of a policy in the settings of `install`, or limits, spelled as in a policy file. A limit holds
-    for each run of the task by itself. ``together`` is a mapping of limits for all runs of the task on a worker
-    together. The other keys of a policy (``per``, ``concurrency``, ``max_uses``, ``user``, ``capabilities``, …) are
-    written as in a policy::
+    for each single run of the task. ``together`` is a mapping of limits for all runs of the task on a worker together.
+    Write the other keys of a policy (``per``, ``concurrency``, ``max_uses``, ``user``, ``capabilities``, …) as in a
+    policy::
 
         @app.task
         @confined(memory="512M", timeout="60s", together={"cpu": "150%"}, concurrency=4)
         def render(name): ...
 
-    ``on_memory``, ``max_deaths`` and ``dead_letter`` say what happens after the task died: see
-    `rcon_celery.retry.attempt`. They may stand beside the name of a policy, and override its keys.
+    ``on_memory``, ``max_deaths`` and ``dead_letter`` define what happens after the task died: see
+    `rcon_celery.retry.attempt`. You may give them together with the name of a policy; they override its keys.
 
-    Raises `SettingsError` for whatever a policy file may not contain. A worker whose application was not given to
-    `install` does not start.
+    Raises `SettingsError` for anything that a policy file may not contain. A worker does not start if `install` was not
+    called for its application.
     """
     retry = {name: value for name, value in limits.items() if name in RetryPolicy.__struct_fields__}
     if policy is not None and limits.keys() - retry:
@@ -83,7 +83,7 @@ def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
                 key="@confined",
                 hint="put it under @app.task",
             )
-        # Not a wrapper: Celery inspects the arguments that the function takes.
+        # Do not wrap the function: Celery inspects its parameters.
         setattr(function, _ATTRIBUTE, task_policy)
         signals.worker_init.connect(_refuse_without_install, weak=False, dispatch_uid="rcon_celery.confined")
         return function
@@ -109,7 +109,7 @@ def policy_name(task: str) -> str:
 
 
 def _refuse_without_install(sender: Any, **_: object) -> None:
-    """Keep a worker from starting that would run tasks with `confined` unconfined."""
+    """Refuse to start a worker that would run tasks with `confined` unconfined."""
     if getattr(sender.app, "rcon", None) is not None:
         return
     for name, task in sorted(sender.app.tasks.items()):
@@ -119,11 +119,11 @@ def _refuse_without_install(sender: Any, **_: object) -> None:
                 "rcon_celery.install; call install(app) where the application is made",
                 name,
             )
-            raise WorkerTerminate(1)  # Celery's signals let no Exception through, and this is none
+            raise WorkerTerminate(1)  # Celery's signals catch every Exception; this is not one
 
 
 def _check(task_policy: TaskPolicy) -> None:
-    """Raise `SettingsError` for a table that is no policy, with the key as it is written in the decorator."""
+    """Raise `SettingsError` for a table that is not a policy, with the key as written in the decorator."""
     try:
         Policy.make("confined", **task_policy.table)
     except SettingsError as error:

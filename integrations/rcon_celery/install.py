@@ -1,4 +1,4 @@
-"""`install`: confines the tasks of one application, in the worker and in each process of its pool."""
+"""`install`: confine the tasks of one application, in the worker and in each process of its pool."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from rcon_plugins.settings.units import Size
 def install(app: Any, settings: Settings | str | os.PathLike[str] | None = None) -> None:
     """Confine the tasks of a Celery application wherever a worker runs them.
 
-    A task with `confined` has the policy that the decorator gives it. All others have the policy that the routes of
-    ``settings``, a policy file or `Settings`, give them by name (``task``) and queue (``queue``); without settings they
-    are not confined. The file is read when a worker starts. A worker does not start with settings that are wrong, or
-    that this machine cannot enforce.
+    A task with `confined` gets the policy of the decorator. All other tasks get their policy from the routes of
+    ``settings`` (a policy file or `Settings`), by name (``task``) and queue (``queue``). Without settings they are not
+    confined. The file is read when a worker starts. A worker does not start if the settings are wrong, or if this
+    machine cannot enforce them.
 
-    Call it where the application is made, before its tasks are used. Raises `SettingsError` when that is too late, or
-    when it was called before.
+    Call it where the application is made, before its tasks are used. Raises `SettingsError` if it is called too late or
+    twice.
     """
     if getattr(app, "rcon", None) is not None:
         raise SettingsError(
@@ -52,10 +52,10 @@ class Installation:
     def __init__(self, app: Any, settings: Settings | str | os.PathLike[str] | None) -> None:
         self._app = app
         self._given = settings
-        #: By the name of the task.
+        #: The code of each task, by the name of the task.
         self._codes: dict[str, TaskCode] = {}
         self._task_policies: dict[str, TaskPolicy] = {}
-        #: The worker that runs here; None in other programs that load the application.
+        #: The worker of this process; None in other programs that load the application.
         self.worker: ConfinedWorker | None = None
         self._process: PoolProcess | None = None
         #: Runs tasks confined; None outside of workers, and in executor processes, which are confined already.
@@ -80,14 +80,14 @@ class Installation:
         return True
 
     def _annotate(self, **_: object) -> None:
-        """Annotate the tasks of the application, whose configuration is read."""
+        """Annotate the tasks of the application. Call it once the configuration is read."""
         own = self._app.conf.task_annotations
         if not isinstance(own, Annotations):
             self._app.conf.task_annotations = Annotations(own, self)
             results.add_to_backend(self._app)
 
     def _start_worker(self, parent: Any) -> None:
-        """Confine the tasks of Celery's worker ``parent``, which starts. Raises `RconError`."""
+        """Confine the tasks of Celery's worker ``parent``, which is starting. Raises `RconError`."""
         pool = pool_of(parent.pool_cls, parent.pool_start_method)
         settings = self._settings()
         tasks = self._confined_tasks(settings)
@@ -107,7 +107,7 @@ class Installation:
             self.runner.try_to_start()  # Celery would ignore an exception
 
     def _enter_executor(self) -> None:
-        """Note that this process is an executor process."""
+        """Note that this process is an executor process now."""
         self.runner = None
 
     def _close_pool_process(self, **_: object) -> None:
@@ -119,13 +119,13 @@ class Installation:
             self.worker.close_before_restart()
 
     def _settings(self) -> Settings:
-        """Return the settings, from the file as it is now. Raises `SettingsError`."""
+        """Return the settings. Read the file again. Raises `SettingsError`."""
         if self._given is None:
             return Settings(unmatched="allow")
         return self._given if isinstance(self._given, Settings) else load(self._given)
 
     def _confined_tasks(self, settings: Settings) -> ConfinedTasks:
-        """Return the tasks with `confined`: the policy of each, made from its limits or named in the settings."""
+        """Return the policy of each task with `confined`, made from its limits or named in the settings."""
         names: dict[str, str] = {}
         made: list[Policy] = []
         taken = set(settings.policies)
@@ -150,7 +150,7 @@ class Installation:
         return ConfinedTasks(names, made)
 
     def _largest_memory(self) -> dict[str, Size]:
-        """Return the most memory that each task may be given when it is retried, by its key in an error message."""
+        """Return the most memory that each task may get on a retry, by its key in an error message."""
         found = {}
         for task, task_policy in sorted(self._task_policies.items()):
             retry = task_policy.retry if task_policy.name is not None else task_policy.make(task, ())
@@ -160,7 +160,7 @@ class Installation:
 
 
 def _check_retry(task: str, task_policy: TaskPolicy, policies: Mapping[str, Policy]) -> None:
-    """Raise `SettingsError` where the retry keys of a task contradict the policy that it names."""
+    """Raise `SettingsError` if the retry keys of a task contradict the policy that it names."""
     policy = policies.get(task_policy.name or "")
     retry: RetryPolicy | None = task_policy.retry
     if policy is None or retry is None:

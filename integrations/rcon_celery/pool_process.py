@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("rcon")
 
-#: How often a task is tried that did not begin because the fork server ended, and how often a start is tried.
+#: How many times to try a task that did not begin because the fork server ended, and how many times to try a start.
 _ATTEMPTS: Final = 3
 #: The pause between tries to start, seconds.
 _PAUSE: Final = 1.0
-#: In the names of the files that billiard's shared memory lies in.
+#: A part of the names of billiard's shared memory files.
 _BILLIARD_FILE: Final = "/pymp-"
 
 
@@ -66,19 +66,19 @@ class PoolProcess:
         self._after_fork = after_fork
         self._manager: RunningManager | None = None
         self._pid = 0
-        #: Why there is no manager.
+        #: The reason why there is no manager.
         self._problem = "it was not started"
         #: Whether a policy has keys of a `RetryPolicy`.
         self._policies_retry = False
         self._heartbeat = Heartbeat()
         self.accepted: set[str] = set()
-        #: Whether the fork server ended before its time.
+        #: Whether the fork server ended before `close`.
         self.is_lost = False
         self.soft_time_limit: SoftTimeLimit | None = SoftTimeLimit() if worker.pool.children else None
 
     @property
     def is_of_pool(self) -> bool:
-        """Whether tasks run in processes that the pool forks, each of which starts this."""
+        """Whether tasks run in processes that the pool forks. Each of them starts a `PoolProcess`."""
         return self._worker.pool.children
 
     def start(self) -> None:
@@ -94,7 +94,7 @@ class PoolProcess:
         if server.greenlets:
             import gevent  # type: ignore[import-untyped]
 
-            after_fork.append(gevent.reinit)  # else its loop and threads are those of the worker
+            after_fork.append(gevent.reinit)  # otherwise it would use the worker's loop and threads
         manager = worker.deployment.start(
             service,
             on_lost=self._lost,
@@ -107,7 +107,7 @@ class PoolProcess:
         )
 
     def try_to_start(self) -> bool:
-        """Start, or log why that failed. A task that comes tries again."""
+        """Start, or log the reason if that fails. The next task tries again."""
         try:
             self.start()
         except (RconError, OSError) as error:
@@ -160,7 +160,7 @@ class PoolProcess:
             raise attempt.after_memory_death(error) from None
 
     def _admit(self, task: Any, work: Work, attempt: Attempt) -> LocalAdmission | ProcessAdmission | None:
-        """Admit a task once there is room. A task that finds no room in the budget goes back to its queue."""
+        """Admit a task once there is room. Send a task back to its queue if the budget has no room for it."""
         failures = 0
         while True:
             manager = self._started_manager(task)
@@ -193,12 +193,12 @@ class PoolProcess:
         """Note that the fork server ended. Runs in another thread."""
         self.is_lost = True
         if not self._worker.pool.single_threaded:
-            # No fork server can be made beside other threads: let the running tasks finish, and begin no other.
+            # This process has other threads, so it cannot fork a fork server. Finish running tasks and begin no others.
             _log.error("rcon: the fork server ended; this worker finishes its tasks and exits")
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _replace_fork_server(self, task: Any) -> bool:
-        """Start another fork server; return False where this process cannot, and the task cannot be rejected.
+        """Start another fork server. Return False if this process cannot and the task cannot be rejected.
 
         Raises `Reject`, `ConfinementError`.
         """
@@ -212,15 +212,15 @@ class PoolProcess:
         return False
 
     def _start_again(self, task: Any) -> None:
-        """Start, where the first start failed or the fork server ended.
+        """Start, after the first start failed or the fork server ended.
 
-        After some tries a task that is acknowledged late goes back to its queue. Raises `Reject`.
+        If some tries fail, send a task that is acknowledged late back to its queue. Raises `Reject`.
         """
         self._heartbeat.stop()  # this process must not fork beside another thread
         for _ in range(_ATTEMPTS):
             if self.try_to_start():
                 return
-            time.sleep(_PAUSE)  # also so that it does not take tasks from processes that can confine them
+            time.sleep(_PAUSE)  # leave the tasks to processes that can confine them
         if task.acks_late:
             raise Reject(
                 f"{task.name}: this pool process cannot confine tasks: {self._problem}", requeue=True
@@ -228,10 +228,10 @@ class PoolProcess:
 
 
 def _with_policy_keys(own: RetryPolicy | None, manager: RunningManager, work: Work) -> RetryPolicy | None:
-    """Return the retry policy of a task: the keys of its policy, overridden by its own."""
+    """Return the retry policy of a task: the keys of its policy, overridden by the task's own keys."""
     try:
         policy = manager.policy_of(work)
-    except Exception:  # noqa: BLE001 - whatever a plugin raises: it refuses the task when it is admitted
+    except Exception:  # noqa: BLE001 - a plugin may raise anything; it raises again when the task is admitted
         return own
     return RetryPolicy.of(policy, own)
 
@@ -251,10 +251,10 @@ def _shared_memory_files() -> Iterator[int]:
             if _BILLIARD_FILE in str(entry.readlink()):
                 yield int(entry.name)
         except OSError:
-            continue  # the descriptor of the listing itself
+            continue  # the descriptor of the listing, which is closed by now
 
 
 def _loggers() -> list[logging.Logger]:
-    """Return all loggers: Celery writes the lines of each of them to its log."""
+    """Return all loggers, because Celery writes the lines of all of them to its log."""
     known = logging.Logger.manager.loggerDict.values()
     return [logging.getLogger(), *(each for each in known if isinstance(each, logging.Logger))]

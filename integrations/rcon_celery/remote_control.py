@@ -1,4 +1,4 @@
-"""The confinements of all workers of an application, over Celery's own remote control.
+"""The confinements of all workers of an application, through Celery's remote control.
 
 Workers answer the commands ``celery -A proj inspect rcon`` and ``celery -A proj control rcon_set``; `Workers` sends the
 first for ``rcon top --celery proj``.
@@ -25,16 +25,16 @@ from rcon_plugins.settings.limit_words import as_written
 _NOT_CONFINED: Final = {
     "error": "tasks are not confined: the application was not given to rcon_celery.install"
 }
-#: How long all workers get to answer the first time, and later; seconds.
+#: How long to wait for answers of all workers: the first time, and later. In seconds.
 _FIRST_WAIT, _WAIT = 2.0, 1.0
-#: How often all workers are asked, so that new ones are found; seconds.
+#: The interval between requests to all workers, which find new workers; seconds.
 _SEARCH: Final = 10.0
 
 _log = logging.getLogger("rcon")
 
 
 def register() -> None:
-    """Register the commands, with workers and with ``celery inspect``, which loads the application too."""
+    """Register the commands for workers, and for ``celery inspect``, which loads the application too."""
     inspect_command(name="rcon", default_timeout=5.0)(rcon)
     control_command(
         name="rcon_set",
@@ -86,7 +86,7 @@ def rcon_set(state: Any, policy: str = "", limit: str = "", value: str = "") -> 
 
 
 def _worker_of(state: Any) -> ConfinedWorker | None:
-    """Return the confined worker that a command reached; None where its application is not installed."""
+    """Return the confined worker that a command reached; None if `install` was not called for its application."""
     installation = getattr(state.app, "rcon", None)
     worker: ConfinedWorker | None = None if installation is None else installation.worker
     return worker
@@ -103,7 +103,7 @@ def _limits_of(policy: Any) -> dict[str, Any]:
 
 
 def _confinements(worker: ConfinedWorker) -> dict[str, dict[str, Any]]:
-    """Return what each running confinement of a worker uses, all its tasks together, by name."""
+    """Return the usage of each running confinement of a worker, by name. It covers all its tasks together."""
     instance = worker.deployment.instance.path.rpartition("/")[2]
     found = {}
     for group in find_groups().groups:
@@ -111,7 +111,7 @@ def _confinements(worker: ConfinedWorker) -> dict[str, dict[str, Any]]:
             try:
                 found[group.name] = _usage_of(group)
             except KernelError:
-                continue  # it ended meanwhile
+                continue  # it has ended meanwhile
     return found
 
 
@@ -120,11 +120,11 @@ def _usage_of(group: Group) -> dict[str, Any]:
 
 
 class NoAnswer(RconError):
-    """Raised when the workers of an application cannot be asked, or none of them confines tasks."""
+    """Raised when the workers of an application cannot be reached, or when none of them confines tasks."""
 
 
 def load(name: str) -> Celery:
-    """Return the application that ``celery -A NAME`` loads. Raises `SettingsError` where that fails."""
+    """Return the application that ``celery -A NAME`` loads. Raises `SettingsError` if that fails."""
     hint = f"celery -A {name} report must work"
     try:
         app = find_app(name)
@@ -138,7 +138,7 @@ def load(name: str) -> Celery:
 
 
 class Workers:
-    """All workers of an application. ``say`` gets a message, once, for each worker that does not confine tasks."""
+    """All workers of an application. ``say`` is called once, with a message, for each that does not confine tasks."""
 
     def __init__(self, app: Celery, say: Callable[[str], object]) -> None:
         self._app = app
@@ -150,7 +150,7 @@ class Workers:
     def samples(self) -> list[Sample]:
         """Return a sample of each confinement on each worker.
 
-        Raises `NoAnswer` where the broker cannot be reached; the first time also where no worker answers.
+        Raises `NoAnswer` if the broker cannot be reached; the first time also if no worker answers.
         """
         first = self._searched is None
         answers = self._ask()
@@ -175,7 +175,7 @@ class Workers:
         return samples
 
     def _ask(self) -> dict[str, Any]:
-        """Return each worker's answer. All are asked now and then, else those that answered, which is faster."""
+        """Return each worker's answer. Ask all workers from time to time, else those that answered, which is faster."""
         searching = self._searched is None or not self._known or time.monotonic() >= self._searched + _SEARCH
         among: Mapping[str, Any] = (
             {} if searching else {"destination": self._known, "limit": len(self._known)}
@@ -206,7 +206,7 @@ class Workers:
 
 
 def _samples(node: str, answer: Any) -> list[Sample]:
-    """Return the samples in one worker's answer. Raises `RconError` where it has none."""
+    """Return the samples in one worker's answer. Raises `RconError` if it has none."""
     if not isinstance(answer, Mapping) or not isinstance(answer.get("confinements"), Mapping):
         error = answer.get("error") if isinstance(answer, Mapping) else None
         raise NoAnswer(

@@ -1,4 +1,4 @@
-"""How a task ended and what it used: stored with its result by the result backend, and sent as an event.
+"""The outcome of a task: stored with its result by the result backend, and sent as an event.
 
 A subclass of the application's own result backend adds the key ``rcon`` to the metadata of a result; `outcome_of` reads
 it. A worker that sends events (``celery worker -E``) sends one of the type ``rcon-task`` for each confined task.
@@ -26,12 +26,12 @@ _FIELDS: Final = tuple(name for name in Outcome.__struct_fields__ if name not in
 
 
 def outcome_of(result: Any) -> Outcome | None:
-    """Return how a task ended and what it used, from its `AsyncResult`; None where it was not confined or still runs.
+    """Return the outcome of a task from its `AsyncResult`; None if it was not confined or still runs.
 
-    ``outcome_of(result).usage.memory_peak`` is in bytes. For a task that was retried it is the last attempt's. The
-    metadata leaves out ``detail``, the sentence for people: the exception has it as its message.
+    ``outcome_of(result).usage.memory_peak`` is in bytes. For a task that was retried it is the outcome of the last
+    attempt. The metadata leaves out ``detail``, the sentence for people: it is the message of the exception.
     """
-    # The backend `rpc` receives a result once; after that only the AsyncResult has it.
+    # The backend `rpc` receives a result only once; after that only the AsyncResult has it.
     stored = result._get_task_meta().get(KEY)  # noqa: SLF001 - no public method returns all of the metadata
     return msgspec.convert(stored, Outcome) if stored is not None else None
 
@@ -52,7 +52,7 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
 
 
 def record(task: Any, outcome: Outcome, *, send_event: bool) -> None:
-    """Have the outcome stored with the task's result, and send an event if asked to."""
+    """Note the outcome, to be stored with the task's result, and send an event if the worker sends events."""
     setattr(task.request, _ATTRIBUTE, outcome)
     if not send_event:
         return
@@ -68,7 +68,7 @@ def record(task: Any, outcome: Outcome, *, send_event: bool) -> None:
 def add_to_backend(app: Any) -> None:
     """Make the application's result backend store outcomes. Call it once the configuration is read.
 
-    The setting names a backend by a URL or an alias; in front of it Celery takes the class that implements the backend.
+    The setting names a backend by a URL or an alias. Celery accepts the implementing class in front of it.
     """
     setting = app.backend_cls or app.conf.result_backend
     if not isinstance(setting, str) or setting.startswith((f"{__name__}:", "disabled")):
@@ -78,9 +78,9 @@ def add_to_backend(app: Any) -> None:
 
 
 def serializer_of(app: Any) -> str | None:
-    """Return the serializer of the application's result backend; None where the backend cannot be made.
+    """Return the serializer of the application's result backend; None if the backend cannot be made.
 
-    It makes a backend and throws it away, so that each fork of this process makes its own.
+    Make a backend and discard it, so that each fork of this process makes its own.
     """
     try:
         cls, url = by_url(app.backend_cls or app.conf.result_backend, app.loader)
@@ -90,7 +90,7 @@ def serializer_of(app: Any) -> str | None:
 
 
 def _name_and_url(setting: str) -> tuple[str, str, str]:
-    # As celery.app.backends.by_url does it.
+    # Do the same as celery.app.backends.by_url.
     scheme, has_url, _ = setting.partition("://")
     if not has_url:
         return setting, "", ""
@@ -101,20 +101,20 @@ def _name_and_url(setting: str) -> tuple[str, str, str]:
 
 
 class _StoresOutcomes:
-    """The mixin for a class of result backends."""
+    """Mixin that makes a result backend store outcomes."""
 
     def _get_result_meta(self, result: Any, state: str, traceback: Any, request: Any, **options: Any) -> Any:
         meta: dict[str, Any] = super()._get_result_meta(  # type: ignore[misc]
             result=result, state=state, traceback=traceback, request=request, **options
         )
         outcome = getattr(request, _ATTRIBUTE, None)
-        if isinstance(outcome, Outcome):  # a message can put anything there under any name
+        if isinstance(outcome, Outcome):  # a message can put any other value there
             meta[KEY] = as_data(outcome)
         return meta
 
 
 def __getattr__(name: str) -> type:
-    """Return the subclass of the backend that Celery knows by this name."""
+    """Return the subclass of the backend that has this name in Celery."""
     if name.startswith("__"):
         raise AttributeError(name)
     made = type(name, (_StoresOutcomes, by_name(name.replace("/", ":"))), {"__module__": __name__})

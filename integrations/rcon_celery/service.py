@@ -1,4 +1,4 @@
-"""The executor's side: runs the code of one task after the other, each in the same process state."""
+"""The executor's side: run the code of one task after the other, each with the same process state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 
 _OWN_FILES: Final = frozenset({__file__, task_annotations.__file__})
 _THREAD_POOL: Final = concurrent.futures.thread.__file__
-#: Exceptions that end the executor process: the pool's process is gone, or the task asked the process to end.
+#: Exceptions that end the executor process: the pool's process is gone, or the task has ended the process.
 _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
 
 
@@ -36,21 +36,21 @@ class TaskService:
     def __init__(self, app: Any, codes: Mapping[str, TaskCode], hostname: str, *, greenlets: bool) -> None:
         """``codes`` are by the name of the task; ``greenlets``: the worker runs gevent's loop."""
         self._greenlets = greenlets
-        # Found here, before the fork: to make a backend takes a new process longer than the rest of its first task.
+        # Look it up before the fork: in a new process, making a backend takes longer than the rest of its first task.
         self._serializer = results.serializer_of(app)
         self._app = app
         self._codes = codes
         self._hostname = hostname
-        #: The name of the task whose code runs now.
+        #: The name of the task whose code is running.
         self._task: str | None = None
-        #: A soft limit that was reached before the code of the task began.
+        #: The soft limit that was reached before the code of the task began.
         self._early: Exception | None = None
         self._handlers = {SOFT_TIME: self._soft_time_reached, SOFT_MEMORY: self._soft_memory_reached}
         #: The state in which each task finds the process; None before the first.
         self._state: ProcessState | None = None
 
     def __call__(self, channel: Channel, frame: Frame) -> None:
-        """Run one task, whose head is in ``frame``, and send its answer."""
+        """Run one task, whose head is in ``frame``, and send the answer."""
         if self._state is None:
             self._begin()
             self._state = ProcessState(self._handlers)
@@ -83,11 +83,11 @@ class TaskService:
     def _raise_in_task(self, error: Exception) -> None:
         if self._task is not None:
             raise error
-        # Kept for the code of the task, which has not begun; or too late, and then this process serves no other task.
+        # Keep it for the code of the task, which has not begun. If it came too late, this process serves no other task.
         self._early = error
 
     def _begin(self) -> None:
-        """Send the signal that a pool's process sends at its start, so that its handlers connect in this process."""
+        """Send the signal that a pool's process sends at its start, so that its handlers set up this process, too."""
         if self._greenlets:
             time.sleep(0.001)  # gevent closes files when its loop runs
         signals.worker_process_init.send(sender=self._hostname)
@@ -108,7 +108,7 @@ class TaskService:
         request.headers = content["request"].get("headers")  # Celery replaces headers that it does not know
         task_annotations.begin(request)
         serializer = self._serializer_of(task)
-        vars(task).pop("run", None)  # the wrapper of autoretry_for acts in the pool's process
+        vars(task).pop("run", None)  # the wrapper for autoretry_for is used in the pool's process
         try:
             try:
                 result = self._execute(task, args, kwargs)
@@ -120,7 +120,7 @@ class TaskService:
                 return "reject", "", codec.encode_predicate(task, error, request.children, serializer)
             except Ignore as error:
                 return "ignore", "", codec.encode_predicate(task, error, request.children, serializer)
-            except BaseException as error:  # noqa: BLE001 - whatever the task raised is for the pool's process
+            except BaseException as error:  # noqa: BLE001 - send any exception of the task to the pool's process
                 frames = _frames_of_task(error.__traceback__)
                 text = wire.shortened("".join(traceback.format_exception(type(error), error, frames)))
                 return "error", text, codec.encode_exception(error, request.children, serializer)
@@ -137,7 +137,7 @@ class TaskService:
             _task_stack.pop()
 
     def _execute(self, task: Any, args: Any, kwargs: Any) -> Any:
-        """Run the code of the task; the signal of a soft limit raises in here only."""
+        """Run the code of the task. Only here the signal of a soft limit raises an exception."""
         try:
             self._task = task.name
             if self._early is not None:
@@ -150,8 +150,8 @@ class TaskService:
 class ProcessState:
     """The working directory, umask, signal mask, alarm and some signal handlers of this process, to be restored.
 
-    All else that a task leaves stays, as in a process of Celery's own pool: environment, handlers of other signals,
-    imported modules, open files.
+    Everything else that a task changes stays, as in a process of Celery's own pool: environment, handlers of other
+    signals, imported modules, open files.
     """
 
     def __init__(self, handlers: Mapping[signal.Signals, Callable[..., object]]) -> None:
@@ -164,7 +164,7 @@ class ProcessState:
         self._alarm = signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0)
 
     def restore(self) -> None:
-        """Restore the state, which takes microseconds. Call it in the main thread."""
+        """Restore the state. This takes microseconds. Call it in the main thread."""
         os.umask(self._umask)
         if _working_directory() != self._directory:
             try:
@@ -180,10 +180,9 @@ class ProcessState:
 
 
 def threads_left(before: set[threading.Thread]) -> bool:
-    """Return whether threads run that did not run before, and that Python would wait for at its exit.
+    """Return whether there are new threads that Python would wait for at its exit.
 
-    Daemon threads do not count, nor threads of a `ThreadPoolExecutor` that have nothing to do: libraries keep both for
-    the next task.
+    Daemon threads and idle threads of a `ThreadPoolExecutor` do not count: libraries keep both for the next task.
     """
     if threading.active_count() == 1:
         return False
@@ -195,7 +194,7 @@ def threads_left(before: set[threading.Thread]) -> bool:
 
 
 def _waits_in_pool(frame: types.FrameType | None) -> bool:
-    """Return whether the innermost code that a thread runs is that of the standard library's thread pool."""
+    """Return whether the innermost frame of a thread belongs to the standard library's thread pool."""
     return frame is not None and frame.f_code.co_filename == _THREAD_POOL
 
 
@@ -208,7 +207,7 @@ def _working_directory() -> str | None:
 
 
 def _frames_of_task(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """Return a traceback without its first frames, which are those of this package."""
+    """Return a traceback without its first frames, which belong to this package."""
     while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename in _OWN_FILES:
         trace = trace.tb_next
     return trace

@@ -1,9 +1,9 @@
-"""How the code of a task comes to run in another process: through the setting ``task_annotations`` alone.
+"""Make the code of a task run in another process, with the setting ``task_annotations`` alone.
 
 Celery sets annotations as attributes of a task's class when it binds the task. This package annotates ``__call__``,
-which the worker calls where a class defines it, and ``run``, the code itself, which ``autoretry_for`` wraps. So the
-worker's process decides about a retry, after a death as after an exception, and an application's own ``__call__`` runs
-where the code runs, which is the process that it prepares.
+which the worker calls if a class defines it, and ``run``, the code itself, which ``autoretry_for`` wraps. So the
+worker's process decides about a retry, after a death as after an exception. An application's own ``__call__`` runs in
+the process that runs the code, because it prepares that process.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from celery.utils.functional import firstmethod
 
 from rcon_plugins.errors import ConfinementError
 
-#: The attribute of a task's request that holds one of the two objects below. A message can put anything there under
-#: this name, but not these objects.
+#: The attribute of a task's request that holds one of the two objects below. A message can set an attribute of this
+#: name, but not to these objects.
 STAGE = "rcon_stage"
 _CONFINE_NEXT, _BEGUN = object(), object()
 
@@ -35,7 +35,7 @@ class TaskCode(NamedTuple):
     run: Callable[..., Any]
 
     def execute(self, task: Any, args: Any, kwargs: Any) -> Any:
-        """Run the code in this thread, as the worker would. The task's request is in place."""
+        """Run the code in this thread, as the worker would. The task's request must be set."""
         if self.call is not None:
             return self.call(task, *args, **kwargs)
         return self.run.__get__(task, type(task))(*args, **kwargs)
@@ -53,14 +53,14 @@ class Host(Protocol):
 
     @property
     def runner(self) -> Runner | None:
-        """What confines tasks here; None outside of workers, and in executor processes, which are confined already."""
+        """The runner of this process; None outside of workers and in executor processes, which are confined already."""
 
     def register(self, cls: type, code: TaskCode) -> bool:
         """Note the class and code of a task; return False for a task that is never confined."""
 
 
 class Annotations:
-    """The application's own annotations, with those of this package added."""
+    """The application's own annotations, together with those of this package."""
 
     def __init__(self, own: object, host: Host) -> None:
         self._own = prepare(own)
@@ -83,7 +83,7 @@ class Annotations:
 
 
 def begin(request: Any) -> None:
-    """Note that the code of the task with this request runs: a task that it calls runs as a part of it."""
+    """Note that the code of the task with this request runs. A task that it calls runs as a part of it."""
     vars(request)[STAGE] = _BEGUN
 
 

@@ -6,10 +6,10 @@
       TASK head, DATA*   ->
                         <-     ANSWER head, DATA*
 
-A head gives the size of the payload that the ``DATA`` frames carry, and how it is encoded. A task begins with a random
-number, and so does its answer: a message that an earlier task left behind cannot pass for the answer. The pool's
-process trusts nothing from an executor process: it decodes a head into `AnswerHead` and a payload with the serializers
-that the application accepts; anything else is a `ProtocolViolation`.
+A head has the size and the encoding of the payload, which the ``DATA`` frames carry. A task and its answer begin with
+the same random number, so a message that an earlier task left behind is not taken for the answer. The pool's process
+does not trust an executor process: it decodes a head into `AnswerHead`, and a payload with the serializers that the
+application accepts. Anything else is a `ProtocolViolation`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Payload(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froze
 
 
 class TaskHead(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """A task to run; ``payload`` is its arguments and request, ``max_result`` the largest answer in bytes."""
+    """A task to run. ``payload`` holds its arguments and request; ``max_result`` is the largest answer, in bytes."""
 
     number: bytes
     name: str
@@ -49,9 +49,10 @@ class TaskHead(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froz
 
 
 class AnswerHead(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """How a task ended. ``text`` is a traceback, the repr of a result that no serializer takes, or the answer's size.
+    """How a task ended.
 
-    ``busy``: threads that the task started still run.
+    ``text`` is a traceback, the repr of a result that no serializer can encode, or the size of the answer. ``busy`` is
+    whether threads that the task started still run.
     """
 
     number: bytes
@@ -100,7 +101,7 @@ def receive_answer(channel: Channel, number: bytes, max_result: int) -> tuple[An
 
 
 def shortened(text: str) -> str:
-    """Return the text with its middle cut out where it is long, and such that UTF-8 can encode it."""
+    """Return the text in a form that UTF-8 can encode. Cut out the middle of a long text."""
     if len(text) > _TEXT_CHARACTERS:
         half = _TEXT_CHARACTERS // 2
         text = f"{text[:half]}\n[...]\n{text[-half:]}"

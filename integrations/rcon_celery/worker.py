@@ -1,4 +1,4 @@
-"""A confined worker: its main process judges the settings and makes the cgroups that its pool's processes share."""
+"""A confined worker. Its main process checks the settings and makes the cgroups that its pool's processes share."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _log = logging.getLogger("rcon")
 
 
 class Pool(NamedTuple):
-    """How a pool of Celery runs tasks. ``children``: in processes that it forks, each of which has a manager."""
+    """How a pool of Celery runs tasks. ``children``: in processes that it forks, each with its own manager."""
 
     server: Server
     children: bool = False
 
     @property
     def single_threaded(self) -> bool:
-        """Whether the process that runs a task does nothing else meanwhile, so that it may fork."""
+        """Whether the process that runs a task does nothing else at the same time, so that it may fork."""
         return not self.server.threads and not self.server.greenlets
 
 
@@ -48,7 +48,7 @@ _POOLS: Final = {
 
 
 def pool_of(pool_class: Any, start_method: str) -> Pool:
-    """Return how a pool's class runs tasks; subclasses of Celery's own count.
+    """Return how a pool's class runs tasks. Subclasses of Celery's own pools are accepted.
 
     Raises `ConfinementError` for a pool whose tasks cannot be confined.
     """
@@ -100,7 +100,7 @@ class ConfinedWorker:
     """The state of one worker: made in its main process, and inherited by the processes of its pool."""
 
     def __init__(self, deployment: Deployment, pool: Pool, hostname: str) -> None:
-        #: The settings in force, and the cgroups of the worker.
+        #: The settings that apply, and the cgroups of the worker.
         self.deployment = deployment
         self.pool = pool
         self.hostname = hostname
@@ -120,8 +120,8 @@ class ConfinedWorker:
     ) -> ConfinedWorker:
         """Check that this machine can enforce the settings, and make the cgroups.
 
-        ``tasks`` are those with `confined`. ``largest`` is the most memory that tasks may be given when they are
-        retried, by its key in an error message. Raises `RconError` with the problem and its remedy.
+        ``tasks`` are the tasks with `confined`. ``largest`` is the most memory that tasks may get on a retry, by its
+        key in an error message. Raises `RconError` with the problem and its remedy.
         """
         manager = Manager(settings, server=pool.server, plugins=[tasks], memory=largest)
         worker = cls(manager.deploy(changeable=True), pool, hostname)
@@ -132,15 +132,15 @@ class ConfinedWorker:
     def close_before_restart(self) -> None:
         """Have `close` called before all other exit handlers.
 
-        After a SIGHUP an exit handler of Celery's executes the worker anew in the same process. A cgroup that is left
-        until then belongs to a living process, so no later start would remove it.
+        After a SIGHUP, an exit handler of Celery executes the worker anew in the same process. A cgroup that is still
+        there belongs to a living process then, so no later start would remove it.
         """
         if os.getpid() == self._pid:
             atexit.unregister(self.close)
             atexit.register(self.close)
 
     def close(self) -> None:
-        """Kill all tasks and remove the cgroups. Does nothing in other processes than the worker's main one."""
+        """Kill all tasks and remove the cgroups. Do nothing except in the worker's main process."""
         if os.getpid() != self._pid:
             return
         atexit.unregister(self.close)
@@ -149,10 +149,10 @@ class ConfinedWorker:
 
 
 class ConfinedTasks:
-    """A plugin: the policies of tasks with `confined`, and which task has which."""
+    """A plugin with the policies of tasks with `confined`. Selects the policy of each such task."""
 
     def __init__(self, names: Mapping[str, str], policies: Sequence[Policy]) -> None:
-        """``names`` are those of policies, by task."""
+        """``names`` are the names of the policies, by task."""
         self._names = names
         self._policies = policies
 
@@ -168,12 +168,12 @@ class ConfinedTasks:
 
 
 class EndingCounters:
-    """How many tasks ended by a limit or a signal: counted by all processes of the pool in one file in memory.
+    """Counts the tasks that a limit or a signal ended. All processes of the pool share one file in memory.
 
-    Each ending is one byte. Made before the pool forks; safe in every process.
+    Each ending is one byte of the file. Make it before the pool forks. Safe in every process.
     """
 
-    #: The endings that are counted; the byte is the index here.
+    #: The endings that are counted. The byte in the file is the index in this list.
     COUNTED: Final = ("memory", "timeout", "pids", "killed", "refused", "forbidden")
 
     def __init__(self) -> None:
@@ -186,7 +186,7 @@ class EndingCounters:
             os.write(self.file, bytes([self.COUNTED.index(outcome.ending)]))
 
     def read(self) -> dict[str, int]:
-        """Return how many tasks ended so, by ending; without those that are 0."""
+        """Return the number of tasks for each ending, without those that are 0."""
         counts: Counter[int] = Counter()
         offset = 0
         while chunk := os.pread(self.file, 65536, offset):

@@ -1,1 +1,1 @@
-"""Retry and redelivery: the lease that a running task holds, and the deaths that its messages carry along."""
+"""Retry and redelivery: the lease that a running task holds, and the count of deaths in its messages."""

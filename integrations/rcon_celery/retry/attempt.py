@@ -1,8 +1,8 @@
-"""Retry with more memory: a task that died at its memory limit is tried again with a higher one, a few times.
+"""Retry with more memory: run a task that died at its memory limit again with a higher limit, a few times.
 
-The headers of the message count the deaths, so any worker and any broker can carry on. A worker that dies with its task
-writes no headers. So a task that is acknowledged late holds a lease in the result backend while it runs
-(`rcon_celery.retry.lease`); its next run finds the lease and counts a death. A backend without keys and values
+The headers of the message hold the count of deaths, so any worker and any broker can continue it. A worker that dies
+with its task writes no headers. So a task that is acknowledged late holds a lease in the result backend while it runs
+(`rcon_celery.retry.lease`). Its next run finds the lease and counts a death. A backend without keys and values
 (``rpc``, a database) cannot hold a lease. Then the broker's redelivered flag counts as a death, and the message is sent
 again with that death in its headers.
 """
@@ -28,14 +28,14 @@ from rcon_plugins.settings.policy import Policy
 
 _log = logging.getLogger("rcon")
 
-#: ``max_deaths`` where neither the task nor its policy sets it.
+#: ``max_deaths`` if neither the task nor its policy sets it.
 _DEFAULT_MAX_DEATHS: Final = 3
-#: How often a task without a retry policy is sent again because its fork server was killed.
+#: How many times to send a task without a retry policy again after its fork server was killed.
 _MAX_LOST: Final = 10
 
 
 class ForkServerLost(Exception):
-    """Raised when the fork server ended while a task ran that is acknowledged late. The task may not be the cause."""
+    """Raised when the fork server ended during a task that is acknowledged late. The task may not be the cause."""
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,12 +50,12 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def make(cls, keywords: Mapping[str, Any]) -> RetryPolicy | None:
-        """Return the retry policy that keywords of `confined` give; None without any. Raises `SettingsError`."""
+        """Return the retry policy from keywords of `confined`; None without any. Raises `SettingsError`."""
         return convert(dict(keywords), cls, "@confined") if keywords else None
 
     @classmethod
     def of(cls, policy: Policy | None, own: RetryPolicy | None) -> RetryPolicy | None:
-        """Return the retry policy of a policy, with the keys that the task itself sets; None where neither has one."""
+        """Return the retry policy of a policy, overridden by the keys of the task; None if neither has such keys."""
         if policy is None or not policy.wants_tries:
             return own
         keys = {name: getattr(policy, name) for name in cls.__struct_fields__}
@@ -67,11 +67,11 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def most_deaths(self) -> int:
-        """After how many deaths the task fails for good."""
+        """The number of deaths after which the task fails and is not retried."""
         return self.max_deaths or _DEFAULT_MAX_DEATHS
 
     def memory(self, policy: Policy, deaths: int) -> int | None:
-        """Return the memory limit, in bytes, of a task that died so often; None to keep the policy's limit."""
+        """Return the memory limit, in bytes, after so many deaths; None to keep the policy's limit."""
         limit = policy.each.memory
         if self.on_memory is None or limit is None or not deaths:
             return None
@@ -87,7 +87,7 @@ def expand(factor: str, *, up_to: str | int) -> Mapping[str, Any]:
 
 
 class Attempt:
-    """One delivery of a task: its deaths so far, and what follows from the next one."""
+    """One delivery of a task: its deaths so far, and the reaction to another death."""
 
     def __init__(self, task: Any, retry_policy: RetryPolicy | None) -> None:
         self._task = task
@@ -105,7 +105,7 @@ class Attempt:
     def leased(self, heartbeat: Heartbeat) -> Iterator[None]:
         """Hold the lease of a task that is acknowledged late while the ``with`` block runs it.
 
-        Raises `Ignore` or `Reject` where the task must not run now, `Killed` where it died too often.
+        Raises `Ignore` or `Reject` if the task must not run now, `Killed` if it died too often.
         """
         lease = Lease(
             self._task,
@@ -118,7 +118,7 @@ class Attempt:
             lease.delete()
             raise self._died_too_often()
         if lease.lost and not lease.is_stored:
-            # Only a message can keep the count, so a new message must.
+            # Only a message can keep the count, so send a new one.
             raise self._resend("the broker delivered it again")
         with lease.held():
             try:
@@ -129,8 +129,8 @@ class Attempt:
     def back_to_queue(self, error: ConcurrencyLimitExceeded) -> Exception | None:
         """Send a task that did not begin back to its queue. Return the exception to raise; None if sending failed.
 
-        It goes as a new message. A rejected message would come back with the redelivered flag and count as a death,
-        and an early acknowledgement has removed it already.
+        Send a new message. A rejected message would come back with the redelivered flag and count as a death; after an
+        early acknowledgement the broker no longer has the message.
         """
         _log.warning("rcon: %s: %s; sent back to its queue", self._task.name, error)
         return self._retry(error, error.retry_after, countdown=error.retry_after)
@@ -159,7 +159,7 @@ class Attempt:
         return retry
 
     def _sending_failed(self, problem: Exception) -> Exception | None:
-        """Return what to raise while the broker cannot be reached: it still has a message acknowledged late."""
+        """Return the exception to raise while the broker is unreachable. It still has a message acknowledged late."""
         _log.warning(
             "rcon: %s[%s] could not be sent to the broker: %s",
             self._task.name,
@@ -172,7 +172,7 @@ class Attempt:
         return reject
 
     def _after_lost_server(self, detail: str) -> Exception:
-        """Return the exception to raise after the fork server ended with the task."""
+        """Return the exception to raise after the fork server ended while the task ran."""
         self.lost += 1
         most = _MAX_LOST if self._retry_policy is None else self._retry_policy.most_deaths
         if self.deaths + self.lost >= most:

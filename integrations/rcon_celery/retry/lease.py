@@ -1,15 +1,15 @@
-"""The lease of a running task that is acknowledged late: it keeps a second delivery from running the task twice.
+"""The lease of a running task that is acknowledged late: it prevents a second delivery from running the task twice.
 
 A broker delivers a message again when the worker that had it died, but also while that worker still runs the task: at
-the end of Redis' visibility timeout, or when the connection broke. So a run keeps a lease in the result backend, where
-that stores keys and values: which process runs the task, and the time of its last heartbeat. A worker that receives the
-message again finds
+the end of Redis' visibility timeout, or when the connection broke. So a run keeps a lease in the result backend, if
+that stores keys and values. The lease names the process that runs the task, and the time of its last heartbeat. A
+worker that receives the message again finds
 
 - a live lease: the duplicate waits until the run ends, and runs the task only if the run is lost;
 - a lost lease: the process is gone, or its heartbeat stopped. The worker runs the task;
 - a finished lease: the task was done. The worker ignores the duplicate.
 
-A run of less than a second stores a lease only if its deaths are counted, and costs the others nothing.
+A run that takes less than a second stores a lease only if its deaths are counted.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ from rcon_plugins.tree.presence import Presence
 _log = logging.getLogger("rcon")
 bytes_to_str: Any = _bytes_to_str  # has no types
 
-#: A run that takes longer stores its lease, and keeps it after its end for as long as results are kept; seconds.
+#: A run that takes longer than this many seconds stores its lease. The lease is kept as long as results are.
 _SHORT_RUN: Final = 1.0
-#: The interval of heartbeats, and how long after the last one a lease lives, seconds. The clocks of workers may differ
-#: by the difference.
+#: The interval of heartbeats, and how long a lease lives after the last one, seconds. The clocks of workers may differ
+#: by the difference of the two.
 _HEARTBEAT, _LIFETIME = 5.0, 20.0
 #: How long a duplicate waits before it looks at the lease again, seconds.
 _DUPLICATE_WAIT: Final = 10.0
-#: A duplicate that did not come back so long after its time is lost, seconds.
+#: A duplicate is lost if it has not come back so many seconds after it was due.
 _DUPLICATE_LOST: Final = 3600.0
-#: How long a task waits for a result backend that cannot be reached, and how often it tries, seconds.
+#: How long a task waits for a result backend that cannot be reached, and the interval of its tries, seconds.
 _BACKEND_WAIT, _BACKEND_INTERVAL = 20.0, 1.0
-#: How long workers that claim the same run get to write their claims, where claiming is not atomic; seconds.
+#: How long to wait for the claims of other workers to the same run, if claiming is not atomic; seconds.
 _CLAIM_SETTLES: Final = 1.0
-#: How long the heartbeat thread gets to end, seconds.
+#: How long to wait for the end of the heartbeat thread, seconds.
 _JOIN: Final = 5.0
 
 
 class StoredLease(msgspec.Struct, frozen=True):
-    """A lease as the result backend keeps it.
+    """A lease as the result backend stores it.
 
-    ``lost`` is how many runs before this one never ended; ``heartbeat`` is in seconds, by the clock of the worker.
+    ``lost`` is the number of earlier runs that never ended. ``heartbeat`` is in seconds, by the clock of the worker.
     """
 
     lost: int
@@ -70,17 +70,17 @@ class StoredLease(msgspec.Struct, frozen=True):
 
 
 class WaitingDuplicate(msgspec.Struct, frozen=True):
-    """The one duplicate that waits for the end of a run; all others of the same message are ignored."""
+    """The one duplicate that waits for the end of a run. All other duplicates of the message are ignored."""
 
     number: str
     due: float
 
 
 class Lease:
-    """The lease of one delivery of a task. ``lost`` is how many runs before it never ended."""
+    """The lease of one delivery of a task. ``lost`` is the number of earlier runs that never ended."""
 
     def __init__(self, task: Any, heartbeat: Heartbeat, *, counts_deaths: bool, redelivered: bool) -> None:
-        """Look at the lease that an earlier delivery left. Raises `Ignore` or `Reject` where the task must not run."""
+        """Read the lease of an earlier delivery. Raises `Ignore` or `Reject` if the task must not run."""
         self._task = task
         self._heartbeat = heartbeat
         self._store_at_once = counts_deaths
@@ -115,7 +115,7 @@ class Lease:
             yield
             finished = True
         except Reject:
-            raise  # the task asks for another delivery, which is no death
+            raise  # the task requests another delivery, which is not a death
         except Exception:
             finished = True
             raise
@@ -125,7 +125,7 @@ class Lease:
                 self._ended = True
             try:
                 self._release(finished=finished)
-            except Exception as error:  # noqa: BLE001 - of any backend; the result of the task stands all the same
+            except Exception as error:  # noqa: BLE001 - each backend raises its own; the task's result stays valid
                 _log.warning(
                     "rcon: %s[%s] ended, but its lease in the result backend could not be updated: %s",
                     self._task.name,
@@ -162,16 +162,16 @@ class Lease:
                 raise self._wait(before)
             if not live and (self.redelivered or not before.finished):
                 self.lost = before.lost + 1
-            # Else it is another message with an id that was used before.
+            # Otherwise it is another message with an id that was used before.
         if self.redelivered and not self._claim(before):
             raise self._wait(before)
         self._store_at_once = True  # there may be a lease to overwrite
 
     def _may_live(self, before: StoredLease) -> bool:
-        """Return whether the run, or what Celery does after it, may still be under way.
+        """Return whether the run, or Celery's handling of its result, may still be under way.
 
-        A heartbeat that stopped counts only when a second look finds the same one: the backend may have been
-        unreachable, or the clocks were changed.
+        An old heartbeat counts as stopped only if a second read finds the same one: the backend may have been
+        unreachable, or the clocks may have changed.
         """
         if before.process.has_gone():
             return False
@@ -181,10 +181,9 @@ class Lease:
         )
 
     def _with_backend(self, act: Callable[[], object]) -> None:
-        """Call ``act``, which uses the result backend, and give an unreachable backend time to come back.
+        """Call ``act``, which uses the result backend. Retry for a while if the backend is unreachable.
 
-        Raises `Reject` where it does not come back: the task has not begun, and another exception would become its
-        result.
+        Raises `Reject` if it stays unreachable: the task has not begun, and another exception would become its result.
         """
         deadline = time.monotonic() + _BACKEND_WAIT
         while True:
@@ -208,26 +207,26 @@ class Lease:
             time.sleep(_BACKEND_INTERVAL)
 
     def _claim(self, before: StoredLease | None) -> bool:
-        """Return whether this delivery may run the task, of several that found the same lost lease at the same time."""
+        """Return whether this delivery may run the task, if several find the same lost lease at the same time."""
         backend, number = self._task.backend, os.urandom(8).hex()
         self._claim_suffix = f"-claim-{before.heartbeat if before is not None else 0}"
         key = self._key(self._claim_suffix)
         if _is_redis(backend):
             return bool(backend.client.set(key, number, nx=True, ex=int(_LIFETIME)))
-        # Other backends have no atomic claim: the last writer wins, once each had the time to write.
+        # Other backends have no atomic claim: wait until each delivery had time to write; the last writer wins.
         backend.set(key, number)
         time.sleep(_CLAIM_SETTLES)
         return bool(bytes_to_str(backend.get(key)) == number)
 
     def _was_done(self, before: StoredLease) -> bool:
-        """Return whether Celery finished the task too: it stores the result last."""
+        """Return whether Celery has also finished with the task: it stores the result last."""
         if self._task.request.ignore_result or self._task.ignore_result:
             return not before.process.has_gone()
         state = self._task.backend.get_task_meta(self._task.request.id)["status"]
         return state in states.READY_STATES or state == states.RETRY
 
     def _wait(self, before: StoredLease | None) -> Exception:
-        """Send the message again as the waiting duplicate, if there is none. Return the exception to raise."""
+        """Send the message again as the waiting duplicate, unless there is one. Return the exception to raise."""
         backend, key, now = self._task.backend, self._key("-duplicate"), time.time()
         waiting = _decoded(backend.get(key), WaitingDuplicate)
         if waiting is not None and waiting.number != self._duplicate and now < waiting.due + _DUPLICATE_LOST:
@@ -260,7 +259,7 @@ class Lease:
             self._task.backend.delete(self._key(self._claim_suffix))
 
     def _key(self, suffix: str = "") -> Any:
-        """Return a key of the result backend: text or bytes, as the backend takes it."""
+        """Return a key of the result backend, as text or bytes, whichever the backend accepts."""
         return self._task.backend.key_t(self._name + suffix)
 
     def _write(self, *, finished: bool) -> None:
@@ -282,7 +281,7 @@ class Heartbeat:
         self._idle = self._stopping = self._failing = False
 
     def process(self) -> Presence:
-        """Return this process, as another worker can check it."""
+        """Return the identity of this process, in a form that another worker can check."""
         if self._process is None or self._process.pid != os.getpid():
             self._process = Presence.here()
         return self._process
@@ -300,12 +299,12 @@ class Heartbeat:
                 self._changed.notify()
 
     def remove(self, lease: Lease) -> None:
-        """Renew this lease no more."""
+        """Stop renewing this lease."""
         with self._changed:
             self._leases.discard(lease)
 
     def stop(self) -> None:
-        """End the thread, before this process forks. The next lease starts another."""
+        """End the thread. Call it before this process forks. The next lease starts another thread."""
         with self._changed:
             thread, self._thread = self._thread, None
             self._stopping = True
@@ -355,7 +354,7 @@ def _is_redis(backend: Any) -> bool:
 
 
 def _decoded(data: Any, kind: type[Any]) -> Any:
-    """Return what the backend stores under a key; None where it is nothing of this kind."""
+    """Return the value that the backend stored under a key; None if it is not a value of this kind."""
     try:
         return None if data is None else msgspec.json.decode(data, type=kind)
     except msgspec.MsgspecError:

@@ -1,4 +1,4 @@
-"""Messages that are sent again, and the headers that carry a task's deaths from one delivery to the next."""
+"""Send messages again, with headers that carry a task's deaths from one delivery to the next."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DUPLICATE: Final = "rcon_duplicate"
 LAST_HEARTBEAT: Final = "rcon_last_heartbeat"
 #: Header: how often this package sent the message again.
 _RESENT: Final = "rcon_resent"
-#: Headers of one message, not copied to the next.
+#: Headers of one message that are not copied to the next.
 _NOT_COPIED: Final = frozenset({DUPLICATE, LAST_HEARTBEAT, "redelivered"})
 
 
 class History(NamedTuple):
-    """The past of a task as its message tells it; ``redelivered`` is the broker's flag."""
+    """The history of a task according to its message. ``redelivered`` is the broker's flag."""
 
     deaths: int
     lost: int
@@ -34,7 +34,7 @@ class History(NamedTuple):
 def history_of(task: Any) -> History:
     """Return the history of the message that the worker runs now.
 
-    Anybody who sends messages can put anything into the headers, so a count that is no natural number is 0.
+    The sender of a message can put anything into the headers, so a count that is not a natural number is read as 0.
     """
     headers = vars(task.request)
     redelivered = bool((task.request.delivery_info or {}).get("redelivered"))
@@ -49,7 +49,7 @@ def history_of(task: Any) -> History:
 
 
 def message_id(task: Any) -> str:
-    """Return an id of the message: the same at each delivery, another for each retry of the same task."""
+    """Return an id of the message: the same for each delivery, a new one for each retry of the task."""
     request = task.request
     replaced = request.replaced_task_nesting or 0
     return f"{request.id}-{request.retries or 0}-{replaced}-{getattr(request, _RESENT, None) or 0}"
@@ -61,9 +61,10 @@ def was_dead_letter(task: Any) -> bool:
 
 
 def resend(task: Any, deaths: int, lost: int, reason: str | None = None, **options: Any) -> Any:
-    """Send the message of the running task again, with its deaths; this is no retry of the task's own.
+    """Send the message of the running task again, with its deaths. This does not count as a retry by the task.
 
-    ``reason`` says why it goes to a dead-letter queue; pass that queue as ``queue``. Return the signature sent.
+    For a dead-letter queue, ``queue`` is that queue, and ``reason`` why the message goes there. Return the signature
+    sent.
     """
     headers: dict[str, Any] = {
         DEATHS: deaths,
@@ -91,5 +92,5 @@ def _send(task: Any, headers: Mapping[str, Any], without: Collection[str], **opt
     signature = task.signature_from_request(
         request, retries=request.retries, headers={**copied, **headers}, **options
     )
-    signature.apply_async(add_to_parent=False)  # it is the task itself, not a child of it
+    signature.apply_async(add_to_parent=False)  # it is the same task, not a child of it
     return signature
