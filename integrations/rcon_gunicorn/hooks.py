@@ -1,4 +1,4 @@
-"""gunicorn's server hooks as one object: set up in the master, confine in the workers, clean up.
+"""gunicorn's server hooks as one object: set up in the master, confine in the workers, clean up at the end.
 
 gunicorn calls ``on_starting``, ``on_reload``, ``child_exit``, ``pre_exec`` and ``on_exit`` in the master, as the user
 that started it. It calls ``post_fork`` in each worker, still as that user, and ``post_worker_init`` and
@@ -28,7 +28,7 @@ SETTINGS_VARIABLE = "RCON_SETTINGS"
 
 
 class Arbiter(Protocol):
-    """What these hooks use of gunicorn's master."""
+    """The attributes of gunicorn's master that these hooks use."""
 
     cfg: Any
     log: Any
@@ -36,7 +36,7 @@ class Arbiter(Protocol):
 
 
 class Worker(Protocol):
-    """What these hooks use of a gunicorn worker."""
+    """The attributes of a gunicorn worker that these hooks use."""
 
     cfg: Any
     log: Any
@@ -75,8 +75,8 @@ class Hooks:
     def install(self, config: MutableMapping[str, Any]) -> None:
         """Set all hooks in a configuration file: call it last, with ``globals()``.
 
-        A hook that the file defines itself stays: it runs first, so that what it wraps around the application is
-        confined too. Ours runs even if it raises.
+        A hook that the file itself defines is kept. It runs first, so that a wrapper that it puts around the
+        application is confined too. The hook of this class runs even if that one raises.
         """
         for name in self.NAMES:
             ours = getattr(self, name)
@@ -93,14 +93,14 @@ class Hooks:
                 raise ConfinementError(refusal(server.worker_class))
             self._master = Master.start(self._settings_path(), server)
         except RconError as error:
-            if server.cfg.errorlog != "-":  # a daemon's standard error goes nowhere
+            if server.cfg.errorlog != "-":  # the standard error of a daemon is lost
                 server.log.error("rcon: %s", error)
             raise StartRefused(str(error)) from None
-        # A reload executes the configuration file again, which makes new Hooks: they find the master's state here.
+        # A reload executes the configuration file again, which makes new Hooks. They find the master's state here.
         cast(Any, server).rcon = self._master
 
     def on_reload(self, server: Arbiter) -> None:
-        """Read the policy file again for the workers to come; keep the old settings if the new ones are wrong."""
+        """Read the policy file again, for new workers. Keep the old settings if the new ones are wrong."""
         if server_traits(server.worker_class) is None:
             from gunicorn.errors import HaltServer  # type: ignore[import-untyped]
 
@@ -112,19 +112,19 @@ class Hooks:
             server.log.error("rcon: the new settings are refused, the old ones stay: %s", error)
 
     def child_exit(self, server: Arbiter, worker: Worker) -> None:
-        """Remove what a killed worker could not remove itself."""
+        """Remove the cgroups and processes that a killed worker left behind."""
         master: Master | None = getattr(server, "rcon", None)
         if master is not None:
             master.sweep(worker.pid, server)
 
     def pre_exec(self, server: Arbiter) -> None:
-        """Leave this server's part of the cgroup tree: the next program makes its own (USR2)."""
+        """Leave this server's part of the cgroup tree. The next program makes its own (USR2)."""
         master: Master | None = getattr(server, "rcon", None)
         if master is not None:
             master.leave()
 
     def on_exit(self, server: Arbiter) -> None:
-        """Remove this server's part of the cgroup tree, and what still runs there."""
+        """Remove this server's part of the cgroup tree. Kill the processes that still run there."""
         master: Master | None = getattr(server, "rcon", None)
         if master is not None:
             master.close()
@@ -132,13 +132,13 @@ class Hooks:
     # in the worker
 
     def post_fork(self, server: Arbiter, worker: Worker) -> None:  # noqa: ARG002 - gunicorn counts the parameters
-        """Keep the capabilities that policies with an identity need, across the change to ``--user``."""
+        """Keep the capabilities that policies with an identity need when the worker changes to ``--user``."""
         self._started().keep_privileges(server)
 
     def post_worker_init(self, worker: Worker) -> None:
         """Confine the loaded application, before the worker serves.
 
-        An exception here ends the worker before it serves anything, and gunicorn with it.
+        An exception ends the worker before it serves anything, and then gunicorn.
         """
         traits = server_traits(type(worker))
         if traits is None:
@@ -150,7 +150,7 @@ class Hooks:
             WsgiService(worker.wsgi),
             on_lost=functools.partial(_replace, worker),
             after_fork=[*after_fork(traits), leaving_log_files()],
-            # With the heartbeat file a request could keep a hung worker alive; with a log file it could empty the log.
+            # With the heartbeat file a request could keep a hung worker alive; with a log file it could truncate the log.
             server_files=[worker.tmp.fileno(), *log_files(worker.log)],
         )
         self._manager = manager
@@ -162,7 +162,7 @@ class Hooks:
 
     def worker_exit(self, server: Arbiter, worker: Worker) -> None:
         """End the worker's executor processes."""
-        if worker.pid != os.getpid():  # gunicorn calls this in the master for a worker it did not find
+        if worker.pid != os.getpid():  # gunicorn calls this in the master for a worker that it did not find
             self.child_exit(server, worker)
         elif self._manager is not None:
             self._manager.close()
@@ -184,7 +184,7 @@ class Hooks:
 
 
 def chain(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
-    """Return a hook that calls both, the second even if the first raises."""
+    """Return a hook that calls both functions, the second even if the first raises."""
 
     @functools.wraps(first)
     def both(*arguments: Any) -> None:
@@ -204,10 +204,10 @@ def client_socket(environ: dict[str, Any]) -> Any:
 
 
 def _while_master_lives(app: WSGIApplication) -> WSGIApplication:
-    """Return an application that ends the worker gracefully after the first request that finds the master gone.
+    """Return an application that ends the worker gracefully after the first request if the master is gone.
 
-    gunicorn's worker notices only when it is idle. Until then it would serve beside the next gunicorn, in cgroups that
-    the next gunicorn removed.
+    gunicorn's worker detects that only when it is idle. Until then it would serve beside the next gunicorn, in cgroups
+    that the next gunicorn removed.
     """
     master = os.getppid()
 
@@ -220,6 +220,6 @@ def _while_master_lives(app: WSGIApplication) -> WSGIApplication:
 
 
 def _replace(worker: Worker) -> None:
-    """End this worker gracefully, since its fork server has ended: the master makes a new one."""
+    """End this worker gracefully, because its fork server has ended. The master makes a new worker."""
     worker.log.error("rcon: the fork server has ended; this worker finishes its requests and is replaced")
     os.kill(os.getpid(), signal.SIGTERM)

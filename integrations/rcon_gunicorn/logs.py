@@ -18,9 +18,9 @@ _OURS = "rcon"
 
 
 class _ToErrorLog(logging.Handler):
-    """Pass each record to the handlers that gunicorn's error log has at that moment.
+    """Passes each record to the current handlers of gunicorn's error log.
 
-    gunicorn replaces its handlers and reopens their files at a reload, so they must not be kept.
+    gunicorn replaces its handlers and reopens their files at a reload, so do not keep them.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -30,7 +30,7 @@ class _ToErrorLog(logging.Handler):
 
 
 def join_error_log() -> None:
-    """Let our logger write to gunicorn's error log, unless it has handlers of its own."""
+    """Make the logger ``rcon`` write to gunicorn's error log, unless it has handlers of its own."""
     logger = logging.getLogger(_OURS)
     if logger.handlers:
         return
@@ -43,7 +43,7 @@ def join_error_log() -> None:
 def log_files(log: object) -> list[int]:
     """Return the descriptors of gunicorn's log files, which are open for writing. ``log`` is the worker's logger.
 
-    Without standard output and standard error, which executor processes have too.
+    Leave out standard output and standard error, which executor processes have too.
     """
     descriptors = fork_server.open_log_files(_loggers())
     captured = getattr(log, "logfile", None)  # opened by capture_output
@@ -53,7 +53,7 @@ def log_files(log: object) -> list[int]:
 
 
 def leaving_log_files() -> Callable[[], None]:
-    """Return a function that makes gunicorn's logs in an executor process go to standard error, not to fork_server."""
+    """Return a function that makes gunicorn's loggers in an executor process write to standard error, not to files."""
     return fork_server.leaving_log_files(_loggers())
 
 

@@ -1,4 +1,4 @@
-"""What the gunicorn master makes for its workers: a deployment of the settings, and the privileges they keep."""
+"""The state that the gunicorn master makes for its workers: a deployment of the settings, and their privileges."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class _Arbiter(Protocol):
 
 
 class Master:
-    """The state of one gunicorn master. Made there, and inherited by the workers it forks."""
+    """The state of one gunicorn master. Made in the master and inherited by the workers it forks."""
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
-        #: The capabilities that workers need to give work its identity, and those that this worker kept.
+        #: The capabilities that workers need to change to the users of policies, and those that this worker kept.
         self._needed = needed(deployment.plan.settings.policies.values())
         self._kept = needed(())
         self._pid = os.getpid()
 
     @classmethod
     def start(cls, path: str, server: _Arbiter) -> Master:
-        """Load and judge the settings, and make the cgroups. Raises `RconError` with the reason and the remedy."""
+        """Load and check the settings, and make the cgroups. Raises `RconError` with the reason and the remedy."""
         manager = Manager(load(path), server=server_traits(server.worker_class))
         master = cls(manager.deploy(owner=_owner(server.cfg)))
         atexit.register(master.close)  # gunicorn calls no hook when it ends before it serves
@@ -43,7 +43,7 @@ class Master:
         return master
 
     def reload(self, path: str, server: _Arbiter) -> None:
-        """Take the settings of the file as it is now, for the workers to come.
+        """Read the settings from the file again, for new workers.
 
         Raises `RconError`, and changes nothing, if they are wrong or cannot be enforced here.
         """
@@ -53,33 +53,36 @@ class Master:
         _warn_of_dirty_workers(server)
 
     def keep_privileges(self, server: _Arbiter) -> None:
-        """In a new worker that will not be root: keep what its policies need to change users. Raises `RconError`."""
+        """Keep the capabilities that the policies need to change users. Raises `RconError`.
+
+        Call it in a new worker, before it changes its own user.
+        """
         if int(server.cfg.uid) != 0:
             self._kept = self._needed
         if _owner(server.cfg) is not None:
             keep(self._kept)
 
     def settle_privileges(self) -> None:
-        """In a worker that is not root by now: hold what was kept, and no more. Raises `RconError`."""
+        """Reduce the capabilities to those kept. Call it in a worker after its change of user. Raises `RconError`."""
         settle(self._kept)
 
     def sweep(self, worker: int, server: _Arbiter) -> None:
-        """End and remove whatever a worker that has ended left behind."""
+        """Kill the processes and remove the cgroups that an ended worker left behind."""
         try:
             self.deployment.instance.sweep(f"{worker}-")
-        except (RconError, OSError, ValueError) as error:  # gunicorn would end, and all its workers with it
+        except (RconError, OSError, ValueError) as error:  # an exception would end gunicorn and all its workers
             server.log.warning(
                 "rcon: could not clean up after worker %d; the next start will: %s", worker, error
             )
 
     def leave(self) -> None:
-        """In a fork of the master that is about to execute another program: go back to gunicorn's first cgroup."""
-        # Impossible where gunicorn's own cgroup is the base. An error here would end the workers of both.
+        """Return to gunicorn's first cgroup. Call it in a fork of the master that is about to execute a program."""
+        # This fails if gunicorn's own cgroup is the base. An exception here would end the workers of both.
         with contextlib.suppress(RconError, OSError):
             self.deployment.instance.release()
 
     def close(self) -> None:
-        """End all work and remove the cgroups. Does nothing in a process that is not the master."""
+        """End all work and remove the cgroups. Do nothing except in the master."""
         if os.getpid() != self._pid:
             return
         atexit.unregister(self.close)

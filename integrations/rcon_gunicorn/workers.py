@@ -1,4 +1,4 @@
-"""gunicorn's worker classes: which can be confined, and the traits that decide how."""
+"""gunicorn's worker classes: whether they can be confined, and the traits that decide how."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rcon_plugins.confinement.isolation import Server
 
 _GEVENT = Server(threads=False, greenlets=True)
 
-#: Worker classes that call a WSGI application, and what their requests share. Subclasses count.
+#: Worker classes that call a WSGI application, and what their requests share. Subclasses are included.
 KNOWN: dict[str, Server] = {
     "gunicorn.workers.sync.SyncWorker": Server(threads=False),
     "gunicorn.workers.gthread.ThreadWorker": Server(threads=True),

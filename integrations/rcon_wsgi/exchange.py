@@ -1,8 +1,8 @@
 """One request in an executor process, seen from the host: the exchange of frames, the client, and bounds on rates.
 
-A frame that costs its sender next to nothing costs the host some microseconds. So a tenant limited to a twentieth of a
-CPU could keep a whole CPU of the host busy. `FrameRateLimiter` and `ErrorLog` bound rates, so that a response that
-sends little for hours never meets them.
+A frame costs its sender almost nothing but the host some microseconds. So a tenant limited to a twentieth of a CPU
+could keep a whole CPU of the host busy. `FrameRateLimiter` and `ErrorLog` prevent that. They bound rates, not totals,
+so that they never stop a response that sends little data for hours.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ if TYPE_CHECKING:
     from rcon_plugins.confinement.admission import ProcessAdmission
 
 _CLIENT_GONE: Final = "the client closed the connection"
-#: A response of status 500 is held back up to this size, to learn whether a limit was the cause.
+#: Hold back a response of status 500 up to this size, until the outcome shows whether a limit was the cause.
 _MAX_HELD: Final = CHUNK
 
-#: A frame with fewer bytes than this is small, and counts.
+#: Frames with fewer bytes than this are small. Only small frames are counted.
 SMALL_FRAME: Final = 4096
-#: Small frames are counted in windows of so many.
+#: The number of small frames in one window.
 WINDOW_FRAMES: Final = 1000
-#: The least time for a window, seconds: the host waits for the rest of it.
+#: The least time for one window, seconds. If a window took less, the host waits for the rest of this time.
 _MIN_WINDOW_SECONDS: Final = 0.04
-#: After a window that took less than this, chunks that are here together go to the server together.
+#: After a window that took less than this, chunks received together are joined for the server.
 _FAST_WINDOW_SECONDS: Final = 1.0
 
-#: How much one request may log in a minute: characters, with the prefix of each line, and frames.
+#: How much one request may log in a minute: in characters, including the prefix of each line, and in frames.
 LOG_CHARACTERS: Final = 256 * 1024
 LOG_FRAMES: Final = 1000
-#: The most that is shown of one line, characters.
+#: The longest part of one line that is shown, characters.
 LINE_CHARACTERS: Final = 8 * 1024
 _MINUTE: Final = 60.0
 _KEY_CHARACTERS: Final = 100
 
-#: How many frames are read from an executor after its client has left: one of them may end the work. An executor that
-#: never stops sending would be read for ever.
+#: How many frames to read from an executor after its client has left, because one of them may end the work. Without
+#: this bound, an executor that never stops sending would be read for ever.
 _MAX_READS_WITHOUT_CLIENT: Final = 16
 
 
 class ResponseCut(ConnectionResetError):
     """Raised in the middle of a response when its work was ended, or its client has gone.
 
-    It is the kind of error that servers expect of connections: they close the connection, and send nothing that would
-    make the response look complete. ``outcome`` has the cause.
+    Servers expect errors of this type from connections. They close the connection, and send nothing that would make the
+    response look complete. ``outcome`` has the cause.
     """
 
     def __init__(self, reason: str, outcome: Outcome | None = None) -> None:
@@ -69,7 +69,7 @@ class ResponseCut(ConnectionResetError):
 
 
 class _Failed(Exception):
-    """Raised with the exception that the application raised, and the outcome."""
+    """Raised when the application raised an exception. Has that exception and the outcome."""
 
     def __init__(self, error: Exception, outcome: Outcome) -> None:
         super().__init__(error, outcome)
@@ -78,7 +78,7 @@ class _Failed(Exception):
 
 
 class Exchange:
-    """One request in an executor process; also the iterable that the server gets for its response."""
+    """One request in an executor process. It is also the iterable of the response that the server gets."""
 
     __slots__ = (
         "_admission",
@@ -106,8 +106,8 @@ class Exchange:
         self._client = None if client is None else Client(client, self._channel.fileno())
         self._log: ErrorLog | None = None
         self._limiter = FrameRateLimiter()
-        #: The number of the request. The frames of its answer begin with it, so that an answer to an earlier request
-        #: is not taken for this one's.
+        #: The number of the request. The frames of the answer begin with it, so that an answer to an earlier request is
+        #: not taken for the answer to this one.
         self.number = os.urandom(wire.NUMBER_SIZE)
         self._frames: list[Frame] = []  # received and not looked at yet, last first
         self._pending: list[bytes] = []  # chunks not given to the server yet, last first
@@ -187,14 +187,14 @@ class Exchange:
         raise StopIteration
 
     def close(self) -> None:
-        """Settle the work: wait for the application's ``close()``, or stop it if its body was not over."""
+        """Settle the work: wait for the application's ``close()``, or abort if the body was not complete."""
         if self._state == "running":
             self._abort(f"the response was closed before its end: {_CLIENT_GONE}")
         elif self._state == "ended":
             try:
                 self._take(*self._next())
             except ChannelClosed:
-                self._died()  # the client has the whole response; the log has how the work ended
+                self._died()  # the client has the whole response; the log shows how the work ended
             except _Failed as failed:
                 raise failed.error from None
             except BaseException as error:
@@ -202,10 +202,10 @@ class Exchange:
                 raise
 
     def _hold_back(self) -> tuple[Outcome | None, bool]:
-        """Receive a whole response that says the application failed, to learn the cause from the outcome.
+        """Receive a whole response of status 500 before sending it, so that the outcome is known.
 
-        The outcome is None where the response is too large for that: it is then streamed like any other. The second
-        value is whether the application's result had the length 1.
+        Return the outcome, and whether the application's result had the length 1. The outcome is None if the response
+        is too large to hold back: it is then streamed like any other.
         """
         held: list[bytes] = []
         size = 0
@@ -228,7 +228,7 @@ class Exchange:
         return outcome, only
 
     def _take(self, kind: int, payload: bytes) -> None:
-        """Take one frame of a response whose headers are known."""
+        """Handle one frame of a response whose headers are known."""
         if kind in (wire.DATA, wire.ONLY) and self._state == "running":
             self._pending.append(self._chunk(kind, payload))
         elif kind == wire.END and self._state == "running":
@@ -241,13 +241,13 @@ class Exchange:
             raise ProtocolViolation(f"a frame of kind {kind} out of order")
 
     def _only(self, start_response: StartResponse, start: wire.Start, chunk: bytes) -> Iterable[bytes]:
-        """Take a response of one chunk; nearly always the end of the work came with it."""
+        """Handle a response of one chunk. Nearly always the end of the work arrived with it."""
         self._has_data = True
         if self._frames:
             kind, payload = self._next()
             if kind == wire.DONE:
                 outcome = self._done(payload)
-                if outcome.ending not in ANSWERED:  # the deadline came just before the end
+                if outcome.ending not in ANSWERED:  # the deadline passed just before the end
                     return respond(self._environ, start_response, outcome)
                 start_response(start.status, start.headers)
                 return [chunk]
@@ -258,9 +258,9 @@ class Exchange:
         return _SizedExchange(self)
 
     def _chunk(self, kind: int, payload: bytes) -> bytes:
-        """Return a chunk of the response; where small frames come fast, with the chunks that are here already."""
+        """Return a chunk of the response. While small frames come fast, join it with the chunks received already."""
         if self._has_data and (kind == wire.ONLY or not payload):
-            # An empty chunk sends the headers off; behind another it is work for nothing.
+            # An empty chunk makes the server send the headers. After another chunk it only costs time.
             raise ProtocolViolation("an empty chunk, or a second one where one was announced")
         self._has_data = True
         if not self._limiter.is_fast or len(payload) >= SMALL_FRAME:
@@ -281,12 +281,12 @@ class Exchange:
         return b"".join(pieces)
 
     def _hand_over(self) -> None:
-        """Note that the server writes to the client from here on; not if the deadline has come."""
+        """Note that the server writes to the client from now on. Raise `ChannelClosed` if the deadline has passed."""
         if self._client is not None and not self._client.enter(Stage.RESPONSE):
             raise ChannelClosed("the deadline has come")
 
     def _next(self) -> tuple[int, bytes]:
-        """Return the next frame of the response. Meanwhile carry out what the application reads and logs."""
+        """Return the next frame of the response. Meanwhile serve the application's reads and log its messages."""
         while True:
             if not self._frames:
                 wait = None if self._client is None else self._client.wait_to_receive
@@ -302,7 +302,7 @@ class Exchange:
             self._write_log(payload)
 
     def _pause(self, seconds: float) -> None:
-        """Wait where small frames come too fast. Raises `ClientGone`."""
+        """Wait, because small frames come too fast. Raises `ClientGone`."""
         if self._client is None:
             time.sleep(seconds)
         else:
@@ -317,7 +317,7 @@ class Exchange:
     def _read(self, kind: int, size: int) -> None:
         """Read from the server's ``wsgi.input``, and send the piece to the executor process."""
         if self._frames or not self._channel.drained:
-            # The executor must wait for the answer. Reads without waiting would cost the host alone.
+            # The executor must wait for the answer. If it did not, its reads would cost only the host.
             raise ProtocolViolation("a frame behind a read that was not answered")
         client = self._client
         if client is not None and not client.enter(Stage.BODY):
@@ -325,7 +325,7 @@ class Exchange:
         stream = self._environ["wsgi.input"]
         try:
             data = stream.read(size) if kind == wire.READ else stream.readline(size)
-        except Exception as error:  # noqa: BLE001 - the server's own; the application gets it
+        except Exception as error:  # noqa: BLE001 - the server may raise anything; pass it to the application
             self._input_error = error
             answer = (wire.INPUT_FAILED, wire.encode_input_failure(error))
         else:
@@ -336,12 +336,12 @@ class Exchange:
             self._pause(pause)
         self._channel.send(answer, wait=None if client is None else client.wait_to_send)
 
-    # -- how the work is settled: each sets the state first, so that it happens once -----------------
+    # -- settle the work: each method sets the state first, so that it happens once ------------------
 
     def _ended(self) -> None:
         self._state = "ended"
         if self._client is not None:
-            self._client.release()  # it has all of the response; only the application's close() is left
+            self._client.release()  # the client has the whole response; only the application's close() is left
 
     def _done(self, payload: bytes) -> Outcome:
         if self._answer(payload):
@@ -352,7 +352,7 @@ class Exchange:
     def _failed(self, payload: bytes) -> _Failed:
         failure = wire.decode_failure(self._answer(payload))
         self._settle_at_last()
-        # The server will log it, line by line, and no more of it than is sensible.
+        # The server will log the text line by line, so bound its length.
         prefix = log_prefix(self._admission.policy.name, self._admission.key)
         name = escape_unprintable(failure.type_name[:LINE_CHARACTERS])
         message = escape_unprintable(failure.message[:LINE_CHARACTERS])
@@ -363,7 +363,7 @@ class Exchange:
         return _Failed(ApplicationError(name, message, text), outcome)
 
     def _settle_at_last(self) -> None:
-        """Settle at the last frame of a request. Raise `ProtocolViolation` where more follows."""
+        """Settle the work at the last frame of a request. Raise `ProtocolViolation` if more frames follow."""
         if self._frames or not self._channel.drained:
             raise ProtocolViolation("a frame after the last")
         self._state = "settled"
@@ -385,7 +385,7 @@ class Exchange:
             self._client.release()
 
     def _answer(self, payload: bytes) -> bytes:
-        """Return what follows the number of this request. Raise `ProtocolViolation` for that of another one."""
+        """Return the payload after the number of this request. Raise `ProtocolViolation` for another number."""
         if payload[: wire.NUMBER_SIZE] != self.number:
             raise ProtocolViolation("an answer to another request")
         return payload[wire.NUMBER_SIZE :]
@@ -395,9 +395,9 @@ class Exchange:
         return ResponseCut(_CLIENT_GONE)
 
     def _cut(self, outcome: Outcome) -> ResponseCut:
-        """Return the exception that ends a response which had begun; reset the connection where its socket is known.
+        """Return the exception that ends a response that has begun. Reset the connection if its socket is known.
 
-        Without that, a client of HTTP/1.0 would take the end of the connection for the end of the response.
+        Without the reset, a client of HTTP/1.0 would take the end of the connection for the end of the response.
         """
         if self._client is not None:
             self._client.reset()
@@ -405,7 +405,7 @@ class Exchange:
 
 
 class _SizedExchange:
-    """The response of an application whose result had the length 1, for servers that use the length."""
+    """The response of an application whose result had the length 1. For servers that use the length."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -423,22 +423,22 @@ class ClientGone(Exception):
 
 
 class Stage(enum.Enum):
-    """What the request's thread may be waiting for."""
+    """The event that the request's thread may be waiting for."""
 
     EXECUTOR = enum.auto()
     #: The server reads the request's body from the client.
     BODY = enum.auto()
-    #: The server has a part of the response, and writes it to the client.
+    #: The server writes a part of the response to the client.
     RESPONSE = enum.auto()
     #: The exchange is over: the server may serve the next request on the connection.
     RELEASED = enum.auto()
 
 
 class Client:
-    """The client's socket. Belongs to the request's thread, but for `stop_waiting`.
+    """The client's socket. Only the request's thread uses it, except for `stop_waiting`.
 
-    ``wait_to_receive`` and ``wait_to_send`` wait for the executor's channel and raise `ClientGone`; None once the
-    client is released.
+    ``wait_to_receive`` and ``wait_to_send`` wait for the executor's channel and raise `ClientGone`. They are None once
+    the client is released.
     """
 
     __slots__ = (
@@ -467,7 +467,7 @@ class Client:
         self.wait_to_send: Callable[[], None] | None = self._wait_to_send
 
     def enter(self, stage: Stage) -> bool:
-        """Note what the thread waits for next. Return False if the deadline has come, and it must not wait."""
+        """Note the stage that the thread waits in next. Return False if it must not wait: the deadline has passed."""
         with self._lock:
             if self._stage is Stage.RELEASED:
                 return True
@@ -481,12 +481,12 @@ class Client:
             self._stage = Stage.RELEASED
 
     def stop_waiting(self) -> None:
-        """At the deadline: wake the request's thread if it waits for the client. Called by another thread, once."""
+        """Wake the request's thread if it waits for the client. Called once, at the deadline, by another thread."""
         with self._lock:
             self._late = True
             try:
                 if self._stage is Stage.BODY:
-                    # Not the method of the object: that of a TLS socket would go on without TLS.
+                    # Do not use the object's own method: after it a TLS socket would go on without TLS.
                     socket.socket.shutdown(self._socket, socket.SHUT_RD)  # an answer can still be written
                 elif self._stage is Stage.RESPONSE:
                     cut(self._socket)
@@ -502,7 +502,7 @@ class Client:
             pass  # it is closed already
 
     def pause(self, seconds: float) -> None:
-        """Do nothing for a while. Raises `ClientGone`."""
+        """Wait for so many seconds. Raises `ClientGone`."""
         if self.wait_to_receive is None:
             time.sleep(seconds)
         elif self._watching(0).poll(seconds * 1000):
@@ -526,7 +526,7 @@ class Client:
                 raise ClientGone
 
     def _watching(self, events: int) -> select.poll:
-        """Return a poll for the client's leaving, and for these events of the channel."""
+        """Return a poll object for the client's disconnect and for these events of the channel."""
         client = self._socket.fileno()
         if client < 0:
             raise ClientGone
@@ -538,7 +538,7 @@ class Client:
 
 
 class FrameRateLimiter:
-    """Counts small frames. ``is_fast``: they come so fast that they are joined."""
+    """Counts small frames. ``is_fast``: they come so fast that chunks are joined."""
 
     __slots__ = ("_left", "_since", "is_fast")
 
@@ -548,7 +548,7 @@ class FrameRateLimiter:
         self.is_fast = False
 
     def count(self) -> float:
-        """Count one frame. Return how long to wait before the next is taken, seconds."""
+        """Count one frame. Return how long to wait before the next frame, seconds."""
         self._left -= 1
         if self._left:
             return 0.0
@@ -562,10 +562,10 @@ class FrameRateLimiter:
 
 
 class ErrorLog:
-    """The server's ``wsgi.errors``, as far as an executor may write to it.
+    """Writes the log text of one executor to the server's ``wsgi.errors``, within bounds.
 
-    Each line begins with the policy and the key, so that it cannot pass for a line of the server or of rcon, and holds
-    only printable characters. Lines that the log cannot take are lost: that must not fail a request.
+    Each line begins with the policy and the key, so that it cannot be mistaken for a line of the server or of rcon.
+    It has only printable characters. Lines that the log cannot take are lost, because logging must not fail a request.
     """
 
     __slots__ = ("_characters", "_frames", "_prefix", "_since", "_stream")
@@ -608,7 +608,7 @@ class ErrorLog:
 
 
 def log_prefix(policy: str, key: str | None) -> str:
-    """Return what each line that confined code logs begins with. A client may have sent the key."""
+    """Return the prefix of each line that confined code logs. A client may have sent the key."""
     shown = quote(key[:_KEY_CHARACTERS], safe="/:@", errors="backslashreplace") if key is not None else ""
     return f"[{policy} {shown}] " if shown else f"[{policy}] "
 
@@ -619,7 +619,7 @@ def prefix_lines(text: str, prefix: str) -> str:
 
 
 def escape_unprintable(line: str) -> str:
-    """Return the line with unprintable characters escaped, but for tabs."""
+    """Return the line with unprintable characters escaped, except tabs."""
     if line.isprintable():
         return line
     return "".join(

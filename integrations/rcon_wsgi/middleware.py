@@ -1,6 +1,7 @@
-"""The middleware: admits each request, and runs the application in this process or in an executor process.
+"""The middleware: admit each request, and run the application in this process or in an executor process.
 
-In this process each call into the application - itself, its iterable, its ``close`` - is made inside the confinement.
+In this process, each call into the application is made inside the confinement: the application itself, its iterable,
+and its ``close``.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ _log = logging.getLogger("rcon.wsgi")
 class ConfineMiddleware:
     """A WSGI application that confines another: each request gets the policy that the settings name for it.
 
-    Construct it after the application is loaded, in the process that serves, before it starts threads: without a
-    ``manager`` it makes its own and forks the fork server at once. Where a server loads the application and *then*
-    forks its workers, they would share one fork server: the middleware detects that, and answers 503. Use the server's
-    adapter there, or do without preloading.
+    Construct it after the application is loaded, in the process that serves, before that starts threads. Without a
+    ``manager`` it makes its own and forks the fork server immediately. If a server loads the application and *then*
+    forks its workers, they would share one fork server: the middleware detects that and answers 503. Use the server's
+    adapter in that case, or turn preloading off.
 
     :param app: the application.
     :param settings: `Settings`, or the path of a policy file.
     :param manager: a `RunningManager`, started in this process with ``WsgiService(app)``. Its starter closes it.
     :param server: the traits of the server that decide how requests can be confined, for the middleware's own manager.
-        The default is the cautious one: other threads serve, too.
-    :param client_socket: returns the client's socket for an environ, or None. With it a request whose client has closed
-        the connection (or its half of it, as with nginx) is stopped even while it writes nothing, and a response that
-        must be cut off resets the connection: the socket is closed. At the deadline it is shut down where the server
-        waits for the client. Not for connections that carry several requests at once, and not where ``select.poll`` is
-        gevent's.
+        The default is the safe one: other threads serve, too.
+    :param client_socket: returns the client's socket for an environ, or None. With it, a request whose client has
+        closed the connection (or its half of it, as nginx does) is stopped even while it writes nothing. A response
+        that must be cut off resets the connection by closing the socket. At the deadline the socket is shut down if
+        the server waits for the client. Do not use it for connections that carry several requests at once, or if
+        gevent has replaced ``select.poll``.
     :raises SettingsError: the settings are wrong, or this machine cannot enforce them.
     :raises KernelError: no part of the cgroup tree can be used.
     """
@@ -87,7 +88,7 @@ class ConfineMiddleware:
             return respond_refused(environ, start_response, error)
         except IdentityRefused:
             return respond(environ, start_response, Outcome(ending="forbidden"))
-        except RconError:  # the manager told hooks and log
+        except RconError:  # the manager has reported it to hooks and log
             return respond(environ, start_response, Outcome(ending="refused"))
         if admission is None:
             return self._app(environ, start_response)
@@ -96,7 +97,7 @@ class ConfineMiddleware:
         return _run_here(self._app, environ, start_response, admission)
 
     def close(self) -> None:
-        """End the manager if the middleware made it. Also done when the process exits. Nothing is served afterwards."""
+        """Close the manager if the middleware made it. Also called at process exit. Nothing is served after it."""
         if self._owns_manager and os.getpid() == self._owner:
             self._manager.close()
 

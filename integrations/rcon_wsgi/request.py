@@ -1,7 +1,7 @@
-"""A request: as `Work`, which routes match, and its answer where it was not served.
+"""A request as `Work`, which routes match, and the answer to a request that was not served.
 
 The answer is ``application/problem+json`` (RFC 9457) with fixed sentences. It names the policy and the limit, as the
-policy file spells it, and nothing from inside: no path, no key, no stack trace.
+policy file spells it, and no internals: no path, no key, no stack trace.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def work_of(environ: Environ) -> Work:
         path = _decoded(path)
     name = f"{method} {path}"
     if not name.isprintable():
-        name = quote(name, safe="/ ", errors="backslashreplace")  # there may be lone surrogates
+        name = quote(name, safe="/ ", errors="backslashreplace")  # it may have lone surrogates
     host = environ.get("HTTP_HOST") or environ.get("SERVER_NAME") or ""
     return Work("request", name, RequestAttributes(host, path, method, environ))
 
 
 class RequestAttributes(Mapping[str, str]):
-    """The attributes of a request for routes and keys. An empty one is missing.
+    """The attributes of a request for routes and keys. An empty attribute counts as missing.
 
     ``host``, ``path``, ``method``, ``remote_addr`` and ``remote_user``; and, not when iterating, ``header:NAME`` for a
     header (in any case) and ``path:N`` for the N-th segment of the path, from 1.
@@ -67,7 +67,7 @@ class RequestAttributes(Mapping[str, str]):
     def __getitem__(self, name: str) -> str:
         if name == "host":
             if self._host is None:
-                # As routes normalise it: another spelling of a host must not be another key, with limits of its own.
+                # Normalise it like a route: another spelling of a host must not be another key with limits of its own.
                 self._host = normalise_host(self._written_host)
             value = self._host
         elif name == "path":
@@ -111,7 +111,7 @@ _BARE: Final = ("CONTENT_TYPE", "CONTENT_LENGTH")
 def _decoded(path: str) -> str:
     try:
         return path.encode("latin-1").decode("utf-8", "replace")
-    except UnicodeEncodeError:  # the server decoded it already, against PEP 3333
+    except UnicodeEncodeError:  # the server has decoded it already, against PEP 3333
         return path
 
 
@@ -186,7 +186,7 @@ def respond(
     *,
     replacing: bool = False,
 ) -> list[bytes]:
-    """Answer a request with the problem that its outcome is.
+    """Answer a request with a problem document for its outcome.
 
     ``retry_after`` is in seconds. Use ``replacing`` in an ``except`` block, after the application may have called
     ``start_response``: the server then raises the current exception if headers have been sent.

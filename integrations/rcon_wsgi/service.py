@@ -1,4 +1,4 @@
-"""The executor's side: runs the application once for each request that the host sends."""
+"""The executor's side: run the application once for each request that the host sends."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from _typeshed import OptExcInfo
     from _typeshed.wsgi import WSGIApplication
 
-#: How much of a list's chunks is sent in one go, bytes.
+#: The amount of a list's chunks that is sent together, bytes.
 _BATCH: Final = 256 * 1024
 _VERSION: Final = (1, 0)
 _END: Final = (wire.END, b"")
-#: These end the executor process: its host is gone, or the application ends the process.
+#: Exceptions that end the executor process: its host is gone, or the application ends the process.
 _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
 
 
@@ -48,7 +48,7 @@ class WsgiService:
             last = self._run(environ, answer, conversation)
         except _ENDS_THE_PROCESS:
             raise
-        except BaseException as error:  # noqa: BLE001 - whatever the application raised, the host gets it
+        except BaseException as error:  # noqa: BLE001 - send any exception of the application to the host
             failure = wire.encode_failure(error, input_failed=error is conversation.input_error)
             last = [(wire.ERROR, number + failure)]
         if conversation.mine:
@@ -89,20 +89,20 @@ class _Answer:
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
     ) -> Callable[[bytes], object]:
-        """PEP 3333's ``start_response``."""
+        """Set status and headers, as PEP 3333's ``start_response``."""
         if exc_info:
             try:
                 if self._started and exc_info[1] is not None:
                     raise exc_info[1].with_traceback(exc_info[2])
             finally:
-                exc_info = None  # or it would be a reference cycle
+                exc_info = None  # avoid a reference cycle
         elif self._start is not None:
             raise AssertionError("start_response() was called again without exc_info")
         self._start = wire.encode_start(status, headers)
         return self.write
 
     def write(self, data: bytes) -> None:
-        """PEP 3333's ``write``: send at once; blocks while the client does not read."""
+        """Send data immediately, as PEP 3333's ``write``. Blocks while the client does not read."""
         self._send(data)
 
     def stream(self, result: Iterable[bytes]) -> None:
@@ -114,7 +114,7 @@ class _Answer:
             only = False
 
     def batch(self, result: list[bytes] | tuple[bytes, ...]) -> list[tuple[int, bytes]]:
-        """Send the chunks of a whole result, many in one go. Return the last frames, unsent."""
+        """Send the chunks of a whole result, many at a time. Return the last frames, unsent."""
         if len(result) == 1 and not self._started and len(result[0]) <= MAX_PAYLOAD:
             return [*self.tail(), (wire.ONLY, _checked(result[0])), self.done]
         first = not self._started
@@ -135,7 +135,7 @@ class _Answer:
         return frames
 
     def tail(self) -> list[tuple[int, bytes]]:
-        """Return the frame of the headers where they have not been sent; else nothing."""
+        """Return the frame of the headers if they have not been sent, else no frame."""
         if self._started:
             return []
         if self._start is None:

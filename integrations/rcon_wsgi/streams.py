@@ -1,7 +1,7 @@
-"""The streams an application finds in its environ in an executor process.
+"""The streams in the environ of an application in an executor process.
 
-``wsgi.input`` asks the host, which reads the server's own: nothing is read before the application reads it, and never
-more. Text for ``wsgi.errors`` goes to the server's. Any thread of the application may use both.
+``wsgi.input`` requests data from the host, which reads the server's ``wsgi.input`` only when the application reads, and
+never more than that. Text for ``wsgi.errors`` goes to that of the server. Any thread of the application may use both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Conversation:
 
     @property
     def mine(self) -> bool:
-        """Whether this process is the executor, not one that the application forked."""
+        """Whether this process is the executor, not a fork of it that the application made."""
         return os.getpid() == self._owner
 
     def say(self, *frames: tuple[int, bytes]) -> None:
@@ -52,7 +52,7 @@ class Conversation:
             self._channel.send(*frames)
 
     def ask(self, kind: int, size: int) -> bytes:
-        """Return one piece of the request's body, at most ``size`` and `CHUNK` bytes; empty at its end."""
+        """Return one piece of the body from the host: at most ``size`` and `CHUNK` bytes; empty at its end."""
         self._check_owner()
         with self._lock:
             self._check_open()
@@ -96,7 +96,7 @@ class Input:
         return self._pull(wire.READLINE, size) if size else b""
 
     def readlines(self, hint: int | None = -1, /) -> list[bytes]:
-        """Return the lines that are left; with a hint, stop once that many bytes have been read."""
+        """Return the remaining lines. With a hint, stop once that many bytes have been read."""
         lines = []
         total = 0
         for line in self:
@@ -115,7 +115,7 @@ class Input:
         raise StopIteration
 
     def _pull(self, kind: int, size: int | None) -> bytes:
-        """Ask for pieces until there are enough bytes, the line ends, or a piece is short."""
+        """Request pieces until there are enough bytes, the line ends, or a piece is short."""
         pieces = []
         while size is None or size > 0:
             wanted = CHUNK if size is None else min(size, CHUNK)
@@ -150,7 +150,7 @@ class Errors:
             self.write(line)
 
     def flush(self) -> None:
-        """Send what has been written."""
+        """Send the text written so far."""
         if not self._pending:
             return
         pending, self._pending = self._pending, ""
@@ -163,7 +163,7 @@ class Errors:
 
 
 class FileWrapper:
-    """``wsgi.file_wrapper``: a file as an iterable of blocks. It is streamed; ``sendfile`` does not cross."""
+    """``wsgi.file_wrapper``: a file as an iterable of blocks. It is streamed: the server cannot use ``sendfile``."""
 
     def __init__(self, filelike: Any, block_size: int = 8192) -> None:
         self._filelike = filelike

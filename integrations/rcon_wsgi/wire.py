@@ -13,18 +13,18 @@
                                 <-     DONE | ERROR             (the request is over)
 
 ``DONE`` without ``END`` means both. A request begins with a random number, and so do the payloads of its ``START``,
-``DONE`` and ``ERROR``: code that an earlier request left behind cannot forge an answer. The request's body is pulled:
-the host reads the server's ``wsgi.input`` when the application reads, and no further. No frame follows a ``READ`` until
-it is answered. Only the first chunk may be empty.
+``DONE`` and ``ERROR``, so that code left behind by an earlier request cannot forge an answer. The request's body is
+pulled: the host reads the server's ``wsgi.input`` when the application reads, and no further. No frame follows a
+``READ`` until it is answered. Only the first chunk may be empty.
 
-All frames of the executor are hostile: they are decoded into the types below, and anything else is a
+All frames of the executor are treated as hostile: they are decoded into the types below, and anything else is a
 `ProtocolViolation`.
 
-Of the environ cross ``str``, ``bytes``, ``int``, ``float``, ``bool``, ``None``, and tuples, lists and dicts of these.
-Objects that belong to the host alone (streams, sockets, callables, any other) are left out; the executor makes its own
-``wsgi.input``, ``wsgi.errors`` and ``wsgi.file_wrapper``. The encoding is `marshal`: it keeps exactly these types
-(tuples, integers of any size, the lone surrogates of names that are not UTF-8), and both ends are one interpreter,
-since the executor was forked from the host. It goes from the trusted side to the other, never back.
+These values of the environ are sent: ``str``, ``bytes``, ``int``, ``float``, ``bool``, ``None``, and tuples, lists and
+dicts of these. All other objects (streams, sockets, callables) stay in the host; the executor makes its own
+``wsgi.input``, ``wsgi.errors`` and ``wsgi.file_wrapper``. The encoding is `marshal`. It keeps exactly these types
+(tuples, integers of any size, the lone surrogates of names that are not UTF-8), and both ends are the same interpreter,
+because the executor was forked from the host. Only the trusted side encodes with `marshal`, never the executor.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _NOT_CROSSING: Final = frozenset(
     }
 )
 _PLAIN: Final = frozenset({str, bytes, int, float, bool, type(None)})
-#: How deep containers may nest that cross.
+#: The deepest nesting of containers that are sent.
 _MAX_DEPTH: Final = 32
 
 _SIZE = struct.Struct("!I")
@@ -95,8 +95,9 @@ class Start(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=
 
 
 class Failure(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """An exception of the application, as text. ``input_failed``: it is the one of the request's body, sent by the
-    host.
+    """An exception of the application, as text.
+
+    ``input_failed``: it is the exception that the host sent for a failed read of the request's body.
     """
 
     type_name: str
@@ -113,7 +114,7 @@ class InputFailure(msgspec.Struct, array_like=True, forbid_unknown_fields=True, 
 
 
 class _LeftOut(Exception):
-    """Raised for a value of the environ that does not cross."""
+    """Raised for a value of the environ that is not sent."""
 
 
 def encode_request(number: bytes, environ: dict[str, Any]) -> list[tuple[int, bytes]]:
@@ -151,7 +152,7 @@ def receive_request(channel: Channel, frame: Frame) -> tuple[bytes, dict[str, An
 
 
 def _plain(value: object, depth: int) -> object:
-    """Return the value made of plain types only: instances of subclasses become instances of the plain type."""
+    """Return the value with plain types only: instances of subclasses become instances of the plain type."""
     if type(value) in _PLAIN:
         return value
     if depth == _MAX_DEPTH:
@@ -183,7 +184,7 @@ _input_failure_decoder = msgspec.msgpack.Decoder(InputFailure)
 
 
 def encode_start(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """Return status and headers encoded. Raise TypeError or ValueError where no response may have them."""
+    """Return status and headers, encoded. Raise TypeError or ValueError if a response may not have them."""
     pairs = list(headers)
     texts = [status]
     for name, value in pairs:
@@ -198,7 +199,7 @@ def encode_start(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
 
 
 def decode_start(payload: bytes) -> Start:
-    """Return status and headers as an executor sent them. Raises `ProtocolViolation`."""
+    """Return the status and headers that an executor sent. Raises `ProtocolViolation`."""
     try:
         start = _start_decoder.decode(payload)
     except msgspec.MsgspecError as error:
@@ -210,7 +211,7 @@ def decode_start(payload: bytes) -> Start:
 
 
 def encode_failure(error: BaseException, *, input_failed: bool) -> bytes:
-    """Return an exception of the application encoded."""
+    """Return an exception of the application, encoded."""
     kind = type(error)
     try:
         message = str(error)
@@ -227,7 +228,7 @@ def encode_failure(error: BaseException, *, input_failed: bool) -> bytes:
 
 
 def decode_failure(payload: bytes) -> Failure:
-    """Return an application's exception as an executor sent it. Raises `ProtocolViolation`."""
+    """Return the exception of an application that an executor sent. Raises `ProtocolViolation`."""
     try:
         return _failure_decoder.decode(payload)
     except msgspec.MsgspecError as error:
@@ -235,7 +236,7 @@ def decode_failure(payload: bytes) -> Failure:
 
 
 def encode_input_failure(error: Exception) -> bytes:
-    """Return the exception that the server raised while it read the body, encoded."""
+    """Return the exception that the server raised while reading the body, encoded."""
     number = error.errno if isinstance(error, OSError) else None
     return _encoder.encode((number or errno.EIO, encodable(str(error)[:_MESSAGE_CHARACTERS])))
 
