@@ -1,4 +1,4 @@
-"""Irreversible acts, done in a child process: `in_child(function)`."""
+"""Run functions with irreversible effects in a child process: `in_child(function)`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 class ChildDied(Exception):
-    """Raised when the child ended without saying how: `signal` is what killed it, else `status` is its exit status."""
+    """Raised when the child ended without sending a result.
+
+    `signal` is the signal that killed it, or None; `status` is its exit status, or None.
+    """
 
     def __init__(self, *, signal: int | None, status: int | None) -> None:
         self.signal = signal
@@ -26,10 +29,10 @@ class ChildDied(Exception):
 
 
 def in_child(function: Callable[..., T], *arguments: Any, timeout: float = 30.0) -> T:
-    """Call `function` in a forked child; return what it returns, raise what it raises.
+    """Call `function` in a forked child; return its result, or raise what it raises.
 
-    Both must pickle. The child is gone when this returns; after `timeout` seconds it is killed and TimeoutError
-    raised. What the child forks itself is the test's to end: the check for leftovers will find it.
+    Result and exception must pickle. The child is gone when this returns. After `timeout` seconds the child is killed
+    and TimeoutError raised. The test must end the processes that the child forks: the check for leftovers finds them.
     """
     reading, writing = os.pipe()
     sys.stdout.flush()
@@ -56,7 +59,7 @@ def in_child(function: Callable[..., T], *arguments: Any, timeout: float = 30.0)
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], writing: int) -> NoReturn:
-    """In the child: never returns into the test that forked it."""
+    """Call the function in the child, send the result, and exit. Never return into the test that forked it."""
     status = 1
     try:
         try:
@@ -82,9 +85,9 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], writing: int)
 
 
 def _follow(pid: int, pipe: int, deadline: float) -> tuple[bytes, int | None]:
-    """What the child said until it ended, and its wait status; None when it had to be killed for lateness.
+    """Return what the child sent until it ended, and its wait status; None if it was killed at the deadline.
 
-    It is the child's end that counts, not that of the pipe: a grandchild may keep that open.
+    Wait for the end of the child, not of the pipe, because a grandchild may keep the pipe open.
     """
     received = b""
     ended = os.pidfd_open(pid)
@@ -99,7 +102,7 @@ def _follow(pid: int, pipe: int, deadline: float) -> tuple[bytes, int | None]:
                 while data := os.read(pipe, 65536):
                     received += data
                 if pipe in ready:
-                    poll.unregister(pipe)  # at its end
+                    poll.unregister(pipe)  # it is at its end
             if ended in ready:
                 return received, os.waitpid(pid, 0)[1]
             if not ready:

@@ -1,4 +1,4 @@
-"""What holds for every test run. Tests are in tiers, one directory each: unit, contract, integrations, kernel.
+"""Rules for every test run. Tests are in tiers, one directory each: unit, contract, integrations, kernel.
 
 - Tests of the kernel tier need root and a cgroup hierarchy; they are marked `kernel` here.
 - `each_layout` marks a test that depends on the cgroup hierarchy: tests/vm.py runs it again on pure cgroup v2. `smoke`
@@ -32,8 +32,8 @@ from tests import children, leftovers
 
 TESTS = Path(__file__).parent
 TIERS = ("unit", "contract", "integrations", "kernel")
-GRACE = 5.0  # seconds in which what was told to end may end
-FEW = 4  # tests of a run that may need a second attempt
+GRACE = 5.0  # seconds in which processes that were told to end may end
+FEW = 4  # the number of tests of a run that may need a second attempt
 
 # Timings are never asserted, so neither by hypothesis; machines under test are slow.
 hypothesis.settings.register_profile("rcon", deadline=None)
@@ -57,21 +57,21 @@ def in_child() -> Any:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Supervise the run, except in a worker of pytest-xdist: the run that started it supervises that, too."""
+    """Supervise the run. Do nothing in a worker of pytest-xdist: the run that started it supervises the worker, too."""
     config = session.config
     if config.option.collectonly or is_worker(config):
         return
-    # A shell that runs something in the background has it ignore these, and all that it starts.
+    # A shell starts background commands with these signals ignored, and their children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     capture = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
-        supervisor = leftovers.supervise()  # its messages go to the real stderr
+        supervisor = leftovers.supervise()  # it writes messages to the real stderr
     config.stash[beginning] = Beginning(supervisor, leftovers.cgroups())
 
 
 def is_worker(config: pytest.Config) -> bool:
-    """Whether this is a worker process of pytest-xdist. It has threads already, so it cannot fork and go on."""
+    """Return whether this is a worker process of pytest-xdist. It has threads already, so it cannot fork and go on."""
     return hasattr(config, "workerinput")
 
 
@@ -81,7 +81,7 @@ def tier(item: pytest.Item) -> str:
 
 
 def layout() -> str:
-    """v2, v1 or hybrid, by what is mounted (independent of the code under test)."""
+    """Return v2, v1 or hybrid, by the mounts (independent of the code under test)."""
     mounted = {line.split()[2] for line in Path("/proc/self/mounts").read_text().splitlines()}
     return "hybrid" if {"cgroup", "cgroup2"} <= mounted else "v2" if "cgroup2" in mounted else "v1"
 
@@ -107,7 +107,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """After -k and -m."""
+    """Check the tests that -k and -m have selected."""
     present = {tier(item) for item in session.items}
     if "kernel" in present and os.geteuid() != 0:
         raise pytest.UsageError(
@@ -121,13 +121,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
-    """Take note of the timeout; pytest-timeout then sets it."""
+    """Note the timeout. pytest-timeout sets it afterwards."""
     item.stash[patience] = settings
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A second attempt has the time of the first: pytest-timeout sets it once for both, and it is over by a timeout."""
+    """Give a second attempt a timeout of its own. pytest-timeout sets one for both attempts, which has run out then."""
     if is_worker(item.config) and item.get_closest_marker("measures"):
         pytest.fail(
             "it measures CPU time or IO, so it runs alone; with -n, add: -m 'not measures'", pytrace=False
@@ -160,7 +160,7 @@ def fail(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Nothing may be left. Processes that are ending get a moment for it. Workers of pytest-xdist have ended before."""
+    """Fail the run if anything is left. Give ending processes some time. Workers of pytest-xdist have ended already."""
     start = session.config.stash.get(beginning, None)
     if start is None:
         return
@@ -178,13 +178,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def fail_the_run(session: pytest.Session, name: str, text: str) -> None:
     report = pytest.TestReport(name, ("tests/conftest.py", None, name), {}, "failed", text, "teardown")
     terminal = session.config.pluginmanager.getplugin("terminalreporter")
-    terminal.stats.setdefault("error", []).append(report)  # or the last line would say that all is well
+    terminal.stats.setdefault("error", []).append(report)  # otherwise the last line would report success
     if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def run_again(config: pytest.Config) -> list[pytest.TestReport]:
-    """The first attempts of the tests that were run a second time."""
+    """Return the reports of the first attempts of tests that were run a second time."""
     terminal = config.pluginmanager.getplugin("terminalreporter")
     return list(terminal.stats.get("rerun", ()))
 

@@ -1,9 +1,9 @@
-"""What a test run must not leave behind: processes and cgroups. `tests/conftest.py` checks it at the end of a run.
+"""Find processes and cgroups that a test run left behind. `tests/conftest.py` checks for them at the end of a run.
 
-`supervise()` splits the process in two before the first test. The child goes on as pytest. The parent does what a
-good init does for its container: orphans come to it (PR_SET_CHILD_SUBREAPER, prctl(2)), it reaps them at once, and
-when pytest has ended it kills what is still there. So no process gets away from the check by forking twice or by
-opening a session, and a test that is killed leaves nothing.
+`supervise()` forks before the first test. The child goes on as pytest. The parent acts like the init process of a
+container: it adopts orphans (PR_SET_CHILD_SUBREAPER, prctl(2)), reaps them immediately, and kills the remaining ones
+when pytest has ended. So no process escapes the check by forking twice or by opening a session, and a killed test
+leaves no processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def supervise() -> int:
-    """Returns in the child, which is pytest from here on, with the pid of its supervisor."""
+    """Fork. Return only in the child, which goes on as pytest, with the pid of its supervisor."""
     sys.stdout.flush()
     sys.stderr.flush()
     supervisor = os.getpid()
@@ -30,7 +30,7 @@ def supervise() -> int:
     pid = os.fork()
     if pid == 0:
         return supervisor
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to pytest as well
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends it to pytest
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _frame: os.kill(pid, number))
     status = reap_until(pid)
@@ -49,7 +49,7 @@ def become_subreaper() -> None:
 
 
 def reap_until(pid: int) -> int:
-    """Reap every child that ends, until this one does; return its wait status."""
+    """Reap every child that ends, until `pid` ends. Return its wait status."""
     while True:
         ended, status = os.waitpid(-1, 0)
         if ended == pid:
@@ -57,7 +57,7 @@ def reap_until(pid: int) -> int:
 
 
 def kill_descendants() -> list[str]:
-    """Kill and reap everything below this process until nothing is left; return what had been alive."""
+    """Kill and reap all descendants of this process until none is left. Return the names of those that were alive."""
     names: list[str] = []
     while alive := descendants(os.getpid()):
         names += [name for name in alive.values() if name not in names]
@@ -72,12 +72,12 @@ def kill_descendants() -> list[str]:
 
 
 def descendants(ancestor: int) -> dict[int, str]:
-    """The living processes below a process, and what they are: pid and command line. Zombies do not count."""
+    """Return the living descendants of a process, with pid and command line. Leave out zombies."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                # proc(5): the name is in brackets and may hold anything; state and ppid follow the last bracket.
+                # proc(5): the name is in brackets and may contain anything; state and ppid follow the last bracket.
                 state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
                 if state not in "ZX":
                     parents[int(entry.name)] = int(parent)
@@ -102,7 +102,7 @@ def command_line(pid: int) -> str:
 
 
 def cgroups() -> set[Path]:
-    """Every cgroup of this machine, in any hierarchy, whose name begins with rcon."""
+    """Return every cgroup of this machine, in any hierarchy, whose name begins with rcon."""
     return {
         Path(directory, name)
         for directory, names, _ in os.walk(CGROUPS)
@@ -112,10 +112,11 @@ def cgroups() -> set[Path]:
 
 
 def cgroups_left(before: set[Path], ours: set[int]) -> list[str]:
-    """Cgroups that are there and were not before, except those of somebody else's server running beside the tests.
+    """Return the cgroups that are new since `before`, except those of other servers that run beside the tests.
 
-    Such a cgroup has a process in it that is alive and none of ours, or a name with the pid of such a process
-    (`rcon-<pid>-<starttime>`, `rcon-tests-<pid>`), or such a cgroup in it. Tiers that run side by side need this, too.
+    A cgroup belongs to another server if it contains a living process that is not in `ours`, if its name has the pid of
+    such a process (`rcon-<pid>-<starttime>`, `rcon-tests-<pid>`), or if it contains such a cgroup. Tiers that run side
+    by side need this, too.
     """
     new = cgroups() - before
     return sorted(str(path) for path in new if path.parent not in new and not of_somebody_else(path, ours))
@@ -127,7 +128,7 @@ def of_somebody_else(path: Path, ours: set[int]) -> bool:
         match = re.fullmatch(r"rcon(?:-[a-z]+)?-(\d+)(?:-\d+)?", cgroup.name)
         if match and int(match[1]) not in ours and Path("/proc", match[1]).exists():
             return True
-        with contextlib.suppress(OSError):  # a threaded one lists no processes; others have gone meanwhile
+        with contextlib.suppress(OSError):  # the cgroup is threaded and lists no processes, or is gone
             if {int(pid) for pid in (cgroup / "cgroup.procs").read_text().split()} - ours:
                 return True
     return False

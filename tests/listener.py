@@ -1,6 +1,7 @@
-"""Plugins that take note of the events they hear of, and can answer a kind of them.
+"""Plugins that record the events they get, and can return limits for one kind of event.
 
-`Listener` is one for a manager of the test's own; what `install` installs is a third party's, which writes them down.
+`Listener` is a plugin for a manager in the test itself. `install` installs a third-party plugin that writes the events
+to a file.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from rcon_plugins import Event, Limits, hookimpl
 
-#: Its name in settings: ``plugins = ["listener"]``.
+#: The name of the plugin in settings: ``plugins = ["listener"]``.
 NAME = "listener"
 
 _MODULE = """
@@ -28,7 +29,7 @@ def rcon_event(event):
 
 
 class Listener:
-    """Takes note of all events, and answers with what it was given for a kind."""
+    """Records all events, and returns the limits it was given for a kind."""
 
     def __init__(self, **answers: Limits) -> None:
         self.events: list[Event] = []
@@ -40,12 +41,12 @@ class Listener:
         return self._answers.get(event.kind)
 
     def of(self, kind: str, limit: str | None = None) -> list[Event]:
-        """What it has heard of that kind, and of that limit where one is named."""
+        """Return the recorded events of a kind; with ``limit``, only those of that limit."""
         return [event for event in self.events if event.kind == kind and limit in (None, event.limit)]
 
 
 def install(folder: Path) -> Path:
-    """Put it, as pip would, into a new directory of ``folder``, which is to be on the path of Python."""
+    """Install the plugin, as pip would, into a new directory of ``folder``. Put the returned path on Python's path."""
     installed = folder / "installed"
     info = installed / "listener-1.dist-info"
     info.mkdir(parents=True)
@@ -56,7 +57,7 @@ def install(folder: Path) -> Path:
 
 
 def environ(folder: Path, kind: str = "", memory: str = "") -> dict[str, str]:
-    """The environment in which it writes to `heard` in ``folder``, and answers events of a kind with more memory."""
+    """Return the plugin's environment: it writes to the file `heard`, and returns ``memory`` for a kind of event."""
     return {
         "LISTENER_FILE": str(folder / "heard"),
         "LISTENER_KIND": kind,
@@ -65,9 +66,9 @@ def environ(folder: Path, kind: str = "", memory: str = "") -> dict[str, str]:
 
 
 def heard(folder: Path) -> list[dict[str, Any]]:
-    """What it has heard so far."""
+    """Return the events that the plugin has recorded so far."""
     file = folder / "heard"
     if not file.exists():
         return []
-    whole = file.read_bytes().rpartition(b"\n")[0]  # one may be being written just now
+    whole = file.read_bytes().rpartition(b"\n")[0]  # the last line may still be incomplete
     return [json.loads(line) for line in whole.splitlines()]

@@ -1,4 +1,4 @@
-"""Directories of the tests that other users look at."""
+"""Directories of the tests that other users may read."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def let_others_in(directory: Path) -> None:
-    """Let any user read in a directory that pytest made, and pass those above it that are pytest's, too.
+    """Let any user read a directory that pytest made, and pass through its parent directories.
 
-    One that others may pass already stays as it is: /tmp, above all.
+    A directory that other users may already pass through is left unchanged, above all /tmp.
     """
     for place in (directory, *directory.parents):
         mode = place.stat().st_mode

@@ -1,4 +1,4 @@
-"""Processes and cgroups of what is under test, as they are seen from outside."""
+"""Processes and cgroups of the program under test, seen from outside."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 
-#: No answer within so many seconds is a hang.
+#: After so many seconds without an answer, a test counts as hung.
 PATIENCE = 60.0  # an emulated machine is slow
 
 
 def until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Wait until it is true. Raises AssertionError when it does not come true."""
+    """Wait until ``true()`` returns True. Raises AssertionError if it does not in time."""
     deadline = time.monotonic() + seconds
     while not true():
         if time.monotonic() > deadline:
@@ -24,7 +24,7 @@ def until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """The living children of a process, whichever of its threads made them."""
+    """Return the living children of a process, forked by any of its threads."""
     found: list[int] = []
     for task in _directories(Path(f"/proc/{pid}/task")):
         with contextlib.suppress(OSError):
@@ -33,7 +33,7 @@ def children(pid: int) -> list[int]:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all below it, each before its children."""
+    """Return a process and all its descendants, each before its children."""
     found = [pid] if alive(pid) else []
     for child in children(pid):
         found += family(child)
@@ -41,7 +41,7 @@ def family(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there, and no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -49,7 +49,7 @@ def alive(pid: int) -> bool:
 
 
 def instance_directories(pid: int) -> list[Path]:
-    """Where the cgroups of the instance that this process made are, in each hierarchy."""
+    """Return the directories of the instance that this process made, in each hierarchy."""
     return [
         Path(directory, name)
         for directory, names, _ in os.walk(CGROUPS)

@@ -1,4 +1,4 @@
-"""Run the tiers of the suite: side by side in lanes, then alone those that measure.
+"""Run the tiers of the suite: in lanes side by side, then the tiers that measure, alone.
 
 `python -m tests.run check|test|long [tier ...]` is what `make check`, `make test` and `make test-long` call. Each tier
 is one process whose output goes to `build/tests/<tier>.log`.
@@ -7,7 +7,7 @@ is one process whose output goes to `build/tests/<tier>.log`.
   measures CPU time or IO.
 - Tiers of the lane `ALONE` start when all other lanes are done: no emulator and no other test takes their CPU then.
 - A tier that runs no test fails. In CI a skipped test fails as well (tests/conftest.py).
-- At the end stand the failures, the time of each tier, and the sum of all counts in pytest's own form.
+- At the end it prints the failures, the time of each tier, and the sum of all counts in pytest's own form.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "tests"
 ALONE = "alone"
-#: Tests of all tiers that may need a second attempt; tests/conftest.py bounds those of one tier.
+#: The number of tests of all tiers that may need a second attempt; tests/conftest.py bounds those of one tier.
 RERUNS = 8
 BEAT = 60.0  # seconds between two lines of progress
-STOP_SECONDS = 20.0  # for a tier to end after an interrupt
+STOP_SECONDS = 20.0  # how long a tier may take to end after an interrupt
 
 _SUMMARY = re.compile(r"^=* ?(\d+ [a-z]+(?:, \d+ [a-z]+)*) in [\d.]+s", re.MULTILINE)
 _PERCENT = re.compile(r"\[ *(\d+)%\]")
@@ -40,7 +40,7 @@ _SECTIONS = re.compile(r"^=+ (?:ERRORS|FAILURES|run again, as they failed) =+$",
 
 @dataclass
 class Tier:
-    """One process of the suite, and after it ran: its exit status, its seconds and its counts."""
+    """One process of the suite. After it has run: its exit status, its seconds and its counts."""
 
     name: str
     lane: str
@@ -57,7 +57,7 @@ class Tier:
 
     @property
     def failure(self) -> str:
-        """Why this tier failed; empty when it passed."""
+        """The reason why this tier failed; empty if it passed."""
         if self.status is None:
             return "not run"
         if self.status:
@@ -84,7 +84,7 @@ HOST = ("--reruns", "1")
 
 
 def plans() -> dict[str, list[Tier]]:
-    """The tiers of each target."""
+    """Return the tiers of each target."""
     unit = pytest("unit", "free", "tests/unit")
     contract = pytest("contract", "host", "tests/contract")
     systemd = machine("systemd", "emulated", "tests.vm_systemd")
@@ -185,7 +185,7 @@ class Suite:
         self._say(f"{tier.name} {tier.failure or 'passed'}: {tier.seconds:.0f} s")
 
     def _stop(self) -> None:
-        """After an interrupt: end what runs. Each tier removes what it has made, then ends."""
+        """End the running tiers after an interrupt. Each tier removes what it has made, then ends."""
         with self._lock:
             self._stopped = True
             for process in self._running.values():
@@ -237,7 +237,7 @@ class Suite:
 
 
 def count(log: str) -> Counter[str]:
-    """The counts in pytest's last line, by outcome."""
+    """Return the counts in pytest's last line, by outcome."""
     found = _SUMMARY.findall(log)
     words = [part.split() for part in found[-1].split(", ")] if found else []
     return Counter(
@@ -246,7 +246,7 @@ def count(log: str) -> Counter[str]:
 
 
 def failures(log: str) -> str:
-    """What pytest says of failures, or the end of the log where it says nothing."""
+    """Return pytest's report of failures, or the end of the log if there is none."""
     found = _SECTIONS.search(log)
     return log[found.start() :].rstrip() if found else "\n".join(log.splitlines()[-60:])
 

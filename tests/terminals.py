@@ -1,4 +1,4 @@
-"""A command on a terminal of its own: a pseudo-terminal, whose screen and modes can be looked at."""
+"""Run a command on a pseudo-terminal, and read its screen and modes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TAKEN, GIVEN_BACK = b"\x1b[?1049h", b"\x1b[?1049l"
 NO_CURSOR, CURSOR = b"\x1b[?25l", b"\x1b[?25h"
-#: What runs ``rcon`` with the arguments.
+#: The code that runs ``rcon`` with the arguments.
 MAIN = "from rcon_plugins.cli.rcon import main; main()"
 
 
 class Terminal:
-    """A command on a pseudo-terminal, as its session's leader."""
+    """A command on a pseudo-terminal, as the leader of its session."""
 
     def __init__(self, program: str, *arguments: str, lines: int = 24, columns: int = 80) -> None:
         self.master, self._slave = pty.openpty()
@@ -66,7 +66,7 @@ class Terminal:
         return any(text in line for line in self.screen())
 
     def screen(self) -> list[str]:
-        """The lines as they are now: each is written after a move of the cursor to its beginning."""
+        """Return the current lines. Each line is written after a move of the cursor to its beginning."""
         lines: dict[int, str] = {}
         for number, text in re.findall(
             r"\x1b\[(\d+);1H([^\x1b]*(?:\x1b\[[0-9;]*m[^\x1b]*)*)", self.said.decode(errors="replace")
@@ -84,7 +84,7 @@ class Terminal:
         return self.process.returncode
 
     def is_clean(self) -> bool:
-        """Whether the screen, the cursor and the modes are as before."""
+        """Return whether the screen, the cursor and the modes are as before."""
         return (
             self.said.count(TAKEN) == self.said.count(GIVEN_BACK) > 0
             and self.said.rindex(GIVEN_BACK) > self.said.rindex(TAKEN)

@@ -1,4 +1,4 @@
-"""Run on pure cgroup v2, in an emulated machine, the tests that depend on the kernel's hierarchy.
+"""Run the tests that depend on the kernel's cgroup hierarchy on pure cgroup v2, in an emulated machine.
 
 `python -m tests.vm [pytest arguments]` boots Debian's own kernel under QEMU, in software, with this host's file
 system underneath (read-only; what is written goes to memory), runs pytest there and ends with pytest's exit status.
@@ -40,15 +40,15 @@ TESTS = (
     "tests/integrations/gunicorn/test_tenants.py",
     "tests/integrations/gunicorn/test_events.py",
 )
-#: What of this environment pytest finds in the machine.
+#: The variables of this environment that pytest gets in the machine.
 PASSED_ON = ("CI", "HYPOTHESIS_PROFILE", "RCON_TEST_LONG")
-#: Not pytest, but a program: `python -m tests.vm tests/benchmarks --only events`.
+#: Programs to run in place of pytest: `python -m tests.vm tests/benchmarks --only events`.
 BENCHMARKS = "tests/benchmarks"
 SOURCES = ("rcon_plugins", "integrations", "tests", "examples")
 DISK_MIB = 256
 SECTOR = 512
 FIRST_SECTOR = 2048
-SCRATCH = Path("/run/scratch")  # in the machine, on its own tmpfs
+SCRATCH = Path("/run/scratch")  # in the machine, on a tmpfs
 
 
 def fail(message: str) -> NoReturn:
@@ -57,7 +57,7 @@ def fail(message: str) -> NoReturn:
 
 
 def need(program: str) -> str:
-    """The path of a program; system programs are found for ordinary users too."""
+    """Return the path of a program. Find system programs for ordinary users, too."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin:/sbin"])
     found = shutil.which(program, path=path)
     if found is None:
@@ -68,7 +68,7 @@ def need(program: str) -> str:
 
 
 def newest_kernel() -> Path:
-    """The newest installed kernel of Debian's plain flavour; the -cloud- one has no 9p."""
+    """Return the newest installed kernel of Debian's plain flavour. The -cloud- flavour has no 9p."""
     kernels = [
         k for k in Path("/boot").glob("vmlinuz-*-amd64") if not re.search(r"-(cloud|rt)-amd64$", k.name)
     ]
@@ -81,7 +81,7 @@ def newest_kernel() -> Path:
 
 
 def make_disk(path: Path) -> None:
-    """A disk image with one ext4 partition, so that tests meet a partition and the disk it belongs to."""
+    """Make a disk image with one ext4 partition, so that tests use a partition and the disk it belongs to."""
     size = DISK_MIB * 1024 * 1024
     entry = struct.pack(
         "<B3sB3sII", 0, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", FIRST_SECTOR, size // SECTOR - FIRST_SECTOR
@@ -93,14 +93,14 @@ def make_disk(path: Path) -> None:
         image.seek(510)
         image.write(b"\x55\xaa")
     offset = FIRST_SECTOR * SECTOR
-    # Tables are written now, or the kernel would write them in the background while IO is being measured.
+    # Write the tables now. Otherwise the kernel would write them in the background while tests measure IO.
     options = f"offset={offset},lazy_itable_init=0,lazy_journal_init=0"
     command = [need("mkfs.ext4"), "-q", "-F", "-E", options, str(path), f"{(size - offset) // 1024}k"]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
 
 def boot(arguments: list[str], *, kernel: Path | None, timeout: int, memory: str, verbose: bool) -> int:
-    """Boot, run pytest in the machine, and return its exit status. Nothing is left running, however this ends."""
+    """Boot, run pytest in the machine, and return its exit status. Leave nothing running, however this ends."""
     kernel = kernel or newest_kernel()
     for program in ("qemu-system-x86_64", "busybox", "virtme-run"):
         need(program)
@@ -113,9 +113,9 @@ def boot(arguments: list[str], *, kernel: Path | None, timeout: int, memory: str
         inside = ["env", *kept, sys.executable, str(Path(__file__).resolve()), "--inside", "--", *arguments]
         command = [need("vng"), "--run", str(kernel), "--disable-kvm", "--force-9p", "--user", "root"]
         command += ["--memory", memory, "--cpus", "2", "--cwd", str(ROOT)]
-        # Nothing needs it there, and loading it takes seconds.
+        # The tests do not need it, and loading it takes seconds.
         command += ["--append", "modprobe.blacklist=kvm,kvm_amd,kvm_intel"]
-        # Not --disk, which leaves QEMU to guess the format.
+        # Do not use --disk: QEMU would guess the format.
         command += [f"--qemu-opts=-drive file={disk},format=raw,if=virtio"]
         command += ["--verbose"] * verbose + ["--", shlex.join(inside)]
         machine = guarded(command, timeout)
@@ -150,12 +150,12 @@ def compile_sources(tests: list[str]) -> None:
 
 
 def guarded(command: list[str], timeout: int) -> subprocess.Popen[bytes]:
-    """Start what is a machine: it ends with this process, and after that many seconds; its output is a pipe."""
-    # setpriv: killed with this process, even by SIGKILL. timeout: leads a process group of its own, passes
-    # signals on to all of it, and bounds the run.
+    """Start a machine. It ends with this process, or after so many seconds. Its output is a pipe."""
+    # setpriv: the kernel kills the machine with this process, even after SIGKILL. timeout: it leads a process group,
+    # passes signals on to all of it, and bounds the run.
     guard = [need("setpriv"), "--pdeathsig", "TERM", need("timeout"), "--kill-after=10", str(timeout)]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin:/sbin"])
-    # Pipes, not our own stdout: QEMU opens it again by name, and would truncate a file.
+    # Use a pipe, not our own stdout: QEMU opens that again by name, and would truncate a file.
     return subprocess.Popen(
         guard + command,
         cwd=ROOT,
@@ -176,7 +176,7 @@ def pass_through(machine: subprocess.Popen[bytes]) -> None:
 
 
 def stop(machine: subprocess.Popen[bytes]) -> None:
-    """End the whole process group, QEMU included."""
+    """End the whole process group, including QEMU."""
     for number, grace in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(machine.pid, number)
@@ -190,7 +190,7 @@ def stop(machine: subprocess.Popen[bytes]) -> None:
 
 
 def inside(arguments: list[str]) -> NoReturn:
-    """In the machine, as root: check what it is, mount the disk, and become pytest."""
+    """Check the machine, mount the disk, and execute pytest. Called in the machine, as root."""
     present = Path("/sys/fs/cgroup/cgroup.controllers").read_text().split()
     missing = [name for name in CONTROLLERS if name not in present]
     if missing:
@@ -216,7 +216,7 @@ def inside(arguments: list[str]) -> NoReturn:
     os.environ.update(RCON_TEST_EMULATED="1", RCON_TEST_DISK=str(disk), TMPDIR=str(tmp), HOME=str(tmp))
     os.environ.update(PYTHONDONTWRITEBYTECODE="1", HYPOTHESIS_STORAGE_DIRECTORY=str(tmp / "hypothesis"))
     os.chdir(ROOT)
-    # The root is read-only, so pytest keeps no cache; everything is several times slower here than on the host.
+    # The root is read-only, so pytest keeps no cache. Everything is several times slower here than on the host.
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=300"]
     options += ["--basetemp", str(tmp / "pytest")]
     if arguments[0] == BENCHMARKS:

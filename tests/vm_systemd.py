@@ -1,12 +1,12 @@
-"""Boot an emulated machine whose PID 1 is Debian's systemd, and run there the tests that need one.
+"""Boot an emulated machine whose PID 1 is Debian's systemd, and run the tests that need it there.
 
-`python -m tests.vm_systemd [pytest arguments]` boots, as tests/vm.py does, Debian's own kernel under QEMU with this
-host's file system underneath (read-only), on pure cgroup v2; but what the kernel starts is /lib/systemd/systemd. It
-finds no units but those that are put there: the system's bus, what units depend on, managers of users, and a service
-that runs pytest, in a cgroup that is not delegated, and ends the machine. What else this host starts at boot is not
-started there, and costs no time.
+`python -m tests.vm_systemd [pytest arguments]` boots, like tests/vm.py, Debian's own kernel under QEMU with this host's
+file system underneath (read-only), on pure cgroup v2. But the kernel starts /lib/systemd/systemd. systemd finds only
+the units that this module installs: the system's bus, the dependencies of units, managers of users, and a service that
+runs pytest, in a cgroup that is not delegated, and ends the machine. Other units that this host starts at boot are not
+started.
 
-In the machine the tests find `RCON_TEST_INIT=systemd`, by which those marked `init("systemd")` are selected; a loopback
+In the machine the tests find `RCON_TEST_INIT=systemd`, which selects the tests marked `init("systemd")`; a loopback
 network; `TMPDIR`, the whole of /tmp and /run on a tmpfs; two CPUs and 1 GiB of memory.
 """
 
@@ -27,9 +27,9 @@ from tests.vm import ROOT, compile_sources, fail, guarded, need, newest_kernel, 
 TESTS = "tests/kernel/systemd"
 SYSTEMD = Path("/lib/systemd/systemd")
 UNITS = SYSTEMD.parent / "system"
-#: Where systemd looks for units, in the machine, and nowhere else.
+#: The only directory in the machine where systemd looks for units.
 UNIT_PATH = Path("/run/systemd/system")
-#: Of the system's own, what the tests' units need; nothing of it starts anything else.
+#: The units of the system that the tests' units need. They start no other units.
 OF_THE_SYSTEM = (
     *("basic.target", "sysinit.target", "shutdown.target", "sockets.target", "umount.target", "final.target"),
     *("slices.target", "user.slice", "user@.service", "user-runtime-dir@.service"),
@@ -51,11 +51,11 @@ Environment={environment}
 ExecStart={command}
 ExecStopPost=/bin/sh -c 'echo $EXIT_STATUS >/dev/ttyS1; sleep 0.1; echo o >/proc/sysrq-trigger'
 """
-#: Everything takes longer in an emulated machine.
+#: A longer timeout, because everything takes longer in an emulated machine.
 MANAGER = "[Manager]\nDefaultTimeoutStartSec=280s\nDefaultTimeoutStopSec=280s\n"
-#: What is PAM's and logind's business elsewhere: neither is needed for a manager of a user.
+#: Settings that PAM and logind make on other machines. The manager of a user needs neither of the two.
 USER_MANAGER = "[Service]\nPAMName=\nEnvironment=XDG_RUNTIME_DIR=/run/user/%i\n"
-#: The bus of a user's session, as the package dbus-user-session has it.
+#: The bus of a user's session, as in the package dbus-user-session.
 USER_BUS = {
     "dbus.socket": "[Socket]\nListenStream=%t/bus\n",
     "dbus.service": "[Unit]\nRequires=dbus.socket\n[Service]\nType=notify\n"
@@ -64,10 +64,10 @@ USER_BUS = {
 
 
 def beginning(prepared: Path) -> str:
-    """What PID 1 does before it is systemd, in sh. The file system below is read-only, and its /tmp is the host's.
+    """Return the sh script that PID 1 runs before systemd. The file system below is read-only, with the host's /tmp.
 
-    What leads to the project and to its Python may be root's alone; services of ordinary users have to get there, and
-    through nothing else that is private.
+    The directories above the project and its Python may be open to root alone. Services of ordinary users must be able
+    to pass through them, but through no other private directories.
     """
     lines = [
         "set -e",
@@ -94,7 +94,7 @@ def beginning(prepared: Path) -> str:
 
 
 def prepare(directory: Path, arguments: list[str]) -> None:
-    """What is to be /run/systemd in the machine."""
+    """Make the directory that becomes /run/systemd in the machine."""
     units = directory / "system"
     for name in ("system/user@.service.d", "user/sockets.target.wants", "system.conf.d", "user.conf.d"):
         directory.joinpath(name).mkdir(parents=True)
@@ -128,7 +128,7 @@ def prepare(directory: Path, arguments: list[str]) -> None:
 
 
 def machine(kernel: Path, scratch: Path, memory: str) -> list[str]:
-    """The command that boots it: its first serial port is our output, the second takes the exit status."""
+    """Return the command that boots the machine. Serial port 1 is our output; port 2 receives the exit status."""
     initramfs, prepared = scratch / "initramfs", scratch / "systemd"
     version = kernel.name.removeprefix("vmlinuz-")
     subprocess.run(
@@ -148,7 +148,7 @@ def machine(kernel: Path, scratch: Path, memory: str) -> list[str]:
 
 
 def boot(arguments: list[str], *, timeout: int, memory: str) -> int:
-    """Boot, run pytest in the machine, and return its exit status. Nothing is left running, however this ends."""
+    """Boot, run pytest in the machine, and return its exit status. Leave nothing running, however this ends."""
     kernel = newest_kernel()
     print(f"Booting {kernel.name} with systemd as PID 1 in an emulated machine (about 20 s) ...", flush=True)
     compile_sources([TESTS])

@@ -150,7 +150,7 @@ class Hooks:
             WsgiService(worker.wsgi),
             on_lost=functools.partial(_replace, worker),
             after_fork=[*after_fork(traits), leaving_log_files()],
-            # With the heartbeat file a request could keep a hung worker alive; with a log file it could truncate the log.
+            # With the heartbeat file a request could keep a hung worker alive; with a log file it could empty the log.
             server_files=[worker.tmp.fileno(), *log_files(worker.log)],
         )
         self._manager = manager

@@ -70,7 +70,7 @@ class Master:
         """Kill the processes and remove the cgroups that an ended worker left behind."""
         try:
             self.deployment.instance.sweep(f"{worker}-")
-        except (RconError, OSError, ValueError) as error:  # an exception would end gunicorn and all its workers
+        except (RconError, OSError, ValueError) as error:  # else gunicorn and all its workers would end
             server.log.warning(
                 "rcon: could not clean up after worker %d; the next start will: %s", worker, error
             )

@@ -1,8 +1,7 @@
-"""What confinement costs, and what it saves the neighbours: ``python tests/benchmarks``.
+"""Measure what confinement costs, and how it protects other tenants: ``python tests/benchmarks``.
 
-Prints figures and asserts nothing; docs/explanation/benchmarks.md says how to read them. What is compared runs
-side by side on this machine, alternately and in the same minute, so that the ratios mean something where the
-absolute figures do not.
+Print figures and assert nothing; docs/explanation/benchmarks.md explains them. The servers compared run side by side on
+this machine, in turns within the same minute. So the ratios are meaningful even if the absolute figures are not.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ AIM_ADDED = 250e-6
 
 PARTS = ("throughput", "latency", "neighbours", "events", "startup", "tasks")
 MODES = ("plain", "inline", "thread", "process")
-#: Measured beside them for their throughput only: what is made for each request, and thrown away.
+#: Two servers that make a thread or process for each request and discard it. Only their throughput is measured.
 EACH_ANEW = ("new thread", "new process")
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tenants"
 
 
 def main() -> int:
-    """Run what was asked for."""
+    """Run the benchmarks that the arguments name."""
     parser = argparse.ArgumentParser(prog="tests/benchmarks", description="What confinement costs.")
     parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be given again")
     parser.add_argument("--rounds", type=int, default=15, help="how often the servers take turns")
@@ -79,7 +78,7 @@ def main() -> int:
 def throughput(
     servers: dict[str, Gunicorn], connections: int, rounds: int, seconds: float
 ) -> dict[str, dict[str, float]]:
-    """Requests per second of each server, median of the rounds, and its ratio to the plain one's."""
+    """Return the requests per second of each server, as the median of the rounds, and the ratio to the plain server."""
     crowds = {mode: Crowd(server.port, connections) for mode, server in servers.items()}
     rates: dict[str, list[float]] = {mode: [] for mode in servers}
     for crowd in crowds.values():
@@ -91,7 +90,7 @@ def throughput(
     return {
         mode: {
             "requests_per_second": statistics.median(mine),
-            # of each round's own pair: what the machine did meanwhile, it did to both
+            # the median of the ratios within each round: other load on the machine affects both servers of a round
             "ratio": statistics.median(rate / other for rate, other in zip(mine, plain, strict=True)),
             "ratio_of_best": max(mine) / max(plain),
         }
@@ -100,7 +99,7 @@ def throughput(
 
 
 def latency(servers: dict[str, Gunicorn], count: int) -> dict[str, dict[str, float]]:
-    """Seconds from question to answer at ten requests a second to each server."""
+    """Return the seconds from request to response, at ten requests a second to each server."""
     connections = {mode: Connection(servers[mode].port) for mode in MODES}
     taken: dict[str, list[float]] = {mode: [] for mode in MODES}
     pause = 0.1 / len(connections)
@@ -121,7 +120,7 @@ def latency(servers: dict[str, Gunicorn], count: int) -> dict[str, dict[str, flo
 
 
 def neighbours(rounds: int, seconds: float) -> dict[str, dict[str, float | int]]:
-    """The latency of the example's tenant `steady`: by itself, and while the other three misbehave, in turns."""
+    """Return the latency of the example's tenant `steady`, alone and while the other three misbehave, in turns."""
     sys.path.insert(0, str(EXAMPLE))
     import demo
     import load
@@ -155,7 +154,7 @@ def neighbours(rounds: int, seconds: float) -> dict[str, dict[str, float | int]]
 
 
 def report(found: dict[str, Any]) -> None:
-    """The tables."""
+    """Print the tables."""
     for connections in (1, 8):
         rates = found.get(f"throughput_{connections}")
         if rates:
@@ -204,7 +203,7 @@ def report(found: dict[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    """Progress, for the person who waits."""
+    """Print a line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,6 @@
-"""What confinement costs a Celery worker: tasks a second, of one process of a prefork pool, on Redis.
+"""Measure what confinement costs a Celery worker: tasks per second of one process of a prefork pool, on Redis.
 
-Imported by each worker as its application too: ``-A celery_tasks``.
+Each worker also imports this module as its application: ``-A celery_tasks``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 URL = "RCON_BENCHMARK_REDIS"
 
 
-#: What a task of the second sort does: so many rounds of PBKDF2, some 10 ms of CPU time.
+#: The number of rounds of PBKDF2 in a task that works: some 10 ms of CPU time.
 HASH_ROUNDS = 25_000
 
 
 class Kind(NamedTuple):
-    """A task, how many of it are run at a time, the worker that runs it, and what it is compared with."""
+    """A task, the number of them in one turn, the worker that runs them, and the kind to compare with."""
 
     task: str
     many: int
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
     base: str = "plain"
 
 
-#: Workers by name, and the options of each. Of what is compared each has its own, for they keep processes ready.
+#: Workers by name, and the options of each. Kinds that are compared have workers of their own, which keep spares ready.
 WORKERS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "reused": (),
@@ -48,7 +48,7 @@ KINDS = {
     "plain": Kind("plain", 100, "plain"),
     "reused": Kind("reused", 100, "reused"),
     "fresh": Kind("fresh", 30, "fresh"),
-    # The pool looks only about once a second if one of its processes is to be replaced.
+    # The pool checks only about once a second whether to replace one of its processes.
     "plain, child=1": Kind("plain", 5, "child=1"),
     "plain, 10 ms": Kind("plain-at-work", 30, "plain", "plain, 10 ms"),
     "reused, 10 ms": Kind("reused-at-work", 30, "reused", "plain, 10 ms"),
@@ -57,7 +57,7 @@ KINDS = {
 
 
 def make(url: str) -> Celery:
-    """The application: the same two tasks, three times."""
+    """Return the application, with the same two tasks three times."""
     app = Celery("benchmark", broker=url, backend=url, set_as_current=False)
     app.conf.update(broker_connection_retry_on_startup=True, worker_prefetch_multiplier=32)
     install(app)
@@ -80,8 +80,8 @@ def make(url: str) -> Celery:
 
 
 def rates(rounds: int) -> dict[str, dict[str, float]]:
-    """Of each kind tasks per second and the CPU time of each task, medians of the rounds; they take turns."""
-    sys.path.insert(0, str(ROOT))  # the redis-server and the worker are those of the tests
+    """Return tasks per second and CPU time per task of each kind, as medians of the rounds. The kinds take turns."""
+    sys.path.insert(0, str(ROOT))  # use the redis-server and the worker of the tests
     from tests.integrations.celery.redis_server import RedisServer
     from tests.integrations.celery.worker import Worker
 
@@ -110,13 +110,13 @@ def rates(rounds: int) -> dict[str, dict[str, float]]:
                 before = cpu_seconds(workers[kind.worker].family())
                 rate = throughput(apps[kind.worker], kind.task, next(queues), kind.many)
                 cpu = cpu_seconds(workers[kind.worker].family()) - before
-                if turn:  # the first is to warm up
+                if turn:  # the first turn is for warming up
                     measured[name].append((rate, cpu / kind.many))
     return {name: compared(measured[name], measured[kind.base]) for name, kind in KINDS.items()}
 
 
 def compared(mine: list[tuple[float, float]], base: list[tuple[float, float]]) -> dict[str, float]:
-    """The medians, and those of what is compared within each round."""
+    """Return the medians, and the medians of the ratios and differences within each round."""
     pairs = list(zip(mine, base, strict=True))
     return {
         "tasks_per_second": statistics.median(rate for rate, _ in mine),
@@ -130,7 +130,7 @@ def compared(mine: list[tuple[float, float]], base: list[tuple[float, float]]) -
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
-    """The CPU time of these processes and of those of their children that have ended."""
+    """Return the CPU seconds of these processes, including their children that have ended."""
     ticks = 0
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -140,7 +140,7 @@ def cpu_seconds(pids: Iterable[int]) -> float:
 
 
 def throughput(app: Celery, task: str, queue: str, count: int) -> float:
-    """Put tasks into a queue that nobody reads yet; then have the worker read it."""
+    """Put tasks into a queue, then make the worker read it. Return tasks per second."""
     sent = [app.tasks[task].apply_async((number,), queue=queue) for number in range(count)]
     app.control.add_consumer(queue)
     sent[-1].get(timeout=60)
@@ -150,7 +150,7 @@ def throughput(app: Celery, task: str, queue: str, count: int) -> float:
 
 
 def report(found: dict[str, dict[str, float]]) -> None:
-    """The table. CPU time is that of all processes of the worker: it says most where others use the machine too."""
+    """Print the table. CPU time covers all processes of the worker. It is the best figure on a busy machine."""
     print("\nCelery, a task that does nothing or works for 10 ms, one process of a prefork pool, Redis")
     head = ("tasks/s", "ratio", "of best", "added", "of best", "CPU", "added")
     print(f"  {'':16}" + "".join(f"{word:>10}" for word in head) + f"{'aim':>17}")
@@ -165,7 +165,7 @@ def report(found: dict[str, dict[str, float]]) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """``app``, for a worker."""
+    """Return ``app`` when a worker imports it."""
     if name == "app":
         return make(os.environ[URL])
     raise AttributeError(name)

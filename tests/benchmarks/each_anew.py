@@ -1,7 +1,7 @@
-"""How others separate requests, for comparison: a thread, or a process, made for each request and thrown away.
+"""Other ways to separate requests, for comparison: make a thread or a process for each request and discard it.
 
-Both take another identity for each request, as the ``thread`` policy of the benchmark does. ``new_thread`` is what
-mod_process_security does in Apache, ``new_process`` what a fork for each request costs at the very least.
+Both change to another identity for each request, like the ``thread`` policy of the benchmark. ``new_thread`` does the
+same as mod_process_security in Apache. ``new_process`` shows the least cost of a fork for each request.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rcon_plugins.kernel.capability import Capabilities, Identity, drop
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse
 
-#: Who the requests run as: any user but the server's.
+#: The user that the requests run as: any user except the server's.
 NOBODY = Identity(65534, 65534)
 
 
 def new_thread(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-    """Run the application in a new thread that drops, and wait for it."""
+    """Run the application in a new thread that drops privileges, and wait for it."""
     found: list[bytes] = []
 
     def serve() -> None:
@@ -38,7 +38,7 @@ def new_thread(environ: dict[str, Any], start_response: StartResponse) -> Iterab
 
 
 def new_process(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-    """Run the application in a new process that drops, and read what it says from a pipe."""
+    """Run the application in a new process that drops privileges, and read the response from a pipe."""
     ours, theirs = os.pipe()
     pid = posix.fork()
     if pid == 0:

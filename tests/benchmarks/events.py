@@ -1,8 +1,8 @@
-"""From event to callback: how long it takes until a program is told what happened to a cgroup.
+"""Measure the time from an event in a cgroup to the callback of a program.
 
-A process in the cgroup writes down the time before everything it does; when the callback runs, the last time is that
-of what caused the event. So the kernel's own part is in it: reclaim, choosing whom to kill, the kill. How large that
-is, the same says of a thread that does nothing but poll the kernel's files, in turns with ours.
+A process in the cgroup notes the time before each step. When the callback runs, the last time noted is that of the step
+that caused the event. So the result includes the kernel's own part: reclaim, choosing the victim, the kill. To show how
+large that part is, the same is measured, in turns, for a thread that only polls the kernel's files.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ Told = Callable[[str], object]
 
 
 def latency(rounds: int) -> dict[str, dict[str, float]]:
-    """For each kind of event that the kernel tells of at once: median and ninth decile, in seconds; those of the bare
-    poll, and the median of ours as a multiple of its median, where it can tell that kind.
+    """Return the median and the ninth decile, in seconds, for each kind of event that the kernel reports immediately.
+
+    For kinds that the bare poll detects, too, add its figures, and our median as a multiple of its median.
     """
     clock = mmap.mmap(-1, mmap.PAGESIZE)
-    # Touched here first, so that it is not the cgroup's own: a page of that is not sure to outlive the kill.
+    # Touch the page here first, so that it is not charged to the cgroup: such a page might not outlive the kill.
     struct.pack_into("d", clock, 0, 0.0)
     with (
         _Side("ours", _watched, clock) as ours,
@@ -66,7 +67,7 @@ def _summary(some: list[float]) -> dict[str, float]:
 
 
 class _Side:
-    """A cgroup of its own, and what tells of its events."""
+    """A cgroup and the reporter of its events, ours or the bare poll."""
 
     def __init__(
         self, name: str, telling: Callable[[Cgroup, Told], AbstractContextManager[object]], clock: mmap.mmap
@@ -89,7 +90,7 @@ class _Side:
         self._cgroup.delete()
 
     def turn(self) -> None:
-        """A process that runs into the limit."""
+        """Run a process that reaches the limit, and wait for its events."""
         self._seen = set()
         self._complete.clear()
         os.waitpid(_greedy(self._cgroup, self._clock), 0)
@@ -100,7 +101,7 @@ class _Side:
     def _told(self, kind: str) -> None:
         now = time.monotonic()
         if kind in self._seen:
-            return  # one incident may be told more than once
+            return  # one event may be reported more than once
         self._seen.add(kind)
         self.taken[kind].append(now - struct.unpack_from("d", self._clock)[0])
         if self._seen == set(KINDS):
@@ -116,7 +117,7 @@ def _watched(cgroup: Cgroup, told: Told) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _polled(cgroup: Cgroup, told: Told) -> Iterator[None]:
-    """The least that a program can do: poll(2), read, compare. v1 tells of kills no other way than of the limit."""
+    """Report events with the least work: poll(2), read, compare. v1 reports a kill in the same way as a limit hit."""
     files: dict[int, str] = {}
     reading, ending = os.pipe()
     poll = select.poll()
@@ -165,7 +166,7 @@ def _polled(cgroup: Cgroup, told: Told) -> Iterator[None]:
 
 
 def _greedy(cgroup: Cgroup, clock: mmap.mmap) -> int:
-    """A process that needs ever more memory, until it is killed."""
+    """Fork a process that uses more and more memory until it is killed. Return its pid."""
     pid = os.fork()
     if pid == 0:
         try:

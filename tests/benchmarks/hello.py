@@ -1,4 +1,4 @@
-"""The application of the benchmarks: the least an application can do."""
+"""The application of the benchmarks: the smallest possible application."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ _BODY = b"Hello, world\n"
 
 
 def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-    """Say hello."""
+    """Answer every request with the same short text."""
     start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(_BODY)))])
     return [_BODY]

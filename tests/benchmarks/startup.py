@@ -1,4 +1,4 @@
-"""How long ``rcon run -- true`` takes, beside starting Python and nothing else."""
+"""Measure how long ``rcon run -- true`` takes, compared with only starting Python."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-#: At most so many times as long as ``python3 -c pass``.
+#: The aim: at most so many times as long as ``python3 -c pass``.
 AIM = 4.0
 
 
 def measure(rounds: int) -> dict[str, dict[str, float]]:
-    """Median wall time and CPU time in seconds, and how many times that of ``python3 -c pass``, taken in turns."""
+    """Return median wall and CPU time in seconds, and their multiples of ``python3 -c pass``, measured in turns."""
     script = Path(sys.executable).with_name("rcon")
     commands = {
         "python3 -c pass": [sys.executable, "-c", "pass"],

@@ -1,4 +1,4 @@
-"""The gunicorns that are compared: the same but for what confines them."""
+"""The gunicorn servers that are compared. They differ only in how they are confined."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from wire import Connection
 
 HERE = Path(__file__).resolve().parent
 
-#: What each server asks for; those without are plain gunicorn.
+#: The policy of each server. Servers without one are plain gunicorn.
 POLICIES = {
     "inline": 'isolation = "inline"\npids = 256',
     "thread": 'isolation = "thread"\npids = 256\nuser = 65534\ngroup = 65534',
     "process": 'isolation = "process"\nmemory = "256M"\npids = 64\ncpu = "200%"',
 }
-#: What each server serves, if not the hello-world application as it is.
+#: The application of each server that does not serve the plain hello-world application.
 APPLICATIONS = {"new thread": "each_anew:new_thread", "new process": "each_anew:new_process"}
 
 
 class Gunicorn:
-    """One server with the hello-world application: one gthread worker with eight threads."""
+    """A server with the hello-world application: one gthread worker with eight threads."""
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
@@ -58,7 +58,7 @@ class Gunicorn:
         self._wait_until_served()
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server."""
         self._process.terminate()
         try:
             self._process.wait(timeout=15)

@@ -1,4 +1,4 @@
-"""An HTTP client that costs little: requests made ahead, kept connections, answers read by their length."""
+"""A cheap HTTP client: it prepares requests in advance, keeps connections, and reads responses by their length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PATIENCE = 30.0
 
 
 class Connection:
-    """One kept connection that asks the same question again and again."""
+    """One kept connection that sends the same request again and again."""
 
     def __init__(self, port: int, host: str = "bench.example", path: str = "/") -> None:
         self._request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
@@ -21,11 +21,11 @@ class Connection:
         self._size = len(self._first_answer())
 
     def ask(self) -> None:
-        """Send the question."""
+        """Send the request."""
         self.socket.sendall(self._request)
 
     def answer(self) -> None:
-        """Read the whole answer. Raises `RuntimeError` unless it is the one expected."""
+        """Read the whole response. Raises `RuntimeError` unless it is the expected one."""
         data = self.socket.recv(65536)
         while len(data) < self._size:
             more = self.socket.recv(65536)
@@ -66,14 +66,14 @@ class Connection:
 
 @dataclass
 class Crowd:
-    """Some connections to one server, driven by one thread."""
+    """Several connections to one server, driven by one thread."""
 
     port: int
     size: int
     _connections: list[Connection] = field(default_factory=list)
 
     def throughput(self, seconds: float) -> float:
-        """Requests answered per second, each connection asking anew as soon as it is answered."""
+        """Return the requests served per second. Each connection sends the next request after each response."""
         while len(self._connections) < self.size:
             self._connections.append(Connection(self.port))
         try:
