@@ -1,6 +1,6 @@
-"""Applications that show each behaviour WSGI allows, and the requests to show it with.
+"""Applications for each behaviour that WSGI allows, and requests that show it.
 
-Each is served alone, confined inline and confined in a process; a client must not be able to tell.
+Each application is served alone, confined inline, and confined in a process. A client must see no difference.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Case(NamedTuple):
     path: str = ""
     headers: tuple[str, ...] = ()
     body: bytes = b""
-    #: Sent chunked, which wsgiref's server does not understand.
+    #: Whether the request is sent chunked, which wsgiref's server does not understand.
     chunked: bool = False
-    #: Whether wsgiref.validate finds nothing to say against the application itself.
+    #: Whether wsgiref.validate accepts the application itself.
     valid: bool = True
-    #: Whether the pieces of a chunked response are the same, not only what they add up to.
+    #: Whether the chunks of a response are the same, not only their sum.
     framing: bool = True
-    #: The servers to be asked.
+    #: The servers to send the request to.
     servers: tuple[str, ...] = ("wsgiref", "gunicorn")
 
 
@@ -52,7 +52,7 @@ def case(name: str = "", **options: Any) -> Callable[[Application], Application]
 
 
 class Closing:
-    """An iterable with a close() that leaves a mark in the server's log."""
+    """An iterable with a close() that writes to the server's log."""
 
     def __init__(self, chunks: Iterable[bytes], mark: str = "closed") -> None:
         self._chunks = chunks
@@ -116,7 +116,7 @@ def tuple_of_chunks(environ: Environ, start_response: Any) -> Iterable[bytes]:
     return (b"one", b"", b"two", b"three" * 1000)
 
 
-@case("many-chunks", framing=False)  # so many at once are joined on the way
+@case("many-chunks", framing=False)  # the host joins so many chunks at once
 def many_chunks(environ: Environ, start_response: Any) -> Iterable[bytes]:
     start_response("200 OK", [*TEXT])
     return [b"%06d\n" % number * 100 for number in range(2000)]
@@ -190,7 +190,7 @@ def write_and_yield(environ: Environ, start_response: Any) -> Iterable[bytes]:
     return Closing([b"and yielded, ", b"and more"])
 
 
-# gunicorn alone sends the headers of both calls; from a process come those of the last, as PEP 3333 has it.
+# gunicorn alone sends the headers of both calls. A process sends those of the last call, as PEP 3333 requires.
 @case("exc-info-before-headers", servers=("wsgiref",))
 def exc_info_before_headers(environ: Environ, start_response: Any) -> Iterable[bytes]:
     start_response("200 OK", [*TEXT])
@@ -325,10 +325,10 @@ def large_headers(environ: Environ, start_response: Any) -> Iterable[bytes]:
 @case("environ-large", headers=tuple(f"X-Large-{n}: {'v' * 7000}" for n in range(60)))
 @case("environ-repeated", headers=("X-A: 1", "X-A: 2", "Cookie: a=1", "Cookie: b=2", "Accept:"))
 def show_environ(environ: Environ, start_response: Any) -> Iterable[bytes]:
-    """All that is said to cross, and how it looks there."""
+    """Return all values of the environ that should reach the application, as it sees them."""
     kinds = (str, bytes, int, float, bool, type(None), tuple, list, dict)
     own = ("wsgi.multithread", "wsgi.multiprocess", "REMOTE_PORT", "SERVER_PORT")
-    servers = tuple(os.environ)  # wsgiref's server puts these in, too
+    servers = tuple(os.environ)  # wsgiref's server adds these, too
     shown = {
         key: ascii(value)
         for key, value in environ.items()
@@ -400,7 +400,7 @@ def readlines(environ: Environ, start_response: Any) -> Iterable[bytes]:
 @case("readlines-hint", method="POST", body=BODY, servers=("gunicorn",))
 def readlines_hint(environ: Environ, start_response: Any) -> Iterable[bytes]:
     start_response("200 OK", [*TEXT])
-    first = environ["wsgi.input"].readlines(5)  # a hint, which gunicorn does not take
+    first = environ["wsgi.input"].readlines(5)  # a hint, which gunicorn ignores
     return [hashlib.sha256(b"".join(first) + environ["wsgi.input"].read(len(BODY))).digest()]
 
 
@@ -455,7 +455,7 @@ def header_with_a_line_break(environ: Environ, start_response: Any) -> Iterable[
 
 
 def by_path(environ: Environ, start_response: Any) -> Iterable[bytes]:
-    """All of them: the first segment of the path is the name of a case."""
+    """Serve all cases: the first segment of the path is the name of a case."""
     name, slash, rest = environ["PATH_INFO"][1:].partition("/")
     environ["SCRIPT_NAME"] += f"/{name}"
     environ["PATH_INFO"] = slash + rest

@@ -1,4 +1,4 @@
-"""An HTTP client that shows the bytes, and the servers it speaks to."""
+"""An HTTP client that returns the raw bytes, and the servers it sends requests to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tests.contract.wsgi.apps import Case
 
 ROOT = Path(__file__).resolve().parents[3]
-TIMEOUT = 60.0  # no answer within so many seconds is a hang
+TIMEOUT = 60.0  # after so many seconds without an answer, a test counts as hung
 
 
 class Served(NamedTuple):
@@ -31,7 +31,7 @@ class Served(NamedTuple):
         return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT)
 
     def log_has(self, text: str, timeout: float = TIMEOUT) -> bool:
-        """Whether the text comes up in the server's log within the time."""
+        """Return whether the text appears in the server's log in time."""
         end = time.monotonic() + timeout
         while text not in self.log.read_text(errors="replace"):
             if time.monotonic() > end:
@@ -48,7 +48,7 @@ def serving(
     environment: dict[str, str] | None = None,
     pass_fds: tuple[int, ...] = (),
 ) -> Iterator[Served]:
-    """Run ``python -m`` with these arguments; it prints its port, unless that is known."""
+    """Run ``python -m`` with these arguments. The server prints its port, unless the port is given."""
     whole = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}", "PYTHONUNBUFFERED": "1"}
     whole |= {"PYTHONWARNINGS": "error", **(environment or {})}
     with log.open("w") as errors:
@@ -80,7 +80,7 @@ def serving(
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all below it."""
+    """Return a process and all its descendants."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
@@ -89,7 +89,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def request_of(name: str, case: Case) -> bytes:
-    """The request of a case, as bytes."""
+    """Return the request of a case, as bytes."""
     lines = [f"{case.method} /{name}{case.path} HTTP/1.1"]
     given = {line.partition(":")[0].lower() for line in case.headers}
     lines += [] if "host" in given else ["Host: a.example"]
@@ -109,7 +109,7 @@ def split(data: bytes, size: int) -> list[bytes]:
 
 
 def ask(served: Served, request: bytes) -> bytes:
-    """All that the server sends in answer, up to the end of the connection, or of a kept one's response."""
+    """Return all bytes of the answer, up to the end of the connection, or of the response on a kept connection."""
     with served.connect() as connection:
         connection.sendall(request)
         answer = b""
@@ -131,7 +131,7 @@ def is_whole(answer: bytes) -> bool:
 
 
 def comparable(answer: bytes, *, framing: bool) -> bytes:
-    """The answer without its date; without the sizes of its chunks, too, where they may differ."""
+    """Return the answer without its date, and without the sizes of its chunks if they may differ."""
     head, end, body = answer.partition(b"\r\n\r\n")
     head = re.sub(rb"\r\nDate: [^\r]*", b"", head)
     if head.startswith(b"HTTP/1.1 100"):
@@ -142,7 +142,7 @@ def comparable(answer: bytes, *, framing: bool) -> bytes:
 
 
 def dechunked(body: bytes) -> bytes:
-    """The body, and a mark where its end is missing."""
+    """Return the body, with a mark if its end is missing."""
     whole = b""
     while body:
         size, _, body = body.partition(b"\r\n")

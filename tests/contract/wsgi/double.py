@@ -1,7 +1,7 @@
-"""A stand-in for the manager that needs no cgroups: real processes, real channels, no limits.
+"""A test double for the manager that needs no cgroups: real processes, real channels, no limits.
 
-A host sees the same as with the real one: an executor waits for the first frame of a request, goes back to the pool
-when the request is finished, and `died` and `abort` report its end.
+It behaves like the real manager towards a host: an executor waits for the first frame of a request and returns to the
+pool when the request is finished; `died` and `abort` report its end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GRACE = 0.5
 
 
 class Executor:
-    """A forked process that serves one work after the other."""
+    """A forked process that serves one request after the other."""
 
     def __init__(self, service: Callable[[Channel, Frame], None], foreign: list[Executor]) -> None:
         ours, theirs = socket.socketpair()
@@ -57,7 +57,7 @@ class Executor:
             traceback.print_exc(file=sys.stderr)
 
     def stop(self, grace: float = 0.0) -> int:
-        """Wait for its end, and bring it about after the grace; returns the wait status."""
+        """Wait for the end of the process, and kill it after the grace period. Return the wait status."""
         watch = os.pidfd_open(self.pid)
         poll = select.poll()
         poll.register(watch, select.POLLIN)
@@ -136,7 +136,7 @@ class InProcess(Admission, ProcessAdmission):  # type: ignore[misc]
 
 
 class Manager:
-    """Admits everything, up to one work at a time."""
+    """Admits every request, one at a time."""
 
     def __init__(self, isolation: str = "process") -> None:
         self.isolation = isolation
@@ -155,7 +155,7 @@ class Manager:
         if self.isolation == "process":
             self._idle.append(Executor(service, []))
 
-    def admit(self, work: Work) -> Any:  # an Admission, or the real thing for threads
+    def admit(self, work: Work) -> Any:  # an Admission, or for threads a real ThreadAdmission
         self.works.append(work)
         if self.refuse is not None:
             raise self.refuse
@@ -188,7 +188,7 @@ class Manager:
             executor.stop(1.0)
 
     def wait_for_outcome(self, timeout: float = 5.0) -> Outcome:
-        """The next outcome, or TimeoutError."""
+        """Return the next outcome. Raises TimeoutError."""
         end = time.monotonic() + timeout
         while not self.outcomes:
             if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""Applications that take long, send much, or come to a bad end."""
+"""Applications that take long, send much data, or fail."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def take_all_at_once(environ: Environ, start_response: Any) -> Iterable[bytes]:
 
 
 class EverySecond:
-    """Says something once a second, until it is closed."""
+    """Yields a chunk every tenth of a second, until it is closed."""
 
     def __iter__(self) -> Iterator[bytes]:
         while True:
@@ -143,7 +143,7 @@ def die_in_close(environ: Environ, start_response: Any) -> Iterable[bytes]:
 
 @app
 def fork_and_return(environ: Environ, start_response: Any) -> Iterable[bytes]:
-    """Parent and child both return through the caller's frames; only one may answer."""
+    """Fork; parent and child both return through the caller's frames, but only the parent may answer."""
     child = os.fork()
     if child:
         os.waitpid(child, 0)

@@ -1,9 +1,8 @@
 """Serve the applications of `apps`, or those of `long_apps`, on a free port of 127.0.0.1, and print that port.
 
-``python -m tests.contract.wsgi.serve SERVER MODE``: SERVER is wsgiref or gunicorn, MODE is direct, inline,
-thread or process; with ``-validated`` behind it, wsgiref.validate stands on both sides; with ``-long``, it is
-`long_apps`.
-How each work ended is logged.
+``python -m tests.contract.wsgi.serve SERVER MODE``: SERVER is wsgiref or gunicorn. MODE is direct, inline, thread or
+process. With the suffix ``-validated``, wsgiref.validate checks both sides of the middleware. With ``-long``, it serves
+`long_apps`. The outcome of each request is logged.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from tests.contract.wsgi import apps, double, long_apps
 
 
 def application(mode: str) -> Any:
-    """The application as the mode says; forks its executor, so it belongs into the process that serves."""
+    """Return the application for the mode. It forks its executor, so call it in the process that serves."""
     mode, _, variant = mode.partition("-")
     app: Any = long_apps.by_path if variant == "long" else apps.by_path
     validated = variant == "validated"

@@ -1,4 +1,4 @@
-"""Large bodies with bounded memory; clients that go away; executors that come to a bad end."""
+"""Large bodies with bounded memory; clients that disconnect; executors that fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from tests.contract.wsgi.client import TIMEOUT, Served, ask, descendants, serving
 from tests.contract.wsgi.long_apps import PIECE, PIECES
 
-BOUND = 24 << 20  # bytes that a process may grow by while 200 MiB pass through it
+BOUND = 24 << 20  # how many bytes a process may grow while 200 MiB pass through it
 
 
 @pytest.fixture(params=["wsgiref", "gunicorn"])
@@ -28,7 +28,7 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def gunicorn(tmp_path: Path) -> Iterator[Served]:
-    """The server here that shows the client's socket."""
+    """gunicorn: of the servers here, only it exposes the client's socket."""
     with serving(tmp_path / "log", "tests.contract.wsgi.serve", "gunicorn", "process-long") as served:
         yield served
 
@@ -38,7 +38,7 @@ def get(path: str, *, version: str = "1.1", method: str = "GET") -> bytes:
 
 
 def resident(pid: int) -> int:
-    """The anonymous memory of a process, bytes."""
+    """Return the anonymous memory of a process, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     match = re.search(r"RssAnon:\s+(\d+) kB", status)
     assert match is not None
@@ -46,7 +46,7 @@ def resident(pid: int) -> int:
 
 
 class Growth:
-    """How much the processes of a server grew since it was made, at the most that was seen."""
+    """The most that the processes of a server have grown since this object was made, in bytes."""
 
     def __init__(self, served: Served) -> None:
         self._before = {pid: resident(pid) for pid in descendants(served.process.pid)}
@@ -64,7 +64,7 @@ def test_a_large_response_is_streamed_with_back_pressure(served: Served, name: s
     growth = Growth(served)
     with served.connect() as connection:
         connection.sendall(get(name, version="1.0"))
-        time.sleep(1.0)  # long enough for all of it, if nothing held it back
+        time.sleep(1.0)  # long enough to send all of it, if nothing blocks the sender
         growth.look()
         assert "<much is over>" not in served.log.read_text()
         size = 0
@@ -104,7 +104,7 @@ def test_a_large_request_is_streamed_with_back_pressure(served: Served) -> None:
 
 
 def test_a_client_that_goes_away_ends_the_stream(served: Served) -> None:
-    """The application's iterable is closed, as the server itself would have it."""
+    """The application's iterable is closed, as without confinement."""
     with served.connect() as connection:
         connection.sendall(get("every-second"))
         assert connection.recv(1)
@@ -120,7 +120,7 @@ def test_a_client_that_goes_away_ends_the_work_that_writes_nothing(
     with gunicorn.connect() as connection:
         connection.sendall(get(name))
         received = b""
-        while begun not in received:  # all that is written before it only computes
+        while begun not in received:  # the application writes this before it only computes
             received += connection.recv(100)
         assert gunicorn.log_has("<computing in ")
         pid = int(gunicorn.log.read_text().partition("<computing in ")[2].partition(">")[0])
@@ -137,7 +137,7 @@ def test_a_client_that_goes_away_during_its_upload(gunicorn: Served) -> None:
             b"POST /take-all-at-once HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\npart"
         )
         time.sleep(0.2)
-        # Not a close, but a reset: reading fails, in place of coming to an end.
+        # The connection is reset, not closed: reading fails instead of returning the end.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert gunicorn.log_has("<read failed: ConnectionResetError>")
     assert ask(gunicorn, get("ok")).endswith(b"ok")
@@ -176,7 +176,7 @@ def test_an_executor_that_ends_in_the_stream_cuts_it(served: Served) -> None:
 
 
 def test_a_response_without_length_is_cut_so_that_it_shows(gunicorn: Served) -> None:
-    """To a client of HTTP/1.0 the end of the connection is the end of the response, unless it is a reset."""
+    """A client of HTTP/1.0 takes the end of the connection for the end of the response, unless it is a reset."""
     answer = ask(gunicorn, get("die-in-the-stream", version="1.0"))
     assert answer.endswith(b"<reset>")
     assert ask(gunicorn, get("ok")).endswith(b"ok")

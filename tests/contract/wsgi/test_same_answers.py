@@ -1,4 +1,4 @@
-"""A client cannot tell whether an application is confined, inline, in a thread or in a process, or not at all."""
+"""A client gets the same answers from an application confined inline, in a thread, in a process, or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Serve = Callable[[str, str], Served]
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """Each server in each mode, started when it is first asked for."""
+    """Return a function that returns a server in a mode, started on first use."""
     folder: Path = tmp_path_factory.mktemp("servers")
     started: dict[tuple[str, str], Served] = {}
     with ExitStack() as stack:
@@ -49,7 +49,7 @@ def test_answers_are_the_same(serve: Serve, server: str, name: str, mode: str) -
 @pytest.mark.parametrize("mode", ["inline", "thread", "process"])
 @pytest.mark.parametrize(("server", "name"), [(server, name) for server, name in ALL if CASES[name].valid])
 def test_nothing_for_the_validator_to_complain_about(serve: Serve, server: str, name: str, mode: str) -> None:
-    """wsgiref.validate stands between server and middleware, and between middleware and application."""
+    """wsgiref.validate checks between server and middleware, and between middleware and application."""
     case = CASES[name]
     request = request_of(name, case)
     direct = ask(serve(server, "direct-validated"), request)
@@ -82,12 +82,12 @@ def test_the_applications_errors_are_in_the_servers_log(
         "error-in-close": "failed in close()",
     }[name]
     assert served.log_has(f"LookupError: the application {where}")
-    assert served.log_has("apps.py")  # its own traceback, not only ours
+    assert served.log_has("apps.py")  # the application's traceback, not only ours
 
 
 @pytest.mark.parametrize("name", ["error-in-the-stream", "exc-info-after-headers"])
 def test_a_response_that_fails_is_cut(serve: Serve, name: str) -> None:
-    """What the comparison with the server alone rests on: that is how it looks there."""
+    """The comparison with the server alone depends on this: the server cuts such a response off."""
     answer = ask(serve("gunicorn", "process"), request_of(name, CASES[name]))
     assert b"\r\nbegun" in answer
     assert not answer.endswith(b"0\r\n\r\n")
