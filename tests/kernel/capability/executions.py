@@ -1,8 +1,8 @@
-"""Random states, random files, and what the kernel made of one executing the other.
+"""Random thread states, random files, and the kernel's result when a thread executes a file.
 
-`python -m tests.kernel.capability.executions DIRECTORY SEED COUNT` writes them, pickled. It is a lean process with
-mounts of its own: it makes the files, and for each execution a thread that takes a state and executes the file, which
-tells what it has become (probe.py).
+`python -m tests.kernel.capability.executions DIRECTORY SEED COUNT` writes the executions, pickled. It is a small
+process with mounts of its own. It makes the files and, for each execution, a thread that takes a state and executes a
+file. The executed file reports its own state (probe.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CLONE_NEWNS = 0x20000
 
 
 class Execution(NamedTuple):
-    """One execve: the state before it, and after it; or the errno."""
+    """One execve: the state before it and after it, or the errno."""
 
     before: State
     file: File
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def own_mounts(libc: ctypes.CDLL) -> None:
-    """A mount namespace from which nothing gets out."""
+    """Enter a mount namespace, so that no mount is visible outside of it."""
     check(libc.unshare(ctypes.c_int(CLONE_NEWNS)), "unshare")
     check(libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None), "making mounts private")
 
@@ -90,7 +90,7 @@ def check(result: int, what: str) -> None:
 
 
 def make_files(draw: random.Random, plain: Path, nosuid: Path) -> Iterator[File]:
-    """Programs with random modes, owners and capabilities, and scripts that they interpret."""
+    """Make programs with random modes, owners and capabilities, and scripts that they interpret."""
     interpreters: list[Path] = []
     for number in range(FILES):
         path = draw.choices((plain, nosuid), (5, 1))[0] / str(number)
@@ -124,21 +124,21 @@ def decorate(draw: random.Random, path: Path) -> None:
 
 
 def some(draw: random.Random, capabilities: Capabilities) -> Capabilities:
-    """None of them, all, a few, or all but a few."""
+    """Return none of the capabilities, all, a few, or all but a few."""
     few = Capabilities(draw.getrandbits(64) & draw.getrandbits(64) & draw.getrandbits(64))
     return draw.choice((Capabilities(), ALL, few, few, ALL - few)) & capabilities
 
 
 def become(libc: ctypes.CDLL, draw: random.Random, everything: Capabilities) -> None:
-    """Let the calling thread have a random state within what it has."""
-    set_securebits(SECBIT_NO_SETUID_FIXUP)  # so that ids and capabilities can be set each by itself
+    """Set the calling thread to a random state that its capabilities allow."""
+    set_securebits(SECBIT_NO_SETUID_FIXUP)  # so that setting ids does not change capabilities
     set_groups(draw.sample(GIDS, draw.randrange(len(GIDS))))
     alike = draw.random() < 0.6
     gid, uid = draw.choice(GIDS), draw.choice(UIDS)
     set_gids(gid, gid if alike else draw.choice(GIDS), gid if alike else draw.choice(GIDS))
     set_uids(uid, uid if alike else draw.choice(UIDS), uid if alike else draw.choice(UIDS))
     if draw.random() < 0.2:
-        libc.setfsgid(draw.choice(GIDS))  # of this thread alone, of which there is one
+        libc.setfsgid(draw.choice(GIDS))  # acts on this thread alone
     if draw.random() < 0.2:
         libc.setfsuid(draw.choice(UIDS))
     permitted, inheritable, bounding = some(draw, everything), some(draw, everything), some(draw, everything)
@@ -154,9 +154,9 @@ def become(libc: ctypes.CDLL, draw: random.Random, everything: Capabilities) -> 
 
 
 def execute(libc: ctypes.CDLL, file: File, seed: int, everything: Capabilities) -> Execution:
-    """From a thread with a state drawn by ``seed``, that ends with it.
+    """Execute the file from a new thread with a state drawn by ``seed``. The thread ends afterwards.
 
-    A new process is as the thread that starts it, and posix_spawn(3) needs no copy of this process, as fork would.
+    A new process has the state of the thread that starts it. posix_spawn(3) does not copy this process, unlike fork.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(become_and_execute, libc, file, random.Random(seed), everything).result()

@@ -1,6 +1,6 @@
-"""A program that writes its ``/proc/self/status``, then its securebits in four bytes, and ends.
+"""A program that writes its ``/proc/self/status``, then its securebits in four bytes, and exits.
 
-Without a C library to load, so that thousands are executed in seconds, in an emulated machine too.
+It loads no C library, so that thousands of executions take only seconds, even in an emulated machine.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ HEADERS = 64 + 56
 
 
 def program() -> bytes:
-    """The file's content, for this machine: an ELF with one segment."""
+    """Return the content of the file for this machine: an ELF with one segment."""
     machine, listing = CODE[platform.machine()]
     code = b"".join(bytes.fromhex(line.split()[0]) for line in listing.split("\n") if line.strip()) + PATH
     size = HEADERS + len(code)

@@ -1,4 +1,4 @@
-"""Becoming somebody else for good: what is left, that there is no way back, and that other threads stay as they are."""
+"""`drop`: the rights that remain, that they cannot be regained, and that other threads do not change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEPT = Capabilities.of("net_bind_service", "kill")
 
 
 def become(*arguments: Any, **keywords: Any) -> State:
-    """Drop, and see."""
+    """Drop privileges, and return the state."""
     drop(*arguments, **keywords)
     return read_state()
 
@@ -54,7 +54,7 @@ def test_what_is_kept(in_child: Any, ambient: bool) -> None:
 
 
 def test_root_without_capabilities(in_child: Any) -> None:
-    """It still owns root's files; but it has no capability, and gets none by execve."""
+    """Root without capabilities still owns root's files, but gets no capability by execve."""
     assert_is(in_child(become, Identity(0, 0)), Identity(0, 0))
 
 
@@ -96,7 +96,7 @@ def ways_back() -> dict[str, Callable[[], object]]:
 
 
 def walk_back() -> dict[str, str]:
-    """What each way back answers."""
+    """Try each way back. Return, for each, the name of the exception, or that it succeeded."""
     answers = {}
     for name, act in ways_back().items():
         try:
@@ -121,7 +121,7 @@ def test_no_way_back(in_child: Any) -> None:
 
 
 def test_eight_threads_eight_users(in_child: Any) -> None:
-    """The other threads never change, neither the main one, nor one that was there before, nor one made later."""
+    """The other threads never change: neither the main thread, nor one started before, nor one started later."""
 
     def child() -> tuple[list[State], list[dict[str, str]], list[State], list[State]]:
         ready, end = threading.Barrier(9), threading.Event()
@@ -164,7 +164,7 @@ def test_eight_threads_eight_users(in_child: Any) -> None:
 
 
 def test_permitted_is_enough(in_child: Any) -> None:
-    """The three capabilities that it takes need not be effective; and others are not raised on the way."""
+    """The three capabilities that `drop` needs need not be effective, and it raises no others meanwhile."""
 
     def child() -> State:
         now = read_state()
@@ -214,7 +214,7 @@ def test_no_new_privs_only_where_asked(in_child: Any) -> None:
 def test_groups_in_any_order_and_twice(in_child: Any) -> None:
     def child() -> State:
         drop(Identity(5, 5, (9, 8, 9)), no_new_privs=False)
-        return become(Identity(5, 5, (8, 9, 8, 8)))  # the same, so that it takes no privilege
+        return become(Identity(5, 5, (8, 9, 8, 8)))  # the same groups, so that it needs no privilege
 
     assert set(in_child(child).groups) == {8, 9}
 
@@ -231,7 +231,7 @@ def test_dropping_again_takes_no_privilege(in_child: Any) -> None:
 
 
 def refused(prepare: Callable[[], object], *arguments: Any, **keywords: Any) -> tuple[str, State, State]:
-    """What a drop that is refused says, and the state before and after it."""
+    """Return the message of a refused drop, and the state before and after it."""
     prepare()
     before = read_state()
     try:
@@ -291,7 +291,7 @@ def test_what_is_refused_changes_nothing(
 
 @pytest.mark.parametrize("ambient", [False, True])
 def test_what_a_command_holds(in_child: Any, ambient: bool) -> None:
-    """Only what is ambient outlasts execve."""
+    """Only ambient capabilities survive execve."""
 
     def child() -> bytes:
         drop(TENANT, KEPT, ambient=ambient)

@@ -1,4 +1,4 @@
-"""The rule of execve compared with the kernel itself, on random states and files. Zero disagreements."""
+"""Compare the execve rule with the kernel itself, on random states and files. No difference is allowed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PROCESSES = 2
 
 @pytest.fixture(scope="module")
 def executions() -> list[Execution]:
-    """What the kernel did, on random states and files; the seed is printed, and can be given."""
+    """Return the kernel's results on random states and files. The seed is printed, and can be given."""
     seed = int(os.environ.get("RCON_TEST_SEED", time.time_ns() % 10**9))
     print(f"RCON_TEST_SEED={seed}")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as running:
-        Path(directory).chmod(0o755)  # everybody may execute what is in it
+        Path(directory).chmod(0o755)  # so that every user may execute the files in it
         started = []
         for number in range(PROCESSES):
             folder = Path(directory, str(number))
@@ -54,12 +54,12 @@ def test_the_rule_agrees_with_the_kernel(executions: list[Execution]) -> None:
     met = kinds(executions)
     print(f"{len(wrong)} disagreements; {met}")
     assert wrong == []
-    # What was drawn must reach all parts of the rule, or agreement says little.
+    # The random cases must reach all parts of the rule, otherwise agreement proves little.
     assert min(met.values()) >= 10, met
 
 
 def test_which_rule_holds_depends_on_the_kernel(executions: list[Execution]) -> None:
-    """There are cases that tell the two rules apart, and all of them are as on the running kernel."""
+    """Some cases differ between the two rules, and all of them follow the rule of the running kernel."""
     older, newer = (6, 16), (6, 17)
     telling = [
         one
@@ -89,7 +89,7 @@ def disagreement(one: Execution) -> str:
 
 
 def kinds(found: list[Execution]) -> Counter[str]:
-    """How often what is worth meeting was met."""
+    """Return how often each interesting case occurred."""
     counted: Counter[str] = Counter()
     for one in found:
         before, file, after = one.before, one.file, one.after

@@ -1,4 +1,4 @@
-"""File capabilities on real files, and what is read of a file that will be executed."""
+"""File capabilities on real files, and the attributes read from a file that will be executed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_write_and_read(file: Path, capabilities: FileCapabilities) -> None:
         assert read_file_capabilities(descriptor) == capabilities
         write_file_capabilities(descriptor, None)
         assert read_file_capabilities(str(file)) is None
-        write_file_capabilities(descriptor, None)  # nothing to take away is no error
+        write_file_capabilities(descriptor, None)  # the file has no capabilities: no error
     finally:
         os.close(descriptor)
 
@@ -68,7 +68,7 @@ def test_where_there_are_none(file: Path) -> None:
     with pytest.raises(KernelError) as caught:
         read_file_capabilities(f"{file}-missing")
     assert caught.value.errno == errno.ENOENT
-    assert read_file_capabilities("/proc/self/status") is None  # its file system has no attributes
+    assert read_file_capabilities("/proc/self/status") is None  # the file system has no extended attributes
     with pytest.raises(KernelError, match=r"no file capabilities|Operation not supported|not permitted"):
         write_file_capabilities("/proc/self/status", FileCapabilities(RAW))
 
@@ -92,13 +92,13 @@ def test_a_binary(file: Path) -> None:
         mode=stat.S_ISUID | stat.S_ISGID | 0o751,
         uid=12,
         gid=34,
-        capabilities=FileCapabilities(RAW, RAW, True),  # the kernel takes no notice of 63
+        capabilities=FileCapabilities(RAW, RAW, True),  # the kernel ignores capability 63
         nosuid=False,
     )
 
 
 def test_nosuid() -> None:
-    """Each of these has a mount in this tier of tests."""
+    """Each of these paths is on a mount that exists in this test tier."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     for path in ("/proc", "/sys", "/dev/pts"):
         options = [words[3].split(",") for words in mounts if words[1] == path][-1]
@@ -127,7 +127,7 @@ def test_what_is_no_script_is_as_execve_says(tmp_path: Path, content: str) -> No
     script.chmod(0o755)
     answer = errno_of(File.of, str(script))
     if not content.startswith("#!"):
-        assert answer == 0  # it is taken for a binary, whose format nobody looks at
+        assert answer == 0  # the file counts as a binary, whose format is not checked
     else:
         assert answer == errno_of(execute, str(script)) != 0
 
@@ -151,7 +151,7 @@ def execute(path: str) -> None:
 
 
 def errno_of(act: Callable[..., object], *arguments: object) -> int | None:
-    """0 where it succeeds."""
+    """Return the errno of the call; 0 if it succeeds."""
     try:
         act(*arguments)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Reading the state of threads and setting it, each call for the calling thread alone."""
+"""Read and set the state of threads. Each call acts on the calling thread alone."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_the_state_of_other_threads_and_processes(in_child: Any) -> None:
     own, seen, of_process = in_child(child)
     assert own.uids == Ids(7, 8, 9, 8)
     assert own.groups == (1, 2, 3)
-    assert own.effective == NONE  # the effective uid left 0
+    assert own.effective == NONE  # because the effective uid changed from 0
     assert seen == own._replace(securebits=None)
-    assert of_process.securebits == 0  # it is the calling thread
+    assert of_process.securebits == 0  # known, because it is the calling thread
     assert of_process.uids == Ids.all(0)
 
 
@@ -88,7 +88,7 @@ def raise_ambient(capabilities: Capabilities) -> None:
 
 
 def lower_ambient() -> None:
-    """Which is possible where raising is not."""
+    """Lower the ambient set, which is possible even if raising it is not."""
     raise_ambient(SOME)
     capability.set_securebits(capability.SECBIT_NO_CAP_AMBIENT_RAISE)
     capability.set_ambient(KILL)

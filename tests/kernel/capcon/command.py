@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# All of capcon is imported here: a test's caller may be a user who cannot read the files of this interpreter.
+# Import all of capcon here: the user of a test may not be able to read the files of this interpreter.
 from rcon_plugins.cli.capcon import explain, run, show  # noqa: F401
 from rcon_plugins.cli.capcon.commands import run_main
 
@@ -18,7 +18,7 @@ NOBODY = 65534
 
 
 class Done(NamedTuple):
-    """`status` as Popen has it: negative for the signal that ended it."""
+    """The result of a command. `status` is as in Popen: negative for the signal that ended the command."""
 
     status: int
     out: str
@@ -26,7 +26,7 @@ class Done(NamedTuple):
 
     @property
     def held(self) -> dict[str, str]:
-        """The fields of /proc/self/status that the command printed."""
+        """Return the fields of /proc/self/status that the command printed."""
         pairs = (line.partition(":") for line in self.out.splitlines())
         return {name: value.strip() for name, _, value in pairs}
 

@@ -1,4 +1,4 @@
-"""A capcon that every user can run, wherever this checkout and its interpreter are."""
+"""A capcon that every user can run, even if this checkout and its interpreter are in a private directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENOUGH = "import sys; sys.exit(sys.version_info < (3, 11))"
 
 @pytest.fixture(scope="session")
 def python() -> str:
-    """The path of a Python that the user nobody may execute."""
+    """Return the path of a Python that the user nobody may execute."""
     for path in (Path(sys.executable).resolve(), Path("/usr/bin/python3"), Path("/usr/local/bin/python3")):
         try:
             done = subprocess.run(
@@ -35,7 +35,7 @@ def python() -> str:
 
 @pytest.fixture(scope="session")
 def everybodys(python: str) -> Iterator[Path]:
-    """A folder with a `capcon` that every user may run."""
+    """Return a folder with a `capcon` that every user may run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for package in (rcon_plugins, click):

@@ -1,4 +1,4 @@
-"""A loopback interface, also where nobody has switched it on, and a port that takes a privilege."""
+"""A loopback interface, even if it was down before, and a port that only privileged users may bind."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import pytest
 from tests.kernel.capcon.command import NOBODY
 
 ROOT = Path(__file__).resolve().parents[3]
-LASTING = ("http.server", "make -C")  # servers, and what needs files of its own
+LASTING = ("http.server", "make -C")  # servers, and commands that need files of their own
 FEWEST = 9
 
 
@@ -40,13 +40,13 @@ def test_commands_of_the_documentation(everybodys: Path, python: str) -> None:
                 text=True,
                 check=False,
             )
-            expected = 1 if line.endswith("-- su") else 0  # su is setuid: it would not hold what was asked
+            expected = 1 if line.endswith("-- su") else 0  # su is setuid: it would hold other rights
             assert (done.returncode, done.stderr) == (expected, ""), line
         assert Path(folder, "work/file").read_text() == "done\n"
 
 
 def test_layers_of_the_example(everybodys: Path) -> None:
-    """As an ordinary user, and as a user who cannot write to the folder of the script."""
+    """Run the example as an ordinary user, and as a user who cannot write to the folder of the script."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         script = shutil.copy(ROOT / "examples/capcon/layers.sh", folder)

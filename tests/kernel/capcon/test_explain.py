@@ -1,4 +1,4 @@
-"""`capcon explain` and `capcon show` say what the kernel does."""
+"""`capcon explain` and `capcon show` agree with the kernel."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ AS_ASKED = {"plain", "script"}
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Path]:
-    """`cat` in all forms that execve(2) treats differently."""
+    """Return `cat` in all forms that execve(2) treats differently."""
     cat = shutil.which("cat") or ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -57,7 +57,7 @@ def programs() -> Iterator[Path]:
 
 
 def held(done: Done) -> dict[str, Any]:
-    """Return the fields of /proc/self/status with the names of the JSON."""
+    """Return the fields of /proc/self/status, with the names used in JSON."""
     fields = done.held
     ids = ("real", "effective", "saved", "fs")
     sets = {name: list(Capabilities(int(fields[field], 16)).names()) for name, field in FIELDS.items()}
@@ -86,7 +86,7 @@ def test_explain_predicts_the_rights_of_the_command(programs: Path, case: str, p
     changed = {name for name in after if after[name] != predicted["before"][name]}
     assert predicted["steps"] or not changed
     assert explained.status == (0 if predicted["as_requested"] else 1)
-    assert bool(ran.err) == (explained.status == 1)  # run warns of the same
+    assert bool(ran.err) == (explained.status == 1)  # run warns about the same problem
     if program in AS_ASKED:
         assert predicted["as_requested"], predicted
 
@@ -110,7 +110,7 @@ def test_explain_says_which_capabilities_are_lost_and_why(programs: Path) -> Non
 
 
 def test_explain_says_what_the_user_may_not_execute(tmp_path: Path) -> None:
-    """The program, or the interpreter of a script."""
+    """The user may not execute the program, or the interpreter of a script."""
     cat = tmp_path / "cat"
     shutil.copy(shutil.which("cat") or "", cat)
     cat.chmod(0o700)

@@ -1,4 +1,4 @@
-"""`capcon run` on the real kernel: what the command is and holds, and that nothing stands between it and the caller."""
+"""`capcon run` on the real kernel: the command's user and rights, and that no process is between it and the caller."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETS = ("CapPrm", "CapEff", "CapInh", "CapAmb", "CapBnd")
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that every user may enter and change."""
+    """Return a folder that every user may enter and change."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o777)
         yield Path(name)
@@ -84,7 +84,7 @@ def fetch(url: str) -> str:
 def test_the_server_on_a_low_port_has_no_other_rights(folder: Path, python: str) -> None:
     secret = folder / "secret"
     secret.write_text("secret")
-    secret.chmod(0o640)  # as /etc/shadow is, but in an emulated machine, which has one without passwords
+    secret.chmod(0o640)  # like /etc/shadow, which an emulated machine has without passwords
     attempts = """
 import json, os, sys
 def attempt(act, *arguments):
@@ -148,7 +148,7 @@ def test_without_options_the_state_of_the_caller_stays() -> None:
 
 
 def hold(*names: str) -> None:
-    """Become nobody with these capabilities, as a login or a service manager would."""
+    """Change to nobody with these capabilities, as a login or a service manager would."""
     drop(Identity(NOBODY, NOBODY), Capabilities.of(*names), no_new_privs=False, ambient=True)
 
 
@@ -156,7 +156,7 @@ def test_a_caller_without_root_can_give_what_it_holds() -> None:
     done = capcon("run", "--cap", "net_raw", "--", *STATUS, before=lambda: hold("cap_net_raw", "cap_kill"))
     assert (done.status, done.err) == (0, "")
     assert done.held["CapEff"] == done.held["CapPrm"] == done.held["CapAmb"] == mask(NET_RAW)
-    assert done.held["CapBnd"] == mask(KILL, NET_RAW)  # limiting it takes CAP_SETPCAP
+    assert done.held["CapBnd"] == mask(KILL, NET_RAW)  # reducing it needs CAP_SETPCAP
     own = capcon("run", "--user", "nobody", "--groups", "", "--", *STATUS, before=become_nobody)
     assert (own.status, own.err, own.held["CapPrm"]) == (0, "", mask())
 
@@ -218,7 +218,7 @@ def test_missing_and_not_executable_commands(folder: Path) -> None:
 
 
 def test_the_environment_changes_only_for_the_account(everybodys: Path, python: str) -> None:
-    """In the C locale too, where Python adds LC_CTYPE to its own environment."""
+    """This holds in the C locale, too, where Python adds LC_CTYPE to its own environment."""
     given = {"PATH": os.environ["PATH"], "HOME": "/root", "USER": "root", "MAIL": "x", "LANG": "C"}
     account = {"HOME": "/nonexistent", "USER": "nobody", "LOGNAME": "nobody", "SHELL": "/usr/sbin/nologin"}
     nameless = {name: value for name, value in given.items() if name != "USER"}
@@ -227,7 +227,7 @@ def test_the_environment_changes_only_for_the_account(everybodys: Path, python: 
         (["--user", "4242", "--group", "0"], nameless | {"HOME": "/"}),
         (["--user", "nobody", "--keep-env"], given),
     ]
-    # Forks of one interpreter, whose start is what takes the time.
+    # Fork one interpreter, because starting interpreters takes most of the time.
     script = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
@@ -280,7 +280,7 @@ def test_file_capabilities_that_clear_the_ambient_set_are_warned_about(folder: P
 
 
 def test_layers_without_privilege_only_lose_rights(folder: Path, everybodys: Path) -> None:
-    """An ordinary user, a job of that user, and a helper of the job."""
+    """The layers are an ordinary user, a job of that user, and a helper of the job."""
     for name in ("work", "work/inner", "other"):
         (folder / name).mkdir()
         (folder / name).chmod(0o777)

@@ -1,4 +1,4 @@
-"""rcon as a shell runs it: `rcon("run", "--memory", "64M", "--", "true")`; alone, or as a job on a terminal."""
+"""Run rcon as a shell does: `rcon("run", "--memory", "64M", "--", "true")`, alone or as a job on a terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 import rcon_plugins
 from rcon_plugins.cli.rcon import run_main
 
-# Loaded once here, and not again in each fork: on the emulated machine that takes seconds.
+# Load all modules once here, not again in each fork: on the emulated machine that takes seconds.
 for _module in pkgutil.walk_packages(rcon_plugins.__path__, "rcon_plugins."):
     importlib.import_module(_module.name)
 
@@ -32,7 +32,7 @@ PATIENCE = 60.0
 
 
 class Done(NamedTuple):
-    """`status` as Popen has it: negative for the signal that ended rcon itself."""
+    """The result of rcon. `status` is as in Popen: negative for the signal that ended rcon itself."""
 
     status: int
     out: str
@@ -41,7 +41,7 @@ class Done(NamedTuple):
 
 
 def rcon(*arguments: str | Path, before: Callable[[], object] | None = None, cwd: str = "/") -> Done:
-    """In a fork of this process. With ``"run"`` first, the report of --json is read too."""
+    """Run rcon in a fork of this process. If the first argument is ``"run"``, read the report of --json, too."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         words = [str(argument) for argument in arguments]
@@ -61,7 +61,7 @@ def rcon(*arguments: str | Path, before: Callable[[], object] | None = None, cwd
 def become_rcon(
     words: list[str], streams: list[Path], before: Callable[[], object] | None = None, cwd: str = "/"
 ) -> NoReturn:
-    """In a new process: be rcon, with these files as standard output and error (none: leave them)."""
+    """Run rcon in this new process and exit. ``streams`` are the files for standard output and error, if any."""
     status = 99
     try:
         if streams:
@@ -74,7 +74,7 @@ def become_rcon(
             os.fdopen(2, "w", closefd=False),
         )
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
         os.chdir(cwd)
         if before:
             before()
@@ -89,13 +89,13 @@ def become_rcon(
 
 
 def left_by(pid: int) -> list[Path]:
-    """The directories, in any hierarchy, of what the rcon process of this number made."""
+    """Return the directories, in any hierarchy, that the rcon process with this pid made."""
     places = [MOUNTS, *(path for path in MOUNTS.iterdir() if path.is_dir())]
     return [path for place in places for path in place.glob(f"rcon/rcon-{pid}-*")]
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
-    """Wait for it to be true, and give what it is."""
+    """Wait until the condition is true, and return its value."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
@@ -105,7 +105,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) ->
 
 
 class Terminal:
-    """A session on a pseudo-terminal whose leader does what a shell does for a job; the test gives it orders."""
+    """A session on a pseudo-terminal. Its leader controls a job like a shell, on orders from the test."""
 
     def __init__(self, *words: str) -> None:
         self.master, slave = pty.openpty()
@@ -142,7 +142,7 @@ class Terminal:
             for number in (signal.SIGTTOU, signal.SIGTTIN, signal.SIGTSTP):
                 signal.signal(number, signal.SIG_DFL)
             become_rcon(words, [])
-        with contextlib.suppress(PermissionError):  # it has done so itself
+        with contextlib.suppress(PermissionError):  # the job has done so itself
             os.setpgid(job, job)
         os.write(events, f"job {job}\n".encode())
         while True:
@@ -158,16 +158,16 @@ class Terminal:
             os.write(events, b"continued\n")
 
     def type(self, text: str) -> None:
-        """As at a keyboard."""
+        """Type text, as at a keyboard."""
         os.write(self.master, text.encode())
 
     def foreground(self) -> None:
-        """Let the stopped job go on."""
+        """Continue the stopped job in the foreground."""
         os.write(self._orders_in, b"x")
         assert self.event() == "continued"
 
     def wait_for(self, text: str, seconds: float = PATIENCE) -> str:
-        """Until the terminal has shown it; what it has shown since the last time."""
+        """Wait until the terminal shows the text. Return what it has shown since the last call."""
         deadline = time.monotonic() + seconds
         while text not in self.text:
             left = deadline - time.monotonic()
@@ -178,7 +178,7 @@ class Terminal:
         return before + text
 
     def rest(self) -> str:
-        """What else it showed until all closed it."""
+        """Return the remaining output, until all processes have closed the terminal."""
         while piece := self._read():
             self.text += piece
         return self.text
@@ -190,7 +190,7 @@ class Terminal:
             return ""
 
     def event(self, seconds: float = PATIENCE) -> str:
-        """What the shell saw next: ``job PID``, ``stopped SIGNAL``, ``ended STATUS``."""
+        """Return the next event of the shell: ``job PID``, ``stopped SIGNAL``, ``continued``, ``ended STATUS``."""
         line = b""
         while not line.endswith(b"\n"):
             if not select.select([self.events], [], [], seconds)[0]:
@@ -199,7 +199,7 @@ class Terminal:
         return line.decode().strip()
 
     def close(self) -> None:
-        """End of all."""
+        """Wait for the shell to end, and close all descriptors."""
         os.waitpid(self.pid, 0)
         for descriptor in (self.master, self.events, self._orders, self._orders_in):
             os.close(descriptor)
@@ -207,7 +207,7 @@ class Terminal:
 
 @contextlib.contextmanager
 def terminal(*words: str) -> Iterator[Terminal]:
-    """A job of rcon's on a terminal; killed at the end if it is still there."""
+    """Run rcon as a job on a terminal. Kill it if the test fails."""
     made = Terminal(*words)
     job = made.job = int(made.event().split()[1])
     try:

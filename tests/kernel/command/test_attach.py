@@ -1,4 +1,4 @@
-"""rcon attach: running processes held down, the group gone by itself, and all put back where it was."""
+"""rcon attach: it limits running processes, the group disappears by itself, and processes are moved back."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def where(pid: int) -> str:
 
 
 def watcher(pid: int) -> int:
-    """The process that watches over the group that this one is in."""
+    """Return the pid of the watcher of the group that this process is in."""
     found = re.search(r"/rcon-([0-9]+)-[0-9]+/attached/", where(pid))
     assert found, where(pid)
     return int(found[1])
@@ -107,7 +107,7 @@ def test_release_puts_them_back() -> None:
 
 
 def test_each_goes_back_to_where_it_was(tmp_path: Path) -> None:
-    """Not all of a group come from one place."""
+    """The processes of one group may come from different cgroups."""
     hierarchy = Hierarchy.discover()
     places = [hierarchy.cgroup(f"/rcon-test-{os.getpid()}-{number}").create() for number in range(2)]
     try:
@@ -212,7 +212,7 @@ def test_where_who_asks_is_killed_meanwhile_nothing_stays_taken() -> None:
         until(lambda: os.getppid() != asking, "who asked is gone")
         return lambda: None
 
-    base = f"/rcon-tests-{os.getpid()}"  # where nobody else clears up
+    base = f"/rcon-tests-{os.getpid()}"  # no other process cleans up there
     with running("sleep", "1000") as one:
         before = where(one[0].pid)
         asking = os.fork()
@@ -250,7 +250,7 @@ def test_one_that_ends_meanwhile_takes_none_of_the_others() -> None:
 
 @contextlib.contextmanager
 def allocating(mebibytes: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A shell that allocates when it is told to, says so, and ends when it is told again."""
+    """Run a shell that allocates memory on the first line of input and prints the size. It ends on the second line."""
     script = f"read go; {ALLOCATE.format(mebibytes)}; echo ${{#x}}; read end; exit 5"
     shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
@@ -261,7 +261,7 @@ def allocating(mebibytes: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def tell(shell: subprocess.Popen[bytes]) -> bytes:
-    """Tell it, and hear what it says."""
+    """Send the shell a line, and return its answer."""
     assert shell.stdin is not None
     assert shell.stdout is not None
     shell.stdin.write(b"go\n")
@@ -280,7 +280,7 @@ def test_memory_grows_for_as_long_as_they_run() -> None:
         assert tell(shell) == b"%d\n" % (80 << 20)
         limits = find_group("grows").limits()
         assert limits.memory_max == 1 << 30
-        assert not isinstance(limits.memory_high, int) or limits.memory_high > 80 << 20  # of v2
+        assert not isinstance(limits.memory_high, int) or limits.memory_high > 80 << 20  # only v2 has it
         tell(shell)
         assert shell.wait() == 5
         until(lambda: not left_by(mine), "the group goes after its last process")
@@ -298,7 +298,7 @@ def test_processes_whose_memory_grows_are_let_go() -> None:
         before = where(one[0].pid)
         attach(one, *GROWS, "1G", "--group", "growing")
         mine = watcher(one[0].pid)
-        assert len(list(Path(f"/proc/{mine}/task").iterdir())) == 2  # the one that watches memory
+        assert len(list(Path(f"/proc/{mine}/task").iterdir())) == 2  # one thread watches memory
         done = rcon("attach", "--release", "growing")
         assert (done.status, done.err) == (0, "")
         assert where(one[0].pid) == before

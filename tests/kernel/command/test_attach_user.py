@@ -1,4 +1,4 @@
-"""rcon attach and rcon run as an ordinary user, in a cgroup that was given to it."""
+"""rcon attach and rcon run as an ordinary user, in a cgroup delegated to that user."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.kernel.command.harness import rcon, until
 
 pytestmark = pytest.mark.each_layout
 
-#: A user that owns nothing: what is found to be its own is this test's, also where others test on the same machine.
+#: A user that owns nothing else: only this test gives it cgroups, even if other tests run on the same machine.
 SOMEBODY = 1_000_000 + os.getpid()
-#: No report, which that user could not write where the tests have it.
+#: Write no report: that user cannot write to the directory of the tests.
 QUIET = ("--json", "/dev/null")
 V1 = pytest.mark.layout("v1", "hybrid")
 
@@ -34,7 +34,7 @@ def become(uid: int) -> None:
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Where one who has not logged in can keep where processes came from."""
+    """Provide a runtime directory, in which a user without a login can record the previous cgroups of processes."""
     with tempfile.TemporaryDirectory(prefix="rcon-runtime-", dir="/tmp") as folder:
         os.chown(folder, SOMEBODY, SOMEBODY)
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
@@ -43,7 +43,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @contextlib.contextmanager
 def giving(name: str, hierarchy: Hierarchy | None = None) -> Iterator[Cgroup]:
-    """A cgroup of that user's, in all hierarchies or in some."""
+    """Make a cgroup that belongs to that user, in all hierarchies or in some."""
     cgroup = (hierarchy or Hierarchy.discover()).cgroup(f"/rcon-test-{os.getpid()}-{name}").create()
     try:
         cgroup.delegate(SOMEBODY, SOMEBODY)
@@ -60,7 +60,7 @@ def given() -> Iterator[Cgroup]:
 
 
 def within(cgroup: Cgroup, uid: int) -> Callable[[], None]:
-    """What a process does to be in there as this user."""
+    """Return a function that moves the calling process into the cgroup and changes to this user."""
 
     def enter() -> None:
         cgroup.attach(os.getpid())
@@ -70,7 +70,7 @@ def within(cgroup: Cgroup, uid: int) -> Callable[[], None]:
 
 
 def outside() -> None:
-    """What a process does to be that user where it is."""
+    """Change the calling process to that user, in its present cgroup."""
     become(SOMEBODY)
 
 
@@ -93,7 +93,7 @@ def instances(cgroup: Cgroup) -> list[str]:
 
 
 def take_and_let_go(base: Cgroup, enter: Callable[[], None], *options: str) -> None:
-    """A process of that user's, by the command line, into a group below ``base`` and back."""
+    """Attach a process of that user to a group below ``base`` with the command line, and release it."""
     name = f"mine-{os.getpid()}"
     with sleeping(enter) as pid:
         before = where(pid)
@@ -105,7 +105,7 @@ def take_and_let_go(base: Cgroup, enter: Callable[[], None], *options: str) -> N
         assert f"/attached/{name}" in where(pid)
         done = rcon("attach", "--release", name, before=enter)
         assert (done.status, done.err) == (0, "")
-        # Only root may put a process where it was, if that is outside of what is this user's.
+        # Only root may move a process back to a cgroup that does not belong to this user.
         assert "rcon-" not in where(pid).replace(base.path, "")
         assert enter is outside or where(pid) == before
     until(lambda: not instances(base), "nothing is left")
@@ -142,7 +142,7 @@ def test_on_v1_what_root_gave_is_found_from_anywhere(given: Cgroup, place: str) 
 
 @V1
 def test_without_a_place_to_note_where_they_came_from(given: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has logged in, so there is no /run/user/UID: nothing else is missing."""
+    """Without a login there is no /run/user/UID. This is the only thing missing."""
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     said = f"/run/user/{SOMEBODY}/rcon"
     with sleeping(outside) as pid:
@@ -196,7 +196,7 @@ def test_the_environment_may_name_it(given: Cgroup, monkeypatch: pytest.MonkeyPa
     with giving("other") as other:
         monkeypatch.setenv("RCON_CGROUP", other.path)
         take_and_let_go(other, outside)
-        for words in ([], ["--group", f"named-{os.getpid()}"]):  # with and without what is quickly read
+        for words in ([], ["--group", f"named-{os.getpid()}"]):  # without and with another option
             done = rcon("run", *QUIET, *words, "--", "cat", "/proc/self/cgroup", before=outside)
             assert (done.status, done.err) == (0, "")
             assert f"{other.path}/rcon-" in done.out
@@ -205,7 +205,7 @@ def test_the_environment_may_name_it(given: Cgroup, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_environment_names_nothing_inside_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was meant for outside: rcon run in rcon run goes on to work."""
+    """The variable applies only outside of a group, so rcon run inside rcon run still works."""
     base = f"/rcon-test-{os.getpid()}-named"
     monkeypatch.setenv("RCON_CGROUP", base)
     inner = "import sys; from rcon_plugins.cli.rcon import run_main; sys.exit(run_main(sys.argv[1:]))"
@@ -231,7 +231,7 @@ def test_where_none_was_given_the_remedy_is_said() -> None:
 @pytest.mark.layout("v2")
 @pytest.mark.usefixtures("runtime")
 def test_on_v2_what_is_around_the_shell(given: Cgroup) -> None:
-    """As the remedy has root do it: the shell is in a cgroup of its own, in the one that is given."""
+    """As in the printed remedy, the shell is in a cgroup of its own, below the delegated one."""
     server = given.child("server").create()
     server.delegate(SOMEBODY, SOMEBODY)
     take_and_let_go(given, within(server, SOMEBODY))

@@ -1,4 +1,4 @@
-"""docs/howto/one-command.md and the example: each command parses, each option is described, the example runs."""
+"""docs/howto/one-command.md and the example: each command parses, each option is documented, the example runs."""
 
 from __future__ import annotations
 

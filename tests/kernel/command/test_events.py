@@ -1,4 +1,4 @@
-"""rcon run --expand and --on-event: memory that expands while the command runs, and a command run for each event."""
+"""rcon run --expand and --on-event: memory expands while the command runs, and each event runs a command."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_command_above_the_last_limit_is_killed() -> None:
 
 
 def test_expansion_from_64_mib_to_1_gib() -> None:
-    """From 64 MiB, doubled each time, up to 1 GiB: 200 MiB finishes, 2 GiB is killed."""
+    """The limit starts at 64 MiB and doubles up to 1 GiB: 200 MiB finishes, 2 GiB is killed."""
     grows = ("--memory", "64M", "--expand", "2x", "--up-to", "1G", "--swap", "0")
     done = rcon("run", *grows, "--", "python3", "-c", "print(len(b'x' * (200 << 20)))")
     assert (done.status, done.err, done.out) == (0, "", f"{200 << 20}\n")

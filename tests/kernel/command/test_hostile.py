@@ -1,4 +1,4 @@
-"""A user makes cgroups in its group that imitate those of rcon: no other process is released or killed for them."""
+"""A user makes cgroups in its group that imitate those of rcon. rcon releases or kills no other process for them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEAD = "rcon-999999999-5"
 
 @pytest.fixture
 def group() -> Iterator[Cgroup]:
-    """A group and its leaf that belong to nobody, as ``rcon run --user nobody`` makes them."""
+    """Make a group and its leaf that belong to nobody, like ``rcon run --user nobody``."""
     cgroup = Hierarchy.discover().cgroup(f"/rcon-tests-{os.getpid()}/held").create()
     cgroup.delegate(NOBODY, NOBODY)
     try:
@@ -36,7 +36,7 @@ def group() -> Iterator[Cgroup]:
 
 
 def move_into(group: Cgroup, below: str) -> None:
-    """As nobody: make the cgroups, and enter the last."""
+    """Change to nobody, make the cgroups, and enter the last one."""
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     for directory in group.directories:
@@ -52,7 +52,7 @@ def move_into(group: Cgroup, below: str) -> None:
 
 @contextlib.contextmanager
 def nobody_in(group: Cgroup, below: str) -> Iterator[Running]:
-    """A process of nobody in a cgroup that it made."""
+    """Run a process as nobody in a cgroup that it made."""
     ready, done = os.pipe()
 
     def act() -> None:
@@ -101,7 +101,7 @@ def test_release_signals_no_other_process(group: Cgroup, whole: bool) -> None:
 
 
 def make_deep(directories: list[str]) -> None:
-    """As nobody: nest cgroups until their path is longer than PATH_MAX."""
+    """Change to nobody, and nest cgroups until their path is longer than PATH_MAX."""
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     for directory in directories:

@@ -39,9 +39,10 @@ def within(
     delegate: bool = False,
     told: Path | None = None,
 ) -> tuple[int, str, str]:
-    """The status of an inner rcon in an outer one's group, and what it wrote.
+    """Return the status of an inner rcon in the group of an outer one, and its output.
 
-    The outer runs no program but this one again, in a fork, as ``user``: who may not be able to read this Python.
+    The outer rcon executes no other program. It runs the inner one in a fork, as ``user``, because that user may not be
+    able to read this Python.
     """
     hierarchy = Hierarchy.discover()
     streams = [folder / "out", folder / "err"]
@@ -84,7 +85,7 @@ def within(
 
 @pytest.fixture
 def open_path() -> Iterator[Path]:
-    """A directory that the user nobody can enter, unlike those of pytest."""
+    """Make a directory that the user nobody can enter, unlike those of pytest."""
     path = Path(tempfile.mkdtemp(prefix="rcon-nested-", dir="/tmp"))
     try:
         yield path
@@ -105,7 +106,7 @@ def test_an_inner_group_is_inside_the_outer_group() -> None:
 @pytest.mark.measures
 @pytest.mark.layout("v1", "hybrid")
 def test_the_inner_rcon_runs_within_the_outer_quota() -> None:
-    """On the host only: the inner Python has to start within the quota."""
+    """This runs on the host only, because the inner Python has to start within the quota."""
 
     def measure() -> dict[float, float]:
         done = rcon("run", "--cpu", "20%", "--timeout", "5s", "--", RCON, "run", "--cpu", "80%", "--", *SPIN)
@@ -132,7 +133,7 @@ def test_the_tighter_memory_limit_holds(outer: str, inner: str, open_path: Path)
     resources = Resources(memory_max=int(outer[:-1]) << 20, swap_max=0)
     status, _, err = within(resources, ["run", "--memory", inner, "--", *ALLOCATE], open_path)
     assert status != 0
-    # Of the outer's limit the kernel may choose the inner rcon, which then can say nothing.
+    # At the outer limit the kernel may kill the inner rcon, which then cannot report anything.
     assert ("memory limit 64 MiB reached" in err) == (inner == "64M")
     assert "memory limit 256 MiB reached" not in err
 
@@ -171,7 +172,10 @@ def test_an_inner_rcon_in_a_group_not_delegated(open_path: Path) -> None:
 @pytest.mark.layout("v1", "hybrid")
 @pytest.mark.parametrize("inner", ["256M", None])
 def test_the_outer_rcon_reports_its_limit_for_a_nested_kill(inner: str | None) -> None:
-    """On the host only: the inner Python has to start. v1 counts the kill in the inner cgroup, which is gone then."""
+    """This runs on the host only, because the inner Python has to start.
+
+    v1 counts the kill in the inner cgroup, which is gone by then.
+    """
     limits = [] if inner is None else ["--memory", inner]
     done = rcon("run", "--memory", "64M", "--swap", "0", "--", RCON, "run", *limits, "--", *ALLOCATE)
     assert done.status == 137

@@ -1,4 +1,4 @@
-"""rcon run --policy: the plugins of the settings get its events, and the limits they return are applied."""
+"""rcon run --policy: the plugins of the settings get its events, and rcon applies the limits they return."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.each_layout
 def until_heard(folder: Path) -> str:
     """Allocate more than 32M, and pause until the plugin has set a limit: on v1 nothing slows the allocation down.
 
-    At no time more than 64M: a shell holds what it reads twice.
+    Never use more than 64M: a shell holds the text that it reads twice.
     """
     y, x = ALLOCATE.format(20).replace("x=", "y=", 1), ALLOCATE.format(18)
     return f"{y}; {x}; until [ -s {folder / 'heard'} ]; do sleep 0.1; done; sleep 1"
@@ -29,7 +29,7 @@ def until_heard(folder: Path) -> str:
 
 @pytest.fixture
 def listener(tmp_path: Path) -> Callable[..., Callable[[], None]]:
-    """The installed plugin: returns more memory for events of a kind."""
+    """Install the plugin, which returns more memory for events of a kind."""
     installed = install(tmp_path)
 
     def make(kind: str = "", memory: str = "") -> Callable[[], None]:
@@ -56,7 +56,7 @@ def heard(folder: Path, kind: str) -> list[dict[str, Any]]:
 def test_a_plugin_raises_the_limit_before_the_kill(
     tmp_path: Path, listener: Callable[..., Callable[[], None]]
 ) -> None:
-    """--on-event, which gets the same events, raises it too."""
+    """--on-event, which gets the same events, raises the limit, too."""
     memory = '{ limit = "32M", expand = "2x", up_to = "64M" }'
     settings = write(tmp_path, f"memory = {memory}\nswap = 0")
     told = tmp_path / "told"
@@ -71,9 +71,7 @@ def test_a_plugin_raises_the_limit_before_the_kill(
     assert (event["policy"], event["group"], event["limit"]) == ("job", "heard", "memory")
     assert (event["bound"], event["next_bound"]) == (32 << 20, 64 << 20)
     assert [one["bound"] for one in events(told) if one["kind"] == "memory_limit"][:1] == [32 << 20]
-    assert (
-        done.report["usage"]["memory_peak"] > 64 << 20
-    )  # of the shell, which holds it twice: it was given 1G
+    assert done.report["usage"]["memory_peak"] > 64 << 20  # the shell holds the text twice; its limit is 1G
 
 
 def test_the_limit_set_by_a_plugin_is_reported(
@@ -99,7 +97,7 @@ def test_each_limit_events_reach_plugins(tmp_path: Path, listener: Callable[...,
     assert done.status == 0
     event = heard(tmp_path, "pids_limit")[0]
     assert (event["limit"], event["bound"], event["group"]) == ("each.pids", 4, "forks")
-    # Nor is pressure told that was not, when it ends.
+    # Pressure that was not reported is not reported at the end either.
     assert all(pressure["usage"] for pressure in heard(tmp_path, "pressure"))
 
 

@@ -20,7 +20,7 @@ from tests.processes import alive
 
 NOBODY = 65534
 BUSY = 61077
-#: Its shell stays long enough for the bomb to reach the limit, or is refused a sleep.
+#: The shell of the fork bomb stays long enough for it to reach the limit, or cannot fork a sleep.
 FORK_BOMB = "b() { b | b & }; b; for i in 1 2 3 4 5; do sleep 1; done; exit 1"
 
 ALLOCATE = "x=$(head -c {}M /dev/zero | tr '\\0' x)"
@@ -100,7 +100,7 @@ def test_a_signal_after_a_limit_hit_is_reported_as_the_signal() -> None:
 
 
 def write_directly(target: Path, size: int, *limits: str | Path) -> float:
-    """Return the MiB per second at which dd writes past the page cache, by its own clock."""
+    """Return the rate at which dd writes past the page cache, in MiB per second, by its own clock."""
     done = rcon(
         *("run", *limits, "--", "env", "LC_ALL=C", "dd", "if=/dev/zero", f"of={target}"),
         *("bs=1M", f"count={size}", "oflag=direct"),
@@ -122,7 +122,7 @@ def test_writes_reach_the_limit_and_stay_below_it() -> None:
             assert rate <= limit * 1.1
             if rate >= limit * 0.9:
                 return
-        # Too slow, three times: a disk that is as slow without the limit says nothing about the limit.
+        # It was too slow three times. If the disk is as slow without the limit, this proves nothing about the limit.
         free = write_directly(target, size)
         assert free < limit * 2, f"{rate:.2f} MiB/s under {limit}, {free:.2f} without"
     finally:
@@ -247,7 +247,7 @@ def test_a_program_that_the_user_cannot_execute(tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o700)
-    code = "from rcon_plugins.cli.start import main; main()"  # with nothing loaded yet, as a shell has it
+    code = "from rcon_plugins.cli.start import main; main()"  # with no module loaded yet, as from a shell
     words = [sys.executable, "-c", code, "run", "--user", "nobody", "--", str(program)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     remedy = "its user must be allowed to execute it, and to enter each folder above it"
@@ -344,7 +344,7 @@ def test_a_pipe_closes_when_the_command_closes_it() -> None:
         os.close(writing)
         become_rcon(["run", "--", "sh", "-c", "exec >&-; read line < /dev/null; sleep 1000"], [])
     os.close(writing)
-    assert os.read(reading, 10) == b""  # at once, while the command still sleeps
+    assert os.read(reading, 10) == b""  # immediately, while the command still sleeps
     os.close(reading)
     os.kill(pid, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
@@ -370,7 +370,7 @@ def test_a_policy_of_a_settings_file(tmp_path: Path) -> None:
 
 
 def test_a_user_at_its_nproc_limit_cannot_run_a_command(tmp_path: Path) -> None:
-    """The kernel checks RLIMIT_NPROC when the uid changes, and execve fails: the limit must be set before that."""
+    """The kernel checks RLIMIT_NPROC when the uid changes, and execve fails. So the limit must be set before that."""
     settings = tmp_path / "rcon.toml"
     settings.write_text(f"[policy.job]\nuser = {BUSY}\ngroup = {BUSY}\nrlimits = {{ nproc = 0 }}\n")
     with subprocess.Popen(["sleep", "1000"], user=BUSY) as other:
@@ -396,7 +396,7 @@ def test_options_override_limits_of_a_policy(tmp_path: Path) -> None:
 def test_a_limit_of_a_policy_is_reported_in_one_line(tmp_path: Path) -> None:
     settings = tmp_path / "rcon.toml"
     settings.write_text('[policy.job]\neach = { timeout = "100ms" }\n')
-    code = "from rcon_plugins.cli.start import main; main()"  # as a shell has it: nobody has set up a log
+    code = "from rcon_plugins.cli.start import main; main()"  # as from a shell: no log handler is set up
     words = ["run", "--policy", "job", "--settings", str(settings), "--", "sleep", "1000"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (137, "rcon: wall time limit 0.1 s reached\n")

@@ -1,4 +1,4 @@
-"""rcon run on a terminal: keys, job control of the shell, and programs with job control, as without rcon."""
+"""rcon run on a terminal: keys, the shell's job control, and programs with job control work as without rcon."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_shell_as_command_has_job_control() -> None:
 
 
 def test_a_pager_reads_its_keys_in_a_pipeline() -> None:
-    """The command stays in the process group of the job, so that the rest of the job keeps the terminal too."""
+    """The command stays in the process group of the job, so that the rest of the job keeps the terminal, too."""
     with terminal("run", "--", "sh", "-c", "seq 3 | sh -c 'cat; read key < /dev/tty; echo key $key'") as tty:
         tty.wait_for("3")
         tty.type("q\n")

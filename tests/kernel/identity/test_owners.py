@@ -1,4 +1,4 @@
-"""Who work becomes where files have many owners, and the user database has users in groups."""
+"""The identity of work if files have different owners and the user database has users in groups."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from rcon_plugins.kernel.capability import Identity
 from rcon_plugins.settings.policy import Policy
 from tests.places import let_others_in
 
-ANNA, BERTA, DEPLOY = 54001, 54002, 54003  # without entries in the user database
+ANNA, BERTA, DEPLOY = 54001, 54002, 54003  # not in the user database
 STAFF = 54100
 
 
 @pytest.fixture
 def sites(tmp_path: Path) -> Path:
-    """Two tenants, each with a directory of its own, below one that is root's."""
+    """Make two tenants, each with a directory of its own, below a directory of root."""
     let_others_in(tmp_path)
     home = tmp_path / "sites"
     for name, uid in [("anna", ANNA), ("berta", BERTA)]:
@@ -119,7 +119,7 @@ def test_the_owner_must_be_the_user(sites: Path) -> None:
 
 
 NEIGHBOURS = [
-    # In anna's directory: where a link leads to, and below sites what is asked for.
+    # The target of a link in anna's directory, and the path below sites that the request names.
     ("../berta", "anna/link"),
     ("../berta/app/main.py", "anna/link"),
     ("..", "anna/link/berta"),
@@ -145,7 +145,7 @@ def test_links_that_the_tenant_cannot_have_moved_are_followed(sites: Path, uid: 
     (sites / "shared").mkdir()
     (sites / "shared").chmod(mode)
     link(sites / "shared/link", "../berta", uid)
-    # Not the link alone: fs.protected_symlinks keeps from that by itself, where the directory is sticky.
+    # Name a path below the link: in a sticky directory, fs.protected_symlinks refuses a path that ends with the link.
     policy = Policy.make("p", user=f"owner:{sites}/{{host}}/link/app")
     assert resolve(policy, {"host": "shared"}) == Identity(BERTA, STAFF)
 
@@ -155,7 +155,7 @@ def test_links_that_the_tenant_cannot_have_moved_are_followed(sites: Path, uid: 
 def test_a_tenant_cannot_become_its_neighbour_by_moving_a_link(
     sites: Path, in_child: Callable[..., Any], uid: int, place: str
 ) -> None:
-    """By the link itself, or by the directory that it lies in, whosever they are."""
+    """This holds for the link itself and for the directory that contains it, for any owner of the two."""
     os.chown(sites, DEPLOY, DEPLOY)
     directory = sites / place
     directory.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def test_a_link_with_two_names_is_not_followed(sites: Path, uid: int) -> None:
 
 
 def test_links_of_ones_own_where_a_group_may_write(sites: Path) -> None:
-    """As a deployment makes them; whoever of the group moves one moves it within the tenant's own."""
+    """A deployment makes such links. A member of the group can move one only within the tenant's own directory."""
     for directory in (sites, sites / "anna"):
         directory.chmod(0o2775)
     (sites / "teams").mkdir()
@@ -234,7 +234,7 @@ def with_sites(sites: Path, keys: dict[str, Any]) -> Policy:
 def test_a_hard_link_to_a_neighbours_file_says_nothing(
     sites: Path, in_child: Callable[..., Any], keys: dict[str, Any]
 ) -> None:
-    """The kernel lets anybody make one to a file that it may write to, whatever protected_hardlinks says."""
+    """The kernel lets a user make a hard link to any file that it may write to, even with protected_hardlinks."""
     theirs, file = sites / "berta/app/main.py", sites / "anna/app/file"
     theirs.chmod(0o666)
 
@@ -259,7 +259,7 @@ def test_what_everybody_may_write_to_is_nobodys(
 ) -> None:
     found = sites / "anna/app/file"
     if directory:
-        (found / "sub").mkdir(parents=True)  # a directory has a name more for each below it
+        (found / "sub").mkdir(parents=True)  # each subdirectory adds a link to its parent directory
     else:
         found.touch()
     os.chown(found, BERTA, STAFF)
@@ -362,7 +362,7 @@ def test_a_server_that_may_not_look_there_refuses(sites: Path, in_child: Callabl
 
 
 def with_databases(tmp_path: Path, passwd: str, group: str, code: str) -> str:
-    """What the code prints where /etc/passwd and /etc/group are these, in a mount namespace of its own."""
+    """Return the output of the code with this /etc/passwd and /etc/group, in a mount namespace of its own."""
     for name, text in [("passwd", passwd), ("group", group), ("code.py", code)]:
         (tmp_path / name).write_text(textwrap.dedent(text).lstrip())
     script = (

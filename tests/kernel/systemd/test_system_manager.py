@@ -1,6 +1,7 @@
-"""systemd is PID 1, its bus is the system's: root and users ask for scopes, and the units of the examples are started.
+"""With systemd as PID 1 and the system bus: root and users request scopes, and the units of the examples start.
 
-In a machine of its own: tests/vm_systemd.py. There pytest is a service whose cgroup nobody delegated, like a shell's.
+These tests run in an emulated machine: tests/vm_systemd.py. pytest is a service there, and its cgroup is not delegated,
+like that of a shell.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ UNITS = Path("/run/systemd/system")
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "systemd"
 BIN = Path(sys.executable).parent
 USER = "www-data"
-UID, GID = 33, 33  # Debian's, everywhere
+UID, GID = 33, 33  # the same on every Debian
 DELEGATE = "Delegate=cpu cpuset io memory pids"
-#: Needs more memory than 64 MiB.
+#: A command that needs more than 64 MiB of memory.
 GREEDY = ("python3", "-c", "b'x' * (200 << 20)")
 
 
@@ -56,7 +57,7 @@ def systemctl(*words: str) -> str:
 
 
 def as_service(*words: str, **properties: str) -> subprocess.CompletedProcess[str]:
-    """A command as the only one of a service of its own."""
+    """Run a command as a service of its own."""
     options = [f"--property={name}={value}" for name, value in properties.items()]
     return subprocess.run(
         ["systemd-run", "--wait", "--pipe", "--collect", "--quiet", *options, *words],
@@ -68,7 +69,7 @@ def as_service(*words: str, **properties: str) -> subprocess.CompletedProcess[st
 
 
 def scope_of(text: str) -> str:
-    """The name of the scope of ours that a path leads through."""
+    """Return the name of our scope in a path."""
     found = re.search(r"/(rcon-\d+-[0-9a-f]{8}\.scope)/", text)
     assert found, text
     return found[1]
@@ -130,7 +131,7 @@ def test_a_block_and_a_server_of_roots() -> None:
             inside = Path("/proc/thread-self/cgroup").read_text()
         return inside, *a_server()
 
-    assert jeepney.io.blocking  # imported by who can
+    assert jeepney.io.blocking  # imported here, as a user who can read it
     inside, endings, after = children.in_child(act, timeout=280)
     assert "/host/confine~1" in inside
     assert endings == ["ok", "memory"]
@@ -143,7 +144,7 @@ def test_every_limit_can_be_set(capsys: pytest.CaptureFixture[str]) -> None:
     done = rcon("doctor", "--json")
     found = json.loads(done.out)
     names = {finding["name"]: finding for finding in found["findings"]}
-    # The working directory is on no block device here.
+    # The working directory is not on a block device here.
     assert {finding["name"] for finding in found["missing"]} <= {"io"}, found["missing"]
     assert re.fullmatch(r"/system\.slice/rcon-\S+\.scope", found["base"])
     assert found["systemd"] is True
@@ -151,7 +152,7 @@ def test_every_limit_can_be_set(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_scope_that_is_given() -> None:
-    """As docs/howto/delegation.md has it for whoever has no jeepney."""
+    """docs/howto/delegation.md recommends this for users without jeepney."""
     words = ["systemd-run", "--scope", "--quiet", "-p", "Delegate=yes", "--unit=given"]
     words += [str(BIN / "rcon"), "run", "--pids", "20", "--", "cat", "/proc/self/cgroup"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=280)
@@ -171,7 +172,7 @@ def become_user() -> None:
 
 @pytest.fixture(scope="module")
 def login() -> Iterator[Path]:
-    """A session beside the user's own manager; yields its cgroup. systemd made both."""
+    """Start the user's manager and a session beside it, both by systemd. Yield the session's cgroup."""
     systemctl("start", f"user@{UID}.service")
     words = ["systemd-run", "--scope", "--quiet", f"--slice=user-{UID}.slice", "--unit=session-1.scope"]
     leader = subprocess.Popen([*words, f"--uid={USER}", "sleep", "1000"])
@@ -195,7 +196,7 @@ def in_session(session: Path, act: Callable[[], Any]) -> Any:
 
 
 def test_a_user_from_a_login_is_moved_with_the_help_of_the_system(login: Path) -> None:
-    """The user's manager may not take a process out of a session: it asks PID 1 to do it."""
+    """The user's manager may not move a process out of a session. It requests that from PID 1."""
     base = in_session(login, lambda: find_base(Hierarchy.discover(), None, systemd.enter_scope))
     assert re.fullmatch(
         rf"/user\.slice/user-{UID}\.slice/user@{UID}\.service/app\.slice/rcon-\S+\.scope", base
@@ -224,7 +225,7 @@ def test_a_command_of_a_users(login: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def site() -> Path:
-    """What the units know as /srv/site, and any user can read."""
+    """Return the directory that replaces /srv/site in the units. Every user can read it."""
     directory = Path(tempfile.mkdtemp(prefix="site-", dir="/tmp"))
     directory.chmod(0o755)
     return directory
@@ -239,7 +240,7 @@ def test_a_service_to_which_its_cgroup_is_left(user: str) -> None:
 
 
 def test_a_service_without_is_told_the_line_that_it_lacks() -> None:
-    # A user who has no manager of its own to ask, which the other has while it is logged in.
+    # This user has no manager of its own. The other user has one while it is logged in.
     done = as_service(str(BIN / "rcon"), "run", "--memory", "64M", "--", "true", User="daemon")
     assert done.returncode == 125
     unit = re.search(r"systemctl edit (run-\w+\.service): \[Service\] (Delegate=[a-z ]+)", done.stderr)
@@ -262,7 +263,7 @@ def test_a_service_of_roots_does_not_get_out_of_its_own_limits() -> None:
 
 
 def test_a_service_that_begins_in_a_subgroup(site: Path) -> None:
-    """As systemd 254 has it with DelegateSubgroup=: more than one process may be there."""
+    """systemd 254 does this with DelegateSubgroup=. The subgroup may contain several processes."""
     script = site / "begin"
     script.write_text(
         "own=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)\n"
@@ -282,7 +283,7 @@ def test_a_service_that_begins_in_a_subgroup(site: Path) -> None:
 
 @contextlib.contextmanager
 def started(name: str, site: Path, *changes: tuple[str, str]) -> Iterator[str]:
-    """The unit file of an example, with the paths of this machine, as a service; yields the name of that."""
+    """Start the unit of an example, with the paths of this machine. Yield the name of the service."""
     text = EXAMPLES.joinpath(f"{name}.service").read_text()
     for old, new in (("/srv/site/.venv/bin", str(BIN)), ("/srv/site", str(site)), *changes):
         assert old in text
@@ -345,7 +346,7 @@ def test_the_unit_of_gunicorn(site: Path) -> None:
     port = free_port()
     changes = (("/etc/rcon.toml", f"{site}/rcon.toml"), ("127.0.0.1:8000", f"127.0.0.1:{port}"))
     with started("gunicorn", site, *changes) as unit:
-        # Type=notify: it serves when it is started.
+        # The unit has Type=notify, so it serves as soon as it is started.
         status, where = get(port)
         assert status == 200
         inside = rf"0::/system\.slice/{unit}/rcon-\d+-\d+/work/default/\S+"

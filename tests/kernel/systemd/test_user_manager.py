@@ -1,4 +1,4 @@
-"""An ordinary user asks its own systemd for a cgroup: a real `systemd --user`, on a real bus."""
+"""An ordinary user gets a cgroup from its own systemd: a real `systemd --user`, on a real bus."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ SLICE = CGROUPS / "user.slice" / f"user-{NOBODY}.slice"
 MANAGER = SLICE / f"user@{NOBODY}.service"
 RUNTIME = Path(f"/run/user/{NOBODY}")
 BOOTED = Path("/run/systemd/system")
-#: Before the first test the manager is started, which takes long in an emulated machine.
+#: How long the manager may take to start, before the first test. It is slow in an emulated machine.
 START_SECONDS = 120
 
 
 def give(directory: Path) -> None:
-    """As systemd gives a user's manager its cgroup."""
+    """Delegate a cgroup to nobody, as systemd does for a user's manager."""
     for name in ("", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"):
         os.chown(directory / name, NOBODY, NOBODY)
 
@@ -58,11 +58,11 @@ def enter_and_become_nobody(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def manager() -> Iterator[Path]:
-    """A `systemd --user` of nobody's with a bus, in a cgroup as pid 1 would have made it for it.
+    """Run a `systemd --user` as nobody, with a bus, in a cgroup like the one that pid 1 would make for it.
 
-    Yields the cgroup of a terminal in it.
+    Yield the cgroup of a terminal in it.
     """
-    assert jeepney.io.blocking  # imported by who can
+    assert jeepney.io.blocking  # imported here, as a user who can read it
     with contextlib.ExitStack() as stack:
         for directory in (BOOTED, RUNTIME):
             if not directory.exists():
@@ -113,7 +113,7 @@ def started(*command: str) -> Iterator[None]:
 
 
 def remove_slice() -> None:
-    """End what the manager has left, a bus that it activated say, and remove the cgroups."""
+    """Kill processes that the manager has left, for example a bus that it activated, and remove the cgroups."""
     SLICE.joinpath("cgroup.kill").write_text("1")
     eventually(lambda: "populated 0" in SLICE.joinpath("cgroup.events").read_text())
     for directory, _, _ in os.walk(SLICE.parent, topdown=False):
@@ -126,7 +126,7 @@ def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_a_terminal(terminal: Path, act: Callable[[], Any]) -> Any:
-    """What nobody's program does that was started beside a shell."""
+    """Return the result of ``act`` in a child that runs as nobody beside a shell."""
 
     def child() -> Any:
         enter_and_become_nobody(terminal)
@@ -167,7 +167,7 @@ def test_a_scope_of_our_own(manager: Path) -> None:
     assert found["again"] == found["base"] == found["own"]
     assert found["inside"].startswith(f"{found['base']}/rcon-{found['pid']}-")
     assert found["max"] == str(1 << 26)
-    # It goes with its last process.
+    # The scope disappears with its last process.
     eventually(lambda: not CGROUPS.joinpath(found["base"][1:]).exists(), 30)
 
 
@@ -248,7 +248,7 @@ def test_a_command(manager: Path) -> None:
 
 
 def test_what_the_manager_may_not_take_is_refused(manager: Path) -> None:
-    """From outside of its tree only pid 1 could move a process, and pid 1 is no systemd here."""
+    """Only pid 1 could move a process from outside into the manager's tree, and pid 1 is not systemd here."""
     session = SLICE / "session-1.scope"
     session.mkdir()
 

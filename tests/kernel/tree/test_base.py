@@ -1,4 +1,4 @@
-"""Where the tree may be: found, or an error that prints what to do."""
+"""Find the base of the tree, or raise an error with the remedy."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _full_base(group: Cgroup) -> tuple[int | None, str]:
 
 @pytest.mark.layout("v2")
 def test_a_cgroup_with_processes_passes_nothing_on(group: Cgroup) -> None:
-    """As in a container whose root cgroup holds a shell beside the server."""
+    """This happens in a container whose root cgroup has a shell beside the server."""
     full = group.child("container").create()
 
     def inside() -> tuple[int | None, str]:
@@ -188,7 +188,7 @@ def test_the_root_of_a_containers_tree(group: Cgroup) -> None:
 
 @pytest.mark.layout("hybrid")
 def test_a_hybrid_whose_v2_side_is_read_only_goes_without(group: Cgroup) -> None:
-    """The limits are on v1; killing is done by the walk then."""
+    """The limits are on v1. Processes are killed one by one then."""
     assert layout() == "hybrid"
     seen = children.in_child(_without_v2, group.path)
     assert not any("/unified/" in directory for directory in seen)

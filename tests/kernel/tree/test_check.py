@@ -1,4 +1,4 @@
-"""rcon check with and without a cgroup to work under; the commands of docs/reference/check.md."""
+"""rcon check with and without a usable cgroup; the commands of docs/reference/check.md."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FEWEST = 6
 
 @pytest.fixture
 def base() -> Iterator[Cgroup]:
-    """A path in the tree where nothing exists; what is made there is removed afterwards."""
+    """Return a cgroup that does not exist yet. Remove the cgroups below it afterwards."""
     cgroup = Hierarchy.discover().cgroup(f"/rcon-check-{os.getpid()}")
     try:
         yield cgroup
@@ -98,7 +98,7 @@ def test_a_missing_disk_is_reported_with_its_policy(
 
 @pytest.mark.each_layout
 def test_without_a_delegated_cgroup(tmp_path: Path, in_child: Any) -> None:
-    """An ordinary user gets the commands that make one, each in a line of its own."""
+    """An ordinary user gets the commands that make a cgroup, each on a line of its own."""
     file = tmp_path / "rcon.toml"
     file.write_text("[policy.web]\npids = 8\n")
     file.chmod(0o644)
@@ -121,7 +121,7 @@ def test_without_a_delegated_cgroup(tmp_path: Path, in_child: Any) -> None:
     lines = text.splitlines()
     refused = next(number for number, line in enumerate(lines) if line.startswith("REFUSED: rcon.toml: "))
     problem = json.loads(as_json)["problem"]
-    # On v2 it goes on to say why systemd gives none.
+    # On v2 the reason also says why systemd gives no cgroup.
     assert problem["reason"].startswith("no cgroup is delegated to this process")
     first = next(number for number, line in enumerate(lines) if line.startswith(" " * 8))
     lead, *steps = lines[first - 1 :]
@@ -137,7 +137,7 @@ def test_without_a_delegated_cgroup(tmp_path: Path, in_child: Any) -> None:
 
 @pytest.mark.each_layout
 def test_a_limit_is_named_by_its_key(base: Cgroup, tmp_path: Path) -> None:
-    """In the reason for isolation = "process"."""
+    """The reason for isolation = "process" names the limit by its key."""
     file = tmp_path / "rcon.toml"
     file.write_text(f'cgroup = "/rcon-check-{os.getpid()}"\n[policy.web]\nmemory = "64M"\n')
     text, good = check.check(str(file), "sync", as_json=False)
@@ -146,7 +146,7 @@ def test_a_limit_is_named_by_its_key(base: Cgroup, tmp_path: Path) -> None:
 
 
 def test_commands_of_the_documentation(tmp_path: Path) -> None:
-    """With the file in docs/reference/check.md, and the output shown there."""
+    """The commands use the file in docs/reference/check.md, and print the output shown there."""
     page = (ROOT / "docs/reference/check.md").read_text()
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S)
     (tmp_path / "rcon.toml").write_text(next(text for language, text in blocks if language == "toml"))

@@ -1,4 +1,4 @@
-"""What somebody gave away: by hand as the printed remedy says, or as systemd marks it."""
+"""Delegated cgroups: delegated by hand with the printed remedy, or by systemd, which marks them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def remedy_for_nobody(path: str) -> str:
 
 
 def follow(text: str) -> None:
-    """Do as root what the remedy says, with this process as the shell that starts the server."""
+    """Run the commands of the remedy as root, with this process as the shell that starts the server."""
     first, *steps, last = text.split("; ")
     assert first.startswith("run the server as root, or as root once: ")
     assert last.startswith("and set cgroup = ")
@@ -65,7 +65,7 @@ def every_limit_in(setting: str | None) -> tuple[str, str, str]:
 
 @pytest.mark.parametrize("deeper", ["", "/deeper"])
 def test_the_printed_remedy_is_enough(group: Cgroup, deeper: str) -> None:
-    """The limits of cpus too: a new v1 cpuset is empty, and nothing can enter it."""
+    """This includes limits of cpus: a new v1 cpuset is empty, and no process can enter it."""
     path = f"{group.path}/given{deeper}"
 
     def act() -> tuple[str, str, str]:
@@ -83,7 +83,7 @@ def test_the_printed_remedy_is_enough(group: Cgroup, deeper: str) -> None:
 def test_what_root_gave_to_a_user_stays_when_root_has_used_it(
     group: Cgroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The printed remedy names root's own base, which root takes away after its last use: not then."""
+    """The printed remedy names root's own base. Root removes that after its last use, but not if a user owns it."""
     path = f"{group.path}/base"
     monkeypatch.setattr(tree_base, "ROOT_BASE", path)
     hierarchy = Hierarchy.discover()
@@ -110,8 +110,8 @@ def test_what_root_gave_to_a_user_stays_when_root_has_used_it(
 
 @pytest.mark.layout("v1", "hybrid")
 def test_threads_of_an_ordinary_user_come_back_on_v1(group: Cgroup) -> None:
-    """Not to where root had put the server: to the tree, and in the end to what root gave."""
-    uid = 1_000_000 + os.getpid()  # to whom nobody else gives anything
+    """Threads return to the tree, and at the end to the delegated cgroup; not to where root started the server."""
+    uid = 1_000_000 + os.getpid()  # no other test delegates a cgroup to this user
     given = group.child("given").create()
     given.delegate(uid, uid)
     path = given.path
@@ -167,7 +167,7 @@ def test_without_the_setting_what_is_around_the_shells(group: Cgroup) -> None:
 
 
 def test_what_root_did_not_give_is_not_taken(group: Cgroup) -> None:
-    """A directory of root's around that of the user is not the user's."""
+    """A directory of root that contains the user's directory does not belong to the user."""
     own = group.child("around").child("server").create()
     own.delegate(NOBODY, NOBODY)
 
@@ -184,7 +184,10 @@ def test_what_root_did_not_give_is_not_taken(group: Cgroup) -> None:
 
 
 def alone_on_v1(own: Cgroup) -> str:
-    """On v1 a cgroup with processes can have others below it: but only one's own is sure to be ours."""
+    """Return the base on v1, where a cgroup with processes can have children.
+
+    Only the process's own cgroup is sure to belong to its user.
+    """
     own.enter_process()
     become_nobody()
     return find_base(Hierarchy.discover())
@@ -192,7 +195,7 @@ def alone_on_v1(own: Cgroup) -> str:
 
 @pytest.mark.parametrize("mark", ["trusted.delegate", "user.delegate"])
 def test_a_unit_with_a_subgroup_for_its_processes(group: Cgroup, mark: str) -> None:
-    """As systemd 254 does with Delegate= and DelegateSubgroup=: several processes may be in that."""
+    """systemd 254 makes such a subgroup with Delegate= and DelegateSubgroup=. It may contain several processes."""
     unit = group.child("site.service")
     own = unit.child("main").create()
     for directory in unit.directories:
@@ -237,7 +240,7 @@ def test_asking_comes_after_what_was_given_and_before_roots_own(group: Cgroup) -
 
 
 def test_in_a_group_with_limits_nobody_is_asked(group: Cgroup) -> None:
-    """systemd would lead out of it."""
+    """A scope of systemd would be outside of the group."""
     main = group.child("rcon-1-1").child("work").child("g").child("main").create()
 
     def act() -> str:

@@ -1,4 +1,4 @@
-"""rcon doctor: what works here, tried for real, and the remedy for what does not."""
+"""rcon doctor: it tries each feature on this machine, and prints the remedy for each that does not work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLONE_NEWCGROUP = 0x02000000
 
 @pytest.fixture(autouse=True)
 def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """IO limits are tried on the device of the working directory."""
+    """Change to a directory on a disk: IO limits are tried on the device of the working directory."""
     monkeypatch.chdir(DISK)
 
 

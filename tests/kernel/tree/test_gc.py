@@ -1,4 +1,4 @@
-"""rcon gc: what dead owners left, wherever that is; nothing of the living."""
+"""rcon gc: it removes what dead owners left, in any place, and nothing that belongs to living owners."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLONE_NEWNS = 0x00020000
 
 
 def leave(base: str, place: str = "work") -> tuple[str, int]:
-    """In a child that then dies: make a tree with a process in it; its path, and that process."""
+    """Make a tree with a process in it. Return its path and the pid. Call it in a child, which then dies."""
     instance = Instance.create(Hierarchy.discover(), base)
     cgroup = instance.host if place == "host" else instance.executor_cgroup("g", "main").create()
     return instance.path, Running(cgroup, sleep_forever).pid
@@ -117,7 +117,7 @@ def test_one_that_is_inside_of_a_living_ones_group(group: Cgroup, capsys: pytest
 
 
 def nest(base: str, levels: int) -> str:
-    """In a child that then dies: a command that made cgroups in its own, deeper than a path can be long."""
+    """Make a tree with cgroups nested deeper than the longest path, as a command can. Call it in a child."""
     instance = Instance.create(Hierarchy.discover(), base)
     leaf = instance.executor_cgroup("g", "main").create()
     for directory in leaf.directories:
@@ -171,7 +171,7 @@ def test_what_is_not_ours_stays(group: Cgroup, capsys: pytest.CaptureFixture[str
 
 
 def test_attached_processes_are_moved_back(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
-    """`rcon attach` leaves a watcher behind; here that is killed."""
+    """`rcon attach` leaves a watcher running. This test kills it."""
     child = Running(group, sleep_forever)
     name = f"held-{os.getpid()}"
     try:
@@ -199,7 +199,7 @@ def test_attached_processes_are_moved_back(group: Cgroup, capsys: pytest.Capture
 
 
 def leave_attached_by_another_user(base: str) -> tuple[str, int, int]:
-    """In a child that then dies: make a tree with a process that looks as if nobody had attached it."""
+    """Make a tree with a process that looks as if the user nobody had attached it. Call it in a child."""
     instance = Instance.create(Hierarchy.discover(), base)
     work = Running(instance.executor_cgroup("g", "main").create(), sleep_forever).pid
     cgroup = instance.attached("held").create()

@@ -1,4 +1,4 @@
-"""The tree of a server: made, entered, shared with workers, left behind and removed."""
+"""The tree of a server: make it, enter it, share it with workers, leave it behind, remove it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def adopt_and_release(base: str) -> tuple[str, str, str]:
     inside = where_am_i()
     child = os.fork()
     if child == 0:
-        # Not the one that made it: nothing happens.
+        # This process did not make it, so `close` does nothing.
         os._exit(0 if instance.close() is False and where_am_i() == inside else 1)
     assert os.waitpid(child, 0)[1] == 0
     instance.release()
@@ -121,7 +121,7 @@ def test_adopt_and_release(group: Cgroup) -> None:
 
 
 def enter_and_leave(base: str, adopt: bool) -> list[str]:
-    """In a thread beside the main one: where it is before, in, and after."""
+    """Enter and leave a cgroup in a second thread. Return its cgroups before, inside, after, and the main thread's."""
     instance = Instance.create(Hierarchy.discover(), base=base)
     if adopt:
         instance.adopt()
@@ -193,7 +193,7 @@ def test_v2_refuses_a_thread_from_outside_its_domain(instance: Instance) -> None
 
 
 def unprivileged(base: str) -> list[str]:
-    """A master makes the tree for workers of another user; the worker does all that workers do."""
+    """Make the tree for workers of another user, and do in one worker everything that workers do."""
     instance = Instance.create(Hierarchy.discover(), base=base, owner=(NOBODY, NOBODY))
     assert instance.needs_adoption or layout() == "v1"
     instance.adopt()
@@ -210,7 +210,7 @@ def unprivileged(base: str) -> list[str]:
             os._exit(status)
     assert os.waitpid(worker, 0)[1] == 0
     left = instance.work.children()
-    # What decides over the whole stays with the master.
+    # The files that control the whole tree still belong to the master.
     for path in (instance.work, instance.host):
         for directory in path.directories:
             for name in (
@@ -257,7 +257,7 @@ def test_a_worker_with_another_user(group: Cgroup) -> None:
 
 
 def own_and_hang(base: str, pipe: int, leave_host_process: bool) -> None:
-    """A server that will be killed: with work, a daemon in it, and maybe another process of its own."""
+    """Run a server that will be killed: with work, a daemon in it, and perhaps another process of the server itself."""
     instance = Instance.create(Hierarchy.discover(), base=base)
     instance.adopt()
     leaf = instance.executor_cgroup("p", "1-1").create()
@@ -296,7 +296,7 @@ def test_the_tree_of_a_dead_owner_is_removed(hierarchy: Hierarchy, instance: Ins
     assert len(hierarchy.cgroup(f"{group.path}/{dead}").processes(subtree=True)) == 2
     (report,) = collect(hierarchy, group.path)
     assert report == Collected(f"{group.path}/{dead}", "removed")
-    # The living and everything else stay as they are.
+    # Trees of living owners and all other cgroups are unchanged.
     assert instance.work.exists()
     assert set(group.children()) == {instance.path.rpartition("/")[2], *(c.name for c in foreign)}
     assert collect(hierarchy, group.path) == []
@@ -339,7 +339,7 @@ def test_the_next_start_removes_the_tree(hierarchy: Hierarchy, group: Cgroup) ->
 
 
 def test_a_pid_reused_by_another_process(hierarchy: Hierarchy, group: Cgroup) -> None:
-    """The pid is there, but it started at another time: the owner is dead."""
+    """A process with the pid exists, but it started at another time, so the owner is dead."""
     taken_over = group.child(f"rcon-{os.getpid()}-1").create()
     assert collect(hierarchy, group.path) == [Collected(taken_over.path, "removed")]
 
@@ -357,7 +357,7 @@ def test_close_leaves_other_processes_alone(hierarchy: Hierarchy, group: Cgroup)
 
 
 def test_limits_of_a_confinement_that_another_worker_removes(instance: Instance) -> None:
-    """The order of creating first and configuring after leaves no moment without limits for those who enter."""
+    """The leaf is created before limits are set, so a process that enters it always has limits."""
     name = "pids.max"
 
     def take_away() -> None:

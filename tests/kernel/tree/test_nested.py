@@ -1,4 +1,4 @@
-"""A tree inside of a group with limits is inside of that group, or there is none."""
+"""A process in a group with limits makes its tree inside of that group, or cannot make one."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ CLONE_NEWCGROUP = 0x02000000
 
 @pytest.fixture
 def outer(group: Cgroup) -> Cgroup:
-    """The root of a tree, as another process would have it."""
+    """Return the root of a tree that looks like that of another process."""
     return group.child(f"rcon-{os.getpid()}-{proc.start_time(os.getpid())}").create()
 
 
 def own_paths() -> set[str]:
-    """The paths of this process in the hierarchies with controllers of ours, and in v2."""
+    """Return the paths of this process in v2 and in the hierarchies with controllers that rcon uses."""
     ours = {"cpu", "cpuset", "memory", "blkio", "pids", ""}
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     return {path for _, names, path in lines if set(names.split(",")) & ours}
@@ -45,7 +45,7 @@ def become(user: int) -> None:
 
 
 def inside(place: Cgroup, act: Callable[[], Any], user: int | None = None) -> Any:
-    """What ``act`` returns in a child that entered ``place`` and became ``user``."""
+    """Return the result of ``act`` in a child that entered ``place`` and changed to ``user``."""
 
     def child() -> Any:
         place.enter_process()
@@ -67,7 +67,7 @@ def refusal(setting: str | None = None) -> tuple[int | None, str]:
 
 
 def a_tree_of_its_own() -> tuple[str, set[str]]:
-    """Its base, and where a process in a leaf of it is."""
+    """Make a tree. Return its base, and the paths of a process in one of its leaves."""
     instance = Instance.create(Hierarchy.discover())
     if instance.needs_adoption:
         instance.adopt()
@@ -130,7 +130,7 @@ def test_no_setting_leads_out(outer: Cgroup, setting: str) -> None:
 
 
 def test_in_the_leaf_of_an_executor_inside_of_that(outer: Cgroup) -> None:
-    """Its limits for each work are those of the leaf."""
+    """The limits of each request or task are on the leaf."""
     leaf = outer.child("work").child("p").child(f"{os.getpid()}-1").create()
     found, paths = inside(leaf, a_tree_of_its_own)
     assert found == leaf.path
@@ -138,7 +138,7 @@ def test_in_the_leaf_of_an_executor_inside_of_that(outer: Cgroup) -> None:
 
 
 def test_where_the_command_has_limits_of_its_own_inside_of_those(outer: Cgroup) -> None:
-    """As with a policy that has `each`: beside the command they would not hold."""
+    """A policy with `each` sets such limits. A tree beside the command would be outside of them."""
     main = outer.child("work").child("g").child("main").create()
     main.configure(Resources(pids_max=30))
     assert inside(main, a_tree_of_its_own)[0] == main.path
@@ -171,7 +171,7 @@ def test_what_a_thread_started_is_refused(outer: Cgroup) -> None:
 
 @pytest.mark.layout("v1", "hybrid")
 def test_io_limits_of_the_group_hold_for_a_tree_inside(outer: Cgroup) -> None:
-    """On v1 they do not for child cgroups: so there are none."""
+    """On v1, IO limits do not hold for child cgroups, so no blkio child is made."""
     device = device_of(str(DISK))
     group = outer.child("work").child("g")
     main = group.child("main").create()
