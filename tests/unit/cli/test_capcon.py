@@ -99,12 +99,12 @@ def test_help_has_examples(subcommand: list[str], capsys: pytest.CaptureFixture[
     out, err = capsys.readouterr()
     assert err == ""
     assert f"Usage: {' '.join(['capcon', *subcommand])} " in out
-    assert "..." not in out.partition("\nCommands:")[2]  # each fits in its line
+    assert "..." not in out.partition("\nCommands:")[2]  # each help text fits on its line
     assert "      capcon " in out or "    capcon " in out or "capcon run" in out or "_CAPCON_COMPLETE" in out
 
 
 def test_options_after_the_command_belong_to_it(tmp_path: Path) -> None:
-    """Without -- too."""
+    """This holds without --, too."""
     done = subprocess.run(
         [
             sys.executable,

@@ -1,4 +1,4 @@
-"""Tables of plain text, and numbers as people read them."""
+"""Tables of plain text, and numbers in a form for people."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_column_is_as_wide_as_its_widest_cell() -> None:
 
 
 def test_text_columns_shrink_to_the_width() -> None:
-    """The last one first, the first one last; numbers never."""
+    """The last text column shrinks first, the first one last. Columns of numbers never shrink."""
     row = ["rcon-123-4567/tenant~a.example", "123456789", "cpu 30%, memory 64M, pids 16", "gunicorn app:app"]
     heads = ("GROUP", ">MEMORY", "LIMITS", "OWNER")
     assert table(heads, [row], 80).splitlines()[1] == (

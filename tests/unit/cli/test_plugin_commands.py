@@ -118,7 +118,7 @@ def test_an_installed_plugin_is_not_active(
 def test_a_broken_plugin_is_reported(
     named: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """But only for commands that are not built in."""
+    """It is reported only for commands that are not built in."""
     monkeypatch.setenv("RCON_PLUGINS", named)
     assert run_main(["greet"]) == 125
     out, err = capsys.readouterr()
@@ -131,7 +131,7 @@ def test_a_broken_plugin_is_reported(
 
 @pytest.mark.parametrize("named", ["", "greeting"])
 def test_a_built_in_command_loads_no_plugin(named: str) -> None:
-    """Nor anything that plugins need."""
+    """It loads no module that only plugins need, either."""
     program = (
         "import sys; from rcon_plugins.cli.rcon import run_main; assert run_main(['schema', '--help']) == 0\n"
         "assert not {'pluggy', 'importlib.metadata', 'rcon_plugins.builtin.plugins'} & set(sys.modules)"

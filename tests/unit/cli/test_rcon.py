@@ -51,7 +51,7 @@ policy = "web"
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a settings file and returns its path."""
+    """Return a function that writes a settings file and returns its path."""
 
     def written(text: str) -> str:
         (tmp_path / "rcon.toml").write_text(text)
@@ -67,7 +67,7 @@ def test_help_lists_the_commands_in_sections(capsys: pytest.CaptureFixture[str])
     sections = ["Run:", "Look:", "Change:", "Settings:", "Machine:"]
     assert [line for line in out.splitlines() if line in sections] == sections
     assert all(f"\n  {command} " in out for command in ("run", "ls", "set", "check", "doctor"))
-    assert "..." not in out.partition("\nRun:")[2]  # each fits in its line
+    assert "..." not in out.partition("\nRun:")[2]  # each help text fits on its line
     assert all(f"\n    {status} " in out for status in (0, 1, 2, 125))
 
 
@@ -213,7 +213,7 @@ def test_a_missing_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_check_refuses_what_cannot_be_enforced_by_key(
     write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Limits and users, and all of them, not only the first."""
+    """It refuses limits and users, and lists all of them, not only the first."""
     file = write(
         """
 [policy.web]
@@ -257,7 +257,7 @@ def test_a_note_names_policies_that_are_no_boundary(write: Write, capsys: pytest
     place = next(number for number, line in enumerate(lines) if line.startswith("web: inline - "))
     assert lines[place + 1].startswith("    note: ")
     assert "guards against accidents only" in lines[place + 1]
-    # At the end only the notes about several policies; a note beside a policy is not repeated.
+    # The end has only the notes about several policies. A note beside a policy is not repeated.
     last = [line for line in lines if line.startswith("note: ")]
     assert [line.startswith("note: policy web: runs in the server's process") for line in last] == [True]
 
@@ -275,7 +275,7 @@ def test_isolation_depends_on_the_kind_of_server(
 
 
 def test_a_remedy_of_several_steps_has_a_line_for_each() -> None:
-    """Commands stay whole, so that they can be copied."""
+    """Commands are not wrapped, so that they can be copied."""
     long = "mkdir -p /a && chown nobody " + " ".join(f"/a/file-{number}" for number in range(20))
     hint = f'run the server as root, or as root once: {long}; echo 1 > /a/b; and set cgroup = "/rcon"'
     problem = check._problem(DelegationError("no cgroup is delegated to this process", hint=hint))

@@ -1,4 +1,4 @@
-"""The start of rcon run: which modules it loads, and the order that its options come to."""
+"""The start of rcon run: the modules it loads, and the `Order` that results from its options."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Caught(Exception):
 
 
 def order_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Order:
-    """The order that a command line comes to."""
+    """Return the `Order` that results from a command line."""
 
     def execute(order: Order, *_: Any, **__: Any) -> int:
         raise Caught(order)
@@ -67,7 +67,7 @@ def order_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Order:
 
 @pytest.mark.parametrize("options", LIMITS, ids=" ".join)
 def test_limits_are_those_of_a_policy(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The short way from an option to the kernel's limit and the long one, by a policy, agree."""
+    """An option gives the same kernel limit directly and by way of a policy."""
     order = order_of([*options, "--", "sh", "-c", "exit 3", "--memory"], monkeypatch)
     parsed = parse([*options, "true"], RUN_OPTIONS).options
     assert order.resources == policy.limit_fields(parsed)["resources"]
@@ -84,7 +84,7 @@ def test_other_options_come_to_the_order(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_plain_command_loads_little() -> None:
-    """With limits too. The last module that rcon run loads is that of its options' units."""
+    """This holds with limits, too, which need only the module for units in addition."""
     code = (
         "import sys\n"
         "from rcon_plugins.cli.run import run\n"

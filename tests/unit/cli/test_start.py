@@ -1,4 +1,4 @@
-"""The console scripts as processes: an interrupt while they load, and a full disk."""
+"""The console scripts as processes: an interrupt while they load, and output to a full disk."""
 
 from __future__ import annotations
 

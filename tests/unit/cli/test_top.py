@@ -78,7 +78,7 @@ def test_groups_come_and_go() -> None:
     rates.rows([sample(1.0, name="a"), sample(1.0, name="b")])
     found = rates.rows([sample(2.0, name="b", cpu=1.0), sample(2.0, name="c")])
     assert [(one.name, one.cpu) for one in found] == [("b", 1.0), ("c", None)]
-    # A new group of the same name, and a clock that stands still, give no negative rate.
+    # A new group of the same name, or a clock that does not advance, gives no negative rate.
     assert rates.rows([sample(2.0, name="b", cpu=0.2)])[0].cpu is None
     assert rates.rows([sample(3.0, name="b", cpu=0.1)])[0].cpu == 0
 
@@ -215,7 +215,7 @@ def test_rows_further_down() -> None:
 
 
 def test_names_are_shown_as_text() -> None:
-    """Neither as markup of rich nor as escapes of the terminal."""
+    """Names are interpreted neither as markup of rich nor as terminal escapes."""
     lines = screenful([Row(name="a[red]b\x1b[2J", owner="[bold]x\x1b]0;t\x07", pressure={})], 120, 10)
     assert lines[2].startswith("a[red]b?[2J ")
     assert "[bold]x?]0;t?" in lines[2]

@@ -1,4 +1,4 @@
-"""Accounts found: real files, real links, the real user database. What takes a chown is in tests/kernel/identity."""
+"""Look up accounts: real files, real links, the real user database. Tests with chown are in tests/kernel/identity."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rcon_plugins.kernel import paths
 from rcon_plugins.kernel.capability import Capabilities, Identity, read_state
 from rcon_plugins.settings.policy import Policy
 
-#: So that these tests can be run by whoever owns the files they make.
+#: Keys that let these tests run as any user, who owns the files they make.
 ANYBODY: dict[str, Any] = {"min_uid": 1, "min_gid": 1, "allow_root": True}
 ENTRY = userdb.user(os.geteuid())
 ME = Identity(os.geteuid(), ENTRY.gid if ENTRY else os.getegid())
@@ -28,7 +28,7 @@ OTHER = 4001 if ME.uid != 4001 else 4002
 
 @pytest.fixture
 def sites(tmp_path: Path) -> Path:
-    """A directory of sites: anna's has an application, and there is something beside it that is none."""
+    """Make a directory of sites. Anna's site has an application; a directory beside the sites is outside of them."""
     (tmp_path / "sites/anna/app/deep").mkdir(parents=True)
     (tmp_path / "sites/anna/app/main.py").touch()
     (tmp_path / "outside/anna").mkdir(parents=True)
@@ -126,11 +126,11 @@ def test_the_owner_must_be_the_user(sites: Path) -> None:
 
 
 LINKS_OUT = [
-    # What anna's `app/link` leads to, below tmp_path where it is absolute.
+    # Targets of anna's `app/link`. ABSOLUTE stands for tmp_path.
     "/",
     "/proc/self/root",
     "ABSOLUTE/outside/anna",
-    "ABSOLUTE/sites/anna",  # within, but written as seen from the root: for the kernel that is out
+    "ABSOLUTE/sites/anna",  # inside, but an absolute path: the kernel treats it as outside
     "../../../outside/anna",
     "../../../sites/anna",
     "../../../../../../../../../../etc",
@@ -172,7 +172,7 @@ def test_links_within_are_followed(sites: Path, target: str) -> None:
 
 @pytest.mark.parametrize("depth", [1, 200])
 def test_links_without_end(sites: Path, depth: int) -> None:
-    """Neither in a circle nor down a way that is deep costs more than a few descriptors."""
+    """A circle of links, a chain of too many links and a deep path leave no descriptor open."""
     (sites / "circle").symlink_to("./circle")
     (sites / "here").symlink_to(".")
     place = sites / "d"
@@ -288,7 +288,7 @@ def test_what_is_wrong_with_the_machine_is_no_fault_of_the_work(sites: Path) -> 
 
 
 WRONG: list[tuple[dict[str, object], str, str]] = [
-    # What the policy says, the key in the message, and a word of problem or remedy.
+    # The keys of the policy, the key in the message, and a word of the problem or remedy.
     ({"user": "root"}, "user", "allow_root = true"),
     ({"user": 0}, "user", "root, and work must not run as root"),
     ({"user": "owner:/"}, "user", "'/' is root"),
@@ -382,7 +382,7 @@ def test_the_databases_are_asked_seldom_and_again(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_kernel_itself_keeps_to_the_directory(sites: Path) -> None:
-    """`open_beneath` by itself: no link, nothing outside, and its errors are the kernel's."""
+    """`open_beneath` alone opens no link and no path outside. It raises the kernel's errors."""
     (sites / "link").symlink_to("anna")
     directory = paths.open_directory(str(sites))
     try:

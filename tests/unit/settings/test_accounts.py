@@ -1,4 +1,4 @@
-"""Accounts and paths as settings write them. What is refused is in test_policy.py."""
+"""Accounts and paths as written in settings. test_policy.py tests the refused ones."""
 
 from __future__ import annotations
 

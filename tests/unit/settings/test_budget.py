@@ -1,4 +1,4 @@
-"""The budget of a machine: what is written, and the ledger, across processes and threads."""
+"""The budget of a machine: its settings, and its ledger across processes and threads."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_memory_runs_out_and_is_released(budget: MemoryBudget) -> None:
     six = budget.reserve(6 * UNIT)
     assert six is not None
     assert budget.reserve(5 * UNIT) is None
-    four = budget.reserve(3 * UNIT + 1)  # begun is counted whole
+    four = budget.reserve(3 * UNIT + 1)  # counts as four whole units
     assert four is not None
     assert budget.reserve(1) is None
     budget.release(six)
@@ -143,7 +143,7 @@ def test_processes_share_the_budget_and_release_it_however_they_end(
     child = os.fork()
     if child == 0:
         try:
-            budget.release(held)  # it is its parent's
+            budget.release(held)  # has no effect: the parent made the reservation
             answers = [budget.reserve(7 * UNIT) is None, budget.reserve(6 * UNIT) is not None]
             os.write(writing, b"y" if all(answers) else b"n")
             signal.pause()
@@ -153,7 +153,7 @@ def test_processes_share_the_budget_and_release_it_however_they_end(
         assert os.read(reading, 1) == b"y"
         assert budget.reserve(UNIT) is None
 
-        # Another program that opens it by name sees the same.
+        # Another program that opens the file by name sees the same reservations.
         assert in_child(lambda: budget_in(tmp_path).reserve(UNIT) is None)
     finally:
         os.kill(child, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""docs/reference/policy-file.md is true: its files load, its commands print what it says, and it has every key."""
+"""docs/reference/policy-file.md is correct: its files load, its commands print what it shows, and it has every key."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_command_prints_what_the_page_says(tmp_path: Path, command: str, p
 
 
 def keys_under(heading: str) -> set[str]:
-    """The keys in the first column of the table under a heading."""
+    """Return the keys in the first column of the table under a heading."""
     section = TEXT.partition(f"\n### {heading}\n")[2].partition("\n### ")[0]
     rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     return {key for row in rows for key in re.findall(r"`([^`]+)`", row)}

@@ -110,7 +110,7 @@ def test_the_policy_named_default_is_the_fallback(name: str, fallback: str | Non
 
 
 WRONG = [
-    # The text, the key that is named, and what else is said.
+    # The text, the key in the message, and other words of the message.
     ("", "policy", "everything would be refused"),
     ('unmatched = "refuse"', "policy", "[policy.default]"),
     ('polcy = "x"', "polcy", "did you mean 'policy'"),
@@ -219,7 +219,7 @@ def test_a_plugin_cannot_replace_a_policy() -> None:
 
 
 def objects(schema: object) -> list[Mapping[str, Any]]:
-    """Every object with properties within a JSON schema."""
+    """Return every object with properties in a JSON schema."""
     if isinstance(schema, list):
         return [found for part in schema for found in objects(part)]
     if not isinstance(schema, Mapping):
@@ -236,7 +236,7 @@ def test_the_schema_describes_the_file() -> None:
     }
     assert "name" not in schema["$defs"]["Policy"]["properties"]
     assert all(found["additionalProperties"] is False for found in objects(schema))
-    # memory, which may be a table, is in two of them
+    # two of them have memory, which may be a table
     assert len(objects(schema)) == 10
 
 

@@ -1,4 +1,4 @@
-"""Limits in words, where there is nothing but text."""
+"""Limits as text, for input that has no other types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that expands, as it is written."""
+"""Memory that expands, as written in settings."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_invalid_memory_is_refused(written: object, key: str, problem: str) -> N
     ],
 )
 def test_each_within_the_whole_policy(all_work: object, each: object, key: str | None) -> None:
-    """A work may reach the limit of all, where that grows."""
+    """The limit of one request or task may be above that of the whole policy if the latter expands."""
     if key is None:
         assert Policy.make("p", memory=all_work, each={"memory": each}).each.memory
         return

@@ -117,7 +117,7 @@ def test_invalid_attributes_for_per(per: object) -> None:
 
 
 WRONG = [
-    # The key in the message, a word of the problem or its remedy, and what was asked.
+    # The key in the message, a word of the problem or its remedy, and the keys of the policy.
     ("memry", "did you mean 'memory'", {"memry": "1M"}),
     ("timeout", "each = {", {"timeout": "1s"}),
     ("each.concurrency", "belongs to the policy", {"each": {"concurrency": 1}}),

@@ -152,7 +152,7 @@ def test_no_route_no_policy() -> None:
 
 
 class Noted(Mapping[str, str]):
-    """Attributes that note which of them were looked up."""
+    """Attributes that record which of them were looked up."""
 
     def __init__(self, **attributes: str) -> None:
         self.attributes = attributes
@@ -210,7 +210,7 @@ ATTRIBUTES = st.fixed_dictionaries(
 
 
 def meets(condition: str, pattern: str, value: str) -> bool:
-    """One condition as the documentation tells it, without any index."""
+    """Return whether a value meets one condition, by the rules of the documentation, without an index."""
     if condition == "host":
         pattern, value = pattern.lower(), value.lower().partition(":")[0]
         return fnmatchcase(value, pattern)
@@ -271,7 +271,7 @@ def test_hostile_lengths_take_no_time(attributes: dict[str, str]) -> None:
 
 
 class Counted(str):
-    """A text that counts how often it is compared."""
+    """A text that counts its comparisons."""
 
     compared = 0
 
