@@ -1,7 +1,7 @@
 """Run the tiers of the suite: in lanes side by side, then the tiers that measure, alone.
 
-`python -m tests.run check|test|long [tier ...]` is what `make check`, `make test` and `make test-long` call. Each tier
-is one process whose output goes to `build/tests/<tier>.log`.
+`make check`, `make test` and `make test-long` call `python -m tests.run check|test|long [tier ...]`. Each tier is one
+process whose output goes to `build/tests/<tier>.log`.
 
 - Tiers of one lane run one after another, in the order of `plans`; the lanes run side by side. None of their tests
   measures CPU time or IO.

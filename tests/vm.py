@@ -1,7 +1,7 @@
 """Run the tests that depend on the kernel's cgroup hierarchy on pure cgroup v2, in an emulated machine.
 
 `python -m tests.vm [pytest arguments]` boots Debian's own kernel under QEMU, in software, with this host's file
-system underneath (read-only; what is written goes to memory), runs pytest there and ends with pytest's exit status.
+system underneath (read-only; writes go to memory), runs pytest there and ends with pytest's exit status.
 Unless the arguments name tests it runs those of `TESTS` that are marked `each_layout` or `smoke`; with `--measures`
 those marked `measures(each_layout=True)`, for which nothing else should run beside. Everything takes five to ten times
 as long there as elsewhere, so tests that do not depend on the hierarchy are left out.

@@ -237,7 +237,7 @@ def _rebuilt(described: dict[str, Any]) -> Exception:
 def _constructed(
     cls: type[Exception], constructor_args: tuple[Any, ...], args: tuple[Any, ...]
 ) -> Exception | None:
-    """Return an exception of this class; None where its constructor takes other arguments."""
+    """Return an exception of this class; None if its constructor takes other arguments."""
     with contextlib.suppress(Exception):
         return cls(*constructor_args)
     with contextlib.suppress(Exception):

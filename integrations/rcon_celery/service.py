@@ -199,7 +199,7 @@ def _waits_in_pool(frame: types.FrameType | None) -> bool:
 
 
 def _working_directory() -> str | None:
-    """Return the working directory; None where it was removed."""
+    """Return the working directory; None if it was removed."""
     try:
         return os.getcwd()  # noqa: PTH109 - before each task, and pathlib is slow
     except OSError:

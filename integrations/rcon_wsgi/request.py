@@ -52,7 +52,7 @@ class RequestAttributes(Mapping[str, str]):
 
     ``host`` is the Host header, else the server's name: in lower case, without port and without final dots. ``path`` is
     the whole path, SCRIPT_NAME included, decoded as UTF-8. It is not normalised, as each application interprets ``//``
-    and ``..`` in its own way. So route by host where a policy must hold for any path.
+    and ``..`` in its own way. So route by host if a policy must hold for any path.
     """
 
     __slots__ = ("_environ", "_host", "_method", "_path", "_written_host")

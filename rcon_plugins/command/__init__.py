@@ -1,1 +1,1 @@
-"""One command in a cgroup of its own, run to its end as a shell would run it."""
+"""Run one command in a cgroup of its own, in the way a shell runs it, until it ends."""

@@ -1,9 +1,10 @@
 """Job control between a shell and one command: signals, stop and continue, as if the shell had run the command itself.
 
-The command keeps the process group of the caller, which is the terminal's foreground group where there is one: job
-control and the keys of the terminal reach it as usual. The caller leaves that group, so that a signal to the whole
-group reaches the command once, and forwards signals that are sent to it alone. When the command stops, the caller joins
-the group again and stops too, because the shell watches the caller. When the shell continues the group, both continue.
+The command keeps the process group of the caller. If there is a terminal, that is its foreground group, so job control
+and the keys of the terminal reach the command as usual. The caller leaves that group, so that a signal to the whole
+group reaches the command once. The caller forwards signals that are sent to it alone. When the command stops, the
+caller joins the group again and stops too, because the shell watches the caller. When the shell continues the group,
+both continue.
 Sources: setpgid(2), sigwaitinfo(2), termios(3), credentials(7).
 
 This module acts on the calling process. Use it from one thread only.
@@ -23,7 +24,7 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.proc import inherited_descriptors
 
-#: Signals that are never blocked: faults of this process, and those that cannot be blocked.
+#: Signals that are never blocked: faults of this process, and signals that the kernel does not let it block.
 _OWN = frozenset(
     getattr(signal, name)
     for name in (
@@ -38,7 +39,7 @@ _OWN = frozenset(
         "SIGSYS",
     )
 )
-#: Signals that a terminal sends to its whole foreground group: the command gets them itself.
+#: Signals that a terminal sends to its whole foreground group. The command gets them itself.
 _OF_THE_TERMINAL = frozenset({signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
 _STOPS = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
 #: Python ignores these at its start, and an ignored signal stays ignored through execve(2).
@@ -167,9 +168,7 @@ class Caller:
             os.setpgid(0, self._group)
 
     def _stop_too(self, number: int) -> None:
-        """Stop as the command has, so that the shell sees it; when the shell continues this process, continue the
-        command.
-        """
+        """Stop in the same way as the command, so that the shell sees it. Continue the command with this process."""
         theirs = os.getpgid(self._child)
         terminal = _open_terminal()
         try:

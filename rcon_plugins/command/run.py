@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 #: The leaf of the group that the command starts in.
 LEAF = "main"
-#: Exit statuses, as env(1), nohup(1) and chroot(1) use them, and as a shell does for a signal.
+#: Exit statuses, as in env(1), nohup(1) and chroot(1); for a signal, as in a shell.
 NOT_EXECUTABLE, NOT_FOUND, SIGNALLED = 126, 127, 128
 _LONGEST_NAME = 40
 
@@ -43,9 +43,9 @@ class Order(NamedTuple):
 
     ``program`` is the file, ``arguments`` is argv, ``variables`` is the environment. ``group`` is the name of the
     group. ``resources`` are the limits of ``work/<group>``, ``each`` those of the single command. The new process calls
-    ``become`` inside its cgroup, to drop privileges for good. ``delegate_to`` is the (uid, gid) that may make cgroups
-    of its own below. ``timeout`` is in seconds of wall time. ``keep`` are descriptors that the caller needs afterwards.
-    ``watch`` watches the group and its leaf, in threads, from before the command's first instruction until its end.
+    ``become`` inside its cgroup, to drop privileges. ``delegate_to`` is the (uid, gid) that may make cgroups below the
+    group. ``timeout`` is in seconds of wall time. ``keep`` are descriptors that the caller needs afterwards. ``watch``
+    watches the group and its leaf in threads, from before the command's first instruction until its end.
     ``memory_note`` is added to the message about the memory limit.
     """
 
@@ -72,7 +72,7 @@ class NotRun(RconError):
         self.status = NOT_FOUND if self.errno == errno.ENOENT else NOT_EXECUTABLE
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The process that was to become the command sends it to the caller by pickle.
+        # The new process, which could not execute the command, sends it to the caller by pickle.
         return type(self), (OSError(self.errno, ""),)
 
 
@@ -105,9 +105,9 @@ def run(order: Order, hierarchy: Hierarchy, base: str | None = None) -> Ended:
     """Run the command. Return when it has ended and its group is removed.
 
     Terminal, job control and signals reach the command as if it had been executed in place of the calling process.
-    When this returns, the calling process has closed its standard input and output, and all inherited descriptors but
-    ``order.keep``. If the calling process is killed, the kernel kills the command; other processes in the group stay
-    within its limits until ``rcon gc`` ends them.
+    When this returns, the calling process has closed its standard input and output, and all inherited descriptors
+    except ``order.keep``. If the calling process is killed, the kernel kills the command. Other processes in the group
+    stay within its limits until ``rcon gc`` ends them.
 
     Raises `NotRun`, `KernelError`, `DelegationError`, and what ``become`` raises. The command has not run then, and its
     group is removed.
@@ -151,7 +151,7 @@ class _Run:
 
     def _prepare(self) -> None:
         for refusal in self._instance.hierarchy.refusals(self._order.resources):
-            # The machine was checked; the base cgroup may have fewer controllers.
+            # The limits were checked for the machine, but the base cgroup may have fewer controllers.
             raise ControllerUnavailable(refusal.reason, path=self._group.path, hint=refusal.remedy)
         if self._instance.needs_adoption:
             self._instance.adopt()
@@ -165,7 +165,7 @@ class _Run:
             self._group.kill_once()
             status = self._caller.wait(time.monotonic() + 0.05)
         wall = time.monotonic() - self._began
-        # Processes that the command left behind end with it.
+        # Kill the processes that the command left behind.
         self._group.kill()
         return self._explain(status, late, wall)
 
@@ -183,7 +183,7 @@ class _Run:
                 cgroup.delegate(*order.delegate_to, shut=True)
 
     def _start(self, watching: contextlib.ExitStack) -> int:
-        """Start the command. Return its pid, or raise why it could not be executed."""
+        """Start the command. Return its pid, or raise the error for which it could not be executed."""
         ours, theirs = os.pipe()
         waits, go = os.pipe()
         caller = os.getpid()
@@ -265,14 +265,17 @@ class _Run:
             is_command=True,
         )
         if group.memory_peak is not None and memory.group is not None:
-            # The kernel counts a batch of pages before it refuses them.
+            # The kernel charges pages in batches before it refuses them, so the peak may be above the limit.
             group = group._replace(memory_peak=min(group.memory_peak, memory.group))
         code = os.waitstatus_to_exitcode(status)
         exit_status = code if code >= 0 else SIGNALLED - code
         return Ended(end, exit_status, wall, group, self._group.path)
 
     def _oom_kills_below(self, status: int) -> int:
-        """On v1: return the OOM kills in nested groups. Of those removed, only the notice of the kernel is left."""
+        """Return the number of OOM kills in nested groups, on v1.
+
+        For removed groups, only the kernel's notice is left.
+        """
         if self._memory_notices is None:
             return 0
         from rcon_plugins.kernel.cgroup.statistics import read_usage
@@ -282,7 +285,7 @@ class _Run:
         return kills or int(killed and count_notices(self._memory_notices) > 0)
 
     def _bounds(self) -> tuple[Bounds, Bounds]:
-        """Return the memory and pids limits in force: plugins, ``--on-event`` or ``rcon set`` may have changed them."""
+        """Return the current memory and pids limits. Plugins, ``--on-event`` or ``rcon set`` may have changed them."""
         order = self._order
         each = read_limits(self._leaf) if self._leaf.exists() else order.each
         group = read_limits(self._group) if self._group.exists() else order.resources
@@ -302,7 +305,7 @@ def _reached(group: Reading, bound: int | None) -> bool:
 
 
 def _die_with(caller: int) -> None:
-    """Have the kernel kill this process when the caller ends. Call it after the last change of ids, which resets it."""
+    """Have the kernel kill this process when the caller ends. Call it after the last change of ids, which clears it."""
     from rcon_plugins.kernel.syscalls import PR_SET_PDEATHSIG, prctl
 
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

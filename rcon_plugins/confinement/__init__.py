@@ -1,1 +1,1 @@
-"""A policy in force: which policy a request or task gets, and the cgroups and executors that enforce it."""
+"""Policies in force: select the policy of a request or task, and enforce it with cgroups and executors."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from rcon_plugins.errors import KernelError
 from rcon_plugins.tree.locks import Allocation, ByteLocks
 
-#: Bytes of memory that one byte of the ledger stands for.
+#: The number of bytes of memory for each byte of the ledger.
 UNIT = 2**20
 
 

@@ -24,9 +24,9 @@ from rcon_plugins.tree.instance import Instance
 def confine(policy: Policy | None = None, /, **limits: object) -> Confined:
     """Confine the calling thread, and the threads it starts, inside a ``with`` block.
 
-    Give either a policy, or limits as a settings file spells them: ``cpu="30%"``, ``cpus="0-1"``, ``pids=16``,
+    Give either a policy, or limits as in a settings file: ``cpu="30%"``, ``cpus="0-1"``, ``pids=16``,
     ``cpu_weight=50``, and on cgroup v1 ``io``. Memory and ``each`` limits need a process, and are refused. A child
-    process started inside the block stays confined, even after it::
+    process started inside the block stays confined after it::
 
         with confine(cpu="30%", cpus="0"):
             crunch()
@@ -39,8 +39,8 @@ def confine(policy: Policy | None = None, /, **limits: object) -> Confined:
         with limited: ...
         limited.close()
 
-    A CPU quota can stop the thread while it holds the GIL: the other threads of the program then wait too. Raises
-    `SettingsError` for limits that cannot be enforced here, `DelegationError` when no cgroup may be made.
+    A CPU quota can stop the thread while it holds the GIL; the other threads of the program then wait, too. Raises
+    `SettingsError` for limits that cannot be enforced here, `DelegationError` if no cgroup may be made.
     """
     if policy is None:
         policy = Policy.make("confine", **limits)
@@ -56,7 +56,7 @@ def confine(policy: Policy | None = None, /, **limits: object) -> Confined:
 
 
 class Confined:
-    """A policy to enter with ``with``, from any number of threads at once. See `confine`."""
+    """A policy that any number of threads may enter at the same time, using ``with``. See `confine`."""
 
     _numbers = itertools.count(1)
 

@@ -1,4 +1,4 @@
-"""Change limits of policies while work runs: in every process of a server, and in the cgroups of running work."""
+"""Change limits of policies while work runs, in every process of a server and in the cgroups of running work."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ class LivePolicies:
 
 
 class Change(NamedTuple):
-    """The result of a change: the limit before (None without one) and after, as a settings file spells them.
+    """The result of a change: the limit before (None without one) and after, in the spelling of a settings file.
 
-    ``cgroups`` is the number of cgroups of running work that got the new limit, ``kept`` the number of cgroups of
-    single executors that kept theirs.
+    ``cgroups`` is the number of cgroups of running work that got the new limit. ``kept`` is the number of cgroups of
+    single executors that kept the old one.
     """
 
     policy: Policy

@@ -1,9 +1,10 @@
 """The start-up sequence of every server: from settings to a `RunningManager`.
 
 1. `Manager` loads the plugins and judges the settings.
-2. `Manager.deploy` opens the ledger of the memory budget, makes the cgroup tree, judges again if that part of the tree
-   offers less, moves the process into the tree if its threads need that, and logs warnings: once for a server.
-3. `Deployment.start` starts a `RunningManager`, with its fork server: in each process that serves.
+2. `Manager.deploy` is called once for a server. It opens the ledger of the memory budget, makes the cgroup tree, judges
+   again if that part of the tree offers less, moves the process into the tree if its threads need that, and logs
+   warnings.
+3. `Deployment.start` is called in each process that serves. It starts a `RunningManager` with its fork server.
 
 A server of one process does all of it with `Manager.start`.
 """
@@ -44,7 +45,7 @@ class Manager:
         """Load the plugins and judge the policies. Raises `SettingsError` for a policy that cannot be enforced here.
 
         :param server: the traits of the server; by default other threads of the process serve, too.
-        :param plugins: plugins beside those that the settings name.
+        :param plugins: plugins in addition to those that the settings name.
         :param hierarchy: the part of the cgroup tree to judge for; by default that of this machine.
         :param memory: more memory limits that must fit into the budget, by their key in an error message.
         """

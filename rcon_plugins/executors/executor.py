@@ -53,7 +53,7 @@ Key = tuple[str, "Identity | None"]
 
 
 class State(enum.Enum):
-    """The state of an executor; the table in this module's docstring has the transitions."""
+    """The state of an executor. The table in this module's docstring lists the transitions."""
 
     #: Ordered; not confined yet.
     STARTING = enum.auto()
@@ -263,7 +263,7 @@ class Executor:
                     meter.close()
 
     def when_ended(self, action: Callable[[], object]) -> None:
-        """Have the supervisor call ``action`` when the executor has ended; call it at once if it has."""
+        """Have the supervisor call ``action`` when the executor has ended. If it has ended already, call it now."""
         with self.lock:
             if self.state is not State.ENDED:
                 self._exit_callbacks.append(action)

@@ -136,7 +136,7 @@ class ForkServer:
         finally:
             try:
                 self._instance.sweep(f"{self._host}-")
-            except BaseException:  # noqa: BLE001 - as above; the next start removes what is left
+            except BaseException:  # noqa: BLE001 - as above; the next start cleans up
                 traceback.print_exc()
             os._exit(status)
 
@@ -219,7 +219,7 @@ class ForkServer:
     def _signal(self, executor: int, number: int) -> None:
         for pidfd, (order, pid) in self._children.items():
             if order.number == executor:
-                with contextlib.suppress(KernelError):  # the host kills its cgroup besides
+                with contextlib.suppress(KernelError):  # the host also kills the cgroup
                     process.kill(
                         pidfd, pid, order.identity.uid if order.identity is not None else None, number
                     )
@@ -283,7 +283,7 @@ def run_executor(
             process.join_new_session_keyring()
         process.die_with_parent(server)
         _check_alone()
-    except BaseException as error:  # noqa: BLE001 - whatever it is: report it to the host and run nothing
+    except BaseException as error:  # noqa: BLE001 - report any exception to the host, and run no work
         with contextlib.suppress(ChannelClosed):  # the host ends, and removed the cgroup just now
             channel.send((FAILED, f"{type(error).__name__}: {error}".encode(errors="replace")[:4096]))
         os._exit(_EXIT_NOT_CONFINED)
@@ -300,7 +300,7 @@ def run_executor(
         status = 0
         if order.policy.leave_children and os.getpid() == me:
             _let_threads_go_on()
-    except BaseException:  # noqa: BLE001 - the end of this process: say why, whatever it was
+    except BaseException:  # noqa: BLE001 - this process ends: print any exception
         if os.getpid() == me:
             traceback.print_exc()
     finally:

@@ -295,7 +295,7 @@ class ProcessExecutors:
         while self._reap() is not None and time.monotonic() < deadline:
             time.sleep(0.005)
         control, self._control = self._control, None
-        control.close()  # the fork server then kills what is left, and ends
+        control.close()  # the fork server then kills the remaining processes, and ends
         if not self._lost and process.reap(self._server, CLOSE_SECONDS) is None:
             LOGGER.error("the fork server %d does not end; killing it", self._server)
             os.kill(self._server, signal.SIGKILL)

@@ -160,7 +160,7 @@ class ThreadExecutor:
 
     def _confine(self) -> bool:
         try:
-            # A thread shares its working directory and umask with the process unless it says otherwise (unshare(2)).
+            # A thread shares its working directory and umask with the process unless it calls unshare(2).
             unshare_directory_and_umask()
             self.prepare()
         except Exception as error:  # noqa: BLE001 - whatever it is: `start` raises it and nothing runs

@@ -1,4 +1,4 @@
-"""Convert what a settings file holds to the types of this project, with errors that name the key.
+"""Convert the contents of a settings file to the types of this project, with errors that name the key.
 
 msgspec converts and checks. But it reports the location as ``$.io[...]``, without the key of a table, and checks a
 table before its parts. So on an error `explain` checks again, part by part in the order of the file, to find the first
@@ -50,7 +50,7 @@ def schema_hook(kind: type) -> dict[str, Any]:
 
 
 def dotted(key: str, part: str) -> str:
-    """Return the key of ``part`` in the table ``key``, quoted where TOML needs quotes."""
+    """Return the key of ``part`` in the table ``key``, quoted if TOML needs quotes."""
     shown = part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"'
     return f"{key}.{shown}" if key else shown
 

@@ -27,7 +27,7 @@ class Limit(NamedTuple):
     its line in ``--help``. ``description`` and ``example``: for the JSON schema and error messages. ``table``: the
     table of the policy that holds the key: ``""`` for the policy itself and its ``each``, ``"memory"``, ``"io"`` (one
     table per device), or ``"each"`` for keys that only ``each`` has. ``field``: the field of `Resources` that it sets,
-    for ``"io"`` that of `IoMax`; empty where the kernel has no such limit. ``least``, ``most``: the range of a number;
+    for ``"io"`` that of `IoMax`; empty if the kernel has no such limit. ``least``, ``most``: the range of a number;
     the unit of a size is bytes. ``default``: the value that limits nothing, which the kernel reports anyway.
     ``removable``: whether ``max`` removes the limit. ``needs``: the key of a limit without which this one is refused.
     """

@@ -152,7 +152,7 @@ class Router:
     def find(self, work: Work) -> Found | None:
         """Return the first route that matches, or None.
 
-        Attributes are looked up once, and only where a route that may still match needs them. Never raises.
+        Each attribute is looked up once, and only if a route that may still match needs it. Never raises.
         """
         attributes = _Attributes(work.attributes)
         for entry in self._candidates(attributes):

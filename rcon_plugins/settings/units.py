@@ -34,7 +34,7 @@ class Written:
     def parse(cls, value: object) -> Self:
         """Return the value that ``value`` means in a settings file.
 
-        It is stricter than the constructor: it refuses a number without a unit where the unit would be a guess. Raises
+        It is stricter than the constructor: it refuses a number without a unit if the unit would be a guess. Raises
         `SettingsError`, without a key, for a value that is invalid or out of range.
         """
         raise NotImplementedError
@@ -90,7 +90,7 @@ class Size(WrittenNumber, int):
         "anyOf": [{"type": "string", "pattern": r"^\d{1,19}[KMGT]?$"}, {"type": "integer", "minimum": 0}]
     }
     _units: ClassVar[dict[str, int]] = {"T": 1024**4, "G": 1024**3, "M": 1024**2, "K": 1024, "": 1}
-    _largest = 2**63 - 1  # what the kernel's signed 64-bit counters hold
+    _largest = 2**63 - 1  # the largest value of the kernel's signed 64-bit counters
     _hint = 'write "256M", "64K" or "2G", in steps of 1024'
 
     @classmethod
@@ -191,7 +191,7 @@ class CpuList(Written, str):
         "type": "string",
         "pattern": r"^\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*$",
     }
-    _highest = 65535  # far above what a kernel can be built for
+    _highest = 65535  # far above the maximum that a kernel can be built for
     _hint = 'write "0-1,3" for the CPUs 0, 1 and 3'
 
     def __new__(cls, value: str) -> Self:

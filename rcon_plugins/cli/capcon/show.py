@@ -104,14 +104,14 @@ def securebits(bits: int) -> list[str]:
 
 
 def ids(numbers: Ids, name: Callable[[int], str | None]) -> str:
-    """Return the four ids, or one where all are equal."""
+    """Return the four ids, or only one if all are equal."""
     if len(set(numbers)) == 1:
         return named(numbers.effective, name)
     return ", ".join(f"{which} {named(number, name)}" for which, number in numbers._asdict().items())
 
 
 def named(number: int, name: Callable[[int], str | None]) -> str:
-    """Return ``33 (www-data)``, or the number where it has no name."""
+    """Return ``33 (www-data)``, or the number if it has no name."""
     found = name(number)
     return f"{number} ({found})" if found else str(number)
 

@@ -22,10 +22,10 @@ Finished = Literal["ok", "error", "result"]
 
 
 class Host(Protocol):
-    """The confinement that admits the work, as its admissions see it."""
+    """The attributes of a confinement that its admissions use."""
 
     policy: Policy
-    #: The key of the confinement; None where the policy has none.
+    #: The key of the confinement; None if the policy has none.
     key: str | None
     #: The name of the confinement, which is also the name of its cgroup.
     name: str

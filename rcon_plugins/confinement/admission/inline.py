@@ -1,4 +1,4 @@
-"""Work that runs in the calling thread, which joins the cgroup for the length of a block."""
+"""Work that runs in the calling thread, which is in the cgroup during a block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Result = TypeVar("_Result")
 
 
 class InlineAdmission(LocalAdmission):
-    """Work that runs in threads of this process, inside `entered` blocks."""
+    """Admission of work that runs in threads of this process, inside `entered` blocks."""
 
     def __init__(
         self, host: Host, work: Work, reservation: Reservation, enter: Callable[[], InlineExecutor | None]

@@ -47,8 +47,8 @@ _LEFT_BEHIND = "its work left processes behind"
 class ProcessAdmission(Admission):
     """Work that runs in an executor process, at the other end of `channel`.
 
-    At the deadline the supervisor kills and concludes the work by itself, whatever the thread that serves it waits for.
-    It then calls ``on_deadline``, where set, in its own thread, to wake that thread.
+    At the deadline the supervisor kills and concludes the work itself, without waiting for the thread that serves it.
+    It then calls ``on_deadline``, if set, in its own thread, to wake the serving thread.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ProcessAdmission(Admission):
         self._executor = executor
         self._own_memory: Memory | None = None
         self._warned = False
-        #: Why the host stopped the work; None where it did not.
+        #: The reason why the host stopped the work; None if it did not.
         self._cause: Cause | None = None
         self._threads_left = False
         self._watch: Watch | None = None
@@ -80,7 +80,7 @@ class ProcessAdmission(Admission):
         identity: Identity | None,
         memory: int | None = None,
     ) -> ProcessAdmission:
-        """Take an executor process of the pool, and set the limits and the deadline of this work.
+        """Take an executor process from the pool, and set the limits and the deadline of this work.
 
         ``memory`` is in bytes and replaces ``each.memory`` for this work alone. Raises what `ExecutorPool.take` raises.
         Raises `KernelError` if a limit cannot be set, and kills the executor process.
@@ -125,13 +125,13 @@ class ProcessAdmission(Admission):
         return self._executor.pid
 
     def leaves_threads(self) -> None:
-        """Note that threads of the work still run in its process: they count as left behind, as processes do."""
+        """Note that threads of the work still run in its process. They count as left behind, like processes."""
         self._threads_left = True
 
     def notify(self, number: int) -> None:
         """Send the work a signal that its service handles: `SOFT_TIME` or `SOFT_MEMORY`.
 
-        It may arrive after this work, so the executor process serves no other. Safe in a signal handler.
+        The signal may arrive after this work, so the executor process serves no other work. Safe in a signal handler.
         """
         if not self._settled:
             self._warned = True
@@ -261,7 +261,7 @@ class ProcessAdmission(Admission):
                 return self.outcome
             executor = self._executor
             self._pool.replace(executor, "it died")
-            with contextlib.suppress(KernelError):  # its cgroup is gone: the last reading is all there is
+            with contextlib.suppress(KernelError):  # the cgroup is gone: use the last reading
                 executor.reading = executor.read()
             reading = executor.reading
             if executor.ended.is_set() or self._cause is not None:
@@ -282,7 +282,7 @@ class ProcessAdmission(Admission):
             )
 
     def _memory_limits(self) -> tuple[Memory | None, Memory | None]:
-        """Return the limits ``each.memory`` and ``memory`` in force now."""
+        """Return the current limits ``each.memory`` and ``memory``."""
         policy, monitored = self.host.policy, self._executor.monitored
         each, group = policy.each.memory, policy.memory
         if monitored is not None:
@@ -302,7 +302,7 @@ class ProcessAdmission(Admission):
         try:
             return self._executor.group.read().memory_peak
         except KernelError:
-            return None  # its last leaf is gone, and so is the group
+            return None  # the last leaf is gone, and so is the group
 
     def _pids_limit_hit(self, reading: Reading) -> str | None:
         """Return the pids limit that refused a fork of this work, as the policy spells it; None without any."""
@@ -327,7 +327,7 @@ class ProcessAdmission(Admission):
     def _usage(self, reading: Reading) -> Usage:
         before, peak, memory = self._before, reading.memory_peak, self.host.policy.memory
         if peak is not None and memory is not None and peak > memory:
-            # The limit is on the cgroup above: the kernel counts a batch of pages here before it refuses them.
+            # The limit is on the parent cgroup. The kernel charges pages here in batches before it refuses them.
             memory = self._memory_limits()[1] or memory
             peak = min(peak, int(memory.most))
         cpu, read, written = reading.cpu_seconds, reading.io_read_bytes, reading.io_write_bytes

@@ -73,7 +73,7 @@ class ThreadAdmission(LocalAdmission):
         finally:
             if (
                 executor.busy
-            ):  # the caller left the call, which goes on in this context: nothing else can enter it
+            ):  # a caller left its call, which still runs in this context, so no other call can enter it
                 self._context = context.copy()
 
     def _give_back(self, ending: Finished | Literal["aborted"], detail: str) -> Outcome:

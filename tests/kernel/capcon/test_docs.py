@@ -1,4 +1,4 @@
-"""The commands in docs/howto/capcon.md and README.md run, and the example does what it says."""
+"""The commands in docs/howto/capcon.md and README.md run, and the example works as described."""
 
 from __future__ import annotations
 
