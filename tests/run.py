@@ -1,11 +1,13 @@
-"""Run the tiers of the suite: in lanes side by side, then the tiers that measure, alone.
+"""Run the tiers of the suite: in lanes side by side, then, alone, emulated machines and the tier that measures.
 
 `make check`, `make test` and `make test-long` call `python -m tests.run check|test|long [tier ...]`. Each tier is one
 process whose output goes to `build/tests/<tier>.log`.
 
 - Tiers of one lane run one after another, in the order of `plans`; the lanes run side by side. None of their tests
   measures CPU time or IO.
-- Tiers of the lane `ALONE` start when all other lanes are done: no emulator and no other test takes their CPU then.
+- Tiers of the lane `ALONE` start when all other lanes are done, one after another: no emulator and no other test takes
+  the CPU from a test that measures. An emulated machine, too, needs both cores: beside other tests its processors and
+  its IO thread wait for each other, and it is several times as slow.
 - A tier that runs no test fails. In CI a skipped test fails as well (tests/conftest.py).
 - At the end it prints the failures, the time of each tier, and the sum of all counts in pytest's own form.
 """
@@ -87,7 +89,7 @@ def plans() -> dict[str, list[Tier]]:
     """Return the tiers of each target."""
     unit = pytest("unit", "free", "tests/unit")
     contract = pytest("contract", "host", "tests/contract")
-    systemd = machine("systemd", "emulated", "tests.vm_systemd")
+    systemd = machine("systemd", ALONE, "tests.vm_systemd")
     return {
         "check": [
             unit,
@@ -97,8 +99,6 @@ def plans() -> dict[str, list[Tier]]:
             Tier("docs", "lint", DOCS, tests=False),
         ],
         "test": [
-            machine("v2", "emulated", "tests.vm"),
-            systemd,
             pytest("integrations", "host", "tests/integrations", f"--ignore={CELERY}", "-m", QUIET, *HOST),
             pytest("kernel", "host", "tests/kernel", "-m", QUIET, *HOST),
             LINT,
@@ -107,7 +107,8 @@ def plans() -> dict[str, list[Tier]]:
             pytest("contract", "free", "tests/contract"),
             pytest("celery", "free", CELERY, *HOST),
             pytest("measures", ALONE, "tests", "-m", "measures", *HOST),
-            machine("v2-measures", ALONE, "tests.vm", "--measures"),
+            machine("v2", ALONE, "tests.vm"),
+            systemd,
         ],
         "long": [
             pytest("measures", ALONE, "tests", "-m", "measures", RCON_TEST_LONG="1"),

@@ -2,8 +2,8 @@
 
 `python -m tests.vm [pytest arguments]` boots Debian's own kernel under QEMU, in software, with this host's file
 system underneath (read-only; writes go to memory), runs pytest there and ends with pytest's exit status.
-Unless the arguments name tests it runs those of `TESTS` that are marked `each_layout` or `smoke`; with `--measures`
-those marked `measures(each_layout=True)`, for which nothing else should run beside. Everything takes five to ten times
+Unless the arguments name tests it runs those of `TESTS` that are marked `each_layout`, `smoke` or
+`measures(each_layout=True)`. Nothing else should run beside it. Everything takes five to ten times
 as long there as elsewhere, so tests that do not depend on the hierarchy are left out.
 
 In the machine the tests find:
@@ -33,8 +33,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 PACKAGES = "linux-image-amd64 qemu-system-x86 busybox-static kmod udev e2fsprogs file util-linux"
-SELECTED = "(each_layout or smoke) and not measures"
-MEASURING = "measures(each_layout=True)"
+SELECTED = "((each_layout or smoke) and not measures) or measures(each_layout=True)"
 TESTS = (
     "tests/kernel",
     "tests/integrations/gunicorn/test_tenants.py",
@@ -236,16 +235,12 @@ def main() -> int:
         help="the kernel, whose modules are in /lib/modules (default: the newest in /boot)",
     )
     parser.add_argument("--memory", default="1536M", help="memory of the machine (default: %(default)s)")
-    parser.add_argument(
-        "--measures", action="store_true", help="run the tests that measure CPU time or IO, and only those"
-    )
     parser.add_argument("--verbose", action="store_true", help="show the machine's console")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options, arguments = parser.parse_known_args()
     arguments = [a for a in arguments if a != "--"]
     if not any(not a.startswith("-") and (ROOT / a.split("::")[0]).exists() for a in arguments):
-        selected = MEASURING if options.measures else SELECTED
-        arguments = [*TESTS, "-m", selected, "--reruns", "1", *arguments]
+        arguments = [*TESTS, "-m", SELECTED, "--reruns", "1", *arguments]
     if options.inside:
         inside(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):
