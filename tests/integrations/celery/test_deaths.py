@@ -236,17 +236,26 @@ def test_pool_process_replaced(offices: Offices) -> None:
         until(lambda: len(office.executors()) <= 1)
 
 
+#: Makes the check that each process of the pool does at its start fail, as long as a file is there.
 FAULTY = """
 import os
 from pathlib import Path
 import billiard
+from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import ConfinementError
 from rcon_plugins.hookspecs import hookimpl
 
-@hookimpl
-def rcon_policies():
+check_process = Plan.check_process
+
+def check_process_or_fail(self):
     if billiard.current_process().name != "MainProcess" and Path(os.environ["FAULT"]).exists():
         raise ConfinementError("the test says so")
+    check_process(self)
+
+Plan.check_process = check_process_or_fail
+
+@hookimpl
+def rcon_policies():
     return []
 """
 
