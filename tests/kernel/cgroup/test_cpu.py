@@ -32,6 +32,11 @@ def burn(seconds: float, cpu_time: Callable[[], float]) -> float:
     return (cpu_time() - used) / (now - begin)
 
 
+def burn_and_count(seconds: float) -> tuple[float, float]:
+    """Hash for that long. Return the CPUs used meanwhile, and the CPU seconds of this process since it was forked."""
+    return burn(seconds, time.process_time), time.process_time()
+
+
 def in_processes(group: Cgroup, quotas: tuple[float, ...], processes: int) -> dict[float, float]:
     seconds = window(*quotas)
     cgroups = {quota: group.child(f"{quota:g}").create() for quota in quotas}
@@ -39,18 +44,16 @@ def in_processes(group: Cgroup, quotas: tuple[float, ...], processes: int) -> di
         cgroup.configure(Resources(cpu_quota=quota))
     with contextlib.ExitStack() as stack:
         started = {
-            quota: [
-                stack.enter_context(running(cgroup, burn, seconds, time.process_time))
-                for _ in range(processes)
-            ]
+            quota: [stack.enter_context(running(cgroup, burn_and_count, seconds)) for _ in range(processes)]
             for quota, cgroup in cgroups.items()
         }
-        found = {quota: sum(child.result() for child in some) for quota, some in started.items()}
+        results = {quota: [child.result() for child in some] for quota, some in started.items()}
     for quota, cgroup in cgroups.items():
-        # The kernel's own account agrees with what the processes saw.
-        assert cgroup.read().cpu_seconds == pytest.approx(found[quota] * seconds, rel=0.1)
+        # The kernel's own account agrees with what the processes saw, the time before they measured included.
+        total = sum(seconds for _, seconds in results[quota])
+        assert cgroup.read().cpu_seconds == pytest.approx(total, rel=0.1)
         cgroup.delete()
-    return found
+    return {quota: sum(used for used, _ in some) for quota, some in results.items()}
 
 
 def in_threads(base: str, quota: float, threads: int, seconds: float) -> float:

@@ -49,7 +49,7 @@ def test_it_describes_each_option() -> None:
 @pytest.mark.each_layout
 def test_the_example_runs(tmp_path: Path) -> None:
     script = tmp_path / "rcon"
-    code = "from rcon_plugins.cli.rcon import main; main()"
+    code = "from rcon_plugins.cli.start import main; main()"
     script.write_text(f"#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -c '{code}' \"$@\"\n")
     script.chmod(0o755)
     done = subprocess.run(
