@@ -106,12 +106,14 @@ def plans() -> dict[str, list[Tier]]:
             unit,
             pytest("contract", "free", "tests/contract"),
             pytest("celery", "free", CELERY, *HOST),
-            pytest("measures", ALONE, "tests", "-m", "measures", *HOST),
+            pytest("measures", ALONE, "tests/integrations", "tests/kernel", "-m", "measures", *HOST),
             machine("v2", ALONE, "tests.vm"),
             systemd,
         ],
         "long": [
-            pytest("measures", ALONE, "tests", "-m", "measures", RCON_TEST_LONG="1"),
+            pytest(
+                "measures", ALONE, "tests/integrations", "tests/kernel", "-m", "measures", RCON_TEST_LONG="1"
+            ),
             pytest("tenants", ALONE, "tests/integrations/gunicorn/test_tenants.py", RCON_TEST_LONG="1"),
             Tier("celery-suite", ALONE, (sys.executable, "-m", "tests.celery_suite"), tests=False),
         ],
