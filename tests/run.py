@@ -4,10 +4,9 @@
 process whose output goes to `build/tests/<tier>.log`.
 
 - Tiers of one lane run one after another, in the order of `plans`; the lanes run side by side. None of their tests
-  measures CPU time or IO.
+  measures CPU time or IO of this machine.
 - Tiers of the lane `ALONE` start when all other lanes are done, one after another: no emulator and no other test takes
-  the CPU from a test that measures. An emulated machine, too, needs both cores: beside other tests its processors and
-  its IO thread wait for each other, and it is several times as slow.
+  the CPU from a test that measures.
 - A tier that runs no test fails. In CI a skipped test fails as well (tests/conftest.py).
 - At the end it prints the failures, the time of each tier, and the sum of all counts in pytest's own form.
 """
@@ -89,7 +88,6 @@ def plans() -> dict[str, list[Tier]]:
     """Return the tiers of each target."""
     unit = pytest("unit", "free", "tests/unit")
     contract = pytest("contract", "host", "tests/contract")
-    systemd = machine("systemd", ALONE, "tests.vm_systemd")
     return {
         "check": [
             unit,
@@ -106,9 +104,9 @@ def plans() -> dict[str, list[Tier]]:
             unit,
             pytest("contract", "free", "tests/contract"),
             pytest("celery", "free", CELERY, *HOST),
+            machine("v2", "emulator", "tests.vm"),
+            machine("systemd", "emulator", "tests.vm_systemd"),
             pytest("measures", ALONE, "tests/integrations", "tests/kernel", "-m", "measures", *HOST),
-            machine("v2", ALONE, "tests.vm"),
-            systemd,
         ],
         "long": [
             pytest(

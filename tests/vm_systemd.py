@@ -15,14 +15,21 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from shlex import quote
 
-from tests.vm import ROOT, compile_sources, fail, guarded, need, newest_kernel, pass_through, stop
+from tests.machine import (
+    PATH,
+    ROOT,
+    compile_sources,
+    end_on_signals,
+    fail,
+    machine,
+    newest_kernel,
+    run,
+    selects_tests,
+)
 
 TESTS = "tests/kernel/systemd"
 SYSTEMD = Path("/lib/systemd/systemd")
@@ -71,7 +78,7 @@ def beginning(prepared: Path) -> str:
     """
     lines = [
         "set -e",
-        "export PATH=/usr/sbin:/usr/bin:/sbin:/bin",
+        f"export PATH={PATH} SYSTEMD_UNIT_PATH={UNIT_PATH}",
         "mount -t tmpfs -o mode=755 run /run",
         f"cp -r {quote(str(prepared))} /run/systemd",
     ]
@@ -127,47 +134,18 @@ def prepare(directory: Path, arguments: list[str]) -> None:
     )
 
 
-def machine(kernel: Path, scratch: Path, memory: str) -> list[str]:
-    """Return the command that boots the machine. Serial port 1 is our output; port 2 receives the exit status."""
-    initramfs, prepared = scratch / "initramfs", scratch / "systemd"
-    version = kernel.name.removeprefix("vmlinuz-")
-    subprocess.run(
-        [need("virtme-mkinitramfs"), "--mod-kversion", version, "--outfile", str(initramfs)], check=True
-    )
-    script = scratch / "beginning"
-    script.write_text(beginning(prepared))
-    options = ["console=ttyS2", "quiet", "loglevel=1", "panic=-1", "luks=no", "audit=0"]
-    options += [f"SYSTEMD_UNIT_PATH={UNIT_PATH}", "init=/bin/sh", "--", str(script)]
-    command = [need("qemu-system-x86_64"), "-machine", "q35", "-cpu", "max", "-smp", "2", "-m", memory]
-    command += ["-nodefaults", "-display", "none", "-no-reboot"]
-    command += ["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]
-    command += ["-device", "virtio-9p-pci,fsdev=root,mount_tag=/dev/root"]
-    command += ["-chardev", "stdio,id=out,signal=off", "-serial", "chardev:out"]
-    command += ["-serial", f"file:{scratch / 'status'}", "-serial", f"file:{scratch / 'console'}"]
-    return [*command, "-kernel", str(kernel), "-initrd", str(initramfs), "-append", " ".join(options)]
-
-
 def boot(arguments: list[str], *, timeout: int, memory: str) -> int:
-    """Boot, run pytest in the machine, and return its exit status. Leave nothing running, however this ends."""
+    """Boot, run pytest in the machine, and return its exit status."""
     kernel = newest_kernel()
     print(f"Booting {kernel.name} with systemd as PID 1 in an emulated machine (about 20 s) ...", flush=True)
     compile_sources([TESTS])
-    with tempfile.TemporaryDirectory(prefix="rcon-vm-") as directory:
-        scratch = Path(directory)
-        prepare(scratch / "systemd", arguments)
-        running = guarded(machine(kernel, scratch, memory), timeout)
-        try:
-            pass_through(running)
-            status = running.wait()
-        finally:
-            stop(running)
-        told = scratch.joinpath("status").read_text().strip()
-        if status == 124:
-            fail(f"the emulated machine was stopped after {timeout} s (--timeout)")
-        if not told.isdigit():
-            print(scratch.joinpath("console").read_text(errors="replace")[-10000:], file=sys.stderr)
-            fail("the emulated machine ended before pytest did")
-    return int(told)
+
+    def command(scratch: Path) -> list[str]:
+        prepared = scratch / "systemd"
+        prepare(prepared, arguments)
+        return machine(kernel, scratch, memory, beginning(prepared))
+
+    return run(command, timeout)
 
 
 def main() -> int:
@@ -178,10 +156,9 @@ def main() -> int:
     parser.add_argument("--memory", default="1G", help="memory of the machine (default: %(default)s)")
     options, arguments = parser.parse_known_args()
     arguments = [a for a in arguments if a != "--"]
-    if not any(not a.startswith("-") and (ROOT / a.split("::")[0]).exists() for a in arguments):
+    if not selects_tests(arguments):
         arguments = [TESTS, "-m", "init", "--reruns", "1", *arguments]
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    end_on_signals()
     try:
         return boot(arguments, timeout=options.timeout, memory=options.memory)
     except KeyboardInterrupt:
