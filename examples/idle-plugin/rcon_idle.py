@@ -25,6 +25,6 @@ def rcon_resources(limits: Limits, policy: Policy) -> Resources | None:
             "an idle group has no weight",
             key=f"policy.{policy.name}.cpu_weight",
             value=policy.cpu_weight,
-            hint="leave cpu_weight out, or take the policy out of RCON_IDLE",
+            hint="leave cpu_weight out, or remove the policy from RCON_IDLE",
         )
     return Resources(files={"cpu.idle": "1"})

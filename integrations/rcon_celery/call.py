@@ -60,7 +60,7 @@ def _mapped_name(app: Any, inner: object) -> str:
     name = str(signature(inner, app=app).type.name)
     if name in _CALL_OTHERS:
         raise ConfinementError(
-            f"a map of {name}: the policy of the tasks inside cannot be known; map the task itself"
+            f"a map of {name} hides which tasks it calls, and so their policies; map the task itself"
         )
     return name
 

@@ -79,9 +79,9 @@ def confined(policy: str | None = None, /, **limits: Any) -> Callable[[_F], _F]:
     def decorate(function: _F) -> _F:
         if isinstance(function, (Task, Proxy)):
             raise SettingsError(
-                "it stands above @app.task, which has made the task already",
+                "@confined stands above @app.task, so the task is made already",
                 key="@confined",
-                hint="put it under @app.task",
+                hint="put @confined under @app.task",
             )
         # Do not wrap the function: Celery inspects its parameters.
         setattr(function, _ATTRIBUTE, task_policy)
@@ -115,8 +115,8 @@ def _refuse_without_install(sender: Any, **_: object) -> None:
     for name, task in sorted(sender.app.tasks.items()):
         if policy_of_class(type(task)) is not None:
             _log.error(
-                "rcon: the worker does not start: task %s has @confined, but its application was not given to "
-                "rcon_celery.install; call install(app) where the application is made",
+                "rcon: the worker does not start: task %s has @confined, but rcon_celery.install was not called for "
+                "its application; call install(app) where the application is made",
                 name,
             )
             raise WorkerTerminate(1)  # Celery's signals catch every Exception; this is not one

@@ -23,7 +23,7 @@ from rcon_plugins.groups.sample import Sample, from_data, to_data
 from rcon_plugins.settings.limit_words import as_written
 
 _NOT_CONFINED: Final = {
-    "error": "tasks are not confined: the application was not given to rcon_celery.install"
+    "error": "tasks are not confined: rcon_celery.install was not called for the application"
 }
 #: How long to wait for answers of all workers: the first time, and later. In seconds.
 _FIRST_WAIT, _WAIT = 2.0, 1.0

@@ -598,7 +598,7 @@ class ErrorLog:
             lines.append(shown)
         if not self._frames:
             lines.append(
-                f"{self._prefix}(rcon: this request logs too much; the rest of this minute is left out)\n"
+                f"{self._prefix}(rcon: this request logs too much; the rest of this minute is omitted)\n"
             )
         try:
             self._stream.write("".join(lines))

@@ -75,8 +75,8 @@ class ConfineMiddleware:
         """Serve one request, confined."""
         if os.getpid() != self._owner:
             _log.error(
-                "refused: this process (%d) was forked after the middleware was made (in %d); "
-                "make it in the process that serves, or use the server's adapter",
+                "rcon: requests are refused: this process (%d) was forked after process %d made the middleware; "
+                "make it in the process that serves, or use the adapter of the server",
                 os.getpid(),
                 self._owner,
             )

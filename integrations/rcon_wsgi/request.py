@@ -144,13 +144,17 @@ _PROBLEMS: Final[dict[Ending, _Problem]] = {
     "concurrency": _Problem(
         _UNAVAILABLE,
         "Too many requests at once",
-        "The server handles as many of these requests at once as it may. Try again later.",
+        "The server already handles the maximum number of these requests. Try again later.",
     ),
     "refused": _Problem(
-        _UNAVAILABLE, "Request not confined", "The request was refused, because it could not be confined."
+        _UNAVAILABLE,
+        "Request not confined",
+        "The server refused the request because it could not confine it.",
     ),
     "forbidden": _Problem(
-        _FORBIDDEN, "Identity not allowed", "The request would run as a user that is not allowed."
+        _FORBIDDEN,
+        "Identity not allowed",
+        "The policy does not allow the user that the request would run as.",
     ),
     "aborted": _Problem(
         _UNAVAILABLE, "Request stopped", "The server stopped the request before it was done."

@@ -91,7 +91,7 @@ def _load(name: str, file: str | None, key: str = "plugins") -> object:
             f"no installed distribution offers the plugin {name!r}",
             key=key,
             value=name,
-            hint=f"installed are: {', '.join(offered) or 'none'}; install it, or take the name out",
+            hint=f"install it, or remove the name; installed plugins: {', '.join(offered) or 'none'}",
             file=file,
         )
     try:
@@ -101,7 +101,7 @@ def _load(name: str, file: str | None, key: str = "plugins") -> object:
             f"the plugin {name!r} cannot be loaded: {type(error).__name__}: {error}",
             key=key,
             value=name,
-            hint=f"it is {found[0].value}",
+            hint=f"its entry point is {found[0].value}",
             file=file,
         ) from error
 
@@ -118,7 +118,7 @@ def _register(
         manager.check_pending()
     except (pluggy.PluginValidationError, ValueError) as error:
         raise SettingsError(
-            f"the plugin {name or plugin!r} does not fit: {error}",
+            f"the plugin {name or plugin!r} does not match the hooks: {error}",
             key=key,
             value=name,
             hint="see docs/reference/hooks.md for the hooks and their parameters",

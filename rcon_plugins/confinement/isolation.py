@@ -84,7 +84,7 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     as_process += identity + soft + _landlock_refusals(policy)
     if not server.tasks:
         tries = [  # for any isolation
-            Refusal(key, "only a task of Celery is tried again", "leave it out") for key in policy.wants_tries
+            Refusal(key, "only Celery tasks are retried", "leave it out") for key in policy.wants_tries
         ]
         as_process += tries
         as_thread += tries
@@ -94,7 +94,7 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
         as_thread.append(
             Refusal(
                 "isolation",
-                "greenlets share one thread, so none can own the thread it runs in",
+                "greenlets share one thread, so no single greenlet can be confined in it",
                 'use isolation = "auto" or "process"',
             )
         )
@@ -140,7 +140,7 @@ def _landlock_refusals(policy: Policy) -> list[Refusal]:
     return [
         Refusal(
             "no_new_privs",
-            "without it, only a server with CAP_SYS_ADMIN can keep work away from the cgroup files (landlock(7))",
+            "with no_new_privs = false, protecting the cgroup files needs CAP_SYS_ADMIN (landlock(7))",
             "leave no_new_privs out, or run the server as root",
         )
     ]
@@ -155,7 +155,7 @@ def _soft_limit_refusals(policy: Policy, server: Server, hierarchy: Hierarchy) -
     return [
         Refusal(
             f"each.{limit}",
-            "only a task of Celery can receive a soft limit",
+            "only Celery tasks can receive a soft limit",
             f"leave it out; each.{limit.partition('_')[0]} is enforced",
         )
         for limit in SOFT_LIMITS
@@ -203,13 +203,13 @@ def _needs_process(policy: Policy, server: Server, as_thread: list[Refusal]) -> 
     if policy.each.asks():
         return "`each` limits need a process for each unit of work"
     if policy.wants_identity:
-        return f"{' and '.join(policy.wants_identity)}: only a process can take an identity for good"
+        return f"{' and '.join(policy.wants_identity)}: only a process can change its identity irreversibly"
     if server.tasks:
-        return "the child processes of a task end with it, which needs a process"
+        return "only a process can end the child processes of a task together with the task"
     if server.greenlets:
-        return "greenlets share one thread, which cannot be confined for one of them"
+        return "greenlets share one thread, so no single greenlet can be confined in it"
     if policy.cpu is not None and server.threads:
-        return "a CPU quota would stop the thread while it holds the GIL, and so every other thread"
+        return "a CPU quota would stop a thread that holds the GIL, and all other threads would wait"
     if as_thread:
         return f"{as_thread[0].limit}: {as_thread[0].reason}"
     return None

@@ -138,7 +138,7 @@ def change_limit(
     hook = plan.plugins.hook
     if plan.verdicts[name].isolation != "process":
         raise SettingsError(
-            "its work runs in threads of the server, whose limits cannot be changed while it runs",
+            "its requests run in threads of the server, and their limits cannot be changed while the server runs",
             key=f"policy.{name}",
             hint="change the settings and restart the server",
         )

@@ -224,12 +224,12 @@ class MonitoredGroup:
     def shrink(self) -> None:
         """Set the configured memory limit again, unless the cgroup still needs more."""
         if self.expansion is not None:
-            self._or_log(self.expansion.reset, "rcon: the expanded memory limit of %s was not taken back: %s")
+            self._or_log(self.expansion.reset, "rcon: the expanded memory limit of %s could not be reset: %s")
 
     def unthrottle(self) -> None:
         """Stop slowing work down at a limit that expands. The upper bound still holds."""
         if self.expansion is not None:
-            self._or_log(self.expansion.unthrottle, "rcon: %s stays slowed down at its old memory limit: %s")
+            self._or_log(self.expansion.unthrottle, "rcon: %s is still throttled at its old memory limit: %s")
 
     def _or_log(self, act: Callable[[], object], problem: str) -> None:
         try:

@@ -135,15 +135,15 @@ class Plan(NamedTuple):
                     f"{_policies(unknown)}: no memory limit, so the budget does not count it. Set `memory =`."
                 )
             if self.settings.unmatched == "allow":
-                warnings.append("the budget does not count work that no route names")
+                warnings.append("the budget does not count requests and tasks that match no route")
         inside = [name for name, verdict in self.verdicts.items() if verdict.isolation == "inline"]
         where = [_policies(inside)] if inside else []
         if self.settings.unmatched == "allow":
-            where.append("work that no route names")
+            where.append("requests and tasks that match no route")
         if where and any(policy.user is not None for policy in self.settings.policies.values()):
             warnings.append(
-                f"{' and '.join(where)}: runs in the server's process, which can become the users of other policies; "
-                "untrusted code there can, too"
+                f"{' and '.join(where)}: the code runs in the server's process and can become the users of other "
+                'policies. Set `user =` or `isolation = "process"` to contain untrusted code.'
             )
         return warnings
 

@@ -191,7 +191,7 @@ class Channel:
         """Return the next frame like `receive_within`. Raise `ChannelClosed` if the other side is not `quiet` then."""
         frame = self.receive_within(seconds)
         if not self.quiet:
-            raise ChannelClosed("the other side is gone, or has sent more")
+            raise ChannelClosed("the other side has closed the channel, or has sent another frame")
         return frame
 
     def refuse(self) -> None:

@@ -193,9 +193,9 @@ class ExecutorPool:
                 self._remove(executor)
         for executor in overdue:
             LOGGER.warning(
-                "%s: code of the last request keeps its process busy; the process is ended", executor.name
+                "%s: code of the last request or task still runs; its process is killed", executor.name
             )
-            self.replace(executor, "its last work keeps it busy")
+            self.replace(executor, "code of its last request or task still runs")
             executor.channel.close()
         if len(returning) > len(overdue):
             self._overdue_check_scheduled = True

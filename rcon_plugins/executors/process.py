@@ -241,9 +241,9 @@ class ProcessExecutors:
                 self.kill(executor, f"it was not ready within {READY_SECONDS:g} s")
             executor.ended.wait(DEATH_SECONDS)
             reason = executor.kill_reason or (
-                f"signal {os.WTERMSIG(executor.status)} ended it before its first work"
+                f"signal {os.WTERMSIG(executor.status)} ended it before it was ready"
                 if executor.status is not None and os.WIFSIGNALED(executor.status)
-                else "it ended before its first work"
+                else "it ended before it was ready"
             )
             raise ConfinementError(f"no executor process could be made: {reason}") from error
         if frame.kind == READY:
@@ -271,7 +271,7 @@ class ProcessExecutors:
         try:
             self._kill_once(executor)
         except KernelError as error:
-            LOGGER.error("%s was not killed, and will be tried again: %s", executor.leaf.path, error)
+            LOGGER.error("%s could not be killed; trying again: %s", executor.leaf.path, error)
         executor.channel.hang_up()
         self.submit(partial(self._await_end, executor))
 

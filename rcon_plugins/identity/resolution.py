@@ -126,8 +126,8 @@ def _resolve(policy: Policy, find: _Find) -> Identity:
         if holder.uid != uid:
             raise _Fault(
                 "owner_must_be",
-                f"{show(str(policy.owner_must_be))} of this work belongs to uid {holder.uid}, and the user is {uid}",
-                "give the path to the user, or leave owner_must_be out",
+                f"{show(str(policy.owner_must_be))} belongs to uid {holder.uid}, but the user is uid {uid}",
+                "give the path to that user, or remove owner_must_be",
                 policy.owner_must_be,
                 of_work=True,
             )
@@ -147,7 +147,7 @@ def _user(user: Account, find: _Find) -> tuple[int, userdb.Entry | None, paths.O
         raise _Fault(
             "user",
             f"there is no user {show(str(user))}",
-            did_you_mean(user, userdb.user_names()) or "make one: useradd --system",
+            did_you_mean(user, userdb.user_names()) or "create it: useradd --system",
             user,
         )
     return entry.uid, entry, None
@@ -166,7 +166,7 @@ def _primary(policy: Policy, entry: userdb.Entry | None, found: paths.Owner | No
         raise _Fault(
             "user",
             f"uid {policy.user} has no entry in the user database, so its group is unknown",
-            "write the group too: group = …",
+            "name the group: group = …",
             policy.user,
         )
     _check_gid("group", gid, whose, policy, of_work=found is not None)
@@ -206,7 +206,7 @@ def _gid(key: str, group: Account, policy: Policy, find: _Find) -> int:
         if known is None:
             near = did_you_mean(group, userdb.group_names())
             raise _Fault(
-                key, f"there is no group {show(str(group))}", near or "make one: groupadd --system", group
+                key, f"there is no group {show(str(group))}", near or "create it: groupadd --system", group
             )
         gid, whose = known, f"the group {group}"
     _check_gid(key, gid, whose, policy, of_work=group.path is not None)
@@ -216,8 +216,8 @@ def _gid(key: str, group: Account, policy: Policy, find: _Find) -> int:
 def _check_known(key: str, kind: str, number: int, overflow: int) -> None:
     """Refuse the overflow id, which means that the owner of the path has no id in this user namespace."""
     if number == overflow:
-        problem = f"the path belongs to {kind} {number}, the overflow id for owners unknown here"
-        hint = "give it to an account of this machine; a user namespace or NFS may hide whose it is"
+        problem = f"the path belongs to {kind} {number}, which stands for all unknown owners (overflow id)"
+        hint = "give it to an account of this machine (a user namespace or NFS may hide the owner)"
         raise _Fault(key, problem, hint, number, of_work=True)
 
 
@@ -228,9 +228,9 @@ def _check_uid(uid: int, user: Account, policy: Policy, *, of_work: bool) -> Non
     what = f"the owner of {show(str(path))} is" if path is not None else f"{show(str(user))} is"
     remedy = "give the path to another user" if path is not None else "name another user"
     if uid == 0:
-        problem, hint = f"{what} root, and work must not run as root", f"{remedy}, or write allow_root = true"
+        problem, hint = f"{what} root, and the policy forbids root", f"{remedy}, or write allow_root = true"
     else:
-        problem = f"{what} uid {uid}, and below min_uid = {policy.min_uid}"
+        problem = f"{what} uid {uid}, which is below min_uid = {policy.min_uid}"
         hint = f"{remedy}, or write min_uid = {uid}"
     raise _Fault("user", problem, hint, user, of_work=of_work)
 
@@ -240,10 +240,10 @@ def _check_gid(key: str, gid: int, whose: str, policy: Policy, *, of_work: bool)
         return
     remedy = "groups = []" if key == "groups" else "name another group"
     if gid == 0:
-        problem = f"{whose} is gid 0, and work must not have root's group"
+        problem = f"{whose} is gid 0, and the policy forbids root's group"
         hint = f"{remedy}, or write allow_root = true"
     else:
-        problem = f"{whose} is gid {gid}, and below min_gid = {policy.min_gid}"
+        problem = f"{whose} is gid {gid}, which is below min_gid = {policy.min_gid}"
         hint = f"{remedy}, or write min_gid = {gid}"
     raise _Fault(key, problem, hint, gid, of_work=of_work)
 
@@ -256,8 +256,8 @@ def _check_capabilities(policy: Policy) -> None:
             continue
         raise _Fault(
             f"capabilities[{number}]",
-            f"this kernel knows no capability {show(str(name))}",
-            did_you_mean(name, names) or "capabilities(7) names them",
+            f"this kernel has no capability {show(str(name))}",
+            did_you_mean(name, names) or "capabilities(7) lists them",
             name,
         )
 
@@ -314,13 +314,16 @@ def _check_movers(key: str, template: PathTemplate, path: str, found: paths.Owne
     foreign = found.movers - {found.uid}
     if not foreign:
         return
-    way = f"a link on the way to {show(path)}"
+    link = f"a link on the way to {show(path)}, which leads to a file of uid {found.uid}"
     if paths.ANYBODY in foreign:
-        problem = f"{way} can be made by any user, and leads to a file of uid {found.uid}"
-        hint = "it must have one name, and lie where nobody but the owner of the directory may write"
+        problem = f"any user can make {link}"
+        hint = "use a file with one hard link, in directories that only their owner can write"
     else:
-        problem = f"{way} can be changed by uid {min(foreign)}, and leads to a file of uid {found.uid}"
-        hint = f"it and its directories must be root's, of the owner of {template.trusted}, or of whom it leads to"
+        problem = f"uid {min(foreign)} can change {link}"
+        hint = (
+            f"give the link and its directories to root, to the owner of {template.trusted}, "
+            "or to the owner of the file"
+        )
     raise _Fault(key, problem, hint, template, of_work=True)
 
 
@@ -328,9 +331,9 @@ def _check_found(key: str, template: PathTemplate, path: str, found: paths.Owner
     """Refuse a path that may have been made by another user than its owner."""
     if found.names > 1:
         problem = f"{show(path)} has {found.names} hard links, and another user may have made one"
-        hint = "copy the file, so that it has one name"
+        hint = "copy the file, so that it has one hard link"
     elif found.open_to_all:
-        problem, hint = f"every user may write to {show(path)}", "chmod o-w"
+        problem, hint = f"every user can write to {show(path)}", "chmod o-w"
     else:
         return
     raise _Fault(key, problem, hint, template, of_work=True)
@@ -343,7 +346,7 @@ def _blame(key: str, template: PathTemplate, path: str, error: KernelError) -> N
         problem = f"there is no {show(path)}"
     else:
         problem = f"{show(path)}: {os.strerror(error.errno or errno.EIO)}"
-    hint = "work runs as the owner of this path" if key == "user" else "the owner of this path must be known"
+    hint = f"{key} needs the owner of this path"
     raise _Fault(key, problem, hint, template, of_work=error.errno in _OF_THE_PATH) from None
 
 
@@ -354,7 +357,7 @@ def _open_trusted(key: str, template: PathTemplate) -> int:
         raise _Fault(
             key,
             f"{show(template.trusted)}, the trusted directory of the path: {os.strerror(error.errno or errno.EIO)}",
-            "make that directory, or name another",
+            "create that directory, or name another",
             template,
         ) from None
 
@@ -373,15 +376,15 @@ def _fill(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> st
             parts.append(value.lstrip("/") if name == "path" else value)
     path = "".join(parts)
     if ".." in path.split("/"):
-        raise _Fault(key, f"{show(path)} contains ..", "paths are not normalised", template, of_work=True)
+        raise _Fault(key, f"{show(path)} contains ..", ".. is not resolved", template, of_work=True)
     return path or "."  # the root of all paths is the trusted directory itself
 
 
 def _wrong_with(name: str, value: object) -> str | None:
     if value is None:
-        return f"the work has no {name}"
+        return f"the attribute {name} is missing"
     if not isinstance(value, str):
-        return f"the {name} of the work is not text"
+        return f"the attribute {name} is not text"
     if value in ("", ".", "..") or "\0" in value or ("/" in value and name != "path"):
-        return f"{show(value)}, the {name} of the work, is not a file name"
+        return f"the attribute {name} is {show(value)}, which is not a file name"
     return None

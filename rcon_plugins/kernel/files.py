@@ -26,16 +26,16 @@ _LINKS_WITHOUT_CHILDREN = 2
 _LONGEST_PATH = 1000
 
 _HINTS = {
-    errno.EROFS: "this cgroup file system is mounted read-only; in a container, start that with a writable cgroup of "
-    "its own: docker run --cgroupns=private --security-opt writable-cgroups=true, or podman run "
+    errno.EROFS: "this cgroup file system is mounted read-only; start a container with its own writable cgroup: "
+    "docker run --cgroupns=private --security-opt writable-cgroups=true, or podman run "
     "--cgroupns=private --security-opt unmask=/sys/fs/cgroup",
-    errno.EACCES: "only the owner of this cgroup may: run as root, or have the cgroup delegated to this user",
-    errno.EPERM: "only the owner of this cgroup may: run as root, or have the cgroup delegated to this user",
+    errno.EACCES: "only the owner of this cgroup may do this: run as root, or delegate the cgroup to this user",
+    errno.EPERM: "only the owner of this cgroup may do this: run as root, or delegate the cgroup to this user",
     errno.ENOENT: "the cgroup is gone, or its controller is not enabled here",
-    errno.ENODEV: "the cgroup is gone, or it names no device",
+    errno.ENODEV: "the cgroup is gone, or the value names no device",
     errno.ENOSPC: "a limit on the number of cgroups is reached (cgroup.max.descendants, cgroup.max.depth), or a "
     "v1 cpuset has no cpus or mems yet",
-    errno.EBUSY: "something in this cgroup or below it is in the way",
+    errno.EBUSY: "a process, a child cgroup or a limit below this cgroup prevents it",
     errno.EMFILE: "this process has too many open files: raise its RLIMIT_NOFILE",
 }
 

@@ -275,16 +275,16 @@ def _restrict_self(ruleset: int) -> None:
     except KernelError as error:
         if error.errno == errno.EPERM:
             raise CapabilityError(
-                "the kernel takes no Landlock rules from this thread",
+                "the kernel refuses Landlock rules for this thread",
                 errno=errno.EPERM,
                 path="landlock_restrict_self",
                 hint=_UNPRIVILEGED,
             ) from None
         if error.errno == errno.E2BIG:
             raise CapabilityError(
-                "this thread has as many layers of Landlock rules as the kernel takes: sixteen",
+                "this thread already has 16 layers of Landlock rules, the most that the kernel allows",
                 errno=errno.E2BIG,
                 path="landlock_restrict_self",
-                hint="nest less deeply",
+                hint="nest fewer confined programs",
             ) from None
         raise

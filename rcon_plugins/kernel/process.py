@@ -107,7 +107,7 @@ def kill(pidfd: int, pid: int, uid: int | None = None, number: int = signal.SIGK
                 raise KernelError.from_oserror(
                     error,
                     path=f"kill({pid})",
-                    hint="the process is another user's: CAP_KILL or CAP_SETUID is needed",
+                    hint="the process belongs to another user; run as root, or with CAP_KILL or CAP_SETUID",
                 ) from None
             if uid is None:
                 try:

@@ -45,11 +45,11 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
     """
     if setting is None and any(mount.root.startswith("/..") for mount in hierarchy.limit_mounts):
         raise DelegationError(
-            "this process cannot see in which cgroup it is, and so which limits hold for it: it is in a cgroup "
-            "namespace, and the cgroup file systems are those of outside",
+            "this process cannot see its own cgroup and the limits of that cgroup: it is in a cgroup namespace, "
+            "but the cgroup file systems were mounted outside of it",
             errno=errno.EXDEV,
             path=hierarchy.limit_mounts[0].path,
-            hint="mount them anew in the namespace (unshare --cgroup --mount), or start this outside of it",
+            hint="mount them inside the namespace (unshare --cgroup --mount), or start this process outside of it",
         )
     location = nested.own_location(hierarchy)
     if location is not None and location.boundary is not None:
@@ -80,8 +80,8 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
             f"{len(owned)} cgroups belong to this user: {', '.join(owned)}",
             errno=errno.ENOTUNIQ,
             path=owned[0],
-            hint=f"name one: rcon run --cgroup {owned[0]}; or RCON_CGROUP={owned[0]} in the environment of rcon; "
-            f'or, of a server, cgroup = "{owned[0]}"',
+            hint=f"choose one: rcon run --cgroup {owned[0]}; or set RCON_CGROUP={owned[0]} in the environment; "
+            f'or, for a server, set cgroup = "{owned[0]}"',
         )
     raise DelegationError(
         "no cgroup is delegated to this process" + (f"; {refused.problem}" if refused else ""),
@@ -184,7 +184,7 @@ def _check_may_leave(hierarchy: Hierarchy, own: str | None) -> None:
     while mounts.is_systemds() and (name := os.path.basename(unit)) and not name.endswith(".slice"):
         if nested.limits_something(read_limits(hierarchy.cgroup(unit)), but_pids=True):
             raise DelegationError(
-                f"{name} has limits of its own, and a cgroup elsewhere would be outside of them",
+                f"the systemd unit {name} has limits, and a cgroup outside of the unit would escape them",
                 errno=errno.EACCES,
                 path=unit,
                 hint=remedy(hierarchy, ROOT_BASE, own),
@@ -209,26 +209,26 @@ def _inside(hierarchy: Hierarchy, location: nested.Location, setting: str | None
     base = location.base if setting is None else check_path(setting)
     if setting is not None and not nested.is_within(setting, group):
         raise DelegationError(
-            f"{setting} is outside of {group}, whose limits hold for this process",
+            f"the limits of {group} apply to this process, and the cgroup {setting} is outside of it",
             errno=errno.EACCES,
             path=setting,
-            hint=f'leave cgroup = "{setting}" out here, or start this outside of {group}',
+            hint=f"do not set the cgroup {setting} here, or start this process outside of {group}",
         )
     if base is None:
         raise DelegationError(
-            f"the limits of {group} hold for this process, and no cgroup can be made inside of it",
+            f"the limits of {group} apply to this process, and it cannot make a cgroup inside of it",
             errno=errno.EOPNOTSUPP,
             path=group,
-            hint="what a thread has started stays in the cgroup of that thread: give the policy of the work "
-            'isolation = "process", or start this outside of the work',
+            hint="a program that a confined thread starts stays in the cgroup of the thread: "
+            'write isolation = "process" in the policy, or start this process outside of the request or task',
         )
     if not _has_room(hierarchy, base):
         raise DelegationError(
-            f"the limits of {group} hold for this process, and others are in {base} with it",
+            f"the limits of {group} apply to this process, and it shares {base} with other processes",
             errno=errno.EBUSY,
             path=base,
-            hint="write the limits into the policy of the work (each = ...), or start this outside of the "
-            "work, or with rcon run",
+            hint="write the limits into the policy (each = ...), or start this process with rcon run, "
+            "or outside of the request or task",
         )
     try:
         return _prepare(hierarchy, base)
@@ -236,8 +236,8 @@ def _inside(hierarchy: Hierarchy, location: nested.Location, setting: str | None
         user = _user_name()
         if error.errno in (errno.EACCES, errno.EPERM):
             error.hint = (
-                f"the limits of {group} hold for this process, and it is not {user}'s: start what is around "
-                f"it with rcon run --user {user}, or this as the user that was started with"
+                f"the limits of {group} apply to this process, and {user} does not own that group: "
+                f"start the group with rcon run --user {user}, or start this process as the owner of the group"
             )
         raise
 
@@ -339,7 +339,7 @@ def _prepare(hierarchy: Hierarchy, path: str) -> str:
                 continue
             files.make_directory(directory)
             if not os.access(directory, os.W_OK):
-                raise _refused(hierarchy, path, errno.EACCES, f"{directory} is not ours to write")
+                raise _refused(hierarchy, path, errno.EACCES, f"this process may not write {directory}")
             if mount.version == 2:
                 _check_passed_on(hierarchy, path, directory)
     except DelegationError:
@@ -381,14 +381,14 @@ def remedy(
         return mounts.writable_remedy(hierarchy.limit_mounts)
     if number == errno.EBUSY:
         return (
-            "a cgroup that has processes passes no controllers on: let the server be the only process of the "
-            'container (CMD ["gunicorn", ...] without a shell), or set cgroup = "..." to one without processes'
+            "a cgroup with processes passes no controllers on: make the server the only process of the container "
+            '(CMD ["gunicorn", ...] without a shell), or set cgroup = "..." to a cgroup without processes'
         )
     if hierarchy.layout == "v2" and mounts.is_systemds():
         return _from_systemd(hierarchy, own or "", asked)
     used = hierarchy.cgroup(path).mounts
     commands = [command for mount in used for command in _by_hand(hierarchy, mount, path)]
-    return f'run the server as root, or as root once: {"; ".join(commands)}; and set cgroup = "{path}"'
+    return f'run the server as root, or run once as root: {"; ".join(commands)}; and set cgroup = "{path}"'
 
 
 def _from_systemd(hierarchy: Hierarchy, own: str, asked: DelegationError | None) -> str:
@@ -399,9 +399,9 @@ def _from_systemd(hierarchy: Hierarchy, own: str, asked: DelegationError | None)
         its = "--user " if "/user@" in own else ""
         steps = f"systemctl {its}edit {unit}: {delegate}"
     else:
-        steps = f"in the unit of the server: {delegate}"
+        steps = f"add to the unit of the server: {delegate}"
     if asked is not None and asked.hint:
-        steps += f"; or for a scope of its own: {asked.hint}"
+        steps += f"; or, to get a scope: {asked.hint}"
     return f"{steps}; or start it with: systemd-run {user}--scope -p Delegate=yes COMMAND"
 
 

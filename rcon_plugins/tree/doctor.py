@@ -172,7 +172,7 @@ def _swap(hierarchy: Hierarchy, leaf: Cgroup) -> Iterator[Finding]:
         yield Finding("limits", "swap", "missing", refused[0].reason, refused[0].remedy)
     else:
         yield Finding(
-            "limits", "swap", "absent", f"{refused[0].reason}; but there is none", refused[0].remedy
+            "limits", "swap", "absent", f"{refused[0].reason}; this machine has no swap", refused[0].remedy
         )
 
 
@@ -202,8 +202,8 @@ def _whose(instance: Instance) -> str:
     if os.geteuid() == 0:
         return "any process"
     if instance.hierarchy.unified is None:
-        return "processes of this user"
-    return f"processes of this user that run below {instance.base} already; root can take any"
+        return "all processes of this user"
+    return f"processes of this user below {instance.base}; root can attach any process"
 
 
 def _inline(instance: Instance) -> None:
@@ -259,7 +259,7 @@ def _features(instance: Instance, leaf: Cgroup) -> Iterator[Finding]:
     unified = instance.hierarchy.unified
     if unified is None:
         yield Finding(
-            "kernel", "cgroup v2", "absent", "groups end by a walk, and have no pressure of their own",
+            "kernel", "cgroup v2", "absent", "killing a whole group at once, and the pressure of each group",
             "mount -t cgroup2 none /sys/fs/cgroup/unified, or boot with systemd.unified_cgroup_hierarchy=1",
         )  # fmt: skip
         return
@@ -278,7 +278,7 @@ def _machine() -> Iterator[Finding]:
     yield _feature(features.pressure(), "Linux 4.20 or newer, booted with psi=1")
     if not features.has_pidfds():
         yield Finding(
-            "kernel", "pidfd_open", "missing", "no process can be ended safely", "Linux 5.3 or newer"
+            "kernel", "pidfd_open", "missing", "killing a process without a race", "Linux 5.3 or newer"
         )
     abi, lacking = features.landlock_brings()
     more = "; ".join(f"{brings} from Linux {since}" for since, brings in lacking)
@@ -286,7 +286,7 @@ def _machine() -> Iterator[Finding]:
         yield Finding("kernel", "Landlock", "there", f"ABI {abi}" + (f" ({more})" if more else ""))
     else:
         yield Finding(
-            "kernel", "Landlock", "absent", "no rules for files: capcon run --read-only, --write",
+            "kernel", "Landlock", "absent", "rules for files: capcon run --read-only, --write",
             "Linux 5.13 or newer with CONFIG_SECURITY_LANDLOCK, and landlock in the boot parameter lsm=",
         )  # fmt: skip
     container = features.container()
@@ -297,10 +297,8 @@ def _machine() -> Iterator[Finding]:
 def _systemd() -> Finding:
     refused = systemd.refusal()
     if refused is None:
-        return Finding("machine", "systemd", "there", f"{systemd.manager()} can be asked for a scope")
-    return Finding(
-        "machine", "systemd", "absent", f"cannot be asked for a scope: {refused.problem}", refused.hint
-    )
+        return Finding("machine", "systemd", "there", f"{systemd.manager()} can make a scope")
+    return Finding("machine", "systemd", "absent", f"cannot make a scope: {refused.problem}", refused.hint)
 
 
 def _process() -> Iterator[Finding]:
@@ -309,8 +307,8 @@ def _process() -> Iterator[Finding]:
     lacking = Capabilities.of(CAP_SETUID, CAP_SETGID) - held
     if lacking:
         yield Finding(
-            "works", "identity", "absent", f"work as other users: this process lacks {lacking}",
-            "as root; or in the unit: [Service] AmbientCapabilities=CAP_SETUID CAP_SETGID CAP_SETPCAP",
+            "works", "identity", "absent", f"running as other users: this process lacks {lacking}",
+            "run as root; or add to the unit: [Service] AmbientCapabilities=CAP_SETUID CAP_SETGID CAP_SETPCAP",
         )  # fmt: skip
     else:
-        yield Finding("works", "identity", "there", "work as other users (user = ..., rcon run --user)")
+        yield Finding("works", "identity", "there", "running as other users (user = ..., rcon run --user)")

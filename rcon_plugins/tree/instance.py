@@ -184,10 +184,10 @@ class Instance:
         if self._in_base:
             if os.getpid() != self._creator:
                 raise KernelError(
-                    f"{self.base} passes controllers on, so that no process can go back to it",
+                    f"{self.base} passes controllers on, so no process can move back into it",
                     errno=errno.EBUSY,
                     path=self.base,
-                    hint="its server can, when it ends",
+                    hint="only the process that made the instance can undo this",
                 )
             self._pass_nothing_on()
         previous, self._previous = self._previous, None
@@ -206,9 +206,9 @@ class Instance:
             path = mounts.membership(mount, own)
             if path is None:
                 raise KernelError(
-                    f"this process is outside of what {mount.path} shows",
+                    f"{mount.path} does not show the cgroup of this process",
                     path=mount.path,
-                    hint="start the server inside of its cgroup namespace",
+                    hint="start the server inside the cgroup namespace of that mount",
                 )
             found.append(mount.directory(path))
         return found

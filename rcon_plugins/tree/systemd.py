@@ -60,7 +60,7 @@ def _who_can_be_asked() -> str:
         import jeepney  # noqa: F401
     except ImportError:
         raise DelegationError(
-            "systemd could give this process a cgroup, but there is no jeepney to ask it with",
+            "jeepney is not installed, which is needed to get a cgroup from systemd",
             errno=errno.ENOPKG,
             path=address,
             hint=_EXTRA,
@@ -78,9 +78,9 @@ def _bus() -> str:
     uid = os.geteuid()
     if uid == 0:
         if not is_systemds() or not os.path.exists(_SYSTEM_BUS):
-            problem = "systemd has no bus" if is_systemds() else "systemd is not the init of this machine"
+            problem = "D-Bus does not run" if is_systemds() else "systemd is not the init of this machine"
             raise DelegationError(
-                problem, errno=errno.ENOENT, path=_SYSTEM_BUS, hint="root needs no systemd for a cgroup"
+                problem, errno=errno.ENOENT, path=_SYSTEM_BUS, hint="root can make cgroups without systemd"
             )
         return f"unix:path={_SYSTEM_BUS}"
     # Try pam_systemd's directory, then that of the environment. A directory of another user (after su) does not count.
@@ -88,7 +88,7 @@ def _bus() -> str:
         if runtime and os.path.exists(f"{runtime}/bus") and os.stat(runtime).st_uid == uid:
             return f"unix:path={runtime}/bus"
     raise DelegationError(
-        f"no systemd --user of uid {uid} can be asked: there is no /run/user/{uid}/bus",
+        f"systemd --user does not run for uid {uid}: there is no /run/user/{uid}/bus",
         errno=errno.ENOENT,
         path=f"/run/user/{uid}/bus",
         hint=f"as root, where systemd is the init: apt-get install dbus-user-session; loginctl enable-linger {uid}",
@@ -120,7 +120,7 @@ def _check_numbers(connection: DBusConnection, address: str, deadline: float) ->
     if pid != os.getpid():
         raise _refused(
             address,
-            f"this process is {os.getpid()} here and {pid} to systemd: another PID namespace",
+            f"systemd runs in another PID namespace, where this process is {pid}, not {os.getpid()}",
             errno.ESRCH,
         )
 
@@ -196,5 +196,5 @@ def _refused(address: str, problem: str, number: int) -> DelegationError:
         problem,
         errno=number,
         path=address,
-        hint=f"journalctl {user}--lines 20 says what {manager()} had to say",
+        hint=f"journalctl {user}--lines 20 shows the messages of {manager()}",
     )

@@ -152,7 +152,7 @@ class Lease:
         before = _decoded(self._task.backend.get(self._key()), StoredLease)
         if before is not None:
             if before.finished and self.redelivered and self._was_done(before):
-                raise self._ignore_duplicate("it was done before")
+                raise self._ignore_duplicate("it has already finished")
             live = (
                 self._may_live(before)
                 if self.redelivered
@@ -196,8 +196,8 @@ class Lease:
                 # Each backend raises exceptions of its own.
                 if time.monotonic() >= deadline:
                     _log.warning(
-                        "rcon: %s[%s] sent back to its queue: the result backend did not tell for %.0f seconds "
-                        "whether another worker runs it: %s",
+                        "rcon: %s[%s] sent back to its queue: the result backend was unreachable for %.0f seconds, "
+                        "so another worker may be running it: %s",
                         self._task.name,
                         self._task.request.id,
                         _BACKEND_WAIT,

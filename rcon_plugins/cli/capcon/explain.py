@@ -47,7 +47,7 @@ def explain(words: Sequence[str]) -> tuple[str, bool]:
             *file_problems(request),
         ]
     else:
-        problems = [f"cannot be executed so: {prediction.steps[-1].why}"]
+        problems = [f"cannot be executed with these rights: {prediction.steps[-1].why}"]
     if as_json:
         text = show.as_text(as_data(request, program, before, prediction, problems))
     else:
@@ -61,7 +61,9 @@ def refused(request: Request, program: str, error: CapabilityError, as_json: boo
         return show.as_text(
             {**request_data(request, program), "problems": [str(error)], "as_requested": False}
         )
-    return "\n".join([*request_rows(request, program), verdict([f"cannot be run so: {error}"])])
+    return "\n".join(
+        [*request_rows(request, program), verdict([f"cannot be run with these rights: {error}"])]
+    )
 
 
 def access_problems(request: Request, program: str, file: File) -> list[str]:
@@ -88,10 +90,10 @@ def file_problems(request: Request) -> list[str]:
 def request_rows(request: Request, program: str) -> list[str]:
     """Return the request as lines of a table."""
     who = request.identity
-    keep = "those of the caller" if request.keep is None else show.listed(request.keep)
+    keep = "same as the caller" if request.keep is None else show.listed(request.keep)
     rows = [
         ("program", program),
-        ("user", "that of the caller" if who is None else show.named(who.uid, show.user_name)),
+        ("user", "same as the caller" if who is None else show.named(who.uid, show.user_name)),
         ("capabilities", keep),
         ("no_new_privs", "yes" if request.no_new_privs else "not requested"),
     ]
@@ -111,7 +113,7 @@ def as_page(
     for number, step in enumerate(prediction.steps, 1):
         lines += [indented(f"{number}. {step.what}"), indented(f"   {step.why}")]
     if not prediction.steps:
-        lines.append("nothing changes: the file grants nothing, and there is nothing to lose")
+        lines.append("nothing changes: the file grants no rights, and execve removes none")
     lines += ["", "After execve", show.table(prediction.state), ""]
     lost, gained = difference(before, prediction.state)
     lines += [

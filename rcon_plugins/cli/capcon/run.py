@@ -112,7 +112,7 @@ def not_executed(request: Request, program: str, error: OSError) -> Refused:
     if error.errno in (errno.EACCES, errno.EPERM) and request.read is not None:
         hint = "add --read-only with its folder and those of its interpreter and libraries, or --read-only /"
     elif error.errno == errno.EPERM:
-        hint = "this process may not hold all its file capabilities: see capcon explain"
+        hint = "this process may not gain the capabilities of the file: see capcon explain"
     else:
         hint = exec_remedy(error.errno, as_another=request.identity is not None)
     return Refused(f"{program}: {reason}" + (f" ({hint})" if hint else ""), status)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 ABORT_GRACE = 0.2
 #: Replace an executor process that still uses more than this share of its memory limit after its work.
 _HEAVY = 0.5
-_LEFT_BEHIND = "its work left processes behind"
+_LEFT_BEHIND = "the request or task left processes behind"
 
 
 class ProcessAdmission(Admission):
@@ -91,7 +91,7 @@ class ProcessAdmission(Admission):
             admission._begin(memory)
         except BaseException:
             admission._settle()
-            pool.discard(executor, "the limits of its work could not be set")
+            pool.discard(executor, "its limits could not be set")
             executor.channel.close()
             raise
         return admission
@@ -166,7 +166,7 @@ class ProcessAdmission(Admission):
         executor = self._executor
         if not executor.ended.wait(DEATH_SECONDS) and executor.kill_reason is None:
             self._cause = "protocol"
-            self._pool.processes.kill(executor, "it broke the protocol")
+            self._pool.processes.kill(executor, "it violated the protocol")
             executor.ended.wait(DEATH_SECONDS)
         outcome = self._conclude_end()
         executor.channel.close()
@@ -179,7 +179,7 @@ class ProcessAdmission(Admission):
             self._pool.processes.submit(partial(self._end_abandoned, detail))
 
     def _end_abandoned(self, detail: str) -> None:
-        self._pool.processes.kill(self._executor, "its work was abandoned")
+        self._pool.processes.kill(self._executor, "the request or task was abandoned")
         self._conclude_end(detail)
         self._executor.channel.close()
 
@@ -189,7 +189,7 @@ class ProcessAdmission(Admission):
             self._cause = "aborted"
             executor.channel.refuse()
             if not executor.ended.wait(ABORT_GRACE):
-                self._pool.processes.kill(executor, "its work was aborted")
+                self._pool.processes.kill(executor, "the request or task was aborted")
         executor.ended.wait(DEATH_SECONDS)
         outcome = self._conclude_end(detail)
         executor.channel.close()
@@ -221,7 +221,7 @@ class ProcessAdmission(Admission):
         if not self._settle():
             return
         self._cause = "timeout"
-        self._pool.processes.kill(self._executor, "its work reached its time limit")
+        self._pool.processes.kill(self._executor, "the request or task reached its time limit")
         self._executor.when_ended(self._conclude_end)
         if self.on_deadline is not None:
             self.on_deadline()
@@ -241,17 +241,17 @@ class ProcessAdmission(Admission):
         if self._threads_left or (reading.pids_current != 1 and not executor.is_alone()):
             return _LEFT_BEHIND
         if self._warned:
-            return "it was warned of a limit"
+            return "it received a soft limit signal"
         if executor.outdated:
             return "the limits of its policy were changed"
         if executor.uses >= self.policy.max_uses:
             return "it served max_uses"
         if self._own_memory is not None or (executor.monitored is not None and executor.monitored.changed):
-            return "its limits were changed for its last work"
+            return "its limits were changed for its last request or task"
         most = self._own_memory or self.policy.each.memory or self.policy.memory
         held = reading.memory_current
         if most is not None and held is not None and held > _HEAVY * most:
-            return "it holds much of its memory limit"
+            return "it still uses much of its memory limit"
         return None
 
     def _conclude_end(self, detail: str = "") -> Outcome:

@@ -100,10 +100,10 @@ def drop(
     wrong = list(_differences(before, after, identity, keep, no_new_privs, ambient))
     if wrong:
         raise CapabilityError(
-            f"the thread did not become what was asked: {'; '.join(wrong)}",
+            f"the thread still differs from the request: {'; '.join(wrong)}",
             errno=errno.EPERM,
             path="drop",
-            hint="the thread must not go on: a security module or the kernel interfered",
+            hint="end the thread, and check the rules of the security module",
         )
 
 
@@ -125,14 +125,14 @@ def _check(now: State, identity: Identity | None, keep: Capabilities, ambient: b
             f"{missing} cannot become ambient: it is neither inheritable nor in the bounding set of this thread",
             errno=errno.EPERM,
             path="drop",
-            hint="start from a process that has it there",
+            hint="start from a process with it in the bounding set",
         )
     if (now.securebits or 0) & SECBIT_NO_CAP_AMBIENT_RAISE and not keep <= now.ambient:
         raise CapabilityError(
             f"{keep - now.ambient} cannot become ambient: SECBIT_NO_CAP_AMBIENT_RAISE is set",
             errno=errno.EPERM,
             path="drop",
-            hint="clear that securebit, where it is not locked",
+            hint="clear that securebit; if it is locked, start from a process without it",
         )
 
 
@@ -164,7 +164,7 @@ def _check_identity(now: State, identity: Identity, keep: Capabilities) -> None:
             f"cannot keep {keep} when the uid leaves 0: SECBIT_KEEP_CAPS is off and locked",
             errno=errno.EPERM,
             path="drop",
-            hint="start from a process that has not locked it",
+            hint="start from a process without this lock; a lock cannot be undone",
         )
 
 

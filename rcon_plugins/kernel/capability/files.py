@@ -98,10 +98,10 @@ def write_file_capabilities(file: str | int, capabilities: FileCapabilities | No
     except OSError as error:
         if error.errno == errno.EPERM:
             raise CapabilityError(
-                f"cannot change the file capabilities of {file}: that needs cap_setfcap, effective",
+                f"cannot change the file capabilities of {file}: cap_setfcap is not effective",
                 errno=errno.EPERM,
                 path=str(file),
-                hint="do it as root",
+                hint="run as root",
             ) from None
-        hint = "this file system has none" if error.errno == errno.EOPNOTSUPP else None
+        hint = "this file system cannot store them" if error.errno == errno.EOPNOTSUPP else None
         raise KernelError.from_oserror(error, path=str(file), hint=hint) from None

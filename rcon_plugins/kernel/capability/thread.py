@@ -102,8 +102,8 @@ def drop_bounding(keep: Capabilities, held: Capabilities | None = None) -> None:
         except KernelError as error:
             _refuse(
                 error,
-                f"cannot take {Capabilities.of(number)} out of the bounding set: that needs cap_setpcap, effective",
-                "leave the bounding set as it is, or let a process with cap_setpcap do it before",
+                f"cannot drop {Capabilities.of(number)} from the bounding set: cap_setpcap is not effective",
+                "keep the bounding set, or drop from it in a parent process that holds cap_setpcap",
             )
 
 
@@ -118,16 +118,17 @@ def set_securebits(bits: int) -> None:
         now = _prctl(PR_GET_SECUREBITS)
         locked = ((now & _LOCKS) >> 1 & (now ^ bits)) | (now & _LOCKS & ~bits)
         if locked:
-            reason, hint = f"securebits are {now:#x}, and what would change is locked", "locks are for good"
-        elif bits & ~_BITS:
-            reason, hint = f"{bits:#x} has securebits that there are not", "capabilities(7) lists them"
-        elif CAP_SETPCAP not in read_state().effective:
-            reason, hint = (
-                "setting securebits needs cap_setpcap, effective",
-                "raise it, or let a parent set them",
+            reason = (
+                f"cannot change the securebits from {now:#x} to {bits:#x}: the kernel has locked some of them"
             )
+            hint = "start from a process without these locks; a lock cannot be undone"
+        elif bits & ~_BITS:
+            reason, hint = f"{bits:#x} has unknown securebits", "capabilities(7) lists the securebits"
+        elif CAP_SETPCAP not in read_state().effective:
+            reason = "cannot set the securebits: cap_setpcap is not effective"
+            hint = "raise cap_setpcap, or set the securebits in a parent process"
         else:  # SECBIT_EXEC_* (Linux 6.14) follow other rules
-            reason, hint = f"the kernel does not take the securebits {bits:#x}", "capabilities(7)"
+            reason, hint = f"the kernel refuses the securebits {bits:#x}", "see capabilities(7)"
         _refuse(error, reason, hint)
 
 
@@ -145,7 +146,7 @@ def set_keep_capabilities(on: bool) -> None:
             error,
             f"cannot switch PR_SET_KEEPCAPS {'on' if on else 'off'}"
             + (": SECBIT_KEEP_CAPS_LOCKED is set" if locked else ""),
-            "a lock is for good: start from a process that has not set it",
+            "start from a process without this lock; a lock cannot be undone",
         )
 
 
@@ -157,7 +158,7 @@ def set_no_new_privs() -> None:
     try:
         syscall("prctl", PR_SET_NO_NEW_PRIVS, 1)
     except KernelError as error:
-        _refuse(error, "cannot set no_new_privs", "Linux 3.5 or newer")
+        _refuse(error, "cannot set no_new_privs", "boot Linux 3.5 or newer")
 
 
 def set_uids(real: int, effective: int, saved: int) -> None:
@@ -191,7 +192,7 @@ def set_groups(groups: Iterable[int]) -> None:
             f"{len(wanted)} supplementary groups are too many",
             errno=errno.EINVAL,
             path="setgroups",
-            hint=f"the kernel takes {_MOST_GROUPS}",
+            hint=f"set at most {_MOST_GROUPS}",
         )
     array = (ctypes.c_uint32 * len(wanted))(*wanted)
     try:
@@ -201,7 +202,7 @@ def set_groups(groups: Iterable[int]) -> None:
             _refuse(
                 error,
                 "this user namespace forbids setgroups",
-                "/proc/PID/setgroups says deny: user_namespaces(7)",
+                "see /proc/PID/setgroups in user_namespaces(7)",
             )
         _refuse_ids(error, "supplementary groups", "cap_setgid", str(list(wanted)))
 
@@ -214,7 +215,7 @@ def _set_ids(call: str, what: str, name: str, capability: int, ids: tuple[int, i
         syscall(call, *ids)
     except KernelError as error:
         if error.errno == errno.EPERM and capability in read_state().effective:
-            _refuse(error, f"the kernel does not allow the {what} {ids}", "a security module forbids it")
+            _refuse(error, f"the kernel refuses the {what} {ids}", "check the rules of the security module")
         _refuse_ids(error, what, name, "(" + ", ".join("unchanged" if n == -1 else str(n) for n in ids) + ")")
 
 
@@ -222,7 +223,10 @@ def check_id(number: int, call: str, what: str) -> None:
     """Raise `CapabilityError` if ``number`` is not an id. -1 is not: the system calls would change nothing."""
     if not 0 <= number < _NO_ID:
         raise CapabilityError(
-            f"{number} is not a {what}", errno=errno.EINVAL, path=call, hint=f"from 0 to {_NO_ID - 1}"
+            f"{number} is not a {what}",
+            errno=errno.EINVAL,
+            path=call,
+            hint=f"use a number from 0 to {_NO_ID - 1}",
         )
 
 
@@ -232,7 +236,9 @@ def _prctl(option: int, *arguments: int) -> int:
         return syscall("prctl", option, *arguments)
     except KernelError as error:
         _refuse(
-            error, f"prctl({option}): {error.problem}", "capabilities(7) says since which Linux it is there"
+            error,
+            f"prctl({option}): {error.problem}",
+            "capabilities(7) gives the first Linux version with it",
         )
 
 
@@ -244,14 +250,14 @@ def _refuse_ids(error: KernelError, what: str, name: str, value: str) -> NoRetur
     if error.errno == errno.EPERM:
         _refuse(
             error,
-            f"cannot change the {what} to {value}: that needs {name} in the effective set of this thread",
+            f"cannot change the {what} to {value}: {name} is not effective in this thread",
             f"start as root, or with {name}",
         )
     if error.errno == errno.EINVAL:
         _refuse(
             error,
             f"cannot change the {what} to {value}: this user namespace has no such id",
-            "/proc/self/uid_map and gid_map list those that it has",
+            "/proc/self/uid_map and gid_map list the ids of the namespace",
         )
     _refuse(error, f"cannot change the {what} to {value}: {error.problem}", "try again")
 
@@ -262,18 +268,18 @@ def _refuse_sets(
     now = read_state()
     if above := permitted - now.permitted:
         reason = f"{above} cannot become permitted: this thread does not hold it"
-        hint = "what has left the permitted set comes back by execve of a file that gives it only"
+        hint = "a dropped capability returns only with execve of a file that grants it"
     elif above := effective - permitted:
         reason = f"{above} cannot be effective without being permitted"
-        hint = "name it in both sets"
+        hint = "add it to both sets"
     elif above := inheritable - now.inheritable - now.bounding:
         reason = f"{above} cannot become inheritable: it is not in the bounding set of this thread"
-        hint = "start from a process that has it there"
+        hint = "start from a process with it in the bounding set"
     elif above := inheritable - now.inheritable - now.permitted:
         reason = f"{above} cannot become inheritable: it is not permitted, and cap_setpcap is not effective"
-        hint = "hold it, or raise cap_setpcap"
+        hint = "make it permitted, or raise cap_setpcap"
     else:
-        reason, hint = f"capset: {error.problem}", "a security module forbids it"
+        reason, hint = f"capset: {error.problem}", "check the rules of the security module"
     _refuse(error, reason, hint)
 
 
@@ -282,10 +288,11 @@ def _refuse_ambient(error: KernelError, number: int) -> NoReturn:
     name = Capabilities.of(number)
     if number not in now.permitted & now.inheritable:
         missing = "permitted" if number not in now.permitted else "inheritable"
-        reason, hint = f"{name} cannot become ambient: it is not {missing}", "it must be both first"
+        reason = f"{name} cannot become ambient: it is not {missing}"
+        hint = "make it permitted and inheritable first"
     elif (now.securebits or 0) & SECBIT_NO_CAP_AMBIENT_RAISE:
         reason = f"{name} cannot become ambient: SECBIT_NO_CAP_AMBIENT_RAISE is set"
-        hint = "clear that securebit, where it is not locked"
+        hint = "clear that securebit; if it is locked, start from a process without it"
     else:
-        reason, hint = f"{name} cannot become ambient: {error.problem}", "Linux 4.3 or newer"
+        reason, hint = f"{name} cannot become ambient: {error.problem}", "boot Linux 4.3 or newer"
     _refuse(error, reason, hint)

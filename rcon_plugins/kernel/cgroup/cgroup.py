@@ -317,7 +317,7 @@ class Cgroup:
         branch = self._freezer()
         if not branch.freeze(frozen):
             raise ControllerUnavailable(
-                f"this kernel cannot freeze {self._path}", path=self._path, hint="Linux 5.2 can"
+                f"this kernel cannot freeze {self._path}", path=self._path, hint="boot Linux 5.2 or newer"
             )
 
     def kill(self, timeout: float = 5.0) -> None:
@@ -331,7 +331,7 @@ class Cgroup:
             raise KernelError(
                 f"not killing {self._path}",
                 path=self._path,
-                hint="a whole machine or the server's own threads would go; kill a cgroup of processes",
+                hint="this would kill the whole machine or the server itself; kill a cgroup of processes instead",
             )
         deadline = time.monotonic() + timeout
         pause = 0.0005
@@ -341,14 +341,14 @@ class Cgroup:
                     f"the calling process is in {self._path}",
                     errno=errno.EDEADLK,
                     path=self._path,
-                    hint="leave it first",
+                    hint="move the calling process out first",
                 )
             if time.monotonic() >= deadline:
                 raise KernelError(
                     f"processes {alive} in {self._path} did not end within {timeout:g} s",
                     errno=errno.ETIMEDOUT,
                     path=self._path,
-                    hint="each of them waits inside the kernel, or belongs to another PID namespace",
+                    hint="they wait inside the kernel, or belong to another PID namespace",
                 )
             self.kill_once()
             time.sleep(pause)

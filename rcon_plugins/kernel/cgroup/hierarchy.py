@@ -272,8 +272,8 @@ def _controller(hierarchy: Hierarchy, controller: str, threaded: bool) -> tuple[
     if mount is None:
         if controller == "io" and hierarchy.io_holder is not None:
             return (
-                f"the IO limits of {hierarchy.io_holder} hold here, and on cgroup v1 none can be within others",
-                "set IO limits there alone, or boot with cgroup v2",
+                f"the IO limits of {hierarchy.io_holder} apply here, and cgroup v1 cannot nest IO limits",
+                f"set IO limits only in {hierarchy.io_holder}, or boot with cgroup v2",
             )
         if hierarchy.layout == "v2":
             reason = f"the {controller} controller is not available in this part of the cgroup tree"

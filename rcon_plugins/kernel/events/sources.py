@@ -314,7 +314,7 @@ class Stall(Source):
                     f"this kernel has no {name} for {cgroup}",
                     errno=error.errno,
                     path=path,
-                    hint="boot with psi=1; Linux 5.2 and later can (CONFIG_PSI)",
+                    hint="boot Linux 5.2 or newer with CONFIG_PSI and psi=1",
                 ) from None
             if error.errno == errno.EPERM:
                 raise ControllerUnavailable(

@@ -157,7 +157,7 @@ class Watcher:
         """
         if os.getpid() != self._pid:
             raise KernelError(
-                f"this watcher belongs to process {self._pid}, of which this is a fork",
+                f"this process is a fork of process {self._pid}, to which the watcher belongs",
                 path=cgroup.path,
                 hint="make a Watcher() in each process",
             )

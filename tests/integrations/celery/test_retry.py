@@ -164,7 +164,7 @@ def test_redelivered_while_it_runs(offices: Offices, tmp_path: Path, name: str) 
         until(lambda: "was delivered again while it is running" in office.worker.log())
         gate.touch()
         assert office.wait(result) == "done"
-        until(lambda: "was delivered again and is ignored: it was done before" in office.worker.log())
+        until(lambda: "was delivered again and is ignored: it has already finished" in office.worker.log())
         assert len(begins(office, "slow")) == 1
         assert office.get("where")["confined"]
 

@@ -151,7 +151,7 @@ def test_spawned_pool(offices: Offices) -> None:
 def test_not_installed(offices: Offices) -> None:
     log = refused(offices, **{limited.INSTALL: "no"})
     assert (
-        "task die has @confined, but its application was not given to rcon_celery.install; call install(app)"
+        "task die has @confined, but rcon_celery.install was not called for its application; call install(app)"
         in log
     )
 

@@ -179,7 +179,7 @@ def test_a_worker_that_may_become_others_can_get_nothing_more(tmp_path: Path, ho
         assert inside["uids"] == [33] * 4
         assert inside["CapPrm"] == inside["CapBnd"] == TO_BECOME_OTHERS
         assert inside["CapEff"] == 0
-        assert "which can become the users of other policies" in server.log()
+        assert "can become the users of other policies" in server.log()
         assert is_right(server.get("/state", Host="tenant1").body, TENANTS["tenant1"])
 
 

@@ -64,7 +64,7 @@ def refusal() -> tuple[str, str | None]:
 
 def test_no_bus() -> None:
     problem, hint = as_nobody(None, refusal)
-    assert problem == f"no systemd --user of uid {NOBODY} can be asked: there is no /run/user/{NOBODY}/bus"
+    assert problem == f"systemd --user does not run for uid {NOBODY}: there is no /run/user/{NOBODY}/bus"
     assert hint is not None
     assert f"loginctl enable-linger {NOBODY}" in hint
 
@@ -73,7 +73,7 @@ def test_a_bus_of_somebody_else(runtime: Path) -> None:
     runtime.joinpath("bus").touch()
     os.chown(runtime, 0, 0)
     runtime.chmod(0o755)
-    assert as_nobody(runtime, refusal)[0].startswith("no systemd --user")
+    assert as_nobody(runtime, refusal)[0].startswith("systemd --user does not run")
 
 
 def test_a_bus_without_systemd(runtime: Path) -> None:
@@ -123,7 +123,7 @@ def test_without_jeepney_the_extra_is_named(runtime: Path, monkeypatch: pytest.M
     runtime.joinpath("bus").touch()
     monkeypatch.setitem(sys.modules, "jeepney", None)
     problem, hint = as_nobody(runtime, refusal)
-    assert "no jeepney" in problem
+    assert "jeepney is not installed" in problem
     assert hint == "pip install 'rcon-plugins[systemd]'"
 
 

@@ -211,4 +211,4 @@ def test_a_server_that_forks_afterwards_is_refused(tmp_path: Path) -> None:
         tmp_path / "log", "tests.integrations.wsgi.serve_forked", str(tmp_path / "rcon.toml")
     ) as forked:
         assert get(forked, "a.example", "who").problem["type"] == "urn:problem-type:rcon:refused"
-        assert forked.log_has("forked after the middleware was made")
+        assert forked.log_has("made the middleware")

@@ -80,7 +80,7 @@ def test_writing_takes_a_capability(file: Path, in_child: Any) -> None:
             write_file_capabilities(str(file), FileCapabilities(RAW))
         return str(caught.value)
 
-    assert "needs cap_setfcap, effective (do it as root)" in in_child(child)
+    assert "cap_setfcap is not effective (run as root)" in in_child(child)
 
 
 def test_a_binary(file: Path) -> None:

@@ -195,8 +195,8 @@ REFUSED: list[tuple[Callable[[], object], Callable[[], object], str]] = [
     (nobody, lambda: capability.set_gids(1, 1, 1), "cannot change the gids to (1, 1, 1): that needs cap_setgid"),
     (nobody, lambda: capability.set_groups((1,)), "cannot change the supplementary groups to [1]"),
     (nothing, lambda: capability.set_capabilities(SOME, NONE, NONE), "cap_chown,cap_kill,cap_setpcap cannot become p"),
-    (nothing, lambda: capability.drop_bounding(NONE), "cannot take cap_chown out of the bounding set"),
-    (nothing, lambda: capability.set_securebits(1), "setting securebits needs cap_setpcap"),
+    (nothing, lambda: capability.drop_bounding(NONE), "cannot drop cap_chown from the bounding set"),
+    (nothing, lambda: capability.set_securebits(1), "cannot set the securebits: cap_setpcap"),
     (int, lambda: capability.set_capabilities(NONE, KILL, NONE), "cap_kill cannot be effective without"),
     (without_setpcap, lambda: capability.set_capabilities(NONE, NONE, KILL), "cap_kill cannot become inh"),
     (unbound, lambda: capability.set_capabilities(SOME, SOME, KILL), "not in the bounding set"),
@@ -204,8 +204,8 @@ REFUSED: list[tuple[Callable[[], object], Callable[[], object], str]] = [
     (inheriting, lambda: capability.set_ambient(KILL), "cap_kill cannot become ambient: it is not permitted"),
     (no_ambient, lambda: capability.set_ambient(KILL), "SECBIT_NO_CAP_AMBIENT_RAISE is set"),
     (locked, lambda: capability.set_keep_capabilities(True), "SECBIT_KEEP_CAPS_LOCKED is set"),
-    (locked, lambda: capability.set_securebits(0), "securebits are 0xaa, and what would change is locked"),
-    (int, lambda: capability.set_securebits(1 << 20), "0x100000 has securebits that there are not"),
+    (locked, lambda: capability.set_securebits(0), "from 0xaa to 0x0: the kernel has locked some"),
+    (int, lambda: capability.set_securebits(1 << 20), "0x100000 has unknown securebits"),
 ]  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def test_fork_has_no_watcher(group: Cgroup, in_child: Callable[..., object]) -> 
             return f"{refused.value} {own is shared} {alive}"
 
         answer = str(in_child(ask))
-        assert f"belongs to process {os.getpid()}" in answer
+        assert f"is a fork of process {os.getpid()}" in answer
         assert answer.endswith("False 1")
         assert not watch.closed
         with running(group, time.sleep, 60):

@@ -223,7 +223,7 @@ def test_where_none_was_given_the_remedy_is_said() -> None:
         before = where(pid)
         done = rcon("attach", "--pids", "9", str(pid), before=outside)
         assert (done.status, done.out) == (125, "")
-        assert "run the server as root, or as root once: " in done.err
+        assert "run the server as root, or run once as root: " in done.err
         assert len(done.err.splitlines()) == 1
         assert where(pid) == before
 

@@ -151,7 +151,7 @@ def test_nested_io_limits_are_refused_on_v1() -> None:
                 "--", "true")  # fmt: skip
     assert done.status == 125
     assert "the IO limits of " in done.err
-    assert "set IO limits there alone" in done.err
+    assert "set IO limits only in " in done.err
 
 
 def test_an_inner_rcon_in_a_group_delegated_to_its_user(open_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_retry_keys_are_refused_without_tasks(isolation: str) -> None:
     asked = {"isolation": isolation, "max_deaths": 2, "dead_letter": "dead"}
     found = verdict(ALONE, **asked)
     assert [refusal.limit for refusal in found.refusals] == ["max_deaths", "dead_letter"]
-    with pytest.raises(SettingsError, match=r"policy\.p\.max_deaths: .*only a task of Celery.*leave it out"):
+    with pytest.raises(SettingsError, match=r"policy\.p\.max_deaths: .*only Celery tasks.*leave it out"):
         found.check()
     assert verdict(Server(threads=False, tasks=True), **asked).refusals == ()
 

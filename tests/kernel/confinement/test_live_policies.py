@@ -165,7 +165,7 @@ def test_an_invalid_limit_is_refused() -> None:
             ("io", "max", "is not a limit that can be changed while work runs"),
             ("io./nowhere.read", "1M", "/nowhere"),
             (f"io.{DISK}.read", "max and more", "is not a size"),
-            ("each.timeout_soft", "20s", "only a task of Celery"),
+            ("each.timeout_soft", "20s", "only Celery tasks"),
         ):
             with pytest.raises((SettingsError, OSError), match=said):
                 here.set(key, value)

@@ -258,7 +258,7 @@ def test_a_service_of_roots_without_stays_in_its_slice() -> None:
 def test_a_service_of_roots_does_not_get_out_of_its_own_limits() -> None:
     done = as_service(str(BIN / "rcon"), "run", "--memory", "64M", "--", "true", MemoryMax="500M")
     assert done.returncode == 125
-    assert "has limits of its own, and a cgroup elsewhere would be outside of them" in done.stderr
+    assert "has limits, and a cgroup outside of the unit would escape them" in done.stderr
     assert re.search(rf"systemctl edit run-\w+\.service: \[Service\] {DELEGATE}", done.stderr)
 
 

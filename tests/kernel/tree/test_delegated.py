@@ -40,9 +40,9 @@ def remedy_for_nobody(path: str) -> str:
 def follow(text: str) -> None:
     """Run the commands of the remedy as root, with this process as the shell that starts the server."""
     first, *steps, last = text.split("; ")
-    assert first.startswith("run the server as root, or as root once: ")
+    assert first.startswith("run the server as root, or run once as root: ")
     assert last.startswith("and set cgroup = ")
-    for step in (first.partition("once: ")[2], *steps):
+    for step in (first.partition("as root: ")[2], *steps):
         subprocess.run(
             ["sh", "-ec", step.replace("PID-OF-THE-SHELL-THAT-STARTS-IT", str(os.getpid()))], check=True
         )

@@ -102,13 +102,13 @@ def test_an_installed_plugin_is_not_active(
     [
         (
             "nowhere",
-            "rcon: RCON_PLUGINS: no installed distribution offers the plugin 'nowhere' (installed are: ",
+            "rcon: RCON_PLUGINS: no installed distribution offers the plugin 'nowhere' (install it, or remove",
         ),
         (
             "taking",
             "cannot add its commands: there is already a command 'check' (fix the plugin, or remove it from",
         ),
-        ("greeting,greeting", "RCON_PLUGINS: the plugin 'greeting' does not fit: "),
+        ("greeting,greeting", "RCON_PLUGINS: the plugin 'greeting' does not match the hooks: "),
         (
             "broken",
             "RCON_PLUGINS: plugin 'broken' cannot add its commands: RuntimeError: on purpose (fix the plugin",

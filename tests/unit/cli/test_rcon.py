@@ -259,7 +259,7 @@ def test_a_note_names_policies_that_are_no_boundary(write: Write, capsys: pytest
     assert "guards against accidents only" in lines[place + 1]
     # The end has only the notes about several policies. A note beside a policy is not repeated.
     last = [line for line in lines if line.startswith("note: ")]
-    assert [line.startswith("note: policy web: runs in the server's process") for line in last] == [True]
+    assert [line.startswith("note: policy web: the code runs in the server's process") for line in last] == [True]
 
 
 @pytest.mark.parametrize(
@@ -277,11 +277,11 @@ def test_isolation_depends_on_the_kind_of_server(
 def test_a_remedy_of_several_steps_has_a_line_for_each() -> None:
     """Commands are not wrapped, so that they can be copied."""
     long = "mkdir -p /a && chown nobody " + " ".join(f"/a/file-{number}" for number in range(20))
-    hint = f'run the server as root, or as root once: {long}; echo 1 > /a/b; and set cgroup = "/rcon"'
+    hint = f'run the server as root, or run once as root: {long}; echo 1 > /a/b; and set cgroup = "/rcon"'
     problem = check._problem(DelegationError("no cgroup is delegated to this process", hint=hint))
     assert check._refused("REFUSED: ", "rcon.toml", problem) == [
         "REFUSED: rcon.toml: no cgroup is delegated to this process",
-        "    run the server as root, or as root once:",
+        "    run the server as root, or run once as root:",
         f"        {long}",
         "        echo 1 > /a/b",
         '    and set cgroup = "/rcon"',

@@ -68,7 +68,7 @@ def test_groups_that_are_written_replace_the_others() -> None:
 def test_a_number_without_an_entry_has_the_group_it_is_given_and_no_other() -> None:
     number = next(n for n in range(3_000_000_000, 4_000_000_000) if userdb.user(n) is None)
     assert resolve(Policy.make("p", user=number, group=4001), {}) == Identity(number, 4001, ())
-    with pytest.raises(SettingsError, match=r"^policy\.p\.user: uid .* no entry .* \(write the group too"):
+    with pytest.raises(SettingsError, match=r"^policy\.p\.user: uid .* no entry .* \(name the group"):
         check(Policy.make("p", user=number))
     with pytest.raises(ConfinementError, match="no entry") as refused:
         resolve(Policy.make("p", user=number), {})
@@ -119,7 +119,7 @@ def test_the_owner_must_be_the_user(sites: Path) -> None:
     assert resolve(right, {"host": "anna"}) == ME
     wrong = Policy.make("p", user=OTHER, group=OTHER, owner_must_be=f"{sites}/{{host}}/app")
     check(wrong)
-    with pytest.raises(IdentityRefused, match=rf"belongs to uid {ME.uid}, and the user is {OTHER}"):
+    with pytest.raises(IdentityRefused, match=rf"belongs to uid {ME.uid}, but the user is uid {OTHER}"):
         resolve(wrong, {"host": "anna"})
     with pytest.raises(SettingsError, match=r"^policy\.p\.owner_must_be: .* belongs to uid"):
         check(Policy.make("p", user=OTHER, group=OTHER, owner_must_be=f"{sites}/anna"))
@@ -191,7 +191,7 @@ def test_links_without_end(sites: Path, depth: int) -> None:
 @pytest.mark.parametrize(
     ("host", "said"),
     [
-        (None, "the work has no host"),
+        (None, "the attribute host is missing"),
         ("", "not a file name"),
         (".", "not a file name"),
         ("..", "not a file name"),
@@ -290,7 +290,7 @@ def test_what_is_wrong_with_the_machine_is_no_fault_of_the_work(sites: Path) -> 
 WRONG: list[tuple[dict[str, object], str, str]] = [
     # The keys of the policy, the key in the message, and a word of the problem or remedy.
     ({"user": "root"}, "user", "allow_root = true"),
-    ({"user": 0}, "user", "root, and work must not run as root"),
+    ({"user": 0}, "user", "root, and the policy forbids root"),
     ({"user": "owner:/"}, "user", "'/' is root"),
     ({"user": "bin"}, "user", "write min_uid = 2"),
     ({"user": "nobodyy"}, "user", "did you mean 'nobody'"),
@@ -327,7 +327,7 @@ def test_what_is_wrong_at_the_start_is_told_with_key_and_remedy(
 def test_a_directory_that_is_open_to_all_names_no_owner(sites: Path) -> None:
     (sites / "open").mkdir()
     (sites / "open").chmod(0o1777)
-    with pytest.raises(SettingsError, match=r"policy\.p\.user: every user may write to '.*open'") as refused:
+    with pytest.raises(SettingsError, match=r"policy\.p\.user: every user can write to '.*open'") as refused:
         check(policy(f"owner:{sites}/open"))
     assert refused.value.hint == "chmod o-w"
 
