@@ -103,7 +103,7 @@ def plans() -> dict[str, list[Tier]]:
             Tier("docs", "free", DOCS, tests=False),
             unit,
             pytest("contract", "free", "tests/contract"),
-            pytest("celery", "free", CELERY, *HOST),
+            pytest("celery", "free", CELERY, "-n", "3", "--dist", "loadfile", *HOST),  # they mostly wait
             machine("v2", "emulator", "tests.vm"),
             machine("systemd", "emulator", "tests.vm_systemd"),
             pytest("measures", ALONE, "tests/integrations", "tests/kernel", "-m", "measures", *HOST),

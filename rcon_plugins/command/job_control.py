@@ -86,12 +86,19 @@ class Caller:
         while signal.sigtimedwait(self._blocked, 0) is not None:
             pass
 
-    def stand_aside(self, child: int, keep: Iterable[int] = ()) -> None:
-        """Leave the process group to ``child``, and close all descriptors except 2 and ``keep``. Call it in the caller.
+    def leave_group_to(self, child: int) -> None:
+        """Leave the process group to ``child``. Call it in the caller, before the command is executed.
+
+        Later, a signal to the whole group could reach the command twice: from its sender, and forwarded by the caller.
+        """
+        self._child = child
+        self._leave_group()
+
+    def close_descriptors(self, keep: Iterable[int] = ()) -> None:
+        """Close all descriptors except 2 and ``keep``. Call it in the caller, once the command is executed.
 
         If the caller kept a pipe open, its reader would go on waiting after the command closed its own end.
         """
-        self._child = child
         kept = {2, *keep}
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for standard in {0, 1} - kept:
@@ -100,7 +107,6 @@ class Caller:
             if descriptor not in kept:
                 os.close(descriptor)
         os.close(null)
-        self._leave_group()
 
     def wait(self, deadline: float | None = None) -> int | None:
         """Wait until the command ends. Return its wait status; None when ``deadline`` (`time.monotonic`) comes first.

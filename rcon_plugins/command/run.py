@@ -144,7 +144,8 @@ class _Run:
         self._prepare()
         try:
             with contextlib.ExitStack() as watching:
-                return self._follow(self._start(watching))
+                self._start(watching)
+                return self._follow()
         finally:
             if self._memory_notices is not None:
                 os.close(self._memory_notices)
@@ -156,8 +157,8 @@ class _Run:
         if self._instance.needs_adoption:
             self._instance.adopt()
 
-    def _follow(self, child: int) -> Ended:
-        self._caller.stand_aside(child, self._order.keep)
+    def _follow(self) -> Ended:
+        self._caller.close_descriptors(self._order.keep)
         deadline = None if self._order.timeout is None else self._began + self._order.timeout
         status = self._caller.wait(deadline)
         late = status is None
@@ -182,8 +183,8 @@ class _Run:
             for cgroup in (self._group, self._leaf):
                 cgroup.delegate(*order.delegate_to, shut=True)
 
-    def _start(self, watching: contextlib.ExitStack) -> int:
-        """Start the command. Return its pid, or raise the error for which it could not be executed."""
+    def _start(self, watching: contextlib.ExitStack) -> None:
+        """Start the command, or raise the error for which it could not be executed."""
         ours, theirs = os.pipe()
         waits, go = os.pipe()
         caller = os.getpid()
@@ -201,6 +202,7 @@ class _Run:
             if self._order.watch is not None:
                 # `watch` starts threads, so the fork comes first. The command has not started yet.
                 watching.enter_context(self._order.watch(self._group, self._leaf))
+            self._caller.leave_group_to(pid)
             self._began = time.monotonic()
             with contextlib.suppress(BrokenPipeError):
                 os.write(go, b"x")
@@ -216,7 +218,6 @@ class _Run:
         if problem:
             posix.waitpid(pid, 0)
             _raise(problem)
-        return pid
 
     def _become_command(self, caller: int, pipe: int, waits: int) -> NoReturn:
         order = self._order

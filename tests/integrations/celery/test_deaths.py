@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
+from celery.result import AsyncResult
 
 from rcon_plugins.errors import ConfinementError, Killed
 from tests.integrations.celery.office import Office, Offices
@@ -90,19 +91,18 @@ def test_fork_servers_killed_over_and_over(offices: Offices) -> None:
     with offices(concurrency=2) as office:
         pool = office.worker.children()
         assert office.get("numbered", -1) == -1
-        results = [office.send("numbered", number) for number in range(30)]
-        kills = 0
-        while (done := sum(result.ready() for result in results)) < 25:
+        results: list[AsyncResult[int]] = []
+        for kill in range(8):
+            five = [office.send("numbered", 5 * kill + number) for number in range(5)]
+            # Each kill hits another moment of the five tasks.
+            until(lambda five=five: any(result.ready() for result in five))  # type: ignore[misc]
+            time.sleep(0.01 * kill)
             for process in pool:
                 for server in children(process):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(server, signal.SIGKILL)
-            kills += 1
-            # Between two kills at least one task ends, however slow the machine; the next kill hits another moment.
-            until(lambda done=done: sum(result.ready() for result in results) > done)  # type: ignore[misc]
-            time.sleep(0.1 * (kills % 10))
-        assert kills > 2
-        assert [office.wait(result) for result in results] == list(range(30))
+            results += five
+        assert [office.wait(result) for result in results] == list(range(40))
         assert sorted(office.worker.children()) == sorted(pool)
 
 

@@ -237,7 +237,7 @@ def test_on_v2_what_is_around_the_shell(given: Cgroup) -> None:
     take_and_let_go(given, within(server, SOMEBODY))
 
 
-@pytest.mark.parametrize("uid", [0, SOMEBODY + 1])
+@pytest.mark.parametrize("uid", [0, SOMEBODY + 1], ids=["root", "another"])
 def test_those_of_others_are_not(given: Cgroup, uid: int) -> None:
     with sleeping(within(given, uid)) as pid:
         before = where(pid)
