@@ -107,7 +107,7 @@ def rcon_prepare(policy: Policy) -> None:
 
 
 @hookspec
-def rcon_drop(policy: Policy, place: str, identity: Identity | None) -> None:
+def rcon_drop(policy: Policy, target: str, identity: Identity | None) -> None:
     """Drop what the policy does not grant: identity, capabilities, resource limits, anything irreversible.
 
     Called in the new process or thread, already in its cgroup, before its first work. The built-in plugins take the
@@ -115,7 +115,7 @@ def rcon_drop(policy: Policy, place: str, identity: Identity | None) -> None:
     In a thread, do only what acts on the calling thread alone: the other threads belong to the server.
 
     :param policy: the policy that the process or thread will serve for the rest of its life.
-    :param place: ``"process"``, ``"thread"``, or ``"command"``: a process that executes a program next.
+    :param target: ``"process"``, ``"thread"``, or ``"command"``: a process that executes a program next.
     :param identity: the user and groups it will have, resolved for its first work; None keeps the server's.
     :raises Exception: anything raised means that the process or thread ends and the work does not run.
     """

@@ -9,12 +9,12 @@ from rcon_plugins.settings.policy import Policy
 
 
 @hookimpl(trylast=True)
-def rcon_drop(policy: Policy, place: str, identity: capability.Identity | None) -> None:
+def rcon_drop(policy: Policy, target: str, identity: capability.Identity | None) -> None:
     """Take the identity, and keep only the capabilities that the policy names. Acts on the calling thread alone.
 
     Runs after all other plugins except rlimits, so that those plugins still have the server's privileges. Without an
     identity the user stays, but capabilities are dropped. For a command they survive ``execve`` (ambient set).
     """
     capability.drop(
-        identity, kept_capabilities(policy), no_new_privs=policy.no_new_privs, ambient=place == "command"
+        identity, kept_capabilities(policy), no_new_privs=policy.no_new_privs, ambient=target == "command"
     )

@@ -32,14 +32,14 @@ class Landlock:
             self._wall = _make(self._mounts)
 
     @hookimpl(trylast=True)
-    def rcon_drop(self, policy: Policy, place: str) -> None:
+    def rcon_drop(self, policy: Policy, target: str) -> None:
         """Forbid the process to write below the cgroup mounts and to signal or trace processes outside of its group.
 
         Without this, code that runs as the server's user could write the files that limit it. Do nothing if the kernel
         has no Landlock: the policy's `Verdict` has a caveat then. Do nothing in a thread, which cannot be restricted
         by itself.
         """
-        if place == "thread" or not landlock.abi():
+        if target == "thread" or not landlock.abi():
             return
         if policy.no_new_privs:
             set_no_new_privs()  # users other than root need it for Landlock; source: landlock(7)

@@ -71,7 +71,7 @@ def calling(hook: pluggy.HookCaller) -> Callable[..., Any]:
     """
     implementations = hook.get_hookimpls()
     if not implementations:
-        return _nobody
+        return _do_nothing
     only = implementations[0]
     is_plain = not (only.wrapper or only.hookwrapper)
     if len(implementations) == 1 and is_plain and hook.spec and only.argnames == hook.spec.argnames:
@@ -79,7 +79,7 @@ def calling(hook: pluggy.HookCaller) -> Callable[..., Any]:
     return hook
 
 
-def _nobody(**_: object) -> None:
+def _do_nothing(**_: object) -> None:
     """Do nothing. Called in place of a hook that has no implementation."""
 
 

@@ -134,11 +134,11 @@ def size(number: float | None) -> str:
     """Return bytes in at most five characters: ``512K``, ``1.5G``; 1024-based, as limits are written."""
     if number is None:
         return UNKNOWN
-    value, place = float(number), 0
-    while value >= 999.5 and place < len(_UNITS) - 1:
-        value, place = value / 1024, place + 1
-    digits = f"{value:.1f}" if place and value < 9.95 else f"{value:.0f}"
-    return f"{digits.removesuffix('.0')}{_UNITS[place]}"
+    value, power = float(number), 0
+    while value >= 999.5 and power < len(_UNITS) - 1:
+        value, power = value / 1024, power + 1
+    digits = f"{value:.1f}" if power and value < 9.95 else f"{value:.0f}"
+    return f"{digits.removesuffix('.0')}{_UNITS[power]}"
 
 
 def seconds(number: float | None) -> str:

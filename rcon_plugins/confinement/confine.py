@@ -10,7 +10,7 @@ from types import TracebackType
 import msgspec
 
 from rcon_plugins.builtin.plugins import make_plugin_manager
-from rcon_plugins.confinement.confinement import InlineConfinement
+from rcon_plugins.confinement.confinement import Context, InlineConfinement
 from rcon_plugins.confinement.isolation import Server, judge
 from rcon_plugins.confinement.monitor import GroupMonitor
 from rcon_plugins.errors import SettingsError
@@ -118,7 +118,7 @@ class Confined:
         try:
             number = str(next(self._numbers))
             monitor = GroupMonitor(instance, hook, lambda _: None, {})
-            confinement = InlineConfinement(self.policy, number, 0, lambda _: None, instance, hook, monitor)
+            confinement = InlineConfinement(self.policy, number, 0, Context(instance, hook, monitor))
             confinement.open()
             return confinement
         except BaseException:

@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.confinement.admission import (
     Admission,
@@ -69,8 +69,8 @@ class Confinement:
         self,
         policy: Policy,
         key: str | None,
-        generation: int = 0,
-        conclude: Callable[[Admission], None] = lambda _: None,
+        generation: int,
+        conclude: Callable[[Admission], None],
     ) -> None:
         self.policy = policy
         self.key = key
@@ -110,30 +110,28 @@ class ProcessConfinement(Confinement):
         return ProcessAdmission.begin(self, work, reservation, self._pool, identity, memory)
 
 
+class Context(NamedTuple):
+    """The objects that all confinements in threads of one process share."""
+
+    instance: Instance
+    hook: pluggy.HookRelay
+    monitor: GroupMonitor
+    conclude: Callable[[Admission], None] = lambda _: None
+
+
 class InlineConfinement(Confinement):
     """A confinement that the serving threads enter and leave: a threaded cgroup, or no cgroup if nothing is limited."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        key: str | None,
-        generation: int,
-        conclude: Callable[[Admission], None],
-        instance: Instance,
-        hook: pluggy.HookRelay,
-        monitor: GroupMonitor,
-    ) -> None:
+    def __init__(self, policy: Policy, key: str | None, generation: int, context: Context) -> None:
+        self._instance, self._hook, self._monitor, conclude = context
         super().__init__(policy, key, generation, conclude)
-        self._monitor = monitor
-        self._instance = instance
-        self._hook = hook
         self._lock = threading.Lock()
         self._home: Entrance | None = None
         self.executor: InlineExecutor | None = None
         #: Entrances of removed cgroups. They stay open, because a thread may be about to write to one: if it were
         #: closed, another file might have the same descriptor by then.
         self._former: list[InlineExecutor] = []
-        self._controllers = resources_of(hook, policy, policy).controllers()
+        self._controllers = resources_of(self._hook, policy, policy).controllers()
 
     def open(self) -> None:
         """Make the cgroup with its limits, and open its entrance. Raises `KernelError`."""
@@ -202,16 +200,13 @@ class ThreadConfinement(InlineConfinement):
 
     def __init__(
         self,
-        threads: ThreadExecutors,
         policy: Policy,
         key: str | None,
         generation: int,
-        conclude: Callable[[Admission], None],
-        instance: Instance,
-        hook: pluggy.HookRelay,
-        monitor: GroupMonitor,
+        context: Context,
+        threads: ThreadExecutors,
     ) -> None:
-        super().__init__(policy, key, generation, conclude, instance, hook, monitor)
+        super().__init__(policy, key, generation, context)
         self._threads = threads
 
     def admit(
@@ -227,6 +222,6 @@ class ThreadConfinement(InlineConfinement):
     def settle(self, identity: Identity | None) -> None:
         """Confine the calling thread until it ends: enter the cgroup, then drop privileges. Raises `KernelError`."""
         self.enter()
-        self._hook.rcon_drop(policy=self.policy, place="thread", identity=identity)
+        self._hook.rcon_drop(policy=self.policy, target="thread", identity=identity)
         if identity is not None:
             join_new_session_keyring()

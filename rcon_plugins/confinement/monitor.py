@@ -54,7 +54,7 @@ class GroupMonitor:
         self._policies = dict(policies)
         #: Whether a memory limit of any policy expands. If none does, `shrink` has no effect.
         self.expands = any(map(_expands, self._policies.values()))
-        self._listens = listens(hook)
+        self._plugins_listen = plugins_listen(hook)
         self._watcher = watcher_of_process()
         self._lock = threading.Lock()
         self._confinements: dict[str, MonitoredGroup] = {}
@@ -71,7 +71,7 @@ class GroupMonitor:
         Return None if there is nothing to watch in it.
         """
         name, policy = executor.name, executor.policy
-        if not self._listens and not _expands(policy):
+        if not self._plugins_listen and not _expands(policy):
             return None
         above = self._watch_confinement(name, policy)
         about = Event.of_group(
@@ -83,7 +83,7 @@ class GroupMonitor:
 
     def watch_threads(self, cgroup: Cgroup, policy: Policy, key: str | None) -> None:
         """Start watching the new cgroup of a confinement of threads. Raises `KernelError`."""
-        if not self._listens:
+        if not self._plugins_listen:
             return
         about = Event.of_group(cgroup, policy=policy.name, key=key)
         made = MonitoredGroup(cgroup, policy, policy, about, self._hook, self._watcher, None).begin()
@@ -173,7 +173,7 @@ class MonitoredGroup:
 
     def begin(self) -> Self:
         """Start watching; return self. Raises `KernelError`."""
-        listening, memory = listens(self._hook), self.limits.memory
+        listening, memory = plugins_listen(self._hook), self.limits.memory
         try:
             if memory is not None and memory.expands:
                 ask = self._ask if listening else None
@@ -276,9 +276,9 @@ class MonitoredGroup:
     ) -> Watch | None:
         if not kinds and not nearly and not pressure:
             return None
-        return watcher.add(self.cgroup, self._hear, kinds=kinds, thresholds=nearly, pressure=pressure)
+        return watcher.add(self.cgroup, self._handle_event, kinds=kinds, thresholds=nearly, pressure=pressure)
 
-    def _hear(self, event: KernelEvent) -> None:
+    def _handle_event(self, event: KernelEvent) -> None:
         """Handle an event of the kernel. Called in the watcher's thread."""
         own = self._about.replaced(event)
         if event.kind == "oom_kill" and self.limits.memory is None:
@@ -313,7 +313,7 @@ class MonitoredGroup:
         return answer
 
 
-def listens(hook: pluggy.HookRelay) -> bool:
+def plugins_listen(hook: pluggy.HookRelay) -> bool:
     """Return whether a plugin implements the hook `rcon_event`."""
     return bool(hook.rcon_event.get_hookimpls())
 

@@ -15,6 +15,7 @@ from rcon_plugins.builtin.plugins import calling
 from rcon_plugins.confinement.budget import MemoryBudget, machine_ledger
 from rcon_plugins.confinement.confinement import (
     Confinement,
+    Context,
     InlineConfinement,
     ProcessConfinement,
     ThreadConfinement,
@@ -240,14 +241,16 @@ class RunningManager:
         return confinement
 
     def _make(self, policy_name: str, key: str | None, generation: int) -> Confinement:
-        policy = self._policies.by_name[
-            policy_name
-        ]  # look it up again: it may have changed while this thread waited
+        # Look the policy up again: it may have changed while this thread waited.
+        policy = self._policies.by_name[policy_name]
         isolation = self.plan.verdicts[policy_name].isolation
         if isolation == "process":
             return ProcessConfinement(policy, key, generation, self._conclude, self._pool)
-        kind = InlineConfinement if isolation == "inline" else partial(ThreadConfinement, self._threads)
-        threaded = kind(policy, key, generation, self._conclude, self.instance, self.hook, self._monitor)
+        context = Context(self.instance, self.hook, self._monitor, self._conclude)
+        if isolation == "inline":
+            threaded = InlineConfinement(policy, key, generation, context)
+        else:
+            threaded = ThreadConfinement(policy, key, generation, context, self._threads)
         threaded.open()
         return threaded
 

@@ -278,7 +278,7 @@ def run_executor(
             )
             os._exit(_EXIT_NOT_CONFINED)
         process.replace_with_closed_socket(instance.locks)
-        hook.rcon_drop(policy=order.policy, place="process", identity=order.identity)
+        hook.rcon_drop(policy=order.policy, target="process", identity=order.identity)
         if order.identity is not None:
             process.join_new_session_keyring()
         process.die_with_parent(server)

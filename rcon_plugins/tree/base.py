@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 ROOT_BASE = "/rcon"
 
 
-def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[], None] | None = None) -> str:
+def find_base(
+    hierarchy: Hierarchy, setting: str | None = None, enter_scope: Callable[[], None] | None = None
+) -> str:
     """Return the path of an existing cgroup in which this process may make others: the base.
 
     The first of these that applies:
@@ -34,12 +36,12 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
     1. ``setting``, which is made if it is missing.
     2. In the tree of a server: the base of that server, if this process may write it.
     3. The cgroup delegated to this process, its own or the one above: see `given`.
-    4. On v2: the scope that ``ask`` moves this process into. ``ask`` raises DelegationError if it cannot.
+    4. On v2: the scope that ``enter_scope`` moves this process into. It raises DelegationError if it cannot.
     5. For root: ``/rcon``.
     6. On v1: the one cgroup that root gave to this user.
 
-    On v2 with ``ask``, a process in a systemd unit with limits gets neither the scope nor ``/rcon``: both would be
-    outside of these limits. If a group holds this process to limits, the base is inside that group: see :mod:`.nested`.
+    On v2 with ``enter_scope``, a process in a systemd unit with limits gets neither the scope nor ``/rcon``: both would
+    be outside of these limits. If a group limits this process, the base is inside that group: see :mod:`.nested`.
 
     Raises DelegationError with the exact remedy, and ValueError if ``setting`` is not a path.
     """
@@ -61,15 +63,20 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
     if location is None and (found := given(hierarchy)) is not None:
         return found
     own, refused = own_cgroup(hierarchy), None
-    if ask is not None and location is None and hierarchy.layout == "v2" and not _read_only(hierarchy):
+    if (
+        enter_scope is not None
+        and location is None
+        and hierarchy.layout == "v2"
+        and not _read_only(hierarchy)
+    ):
         _check_may_leave(hierarchy, own)
         try:
-            ask()
+            enter_scope()
         except DelegationError as error:
             refused = error
         else:
             own = own_cgroup(hierarchy)
-            if own is not None and _is_ours(hierarchy, own, {str(os.getpid())}, asked=True):
+            if own is not None and _is_ours(hierarchy, own, {str(os.getpid())}, from_systemd=True):
                 return own
     if os.geteuid() == 0:
         return _prepare(hierarchy, ROOT_BASE)
@@ -87,7 +94,7 @@ def find_base(hierarchy: Hierarchy, setting: str | None = None, ask: Callable[[]
         "no cgroup is delegated to this process" + (f"; {refused.problem}" if refused else ""),
         errno=errno.EROFS if _read_only(hierarchy) else errno.EACCES,
         path=own,
-        hint=remedy(hierarchy, ROOT_BASE, own, asked=refused),
+        hint=remedy(hierarchy, ROOT_BASE, own, scope_error=refused),
     )
 
 
@@ -268,10 +275,10 @@ def _is_writable(hierarchy: Hierarchy, path: str) -> bool:
     return True
 
 
-def _is_ours(hierarchy: Hierarchy, path: str, inside: set[str], *, asked: bool = False) -> bool:
+def _is_ours(hierarchy: Hierarchy, path: str, inside: set[str], *, from_systemd: bool = False) -> bool:
     """Return whether this process may write ``path``, it was delegated, and exactly the processes ``inside`` are in it.
 
-    ``asked``: a manager made the cgroup for this process, so that the mark of delegation need not be checked.
+    ``from_systemd``: systemd made the cgroup for this process, so that the mark of delegation need not be checked.
     """
     if not _is_writable(hierarchy, path):
         return False
@@ -284,7 +291,7 @@ def _is_ours(hierarchy: Hierarchy, path: str, inside: set[str], *, asked: bool =
         except KernelError:
             # EOPNOTSUPP: a threaded cgroup cannot be a base.
             return False
-        if set(found) != inside or not (asked or _was_delegated(mount, path)):
+        if set(found) != inside or not (from_systemd or _was_delegated(mount, path)):
             return False
     return True
 
@@ -370,12 +377,12 @@ def remedy(
     path: str,
     own: str | None,
     number: int = errno.EACCES,
-    asked: DelegationError | None = None,
+    scope_error: DelegationError | None = None,
 ) -> str:
     """Return the commands or unit lines that give this process a base.
 
     ``path`` is the base that was tried, ``own`` the cgroup of this process, ``number`` the errno of the refusal, and
-    ``asked`` the error of systemd, if it was asked.
+    ``scope_error`` the error of a request for a scope.
     """
     if number == errno.EROFS:
         return mounts.writable_remedy(hierarchy.limit_mounts)
@@ -385,13 +392,13 @@ def remedy(
             '(CMD ["gunicorn", ...] without a shell), or set cgroup = "..." to a cgroup without processes'
         )
     if hierarchy.layout == "v2" and mounts.is_systemds():
-        return _from_systemd(hierarchy, own or "", asked)
+        return _from_systemd(hierarchy, own or "", scope_error)
     used = hierarchy.cgroup(path).mounts
     commands = [command for mount in used for command in _by_hand(hierarchy, mount, path)]
     return f'run the server as root, or run once as root: {"; ".join(commands)}; and set cgroup = "{path}"'
 
 
-def _from_systemd(hierarchy: Hierarchy, own: str, asked: DelegationError | None) -> str:
+def _from_systemd(hierarchy: Hierarchy, own: str, scope_error: DelegationError | None) -> str:
     delegate = f"[Service] Delegate={' '.join(sorted(hierarchy.controllers)) or 'yes'}"
     user = "" if os.geteuid() == 0 else "--user "
     unit = next((part for part in reversed(own.split("/")) if part.endswith(".service")), None)
@@ -400,8 +407,8 @@ def _from_systemd(hierarchy: Hierarchy, own: str, asked: DelegationError | None)
         steps = f"systemctl {its}edit {unit}: {delegate}"
     else:
         steps = f"add to the unit of the server: {delegate}"
-    if asked is not None and asked.hint:
-        steps += f"; or, to get a scope: {asked.hint}"
+    if scope_error is not None and scope_error.hint:
+        steps += f"; or, to get a scope: {scope_error.hint}"
     return f"{steps}; or start it with: systemd-run {user}--scope -p Delegate=yes COMMAND"
 
 

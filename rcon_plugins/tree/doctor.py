@@ -146,8 +146,8 @@ def _limits(instance: Instance, leaf: Cgroup) -> Iterator[Finding]:
         elif controller == "cpuset":
             resources = Resources(cpus=",".join(map(str, sorted(os.sched_getaffinity(0)))))
         if controller not in instance.hierarchy.controllers:
-            asked = resources if controller != "io" or resources.io else Resources(io={})
-            refused = instance.hierarchy.refusals(asked)
+            wanted = resources if controller != "io" or resources.io else Resources(io={})
+            refused = instance.hierarchy.refusals(wanted)
             reason = refused[0].reason if refused else f"there is no {controller} controller here"
             yield Finding("limits", names, "missing", reason, refused[0].remedy if refused else None)
             continue
@@ -164,10 +164,10 @@ def _limits(instance: Instance, leaf: Cgroup) -> Iterator[Finding]:
 def _swap(hierarchy: Hierarchy, leaf: Cgroup) -> Iterator[Finding]:
     if "memory" not in hierarchy.controllers:
         return
-    asked = Resources(memory_max=_BIG, swap_max=_BIG)
-    refused = hierarchy.refusals(asked)
+    wanted = Resources(memory_max=_BIG, swap_max=_BIG)
+    refused = hierarchy.refusals(wanted)
     if not refused:
-        yield _attempt("limits", "swap", partial(leaf.configure, asked))
+        yield _attempt("limits", "swap", partial(leaf.configure, wanted))
     elif v1.has_swap():
         yield Finding("limits", "swap", "missing", refused[0].reason, refused[0].remedy)
     else:

@@ -33,7 +33,7 @@ def enter_scope() -> None:
     Raises `DelegationError` with the remedy if systemd cannot be asked, or refuses. This process then stays where it
     was.
     """
-    address = _who_can_be_asked()
+    address = _usable_bus()
     try:
         _ask(address)
     except DelegationError:
@@ -48,13 +48,14 @@ def enter_scope() -> None:
 def refusal() -> DelegationError | None:
     """Return why systemd cannot be asked for a scope, with the remedy; None if it can be asked. Sends no request."""
     try:
-        _who_can_be_asked()
+        _usable_bus()
     except DelegationError as error:
         return error
     return None
 
 
-def _who_can_be_asked() -> str:
+def _usable_bus() -> str:
+    """Return the address of the bus. Raises DelegationError if there is none, or no jeepney to use it with."""
     address = _bus()
     try:
         import jeepney  # noqa: F401

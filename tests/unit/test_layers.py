@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.identifiers import identifiers
+
 ROOT = Path(__file__).resolve().parents[2]
 INTEGRATIONS = ROOT / "integrations"
 HOMES = {
@@ -207,17 +209,6 @@ def test_the_kernel_layer_knows_nothing_of_our_tree() -> None:
                 if set(re.findall(r"[A-Z]?[a-z]+", identifier.lower())) & WORDS_ABOVE:
                     wrong.append(f"{name}: {identifier}")
     assert wrong == []
-
-
-def identifiers(node: ast.AST) -> Iterator[str]:
-    """The names that a node itself says or gives."""
-    match node:
-        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name):
-            yield name
-        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-            yield name
-        case ast.keyword(arg=str(name)):
-            yield name
 
 
 def test_dependencies_stay_in_their_rooms() -> None:

@@ -17,6 +17,7 @@ from rcon_plugins.cli.capcon.commands import capcon
 from rcon_plugins.cli.rcon import rcon
 from rcon_plugins.settings.file import json_schema
 from rcon_plugins.tree.instance import Instance
+from tests.identifiers import identifiers
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("rcon_plugins", "integrations", "examples", "tests")
@@ -85,6 +86,16 @@ GONE = {
     "showing": "show",
     "own_place": "own_location",
     "place_of": "location_of",
+    "_hear": "_handle_event",
+    "listens": "plugins_listen",
+    "_listens": "_plugins_listen",
+    "_who_can_be_asked": "_usable_bus",
+    "SOMEBODY": "OTHER_UID",
+    "Office": "Session",
+    "Offices": "Sessions",
+    "Shop": "ApplicationWorkers",
+    "Worlds": "Histories",
+    "let_others_in": "let_others_read",
 }
 
 
@@ -96,6 +107,12 @@ class Scoped(NamedTuple):
     within: tuple[str, ...]
 
 
+#: Routes are put into places of an index; elsewhere "place" had six meanings.
+_NOT_SETTINGS = (
+    *(f"rcon_plugins.{room}" for room in ("builtin", "cli", "command", "confinement", "executors", "groups")),
+    *(f"rcon_plugins.{room}" for room in ("hookspecs", "identity", "kernel", "tree")),
+    *("rcon_wsgi", "rcon_gunicorn", "rcon_celery"),
+)
 SCOPED = (
     Scoped("told", "exit_reported, outcome_of", ("rcon_plugins", "rcon_celery", "rcon_gunicorn", "rcon_wsgi")),
     Scoped("answer", "max_result", ("rcon_plugins.settings", "rcon_plugins.builtin")),
@@ -115,8 +132,11 @@ SCOPED = (
     Scoped("ground", "process_state", ("rcon_celery",)),
     Scoped("Body", "TaskCode, Payload", ("rcon_celery",)),
     Scoped("pace", "FrameRateLimiter", ("rcon_wsgi",)),
-    Scoped("place", "target, location, entry_directory", ("rcon_plugins.kernel", "rcon_plugins.tree", "rcon_celery")),
-    Scoped("places", "targets, locations", ("rcon_plugins.kernel", "rcon_plugins.tree", "rcon_celery")),
+    Scoped("place", "target, location, entry_directory", _NOT_SETTINGS),
+    Scoped("places", "targets, locations", _NOT_SETTINGS),
+    Scoped("_nobody", "_do_nothing", ("rcon_plugins",)),
+    Scoped("ask", "enter_scope", ("rcon_plugins.tree",)),
+    Scoped("asked", "from_systemd, wanted", ("rcon_plugins.tree",)),
     Scoped("lives", "is_alive", ("rcon_plugins.kernel", "rcon_plugins.tree")),
     Scoped("stranger", "other_owner", ("rcon_plugins",)),
 )  # fmt: skip
@@ -130,6 +150,8 @@ MODULES = {
     "rcon_plugins.cli.run.asked": "request",
     "rcon_plugins.cli.asked": "request",
     "rcon_plugins.cli.words": "completion",
+    "tests.places": "tests.directories",
+    "tests.integrations.celery.office": "sessions",
 }
 #: Not among the names of the settings, of JSON output, or the words of a help text.
 NOT_SHOWN = (
@@ -178,20 +200,6 @@ def modules() -> dict[str, ast.Module]:
                 name = ".".join(parts[1:] if folder == "integrations" else parts)
                 found[name.removesuffix(".__init__")] = ast.parse(path.read_bytes(), str(path))
     return found
-
-
-def identifiers(node: ast.AST) -> Iterator[str]:
-    match node:
-        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name):
-            yield name
-        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-            yield name
-        case ast.keyword(arg=str(name)):
-            yield name
-        case ast.alias(name=name, asname=other):
-            yield from name.split(".")
-            if other:
-                yield other
 
 
 def begins(module: str, prefixes: tuple[str, ...]) -> bool:

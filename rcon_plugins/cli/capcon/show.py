@@ -98,7 +98,7 @@ def row(label: str, value: str) -> str:
 
 def securebits(bits: int) -> list[str]:
     """Return the names of the bits that are set, from capabilities(7), in lower case and without SECBIT_."""
-    names = [name for place, name in enumerate(SECUREBITS) if bits >> place & 1]
+    names = [name for bit, name in enumerate(SECUREBITS) if bits >> bit & 1]
     rest = bits >> len(SECUREBITS) << len(SECUREBITS)
     return [*names, *([hex(rest)] if rest else [])]
 

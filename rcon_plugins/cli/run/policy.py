@@ -73,7 +73,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
         group=group_of(options, command),
         resources=resources,
         each=each,
-        become=partial(hook.rcon_drop, policy=policy, place="command", identity=identity),
+        become=partial(hook.rcon_drop, policy=policy, target="command", identity=identity),
         timeout=timeout,
         **_watch_fields(policy, manager, options.get("on_event")),
     )

@@ -1,4 +1,4 @@
-"""What the tests of Celery share: one redis-server for all of them, and one RabbitMQ where it is asked for."""
+"""Fixtures of the Celery tests: one redis-server for all, one RabbitMQ for the tests that use it."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import celery
 import pytest
 
 from tests.integrations.celery import application
-from tests.integrations.celery.office import Offices
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.rabbitmq_server import RabbitServer
 from tests.integrations.celery.redis_server import RedisServer
+from tests.integrations.celery.sessions import Sessions
 from tests.integrations.celery.worker import Worker
 
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A redis-server of this test run; ask it for a database: ``redis_server.database()``."""
+    """The redis-server of this test run. ``redis_server.database()`` returns an empty database."""
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def rabbitmq_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
-    """A RabbitMQ of this test run; ask it for a virtual host: ``rabbitmq_server.host()``."""
+    """The RabbitMQ of this test run. ``rabbitmq_server.host()`` returns a new virtual host."""
     with RabbitServer(tmp_path_factory.mktemp("rabbitmq")) as server:
         yield server
 
 
-class Open(NamedTuple):
-    """A shop that is open: its worker, its producer's application, and what its worker wrote down."""
+class RunningWorker(NamedTuple):
+    """A worker, the application of its producer, and the records that its tasks wrote."""
 
     worker: Worker
     app: celery.Celery
@@ -41,8 +41,8 @@ class Open(NamedTuple):
     url: str
 
 
-class Shop:
-    """Starts workers with the application of these tests, each on a database of its own."""
+class ApplicationWorkers:
+    """Starts workers with the application of these tests, each with its own database."""
 
     def __init__(self, server: RedisServer, directory: Path) -> None:
         self._server = server
@@ -56,8 +56,8 @@ class Shop:
         confined: bool = True,
         serializer: str = "json",
         concurrency: int = 2,
-    ) -> Iterator[Open]:
-        """A worker that takes tasks, and who sends it some, while the ``with`` block runs."""
+    ) -> Iterator[RunningWorker]:
+        """Run a worker and its producer during the ``with`` block."""
         url = self._server.database()
         environ = application.environment(url, confined=confined, serializer=serializer)
         directory = self._directory / url.rpartition("/")[2]
@@ -68,14 +68,16 @@ class Shop:
         records = application.Records(url)
         app = application.make(url, serializer=serializer)
         with closing(app), contextlib.closing(records), worker:
-            yield Open(worker, app, records, url)
+            yield RunningWorker(worker, app, records, url)
 
 
 @pytest.fixture(scope="session")
-def shop(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop(redis_server, tmp_path_factory.mktemp("workers"))
+def application_workers(
+    redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> ApplicationWorkers:
+    return ApplicationWorkers(redis_server, tmp_path_factory.mktemp("workers"))
 
 
 @pytest.fixture(scope="session")
-def offices(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Offices:
-    return Offices(redis_server, tmp_path_factory.mktemp("offices"))
+def sessions(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Sessions:
+    return Sessions(redis_server, tmp_path_factory.mktemp("sessions"))

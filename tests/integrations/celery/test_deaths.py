@@ -15,8 +15,8 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 from celery.result import AsyncResult
 
 from rcon_plugins.errors import ConfinementError, Killed
-from tests.integrations.celery.office import Office, Offices
 from tests.integrations.celery.producers import closing
+from tests.integrations.celery.sessions import Session, Sessions
 from tests.integrations.celery.worker import READY
 from tests.processes import alive, children, family, until
 
@@ -27,13 +27,13 @@ def fork_server(process: int) -> int:
     return server
 
 
-def begins(office: Office, name: str) -> list[list[str]]:
-    return [line.split()[1:] for line in office.log(name) if line.startswith("begins")]
+def begins(session: Session, name: str) -> list[list[str]]:
+    return [line.split()[1:] for line in session.log(name) if line.startswith("begins")]
 
 
-def never_two_at_once(office: Office, name: str) -> None:
+def never_two_at_once(session: Session, name: str) -> None:
     """Check that no run wrote to the log after a later run began to."""
-    order = [line.split()[0] for line in office.log(f"{name}:beat")]
+    order = [line.split()[0] for line in session.log(f"{name}:beat")]
     runs = [pid for number, pid in enumerate(order) if number == 0 or order[number - 1] != pid]
     assert len(runs) == len(set(runs)), runs
 
@@ -51,49 +51,49 @@ def gate(tmp_path: Path) -> Gate:
     return Gate(tmp_path / "gate")
 
 
-def run_late_and_kill(office: Office, gate: Gate, name: str, kill: Callable[[], object]) -> None:
+def run_late_and_kill(session: Session, gate: Gate, name: str, kill: Callable[[], object]) -> None:
     """Send `late`, kill a process while it runs, and check that it runs again to its end, confined each time."""
-    result = office.send("late", name, str(gate.path))
-    until(lambda: len(begins(office, name)) == 1)
-    first = int(begins(office, name)[0][0])
+    result = session.send("late", name, str(gate.path))
+    until(lambda: len(begins(session, name)) == 1)
+    first = int(begins(session, name)[0][0])
     kill()
-    until(lambda: len(begins(office, name)) == 2)
+    until(lambda: len(begins(session, name)) == 2)
     assert not alive(first)
     gate.open()
     assert result.get(timeout=60) == "done"
-    assert [confined for _, confined in begins(office, name)] == ["True", "True"]
-    assert sum(line.startswith("ends") for line in office.log(name)) == 1
-    never_two_at_once(office, name)
+    assert [confined for _, confined in begins(session, name)] == ["True", "True"]
+    assert sum(line.startswith("ends") for line in session.log(name)) == 1
+    never_two_at_once(session, name)
 
 
-def test_pool_process_killed(offices: Offices, gate: Gate) -> None:
-    with offices(concurrency=2) as office:
+def test_pool_process_killed(sessions: Sessions, gate: Gate) -> None:
+    with sessions(concurrency=2) as session:
 
         def kill() -> None:
-            executor = int(begins(office, "pool")[0][0])
-            (process,) = [pid for pid in office.worker.children() if executor in family(pid)]
+            executor = int(begins(session, "pool")[0][0])
+            (process,) = [pid for pid in session.worker.children() if executor in family(pid)]
             os.kill(process, signal.SIGKILL)
 
-        run_late_and_kill(office, gate, "pool", kill)
+        run_late_and_kill(session, gate, "pool", kill)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "solo"])
-def test_fork_server_killed(offices: Offices, gate: Gate, pool: str) -> None:
-    with offices(pool=pool, concurrency=1) as office:
-        (process,) = office.worker.children() if pool == "prefork" else [office.worker.pid]
-        run_late_and_kill(office, gate, "server", lambda: os.kill(fork_server(process), signal.SIGKILL))
+def test_fork_server_killed(sessions: Sessions, gate: Gate, pool: str) -> None:
+    with sessions(pool=pool, concurrency=1) as session:
+        (process,) = session.worker.children() if pool == "prefork" else [session.worker.pid]
+        run_late_and_kill(session, gate, "server", lambda: os.kill(fork_server(process), signal.SIGKILL))
         assert alive(process)
-        assert office.get("where")["confined"]
+        assert session.get("where")["confined"]
 
 
-def test_fork_servers_killed_over_and_over(offices: Offices) -> None:
+def test_fork_servers_killed_over_and_over(sessions: Sessions) -> None:
     """No task is lost, one about to begin neither."""
-    with offices(concurrency=2) as office:
-        pool = office.worker.children()
-        assert office.get("numbered", -1) == -1
+    with sessions(concurrency=2) as session:
+        pool = session.worker.children()
+        assert session.get("numbered", -1) == -1
         results: list[AsyncResult[int]] = []
         for kill in range(8):
-            five = [office.send("numbered", 5 * kill + number) for number in range(5)]
+            five = [session.send("numbered", 5 * kill + number) for number in range(5)]
             # Each kill hits another moment of the five tasks.
             until(lambda five=five: any(result.ready() for result in five))  # type: ignore[misc]
             time.sleep(0.01 * kill)
@@ -102,49 +102,49 @@ def test_fork_servers_killed_over_and_over(offices: Offices) -> None:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(server, signal.SIGKILL)
             results += five
-        assert [office.wait(result) for result in results] == list(range(40))
-        assert sorted(office.worker.children()) == sorted(pool)
+        assert [session.wait(result) for result in results] == list(range(40))
+        assert sorted(session.worker.children()) == sorted(pool)
 
 
-def test_fork_server_killed_beside_threads(offices: Offices) -> None:
+def test_fork_server_killed_beside_threads(sessions: Sessions) -> None:
     """No other fork server can be made, so the worker finishes its tasks and exits."""
-    with offices(pool="threads") as office:
-        assert office.get("where")["confined"]
-        os.kill(fork_server(office.worker.pid), signal.SIGKILL)
-        until(lambda: office.worker.process.poll() is not None)
-        assert office.worker.process.returncode == 0
-        assert "this worker finishes its tasks and exits" in office.worker.log()
+    with sessions(pool="threads") as session:
+        assert session.get("where")["confined"]
+        os.kill(fork_server(session.worker.pid), signal.SIGKILL)
+        until(lambda: session.worker.process.poll() is not None)
+        assert session.worker.process.returncode == 0
+        assert "this worker finishes its tasks and exits" in session.worker.log()
 
 
-def test_fork_server_killed_without_late_acknowledgement(offices: Offices) -> None:
-    with offices(concurrency=1) as office:
-        result = office.send("stay", "early")
-        until(lambda: bool(office.log("early")))
-        (process,) = office.worker.children()
+def test_fork_server_killed_without_late_acknowledgement(sessions: Sessions) -> None:
+    with sessions(concurrency=1) as session:
+        result = session.send("stay", "early")
+        until(lambda: bool(session.log("early")))
+        (process,) = session.worker.children()
         os.kill(fork_server(process), signal.SIGKILL)
         with pytest.raises(Killed):
             result.get(timeout=60)
-        assert office.get("where")["confined"]
-        assert office.worker.children() == [process]
+        assert session.get("where")["confined"]
+        assert session.worker.children() == [process]
 
 
 @pytest.mark.parametrize(
     ("pool", "names"), [("prefork", "a"), ("threads", "ab"), ("solo", "a"), ("gevent", "ab")]
 )
-def test_worker_killed(offices: Offices, gate: Gate, pool: str, names: str) -> None:
+def test_worker_killed(sessions: Sessions, gate: Gate, pool: str, names: str) -> None:
     """All its processes end, and unacknowledged messages come back after the visibility timeout."""
-    with offices(pool=pool, concurrency=len(names)) as office:
-        results = [office.send("late", name, str(gate.path)) for name in names]
-        until(lambda: all(begins(office, name) for name in names))
-        first = {int(begins(office, name)[0][0]) for name in names}
-        everybody, directories = office.worker.family(), office.worker.cgroups()
+    with sessions(pool=pool, concurrency=len(names)) as session:
+        results = [session.send("late", name, str(gate.path)) for name in names]
+        until(lambda: all(begins(session, name) for name in names))
+        first = {int(begins(session, name)[0][0]) for name in names}
+        everybody, directories = session.worker.family(), session.worker.cgroups()
         assert len(first) == len(names)
         assert first < set(everybody)
         assert directories
-        os.kill(office.worker.pid, signal.SIGKILL)
-        office.worker.process.wait()
+        os.kill(session.worker.pid, signal.SIGKILL)
+        session.worker.process.wait()
         until(lambda: not any(map(alive, everybody)))
-        with offices(pool=pool, concurrency=len(names), url=office.url) as again:
+        with sessions(pool=pool, concurrency=len(names), url=session.url) as again:
             assert not any(path.exists() for path in directories)
             restore(again)
             until(lambda: all(len(begins(again, name)) == 2 for name in names))
@@ -156,84 +156,84 @@ def test_worker_killed(offices: Offices, gate: Gate, pool: str, names: str) -> N
                 assert sum(line.startswith("ends") for line in again.log(name)) == 1
 
 
-def restore(office: Office) -> None:
+def restore(session: Session) -> None:
     """Restore unacknowledged messages, as Redis' transport does after the visibility timeout."""
-    with office.app.connection_for_write() as connection:
+    with session.app.connection_for_write() as connection:
         channel = connection.default_channel
         for tag in channel.client.zrange(channel.unacked_index_key, 0, -1):
             channel.qos.restore_by_tag(tag.decode())
 
 
-def nothing_runs(office: Office, name: str) -> None:
-    until(lambda: not any(alive(int(pid)) for line in office.log(name) for pid in line.split()))
+def nothing_runs(session: Session, name: str) -> None:
+    until(lambda: not any(alive(int(pid)) for line in session.log(name) for pid in line.split()))
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
-def test_revoked(offices: Offices, number: str) -> None:
-    with offices(concurrency=1) as office:
-        result = office.send("stay", "revoked")
-        until(lambda: bool(office.log("revoked")))
+def test_revoked(sessions: Sessions, number: str) -> None:
+    with sessions(concurrency=1) as session:
+        result = session.send("stay", "revoked")
+        until(lambda: bool(session.log("revoked")))
         result.revoke(terminate=True, signal=number)
         with pytest.raises(TaskRevokedError):
             result.get(timeout=60)
-        nothing_runs(office, "revoked")
-        assert office.get("where")["confined"]
+        nothing_runs(session, "revoked")
+        assert session.get("where")["confined"]
 
 
-def test_hard_time_limit_of_celery(offices: Offices) -> None:
-    with offices(concurrency=1) as office:
+def test_hard_time_limit_of_celery(sessions: Sessions) -> None:
+    with sessions(concurrency=1) as session:
         with pytest.raises(TimeLimitExceeded):
-            office.get("stay_limited", "limited")
-        nothing_runs(office, "limited")
-        assert office.get("where")["confined"]
+            session.get("stay_limited", "limited")
+        nothing_runs(session, "limited")
+        assert session.get("where")["confined"]
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
-def test_warm_shutdown_waits(offices: Offices, gate: Gate, pool: str) -> None:
-    with offices(pool=pool, concurrency=1) as office:
-        result = office.send("late", "warm", str(gate.path))
-        until(lambda: len(begins(office, "warm")) == 1)
-        directories = office.worker.cgroups()
-        office.worker.signal(signal.SIGTERM)
+def test_warm_shutdown_waits(sessions: Sessions, gate: Gate, pool: str) -> None:
+    with sessions(pool=pool, concurrency=1) as session:
+        result = session.send("late", "warm", str(gate.path))
+        until(lambda: len(begins(session, "warm")) == 1)
+        directories = session.worker.cgroups()
+        session.worker.signal(signal.SIGTERM)
         time.sleep(0.5)
-        assert alive(int(begins(office, "warm")[0][0]))
+        assert alive(int(begins(session, "warm")[0][0]))
         gate.open()
-        assert office.worker.stop() == 0
+        assert session.worker.stop() == 0
         assert result.get(timeout=10) == "done"
         assert not any(path.exists() for path in directories)
 
 
-def test_cold_shutdown(offices: Offices) -> None:
-    with offices(concurrency=1) as office:
-        office.send("stay", "cold")
-        until(lambda: bool(office.log("cold")))
-        directories, everybody = office.worker.cgroups(), office.worker.family()
-        office.worker.signal(signal.SIGQUIT)
+def test_cold_shutdown(sessions: Sessions) -> None:
+    with sessions(concurrency=1) as session:
+        session.send("stay", "cold")
+        until(lambda: bool(session.log("cold")))
+        directories, everybody = session.worker.cgroups(), session.worker.family()
+        session.worker.signal(signal.SIGQUIT)
         with contextlib.suppress(AssertionError):
-            until(lambda: office.worker.process.poll() is not None)
-        nothing_runs(office, "cold")
+            until(lambda: session.worker.process.poll() is not None)
+        nothing_runs(session, "cold")
         assert not any(map(alive, everybody))
         assert not any(path.exists() for path in directories)
 
 
-def test_restarted_by_hangup(offices: Offices) -> None:
+def test_restarted_by_hangup(sessions: Sessions) -> None:
     """It restarts in the same process, and leaves no cgroup behind."""
-    with offices(concurrency=1) as office:
-        assert office.get("where")["confined"]
-        before = office.worker.cgroups()
-        office.worker.signal(signal.SIGHUP)
-        until(lambda: office.worker.log().count(READY) == 2)
-        assert office.get("where")["confined"]
-        assert office.worker.cgroups() == before
+    with sessions(concurrency=1) as session:
+        assert session.get("where")["confined"]
+        before = session.worker.cgroups()
+        session.worker.signal(signal.SIGHUP)
+        until(lambda: session.worker.log().count(READY) == 2)
+        assert session.get("where")["confined"]
+        assert session.worker.cgroups() == before
 
 
-def test_pool_process_replaced(offices: Offices) -> None:
+def test_pool_process_replaced(sessions: Sessions) -> None:
     """A pool's process that served its tasks ends, and its executor processes with it."""
-    with offices("--max-tasks-per-child", "2", concurrency=1) as office:
-        served: list[Any] = [office.get("where") for _ in range(6)]
+    with sessions("--max-tasks-per-child", "2", concurrency=1) as session:
+        served: list[Any] = [session.get("where") for _ in range(6)]
         assert all(each["confined"] for each in served)
         assert len({each["pid"] for each in served}) == 3
-        until(lambda: len(office.executors()) <= 1)
+        until(lambda: len(session.executors()) <= 1)
 
 
 #: Makes the check that each process of the pool does at its start fail, as long as a file is there.
@@ -260,7 +260,7 @@ def rcon_policies():
 """
 
 
-def test_pool_process_that_cannot_start_at_first(offices: Offices, tmp_path: Path) -> None:
+def test_pool_process_that_cannot_start_at_first(sessions: Sessions, tmp_path: Path) -> None:
     """It loses no task that is acknowledged late, and confines tasks once it can."""
     fault, gate, info = tmp_path / "fault", tmp_path / "gate", tmp_path / "faulty-1.dist-info"
     fault.touch()
@@ -271,14 +271,14 @@ def test_pool_process_that_cannot_start_at_first(offices: Offices, tmp_path: Pat
     (tmp_path / "faulty.py").write_text(FAULTY)
     settings = 'unmatched = "allow"\nplugins = ["faulty"]\n[policy.small]\nmemory = "1G"\n'
     environ = {"PYTHONPATH": str(tmp_path), "FAULT": str(fault)}
-    worker, app, url = offices.make(settings=settings, concurrency=1, **environ)
+    worker, app, url = sessions.make(settings=settings, concurrency=1, **environ)
     with closing(app), worker:
-        office = Office(worker, app, url)
-        result = office.send("late", "faulty", str(gate))
+        session = Session(worker, app, url)
+        result = session.send("late", "faulty", str(gate))
         with pytest.raises(ConfinementError, match="the test says so"):
-            office.get("where")
-        assert not begins(office, "faulty")
+            session.get("where")
+        assert not begins(session, "faulty")
         fault.unlink()
-        assert office.wait(result) == "done"
-        assert begins(office, "faulty")[0][1] == "True"
-        assert office.get("where")["confined"]
+        assert session.wait(result) == "done"
+        assert begins(session, "faulty")[0][1] == "True"
+        assert session.get("where")["confined"]

@@ -10,7 +10,7 @@ import pytest
 from celery.utils.serialization import UnpickleableExceptionWrapper
 
 from rcon_plugins.errors import Killed, TimeLimitExceeded
-from tests.integrations.celery.office import Office, Offices
+from tests.integrations.celery.sessions import Session, Sessions
 
 MALFORMED = (
     "hostile: its process sent an answer that cannot be decoded, and was killed; "
@@ -19,49 +19,49 @@ MALFORMED = (
 
 
 @pytest.fixture(scope="module")
-def office(offices: Offices) -> Iterator[Office]:
-    with offices.of_one_process() as opened:
+def session(sessions: Sessions) -> Iterator[Session]:
+    with sessions.of_one_process() as opened:
         yield opened
         assert opened.get("where")["confined"]
 
 
-def test_nothing_is_unpickled(office: Office, tmp_path: Path) -> None:
+def test_nothing_is_unpickled(session: Session, tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        office.get("hostile", "pickle", str(tmp_path / "bomb"))
+        session.get("hostile", "pickle", str(tmp_path / "bomb"))
     assert not (tmp_path / "bomb").exists()
 
 
-def test_pickle_where_the_application_accepts_it(offices: Offices, tmp_path: Path) -> None:
+def test_pickle_where_the_application_accepts_it(sessions: Sessions, tmp_path: Path) -> None:
     """It is the application's own decision, with and without confinement."""
-    with offices(concurrency=1, RCON_TEST_ACCEPT="json,pickle") as office:
+    with sessions(concurrency=1, RCON_TEST_ACCEPT="json,pickle") as session:
         with pytest.raises(Killed):
-            office.get("hostile", "pickle", str(tmp_path / "bomb"))
+            session.get("hostile", "pickle", str(tmp_path / "bomb"))
         assert (tmp_path / "bomb").exists()
 
 
 @pytest.mark.parametrize(
     ("module", "name"), [("os", "system"), ("builtins", "print"), ("builtins", "object"), ("os", "environ")]
 )
-def test_only_exceptions_are_made(office: Office, tmp_path: Path, module: str, name: str) -> None:
-    error = office.error("hostile", Killed, "error", module, name, f"touch {tmp_path}/ran")
+def test_only_exceptions_are_made(session: Session, tmp_path: Path, module: str, name: str) -> None:
+    error = session.error("hostile", Killed, "error", module, name, f"touch {tmp_path}/ran")
     assert str(error) == MALFORMED
     assert not (tmp_path / "ran").exists()
 
 
-def test_no_module_is_imported(office: Office) -> None:
+def test_no_module_is_imported(session: Session) -> None:
     """An exception of a module that the worker has not loaded is one of that name: to pickle it would import it."""
-    error = office.error("hostile", UnpickleableExceptionWrapper, "error", "this", "Zen", "five")
+    error = session.error("hostile", UnpickleableExceptionWrapper, "error", "this", "Zen", "five")
     assert (error.exc_cls_name, error.exc_args) == ("Zen", ("five",))
     wrapper = ("celery.utils.serialization", "UnpickleableExceptionWrapper")
-    office.error(
+    session.error(
         "hostile", UnpickleableExceptionWrapper, "error", *wrapper, "this", "Zen", ["five"], "Zen(5)"
     )
-    assert "Namespaces are one honking great idea" not in office.worker.log()
+    assert "Namespaces are one honking great idea" not in session.worker.log()
 
 
-def test_one_that_cannot_be_made(office: Office) -> None:
+def test_one_that_cannot_be_made(session: Session) -> None:
     """A stand-in replaces an exception that cannot be constructed from its arguments; the task did not die."""
-    error = office.error(
+    error = session.error(
         "hostile", UnpickleableExceptionWrapper, "error", "builtins", "ExceptionGroup", "five"
     )
     assert (error.exc_cls_name, error.exc_args) == ("ExceptionGroup", ("five",))
@@ -69,23 +69,23 @@ def test_one_that_cannot_be_made(office: Office) -> None:
 
 
 @pytest.mark.parametrize("name", ["SystemExit", "KeyboardInterrupt", "GeneratorExit"])
-def test_no_exception_ends_the_worker(office: Office, name: str) -> None:
-    error = office.error("hostile", UnpickleableExceptionWrapper, "error", "builtins", name, "five")
+def test_no_exception_ends_the_worker(session: Session, name: str) -> None:
+    error = session.error("hostile", UnpickleableExceptionWrapper, "error", "builtins", name, "five")
     assert error.exc_cls_name == name
 
 
 @pytest.mark.parametrize(
     "how", ["value wrong", "value long", "value twice", "value noise", "list", "children", "error"]
 )
-def test_what_is_no_answer(office: Office, how: str) -> None:
+def test_what_is_no_answer(session: Session, how: str) -> None:
     arguments: list[Any] = [None, 5, []] if how == "error" else []
     with pytest.raises(Killed):
-        office.get("hostile", how, *arguments)
+        session.get("hostile", how, *arguments)
 
 
-def test_silence(office: Office) -> None:
-    office.error("hostile", TimeLimitExceeded, "silent")
+def test_silence(session: Session) -> None:
+    session.error("hostile", TimeLimitExceeded, "silent")
 
 
-def test_what_it_says_in_time_and_in_form_is_its_answer(office: Office) -> None:
-    assert office.get("hostile", "value") == 1
+def test_what_it_says_in_time_and_in_form_is_its_answer(session: Session) -> None:
+    assert session.get("hostile", "value") == 1

@@ -20,16 +20,16 @@ from rcon_plugins.errors import (
 )
 from rcon_plugins.work import Usage
 from tests.integrations.celery.limited import Unspeakable
-from tests.integrations.celery.office import Office, Offices
+from tests.integrations.celery.sessions import Session, Sessions
 from tests.processes import alive, until
 
 POOLS = ("prefork", "threads", "solo", "gevent")
 
 
 @pytest.fixture(scope="module", params=POOLS)
-def office(offices: Offices, request: pytest.FixtureRequest) -> Iterator[Office]:
+def session(sessions: Sessions, request: pytest.FixtureRequest) -> Iterator[Session]:
     """A worker with each pool; its processes must be the same ones at the end."""
-    with offices(pool=request.param, concurrency=2) as opened:
+    with sessions(pool=request.param, concurrency=2) as opened:
         before = opened.worker.children() if request.param == "prefork" else []
         yield opened
         assert "WorkerLostError" not in opened.worker.log()
@@ -37,14 +37,14 @@ def office(offices: Offices, request: pytest.FixtureRequest) -> Iterator[Office]
             assert set(before) <= set(opened.worker.children())
 
 
-def test_runs_in_a_cgroup_of_its_own(office: Office) -> None:
-    where = office.get("where")
+def test_runs_in_a_cgroup_of_its_own(session: Session) -> None:
+    where = session.get("where")
     assert where["confined"]
-    assert where["pid"] not in (office.worker.pid, *office.worker.children())
+    assert where["pid"] not in (session.worker.pid, *session.worker.children())
 
 
-def test_memory(office: Office) -> None:
-    error = office.error("hog", MemoryLimitExceeded)
+def test_memory(session: Session) -> None:
+    error = session.error("hog", MemoryLimitExceeded)
     assert str(error).startswith("hog: memory limit 64M reached (peak 6")
     assert (error.policy, error.limit) == ("hog", "each.memory")
     assert isinstance(error.usage, Usage)
@@ -52,15 +52,15 @@ def test_memory(office: Office) -> None:
     assert error.usage.memory_peak <= 64 * 2**20
 
 
-def test_time(office: Office) -> None:
-    error = office.error("hang", TimeLimitExceeded)
+def test_time(session: Session) -> None:
+    error = session.error("hang", TimeLimitExceeded)
     assert str(error) == "hang: wall time limit 1s reached"
     assert error.usage is not None
     assert error.usage.wall_seconds >= 1
 
 
-def test_pids(office: Office) -> None:
-    error = office.error("fork", PidsLimitExceeded)
+def test_pids(session: Session) -> None:
+    error = session.error("fork", PidsLimitExceeded)
     assert (error.limit, str(error).partition(":")[0]) == ("each.pids", "BlockingIOError")
 
 
@@ -72,118 +72,118 @@ def test_pids(office: Office) -> None:
         ("kill", "die: process ended by SIGKILL (Killed)", 9),
     ],
 )
-def test_killed(office: Office, how: str, message: str, number: int | None) -> None:
-    error = office.error("die", Killed, how)
+def test_killed(session: Session, how: str, message: str, number: int | None) -> None:
+    error = session.error("die", Killed, how)
     assert str(error) == message
     assert error.signal == number
     assert isinstance(error.usage, Usage)
 
 
-def test_a_death_can_be_retried(office: Office) -> None:
-    office.error("hog_again", MemoryLimitExceeded)
-    assert office.log("hog_again") == ["run", "run"]
+def test_a_death_can_be_retried(session: Session) -> None:
+    session.error("hog_again", MemoryLimitExceeded)
+    assert session.log("hog_again") == ["run", "run"]
 
 
-def test_a_memory_error_does_not_end_the_worker(office: Office) -> None:
-    error = office.error("no_memory", MemoryLimitExceeded)
+def test_a_memory_error_does_not_end_the_worker(session: Session) -> None:
+    error = session.error("no_memory", MemoryLimitExceeded)
     assert str(error) == "no_memory: MemoryError: "
 
 
-def test_each_retry_is_confined(office: Office) -> None:
-    assert office.get("retrying") == []
-    assert office.log("retrying") == ["True None"] * 4
-    assert office.get("retrying", headers={"tenant": "a"}) == ["tenant"]
-    assert office.log("retrying")[4:] == ["True {'tenant': 'a'}"] * 4
+def test_each_retry_is_confined(session: Session) -> None:
+    assert session.get("retrying") == []
+    assert session.log("retrying") == ["True None"] * 4
+    assert session.get("retrying", headers={"tenant": "a"}) == ["tenant"]
+    assert session.log("retrying")[4:] == ["True {'tenant': 'a'}"] * 4
 
 
 @pytest.mark.parametrize("name", ["rcon_stage", "rcon_outcome", "is_eager", "called_directly", "rcon"])
-def test_no_message_evades_confinement(office: Office, name: str) -> None:
+def test_no_message_evades_confinement(session: Session, name: str) -> None:
     """The sender of a task controls the attributes of its request."""
-    assert office.get("where", headers={name: True})["confined"]
+    assert session.get("where", headers={name: True})["confined"]
 
 
-def test_soft_memory(office: Office) -> None:
+def test_soft_memory(session: Session) -> None:
     assert (
-        office.get("soft_memory")
+        session.get("soft_memory")
         == "cleaned up: soft_memory: memory_soft reached; return before the memory limit kills the task"
     )
 
 
-def test_soft_time(office: Office) -> None:
-    assert office.get("soft_time") == "cleaned up"
+def test_soft_time(session: Session) -> None:
+    assert session.get("soft_time") == "cleaned up"
 
 
-def test_a_task_that_ignores_its_soft_limit_is_killed(office: Office) -> None:
-    office.error("hang_deaf", TimeLimitExceeded)
+def test_a_task_that_ignores_its_soft_limit_is_killed(session: Session) -> None:
+    session.error("hang_deaf", TimeLimitExceeded)
 
 
-def test_processes_end_with_their_task(office: Office) -> None:
-    pid = office.get("leaving")
+def test_processes_end_with_their_task(session: Session) -> None:
+    pid = session.get("leaving")
     until(lambda: not alive(pid))
 
 
-def test_leave_children(office: Office) -> None:
-    pid = office.get("leaving_on_purpose")
+def test_leave_children(session: Session) -> None:
+    pid = session.get("leaving_on_purpose")
     try:
         # By then another process of the pool knows that the first task ended.
-        again = office.get("leaving_on_purpose")
+        again = session.get("leaving_on_purpose")
         assert alive(pid)
         assert alive(again)
         assert "/work/" in Path(f"/proc/{pid}/cgroup").read_text()
     finally:
-        office.end(pid)
-        office.end(again)
-    office.error("leaving_on_purpose", ValueError, True)
-    failed = int(office.log("left")[-1])
+        session.end(pid)
+        session.end(again)
+    session.error("leaving_on_purpose", ValueError, True)
+    failed = int(session.log("left")[-1])
     until(lambda: not alive(failed))
 
 
-def test_a_process_serves_many_or_one(office: Office) -> None:
-    office.get("where")
-    kept = {office.get("where")["pid"] for _ in range(6)}
+def test_a_process_serves_many_or_one(session: Session) -> None:
+    session.get("where")
+    kept = {session.get("where")["pid"] for _ in range(6)}
     assert len(kept) <= 2
-    fresh = [office.get("fresh")["pid"] for _ in range(4)]
+    fresh = [session.get("fresh")["pid"] for _ in range(4)]
     assert len(set(fresh)) == 4
 
 
-def test_no_descriptor_of_the_worker(office: Office) -> None:
+def test_no_descriptor_of_the_worker(session: Session) -> None:
     """Sockets without a peer stand in for sockets. With gevent the executor has an event loop of its own."""
-    found = office.get("files")
+    found = session.get("files")
     assert found
     for not_for_tasks in ("TCP", "pipe:", "landlock", "pidfd", "pymp-", "/sys/fs/cgroup"):
         assert not [name for name in found if not_for_tasks in name], found
 
 
-def test_concurrency_makes_tasks_wait(office: Office) -> None:
-    results = [office.send("one_at_a_time") for _ in range(3)]
+def test_concurrency_makes_tasks_wait(session: Session) -> None:
+    results = [session.send("one_at_a_time") for _ in range(3)]
     spans = sorted(result.get(timeout=60) for result in results)
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
 
 
-def test_a_map_runs_under_the_policy_of_its_task(office: Office) -> None:
-    task = office.app.tasks["double"]
-    assert office.wait(task.map([1, 2]).apply_async()) == [[2, True], [4, True]]
-    assert office.wait(task.starmap([(1,), (2,)]).apply_async()) == [[2, True], [4, True]]
-    assert office.wait(task.chunks([(i,) for i in range(4)], 2).group().apply_async()) == [
+def test_a_map_runs_under_the_policy_of_its_task(session: Session) -> None:
+    task = session.app.tasks["double"]
+    assert session.wait(task.map([1, 2]).apply_async()) == [[2, True], [4, True]]
+    assert session.wait(task.starmap([(1,), (2,)]).apply_async()) == [[2, True], [4, True]]
+    assert session.wait(task.chunks([(i,) for i in range(4)], 2).group().apply_async()) == [
         [[0, True], [2, True]],
         [[4, True], [6, True]],
     ]
 
 
 @pytest.mark.parametrize("mapper", ["celery.map", "celery.starmap"])
-def test_no_map_evades_confinement(office: Office, mapper: str) -> None:
+def test_no_map_evades_confinement(session: Session, mapper: str) -> None:
     """A map of a task's bare name is confined, and a map of a map is refused."""
     item: Any = 4 if mapper == "celery.map" else [4]
-    assert office.wait(office.app.send_task(mapper, ("double", [item]))) == [[8, True]]
+    assert session.wait(session.app.send_task(mapper, ("double", [item]))) == [[8, True]]
     inner = {"task": "plain", "args": [], "kwargs": {"task": "double", "it": []}, "options": {}}
     for named in ({**inner, "task": "celery.map"}, {**inner, "subtask_type": "xmap"}):
         with pytest.raises(ConfinementError, match="map the task itself"):
-            office.wait(office.app.send_task(mapper, (named, [["double", [4]]])))
+            session.wait(session.app.send_task(mapper, (named, [["double", [4]]])))
 
 
-def test_soft_time_limit_of_a_waiting_task(offices: Offices) -> None:
+def test_soft_time_limit_of_a_waiting_task(sessions: Sessions) -> None:
     """Celery's own soft time limit ends a task that has not begun, with its own exception."""
-    with offices(concurrency=2) as one:
+    with sessions(concurrency=2) as one:
         before = one.send("one_at_a_time", 3.0)
         until(lambda: bool(one.log("one_at_a_time")))
         with pytest.raises(SoftTimeLimitExceeded):
@@ -193,20 +193,20 @@ def test_soft_time_limit_of_a_waiting_task(offices: Offices) -> None:
         one.get("one_at_a_time")
 
 
-def test_soft_limit_before_the_task_begins(offices: Offices) -> None:
-    with offices(concurrency=1, RCON_TEST_SLOW_START="2") as one, pytest.raises(SoftTimeLimitExceeded):
+def test_soft_limit_before_the_task_begins(sessions: Sessions) -> None:
+    with sessions(concurrency=1, RCON_TEST_SLOW_START="2") as one, pytest.raises(SoftTimeLimitExceeded):
         one.get("not_begun")
 
 
-def test_an_exception_without_a_message(office: Office) -> None:
+def test_an_exception_without_a_message(session: Session) -> None:
     """The task fails with it, and releases its slot: one may run at a time."""
     for _ in range(2):
         with pytest.raises(Unspeakable):
-            office.get("unspeakable")
+            session.get("unspeakable")
 
 
-def test_a_task_without_a_policy_is_not_confined(office: Office) -> None:
-    assert not office.get("plain")["confined"]
+def test_a_task_without_a_policy_is_not_confined(session: Session) -> None:
+    assert not session.get("plain")["confined"]
 
 
 def test_classes_of_errors() -> None:
@@ -214,12 +214,12 @@ def test_classes_of_errors() -> None:
     assert issubclass(SoftTimeLimitExceeded, Exception)
 
 
-def test_the_state_of_the_process_is_restored(offices: Offices, tmp_path: Path) -> None:
+def test_the_state_of_the_process_is_restored(sessions: Sessions, tmp_path: Path) -> None:
     """The next task finds its directory, umask and alarm, and gets its soft limit."""
-    with offices(concurrency=1) as office:
-        pid, directory, umask, _ = office.get("untidy", "look")
+    with sessions(concurrency=1) as session:
+        pid, directory, umask, _ = session.get("untidy", "look")
         left = tmp_path / "left"
         left.mkdir()
-        assert office.get("untidy", "change", str(left))[0] == pid
+        assert session.get("untidy", "change", str(left))[0] == pid
         left.rmdir()
-        assert office.get("untidy", "wait") == [pid, directory, umask, "yes", "soft limit"]
+        assert session.get("untidy", "wait") == [pid, directory, umask, "yes", "soft limit"]

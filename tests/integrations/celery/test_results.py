@@ -13,15 +13,15 @@ from celery.app.backends import by_url
 from rcon_celery import outcome_of
 from rcon_celery.results import add_to_backend
 from rcon_plugins.errors import MemoryLimitExceeded
-from tests.integrations.celery.office import Offices
 from tests.integrations.celery.redis_server import RedisServer
+from tests.integrations.celery.sessions import Sessions
 from tests.processes import until
 
 
-def test_in_the_metadata(offices: Offices) -> None:
-    with offices() as office:
-        result = office.send("where")
-        office.wait(result)
+def test_in_the_metadata(sessions: Sessions) -> None:
+    with sessions() as session:
+        result = session.send("where")
+        session.wait(result)
         outcome = outcome_of(result)
         assert outcome is not None
         assert (outcome.ending, outcome.policy) == ("ok", "where")
@@ -29,36 +29,36 @@ def test_in_the_metadata(offices: Offices) -> None:
         assert outcome.usage.cpu_seconds is not None
         assert 0 < (outcome.usage.memory_peak or 0) < 128 * 2**20
 
-        result = office.send("hog")
+        result = session.send("hog")
         with pytest.raises(MemoryLimitExceeded):
-            office.wait(result)
+            session.wait(result)
         outcome = outcome_of(result)
         assert outcome is not None
         assert (outcome.ending, outcome.limit) == ("memory", "each.memory")
         assert (outcome.usage.memory_peak or 0) > 60 * 2**20
 
-        result = office.send("plain")
-        office.wait(result)
+        result = session.send("plain")
+        session.wait(result)
         assert outcome_of(result) is None
 
 
-def test_in_an_event(offices: Offices) -> None:
-    with offices("-E") as office:
+def test_in_an_event(sessions: Sessions) -> None:
+    with sessions("-E") as session:
         events: list[dict[str, Any]] = []
 
         def listen() -> None:
-            with office.app.connection_for_read() as connection:
+            with session.app.connection_for_read() as connection:
 
                 def take(event: dict[str, Any]) -> None:
                     events.append(event)
                     receiver.should_stop = True
 
-                receiver = office.app.events.Receiver(connection, handlers={"rcon-task": take})
+                receiver = session.app.events.Receiver(connection, handlers={"rcon-task": take})
                 receiver.capture(limit=None, timeout=None, wakeup=False)
 
         thread = threading.Thread(target=listen, daemon=True)
         thread.start()
-        until(lambda: bool(events) or not office.get("where"))  # until the listener is connected
+        until(lambda: bool(events) or not session.get("where"))  # until the listener is connected
         thread.join(10)
         event = events[0]
         assert (event["name"], event["ending"], event["policy"]) == ("where", "ok", "where")
@@ -87,16 +87,16 @@ def test_every_backend(setting: str, backend: str) -> None:
     app.close()
 
 
-def test_an_event_that_cannot_be_sent(offices: Offices, redis_server: RedisServer, tmp_path: Path) -> None:
+def test_an_event_that_cannot_be_sent(sessions: Sessions, redis_server: RedisServer, tmp_path: Path) -> None:
     """The broker is gone when a task ends and its results are elsewhere: the task succeeds."""
     gate = tmp_path / "gate"
     with RedisServer(tmp_path) as broker:
         results = redis_server.database()
-        with offices("-E", url=broker.database(), RCON_TEST_BACKEND=results) as office:
-            result = office.send("retried_late", "begun", str(gate))
-            until(lambda: bool(office.log("begun")))
+        with sessions("-E", url=broker.database(), RCON_TEST_BACKEND=results) as session:
+            result = session.send("retried_late", "begun", str(gate))
+            until(lambda: bool(session.log("begun")))
             broker.process.kill()
             broker.process.wait()
             gate.touch()
-            assert office.wait(result) == "done"
-            assert "its rcon-task event cannot be sent" in office.worker.log()
+            assert session.wait(result) == "done"
+            assert "its rcon-task event cannot be sent" in session.worker.log()

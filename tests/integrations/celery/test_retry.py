@@ -18,8 +18,8 @@ from rcon_celery.retry.attempt import RetryPolicy
 from rcon_plugins.errors import Killed, MemoryLimitExceeded, SettingsError
 from rcon_plugins.settings.policy import Policy
 from tests.integrations.celery import limited
-from tests.integrations.celery.office import Office, Offices
 from tests.integrations.celery.redis_server import RedisServer
+from tests.integrations.celery.sessions import Session, Sessions
 from tests.integrations.celery.test_deaths import begins, fork_server, never_two_at_once, restore
 from tests.integrations.celery.test_start import refused
 from tests.processes import family, until
@@ -27,55 +27,55 @@ from tests.processes import family, until
 MIB = 2**20
 
 
-def dead_letters(office: Office) -> list[dict[str, Any]]:
+def dead_letters(session: Session) -> list[dict[str, Any]]:
     """Return the headers of the messages in the queue ``dead``."""
-    with contextlib.closing(redis.Redis.from_url(office.url)) as client:
+    with contextlib.closing(redis.Redis.from_url(session.url)) as client:
         messages: Any = client.lrange("dead", 0, -1)
         return [json.loads(message)["headers"] for message in messages]
 
 
-def test_each_retry_has_more_memory(offices: Offices) -> None:
-    with offices() as office:
-        result = office.send("retried", 200 * MIB)
-        assert office.wait(result) == 200 * MIB
-        assert len(office.log("retried")) == 3  # with 64, 128 and 256 MiB
+def test_each_retry_has_more_memory(sessions: Sessions) -> None:
+    with sessions() as session:
+        result = session.send("retried", 200 * MIB)
+        assert session.wait(result) == 200 * MIB
+        assert len(session.log("retried")) == 3  # with 64, 128 and 256 MiB
         outcome = outcome_of(result)
         assert outcome is not None
         assert 200 * MIB < (outcome.usage.memory_peak or 0) <= 256 * MIB
         # The next task begins with the limit of the policy again.
-        assert office.get("retried", MIB) == MIB
-        assert office.get("retried", 100 * MIB) == 100 * MIB
-        assert len(office.log("retried")) == 3 + 1 + 2
+        assert session.get("retried", MIB) == MIB
+        assert session.get("retried", 100 * MIB) == 100 * MIB
+        assert len(session.log("retried")) == 3 + 1 + 2
 
 
-def test_a_retry_may_return_a_large_result(offices: Offices) -> None:
-    with offices() as office:
-        assert len(office.get("retried", 0, 70 * MIB)) == 70 * MIB
+def test_a_retry_may_return_a_large_result(sessions: Sessions) -> None:
+    with sessions() as session:
+        assert len(session.get("retried", 0, 70 * MIB)) == 70 * MIB
 
 
-def test_a_retry_of_its_own_is_no_death(offices: Offices) -> None:
+def test_a_retry_of_its_own_is_no_death(sessions: Sessions) -> None:
     """The next attempt may begin before the one that sent it ended."""
-    with offices(concurrency=3) as office:
-        results = [office.send("retrying_late") for _ in range(6)]
-        assert [office.wait(result) for result in results] == [20] * 6
+    with sessions(concurrency=3) as session:
+        results = [session.send("retrying_late") for _ in range(6)]
+        assert [session.wait(result) for result in results] == [20] * 6
 
 
-def test_no_more_memory_than_up_to(offices: Offices) -> None:
-    with offices() as office:
-        error = office.error("retried", MemoryLimitExceeded, 2000 * MIB)
+def test_no_more_memory_than_up_to(sessions: Sessions) -> None:
+    with sessions() as session:
+        error = session.error("retried", MemoryLimitExceeded, 2000 * MIB)
         assert "memory limit 512M reached" in str(error)
-        assert len(office.log("retried")) == 4  # 64, 128, 256, 512
-        assert dead_letters(office) == []
+        assert len(session.log("retried")) == 4  # 64, 128, 256, 512
+        assert dead_letters(session) == []
 
 
-def test_too_many_deaths(offices: Offices) -> None:
+def test_too_many_deaths(sessions: Sessions) -> None:
     """The task fails and goes to the dead-letter queue: the message counts the deaths."""
-    with offices() as office:
-        result = office.send("retried_in_vain", 900 * MIB)
+    with sessions() as session:
+        result = session.send("retried_in_vain", 900 * MIB)
         with pytest.raises(MemoryLimitExceeded, match="128M"):
-            office.wait(result)
-        assert len(office.log("retried_in_vain")) == 2
-        (letter,) = dead_letters(office)
+            session.wait(result)
+        assert len(session.log("retried_in_vain")) == 2
+        (letter,) = dead_letters(session)
         assert letter["id"] == result.id
         assert result.children == []  # else it would be its own descendant
         assert letter["task"] == "retried_in_vain"
@@ -83,22 +83,22 @@ def test_too_many_deaths(offices: Offices) -> None:
         assert "memory limit 128M reached" in letter["rcon_reason"]
 
 
-def test_deaths_of_workers_are_counted(offices: Offices, tmp_path: Path) -> None:
+def test_deaths_of_workers_are_counted(sessions: Sessions, tmp_path: Path) -> None:
     """A message with which one worker after the other dies is not redelivered for ever."""
-    with offices(concurrency=1) as office:
-        result = office.send("retried_late", "counted", str(tmp_path / "gate"))
-        until(lambda: len(office.log("counted")) == 1)
-        os.kill(office.worker.pid, signal.SIGKILL)
-        office.worker.process.wait()
-        with offices(concurrency=1, url=office.url) as second:
+    with sessions(concurrency=1) as session:
+        result = session.send("retried_late", "counted", str(tmp_path / "gate"))
+        until(lambda: len(session.log("counted")) == 1)
+        os.kill(session.worker.pid, signal.SIGKILL)
+        session.worker.process.wait()
+        with sessions(concurrency=1, url=session.url) as second:
             restore(second)
             until(lambda: len(second.log("counted")) == 2)
             os.kill(second.worker.pid, signal.SIGKILL)
             second.worker.process.wait()
-        with offices(concurrency=1, url=office.url) as third:
+        with sessions(concurrency=1, url=session.url) as third:
             restore(third)
             with pytest.raises(Killed, match="2 times"):
-                office.wait(result)
+                session.wait(result)
             assert len(third.log("counted")) == 2
             (letter,) = dead_letters(third)
             assert letter["id"] == result.id
@@ -106,22 +106,22 @@ def test_deaths_of_workers_are_counted(offices: Offices, tmp_path: Path) -> None
             gate = tmp_path / "open"
             gate.touch()
             assert third.get("retried_late", "well", str(gate)) == "done"
-            with contextlib.closing(redis.Redis.from_url(office.url)) as client:
+            with contextlib.closing(redis.Redis.from_url(session.url)) as client:
                 until(lambda: not client.keys("rcon-lease-*"))
 
 
-def test_deaths_of_workers_are_counted_without_a_backend(offices: Offices, tmp_path: Path) -> None:
+def test_deaths_of_workers_are_counted_without_a_backend(sessions: Sessions, tmp_path: Path) -> None:
     """Only the redelivered flag of the broker tells of them."""
 
-    def open_another(url: str | None = None) -> Office:
-        office = later.enter_context(offices(concurrency=1, url=url, RCON_TEST_NO_BACKEND="1"))
-        restore(office)
-        return office
+    def open_another(url: str | None = None) -> Session:
+        session = later.enter_context(sessions(concurrency=1, url=url, RCON_TEST_NO_BACKEND="1"))
+        restore(session)
+        return session
 
-    def die(office: Office, runs: int) -> None:
-        until(lambda: len(office.log("unkept")) == runs)
-        os.kill(office.worker.pid, signal.SIGKILL)
-        office.worker.process.wait()
+    def die(session: Session, runs: int) -> None:
+        until(lambda: len(session.log("unkept")) == runs)
+        os.kill(session.worker.pid, signal.SIGKILL)
+        session.worker.process.wait()
 
     with contextlib.ExitStack() as later:
         first = open_another()
@@ -137,78 +137,78 @@ def test_deaths_of_workers_are_counted_without_a_backend(offices: Offices, tmp_p
         assert len(third.log("unkept")) == 2
 
 
-def test_a_dead_letter_is_run_again_and_dies_for_good(offices: Offices) -> None:
+def test_a_dead_letter_is_run_again_and_dies_for_good(sessions: Sessions) -> None:
     """A worker that takes tasks from its own dead-letter queue does not send them there again."""
-    with offices("-Q", "celery,dead", concurrency=1) as office:
-        office.send("retried_in_vain", 900 * MIB)
-        until(lambda: "is not sent there again" in office.worker.log())
-        assert len(office.log("retried_in_vain")) == 2 + 2
-        assert office.get("where")["confined"]
-        assert len(office.log("retried_in_vain")) == 2 + 2
-        assert dead_letters(office) == []
+    with sessions("-Q", "celery,dead", concurrency=1) as session:
+        session.send("retried_in_vain", 900 * MIB)
+        until(lambda: "is not sent there again" in session.worker.log())
+        assert len(session.log("retried_in_vain")) == 2 + 2
+        assert session.get("where")["confined"]
+        assert len(session.log("retried_in_vain")) == 2 + 2
+        assert dead_letters(session) == []
 
 
-def test_a_task_replaced_by_itself_is_no_death(offices: Offices) -> None:
+def test_a_task_replaced_by_itself_is_no_death(sessions: Sessions) -> None:
     """The next task of the same id may begin before the one that sent it ended."""
-    with offices(concurrency=3) as office:
-        results = [office.send("replacing_late", 12) for _ in range(6)]
-        assert [office.wait(result) for result in results] == ["done"] * 6
+    with sessions(concurrency=3) as session:
+        results = [session.send("replacing_late", 12) for _ in range(6)]
+        assert [session.wait(result) for result in results] == ["done"] * 6
 
 
 @pytest.mark.parametrize("name", ["late", "retried_late"])
-def test_redelivered_while_it_runs(offices: Offices, tmp_path: Path, name: str) -> None:
+def test_redelivered_while_it_runs(sessions: Sessions, tmp_path: Path, name: str) -> None:
     """After Redis' visibility timeout: that is no death, and the task does not run twice."""
     gate = tmp_path / "gate"
-    with offices(concurrency=2, **{limited.VISIBILITY: "2"}) as office:
-        result = office.send(name, "slow", str(gate))
-        until(lambda: "was delivered again while it is running" in office.worker.log())
+    with sessions(concurrency=2, **{limited.VISIBILITY: "2"}) as session:
+        result = session.send(name, "slow", str(gate))
+        until(lambda: "was delivered again while it is running" in session.worker.log())
         gate.touch()
-        assert office.wait(result) == "done"
-        until(lambda: "was delivered again and is ignored: it has already finished" in office.worker.log())
-        assert len(begins(office, "slow")) == 1
-        assert office.get("where")["confined"]
+        assert session.wait(result) == "done"
+        until(lambda: "was delivered again and is ignored: it has already finished" in session.worker.log())
+        assert len(begins(session, "slow")) == 1
+        assert session.get("where")["confined"]
 
 
-def leases(office: Office) -> dict[str, dict[str, Any]]:
+def leases(session: Session) -> dict[str, dict[str, Any]]:
     """Return the leases in the result backend."""
-    with contextlib.closing(redis.Redis.from_url(office.url)) as client:
+    with contextlib.closing(redis.Redis.from_url(session.url)) as client:
         keys: Any = client.keys("rcon-lease-*-0-0-0")
         found: dict[str, Any] = {key: client.get(key) for key in keys}
         return {key: json.loads(lease) for key, lease in found.items() if lease}
 
 
-def change_leases(office: Office, **changes: Any) -> None:
-    with contextlib.closing(redis.Redis.from_url(office.url)) as client:
-        for key, lease in leases(office).items():
+def change_leases(session: Session, **changes: Any) -> None:
+    with contextlib.closing(redis.Redis.from_url(session.url)) as client:
+        for key, lease in leases(session).items():
             client.set(key, json.dumps({**lease, **changes}))
 
 
-def test_one_missed_heartbeat_is_no_death(offices: Offices, tmp_path: Path) -> None:
+def test_one_missed_heartbeat_is_no_death(sessions: Sessions, tmp_path: Path) -> None:
     """The backend was unreachable, or a clock changed: the run is not lost for that."""
     gate = tmp_path / "gate"
-    with offices(concurrency=2, RCON_TEST_VISIBILITY="2") as office:
-        result = office.send("late", "late", str(gate))
+    with sessions(concurrency=2, RCON_TEST_VISIBILITY="2") as session:
+        result = session.send("late", "late", str(gate))
 
         def is_redelivered() -> bool:
-            change_leases(office, heartbeat=time.time() - 1000)
-            return len(begins(office, "late")) > 1 or "again while it is running" in office.worker.log()
+            change_leases(session, heartbeat=time.time() - 1000)
+            return len(begins(session, "late")) > 1 or "again while it is running" in session.worker.log()
 
         until(is_redelivered)
         gate.touch()
-        assert office.wait(result) == "done"
-        assert len(begins(office, "late")) == 1
+        assert session.wait(result) == "done"
+        assert len(begins(session, "late")) == 1
 
 
-def test_run_lost_on_another_machine(offices: Offices, tmp_path: Path) -> None:
+def test_run_lost_on_another_machine(sessions: Sessions, tmp_path: Path) -> None:
     """A run whose process cannot be checked is lost once its heartbeat was found stopped twice."""
     gate = tmp_path / "gate"
-    with offices(concurrency=1) as office:
-        result = office.send("late", "far", str(gate))
-        until(lambda: len(begins(office, "far")) == 1 and bool(leases(office)))
-        os.kill(office.worker.pid, signal.SIGKILL)
-        office.worker.process.wait()
-        change_leases(office, heartbeat=time.time() - 1000, process=["another machine", 1, 1])
-        with offices(concurrency=1, url=office.url) as second:
+    with sessions(concurrency=1) as session:
+        result = session.send("late", "far", str(gate))
+        until(lambda: len(begins(session, "far")) == 1 and bool(leases(session)))
+        os.kill(session.worker.pid, signal.SIGKILL)
+        session.worker.process.wait()
+        change_leases(session, heartbeat=time.time() - 1000, process=["another machine", 1, 1])
+        with sessions(concurrency=1, url=session.url) as second:
             restore(second)
             until(lambda: len(begins(second, "far")) == 2)
             assert "was delivered again while it is running" in second.worker.log()
@@ -216,106 +216,108 @@ def test_run_lost_on_another_machine(offices: Offices, tmp_path: Path) -> None:
             assert second.wait(result) == "done"
 
 
-def test_the_backend_is_unreachable_at_the_start(offices: Offices, tmp_path: Path) -> None:
+def test_the_backend_is_unreachable_at_the_start(sessions: Sessions, tmp_path: Path) -> None:
     """The task waits for the backend, in its process and then in its queue."""
     gate = tmp_path / "gate"
     with (
         RedisServer(tmp_path) as backend,
-        offices(concurrency=1, RCON_TEST_BACKEND=backend.database()) as office,
+        sessions(concurrency=1, RCON_TEST_BACKEND=backend.database()) as session,
     ):
         backend.process.kill()
         backend.process.wait()
-        office.send("retried_late", "begun", str(gate), ignore_result=True)
-        until(lambda: "sent back to its queue" in office.worker.log())
-        assert office.log("begun") == []
+        session.send("retried_late", "begun", str(gate), ignore_result=True)
+        until(lambda: "sent back to its queue" in session.worker.log())
+        assert session.log("begun") == []
         backend.begin()
-        until(lambda: len(office.log("begun")) == 1)
+        until(lambda: len(session.log("begun")) == 1)
         gate.touch()
-        until(lambda: " succeeded in " in office.worker.log())
+        until(lambda: " succeeded in " in session.worker.log())
 
 
-def test_a_soft_time_limit_while_the_backend_is_unreachable(offices: Offices, tmp_path: Path) -> None:
+def test_a_soft_time_limit_while_the_backend_is_unreachable(sessions: Sessions, tmp_path: Path) -> None:
     """Celery's own soft time limit ends a task that waits for the backend."""
     with (
         RedisServer(tmp_path) as backend,
-        offices(concurrency=1, RCON_TEST_BACKEND=backend.database()) as office,
+        sessions(concurrency=1, RCON_TEST_BACKEND=backend.database()) as session,
     ):
         backend.process.kill()
         backend.process.wait()
-        office.send("retried_late", "begun", "", ignore_result=True, soft_time_limit=2)
-        until(lambda: "SoftTimeLimitExceeded" in office.worker.log())
-        assert "sent back to its queue" not in office.worker.log()
-        assert office.log("begun") == []
+        session.send("retried_late", "begun", "", ignore_result=True, soft_time_limit=2)
+        until(lambda: "SoftTimeLimitExceeded" in session.worker.log())
+        assert "sent back to its queue" not in session.worker.log()
+        assert session.log("begun") == []
 
 
 def test_the_broker_is_unreachable_after_a_death(
-    offices: Offices, redis_server: RedisServer, tmp_path: Path
+    sessions: Sessions, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     """The task cannot be retried, and fails with the error of its death."""
     gate = tmp_path / "gate"
     with RedisServer(tmp_path) as broker:
         results = redis_server.database()
-        with offices(url=broker.database(), RCON_TEST_BACKEND=results) as office:
-            result = office.send("retried", 200 * MIB, 0, str(gate))
-            until(lambda: len(office.log("retried")) == 1)
+        with sessions(url=broker.database(), RCON_TEST_BACKEND=results) as session:
+            result = session.send("retried", 200 * MIB, 0, str(gate))
+            until(lambda: len(session.log("retried")) == 1)
             broker.process.kill()
             broker.process.wait()
             gate.touch()
             with pytest.raises(MemoryLimitExceeded, match="64M"):
-                office.wait(result)
+                session.wait(result)
 
 
 @pytest.mark.parametrize("backend", ["redis", "files"])
-def test_run_lost_while_duplicates_wait(offices: Offices, tmp_path: Path, backend: str) -> None:
+def test_run_lost_while_duplicates_wait(sessions: Sessions, tmp_path: Path, backend: str) -> None:
     """Of several copies of the waiting duplicate exactly one runs."""
     gate, results = tmp_path / "gate", tmp_path / "results"
     results.mkdir()
     environ = {limited.VISIBILITY: "2"} | (
         {limited.BACKEND: f"file://{results}"} if backend == "files" else {}
     )
-    with offices(concurrency=2, **environ) as office:
-        result = office.send("late", "slow", str(gate))
-        until(lambda: "was delivered again while it is running" in office.worker.log())
-        ((executor, _),) = begins(office, "slow")
-        (process,) = [pid for pid in office.worker.children() if int(executor) in family(pid)]
+    with sessions(concurrency=2, **environ) as session:
+        result = session.send("late", "slow", str(gate))
+        until(lambda: "was delivered again while it is running" in session.worker.log())
+        ((executor, _),) = begins(session, "slow")
+        (process,) = [pid for pid in session.worker.children() if int(executor) in family(pid)]
         os.kill(process, signal.SIGKILL)
-        until(lambda: len(begins(office, "slow")) >= 2)
+        until(lambda: len(begins(session, "slow")) >= 2)
         until(
-            lambda: office.worker.log().count("it is running, and another duplicate waits for its end") >= 3
+            lambda: session.worker.log().count("it is running, and another duplicate waits for its end") >= 3
         )
         gate.touch()
-        assert office.wait(result) == "done"
-        assert len(begins(office, "slow")) == 2
-        never_two_at_once(office, "slow")
+        assert session.wait(result) == "done"
+        assert len(begins(session, "slow")) == 2
+        never_two_at_once(session, "slow")
 
 
-def test_a_task_that_rejects_itself_is_no_death(offices: Offices) -> None:
+def test_a_task_that_rejects_itself_is_no_death(sessions: Sessions) -> None:
     """It begins at once at each redelivery."""
-    with offices(concurrency=1) as office:
-        result = office.send("rejecting_late", 6)
-        assert office.wait(result) == "done"
-        assert len(office.log("rejecting_late")) == 6
-        assert "waits" not in office.worker.log()
+    with sessions(concurrency=1) as session:
+        result = session.send("rejecting_late", 6)
+        assert session.wait(result) == "done"
+        assert len(session.log("rejecting_late")) == 6
+        assert "waits" not in session.worker.log()
 
 
 @pytest.mark.parametrize(("name", "most"), [("retried_late", 2), ("late", 10)])
-def test_fork_server_killed_at_each_delivery(offices: Offices, tmp_path: Path, name: str, most: int) -> None:
-    with offices(concurrency=1) as office:
-        result = office.send(name, "poison", str(tmp_path / "gate"))
-        (process,) = office.worker.children()
+def test_fork_server_killed_at_each_delivery(
+    sessions: Sessions, tmp_path: Path, name: str, most: int
+) -> None:
+    with sessions(concurrency=1) as session:
+        result = session.send(name, "poison", str(tmp_path / "gate"))
+        (process,) = session.worker.children()
 
         def kill(runs: int) -> None:
-            until(lambda: len(begins(office, "poison")) == runs)
+            until(lambda: len(begins(session, "poison")) == runs)
             os.kill(fork_server(process), signal.SIGKILL)
 
         for runs in range(1, most + 1):
             kill(runs)
         with pytest.raises(Killed, match=f"the process that ran it ended {most} times; not retried"):
-            office.wait(result)
-        assert len(begins(office, "poison")) == most
-        assert len(dead_letters(office)) == (name == "retried_late")
-        assert office.get("where")["confined"]
-        assert office.worker.children() == [process]
+            session.wait(result)
+        assert len(begins(session, "poison")) == most
+        assert len(dead_letters(session)) == (name == "retried_late")
+        assert session.get("where")["confined"]
+        assert session.worker.children() == [process]
 
 
 TRIES = """
@@ -333,27 +335,27 @@ policy = "small"
 """
 
 
-def test_retry_keys_in_a_policy(offices: Offices) -> None:
+def test_retry_keys_in_a_policy(sessions: Sessions) -> None:
     """They hold for tasks without a decorator."""
-    with offices(settings=TRIES) as office:
-        assert office.get("eat", 200 * MIB) == 200 * MIB
-        assert len(office.log("eat")) == 3  # with 64, 128 and 256 MiB
-        error = office.error("eat", MemoryLimitExceeded, 2000 * MIB)
+    with sessions(settings=TRIES) as session:
+        assert session.get("eat", 200 * MIB) == 200 * MIB
+        assert len(session.log("eat")) == 3  # with 64, 128 and 256 MiB
+        error = session.error("eat", MemoryLimitExceeded, 2000 * MIB)
         assert "memory limit 512M reached" in str(error)
-        assert len(office.log("eat")) == 3 + 4
-        (letter,) = dead_letters(office)
+        assert len(session.log("eat")) == 3 + 4
+        (letter,) = dead_letters(session)
         assert (letter["task"], letter["rcon_deaths"]) == ("eat", 4)
-        (answer,) = office.app.control.broadcast("rcon", reply=True, timeout=10, limit=1)
+        (answer,) = session.app.control.broadcast("rcon", reply=True, timeout=10, limit=1)
         limits = answer["w@test"]["policies"]["small"]
         assert limits["on_memory"] == {"expand": "2x", "up_to": "512M"}
         assert (limits["max_deaths"], limits["dead_letter"]) == (4, "dead")
 
 
-def test_a_task_overrides_the_retry_keys_of_its_policy(offices: Offices) -> None:
-    with offices(settings=TRIES) as office:
-        assert "memory limit 128M" in str(office.error("eat_twice", MemoryLimitExceeded, 2000 * MIB))
-        assert len(office.log("eat_twice")) == 2
-        assert [letter["task"] for letter in dead_letters(office)] == ["eat_twice"]
+def test_a_task_overrides_the_retry_keys_of_its_policy(sessions: Sessions) -> None:
+    with sessions(settings=TRIES) as session:
+        assert "memory limit 128M" in str(session.error("eat_twice", MemoryLimitExceeded, 2000 * MIB))
+        assert len(session.log("eat_twice")) == 2
+        assert [letter["task"] for letter in dead_letters(session)] == ["eat_twice"]
 
 
 @pytest.mark.parametrize(
@@ -367,8 +369,8 @@ def test_a_task_overrides_the_retry_keys_of_its_policy(offices: Offices) -> None
         ),
     ],
 )
-def test_wrong_retry_keys_in_a_policy(offices: Offices, old: str, new: str, error: str) -> None:
-    assert error in refused(offices, settings=TRIES.replace(old, new))
+def test_wrong_retry_keys_in_a_policy(sessions: Sessions, old: str, new: str, error: str) -> None:
+    assert error in refused(sessions, settings=TRIES.replace(old, new))
 
 
 def test_memory_of_each_attempt() -> None:

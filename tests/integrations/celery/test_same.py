@@ -7,34 +7,36 @@ from pathlib import Path
 import pytest
 
 from tests.integrations.celery.cases import CASES, Case, History, play, tell
-from tests.integrations.celery.conftest import Shop
+from tests.integrations.celery.conftest import ApplicationWorkers
 
 
-class Worlds:
-    """The histories of all cases, confined and not, by pool and serializer. Each world is played once."""
+class Histories:
+    """The histories of all cases by pool, serializer, and whether confined. Each setup runs once."""
 
-    def __init__(self, shop: Shop, directory: Path) -> None:
-        self._shop = shop
+    def __init__(self, application_workers: ApplicationWorkers, directory: Path) -> None:
+        self._workers = application_workers
         self._directory = directory
         self._played: dict[tuple[str, str, bool], dict[str, History]] = {}
 
     def history(self, case: Case, pool: str, *, confined: bool) -> History:
-        world = (pool, case.serializer, confined)
-        if world not in self._played:
-            self._played[world] = self._play(*world)
-        return self._played[world][case.name]
+        setup = (pool, case.serializer, confined)
+        if setup not in self._played:
+            self._played[setup] = self._play(*setup)
+        return self._played[setup][case.name]
 
     def _play(self, pool: str, serializer: str, confined: bool) -> dict[str, History]:
         cases = [c for c in CASES.values() if pool in c.pools and c.serializer == serializer]
-        with self._shop.open(pool=pool, confined=confined, serializer=serializer, concurrency=1) as open_:
-            played = play(cases, open_.app, open_.records, self._directory)
-            open_.worker.stop()
+        with self._workers.open(
+            pool=pool, confined=confined, serializer=serializer, concurrency=1
+        ) as running:
+            played = play(cases, running.app, running.records, self._directory)
+            running.worker.stop()
             return tell(played)
 
 
 @pytest.fixture(scope="module")
-def worlds(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
-    return Worlds(shop, tmp_path_factory.mktemp("gates"))
+def histories(application_workers: ApplicationWorkers, tmp_path_factory: pytest.TempPathFactory) -> Histories:
+    return Histories(application_workers, tmp_path_factory.mktemp("gates"))
 
 
 PLAYED = [
@@ -43,9 +45,9 @@ PLAYED = [
 
 
 @pytest.mark.parametrize(("case", "pool"), PLAYED)
-def test_celery_alone(worlds: Worlds, case: Case, pool: str) -> None:
+def test_celery_alone(histories: Histories, case: Case, pool: str) -> None:
     """Plain Celery does what the cases expect; else a comparison would prove nothing."""
-    history = worlds.history(case, pool, confined=False)
+    history = histories.history(case, pool, confined=False)
     assert history.fault is None, history.fault
     assert any(task["records"] for task in history.tasks.values()) or not history.tasks
 
@@ -55,9 +57,9 @@ IN_ANY_ORDER = {"replace", "error_link_by_id", "time_limit", "revoked_while_it_r
 
 
 @pytest.mark.parametrize(("case", "pool"), PLAYED)
-def test_same(worlds: Worlds, case: Case, pool: str) -> None:
-    plain = worlds.history(case, pool, confined=False)
-    confined = worlds.history(case, pool, confined=True)
+def test_same(histories: Histories, case: Case, pool: str) -> None:
+    plain = histories.history(case, pool, confined=False)
+    confined = histories.history(case, pool, confined=True)
     assert confined.fault is None, confined.fault
     assert confined.answer == plain.answer
     assert comparable(case, confined) == comparable(case, plain)

@@ -12,8 +12,8 @@ import pytest
 from rcon_celery import confined, install
 from rcon_plugins.errors import ConfinementError, MemoryLimitExceeded, SettingsError
 from tests.integrations.celery import limited
-from tests.integrations.celery.office import SETTINGS, Offices
 from tests.integrations.celery.producers import closing
+from tests.integrations.celery.sessions import SETTINGS, Sessions
 from tests.processes import until
 
 ROUTES = """
@@ -34,63 +34,63 @@ policy = "small"
 """
 
 
-def test_routes_and_names(offices: Offices) -> None:
-    with offices("-Q", "celery,slow", settings=ROUTES) as office:
-        assert "/work/small/" in office.get("plain")["cgroup"]
-        assert "/work/small/" in office.get("named")["cgroup"]
-        assert "/work/slow/" in office.get("queued")["cgroup"]
-        assert "/work/where/" in office.get("where")["cgroup"]
+def test_routes_and_names(sessions: Sessions) -> None:
+    with sessions("-Q", "celery,slow", settings=ROUTES) as session:
+        assert "/work/small/" in session.get("plain")["cgroup"]
+        assert "/work/small/" in session.get("named")["cgroup"]
+        assert "/work/slow/" in session.get("queued")["cgroup"]
+        assert "/work/where/" in session.get("where")["cgroup"]
         # A policy without `each` limits also runs tasks in processes.
-        assert office.get("queued")["pid"] not in office.worker.children()
+        assert session.get("queued")["pid"] not in session.worker.children()
 
 
-def test_unmatched_is_refused(offices: Offices) -> None:
-    with offices(settings=ROUTES.replace("pla*", "nothing")) as office:
-        error = office.error("plain", ConfinementError)
+def test_unmatched_is_refused(sessions: Sessions) -> None:
+    with sessions(settings=ROUTES.replace("pla*", "nothing")) as session:
+        error = session.error("plain", ConfinementError)
         assert "no route names 'plain'" in str(error)
-        assert office.get("where")["confined"]
+        assert session.get("where")["confined"]
         # Celery's own tasks, which only look after others, are not confined.
-        assert office.wait(celery.chord([office.app.tasks["double"].s(1)])(office.app.tasks["where"].si()))
+        assert session.wait(celery.chord([session.app.tasks["double"].s(1)])(session.app.tasks["where"].si()))
 
 
 @pytest.mark.parametrize("isolation", ["inline", "thread"])
-def test_in_the_pool_itself(offices: Offices, isolation: str) -> None:
+def test_in_the_pool_itself(sessions: Sessions, isolation: str) -> None:
     policy = (
         f'[policy.here]\nisolation = "{isolation}"\npids = 100\n[[route]]\ntask = "*lain*"\npolicy = "here"\n'
     )
-    with offices(settings=SETTINGS + policy, concurrency=1) as office:
-        found = office.get("plain")
-        assert [found["pid"]] == office.worker.children()
+    with sessions(settings=SETTINGS + policy, concurrency=1) as session:
+        found = session.get("plain")
+        assert [found["pid"]] == session.worker.children()
         assert "/host/here" in found["threads"]
-        error = office.error("complain", ValueError)
+        error = session.error("complain", ValueError)
         assert str(error) == "no"
 
 
-def test_limits_together(offices: Offices) -> None:
+def test_limits_together(sessions: Sessions) -> None:
     """Two processes of the pool share one limit."""
-    with offices(settings=SETTINGS, concurrency=2) as office:
-        assert office.get("share", 80 * 2**20) == 80 * 2**20
-        results = [office.send("share", 80 * 2**20) for _ in range(2)]
-        celery.result.ResultSet(results, app=office.app).join(timeout=60, propagate=False)
+    with sessions(settings=SETTINGS, concurrency=2) as session:
+        assert session.get("share", 80 * 2**20) == 80 * 2**20
+        results = [session.send("share", 80 * 2**20) for _ in range(2)]
+        celery.result.ResultSet(results, app=session.app).join(timeout=60, propagate=False)
         (error,) = [result.result for result in results if result.failed()]
         assert isinstance(error, MemoryLimitExceeded)
         assert (error.limit, error.policy) == ("memory", "share")
 
 
-def test_without_a_result_backend(offices: Offices) -> None:
+def test_without_a_result_backend(sessions: Sessions) -> None:
     """A result that is dropped need not be encodable."""
-    with offices(settings=SETTINGS, concurrency=1, RCON_TEST_NO_BACKEND="1") as office:
-        office.send("unencodable", task_id="unencodable-1")
-        until(lambda: "unencodable[unencodable-1] succeeded" in office.worker.log())
-        assert ": <object object at 0x" in office.worker.log()
+    with sessions(settings=SETTINGS, concurrency=1, RCON_TEST_NO_BACKEND="1") as session:
+        session.send("unencodable", task_id="unencodable-1")
+        until(lambda: "unencodable[unencodable-1] succeeded" in session.worker.log())
+        assert ": <object object at 0x" in session.worker.log()
 
 
-def test_traceback_of_a_task(offices: Offices) -> None:
+def test_traceback_of_a_task(sessions: Sessions) -> None:
     """It begins with the task's own first frame."""
-    with offices(settings=SETTINGS, concurrency=1) as office:
-        result = office.send("raising")
+    with sessions(settings=SETTINGS, concurrency=1) as session:
+        result = session.send("raising")
         with pytest.raises(ValueError, match="mine"):
-            office.wait(result)
+            session.wait(result)
         frames = [
             line
             for line in str(result.traceback).partition("The above exception")[0].splitlines()
@@ -100,17 +100,17 @@ def test_traceback_of_a_task(offices: Offices) -> None:
         assert "limited.py" in frames[0]
 
 
-def test_a_policy_with_a_user(offices: Offices) -> None:
+def test_a_policy_with_a_user(sessions: Sessions) -> None:
     """The task connects to the broker as that user."""
     policy = '[policy.user]\nuser = "nobody"\n[[route]]\ntask = "who"\npolicy = "user"\n'
-    with offices(settings=SETTINGS + policy, concurrency=1) as office:
-        result = office.send("who")
-        assert office.wait(result) == pwd.getpwnam("nobody").pw_uid
-        assert office.log("who") == ["MEETING"]
+    with sessions(settings=SETTINGS + policy, concurrency=1) as session:
+        result = session.send("who")
+        assert session.wait(result) == pwd.getpwnam("nobody").pw_uid
+        assert session.log("who") == ["MEETING"]
 
 
-def refused(offices: Offices, *arguments: str, **options: Any) -> str:
-    worker, app, _ = offices.make(*arguments, **options)
+def refused(sessions: Sessions, *arguments: str, **options: Any) -> str:
+    worker, app, _ = sessions.make(*arguments, **options)
     with closing(app):
         try:
             until(lambda: worker.process.poll() is not None)
@@ -129,27 +129,29 @@ def refused(offices: Offices, *arguments: str, **options: Any) -> str:
         (SETTINGS + "[policy.x]\nio.'/nowhere' = { read = '1M' }\n", "/nowhere"),
     ],
 )
-def test_wrong_settings(offices: Offices, settings: str | None, error: str) -> None:
-    log = refused(offices, settings=settings)
+def test_wrong_settings(sessions: Sessions, settings: str | None, error: str) -> None:
+    log = refused(sessions, settings=settings)
     assert error in log
     assert "Traceback" not in log
 
 
-def test_an_unknown_pool(offices: Offices) -> None:
-    log = refused(offices, pool="custom", CELERY_CUSTOM_WORKER_POOL="tests.integrations.celery.pools:OwnPool")
+def test_an_unknown_pool(sessions: Sessions) -> None:
+    log = refused(
+        sessions, pool="custom", CELERY_CUSTOM_WORKER_POOL="tests.integrations.celery.pools:OwnPool"
+    )
     assert (
         "the pool tests.integrations.celery.pools.OwnPool cannot be confined: rcon_celery does not know"
         in log
     )
 
 
-def test_spawned_pool(offices: Offices) -> None:
-    log = refused(offices, RCON_TEST_SPAWN="1")
+def test_spawned_pool(sessions: Sessions) -> None:
+    log = refused(sessions, RCON_TEST_SPAWN="1")
     assert "worker_pool_start_method" in log
 
 
-def test_not_installed(offices: Offices) -> None:
-    log = refused(offices, **{limited.INSTALL: "no"})
+def test_not_installed(sessions: Sessions) -> None:
+    log = refused(sessions, **{limited.INSTALL: "no"})
     assert (
         "task die has @confined, but rcon_celery.install was not called for its application; call install(app)"
         in log

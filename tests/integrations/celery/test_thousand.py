@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from rcon_celery import outcome_of
-from tests.integrations.celery.office import Offices
+from tests.integrations.celery.sessions import Sessions
 from tests.processes import alive, until
 
 COUNT = int(os.environ.get("RCON_TEST_TASKS", "100"))
@@ -22,11 +22,11 @@ ENDINGS = {"hog": "memory", "hang": "timeout", "fork": "pids"}
 
 
 @pytest.mark.timeout(60 + COUNT)
-def test_each_end_has_its_exception(offices: Offices) -> None:
-    with offices(concurrency=4) as office:
-        pool = office.worker.children()
+def test_each_end_has_its_exception(sessions: Sessions) -> None:
+    with sessions(concurrency=4) as session:
+        pool = session.worker.children()
         names = [TEN[number % 10] for number in range(COUNT)]
-        sent = [(name, office.send(name, *([7] if name == "double" else []))) for name in names]
+        sent = [(name, session.send(name, *([7] if name == "double" else []))) for name in names]
         until(lambda: all(result.ready() for _, result in sent), 60 + COUNT)
         ended = Counter(
             (name, "ok" if result.successful() else type(result.result).__name__) for name, result in sent
@@ -34,9 +34,9 @@ def test_each_end_has_its_exception(offices: Offices) -> None:
         assert ended == Counter((name, ENDS.get(name, "ok")) for name in names)
         outcomes = Counter((name, outcome.ending) for name, result in sent if (outcome := outcome_of(result)))
         assert outcomes == Counter((name, ENDINGS.get(name, "ok")) for name in names)
-        assert office.worker.children() == pool
-        assert "WorkerLostError" not in office.worker.log()
-        everybody, directories = office.worker.family(), office.worker.cgroups()
-        assert office.worker.stop() == 0
+        assert session.worker.children() == pool
+        assert "WorkerLostError" not in session.worker.log()
+        everybody, directories = session.worker.family(), session.worker.cgroups()
+        assert session.worker.stop() == 0
         assert not any(map(alive, everybody))
         assert not any(path.exists() for path in directories)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.directories import let_others_read
 from tests.integrations.gunicorn.server import Gunicorn
 from tests.integrations.gunicorn.tenants import NOTHING, TENANTS, ids, is_right, settings
-from tests.places import let_others_in
 from tests.processes import alive, children, until
 
 TO_BECOME_OTHERS = 1 << 6 | 1 << 7 | 1 << 8
@@ -25,7 +25,7 @@ def test_a_worker_of_another_user_keeps_what_it_takes_to_become_others(
     tmp_path: Path, homes: Path, arguments: tuple[str, ...]
 ) -> None:
     more = ("--worker-class", *arguments, "--user", "www-data", "--group", "www-data")
-    let_others_in(tmp_path)
+    let_others_read(tmp_path)
     with Gunicorn(tmp_path, settings(homes, "process"), *more) as server:
         for name, uid in TENANTS.items():
             answer = server.get("/state", Host=name)
@@ -45,7 +45,7 @@ def test_a_worker_of_another_user_keeps_what_it_takes_to_become_others(
 
 def test_threads_of_a_worker_of_another_user(tmp_path: Path, homes: Path) -> None:
     more = ("--worker-class", "gthread", "--threads", "8", "--user", "www-data", "--group", "www-data")
-    let_others_in(tmp_path)
+    let_others_read(tmp_path)
     with Gunicorn(tmp_path, settings(homes, "thread"), *more) as server:
         for name, uid in TENANTS.items():
             assert is_right(server.get("/state", Host=name).body, uid), server.log()
@@ -54,7 +54,7 @@ def test_threads_of_a_worker_of_another_user(tmp_path: Path, homes: Path) -> Non
 def test_executors_of_other_users_end_with_the_fork_server(tmp_path: Path, homes: Path) -> None:
     """Whom the worker, as www-data, may not signal."""
     more = ("--worker-class", "gthread", "--threads", "4", "--user", "www-data", "--group", "www-data")
-    let_others_in(tmp_path)
+    let_others_read(tmp_path)
     with Gunicorn(tmp_path, settings(homes, "process"), *more) as server:
         for name in TENANTS:
             assert server.get("/state", Host=name).status == 200
@@ -69,7 +69,7 @@ def test_executors_of_other_users_end_with_the_fork_server(tmp_path: Path, homes
 
 def test_a_hanging_request_of_another_user_is_ended_at_its_deadline(tmp_path: Path, homes: Path) -> None:
     more = ("--worker-class", "gthread", "--threads", "4", "--user", "www-data", "--group", "www-data")
-    let_others_in(tmp_path)
+    let_others_read(tmp_path)
     text = settings(homes, "process").replace('per = "host"', 'per = "host"\neach = { timeout = "1s" }')
     with Gunicorn(tmp_path, text, *more) as server:
         assert server.get("/sleep?seconds=60", Host="tenant1").status == 504
@@ -169,7 +169,7 @@ def test_executors_have_no_log_file_of_the_server(tmp_path: Path, homes: Path, w
 
 def test_a_worker_that_may_become_others_can_get_nothing_more(tmp_path: Path, homes: Path) -> None:
     """Work in its own process, which no route names: what it could raise again, and what it could not."""
-    let_others_in(tmp_path)
+    let_others_read(tmp_path)
     text = 'unmatched = "allow"\n' + settings(homes, "process").replace(
         '[[route]]\npolicy = "tenant"', '[[route]]\nhost = "tenant1"\npolicy = "tenant"'
     )

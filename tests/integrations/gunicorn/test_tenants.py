@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.directories import let_others_read
 from tests.integrations.gunicorn.server import Gunicorn
 from tests.integrations.gunicorn.tenants import TENANTS, ids, is_right, settings
-from tests.places import let_others_in
 from tests.processes import PATIENCE
 
 pytestmark = pytest.mark.each_layout
@@ -98,7 +98,7 @@ def test_eight_tenants_in_one_worker(
 ) -> None:
     arguments = ["--worker-class", "gthread", "--workers", "1", "--threads", "8", "--keep-alive", "60"]
     if user != "root":
-        let_others_in(tmp_path)
+        let_others_read(tmp_path)
         arguments += ["--user", user, "--group", user]
     with Gunicorn(tmp_path, settings(homes, isolation), *arguments) as server:
         (worker,) = server.workers()

@@ -15,8 +15,8 @@ from celery.exceptions import TaskRevokedError
 
 from rcon_celery import outcome_of
 from rcon_plugins.errors import Killed, MemoryLimitExceeded, PidsLimitExceeded, TimeLimitExceeded
-from tests.integrations.celery.office import SETTINGS, Office, Offices
 from tests.integrations.celery.redis_server import RedisServer
+from tests.integrations.celery.sessions import SETTINGS, Session, Sessions
 from tests.integrations.celery.test_deaths import begins, never_two_at_once, nothing_runs, restore
 from tests.processes import alive, until
 
@@ -32,82 +32,82 @@ wait = "60s"
 
 
 @pytest.fixture(scope="module")
-def offices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offices]:
+def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sessions]:
     directory = tmp_path_factory.mktemp("celery")
     with RedisServer(directory) as server:
-        yield Offices(server, directory)
+        yield Sessions(server, directory)
 
 
 @pytest.fixture(scope="module")
-def office(offices: Offices) -> Iterator[Office]:
-    with offices(concurrency=1) as opened:
+def session(sessions: Sessions) -> Iterator[Session]:
+    with sessions(concurrency=1) as opened:
         yield opened
 
 
 @pytest.mark.smoke
 @pytest.mark.each_layout
-def test_each_end_has_its_exception(office: Office) -> None:
-    processes = office.worker.children()
-    assert office.get("where")["confined"]
-    error = office.error("hog", MemoryLimitExceeded)
+def test_each_end_has_its_exception(session: Session) -> None:
+    processes = session.worker.children()
+    assert session.get("where")["confined"]
+    error = session.error("hog", MemoryLimitExceeded)
     assert str(error).startswith("hog: memory limit 64M reached (peak 6")
     assert error.usage is not None
-    office.error("hang", TimeLimitExceeded)
-    office.error("fork", PidsLimitExceeded)
-    assert office.error("die", Killed, "kill").signal == signal.SIGKILL
-    assert office.get("where")["confined"]
-    assert office.worker.children() == processes
-    assert "WorkerLostError" not in office.worker.log()
+    session.error("hang", TimeLimitExceeded)
+    session.error("fork", PidsLimitExceeded)
+    assert session.error("die", Killed, "kill").signal == signal.SIGKILL
+    assert session.get("where")["confined"]
+    assert session.worker.children() == processes
+    assert "WorkerLostError" not in session.worker.log()
 
 
 @pytest.mark.each_layout
-def test_soft_limits(office: Office) -> None:
+def test_soft_limits(session: Session) -> None:
     assert (
-        office.get("soft_memory")
+        session.get("soft_memory")
         == "cleaned up: soft_memory: memory_soft reached; return before the memory limit kills the task"
     )
-    assert office.get("soft_time") == "cleaned up"
+    assert session.get("soft_time") == "cleaned up"
 
 
 @pytest.mark.each_layout
-def test_each_retry_has_more_memory(office: Office) -> None:
-    result = office.send("retried", 100 * MIB)
-    assert office.wait(result) == 100 * MIB
-    assert len(office.log("retried")) == 2
+def test_each_retry_has_more_memory(session: Session) -> None:
+    result = session.send("retried", 100 * MIB)
+    assert session.wait(result) == 100 * MIB
+    assert len(session.log("retried")) == 2
     outcome = outcome_of(result)
     assert outcome is not None
     assert 100 * MIB < (outcome.usage.memory_peak or 0) <= 128 * MIB
 
 
-def test_processes_end_with_their_task(office: Office) -> None:
-    pid = office.get("leaving")
+def test_processes_end_with_their_task(session: Session) -> None:
+    pid = session.get("leaving")
     until(lambda: not alive(pid))
-    left = office.get("leaving_on_purpose")
+    left = session.get("leaving_on_purpose")
     try:
-        office.get("where")
+        session.get("where")
         assert alive(left)
         assert "/work/" in Path(f"/proc/{left}/cgroup").read_text()
     finally:
-        office.end(left)
+        session.end(left)
 
 
 @pytest.mark.each_layout
-def test_killed_tasks_run_again(office: Office, offices: Offices, tmp_path: Path) -> None:
+def test_killed_tasks_run_again(session: Session, sessions: Sessions, tmp_path: Path) -> None:
     """Revoke a task, kill its worker, and start another one with a budget: nothing is left behind."""
     gate = tmp_path / "gate"
-    revoked = office.send("stay", "revoked")
-    until(lambda: bool(office.log("revoked")))
+    revoked = session.send("stay", "revoked")
+    until(lambda: bool(session.log("revoked")))
     revoked.revoke(terminate=True)
     with pytest.raises(TaskRevokedError):
-        office.wait(revoked)
-    nothing_runs(office, "revoked")
-    result = office.send("late", "late", str(gate))
-    until(lambda: len(begins(office, "late")) == 1)
-    everybody, directories = office.worker.family(), office.worker.cgroups()
-    os.kill(office.worker.pid, signal.SIGKILL)
-    office.worker.process.wait()
+        session.wait(revoked)
+    nothing_runs(session, "revoked")
+    result = session.send("late", "late", str(gate))
+    until(lambda: len(begins(session, "late")) == 1)
+    everybody, directories = session.worker.family(), session.worker.cgroups()
+    os.kill(session.worker.pid, signal.SIGKILL)
+    session.worker.process.wait()
     until(lambda: not any(map(alive, everybody)))
-    with offices(concurrency=2, settings=SETTINGS + BUDGET, url=office.url) as again:
+    with sessions(concurrency=2, settings=SETTINGS + BUDGET, url=session.url) as again:
         assert directories
         assert not any(path.exists() for path in directories)
         restore(again)

@@ -20,7 +20,7 @@ from tests.kernel.command.harness import rcon, until
 pytestmark = pytest.mark.each_layout
 
 #: A user that owns nothing else: only this test gives it cgroups, even if other tests run on the same machine.
-SOMEBODY = 1_000_000 + os.getpid()
+OTHER_UID = 1_000_000 + os.getpid()
 #: Write no report: that user cannot write to the directory of the tests.
 QUIET = ("--json", "/dev/null")
 V1 = pytest.mark.layout("v1", "hybrid")
@@ -36,7 +36,7 @@ def become(uid: int) -> None:
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Provide a runtime directory, in which a user without a login can record the previous cgroups of processes."""
     with tempfile.TemporaryDirectory(prefix="rcon-runtime-", dir="/tmp") as folder:
-        os.chown(folder, SOMEBODY, SOMEBODY)
+        os.chown(folder, OTHER_UID, OTHER_UID)
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
         yield
 
@@ -46,7 +46,7 @@ def giving(name: str, hierarchy: Hierarchy | None = None) -> Iterator[Cgroup]:
     """Make a cgroup that belongs to that user, in all hierarchies or in some."""
     cgroup = (hierarchy or Hierarchy.discover()).cgroup(f"/rcon-test-{os.getpid()}-{name}").create()
     try:
-        cgroup.delegate(SOMEBODY, SOMEBODY)
+        cgroup.delegate(OTHER_UID, OTHER_UID)
         yield cgroup
     finally:
         cgroup.kill()
@@ -71,7 +71,7 @@ def within(cgroup: Cgroup, uid: int) -> Callable[[], None]:
 
 def outside() -> None:
     """Change the calling process to that user, in its present cgroup."""
-    become(SOMEBODY)
+    become(OTHER_UID)
 
 
 @contextlib.contextmanager
@@ -115,7 +115,7 @@ def take_and_let_go(base: Cgroup, enter: Callable[[], None], *options: str) -> N
 @V1
 @pytest.mark.usefixtures("runtime")
 def test_ones_own_processes_are_taken_and_let_go(given: Cgroup) -> None:
-    enter = within(given, SOMEBODY)
+    enter = within(given, OTHER_UID)
 
     def take(pid: int) -> list[int]:
         enter()
@@ -137,14 +137,14 @@ def test_ones_own_processes_are_taken_and_let_go(given: Cgroup) -> None:
 @pytest.mark.usefixtures("runtime")
 @pytest.mark.parametrize("place", ["inside", "outside"])
 def test_on_v1_what_root_gave_is_found_from_anywhere(given: Cgroup, place: str) -> None:
-    take_and_let_go(given, within(given, SOMEBODY) if place == "inside" else outside)
+    take_and_let_go(given, within(given, OTHER_UID) if place == "inside" else outside)
 
 
 @V1
 def test_without_a_place_to_note_where_they_came_from(given: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a login there is no /run/user/UID. This is the only thing missing."""
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    said = f"/run/user/{SOMEBODY}/rcon"
+    said = f"/run/user/{OTHER_UID}/rcon"
     with sleeping(outside) as pid:
         done = rcon("attach", "--cgroup", given.path, "--pids", "9", str(pid), before=outside)
         assert (done.status, done.out, done.err.count("\n")) == (125, "", 1)
@@ -233,15 +233,15 @@ def test_where_none_was_given_the_remedy_is_said() -> None:
 def test_on_v2_what_is_around_the_shell(given: Cgroup) -> None:
     """As in the printed remedy, the shell is in a cgroup of its own, below the delegated one."""
     server = given.child("server").create()
-    server.delegate(SOMEBODY, SOMEBODY)
-    take_and_let_go(given, within(server, SOMEBODY))
+    server.delegate(OTHER_UID, OTHER_UID)
+    take_and_let_go(given, within(server, OTHER_UID))
 
 
-@pytest.mark.parametrize("uid", [0, SOMEBODY + 1], ids=["root", "another"])
+@pytest.mark.parametrize("uid", [0, OTHER_UID + 1], ids=["root", "another"])
 def test_those_of_others_are_not(given: Cgroup, uid: int) -> None:
     with sleeping(within(given, uid)) as pid:
         before = where(pid)
-        done = rcon("attach", "--pids", "9", str(pid), before=within(given, SOMEBODY))
+        done = rcon("attach", "--pids", "9", str(pid), before=within(given, OTHER_UID))
         assert (done.status, done.out) == (2, "")
         assert f"process {pid} belongs to another user (run rcon as root; " in done.err
         assert len(done.err.splitlines()) == 1

@@ -61,8 +61,8 @@ def test_rcon_resources_adds_limits_of_its_own() -> None:
 def test_rcon_drop_acts_in_the_new_process() -> None:
     class Quiet:
         @hookimpl
-        def rcon_drop(self, policy: Policy, place: str) -> None:
-            os.environ["DROPPED"] = f"{policy.name} {place} {os.getpid()}"
+        def rcon_drop(self, policy: Policy, target: str) -> None:
+            os.environ["DROPPED"] = f"{policy.name} {target} {os.getpid()}"
 
     class Teller:
         @hookimpl

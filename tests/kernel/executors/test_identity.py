@@ -33,9 +33,9 @@ from rcon_plugins.kernel.capability import (
 from rcon_plugins.kernel.process import kill
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
+from tests.directories import let_others_read
 from tests.kernel.executors import ways_back
 from tests.kernel.executors.service import ask, begin, end, managing, soon, status
-from tests.places import let_others_in
 from tests.processes import alive
 
 TENANT, OTHER = 61001, 61002
@@ -49,7 +49,7 @@ def setuid_root(tmp_path: Path) -> Iterator[str]:
     """A program that is setuid root, where everybody may execute it."""
     program = Path(shutil.copy(shutil.which("id") or "id", tmp_path / "id"))
     program.chmod(0o4755)
-    let_others_in(tmp_path)
+    let_others_read(tmp_path)
     yield str(program)
     program.unlink()
 
@@ -146,7 +146,7 @@ def test_what_is_kept_is_kept_and_no_more(setuid_root: str) -> None:
 
 
 def test_umask_and_rlimits(tmp_path: Path) -> None:
-    let_others_in(tmp_path)
+    let_others_read(tmp_path)
     tmp_path.chmod(0o777)
     with managing({**POLICY, "umask": "027", "rlimits": {"nofile": 640, "core": 0}}) as manager:
         assert ask(manager, "create", str(tmp_path / "new"))[0] == f"{TENANT}:{TENANT} 640"
@@ -214,8 +214,8 @@ def test_the_owner_must_be_the_user(tmp_path: Path) -> None:
 def test_a_plugin_that_drops_comes_before_and_may_refuse() -> None:
     class Refuses:
         @hookimpl
-        def rcon_drop(self, place: str, identity: object) -> None:
-            raise PermissionError(f"{place} {identity} {os.getuid()}")
+        def rcon_drop(self, target: str, identity: object) -> None:
+            raise PermissionError(f"{target} {identity} {os.getuid()}")
 
     with (
         managing(POLICY, plugins=[Refuses()]) as manager,

@@ -182,8 +182,8 @@ def test_no_key_names_a_cgroup_outside(key: str) -> None:
 def test_what_cannot_be_dropped_does_not_run() -> None:
     class Stubborn:
         @hookimpl
-        def rcon_drop(self, place: str) -> None:
-            raise PermissionError(f"not in this {place}")
+        def rcon_drop(self, target: str) -> None:
+            raise PermissionError(f"not in this {target}")
 
     with managing({"each": {"timeout": "60s"}}, plugins=[Stubborn()]) as manager:
         for _ in range(2):

@@ -516,8 +516,8 @@ def test_greenlets_are_refused() -> None:
 def test_a_drop_that_fails_is_a_refusal() -> None:
     class Refuses:
         @hookimpl
-        def rcon_drop(self, place: str) -> None:
-            raise PermissionError(f"not in a {place}")
+        def rcon_drop(self, target: str) -> None:
+            raise PermissionError(f"not in a {target}")
 
     def program() -> str:
         manager = Manager(from_mapping({"policy": {"default": POLICY}}), plugins=[Refuses()]).start()

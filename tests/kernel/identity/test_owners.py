@@ -20,7 +20,7 @@ from rcon_plugins.identity import userdb
 from rcon_plugins.identity.resolution import check, resolve
 from rcon_plugins.kernel.capability import Identity
 from rcon_plugins.settings.policy import Policy
-from tests.places import let_others_in
+from tests.directories import let_others_read
 
 ANNA, BERTA, DEPLOY = 54001, 54002, 54003  # not in the user database
 STAFF = 54100
@@ -29,7 +29,7 @@ STAFF = 54100
 @pytest.fixture
 def sites(tmp_path: Path) -> Path:
     """Make two tenants, each with a directory of its own, below a directory of root."""
-    let_others_in(tmp_path)
+    let_others_read(tmp_path)
     home = tmp_path / "sites"
     for name, uid in [("anna", ANNA), ("berta", BERTA)]:
         (home / name / "app").mkdir(parents=True)

@@ -31,11 +31,11 @@ from rcon_plugins.kernel.cgroup.mounts import is_systemds
 from rcon_plugins.tree import systemd
 from rcon_plugins.tree.base import find_base
 from tests import children
+from tests.directories import let_others_read
 from tests.integrations.celery.redis_server import RedisServer
 from tests.kernel.cgroup.helpers import running, sleep_forever
 from tests.kernel.command.harness import become_rcon, rcon, until
 from tests.kernel.systemd.test_user_manager import a_server
-from tests.places import let_others_in
 
 pytestmark = [pytest.mark.kernel, pytest.mark.layout("v2"), pytest.mark.init("systemd")]
 
@@ -214,7 +214,7 @@ def test_a_command_of_a_users(login: Path, tmp_path: Path) -> None:
             become_rcon(["run", "--memory", "64M", "--swap", "0", "--", *GREEDY], streams)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    let_others_in(tmp_path)
+    let_others_read(tmp_path)
     tmp_path.chmod(0o777)
     assert in_session(login, act) == 137
     assert streams[1].read_text() == "rcon: memory limit 64 MiB reached (peak 64.0 MiB)\n"

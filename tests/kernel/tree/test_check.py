@@ -18,7 +18,7 @@ from rcon_plugins.cli.machine import check
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
-from tests.places import let_others_in
+from tests.directories import let_others_read
 
 ROOT = Path(__file__).resolve().parents[3]
 NOBODY = 65534
@@ -112,7 +112,7 @@ def test_without_a_delegated_cgroup(tmp_path: Path, in_child: Any) -> None:
         file = "rcon.toml"
         return (*check.check(file, "gthread", False), *check.check(file, "gthread", True))
 
-    let_others_in(tmp_path)
+    let_others_read(tmp_path)
     try:
         text, good, as_json, good_too = in_child(of_nobody)
     finally:

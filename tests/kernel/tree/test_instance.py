@@ -246,7 +246,7 @@ def _work_unprivileged(instance: Instance) -> None:
     assert threaded.delete()
     for cgroup in (instance.work, instance.host):
         for limit in (Resources(pids_max=5), Resources(memory_max=5)):
-            with pytest.raises(KernelError, match="delegated") as caught:
+            with pytest.raises(KernelError, match="delegate the cgroup") as caught:
                 cgroup.configure(limit)
             assert caught.value.errno == errno.EACCES
 

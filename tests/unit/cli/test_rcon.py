@@ -259,7 +259,9 @@ def test_a_note_names_policies_that_are_no_boundary(write: Write, capsys: pytest
     assert "guards against accidents only" in lines[place + 1]
     # The end has only the notes about several policies. A note beside a policy is not repeated.
     last = [line for line in lines if line.startswith("note: ")]
-    assert [line.startswith("note: policy web: the code runs in the server's process") for line in last] == [True]
+    assert [line.startswith("note: policy web: the code runs in the server's process") for line in last] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize(

@@ -96,13 +96,13 @@ def test_it_hears_until_there_is_nothing_more_to_hear(pipe: tuple[int, int]) -> 
     heard: list[bytes] = []
     enough = threading.Event()
 
-    def hear() -> bool:
+    def read_report() -> bool:
         heard.append(os.read(pipe[0], 1))
         if len(heard) == 2:
             enough.set()
         return len(heard) < 2
 
-    supervisor = Supervisor(pipe[0], hear)
+    supervisor = Supervisor(pipe[0], read_report)
     supervisor.start()
     os.write(pipe[1], b"abc")
     assert enough.wait(10)
@@ -116,11 +116,11 @@ def test_it_hears_until_there_is_nothing_more_to_hear(pipe: tuple[int, int]) -> 
 def test_a_failing_callback_does_not_end_the_supervisor(
     pipe: tuple[int, int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def hear() -> bool:
+    def read_report() -> bool:
         os.read(pipe[0], 1)
         raise OSError("no more descriptors")
 
-    supervisor = Supervisor(pipe[0], hear)
+    supervisor = Supervisor(pipe[0], read_report)
     supervisor.start()
     os.write(pipe[1], b"a")
     done = threading.Event()

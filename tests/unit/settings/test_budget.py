@@ -19,7 +19,7 @@ from rcon_plugins.settings.file import from_mapping
 from rcon_plugins.settings.policy import Policy
 from rcon_plugins.tree.locks import ByteLocks
 from tests.children import in_child
-from tests.places import let_others_in
+from tests.directories import let_others_read
 
 WHOLE = 10 * UNIT
 
@@ -241,5 +241,5 @@ def test_a_process_keeps_its_ledger_when_it_changes_its_user(
         allocation = second.reserve(1, 10)
         return first is second, allocation is not None, (tmp_path / "rcon").stat().st_uid == 12345
 
-    let_others_in(tmp_path.parent)
+    let_others_read(tmp_path.parent)
     assert in_child(program) == (True, True, True)

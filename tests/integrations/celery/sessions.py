@@ -33,8 +33,8 @@ each = { memory = "128M", timeout = "60s" }
 _E = TypeVar("_E", bound=BaseException)
 
 
-class Office:
-    """One worker, and its producer."""
+class Session:
+    """One worker and its producer."""
 
     def __init__(self, worker: Worker, app: celery.Celery, url: str) -> None:
         self.worker = worker
@@ -78,8 +78,8 @@ class Office:
             os.kill(pid, signal.SIGKILL)
 
 
-class Offices:
-    """Opens each `Office` with its own database."""
+class Sessions:
+    """Open sessions, each with its own database."""
 
     def __init__(self, server: RedisServer, directory: Path) -> None:
         self._server = server
@@ -95,20 +95,20 @@ class Offices:
         concurrency: int = 2,
         url: str | None = None,
         **environ: str,
-    ) -> Iterator[Office]:
+    ) -> Iterator[Session]:
         worker, app, url = self.make(
             *arguments, settings=settings, pool=pool, concurrency=concurrency, url=url, **environ
         )
         with closing(app), worker:
-            yield Office(worker, app, url)
+            yield Session(worker, app, url)
 
     @contextlib.contextmanager
-    def of_one_process(self) -> Iterator[Office]:
-        """Open one whose pool has a single process, and check that no task ends it."""
-        with self(concurrency=1) as office:
-            (process,) = office.worker.children()
-            yield office
-            assert office.worker.children() == [process]
+    def of_one_process(self) -> Iterator[Session]:
+        """Open a session whose pool has a single process, and check that no task ends it."""
+        with self(concurrency=1) as session:
+            (process,) = session.worker.children()
+            yield session
+            assert session.worker.children() == [process]
 
     def make(
         self,
@@ -141,4 +141,4 @@ class Offices:
         return worker, limited.make(url, accept=environ.get(limited.ACCEPT, "json"), environ=environ), url
 
 
-Maker = Callable[..., contextlib.AbstractContextManager[Office]]
+Maker = Callable[..., contextlib.AbstractContextManager[Session]]
