@@ -53,7 +53,7 @@ def test_pickles_whole(error: errors.RconError) -> None:
         assert copy.errno == error.errno
 
 
-def test_messages_name_place_and_remedy() -> None:
+def test_messages_name_path_and_remedy() -> None:
     assert str(ALL[1]) == "rcon.toml: policy.p.cpu: wrong (write it like 30%)"
     assert str(ALL[3]) == "no (wait)"
     from_os = errors.KernelError.from_oserror(

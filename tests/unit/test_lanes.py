@@ -30,7 +30,7 @@ def saying(last_line: str) -> str:
 PASSED = saying("==== 3 passed, 2 deselected, 1 rerun in 0.10s ====")
 
 
-def test_all_that_pass(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_suite_of_passing_tiers_passes(capsys: pytest.CaptureFixture[str]) -> None:
     tiers = [tier("one", PASSED), tier("two", PASSED, "b"), tier("lint", "", tests=False)]
     assert Suite("test", tiers).run() == 0
     said = capsys.readouterr().out
@@ -38,7 +38,7 @@ def test_all_that_pass(capsys: pytest.CaptureFixture[str]) -> None:
     assert "make test: " in said
 
 
-def test_one_that_fails_and_its_failures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_tier_fails_the_suite_and_prints_its_failures(capsys: pytest.CaptureFixture[str]) -> None:
     code = (
         saying("start\n=== FAILURES ===\nE  what happened\n=== 1 failed, 2 passed in 1.00s ===")
         + "; raise SystemExit(1)"
@@ -50,7 +50,7 @@ def test_one_that_fails_and_its_failures(capsys: pytest.CaptureFixture[str]) -> 
     assert said.splitlines()[-1].startswith("===== 1 failed, 5 passed, 1 rerun in ")
 
 
-def test_one_that_runs_no_test_fails(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tier_without_tests_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert Suite("test", [tier("empty", saying("==== 5 deselected in 0.01s ===="))]).run() == 1
     assert "ran no test" in capsys.readouterr().out
 
@@ -100,7 +100,7 @@ def test_counts(line: str, expected: dict[str, int]) -> None:
     assert count(f"before\n{line}\n") == expected
 
 
-def test_every_tier_of_make_test_has_a_name_of_its_own() -> None:
+def test_every_tier_of_make_test_has_its_own_name() -> None:
     for target, tiers in run.plans().items():
         names = [one.name for one in tiers]
         assert len(set(names)) == len(names), target

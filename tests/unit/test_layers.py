@@ -222,7 +222,7 @@ def test_dependencies_stay_in_their_rooms() -> None:
     assert wrong == []
 
 
-def test_nobody_imports_the_folder_of_the_integrations() -> None:
+def test_no_module_imports_the_folder_of_the_integrations() -> None:
     """It is a folder of packages, not a package; installed, there is nothing of that name."""
     assert not (ROOT / "integrations" / "__init__.py").exists()
     wrong = []

@@ -86,14 +86,14 @@ def test_a_test_that_needs_a_second_attempt_is_named(run: Run) -> None:
     assert "said before" in output
 
 
-def test_many_that_need_one_fail_the_run(run: Run) -> None:
+def test_many_second_attempts_fail_the_run(run: Run) -> None:
     status, output = run(ONCE_IN_TWO.format(5), "--reruns", "1", "tests/unit", ci=True)
     assert status == 1
     assert "5 tests had to be run again, of which 4 may" in output
     assert "5 passed, 1 error, 5 rerun" in output
 
 
-def test_what_fails_twice_fails(run: Run) -> None:
+def test_a_test_that_fails_twice_fails_the_run(run: Run) -> None:
     status, output = run("def test_it(): raise OSError", "--reruns", "1", "tests/unit")
     assert status == 1
     assert "1 failed, 1 rerun" in output

@@ -106,7 +106,7 @@ def test_fork_servers_killed_over_and_over(sessions: Sessions) -> None:
         assert sorted(session.worker.children()) == sorted(pool)
 
 
-def test_fork_server_killed_beside_threads(sessions: Sessions) -> None:
+def test_threads_pool_exits_when_its_fork_server_is_killed(sessions: Sessions) -> None:
     """No other fork server can be made, so the worker finishes its tasks and exits."""
     with sessions(pool="threads") as session:
         assert session.get("where")["confined"]
@@ -260,7 +260,7 @@ def rcon_policies():
 """
 
 
-def test_pool_process_that_cannot_start_at_first(sessions: Sessions, tmp_path: Path) -> None:
+def test_pool_process_tries_its_start_again(sessions: Sessions, tmp_path: Path) -> None:
     """It loses no task that is acknowledged late, and confines tasks once it can."""
     fault, gate, info = tmp_path / "fault", tmp_path / "gate", tmp_path / "faulty-1.dist-info"
     fault.touch()

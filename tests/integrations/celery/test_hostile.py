@@ -59,7 +59,7 @@ def test_no_module_is_imported(session: Session) -> None:
     assert "Namespaces are one honking great idea" not in session.worker.log()
 
 
-def test_one_that_cannot_be_made(session: Session) -> None:
+def test_exception_that_cannot_be_constructed_is_replaced(session: Session) -> None:
     """A stand-in replaces an exception that cannot be constructed from its arguments; the task did not die."""
     error = session.error(
         "hostile", UnpickleableExceptionWrapper, "error", "builtins", "ExceptionGroup", "five"
@@ -77,15 +77,15 @@ def test_no_exception_ends_the_worker(session: Session, name: str) -> None:
 @pytest.mark.parametrize(
     "how", ["value wrong", "value long", "value twice", "value noise", "list", "children", "error"]
 )
-def test_what_is_no_answer(session: Session, how: str) -> None:
+def test_malformed_answer_kills_the_process(session: Session, how: str) -> None:
     arguments: list[Any] = [None, 5, []] if how == "error" else []
     with pytest.raises(Killed):
         session.get("hostile", how, *arguments)
 
 
-def test_silence(session: Session) -> None:
+def test_a_process_that_never_answers_ends_at_its_time_limit(session: Session) -> None:
     session.error("hostile", TimeLimitExceeded, "silent")
 
 
-def test_what_it_says_in_time_and_in_form_is_its_answer(session: Session) -> None:
+def test_well_formed_answer_is_accepted(session: Session) -> None:
     assert session.get("hostile", "value") == 1

@@ -37,7 +37,7 @@ def session(sessions: Sessions, request: pytest.FixtureRequest) -> Iterator[Sess
             assert set(before) <= set(opened.worker.children())
 
 
-def test_runs_in_a_cgroup_of_its_own(session: Session) -> None:
+def test_task_runs_in_its_own_cgroup(session: Session) -> None:
     where = session.get("where")
     assert where["confined"]
     assert where["pid"] not in (session.worker.pid, *session.worker.children())
@@ -146,7 +146,7 @@ def test_a_process_serves_many_or_one(session: Session) -> None:
     assert len(set(fresh)) == 4
 
 
-def test_no_descriptor_of_the_worker(session: Session) -> None:
+def test_task_has_no_descriptor_of_the_worker(session: Session) -> None:
     """Sockets without a peer stand in for sockets. With gevent the executor has an event loop of its own."""
     found = session.get("files")
     assert found

@@ -103,7 +103,7 @@ def test_worker_killed(open_session: Maker, gate: Gate, queue: str) -> None:
             assert sum(line.startswith("ends") for line in other.log("worker")) == 1
 
 
-def test_no_second_run_before_the_first_is_dead(open_session: Maker, gate: Gate) -> None:
+def test_second_run_waits_until_the_first_is_dead(open_session: Maker, gate: Gate) -> None:
     """Even where the fork server, which kills the first run, is late."""
     with open_session(concurrency=1) as session:
         result = session.send("late", "slow", str(gate.path))

@@ -53,7 +53,7 @@ def test_a_retry_may_return_a_large_result(sessions: Sessions) -> None:
         assert len(session.get("retried", 0, 70 * MIB)) == 70 * MIB
 
 
-def test_a_retry_of_its_own_is_no_death(sessions: Sessions) -> None:
+def test_a_retry_by_the_task_itself_is_no_death(sessions: Sessions) -> None:
     """The next attempt may begin before the one that sent it ended."""
     with sessions(concurrency=3) as session:
         results = [session.send("retrying_late") for _ in range(6)]

@@ -45,7 +45,7 @@ PLAYED = [
 
 
 @pytest.mark.parametrize(("case", "pool"), PLAYED)
-def test_celery_alone(histories: Histories, case: Case, pool: str) -> None:
+def test_plain_celery_does_what_the_cases_expect(histories: Histories, case: Case, pool: str) -> None:
     """Plain Celery does what the cases expect; else a comparison would prove nothing."""
     history = histories.history(case, pool, confined=False)
     assert history.fault is None, history.fault
@@ -57,7 +57,7 @@ IN_ANY_ORDER = {"replace", "error_link_by_id", "time_limit", "revoked_while_it_r
 
 
 @pytest.mark.parametrize(("case", "pool"), PLAYED)
-def test_same(histories: Histories, case: Case, pool: str) -> None:
+def test_confined_celery_does_the_same(histories: Histories, case: Case, pool: str) -> None:
     plain = histories.history(case, pool, confined=False)
     confined = histories.history(case, pool, confined=True)
     assert confined.fault is None, confined.fault

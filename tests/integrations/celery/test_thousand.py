@@ -22,7 +22,7 @@ ENDINGS = {"hog": "memory", "hang": "timeout", "fork": "pids"}
 
 
 @pytest.mark.timeout(60 + COUNT)
-def test_each_end_has_its_exception(sessions: Sessions) -> None:
+def test_each_ending_raises_its_exception(sessions: Sessions) -> None:
     with sessions(concurrency=4) as session:
         pool = session.worker.children()
         names = [TEN[number % 10] for number in range(COUNT)]

@@ -34,7 +34,7 @@ policy = "free"
 
 
 @pytest.mark.parametrize("worker_class", CLASSES)
-def test_what_does_not_fit_gets_503_with_retry_after(tmp_path: Path, worker_class: str) -> None:
+def test_a_request_above_the_budget_gets_503_with_retry_after(tmp_path: Path, worker_class: str) -> None:
     more = (
         "--worker-class",
         worker_class,

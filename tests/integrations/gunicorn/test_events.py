@@ -35,7 +35,7 @@ policy = "busy"
 
 
 @pytest.mark.parametrize(("workers", "isolation"), [("sync", "inline"), ("gthread", "thread")])
-def test_a_request_in_a_thread_of_the_worker_is_told_of(tmp_path: Path, workers: str, isolation: str) -> None:
+def test_plugins_receive_events_of_requests_in_threads(tmp_path: Path, workers: str, isolation: str) -> None:
     environ = {"PYTHONPATH": str(listener.install(tmp_path)), **listener.environ(tmp_path)}
     arguments = [
         "--worker-class",

@@ -36,7 +36,7 @@ def rcon(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_what_a_server_confines_is_listed_and_changed(
+def test_groups_of_a_server_are_listed_and_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Gunicorn(tmp_path, SETTINGS, "--worker-class", "sync", "--workers", "1") as server:

@@ -21,7 +21,7 @@ TO_BECOME_OTHERS = 1 << 6 | 1 << 7 | 1 << 8
     [("sync",), ("gthread", "--threads", "4"), ("gevent",)],
     ids=["sync", "gthread", "gevent"],
 )
-def test_a_worker_of_another_user_keeps_what_it_takes_to_become_others(
+def test_a_worker_of_another_user_keeps_the_capabilities_to_change_users(
     tmp_path: Path, homes: Path, arguments: tuple[str, ...]
 ) -> None:
     more = ("--worker-class", *arguments, "--user", "www-data", "--group", "www-data")
@@ -80,7 +80,7 @@ def test_a_hanging_request_of_another_user_is_ended_at_its_deadline(tmp_path: Pa
 
 
 @pytest.mark.parametrize("isolation", ["thread", "process"])
-def test_who_may_not_be_is_refused(tmp_path: Path, homes: Path, isolation: str) -> None:
+def test_identities_that_the_policy_forbids_are_refused(tmp_path: Path, homes: Path, isolation: str) -> None:
     with Gunicorn(
         tmp_path, settings(homes, isolation), "--worker-class", "gthread", "--threads", "2"
     ) as server:
@@ -167,7 +167,7 @@ def test_executors_have_no_log_file_of_the_server(tmp_path: Path, homes: Path, w
         until(lambda: server.status("/free/who") == 200 and (logs / "access").exists())
 
 
-def test_a_worker_that_may_become_others_can_get_nothing_more(tmp_path: Path, homes: Path) -> None:
+def test_a_worker_that_may_change_users_cannot_gain_other_capabilities(tmp_path: Path, homes: Path) -> None:
     """Work in its own process, which no route names: what it could raise again, and what it could not."""
     let_others_read(tmp_path)
     text = 'unmatched = "allow"\n' + settings(homes, "process").replace(
@@ -183,7 +183,7 @@ def test_a_worker_that_may_become_others_can_get_nothing_more(tmp_path: Path, ho
         assert is_right(server.get("/state", Host="tenant1").body, TENANTS["tenant1"])
 
 
-def test_work_that_is_root_is_told_to_be_no_boundary(tmp_path: Path) -> None:
+def test_requests_that_run_as_root_are_warned_about(tmp_path: Path) -> None:
     text = '[policy.free]\nisolation = "process"\npids = 64\n[[route]]\npolicy = "free"\n'
     with Gunicorn(tmp_path, text) as server:
         assert (

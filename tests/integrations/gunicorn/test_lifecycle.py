@@ -52,7 +52,7 @@ def test_reload_under_load_fails_no_request(tmp_path: Path, arguments: tuple[str
         assert_clean(server)
 
 
-def test_reload_takes_the_settings_anew_but_not_bad_ones(tmp_path: Path) -> None:
+def test_reload_reads_the_settings_again_and_keeps_the_old_if_they_are_wrong(tmp_path: Path) -> None:
     with Gunicorn(tmp_path, SETTINGS, *SYNC) as server:
         assert server.get("/other/who").status == 503
 
@@ -78,7 +78,7 @@ def test_reload_takes_the_settings_anew_but_not_bad_ones(tmp_path: Path) -> None
         assert_clean(server)
 
 
-def test_a_configuration_file_of_ones_own(tmp_path: Path) -> None:
+def test_hooks_in_a_configuration_file_of_the_site(tmp_path: Path) -> None:
     """It is executed anew at a reload, which makes new Hooks; its own hooks keep running."""
     settings = tmp_path / "rcon.toml"
     config = tmp_path / "gunicorn.conf.py"

@@ -162,14 +162,14 @@ def test_the_applications_own_error_stays_its_own(server: Gunicorn) -> None:
     assert "the application's own error" in server.log()
 
 
-def test_the_thread_itself_is_confined_where_that_is_enough(server: Gunicorn) -> None:
+def test_the_serving_thread_is_confined_if_that_is_enough(server: Gunicorn) -> None:
     who = server.get("/light/who").json()
     assert who["confined"]
     greenlets = "gevent" in server.arguments
     assert (who["pid"] in server.workers()) is not greenlets
 
 
-def test_what_no_route_names_is_refused(server: Gunicorn) -> None:
+def test_a_request_without_a_route_is_refused(server: Gunicorn) -> None:
     answer = server.get("/elsewhere/who")
     assert answer.status == 503
     assert answer.headers["Content-Type"] == "application/problem+json"

@@ -69,7 +69,7 @@ def test_no_bus() -> None:
     assert f"loginctl enable-linger {NOBODY}" in hint
 
 
-def test_a_bus_of_somebody_else(runtime: Path) -> None:
+def test_a_bus_of_another_user_is_not_used(runtime: Path) -> None:
     runtime.joinpath("bus").touch()
     os.chown(runtime, 0, 0)
     runtime.chmod(0o755)
@@ -111,7 +111,7 @@ def test_a_bus_that_does_not_answer(runtime: Path, monkeypatch: pytest.MonkeyPat
     assert problem == "systemd did not answer within 0.2 s"
 
 
-def test_a_bus_where_nobody_listens(runtime: Path) -> None:
+def test_a_bus_without_a_listener(runtime: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(runtime / "bus"))
     os.chown(runtime / "bus", NOBODY, NOBODY)
@@ -127,7 +127,7 @@ def test_without_jeepney_the_extra_is_named(runtime: Path, monkeypatch: pytest.M
     assert hint == "pip install 'rcon-plugins[systemd]'"
 
 
-def test_root_without_systemd_is_told_that_it_needs_none(
+def test_the_error_tells_root_that_systemd_is_not_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mounts, "_BOOTED", str(tmp_path / "nothing"))

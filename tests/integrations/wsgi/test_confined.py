@@ -189,7 +189,7 @@ def test_no_route(served: Served) -> None:
 @pytest.mark.parametrize(
     "host", ["../../x.example", "a" * 300 + ".example", "%00.example", "a/b.example", "*.example"]
 )
-def test_a_host_that_is_no_host(served: Served, host: str) -> None:
+def test_an_invalid_host(served: Served, host: str) -> None:
     assert get(served, host, "who").status in (200, 503)
 
 
@@ -198,7 +198,7 @@ def test_inline(served: Served) -> None:
     assert get(served, "here", "who", "HEAD").status == 200
 
 
-def test_each_limit_is_one_line(served: Served) -> None:
+def test_each_limit_logs_one_line(served: Served) -> None:
     before = len(lines(served))
     get(served, "short", "sleep?5")
     assert [line["event"] for line in lines(served)[before:]] == ["timeout"]

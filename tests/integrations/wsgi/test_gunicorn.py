@@ -69,7 +69,7 @@ def test_answers_are_the_same(serve: Serve, worker: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("worker", WORKERS)
-def test_it_is_confined_at_all(serve: Serve, worker: str) -> None:
+def test_the_confined_server_has_executor_processes(serve: Serve, worker: str) -> None:
     """Or the same answers would be no wonder."""
     served = serve(worker, True)
     ask(served, request_of("hello", CASES["hello"]))

@@ -83,9 +83,7 @@ def problem(answer: bytes) -> dict[str, Any]:
 
 @pytest.mark.measures
 @pytest.mark.parametrize("path", ["errors", "chunks", "reads"])
-def test_a_tenant_has_the_server_work_for_it_hardly_more_than_it_may_itself(
-    served: Served, path: str
-) -> None:
+def test_a_tenant_costs_the_server_little_more_cpu_than_its_own_quota(served: Served, path: str) -> None:
     """It may use 5 % of a CPU. Texts and chunks of one byte once had the worker burn most of one."""
     pid = worker(served)
     with served.connect() as connection:
@@ -104,7 +102,7 @@ def test_a_tenant_has_the_server_work_for_it_hardly_more_than_it_may_itself(
     assert b"ok" in ask(served, request("ok", "other.example"))
 
 
-def test_a_flood_of_nothing_is_the_end_of_it(served: Served) -> None:
+def test_a_flood_of_empty_frames_kills_the_executor(served: Served) -> None:
     assert problem(ask(served, request("empty", "flood.example")))["status"] == 503
     assert b"ok" in ask(served, request("ok", "flood.example"))
 

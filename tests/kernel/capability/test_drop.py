@@ -46,7 +46,7 @@ def test_nothing_is_left(in_child: Any) -> None:
 
 
 @pytest.mark.parametrize("ambient", [False, True])
-def test_what_is_kept(in_child: Any, ambient: bool) -> None:
+def test_kept_capabilities_are_held_afterwards(in_child: Any, ambient: bool) -> None:
     def child() -> State:
         return become(TENANT, KEPT, ambient=ambient)
 
@@ -58,7 +58,7 @@ def test_root_without_capabilities(in_child: Any) -> None:
     assert_is(in_child(become, Identity(0, 0)), Identity(0, 0))
 
 
-def test_no_identity(in_child: Any) -> None:
+def test_without_an_identity_the_ids_stay(in_child: Any) -> None:
     def child() -> tuple[State, State]:
         capability.set_groups((5,))
         capability.set_uids(7, 0, 9)
@@ -108,7 +108,7 @@ def walk_back() -> dict[str, str]:
     return answers
 
 
-def test_no_way_back(in_child: Any) -> None:
+def test_dropped_rights_cannot_be_regained(in_child: Any) -> None:
     def child() -> tuple[dict[str, str], State, State]:
         drop(TENANT)
         before = read_state()
@@ -277,7 +277,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("prepare", "arguments", "keywords", "words"), REFUSED, ids=[case[3] for case in REFUSED]
 )
-def test_what_is_refused_changes_nothing(
+def test_a_refused_drop_changes_nothing(
     in_child: Any, prepare: Callable[[], object], arguments: Any, keywords: Any, words: str
 ) -> None:
     def child() -> tuple[str, State, State]:
@@ -290,7 +290,7 @@ def test_what_is_refused_changes_nothing(
 
 
 @pytest.mark.parametrize("ambient", [False, True])
-def test_what_a_command_holds(in_child: Any, ambient: bool) -> None:
+def test_only_ambient_capabilities_survive_execve(in_child: Any, ambient: bool) -> None:
     """Only ambient capabilities survive execve."""
 
     def child() -> bytes:
@@ -302,7 +302,7 @@ def test_what_a_command_holds(in_child: Any, ambient: bool) -> None:
     assert held.uids == Ids.all(TENANT.uid)
 
 
-def test_it_may_bind_and_nothing_more(in_child: Any, tmp_path: Path) -> None:
+def test_a_thread_with_net_bind_service_can_only_bind(in_child: Any, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("of root")
     secret.chmod(0o600)

@@ -58,7 +58,7 @@ def test_the_rule_agrees_with_the_kernel(executions: list[Execution]) -> None:
     assert min(met.values()) >= 10, met
 
 
-def test_which_rule_holds_depends_on_the_kernel(executions: list[Execution]) -> None:
+def test_the_running_kernel_follows_the_rule_of_its_version(executions: list[Execution]) -> None:
     """Some cases differ between the two rules, and all of them follow the rule of the running kernel."""
     older, newer = (6, 16), (6, 17)
     telling = [
@@ -120,7 +120,7 @@ def said(prediction: Prediction, words: str) -> bool:
     return any(words in step.why for step in prediction.steps)
 
 
-def test_what_changes_is_told(executions: list[Execution]) -> None:
+def test_each_change_has_a_step_with_a_reason(executions: list[Execution]) -> None:
     for one in executions:
         prediction = predict(one.before, one.file)
         assert all(step.what and step.why for step in prediction.steps)

@@ -64,7 +64,7 @@ def test_version_3_of_uid_0_is_shown_as_version_2(file: Path) -> None:
     assert read_file_capabilities(str(file)) == FileCapabilities(RAW, RAW, True)
 
 
-def test_where_there_are_none(file: Path) -> None:
+def test_files_without_support_for_capabilities(file: Path) -> None:
     with pytest.raises(KernelError) as caught:
         read_file_capabilities(f"{file}-missing")
     assert caught.value.errno == errno.ENOENT
@@ -121,7 +121,7 @@ def test_a_script(tmp_path: Path, file: Path, line: str) -> None:
 @pytest.mark.parametrize(
     "content", ["", "#", "#!", "#!\n", "#! \n/bin/sh", "#!" + "/x" * 200, "#!/bin/sh-missing\n"]
 )
-def test_what_is_no_script_is_as_execve_says(tmp_path: Path, content: str) -> None:
+def test_invalid_scripts_fail_as_execve_does(tmp_path: Path, content: str) -> None:
     script = tmp_path / "script"
     script.write_text(content)
     script.chmod(0o755)

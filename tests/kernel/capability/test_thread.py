@@ -37,7 +37,7 @@ def test_the_state_is_that_of_the_standard_library() -> None:
     assert state.no_new_privs is False
 
 
-def test_all_that_the_kernel_knows() -> None:
+def test_the_known_capabilities_are_those_of_the_kernel() -> None:
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
     assert len(Capabilities.known()) == last + 1
 
@@ -76,7 +76,7 @@ def test_the_state_of_a_parent(in_child: Any) -> None:
     assert in_child(read_state, os.getpid()) == read_state()._replace(securebits=None)
 
 
-def test_nobody_there() -> None:
+def test_a_missing_thread_has_no_state() -> None:
     with pytest.raises(KernelError, match="no process or thread has the id 4194305") as caught:
         read_state(4194305)
     assert caught.value.errno == errno.ESRCH
@@ -148,7 +148,7 @@ def test_each_is_set_for_the_calling_thread_alone(in_child: Any, name: str) -> N
     assert after == before
 
 
-def test_a_mistake_is_seen_before_the_kernel_is_asked() -> None:
+def test_invalid_ids_are_refused_before_the_system_call() -> None:
     with pytest.raises(CapabilityError, match="-2 is not a uid"):
         capability.set_uids(-2, 0, 0)
     with pytest.raises(CapabilityError, match="4294967296 is not a gid"):

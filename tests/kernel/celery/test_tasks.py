@@ -46,7 +46,7 @@ def session(sessions: Sessions) -> Iterator[Session]:
 
 @pytest.mark.smoke
 @pytest.mark.each_layout
-def test_each_end_has_its_exception(session: Session) -> None:
+def test_each_ending_raises_its_exception(session: Session) -> None:
     processes = session.worker.children()
     assert session.get("where")["confined"]
     error = session.error("hog", MemoryLimitExceeded)

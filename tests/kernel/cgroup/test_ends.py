@@ -100,7 +100,7 @@ def fork_quickly() -> None:
             os._exit(0)
 
 
-def test_a_process_that_is_always_another(group: Cgroup) -> None:
+def test_a_process_that_replaces_itself_by_forks_is_killed(group: Cgroup) -> None:
     with running(group, fork_quickly) as child:
         child.wait()
         time.sleep(0.05)
@@ -185,24 +185,24 @@ def killed_from_inside(group: Cgroup) -> int | None:
     return None
 
 
-def test_nobody_kills_the_cgroup_it_is_in(group: Cgroup) -> None:
+def test_a_process_cannot_kill_its_own_cgroup(group: Cgroup) -> None:
     assert children.in_child(killed_from_inside, group) == errno.EDEADLK
 
 
-def test_the_root_is_not_ours(hierarchy: Hierarchy) -> None:
+def test_the_root_cgroup_cannot_be_killed_or_deleted(hierarchy: Hierarchy) -> None:
     root = hierarchy.cgroup("/")
     for act in (root.kill, root.delete):
         with pytest.raises(KernelError, match="not"):
             act()
 
 
-def test_killing_nobody(group: Cgroup) -> None:
+def test_killing_an_empty_cgroup(group: Cgroup) -> None:
     group.kill()
     group.child("never-made").kill()
     assert group.child("never-made").delete()
 
 
-def test_a_shared_cgroup_in_use_is_a_quiet_no(group: Cgroup) -> None:
+def test_deleting_a_shared_cgroup_in_use_returns_false(group: Cgroup) -> None:
     shared = group.child("shared", shared=True).create()
     begin = time.monotonic()
     with running(shared, sleep_forever):

@@ -98,7 +98,9 @@ def test_memory_limit_and_kill(group: Cgroup, watcher: Watcher, told: Told) -> N
     assert {event.kind for event in told.events} == {"memory_limit", "oom_kill"}
 
 
-def test_limit_above_tells_the_cgroup_that_has_it(group: Cgroup, watcher: Watcher, told: Told) -> None:
+def test_a_limit_hit_is_reported_by_the_cgroup_with_the_limit(
+    group: Cgroup, watcher: Watcher, told: Told
+) -> None:
     """Of two levels only the one whose limit was reached says so; the kill is told at both."""
     group.configure(Resources(memory_max=32 * MIB))
     leaf = group.child("leaf").create()
@@ -245,7 +247,7 @@ def v1_alone(hierarchy: Hierarchy) -> Iterator[Cgroup]:
         group.delete()
 
 
-def test_all_that_can_be_told(group: Cgroup, watcher: Watcher, told: Told) -> None:
+def test_without_kinds_all_available_events_are_reported(group: Cgroup, watcher: Watcher, told: Told) -> None:
     """Without kinds, what this hierarchy lacks is left out."""
     group.configure(Resources(memory_max=32 * MIB, pids_max=4))
     with watcher.add(group, told):
@@ -271,7 +273,7 @@ def test_cgroup_without_controllers(
     watcher.add(bare, told).close()
 
 
-def test_nonsense(group: Cgroup, watcher: Watcher, told: Told) -> None:
+def test_invalid_arguments_are_refused(group: Cgroup, watcher: Watcher, told: Told) -> None:
     with pytest.raises(ValueError, match="unknown kind of event: earthquake"):
         watcher.add(group, told, kinds=("earthquake",))
     with pytest.raises(ValueError, match="more than 0"):

@@ -52,7 +52,7 @@ def test_a_controller_that_is_missing_is_refused(hierarchy: Hierarchy, group: Cg
         group.configure(nowhere)
 
 
-def test_all_limits_are_restored_where_one_cannot_be_written(group: Cgroup) -> None:
+def test_all_limits_are_restored_if_one_cannot_be_written(group: Cgroup) -> None:
     group.configure(Resources(cpu_quota=0.5, files={"cpu.idle": "0"}))
     with pytest.raises(KernelError):
         change_limits(group, Resources(cpu_quota=0.2, files={"cpu.idle": "1", "cpu.no-such-file": "1"}))

@@ -88,7 +88,7 @@ def test_many_deleted_under_it(group: Cgroup) -> None:
     assert descriptors() == before
 
 
-def test_one_thread_for_all(group: Cgroup) -> None:
+def test_one_thread_watches_all_cgroups(group: Cgroup) -> None:
     with Watcher() as watcher:
         for number in range(20):
             watcher.add(group.child(f"n{number}").create(), lambda _: None)

@@ -89,7 +89,7 @@ def test_two_processes_are_held_down_together_and_the_group_goes_with_them() -> 
 
 
 @pytest.mark.smoke
-def test_release_puts_them_back() -> None:
+def test_release_moves_processes_back() -> None:
     with running("sleep", "1000", count=3) as three:
         before = [where(process.pid) for process in three]
         attach(three, "--pids", "50", "--group", "three")
@@ -106,7 +106,7 @@ def test_release_puts_them_back() -> None:
         assert all(process.poll() is None for process in three)
 
 
-def test_each_goes_back_to_where_it_was(tmp_path: Path) -> None:
+def test_each_process_returns_to_its_own_cgroup(tmp_path: Path) -> None:
     """The processes of one group may come from different cgroups."""
     hierarchy = Hierarchy.discover()
     places = [hierarchy.cgroup(f"/rcon-test-{os.getpid()}-{number}").create() for number in range(2)]
@@ -124,7 +124,7 @@ def test_each_goes_back_to_where_it_was(tmp_path: Path) -> None:
             place.delete()
 
 
-def test_children_come_along() -> None:
+def test_children_are_attached_too() -> None:
     script = "sleep 1000 & sh -c 'sleep 1000 & echo up; wait' & wait"
     shell = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True)
     try:
@@ -138,7 +138,7 @@ def test_children_come_along() -> None:
         shell.communicate()
 
 
-def test_what_a_killed_watcher_leaves_is_put_back_and_never_ended() -> None:
+def test_processes_of_a_killed_watcher_are_moved_back_and_not_killed() -> None:
     with running("sleep", "1000") as one:
         before = where(one[0].pid)
         attach(one, "--pids", "50")
@@ -152,7 +152,7 @@ def test_what_a_killed_watcher_leaves_is_put_back_and_never_ended() -> None:
         assert left_by(mine) == []
 
 
-def test_a_watcher_that_is_told_to_end_puts_them_back() -> None:
+def test_a_watcher_moves_processes_back_on_sigterm() -> None:
     with running("sleep", "1000") as one:
         before = where(one[0].pid)
         attach(one)
@@ -162,7 +162,7 @@ def test_a_watcher_that_is_told_to_end_puts_them_back() -> None:
         assert where(one[0].pid) == before
 
 
-def test_memory_they_have_is_said_to_stay() -> None:
+def test_attach_notes_that_existing_memory_is_not_counted() -> None:
     with running("sleep", "1000") as one:
         done = attach(one, "--memory", "64M", "--group", "late")
         assert done.status == 0
@@ -172,7 +172,7 @@ def test_memory_they_have_is_said_to_stay() -> None:
         rcon("attach", "--release", "late")
 
 
-def test_a_taken_process_is_not_taken_again_nor_a_name_twice() -> None:
+def test_neither_a_process_nor_a_name_is_attached_twice() -> None:
     with running("sleep", "1000", count=2) as both:
         attach(both[:1], "--group", "once")
         again = attach(both[:1])
@@ -185,7 +185,7 @@ def test_a_taken_process_is_not_taken_again_nor_a_name_twice() -> None:
         rcon("attach", "--release", "once")
 
 
-def test_all_or_none() -> None:
+def test_attach_takes_all_processes_or_none() -> None:
     with running("sleep", "1000") as one:
         before = where(one[0].pid)
         gone = run("true")[0]
@@ -197,7 +197,7 @@ def test_all_or_none() -> None:
 
 
 @pytest.mark.parametrize("limit", [["--cpus", "4000"], ["--write", "1M", "--device", "999:0"]])
-def test_a_limit_that_cannot_be_takes_nothing(limit: list[str]) -> None:
+def test_a_limit_that_cannot_be_set_attaches_nothing(limit: list[str]) -> None:
     with running("sleep", "1000") as one:
         before = where(one[0].pid)
         done = attach(one, *limit)
@@ -206,7 +206,7 @@ def test_a_limit_that_cannot_be_takes_nothing(limit: list[str]) -> None:
         assert where(one[0].pid) == before
 
 
-def test_where_who_asks_is_killed_meanwhile_nothing_stays_taken() -> None:
+def test_if_rcon_is_killed_during_attach_no_process_stays_attached() -> None:
     def kill_who_asks(cgroup: Cgroup) -> Callable[[], object]:
         os.kill(os.getppid(), signal.SIGKILL)
         until(lambda: os.getppid() != asking, "who asked is gone")
@@ -227,7 +227,7 @@ def test_where_who_asks_is_killed_meanwhile_nothing_stays_taken() -> None:
     assert cgroup.delete()
 
 
-def test_one_that_ends_meanwhile_takes_none_of_the_others() -> None:
+def test_if_a_process_ends_during_attach_the_others_are_not_attached() -> None:
     base = f"/rcon-tests-{os.getpid()}"
     with running("sleep", "1000", count=2) as both:
         before = where(both[0].pid)
@@ -286,14 +286,14 @@ def test_memory_grows_for_as_long_as_they_run() -> None:
         until(lambda: not left_by(mine), "the group goes after its last process")
 
 
-def test_memory_that_grows_has_an_end() -> None:
+def test_memory_expands_up_to_its_bound() -> None:
     with allocating(200) as shell:
         attach([shell], *GROWS, "64M", "--group", "ends")
         assert tell(shell) == b""
         assert shell.wait() == -signal.SIGKILL
 
 
-def test_processes_whose_memory_grows_are_let_go() -> None:
+def test_processes_with_expanding_memory_are_released() -> None:
     with running("sleep", "1000") as one:
         before = where(one[0].pid)
         attach(one, *GROWS, "1G", "--group", "growing")
@@ -313,7 +313,7 @@ def test_processes_whose_memory_grows_are_let_go() -> None:
         (("--memory", "32M", "--expand", "0.5x", "--up-to", "1G"), "--expand"),
     ],
 )
-def test_growth_that_cannot_be_takes_nothing(options: tuple[str, ...], says: str) -> None:
+def test_an_expansion_that_cannot_be_set_attaches_nothing(options: tuple[str, ...], says: str) -> None:
     with running("sleep", "1000") as one:
         before = where(one[0].pid)
         done = attach(one, *options)

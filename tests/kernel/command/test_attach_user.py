@@ -114,7 +114,7 @@ def take_and_let_go(base: Cgroup, enter: Callable[[], None], *options: str) -> N
 @pytest.mark.smoke
 @V1
 @pytest.mark.usefixtures("runtime")
-def test_ones_own_processes_are_taken_and_let_go(given: Cgroup) -> None:
+def test_a_user_attaches_and_releases_own_processes(given: Cgroup) -> None:
     enter = within(given, OTHER_UID)
 
     def take(pid: int) -> list[int]:
@@ -136,12 +136,14 @@ def test_ones_own_processes_are_taken_and_let_go(given: Cgroup) -> None:
 @V1
 @pytest.mark.usefixtures("runtime")
 @pytest.mark.parametrize("place", ["inside", "outside"])
-def test_on_v1_what_root_gave_is_found_from_anywhere(given: Cgroup, place: str) -> None:
+def test_on_v1_a_delegated_cgroup_is_found_from_any_cgroup(given: Cgroup, place: str) -> None:
     take_and_let_go(given, within(given, OTHER_UID) if place == "inside" else outside)
 
 
 @V1
-def test_without_a_place_to_note_where_they_came_from(given: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_runtime_directory_attach_is_refused(
+    given: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a login there is no /run/user/UID. This is the only thing missing."""
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     said = f"/run/user/{OTHER_UID}/rcon"
@@ -159,7 +161,7 @@ def test_without_a_place_to_note_where_they_came_from(given: Cgroup, monkeypatch
 
 @V1
 @pytest.mark.usefixtures("runtime")
-def test_what_root_gave_in_the_hierarchies_of_v1_alone() -> None:
+def test_on_hybrid_a_cgroup_delegated_only_on_v1_is_found() -> None:
     hierarchy = Hierarchy.discover()
     alone = Hierarchy.of([mount for mount in hierarchy.mounts if mount.version == 1])
     with giving("alone", alone) as given:
@@ -172,7 +174,7 @@ def test_what_root_gave_in_the_hierarchies_of_v1_alone() -> None:
 
 @V1
 @pytest.mark.usefixtures("runtime")
-def test_of_several_one_is_named(given: Cgroup) -> None:
+def test_one_of_several_delegated_cgroups_is_named(given: Cgroup) -> None:
     with giving("other") as other, sleeping(outside) as pid:
         for words in (("attach", "--pids", "9", str(pid)), ("run", *QUIET, "--pids", "9", "--", "true")):
             done = rcon(*words, before=outside)
@@ -192,7 +194,7 @@ def test_of_several_one_is_named(given: Cgroup) -> None:
 
 @V1
 @pytest.mark.usefixtures("runtime")
-def test_the_environment_may_name_it(given: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_the_cgroup(given: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
     with giving("other") as other:
         monkeypatch.setenv("RCON_CGROUP", other.path)
         take_and_let_go(other, outside)
@@ -204,7 +206,7 @@ def test_the_environment_may_name_it(given: Cgroup, monkeypatch: pytest.MonkeyPa
         assert f"{given.path}/rcon-" in done.out
 
 
-def test_the_environment_names_nothing_inside_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_ignored_inside_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable applies only outside of a group, so rcon run inside rcon run still works."""
     base = f"/rcon-test-{os.getpid()}-named"
     monkeypatch.setenv("RCON_CGROUP", base)
@@ -218,7 +220,7 @@ def test_the_environment_names_nothing_inside_of_a_group(monkeypatch: pytest.Mon
 
 
 @V1
-def test_where_none_was_given_the_remedy_is_said() -> None:
+def test_without_a_delegated_cgroup_the_remedy_is_printed() -> None:
     with sleeping(outside) as pid:
         before = where(pid)
         done = rcon("attach", "--pids", "9", str(pid), before=outside)
@@ -230,7 +232,7 @@ def test_where_none_was_given_the_remedy_is_said() -> None:
 
 @pytest.mark.layout("v2")
 @pytest.mark.usefixtures("runtime")
-def test_on_v2_what_is_around_the_shell(given: Cgroup) -> None:
+def test_on_v2_the_cgroup_around_the_shell_is_found(given: Cgroup) -> None:
     """As in the printed remedy, the shell is in a cgroup of its own, below the delegated one."""
     server = given.child("server").create()
     server.delegate(OTHER_UID, OTHER_UID)
@@ -238,7 +240,7 @@ def test_on_v2_what_is_around_the_shell(given: Cgroup) -> None:
 
 
 @pytest.mark.parametrize("uid", [0, OTHER_UID + 1], ids=["root", "another"])
-def test_those_of_others_are_not(given: Cgroup, uid: int) -> None:
+def test_processes_of_other_users_are_not_attached(given: Cgroup, uid: int) -> None:
     with sleeping(within(given, uid)) as pid:
         before = where(pid)
         done = rcon("attach", "--pids", "9", str(pid), before=within(given, OTHER_UID))

@@ -39,7 +39,7 @@ def test_the_commands_parse(line: str) -> None:
 
 
 @pytest.mark.smoke
-def test_it_describes_each_option() -> None:
+def test_the_page_describes_each_option() -> None:
     options = {one for command in COMMANDS.values() for parameter in command.params for one in parameter.opts}
     assert [
         one for one in options if one.startswith("-") and f"`{one}" not in PAGE and f" {one} " not in PAGE

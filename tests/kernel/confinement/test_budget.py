@@ -70,7 +70,7 @@ def test_waiting_work_runs_when_memory_is_released() -> None:
     assert in_child(server) == ("ok", True)
 
 
-def test_servers_share_the_budget_and_dead_ones_release_it() -> None:
+def test_servers_share_the_budget_and_release_it_when_they_die() -> None:
     def server() -> list[str]:
         reading, writing = os.pipe()
         other = os.fork()

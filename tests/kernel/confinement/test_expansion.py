@@ -89,7 +89,7 @@ def test_work_above_the_bound_is_killed(group: Cgroup, watcher: Watcher) -> None
     assert (reading.memory_peak or 0) <= 160 * MIB
 
 
-def test_it_grows_by_one_step_at_a_time(group: Cgroup, watcher: Watcher) -> None:
+def test_the_limit_grows_by_one_step_at_a_time(group: Cgroup, watcher: Watcher) -> None:
     limits: list[int] = []
     expansion = expand(
         group,
@@ -239,7 +239,7 @@ def test_the_cgroup_is_deleted(group: Cgroup, watcher: Watcher) -> None:
     assert not expansion.is_current
 
 
-def test_it_is_current_at_the_bound(group: Cgroup, watcher: Watcher) -> None:
+def test_an_expansion_at_its_bound_is_current(group: Cgroup, watcher: Watcher) -> None:
     expansion = expand(group, memory("32M", "100x", "400M"), watcher=watcher)
     with running(group, in_steps, [60 * MIB], 0.5) as child:
         child.result()

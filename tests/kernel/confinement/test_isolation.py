@@ -99,7 +99,7 @@ def test_a_policy_that_needs_processes_needs_a_service() -> None:
         manager.start()
 
 
-def test_each_start_has_a_cgroup_tree_of_its_own() -> None:
+def test_each_start_has_its_own_cgroup_tree() -> None:
     manager = Manager(settings(pids=100), server=ALONE)
     first = manager.start()
     try:

@@ -41,7 +41,7 @@ def test_a_spare_waits_before_the_request_ends_and_serves_the_next() -> None:
         assert soon(lambda: not alive(successor), PATIENCE)
 
 
-def test_so_does_that_of_one_at_its_last_work() -> None:
+def test_a_spare_waits_before_the_last_use_of_an_executor_ends() -> None:
     with managing({**FRESH, "max_uses": 3}) as manager:
         pids = [ask(manager, "pid")[0] for _ in range(2)]
         assert supervisor_has_done_its_jobs(manager)
@@ -54,7 +54,7 @@ def test_so_does_that_of_one_at_its_last_work() -> None:
 
 
 @pytest.mark.parametrize("together", [{"pids": 8}, {"memory": "512M"}, {"rlimits": {"nproc": 100}}])
-def test_no_spare_takes_pids_or_memory_that_the_request_may_need(together: dict[str, Any]) -> None:
+def test_spares_leave_pids_and_memory_to_the_running_request(together: dict[str, Any]) -> None:
     with managing({**FRESH, **together}) as manager:
         first = begin(manager, "sleep", 0.1)
         assert supervisor_has_done_its_jobs(manager)
@@ -75,7 +75,7 @@ def test_a_spare_does_not_count_as_a_request() -> None:
 
 
 @pytest.mark.each_layout
-def test_one_makes_room_for_another_confinement() -> None:
+def test_a_spare_is_ended_for_another_confinement() -> None:
     with managing({**FRESH, "per": "host"}, settings={"processes": 2}) as manager:
         first = begin(manager, "sleep", 0.1, host="a")
         assert soon(lambda: len(others(manager, first)) == 1, PATIENCE)

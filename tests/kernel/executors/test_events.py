@@ -43,7 +43,7 @@ def test_nothing_is_watched_without_a_plugin_for_events() -> None:
 
 
 @pytest.mark.parametrize("level", ["each", "together"])
-def test_work_that_needs_more_gets_it(level: str) -> None:
+def test_memory_expands_for_work_that_needs_more(level: str) -> None:
     memory = growing("80M", "400M")
     policy = (
         {"each": {"memory": memory}} if level == "each" else {"memory": memory, "each": {"timeout": "100s"}}
@@ -80,14 +80,14 @@ def test_an_executor_whose_limit_grew_serves_no_more() -> None:
         assert ask(manager, "pid")[0] != modest
 
 
-def test_both_levels_at_once() -> None:
+def test_both_levels_expand_at_once() -> None:
     policy = {"memory": growing("90M", "400M"), "each": {"memory": growing("60M", "400M")}}
     with managing(policy) as manager:
         works = [begin(manager, "allocate_and_hold", 100, 0.5) for _ in range(2)]
         assert [end(work)[1].ending for work in works] == ["ok", "ok"]
 
 
-def test_the_limit_of_all_goes_back_when_nothing_is_under_way() -> None:
+def test_the_policy_limit_is_reset_when_no_request_runs() -> None:
     listener = Listener()
     with managing({"memory": growing("80M", "400M"), "max_uses": 1}, plugins=[listener]) as manager:
         for _ in range(2):

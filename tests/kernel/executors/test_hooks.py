@@ -48,7 +48,7 @@ def test_a_policy_that_a_plugin_selects_has_to_exist() -> None:
 
 
 @pytest.mark.each_layout
-def test_rcon_resources_adds_limits_of_its_own() -> None:
+def test_rcon_resources_adds_limits() -> None:
     class Weighty:
         @hookimpl
         def rcon_resources(self, limits: Limits, policy: Policy) -> Resources | None:
@@ -170,7 +170,7 @@ def test_every_refusal_and_limit_hit_is_one_line_of_json(caplog: pytest.LogCaptu
         (type("Greedy", (), {"rcon_drop": hookimpl(lambda self, tip: None)})(), "tip"),
     ],
 )
-def test_a_plugin_that_does_not_fit_is_refused(plugin: object, message: str) -> None:
+def test_a_plugin_with_a_wrong_hook_is_refused(plugin: object, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         make_plugin_manager(Settings(), [plugin])
 

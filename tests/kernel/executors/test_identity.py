@@ -60,7 +60,7 @@ def of_the_server(manager: RunningManager) -> dict[str, int]:
 
 
 @pytest.mark.smoke
-def test_it_is_who_the_policy_says_and_holds_nothing() -> None:
+def test_the_executor_has_the_user_of_the_policy_and_no_capabilities() -> None:
     with managing(POLICY) as manager:
         state, outcome = ask(manager, "state")
     assert outcome.ending == "ok"
@@ -73,7 +73,7 @@ def test_it_is_who_the_policy_says_and_holds_nothing() -> None:
     }
 
 
-def test_the_server_stays_who_it_is() -> None:
+def test_the_server_keeps_its_identity() -> None:
     before = status(Path("/proc/self/status"))
     with managing(POLICY) as manager:
         ask(manager, "state")
@@ -82,14 +82,14 @@ def test_the_server_stays_who_it_is() -> None:
     assert server == before
 
 
-def test_every_way_back_fails(setuid_root: str) -> None:
+def test_every_attempt_to_regain_rights_fails(setuid_root: str) -> None:
     with managing(POLICY) as manager:
         found, _ = ask(manager, "ways_back", OTHER, setuid_root, of_the_server(manager))
     assert len(found) > 60
     assert {name: said for name, said in found.items() if said not in ("EPERM", "EACCES")} == {}
 
 
-def test_every_way_back_fails_without_no_new_privs_too(setuid_root: str) -> None:
+def test_every_attempt_to_regain_rights_fails_without_no_new_privs(setuid_root: str) -> None:
     """But for the setuid-root program, which becomes root, and holds nothing: the bounding set is empty."""
     with managing({**POLICY, "no_new_privs": False}) as manager:
         found, _ = ask(manager, "ways_back", OTHER, setuid_root, of_the_server(manager))
@@ -110,7 +110,7 @@ def test_with_the_servers_user_it_can_neither_loosen_its_limits_nor_reach_the_se
     assert set(signals.values()) == ({"EPERM"} if landlock.abi() >= 6 else {"WORKED"})
 
 
-def test_it_holds_no_descriptor_of_the_server() -> None:
+def test_the_executor_has_no_descriptor_of_the_server() -> None:
     with managing(POLICY) as manager:
         open_ones, _ = ask(manager, "open_descriptors")
     assert open_ones.pop("0") == "/dev/null"
@@ -124,7 +124,7 @@ def test_it_holds_no_descriptor_of_the_server() -> None:
     assert not [what for what in open_ones.values() if what.startswith(("pipe:", "anon_inode:"))]
 
 
-def test_it_leads_a_session_and_dies_with_its_parent() -> None:
+def test_the_executor_leads_a_session_and_dies_with_its_parent() -> None:
     with managing(POLICY) as manager:
         (pid, session), _ = ask(manager, "session")
         assert session == pid
@@ -136,7 +136,7 @@ def test_it_leads_a_session_and_dies_with_its_parent() -> None:
         assert soon(lambda: not alive(pid))
 
 
-def test_what_is_kept_is_kept_and_no_more(setuid_root: str) -> None:
+def test_the_executor_keeps_only_the_capabilities_of_the_policy(setuid_root: str) -> None:
     with managing({**POLICY, "capabilities": ["net_bind_service"]}) as manager:
         state, _ = ask(manager, "state")
         found, _ = ask(manager, "ways_back", OTHER, setuid_root, of_the_server(manager))
@@ -236,7 +236,7 @@ def manager_cgroups(manager: RunningManager) -> list[str]:
     return [f"work/{name}" for name in instance.work.children()]
 
 
-def test_a_library_that_starts_threads_in_a_fork_hook_is_refused_since_they_would_not_have_dropped() -> None:
+def test_threads_started_in_a_fork_hook_are_refused() -> None:
     def program() -> str:
         os.register_at_fork(
             after_in_child=lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()

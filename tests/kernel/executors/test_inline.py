@@ -148,7 +148,7 @@ def test_cpu_quota_above_one_cpu() -> None:
     judge(lambda: {1.5: in_child(program) / 100})
 
 
-def test_what_a_thread_cannot_carry_is_refused() -> None:
+def test_policies_that_need_a_process_are_refused() -> None:
     with pytest.raises(SettingsError, match="process"):
         confine(memory="64M")
     with pytest.raises(SettingsError, match="per"):

@@ -97,7 +97,7 @@ def test_a_process_that_comes_back_late_serves_again(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.each_layout
-def test_one_slow_death_delays_no_other_deadline() -> None:
+def test_an_executor_that_dies_slowly_delays_no_other_deadline() -> None:
     # Slow to die by its quota, and not too slow to be born under it: to drop takes milliseconds of CPU time, which an
     # emulated machine makes many.
     slow = {"cpu": "5%", "pids": 400, "each": {"timeout": "6s"}}
@@ -247,7 +247,7 @@ def test_executors_hold_no_means_of_waking_the_server() -> None:
 
 
 @pytest.mark.each_layout
-def test_a_changed_policy_has_a_cgroup_of_its_own_and_the_same_slots() -> None:
+def test_a_changed_policy_has_a_new_cgroup_and_the_same_slots() -> None:
     def settings(memory: str) -> Settings:
         return from_mapping(
             {"policy": {"p": {"concurrency": 1, "memory": memory}}, "route": [{"policy": "p"}]}

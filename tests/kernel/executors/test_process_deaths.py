@@ -179,7 +179,7 @@ def test_no_key_names_a_cgroup_outside(key: str) -> None:
         assert admission.key == key
 
 
-def test_what_cannot_be_dropped_does_not_run() -> None:
+def test_a_process_whose_privileges_cannot_be_dropped_runs_nothing() -> None:
     class Stubborn:
         @hookimpl
         def rcon_drop(self, target: str) -> None:

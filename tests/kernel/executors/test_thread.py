@@ -142,7 +142,7 @@ def test_eight_tenants_at_once_under_eight_users() -> None:
     assert unchanged
 
 
-def test_all_system_call_ways_back_fail() -> None:
+def test_no_system_call_regains_privileges() -> None:
     found = managed(POLICY, lambda manager: run(manager, lambda: ways_back.by_identity(others=OTHER)))
     assert len(found) > 30
     assert {name: said for name, said in found.items() if said not in ("EPERM", "EACCES")} == {}
@@ -167,7 +167,7 @@ def test_a_thread_is_used_again_and_only_for_its_own_identity() -> None:
     assert len({a, b, own}) == 3
 
 
-def test_no_more_threads_than_there_may_be_and_the_longest_unused_goes_first() -> None:
+def test_the_number_of_threads_is_bounded_and_the_least_recently_used_ends() -> None:
     def program(manager: RunningManager) -> tuple[list[bool], int, str]:
         first = run(manager, threading.get_native_id, host="a")
         run(manager, threading.get_native_id, host="b")
@@ -408,7 +408,7 @@ def test_only_a_call_that_was_left_is_logged_as_one() -> None:
 
 
 @pytest.mark.each_layout
-def test_a_server_that_closed_over_a_busy_thread_leaves_nothing_that_the_next_start_does_not_remove() -> None:
+def test_the_next_start_removes_the_tree_of_a_server_closed_with_a_busy_thread() -> None:
     policy = {**POLICY, "pids": 50}
 
     def closes() -> str:
@@ -479,7 +479,7 @@ def test_working_directory_and_umask_are_the_threads_own() -> None:
     assert umask != 0o077
 
 
-def test_what_it_starts_is_the_tenants_too() -> None:
+def test_a_command_started_by_the_thread_runs_as_the_tenant() -> None:
     def program(manager: RunningManager) -> str:
         said = run(manager, lambda: subprocess.run(["id", "-u"], capture_output=True, text=True, check=True))
         return str(said.stdout.strip())
@@ -501,7 +501,7 @@ def test_a_server_that_may_not_become_others_is_refused_at_start() -> None:
     assert "cap_setuid" in in_child(program)
 
 
-def test_what_a_thread_cannot_carry_is_refused() -> None:
+def test_keys_that_a_thread_cannot_enforce_are_refused() -> None:
     for key, value in (("memory", "64M"), ("each", {"timeout": "1s"}), ("rlimits", {"nofile": 10})):
         with pytest.raises(SettingsError, match=key):
             from_mapping({"policy": {"p": {**POLICY, key: value}}})

@@ -125,7 +125,7 @@ def test_rcon_event_reports_the_cpu_quota_and_pids(isolation: str) -> None:
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
-def test_what_it_answers_is_applied_at_once(isolation: str) -> None:
+def test_limits_that_a_plugin_returns_are_applied_immediately(isolation: str) -> None:
     listener = Listener(pids_limit=Limits(pids=64))
 
     def program(manager: RunningManager) -> Any:
@@ -170,7 +170,7 @@ def test_nothing_is_watched_without_a_plugin_for_events(isolation: str) -> None:
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
-def test_what_is_no_longer_kept_is_no_longer_watched(isolation: str) -> None:
+def test_confinements_that_are_not_kept_are_not_watched(isolation: str) -> None:
     def program(manager: RunningManager) -> Any:
         for number in range(9):
             run(manager, lambda: None, f"{number}.example")

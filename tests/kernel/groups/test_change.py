@@ -262,7 +262,7 @@ def test_groups_of_threads_have_what_their_server_gave_them(
         threaded.delete()
 
 
-def test_all_or_nothing(command: Cgroup) -> None:
+def test_all_limits_are_changed_or_none(command: Cgroup) -> None:
     """Also where the kernel refuses one that came late."""
     before = read_limits(command)
     with pytest.raises(KernelError):
@@ -286,7 +286,7 @@ def test_freeze_and_thaw(
         eventually(lambda: (command.read().cpu_seconds or 0) > (used or 0))
 
 
-def test_kill_takes_all_and_says_which(
+def test_kill_kills_all_processes_and_lists_them(
     command: Cgroup, instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with running(instance.executor_cgroup(f"{own}-command", "main"), _family) as child:

@@ -34,7 +34,7 @@ def found_in(base: Cgroup) -> dict[str, Group]:
 
 
 @pytest.mark.smoke
-def test_groups_of_each_kind_and_nested_ones(
+def test_groups_of_each_kind_and_nested_groups_are_found(
     hierarchy: Hierarchy, base: Cgroup, instance: Instance, own: str
 ) -> None:
     instance.policy_cgroup(f"{own}~a.example").create()
@@ -185,7 +185,7 @@ def test_memory_high_is_read_back(instance: Instance, own: str) -> None:
     assert (after.memory_high, after.memory_max, after.oom_group) == (32 * MIB, 64 * MIB, True)
 
 
-def test_a_group_that_went_meanwhile(instance: Instance, own: str) -> None:
+def test_a_group_that_was_removed_is_reported_as_gone(instance: Instance, own: str) -> None:
     cgroup = instance.policy_cgroup(f"{own}-a").create()
     group = find_group(f"{own}-a")
     cgroup.delete()
@@ -198,7 +198,7 @@ def test_a_group_that_went_meanwhile(instance: Instance, own: str) -> None:
         find_group(f"{own}-a")
 
 
-def test_a_dead_owner_is_told(hierarchy: Hierarchy, base: Cgroup, own: str) -> None:
+def test_a_dead_owner_is_recognised(hierarchy: Hierarchy, base: Cgroup, own: str) -> None:
     """And of a number that another process has now, nothing is said."""
     for name in (f"rcon-{os.getpid()}-1", "rcon-4194303-1"):
         hierarchy.cgroup(f"{base.path}/{name}/work/{own}").create()

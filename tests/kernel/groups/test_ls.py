@@ -55,7 +55,7 @@ def test_as_json(instance: Instance, own: str, capsys: pytest.CaptureFixture[str
     assert (row["processes"], row["frozen"], row["usage"]["oom_kills"]) == (0, False, 0)
 
 
-def test_a_frozen_one_is_marked(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_frozen_group_is_marked(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
     leaf = instance.executor_cgroup(f"{own}-a", "1").create()
     with running(leaf, sleep_forever):
         together = instance.policy_cgroup(f"{own}-a")
@@ -69,7 +69,7 @@ def test_a_frozen_one_is_marked(instance: Instance, own: str, capsys: pytest.Cap
             together.thaw()
 
 
-def test_names_that_two_have(
+def test_names_shared_by_two_groups(
     hierarchy: Hierarchy, base: Cgroup, instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     second = Instance.create(hierarchy, base=base.path)
@@ -87,7 +87,9 @@ def test_names_that_two_have(
         assert second.close()
 
 
-def test_all_about_one(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stat_shows_one_group_in_full(
+    instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     together = instance.policy_cgroup(f"{own}~a.example").create()
     together.configure(Resources(cpu_quota=0.5, memory_max=64 * MIB, pids_max=8))
     with running(instance.executor_cgroup(f"{own}~a.example", "1").create(), _touch_and_wait) as child:

@@ -133,7 +133,7 @@ def test_interrupted(group: Cgroup, own: str, watching: Watch) -> None:
         assert it.ended() == (130, "", "")
 
 
-def test_what_cannot_be_told_of_a_group_is_refused(
+def test_events_that_a_group_cannot_report_are_refused(
     instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     threaded = instance.threaded(f"{own}-t").create(threaded=True, controllers=frozenset({"cpu"}))

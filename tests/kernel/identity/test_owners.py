@@ -58,7 +58,7 @@ def test_each_host_is_its_owner(sites: Path) -> None:
     assert resolve(policy, {"host": "berta"}) == Identity(BERTA, STAFF, ())
 
 
-def test_the_owner_is_looked_up_anew_for_each_work(sites: Path) -> None:
+def test_the_owner_is_looked_up_for_each_request(sites: Path) -> None:
     policy = Policy.make("p", user=f"owner:{sites}/{{host}}")
     resolve(policy, {"host": "anna"})
     os.chown(sites / "anna", BERTA, STAFF + 1)
@@ -102,7 +102,7 @@ def test_an_owner_below_the_minimum_is_refused(sites: Path, uid: int, gid: int, 
     assert identity.uid == uid
 
 
-def test_a_static_path_whose_owner_is_refused_is_told_at_the_start(sites: Path) -> None:
+def test_a_forbidden_owner_of_a_static_path_is_refused_at_the_start(sites: Path) -> None:
     os.chown(sites / "anna", 99, STAFF)
     with pytest.raises(SettingsError, match=r"^policy\.p\.user: the owner of .* uid 99, .* min_uid = 99\)"):
         check(Policy.make("p", user=f"owner:{sites}/anna"))
@@ -204,7 +204,7 @@ def test_a_link_with_two_names_is_not_followed(sites: Path, uid: int) -> None:
         resolve(Policy.make("p", user=f"owner:{sites}/{{host}}/link/app"), {"host": "shared"})
 
 
-def test_links_of_ones_own_where_a_group_may_write(sites: Path) -> None:
+def test_links_of_the_tenant_in_directories_that_a_group_may_write(sites: Path) -> None:
     """A deployment makes such links. A member of the group can move one only within the tenant's own directory."""
     for directory in (sites, sites / "anna"):
         directory.chmod(0o2775)
@@ -231,7 +231,7 @@ def with_sites(sites: Path, keys: dict[str, Any]) -> Policy:
 
 
 @pytest.mark.parametrize("keys", KEYS)
-def test_a_hard_link_to_a_neighbours_file_says_nothing(
+def test_a_hard_link_to_a_neighbours_file_is_refused(
     sites: Path, in_child: Callable[..., Any], keys: dict[str, Any]
 ) -> None:
     """The kernel lets a user make a hard link to any file that it may write to, even with protected_hardlinks."""
@@ -254,7 +254,7 @@ def test_a_hard_link_to_a_neighbours_file_says_nothing(
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o702])
 @pytest.mark.parametrize("directory", [True, False])
-def test_what_everybody_may_write_to_is_nobodys(
+def test_a_path_that_every_user_can_write_is_refused(
     sites: Path, keys: dict[str, Any], mode: int, directory: bool
 ) -> None:
     found = sites / "anna/app/file"
@@ -270,7 +270,7 @@ def test_what_everybody_may_write_to_is_nobodys(
         resolve(policy, {"host": "anna"})
 
 
-def test_what_is_wrong_with_a_static_path_is_told_at_the_start(sites: Path) -> None:
+def test_a_static_path_that_every_user_can_write_is_refused_at_the_start(sites: Path) -> None:
     (sites / "anna").chmod(0o777)
     with pytest.raises(SettingsError, match=r"^policy\.p\.user: every user can write to"):
         check(Policy.make("p", user=f"owner:{sites}/anna"))
@@ -313,7 +313,7 @@ def test_a_group_that_is_not_known_here(sites: Path, keys: dict[str, Any], key: 
     assert resolve(allowed, {"host": "anna"}) == Identity(ANNA, 65534)
 
 
-def test_whom_a_user_namespace_does_not_map_nobody_is(sites: Path) -> None:
+def test_an_owner_outside_the_user_namespace_is_refused(sites: Path) -> None:
     code = (
         "import sys; from rcon_plugins.errors import IdentityRefused\n"
         "from rcon_plugins.identity.resolution import resolve\n"
@@ -441,7 +441,7 @@ def test_groups_are_those_of_the_group_database(tmp_path: Path, sites: Path) -> 
     ]
 
 
-def test_a_user_who_is_removed_is_missed_when_the_answer_is_old(tmp_path: Path) -> None:
+def test_a_removed_user_is_noticed_when_the_cache_expires(tmp_path: Path) -> None:
     printed = with_databases(
         tmp_path,
         PASSWD,

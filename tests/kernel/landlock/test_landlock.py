@@ -168,7 +168,7 @@ def refuse_system_call(number: int) -> None:
 
 
 @pytest.mark.parametrize("root", [True, False])
-def test_nothing_can_be_changed_below_a_forbidden_path_and_everything_beside_it(
+def test_only_files_below_a_forbidden_path_cannot_be_changed(
     folders: Path, root: bool, in_child: Any
 ) -> None:
     def tried() -> tuple[dict[str, str], dict[str, str], str]:
@@ -381,7 +381,7 @@ def test_a_wall_made_ahead_is_for_one_process_after_the_other(folders: Path, in_
         wall.close()
 
 
-def test_a_wall_is_out_of_date_where_there_are_other_names_beside_the_paths(folders: Path) -> None:
+def test_a_wall_is_outdated_when_names_beside_its_paths_change(folders: Path) -> None:
     wall = landlock.Wall([str(folders / "shut")])
     try:
         write(folders / "free/new")

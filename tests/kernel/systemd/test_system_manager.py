@@ -96,7 +96,7 @@ def test_its_limits_hold() -> None:
     assert done.report["outcome"] == "memory"
 
 
-def test_what_a_killed_rcon_left_in_its_scope_is_cleared(tmp_path: Path) -> None:
+def test_cgroups_of_a_killed_rcon_in_its_scope_are_removed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = "sh -c 'echo $$; cat /proc/self/cgroup; exec sleep 1000' & wait"
     pid = os.fork()
@@ -112,7 +112,7 @@ def test_what_a_killed_rcon_left_in_its_scope_is_cleared(tmp_path: Path) -> None
     until(lambda: gone(scope), "the scope goes with it")
 
 
-def test_what_is_attached_is_put_back_into_its_own_unit() -> None:
+def test_an_attached_process_is_moved_back_into_its_unit() -> None:
     with running(None, sleep_forever) as child:
         where = Path(f"/proc/{child.pid}/cgroup")
         before = where.read_text()
@@ -239,7 +239,7 @@ def test_a_service_to_which_its_cgroup_is_left(user: str) -> None:
     assert re.fullmatch(r"0::/system\.slice/run-\w+\.service/rcon-\d+-\d+/work/cat-\d+/main\n", done.stdout)
 
 
-def test_a_service_without_is_told_the_line_that_it_lacks() -> None:
+def test_the_error_names_the_delegate_line_that_a_service_lacks() -> None:
     # This user has no manager of its own. The other user has one while it is logged in.
     done = as_service(str(BIN / "rcon"), "run", "--memory", "64M", "--", "true", User="daemon")
     assert done.returncode == 125
@@ -255,7 +255,7 @@ def test_a_service_of_roots_without_stays_in_its_slice() -> None:
     assert re.fullmatch(r"0::/held\.slice/rcon-\S+\.scope/rcon-\d+-\d+/work/cat-\d+/main\n", done.stdout)
 
 
-def test_a_service_of_roots_does_not_get_out_of_its_own_limits() -> None:
+def test_a_root_service_does_not_escape_its_own_limits() -> None:
     done = as_service(str(BIN / "rcon"), "run", "--memory", "64M", "--", "true", MemoryMax="500M")
     assert done.returncode == 125
     assert "has limits, and a cgroup outside of the unit would escape them" in done.stderr

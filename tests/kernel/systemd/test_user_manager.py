@@ -247,7 +247,7 @@ def test_a_command(manager: Path) -> None:
     )
 
 
-def test_what_the_manager_may_not_take_is_refused(manager: Path) -> None:
+def test_a_scope_that_the_manager_may_not_fill_is_refused(manager: Path) -> None:
     """Only pid 1 could move a process from outside into the manager's tree, and pid 1 is not systemd here."""
     session = SLICE / "session-1.scope"
     session.mkdir()

@@ -32,7 +32,7 @@ def delegation_error(act: Callable[[], object]) -> tuple[int | None, str]:
 
 
 @pytest.mark.smoke
-def test_roots_own_base_comes_and_goes() -> None:
+def test_the_base_of_root_is_made_and_removed() -> None:
     instance = Instance.create(Hierarchy.discover())
     assert instance.base == "/rcon"
     assert not instance.needs_adoption
@@ -153,7 +153,7 @@ def _second_of_an_adopted(group: Cgroup) -> tuple[str, str]:
     return first.base, second.base
 
 
-def test_a_server_in_the_tree_of_another_is_beside_it(group: Cgroup) -> None:
+def test_a_server_in_the_tree_of_another_uses_the_same_base(group: Cgroup) -> None:
     own = group.child("unit").create()
     assert children.in_child(_second_of_an_adopted, own) == (own.path, own.path)
     assert own.children() == []

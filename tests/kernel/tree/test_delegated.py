@@ -80,9 +80,7 @@ def test_the_printed_remedy_is_enough(group: Cgroup, deeper: str) -> None:
 
 
 @pytest.mark.smoke
-def test_what_root_gave_to_a_user_stays_when_root_has_used_it(
-    group: Cgroup, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_root_keeps_a_base_that_it_gave_to_a_user(group: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
     """The printed remedy names root's own base. Root removes that after its last use, but not if a user owns it."""
     path = f"{group.path}/base"
     monkeypatch.setattr(tree_base, "ROOT_BASE", path)
@@ -152,7 +150,7 @@ def test_threads_of_an_ordinary_user_come_back_on_v1(group: Cgroup) -> None:
 
 
 @pytest.mark.layout("v2")
-def test_without_the_setting_what_is_around_the_shells(group: Cgroup) -> None:
+def test_without_a_setting_the_cgroup_around_the_shell_is_the_base(group: Cgroup) -> None:
     path = f"{group.path}/given"
 
     def act() -> list[str]:
@@ -166,7 +164,7 @@ def test_without_the_setting_what_is_around_the_shells(group: Cgroup) -> None:
     assert children.in_child(act) == [path, path]
 
 
-def test_what_root_did_not_give_is_not_taken(group: Cgroup) -> None:
+def test_a_directory_of_root_is_not_used_as_a_base(group: Cgroup) -> None:
     """A directory of root that contains the user's directory does not belong to the user."""
     own = group.child("around").child("server").create()
     own.delegate(NOBODY, NOBODY)
@@ -210,7 +208,7 @@ def test_a_unit_with_a_subgroup_for_its_processes(group: Cgroup, mark: str) -> N
     assert unit.children() == ["main"]
 
 
-def test_asking_comes_after_what_was_given_and_before_roots_own(group: Cgroup) -> None:
+def test_a_scope_comes_after_a_delegated_cgroup_and_before_the_base_of_root(group: Cgroup) -> None:
     asked: list[str] = []
 
     def ask() -> None:
@@ -239,7 +237,7 @@ def test_asking_comes_after_what_was_given_and_before_roots_own(group: Cgroup) -
     assert ("nobody home" in message) == (layout() == "v2")
 
 
-def test_in_a_group_with_limits_nobody_is_asked(group: Cgroup) -> None:
+def test_in_a_group_with_limits_systemd_is_not_asked(group: Cgroup) -> None:
     """A scope of systemd would be outside of the group."""
     main = group.child("rcon-1-1").child("work").child("g").child("main").create()
 

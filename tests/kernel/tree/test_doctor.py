@@ -87,7 +87,7 @@ def read_only(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return doctor(capsys)
 
 
-def test_where_the_tree_is_read_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_read_only_tree(capsys: pytest.CaptureFixture[str]) -> None:
     status, out = children.in_child(read_only, capsys)
     assert status == 1
     assert "  NO  cgroup: " in out
@@ -112,20 +112,20 @@ def in_a_container(group: Cgroup, capsys: pytest.CaptureFixture[str], beside: bo
 
 
 @pytest.mark.layout("v2")
-def test_in_a_container_of_its_own(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_container_as_its_only_process(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = children.in_child(in_a_container, group.child("c").create(), capsys, False)
     assert status == 0, out
     assert out.endswith("every limit can be set here, below the cgroup /\n")
 
 
 @pytest.mark.layout("v2")
-def test_in_a_container_beside_a_shell(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_container_with_a_shell(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = children.in_child(in_a_container, group.child("c").create(), capsys, True)
     assert status == 1
     assert "make the server the only process of the container" in out
 
 
-def test_a_user_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_user_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(["doctor", "--user", "no-such-user"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -133,7 +133,7 @@ def test_a_user_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("by", ["option", "environment"])
-def test_a_cgroup_that_is_named(
+def test_doctor_uses_the_named_cgroup(
     group: Cgroup, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     options = ["--cgroup", group.path]

@@ -48,7 +48,7 @@ def gc(group: Cgroup, capsys: pytest.CaptureFixture[str], *options: str) -> tupl
 
 
 @pytest.mark.smoke
-def test_first_said_then_done(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_and_changes_nothing(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     path, pid = children.in_child(leave, f"{group.path}/some/where")
     owner = path.rpartition("/")[2].split("-")[1]
     status, out = gc(group, capsys, "--dry-run")
@@ -90,7 +90,7 @@ def test_a_servers_own_processes_are_left_alone(group: Cgroup, capsys: pytest.Ca
     assert gc(group, capsys) == (0, f"{path}: removed\n")
 
 
-def test_what_is_in_the_work_of_the_dead_goes_with_it(
+def test_trees_inside_the_tree_of_a_dead_server_are_removed_with_it(
     group: Cgroup, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def outer() -> tuple[str, str]:
@@ -105,7 +105,9 @@ def test_what_is_in_the_work_of_the_dead_goes_with_it(
     assert not there(path)
 
 
-def test_one_that_is_inside_of_a_living_ones_group(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_tree_inside_a_living_tree_is_removed(
+    group: Cgroup, capsys: pytest.CaptureFixture[str]
+) -> None:
     instance = Instance.create(Hierarchy.discover(), group.path)
     try:
         instance.executor_cgroup("g", "main").create()
@@ -153,7 +155,7 @@ def test_as_json(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
-def test_what_is_not_ours_stays(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trees_of_other_users_stay(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     path, pid = children.in_child(leave, group.path)
 
     def as_nobody() -> tuple[int, str]:
@@ -246,7 +248,7 @@ def test_an_owner_that_cannot_be_seen_lives() -> None:
     assert (seen, lives_on, other) == (False, True, False)
 
 
-def test_a_place_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_path_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(["gc", "--below", "rcon/../.."]) == 2
     out, err = capsys.readouterr()
     assert out == ""

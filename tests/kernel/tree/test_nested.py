@@ -81,7 +81,7 @@ def a_tree_of_its_own() -> tuple[str, set[str]]:
 
 @pytest.mark.parametrize("kind", ["work", "attached"])
 @pytest.mark.parametrize("user", [None, NOBODY])
-def test_inside_of_the_group(outer: Cgroup, kind: str, user: int | None) -> None:
+def test_a_tree_inside_a_group(outer: Cgroup, kind: str, user: int | None) -> None:
     group = outer.child(kind).child("g")
     main = group.child("main").create()
     group.configure(Resources(pids_max=20))
@@ -96,7 +96,7 @@ def test_inside_of_the_group(outer: Cgroup, kind: str, user: int | None) -> None
 
 
 @pytest.mark.smoke
-def test_and_again_inside_of_that(outer: Cgroup) -> None:
+def test_a_tree_inside_a_nested_group(outer: Cgroup) -> None:
     group = outer.child("work").child("g")
 
     def deeper() -> tuple[str, str]:
@@ -137,7 +137,7 @@ def test_in_the_leaf_of_an_executor_inside_of_that(outer: Cgroup) -> None:
     assert all(path.startswith(f"{leaf.path}/rcon-") for path in paths)
 
 
-def test_where_the_command_has_limits_of_its_own_inside_of_those(outer: Cgroup) -> None:
+def test_a_tree_in_a_command_whose_own_cgroup_has_limits(outer: Cgroup) -> None:
     """A policy with `each` sets such limits. A tree beside the command would be outside of them."""
     main = outer.child("work").child("g").child("main").create()
     main.configure(Resources(pids_max=30))
@@ -153,7 +153,7 @@ def test_a_leaf_with_others_in_it_has_no_room(outer: Cgroup) -> None:
     assert "each = ..." in message
 
 
-def test_what_a_thread_started_is_refused(outer: Cgroup) -> None:
+def test_a_tree_in_a_program_started_by_a_thread_is_refused(outer: Cgroup) -> None:
     host = outer.child("host").create()
     threads = host.child("p").create(threaded=True)
 
@@ -207,7 +207,7 @@ def test_io_limits_hold_at_any_depth(group: Cgroup) -> None:
     assert f":pids:{deep.path}\n" in text
 
 
-def test_where_the_own_cgroup_cannot_be_seen_there_is_none(group: Cgroup) -> None:
+def test_a_process_that_cannot_see_its_cgroup_gets_no_tree(group: Cgroup) -> None:
     def in_a_namespace() -> tuple[int | None, str]:
         unshare(CLONE_NEWCGROUP)
         return refusal()

@@ -60,11 +60,11 @@ def select(*plugins: object) -> Callable[..., Any]:
         ([One(), Around()], "around x"),
     ],
 )
-def test_what_plugins_say_is_found(plugins: list[object], found: str | None) -> None:
+def test_the_first_policy_that_a_plugin_selects_counts(plugins: list[object], found: str | None) -> None:
     assert select(*plugins)(work=WORK) == found
 
 
-def test_one_plugin_is_called_without_any_detour() -> None:
+def test_a_single_plugin_is_called_directly() -> None:
     plugin = One()
     assert select(plugin) == plugin.rcon_select_policy
     for plugins in ([Careless()], [Around()], [plugin, Silent()]):

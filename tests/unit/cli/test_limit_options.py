@@ -54,7 +54,7 @@ def test_options_are_the_policy_file() -> None:
     )
 
 
-def test_nothing_said_is_no_limit() -> None:
+def test_no_option_sets_no_limit() -> None:
     assert parsed().asks() == ()
 
 
@@ -101,6 +101,6 @@ def test_junk_is_tried_on_every_option() -> None:
 
 
 @pytest.mark.parametrize("device", ["", "1:x", "nul\0", ":"])
-def test_a_device_that_is_none(device: str) -> None:
+def test_an_invalid_device_is_refused(device: str) -> None:
     with pytest.raises(BadUsage, match=r"^--device: "):
         parsed("--read", "1M", "--device", device)

@@ -250,7 +250,9 @@ pids = 8
     assert lines[-1] == f"{file}: 2 of 3 policies cannot be enforced here"
 
 
-def test_a_note_names_policies_that_are_no_boundary(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_note_names_policies_that_contain_no_untrusted_code(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = write('[policy.web]\npids = 8\n[policy.site]\nuser = "nobdy"')
     run_main(["check", file])
     lines = capsys.readouterr().out.splitlines()

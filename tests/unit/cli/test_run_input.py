@@ -135,7 +135,7 @@ def test_processes_that_cannot_be_attached(words: list[str], capfd: pytest.Captu
 @pytest.mark.parametrize(
     "words", [["no-such-group"], ["a/b"], ["ended"], ["--cpu", "5%", "x"], ["--children", "x"]]
 )
-def test_what_cannot_be_released(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_release_refuses_other_names(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     words = [ended() if word == "ended" else word for word in words]
     assert run_main(["attach", "--release", *words]) == 2
     one_line(capfd)

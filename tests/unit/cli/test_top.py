@@ -167,7 +167,7 @@ def screenful(rows: list[Row], width: int, height: int, first: int = 0) -> list[
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 50), (110, 10), (60, 8), (40, 6), (20, 5), (10, 3)])
-def test_it_fits_the_terminal(size: tuple[int, int]) -> None:
+def test_the_screen_fits_the_terminal(size: tuple[int, int]) -> None:
     width, height = size
     rows = [
         row(f"rcon-123-456/tenant~customer{n}.example", cpu=n, memory=n * MIB, oom_kills=n) for n in range(60)

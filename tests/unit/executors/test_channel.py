@@ -83,7 +83,7 @@ def test_a_frame_cut_short_is_a_closed_channel(ends: tuple[Channel, Channel]) ->
     channel.close()
 
 
-def test_what_was_sent_before_the_end_is_still_read(ends: tuple[Channel, Channel]) -> None:
+def test_frames_sent_before_the_channel_closed_are_read(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     one.send((20, b"last words"))
     one.close()

@@ -92,7 +92,7 @@ def test_jobs_submitted_before_the_end_are_done(pipe: tuple[int, int]) -> None:
     assert done == list(range(100))
 
 
-def test_it_hears_until_there_is_nothing_more_to_hear(pipe: tuple[int, int]) -> None:
+def test_the_supervisor_reads_until_on_readable_returns_false(pipe: tuple[int, int]) -> None:
     heard: list[bytes] = []
     enough = threading.Event()
 

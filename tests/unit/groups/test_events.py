@@ -25,7 +25,7 @@ def told(*numbers: int) -> Events:
     return queue
 
 
-def test_what_happened_is_told_in_its_order() -> None:
+def test_events_are_returned_in_order() -> None:
     queue = told(1, 2, 3)
     queue.close()
     assert [one.count for one in queue] == [1, 2, 3]

@@ -26,7 +26,7 @@ def group(name: str, kind: Kind = "work", instance: str = "rcon-1-10", base: str
     st.one_of(st.none(), st.from_regex(r"[a-z0-9][a-z0-9_-]{0,20}", fullmatch=True), st.text(min_size=1)),
     st.integers(0, 3),
 )
-def test_what_a_name_tells(policy: str, key: str | None, generation: int) -> None:
+def test_policy_and_key_are_read_out_of_a_name(policy: str, key: str | None, generation: int) -> None:
     told = split_name(cgroup_name(policy, key, generation))
     if key is None:
         assert told == (None, None)  # it may be a policy's, or a command's
@@ -86,5 +86,5 @@ def test_unknown_and_ambiguous_names(name: str, says: str) -> None:
     assert str(caught.value) == says
 
 
-def test_gone_is_told_from_refused() -> None:
+def test_is_gone_distinguishes_missing_from_refused() -> None:
     assert [is_gone(KernelError("x", errno=number)) for number in (2, 19, 3, 13)] == [True, True, True, False]

@@ -253,7 +253,7 @@ HOSTILE = st.one_of(
 @example(value="../outside/anna", other="..")
 @example(value="out", other="/out")
 @example(value="\ud800", other="/\udfff")
-def test_whatever_a_client_sends_there_is_an_owner_below_or_a_refusal(
+def test_any_input_gives_an_owner_below_the_directory_or_a_refusal(
     sites: Path, value: str, other: str
 ) -> None:
     for name, target in [("out", "../outside"), ("in", "anna")]:
@@ -273,7 +273,7 @@ def test_whatever_a_client_sends_there_is_an_owner_below_or_a_refusal(
     assert descriptors() == before
 
 
-def test_what_is_wrong_with_the_machine_is_no_fault_of_the_work(sites: Path) -> None:
+def test_errors_of_the_machine_are_not_blamed_on_the_request(sites: Path) -> None:
     gone = sites / "gone"
     owner = policy(f"owner:{gone}/{{host}}")
     with pytest.raises(SettingsError, match=r"^rcon\.toml: policy\.p\.user: .*gone.*No such file") as found:
@@ -314,9 +314,7 @@ WRONG: list[tuple[dict[str, object], str, str]] = [
 
 
 @pytest.mark.parametrize(("keys", "key", "said"), WRONG)
-def test_what_is_wrong_at_the_start_is_told_with_key_and_remedy(
-    keys: dict[str, object], key: str, said: str
-) -> None:
+def test_errors_at_the_start_name_key_and_remedy(keys: dict[str, object], key: str, said: str) -> None:
     with pytest.raises(SettingsError) as refused:
         check(Policy.make("p", **keys))
     assert refused.value.key == f"policy.p.{key}"
@@ -332,7 +330,7 @@ def test_a_directory_that_is_open_to_all_names_no_owner(sites: Path) -> None:
     assert refused.value.hint == "chmod o-w"
 
 
-def test_a_static_account_that_is_gone_later_is_the_machines_fault() -> None:
+def test_a_removed_static_account_is_an_error_of_the_machine() -> None:
     for keys in ({"user": "no.such.user"}, {"user": "nobody", "group": "no.such.group"}, {"user": "root"}):
         with pytest.raises(ConfinementError) as refused:
             resolve(Policy.make("p", **keys), {})
@@ -358,7 +356,7 @@ def test_capabilities_that_are_kept() -> None:
     assert kept_capabilities(everything) == read_state().permitted
 
 
-def test_the_databases_are_asked_seldom_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_databases_are_cached_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     clock = [100.0]
     monkeypatch.setattr("rcon_plugins.identity.userdb.time.monotonic", lambda: clock[0])

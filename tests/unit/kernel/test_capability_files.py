@@ -66,7 +66,7 @@ def test_malformed(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("rootid", [-1, 0xFFFFFFFF])
-def test_what_is_no_rootid(rootid: int) -> None:
+def test_an_invalid_rootid_is_refused(rootid: int) -> None:
     with pytest.raises(ValueError, match="not a uid"):
         encode(FileCapabilities(rootid=rootid))
 

@@ -43,19 +43,19 @@ def test_of_and_parse() -> None:
 
 
 @pytest.mark.parametrize("name", ["cap_", "net_rawx", "64", "-1", "chown net_raw", "cap_cap_chown", "²"])
-def test_what_is_no_capability(name: str) -> None:
+def test_an_invalid_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="not a capability"):
         Capabilities.parse(name)
 
 
 @pytest.mark.parametrize("number", [-1, 64, 1000])
-def test_what_is_no_number(number: int) -> None:
+def test_an_invalid_number_is_refused(number: int) -> None:
     with pytest.raises(ValueError, match="not a capability"):
         Capabilities.of(number)
 
 
 @pytest.mark.parametrize("mask", [-1, 1 << 64])
-def test_what_is_no_mask(mask: int) -> None:
+def test_an_invalid_mask_is_refused(mask: int) -> None:
     with pytest.raises(ValueError, match="no set"):
         Capabilities(mask)
 
@@ -131,7 +131,7 @@ def test_as_libcap(source: str, written: str, masks: tuple[int, int, int]) -> No
         "+p", "-p", "cap_chown=ex", "cap_chown=-", "cap_chown=e+",
     ],
 )  # fmt: skip
-def test_what_libcap_refuses(source: str) -> None:
+def test_text_that_libcap_refuses_is_refused(source: str) -> None:
     with pytest.raises(ValueError, match=r"'.*'"):
         parse_text(source)
 

@@ -187,7 +187,9 @@ DIFFERENT: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize(("kernel", "ambient"), DIFFERENT)
-def test_what_counts_as_a_change_of_ids(kernel: tuple[int, int], ambient: Capabilities) -> None:
+def test_the_kernel_version_decides_what_a_change_of_ids_is(
+    kernel: tuple[int, int], ambient: Capabilities
+) -> None:
     different = AMBIENT._replace(uids=Ids(1000, 5, 5, 5))
     assert after(different, PLAIN, kernel).ambient == ambient
     nnp = after(different._replace(no_new_privs=True), PLAIN, kernel)

@@ -67,7 +67,7 @@ def test_everything_is_read(tmp_path: Path, contents: dict[str, bytes], table: d
     )
 
 
-def test_what_is_not_there_is_none_and_never_zero(tmp_path: Path) -> None:
+def test_a_missing_value_is_none_and_not_zero(tmp_path: Path) -> None:
     write(tmp_path, {"pids.current": b"0\n", "memory.events": b"low 0\nhigh 0\n"})
     with Meter([(str(tmp_path), name, parser) for name, (_, parser) in V2_FILES.items()]) as meter:
         assert meter.read() == Reading(pids_current=0)

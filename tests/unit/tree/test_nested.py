@@ -23,7 +23,7 @@ def test_a_servers_own_processes_have_no_limits(inside: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["work", "attached"])
-def test_in_a_group_of_its_own_the_group(kind: str) -> None:
+def test_in_an_own_group_the_base_is_the_group(kind: str) -> None:
     group = f"{OUTER}/{kind}/backup-12"
     assert location_of(f"{group}/main") == Location(group, group)
 
@@ -31,12 +31,12 @@ def test_in_a_group_of_its_own_the_group(kind: str) -> None:
 @pytest.mark.parametrize(
     "inside", ["work/p/12-1", "work/p~key/12-1", "work/p", "taken/g", "work/g/main/deeper"]
 )
-def test_in_any_other_leaf_the_leaf(inside: str) -> None:
+def test_in_any_other_leaf_the_base_is_the_leaf(inside: str) -> None:
     path = f"{OUTER}/{inside}"
     assert location_of(path) == Location(path, path)
 
 
-def test_what_a_thread_started_has_no_place() -> None:
+def test_a_program_started_by_a_thread_has_no_base() -> None:
     assert location_of(f"{OUTER}/host/p") == Location(None, f"{OUTER}/host/p")
 
 
@@ -71,14 +71,14 @@ def test_a_thread_that_entered_one_hierarchy() -> None:
     assert found == Location(None, f"{OUTER}/host/p")
 
 
-def test_groups_that_are_not_inside_of_each_other_leave_no_place() -> None:
+def test_groups_outside_of_each_other_leave_no_base() -> None:
     found = combine_locations([f"{OUTER}/work/g/main", "/rcon/rcon-20-1/work/h/main"])
     assert found is not None
     assert found.base is None
     assert found.boundary in (f"{OUTER}/work/g", "/rcon/rcon-20-1/work/h")
 
 
-def test_one_inside_of_the_other_is_the_narrower() -> None:
+def test_of_two_nested_groups_the_inner_counts() -> None:
     inner = f"{OUTER}/work/g/rcon-20-1/work/h"
     assert combine_locations([f"{OUTER}/work/g/main", f"{inner}/main"]) == Location(inner, inner)
 

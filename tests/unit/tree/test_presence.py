@@ -17,7 +17,7 @@ def test_this_process_is_here() -> None:
     assert not here.has_gone()
 
 
-def test_one_that_ended_has_gone() -> None:
+def test_a_process_that_ended_has_gone() -> None:
     command = [sys.executable, "-c", TOLD]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

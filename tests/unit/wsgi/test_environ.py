@@ -63,7 +63,7 @@ def test_subclasses_cross_as_what_they_are() -> None:
     assert type(arrived["a"]) is type(arrived["b"][0]) is str
 
 
-def test_what_belongs_to_the_host_is_left_out() -> None:
+def test_values_that_only_the_host_can_use_are_left_out() -> None:
     with socket.socket() as sock:
         original: dict[str, Any] = {
             "kept": "yes",
@@ -82,7 +82,7 @@ def test_what_belongs_to_the_host_is_left_out() -> None:
         assert crossed(original) == {"kept": "yes", "wsgi.run_once": False, "wsgi.url_scheme": "https"}
 
 
-def test_what_contains_itself_is_left_out() -> None:
+def test_a_value_that_contains_itself_is_left_out() -> None:
     circle: list[Any] = []
     circle.append(circle)
     assert crossed({"circle": circle, "kept": "yes"}) == {"kept": "yes"}

@@ -33,7 +33,7 @@ def count(limiter: FrameRateLimiter, number: int = WINDOW_FRAMES) -> float:
     return sum(limiter.count() for _ in range(number))
 
 
-def test_one_small_frame_a_second_for_hours_is_never_held_up(clock: Clock) -> None:
+def test_small_frames_at_a_slow_rate_are_never_delayed(clock: Clock) -> None:
     limiter = FrameRateLimiter()
     for _ in range(20 * WINDOW_FRAMES):
         clock.now += 1
@@ -41,7 +41,7 @@ def test_one_small_frame_a_second_for_hours_is_never_held_up(clock: Clock) -> No
         assert not limiter.is_fast
 
 
-def test_a_hurry_is_over_when_it_is(clock: Clock) -> None:
+def test_limiting_ends_when_the_burst_is_over(clock: Clock) -> None:
     limiter = FrameRateLimiter()
     clock.now += 0.5
     assert count(limiter) == 0

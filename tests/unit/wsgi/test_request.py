@@ -125,7 +125,7 @@ REQUEST = {
         ("", None),
     ],
 )
-def test_what_a_key_may_be_made_of(name: str, value: str | None) -> None:
+def test_attributes_that_can_be_a_key(name: str, value: str | None) -> None:
     attributes = work_of(REQUEST).attributes
     assert attributes.get(name) == value
     if value is None:
