@@ -44,9 +44,9 @@ test-long: root $(VENV)/.test debian ## long CPU windows, 10,000 requests, Celer
 	@$(BIN)/python -m tests.run long $(TIERS)
 
 # Every uid of the tests has to reach the folder and write there.
-coverage: root $(VENV)/.test debian ## line and branch coverage of the tests on this machine, in build/coverage.txt (root; an hour)
+coverage: root $(VENV)/.test debian ## line and branch coverage of the tests on this machine, in build/coverage.txt (root)
 	@RCON_COVERAGE=$$(mktemp -d /var/tmp/rcon-coverage.XXXXXX) && export RCON_COVERAGE && chmod 1777 "$$RCON_COVERAGE" && mkdir -p build && \
-	{ $(BIN)/coverage run --rcfile=tests/coverage.ini -m pytest --reruns 1 tests $(ARGS) || status=$$?; } && \
+	{ $(BIN)/python -m tests.run coverage || status=$$?; } && \
 	$(BIN)/coverage combine --quiet --rcfile=tests/coverage.ini "$$RCON_COVERAGE" && \
 	$(BIN)/coverage report --rcfile=tests/coverage.ini > build/coverage.txt && grep TOTAL build/coverage.txt && \
 	cp "$$RCON_COVERAGE/data" build/coverage.data && rm -rf "$$RCON_COVERAGE" && exit $${status:-0}

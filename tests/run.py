@@ -1,7 +1,7 @@
 """Run the tiers of the suite: in lanes side by side, then, alone, emulated machines and the tier that measures.
 
-`make check`, `make test` and `make test-long` call `python -m tests.run check|test|long [tier ...]`. Each tier is one
-process whose output goes to `build/tests/<tier>.log`.
+`make check`, `make test`, `make test-long` and `make coverage` call `python -m tests.run check|test|long|coverage`.
+Each tier is one process whose output goes to `build/tests/<tier>.log`.
 
 - Tiers of one lane run one after another, in the order of `plans`; the lanes run side by side. None of their tests
   measures CPU time or IO of this machine.
@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,14 +69,15 @@ class Tier:
 
 
 def pytest(name: str, lane: str, *arguments: str, **environment: str) -> Tier:
-    command = (sys.executable, "-m", "pytest", *arguments)
-    return Tier(name, lane, command, environment=environment)
+    return Tier(name, lane, (*PYTHON, "pytest", *arguments), environment=environment)
 
 
-def machine(name: str, lane: str, *arguments: str) -> Tier:
-    return Tier(name, lane, (sys.executable, "-m", *arguments))
+def machine(name: str, lane: str, module: str, *, tests: bool = True) -> Tier:
+    return Tier(name, lane, (*PYTHON, module), tests=tests)
 
 
+PYTHON = (sys.executable, "-m")
+COVERAGE = (*PYTHON, "coverage", "run", "--rcfile=tests/coverage.ini", "-m")
 LINT = Tier("lint", "free", ("make", "--no-print-directory", "lint"), tests=False)
 DOCS = ("make", "--no-print-directory", "docs")
 QUIET = "not measures"
@@ -87,33 +88,48 @@ HOST = ("--reruns", "1")
 def plans() -> dict[str, list[Tier]]:
     """Return the tiers of each target."""
     unit = pytest("unit", "free", "tests/unit")
-    contract = pytest("contract", "host", "tests/contract")
+    integrations = pytest(
+        "integrations", "host", "tests/integrations", f"--ignore={CELERY}", "-m", QUIET, *HOST
+    )
+    kernel = pytest("kernel", "host", "tests/kernel", "-m", QUIET, *HOST)
+    # These tests mostly wait, so three processes run them.
+    celery = pytest("celery", "free", CELERY, "-n", "3", "--dist", "loadfile", *HOST)
+    measures = pytest("measures", ALONE, "tests/integrations", "tests/kernel", "-m", "measures", *HOST)
     return {
         "check": [
             unit,
-            contract,
+            pytest("contract", "host", "tests/contract"),
             pytest("kernel-smoke", "host", "tests/kernel", "-m", "smoke", *HOST),
             Tier("lint", "lint", LINT.command, tests=False),
             Tier("docs", "lint", DOCS, tests=False),
         ],
         "test": [
-            pytest("integrations", "host", "tests/integrations", f"--ignore={CELERY}", "-m", QUIET, *HOST),
-            pytest("kernel", "host", "tests/kernel", "-m", QUIET, *HOST),
+            integrations,
+            kernel,
             LINT,
             Tier("docs", "free", DOCS, tests=False),
             unit,
             pytest("contract", "free", "tests/contract"),
-            pytest("celery", "free", CELERY, "-n", "3", "--dist", "loadfile", *HOST),  # they mostly wait
+            celery,
             machine("v2", "emulator", "tests.vm"),
             machine("systemd", "emulator", "tests.vm_systemd"),
-            pytest("measures", ALONE, "tests/integrations", "tests/kernel", "-m", "measures", *HOST),
+            measures,
+        ],
+        "coverage": [
+            replace(tier, command=COVERAGE + tier.command[len(PYTHON) :])
+            for tier in (
+                integrations,
+                kernel,
+                unit,
+                pytest("contract", "free", "tests/contract"),
+                celery,
+                measures,
+            )
         ],
         "long": [
-            pytest(
-                "measures", ALONE, "tests/integrations", "tests/kernel", "-m", "measures", RCON_TEST_LONG="1"
-            ),
+            replace(measures, environment={"RCON_TEST_LONG": "1"}),
             pytest("tenants", ALONE, "tests/integrations/gunicorn/test_tenants.py", RCON_TEST_LONG="1"),
-            Tier("celery-suite", ALONE, (sys.executable, "-m", "tests.celery_suite"), tests=False),
+            machine("celery-suite", ALONE, "tests.celery_suite", tests=False),
         ],
     }
 
