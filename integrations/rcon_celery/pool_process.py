@@ -103,7 +103,7 @@ class PoolProcess:
         )
         self._manager, self._pid, self.is_lost = manager, os.getpid(), False
         self._policies_retry = any(
-            policy.wants_tries for policy in worker.deployment.plan.settings.policies.values()
+            policy.retry_keys for policy in worker.deployment.plan.settings.policies.values()
         )
 
     def try_to_start(self) -> bool:

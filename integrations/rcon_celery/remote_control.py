@@ -20,7 +20,7 @@ from rcon_celery.worker import ConfinedWorker
 from rcon_plugins.errors import KernelError, RconError, SettingsError
 from rcon_plugins.groups.find import Group, find_groups
 from rcon_plugins.groups.sample import Sample, from_data, to_data
-from rcon_plugins.settings.limit_words import as_written
+from rcon_plugins.settings.limit_text import as_written
 
 _NOT_CONFINED: Final = {
     "error": "tasks are not confined: rcon_celery.install was not called for the application"
@@ -94,11 +94,11 @@ def _worker_of(state: Any) -> ConfinedWorker | None:
 
 def _limits_of(policy: Any) -> dict[str, Any]:
     """Return the limits of a policy that are set, spelled as in a settings file."""
-    limits = {name: as_written(getattr(policy, name)) for name in policy.asks() if "." not in name}
-    each = {name: as_written(getattr(policy.each, name)) for name in policy.each.asks()}
+    limits = {name: as_written(getattr(policy, name)) for name in policy.limits_set() if "." not in name}
+    each = {name: as_written(getattr(policy.each, name)) for name in policy.each.limits_set()}
     if policy.concurrency is not None:
         limits["concurrency"] = policy.concurrency
-    limits |= {name: as_written(getattr(policy, name)) for name in policy.wants_tries}
+    limits |= {name: as_written(getattr(policy, name)) for name in policy.retry_keys}
     return {**limits, "each": each} if each else limits
 
 

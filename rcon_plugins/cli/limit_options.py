@@ -13,7 +13,7 @@ from typing import Any
 from rcon_plugins.cli.exit import BadUsage
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.limit_table import BY_KEY, OPTIONS
-from rcon_plugins.settings.limit_words import IO_KEYS, value_of
+from rcon_plugins.settings.limit_text import IO_KEYS, value_of
 from rcon_plugins.settings.policy import Policy
 
 _EXPANSION = ("expand", "up_to")

@@ -84,7 +84,7 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     as_process += identity + soft + _landlock_refusals(policy)
     if not server.tasks:
         tries = [  # for any isolation
-            Refusal(key, "only Celery tasks are retried", "leave it out") for key in policy.wants_tries
+            Refusal(key, "only Celery tasks are retried", "leave it out") for key in policy.retry_keys
         ]
         as_process += tries
         as_thread += tries
@@ -200,10 +200,10 @@ def _work_uid(policy: Policy, server: int) -> int | None:
 
 def _needs_process(policy: Policy, server: Server, as_thread: list[Refusal]) -> str | None:
     """Return why only a process can enforce the policy; None if a thread can."""
-    if policy.each.asks():
+    if policy.each.limits_set():
         return "`each` limits need a process for each unit of work"
-    if policy.wants_identity:
-        return f"{' and '.join(policy.wants_identity)}: only a process can change its identity irreversibly"
+    if policy.identity_keys:
+        return f"{' and '.join(policy.identity_keys)}: only a process can change its identity irreversibly"
     if server.tasks:
         return "only a process can end the child processes of a task together with the task"
     if server.greenlets:

@@ -17,7 +17,7 @@ from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources, change_limits, read_limits
 from rcon_plugins.settings.budget import promised
 from rcon_plugins.settings.conversion import convert, one_of
-from rcon_plugins.settings.limit_words import NO_LIMIT, as_written, device_and_key, removes, value_of
+from rcon_plugins.settings.limit_text import NO_LIMIT, as_written, device_and_key, removes, value_of
 from rcon_plugins.settings.limits import Each, IoLimits, Limits
 from rcon_plugins.settings.policy import Policy
 

@@ -298,7 +298,7 @@ class MonitoredGroup:
             if self.cgroup.exists():
                 raise
             return None  # the cgroup is gone: this was its last event
-        news = {name: getattr(answer, name) for name in answer.asks()}
+        news = {name: getattr(answer, name) for name in answer.limits_set()}
         old = {name: getattr(self.limits, name) for name in Limits.__struct_fields__}
         self.limits = Limits(**{**old, **news})
         self.changed_by_plugin = True

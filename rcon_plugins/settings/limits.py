@@ -130,7 +130,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 hint="set it below memory, or leave it out",
             )
 
-    def asks(self) -> tuple[str, ...]:
+    def limits_set(self) -> tuple[str, ...]:
         """Return the keys of the limits that are set, as in a settings file: ``("cpu", "memory")``."""
         return tuple(name for name in self.__struct_fields__ if name in _LIMITS and _is_set(self, name))
 

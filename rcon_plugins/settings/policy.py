@@ -306,7 +306,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def _check_isolation(self) -> None:
         if self.isolation not in ("inline", "thread"):
             return
-        beyond = [limit for limit in self.asks() if limit.startswith("each.") or limit in _OF_A_PROCESS]
+        beyond = [limit for limit in self.limits_set() if limit.startswith("each.") or limit in _OF_A_PROCESS]
         if beyond:
             raise SettingsError(
                 f"a thread cannot have limits of {' and '.join(beyond)}: use a process",
@@ -314,28 +314,28 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 value=self.isolation,
                 hint='write "process", or "auto", or leave those limits out',
             )
-        if self.isolation == "thread" and "rlimits" in self.wants_identity:
+        if self.isolation == "thread" and "rlimits" in self.identity_keys:
             raise SettingsError(
                 "rlimits apply to a whole process, and a thread shares that of the server",
                 key="isolation",
                 value=self.isolation,
                 hint='write "process", or "auto", or leave rlimits out',
             )
-        if self.isolation == "inline" and self.wants_identity:
+        if self.isolation == "inline" and self.identity_keys:
             raise SettingsError(
-                f"{' and '.join(self.wants_identity)}: a thread of the server could return from that, and so could the "
+                f"{' and '.join(self.identity_keys)}: a thread of the server could return from that, and so could the "
                 "code that it runs",
                 key="isolation",
                 value=self.isolation,
                 hint='write "process", or "auto", or "thread" against mistakes alone',
             )
 
-    def asks(self) -> tuple[str, ...]:
+    def limits_set(self) -> tuple[str, ...]:
         """Return the keys of the limits that are set, as in a settings file: ``("cpu", "each.memory")``."""
-        return (*super().asks(), *(f"each.{name}" for name in self.each.asks()))
+        return (*super().limits_set(), *(f"each.{name}" for name in self.each.limits_set()))
 
     @property
-    def wants_tries(self) -> tuple[str, ...]:
+    def retry_keys(self) -> tuple[str, ...]:
         """The keys for retries that are set, for example ``("on_memory", "max_deaths")``."""
         return tuple(name for name in _OF_TRIES if getattr(self, name) is not None)
 
@@ -345,7 +345,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return _MAX_RESULT if self.max_result is None else self.max_result
 
     @property
-    def wants_identity(self) -> tuple[str, ...]:
+    def identity_keys(self) -> tuple[str, ...]:
         """The keys for identity and rights that are set, for example ``("user", "umask")``."""
         written = [name for name in _OF_IDENTITY if getattr(self, name) is not None]
         return (*written, "rlimits") if self.rlimits.written() else tuple(written)

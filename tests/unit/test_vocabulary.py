@@ -96,6 +96,9 @@ GONE = {
     "Shop": "ApplicationWorkers",
     "Worlds": "Histories",
     "let_others_in": "let_others_read",
+    "asks": "limits_set",
+    "wants_tries": "retry_keys",
+    "wants_identity": "identity_keys",
 }
 
 
@@ -143,6 +146,7 @@ SCOPED = (
 #: Modules and folders that are called otherwise now.
 MODULES = {
     "rcon_plugins.defaults": "builtin",
+    "rcon_plugins.settings.limit_words": "limit_text",
     "rcon_plugins.changes": "confinement.live_policies",
     "rcon_plugins.cli.run.quick": "fast_path",
     "rcon_plugins.cli.run.words": "completion",

@@ -56,7 +56,7 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, policy: Policy | None, own: RetryPolicy | None) -> RetryPolicy | None:
         """Return the retry policy of a policy, overridden by the keys of the task; None if neither has such keys."""
-        if policy is None or not policy.wants_tries:
+        if policy is None or not policy.retry_keys:
             return own
         keys = {name: getattr(policy, name) for name in cls.__struct_fields__}
         return cls(**keys) if own is None else cls(**{**keys, **own.keys()})

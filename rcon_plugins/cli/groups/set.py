@@ -25,7 +25,7 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.groups.find import Group
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, Resources, change_limits, device_of
 from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD, OPTIONS
-from rcon_plugins.settings.limit_words import IO_KEYS, removes
+from rcon_plugins.settings.limit_text import IO_KEYS, removes
 from rcon_plugins.settings.units import written
 
 

@@ -131,7 +131,7 @@ def _change(group: Cgroup, hook: pluggy.HookRelay, output: bytes, expansion: Exp
     if not isinstance(found, dict):
         raise SettingsError("its output is not a JSON object of limits", hint='{"memory": "1G"}')
     policy = Policy.make("on-event", **found)
-    if policy.asks():
+    if policy.limits_set():
         # The limits first, that of swap too; then the expansion, which stays below them.
         change_limits(group, resources_of(hook, policy, policy), gather=True)
     if expansion is not None and policy.memory is not None:

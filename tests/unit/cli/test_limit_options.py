@@ -55,7 +55,7 @@ def test_options_are_the_policy_file() -> None:
 
 
 def test_no_option_sets_no_limit() -> None:
-    assert parsed().asks() == ()
+    assert parsed().limits_set() == ()
 
 
 def test_the_device_is_that_of_the_working_directory(

@@ -125,7 +125,7 @@ def test_a_policy_with_an_identity_pickles_with_its_types() -> None:
     ],
 )
 def test_the_keys_of_the_identity_that_are_set(keys: dict[str, object], wanted: tuple[str, ...]) -> None:
-    assert Policy.make("p", **keys).wants_identity == wanted
+    assert Policy.make("p", **keys).identity_keys == wanted
 
 
 def test_a_thread_can_have_all_of_an_identity_but_rlimits() -> None:

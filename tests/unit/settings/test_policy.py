@@ -71,12 +71,12 @@ def test_a_policy_cannot_be_changed() -> None:
 
 def test_the_limits_that_are_set_are_named_as_in_settings() -> None:
     policy = Policy.make("p", cpu="30%", swap=0, memory="1M", io={"/": {"read": 1}}, each={"timeout": "1s"})
-    assert policy.asks() == ("cpu", "memory", "swap", "io", "each.timeout")
-    assert policy.each.asks() == ("timeout",)
+    assert policy.limits_set() == ("cpu", "memory", "swap", "io", "each.timeout")
+    assert policy.each.limits_set() == ("timeout",)
 
 
 def test_a_policy_without_limits_names_none() -> None:
-    assert Policy.make("p", per="host", concurrency=3, max_uses=1, isolation="process").asks() == ()
+    assert Policy.make("p", per="host", concurrency=3, max_uses=1, isolation="process").limits_set() == ()
 
 
 @pytest.mark.parametrize("name", ["a", "tenant", "a-b_c9", "a" * 63])
@@ -249,10 +249,10 @@ def test_keys_for_retries() -> None:
         max_deaths=5,
         dead_letter="dead",
     )
-    assert policy.wants_tries == ("on_memory", "max_deaths", "dead_letter")
+    assert policy.retry_keys == ("on_memory", "max_deaths", "dead_letter")
     assert policy.on_memory == OnMemory(Factor.parse("2x"), Size("2G"))
-    assert policy.asks() == ("memory", "each.memory")
-    assert Policy.make("p", each={"memory": "256M"}).wants_tries == ()
+    assert policy.limits_set() == ("memory", "each.memory")
+    assert Policy.make("p", each={"memory": "256M"}).retry_keys == ()
 
 
 @pytest.mark.parametrize(

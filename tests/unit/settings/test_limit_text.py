@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.limit_words import as_written, device_and_key, removes, value_of
+from rcon_plugins.settings.limit_text import as_written, device_and_key, removes, value_of
 from rcon_plugins.settings.policy import Policy
 
 
