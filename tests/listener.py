@@ -24,7 +24,7 @@ def rcon_event(event):
     with open(os.environ["LISTENER_FILE"], "ab") as file:
         file.write(event.to_json() + b"\\n")
     if event.kind == os.environ.get("LISTENER_KIND"):
-        return Limits(memory=Memory(os.environ["LISTENER_MEMORY"]))
+        return Limits(memory=Memory.parse(os.environ["LISTENER_MEMORY"]))
 """
 
 

@@ -18,6 +18,7 @@ from rcon_celery.retry.attempt import ForkServerLost
 from rcon_plugins.errors import ConfinementError, Killed, LimitExceeded, MemoryLimitExceeded, RconError
 from rcon_plugins.executors.channel import ChannelClosed, ProtocolViolation
 from rcon_plugins.executors.executor import SOFT_TIME
+from rcon_plugins.settings.units import format_size
 from rcon_plugins.work import Work
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _exchange(
     )
     try:
         payload, data = codec.encode_task(task, task.request, args, kwargs, host.accepted)
-        wire.send(channel, wire.TASK, wire.TaskHead(number, task.name, payload, int(max_result)), data)
+        wire.send(channel, wire.TASK, wire.TaskHead(number, task.name, payload, max_result), data)
         head, data = wire.receive_answer(channel, number, max_result)
         answer = codec.decode(head.payload, data, host.accepted)
         if not isinstance(answer, dict):
@@ -216,7 +217,8 @@ def _read(task: Any, head: wire.AnswerHead, answer: dict[str, Any]) -> tuple[Any
 
 def _too_large(task: Any, size: int, admission: ProcessAdmission) -> str:
     return (
-        f"{task.name}: its result has {size / 2**20:.1f} MiB, above max_result = {admission.policy.result_limit}: "
+        f"{task.name}: its result has {size / 2**20:.1f} MiB, above max_result = "
+        f"{format_size(admission.policy.result_limit)}: "
         'return less, return where the result is stored, or raise the limit (max_result = "64M")'
     )
 

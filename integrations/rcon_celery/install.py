@@ -19,7 +19,6 @@ from rcon_celery.worker import ConfinedTasks, ConfinedWorker, pool_of, start_ste
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.file import Settings, load
 from rcon_plugins.settings.policy import Policy
-from rcon_plugins.settings.units import Size
 
 
 def install(app: Any, settings: Settings | str | os.PathLike[str] | None = None) -> None:
@@ -149,8 +148,8 @@ class Installation:
                 )
         return ConfinedTasks(names, made)
 
-    def _largest_memory(self) -> dict[str, Size]:
-        """Return the most memory that each task may get on a retry, by its key in an error message."""
+    def _largest_memory(self) -> dict[str, int]:
+        """Return the most memory, in bytes, that each task may get on a retry, by its key in an error message."""
         found = {}
         for task, task_policy in sorted(self._task_policies.items()):
             retry = task_policy.retry if task_policy.name is not None else task_policy.make(task, ())

@@ -94,11 +94,13 @@ def _worker_of(state: Any) -> ConfinedWorker | None:
 
 def _limits_of(policy: Any) -> dict[str, Any]:
     """Return the limits of a policy that are set, spelled as in a settings file."""
-    limits = {name: as_written(getattr(policy, name)) for name in policy.limits_set() if "." not in name}
-    each = {name: as_written(getattr(policy.each, name)) for name in policy.each.limits_set()}
+    limits = {
+        name: as_written(name, getattr(policy, name)) for name in policy.limits_set() if "." not in name
+    }
+    each = {name: as_written(name, getattr(policy.each, name)) for name in policy.each.limits_set()}
     if policy.concurrency is not None:
         limits["concurrency"] = policy.concurrency
-    limits |= {name: as_written(getattr(policy, name)) for name in policy.retry_keys}
+    limits |= {name: as_written(name, getattr(policy, name)) for name in policy.retry_keys}
     return {**limits, "each": each} if each else limits
 
 

@@ -21,7 +21,6 @@ from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.file import Settings
 from rcon_plugins.settings.policy import Policy
-from rcon_plugins.settings.units import Size
 from rcon_plugins.work import Work
 
 _log = logging.getLogger("rcon")
@@ -116,12 +115,12 @@ class ConfinedWorker:
         tasks: ConfinedTasks,
         pool: Pool,
         hostname: str,
-        largest: Mapping[str, Size],
+        largest: Mapping[str, int],
     ) -> ConfinedWorker:
         """Check that this machine can enforce the settings, and make the cgroups.
 
-        ``tasks`` are the tasks with `confined`. ``largest`` is the most memory that tasks may get on a retry, by its
-        key in an error message. Raises `RconError` with the problem and its remedy.
+        ``tasks`` are the tasks with `confined`. ``largest`` is the most memory that tasks may get on a retry, in bytes,
+        by its key in an error message. Raises `RconError` with the problem and its remedy.
         """
         manager = Manager(settings, server=pool.server, plugins=[tasks], memory=largest)
         worker = cls(manager.deploy(changeable=True), pool, hostname)

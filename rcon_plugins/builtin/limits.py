@@ -20,17 +20,13 @@ def rcon_resources(limits: Limits, policy: Policy) -> Resources:
     ends the executor process and everything it started.
     """
     kills_all = limits is policy.each and (policy.memory is not None or limits.memory is not None)
-    fields = {row.field: _plain(getattr(limits, row.key)) for row in CGROUP_LIMITS}
+    fields = {row.field: _value(getattr(limits, row.key)) for row in CGROUP_LIMITS}
     io = {
-        device_of(device): IoMax(**{row.field: _plain(getattr(rates, row.key)) for row in IO_LIMITS})
+        device_of(device): IoMax(**{row.field: getattr(rates, row.key) for row in IO_LIMITS})
         for device, rates in limits.io.items()
     }
     return Resources(**fields, oom_group=kills_all, io=io)
 
 
-def _plain(value: Any) -> Any:
-    """Return the plain number or text of a value of the settings."""
-    if isinstance(value, Memory):
-        return int(value.most)
-    kind = next((kind for kind in (int, float, str) if isinstance(value, kind)), None)
-    return value if kind is None else kind(value)
+def _value(value: Any) -> Any:
+    return value.most if isinstance(value, Memory) else value

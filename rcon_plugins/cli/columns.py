@@ -11,7 +11,7 @@ from unicodedata import east_asian_width
 
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources
 from rcon_plugins.settings.limit_table import CGROUP_LIMITS, IO_LIMITS, Limit
-from rcon_plugins.settings.units import written
+from rcon_plugins.settings.units import format_value
 
 #: Shown for a value that the kernel does not report.
 UNKNOWN = "-"
@@ -170,7 +170,7 @@ def limits_in_words(limits: Resources) -> list[str]:
 
 def _in_words(rows: Sequence[Limit], limits: Resources | IoMax) -> list[str]:
     return [
-        f"{row.name} {written(row.unit, value)}"
+        f"{row.name} {format_value(row.unit, value)}"
         for row in rows
         if (value := getattr(limits, row.field)) not in (None, MAX, row.default)
     ]

@@ -17,7 +17,7 @@ from rcon_plugins.groups.events import Event
 from rcon_plugins.kernel.cgroup import Resources, read_limits
 from rcon_plugins.kernel.events import MemoryThreshold, Watcher, watcher_of_process
 from rcon_plugins.settings.memory import Memory
-from rcon_plugins.settings.units import Size
+from rcon_plugins.settings.units import format_size
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Cgroup
@@ -63,7 +63,7 @@ class Expansion:
     ) -> None:
         self.cgroup = cgroup
         self.memory = memory
-        self.limit = int(memory)
+        self.limit = memory.limit
         self.times = 0
         self._about = about or Event.of_group(cgroup)
         self._on_event = on_event
@@ -91,15 +91,15 @@ class Expansion:
         with self._lock:
             self._write_bound(memory)
             self.memory = memory
-            self.limit = int(memory)
+            self.limit = memory.limit
             self.times += 1
             self._threshold.move(self.limit if memory.expands else None)
 
     def reset(self) -> None:
         """Set the first limit again, unless the cgroup still needs more. Raises `KernelError`."""
         with self._lock, self._threshold.locked():
-            if self.times and self.memory.expands and self._threshold.need() < int(self.memory):
-                self.limit = int(self.memory)
+            if self.times and self.memory.expands and self._threshold.need() < self.memory.limit:
+                self.limit = self.memory.limit
                 self.times = 0
                 self._threshold.move(self.limit)
 
@@ -114,8 +114,8 @@ class Expansion:
             self._threshold.close()
 
     def _write_bound(self, memory: Memory) -> None:
-        if read_limits(self.cgroup).memory_max != int(memory.most):
-            self.cgroup.configure(Resources(memory_max=int(memory.most)))
+        if read_limits(self.cgroup).memory_max != memory.most:
+            self.cgroup.configure(Resources(memory_max=memory.most))
 
     def _reached(self, event: KernelEvent) -> None:
         """Raise the limit after the work reached it. Called in the watcher's thread."""
@@ -140,8 +140,8 @@ class Expansion:
         LOGGER.info(
             "rcon: %s: memory limit raised from %s to %s",
             self.cgroup.path,
-            Size(own.bound or 0),
-            Size(self.limit),
+            format_size(int(own.bound or 0)),
+            format_size(self.limit),
         )
 
     def _is_still_reached(self) -> bool:
@@ -176,7 +176,7 @@ class Expansion:
         self.limit = grown
 
     def _grow(self) -> None:
-        needed, most = self._threshold.need(), int(self.memory.most)
+        needed, most = self._threshold.need(), self.memory.most
         self._step()
         while self.limit < most and needed >= self.limit:
             self._step()

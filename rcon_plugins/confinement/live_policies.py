@@ -198,7 +198,7 @@ def _changed_io(now: Mapping[str, IoLimits], name: str, value: str, where: str) 
         devices[device] = convert(value_of("io", value), IoLimits, where)
         return devices
     before = devices.pop(device, None)
-    said = {} if before is None or key is None else as_written(before)
+    said = {} if before is None or key is None else as_written("io", before)
     if key is not None and removes(key, value):
         said.pop(key, None)
     elif key is not None:
@@ -219,10 +219,12 @@ def _limit(policy: Policy, key: str) -> Any:
     """Return a limit as the settings spell it."""
     limits, name = _limits(policy, key)
     if not name.startswith("io."):
-        return as_written(getattr(limits, name))
+        return as_written(name, getattr(limits, name))
     device, part = device_and_key(name.removeprefix("io."))
     found = limits.io.get(device)
-    return as_written(found if found is None or part is None else getattr(found, part))
+    if found is None or part is None:
+        return as_written("io", found)
+    return as_written(part, getattr(found, part))
 
 
 def _differing(was: Resources, wanted: Resources) -> Resources:

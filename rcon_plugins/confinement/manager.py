@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rcon_plugins.executors.fork_server import Service
     from rcon_plugins.kernel.cgroup import Hierarchy
     from rcon_plugins.settings.file import Settings
-    from rcon_plugins.settings.units import Size
 
 
 class Manager:
@@ -40,14 +39,14 @@ class Manager:
         server: Server | None = None,
         plugins: Sequence[object] = (),
         hierarchy: Hierarchy | None = None,
-        memory: Mapping[str, Size] | None = None,
+        memory: Mapping[str, int] | None = None,
     ) -> None:
         """Load the plugins and judge the policies. Raises `SettingsError` for a policy that cannot be enforced here.
 
         :param server: the traits of the server; by default other threads of the process serve, too.
         :param plugins: plugins in addition to those that the settings name.
         :param hierarchy: the part of the cgroup tree to judge for; by default that of this machine.
-        :param memory: more memory limits that must fit into the budget, by their key in an error message.
+        :param memory: more memory limits in bytes that must fit into the budget, by their key in an error message.
         """
         self.plan = Plan.make(settings, server, plugins, hierarchy)
         for key, size in (memory or {}).items():

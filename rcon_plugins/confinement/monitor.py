@@ -259,7 +259,8 @@ class MonitoredGroup:
             kinds.append("pids_limit")
         if limits.cpu is not None:
             kinds.append("cpu_throttled")
-        nearly = [] if limits.memory is None or limits.memory.expands else [int(limits.memory * _NEARLY)]
+        memory = limits.memory
+        nearly = [] if memory is None or memory.expands else [int(memory.limit * _NEARLY)]
         pressure = () if self._above is not None else _PRESSURE
         try:
             return self._add(watcher, kinds, nearly, pressure)

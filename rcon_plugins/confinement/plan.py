@@ -12,7 +12,7 @@ from rcon_plugins.identity.resolution import check as check_identity
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.settings.budget import promised
 from rcon_plugins.settings.file import Settings
-from rcon_plugins.settings.units import Size
+from rcon_plugins.settings.units import format_size
 
 if TYPE_CHECKING:
     import pluggy
@@ -105,12 +105,12 @@ class Plan(NamedTuple):
         budget = self.settings.budget
         return None if budget is None else budget.memory.of(self.hierarchy.usable_memory())
 
-    def check_fits(self, memory: Size, key: str) -> None:
-        """Raise `SettingsError` for a memory limit, written as ``key``, that exceeds the whole budget."""
+    def check_fits(self, memory: int, key: str) -> None:
+        """Raise `SettingsError` for a memory limit in bytes, written as ``key``, that exceeds the whole budget."""
         whole = self.budget
         if whole is not None and memory > whole // 2**20 * 2**20:
             raise SettingsError(
-                f"{memory} never fits: the whole budget is {whole // 2**20}M here",
+                f"{format_size(memory)} never fits: the whole budget is {whole // 2**20}M here",
                 key=key,
                 value=memory,
                 hint="lower it, or raise budget.memory",

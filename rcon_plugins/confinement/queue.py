@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
 from rcon_plugins.settings.budget import BUDGET, promised
-from rcon_plugins.settings.units import Size
+from rcon_plugins.settings.units import format_size
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement.budget import MemoryBudget
@@ -53,7 +53,7 @@ class Reservations:
         if concurrency is not None:
             reservation.slot = self.retry(wait, lambda: self._reserve_slot(first_slot, concurrency))
         if self._budget is not None:
-            size = promised(policy) if memory is None else Size(memory)
+            size = promised(policy) if memory is None else memory
             if size is not None:
                 reservation.memory = self._reserve_memory(self._budget, size)
 
@@ -84,10 +84,10 @@ class Reservations:
             )
         return slot
 
-    def _reserve_memory(self, budget: MemoryBudget, size: Size) -> Allocation:
+    def _reserve_memory(self, budget: MemoryBudget, size: int) -> Allocation:
         if size > budget.whole:
             raise ConfinementError(
-                f"its memory limit {size} exceeds the whole budget of {Size(budget.whole)}"
+                f"its memory limit {format_size(size)} exceeds the whole budget of {format_size(budget.whole)}"
             )
         until = time.monotonic() + budget.wait
         pause = _SHORTEST_WAIT
@@ -95,7 +95,8 @@ class Reservations:
             left = until - time.monotonic()
             if left <= 0 or not self._is_open():
                 raise ConcurrencyLimitExceeded(
-                    f"the memory budget of {Size(budget.whole)} has less than {size} left", limit=BUDGET
+                    f"the memory budget of {format_size(budget.whole)} has less than {format_size(size)} left",
+                    limit=BUDGET,
                 )
             time.sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST_WAIT)

@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.conversion import did_you_mean
-from rcon_plugins.settings.units import Written, show
+from rcon_plugins.settings.conversion import Written, did_you_mean
+from rcon_plugins.settings.units import show
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _OWNER = "owner:"

@@ -10,7 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.units import Duration, Size, Written, show
+from rcon_plugins.settings.conversion import Duration, Written
+from rcon_plugins.settings.units import UNITS, format_size, parse_size, show
 
 if TYPE_CHECKING:
     from rcon_plugins.settings.policy import Policy
@@ -25,7 +26,7 @@ class Portion(Written, str):
 
     __slots__ = ()
     schema: ClassVar[dict[str, Any]] = {
-        "anyOf": [{"type": "string", "pattern": rf"^{_SHARE}$"}, *Size.schema["anyOf"]]
+        "anyOf": [{"type": "string", "pattern": rf"^{_SHARE}$"}, *UNITS["size"].schema["anyOf"]]
     }
     _hint = 'write "80%" of the memory of the machine, or a size, "6G"'
 
@@ -34,19 +35,19 @@ class Portion(Written, str):
         if isinstance(value, cls):
             return value
         if not isinstance(value, str) or not value.endswith("%"):
-            size = Size.parse(value)
+            size = parse_size(value)
             if size < 2**20:
                 raise SettingsError(
                     f"{show(value)} is less than 1M, in which it is counted", value=value, hint=cls._hint
                 )
-            return cls(str(size))
+            return cls(format_size(size))
         if not re.fullmatch(_SHARE, value, re.ASCII) or not 0 < Decimal(value[:-1]) <= 100:
             raise SettingsError(f"{show(value)} is no share of the memory", value=value, hint=cls._hint)
         return cls(value)
 
     def of(self, total: int) -> int:
         """Return the number of bytes, on a machine with ``total`` bytes of memory."""
-        return int(Decimal(self[:-1]) / 100 * total) if self.endswith("%") else int(Size.parse(str(self)))
+        return int(Decimal(self[:-1]) / 100 * total) if self.endswith("%") else parse_size(str(self))
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,10 +66,10 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             description="How long to wait for memory; then a request gets 503, and a task goes back to its queue.",
             examples=["30s"],
         ),
-    ] = msgspec.field(default_factory=lambda: Duration(10))
+    ] = msgspec.field(default_factory=lambda: 10.0)  # not in the schema, where it would have no unit
 
 
-def promised(policy: Policy) -> Size | None:
+def promised(policy: Policy) -> int | None:
     """Return the most memory, in bytes, that one request or task of a policy may use; None without a limit.
 
     That is ``each.memory``, else ``memory``. For a limit that expands it is the upper bound.

@@ -13,7 +13,8 @@ from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.budget import Budget
-from rcon_plugins.settings.conversion import convert, did_you_mean, dotted, explain, one_of, schema_hook
+from rcon_plugins.settings.conversion import convert, did_you_mean, dotted, explain, one_of, schema_of
+from rcon_plugins.settings.memory import Memory
 from rcon_plugins.settings.policy import Policy, PolicyName
 from rcon_plugins.settings.routing import Route
 from rcon_plugins.settings.units import show
@@ -229,7 +230,7 @@ def check_cgroup(path: str) -> None:
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of a settings file, for editors and for checks in a pipeline."""
-    schema = msgspec.json.schema(_File, schema_hook=schema_hook)
+    schema = schema_of(_File, Memory)
     policy = schema["$defs"]["Policy"]
     del policy["properties"]["name"]  # it is the key of the table
     policy["required"].remove("name")

@@ -17,7 +17,8 @@ from rcon_plugins.errors import SettingsError
 Unit = Literal["share", "cpu_time", "size", "count", "cpus", "duration", "factor", "device"]
 
 _COUNT_MAX = 2**63 - 1
-_PAGE = 4096
+#: Bytes of a page of memory, the least limit.
+PAGE = 4096
 
 
 class Limit(NamedTuple):
@@ -65,7 +66,7 @@ class Limit(NamedTuple):
 
         value = units.parse(self.unit, text)
         if isinstance(value, int) and not self.least <= value <= self.most:
-            least, most = units.written(self.unit, self.least), units.written(self.unit, self.most)
+            least, most = units.format_value(self.unit, self.least), units.format_value(self.unit, self.most)
             hint = f"at least {least}, at most {most}; for example {self.example}"
             raise SettingsError(f"{text} is out of range", value=text, hint=hint)
         return value
@@ -97,12 +98,12 @@ LIMITS: tuple[Limit, ...] = (
     Limit(
         "memory", "size", "SIZE", "Most memory: 512M, 2G (1024-based); killed beyond it.",
         "Bytes of memory. The kernel kills processes that need more, unless the limit may expand.", "256M",
-        field="memory_max", least=_PAGE,
+        field="memory_max", least=PAGE,
     ),
     Limit(
         "memory_high", "size", "SIZE", "Slow down above this much memory; needs --memory.",
         "Bytes of memory above which allocation is slowed down.", "200M",
-        field="memory_high", least=_PAGE, needs="memory",
+        field="memory_high", least=PAGE, needs="memory",
     ),
     Limit(
         "expand", "factor", "FACTOR", "Multiply the memory limit when it is hit: 2x; needs --up-to.",

@@ -12,7 +12,7 @@ from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.conversion import one_of
 from rcon_plugins.settings.limit_table import BY_KEY, IO_LIMITS
 from rcon_plugins.settings.memory import Memory
-from rcon_plugins.settings.units import parse
+from rcon_plugins.settings.units import format_factor, format_size, format_value, parse_count
 
 #: The text that removes a limit.
 NO_LIMIT: Final = "max"
@@ -38,7 +38,7 @@ def value_of(key: str, text: str) -> object:
             ) from None
     if key not in BY_KEY or BY_KEY[key].unit != "count":
         return text
-    return parse("count", text)
+    return parse_count(text)
 
 
 def device_and_key(name: str) -> tuple[str, str | None]:
@@ -55,13 +55,21 @@ def device_and_key(name: str) -> tuple[str, str | None]:
     return device, key or None
 
 
-def as_written(value: Any) -> Any:
-    """Return a limit as plain data, spelled as in a settings file; None if it is not set."""
-    if isinstance(value, Memory) and value.expands:
-        return {"limit": str(value), "expand": str(value.expand), "up_to": str(value.up_to)}
+def as_written(key: str, value: Any) -> Any:
+    """Return the value of a policy's key as plain data, spelled as in a settings file; None if it is not set."""
+    if isinstance(value, Memory):
+        if value.expand is None or value.up_to is None:
+            return format_size(value.limit)
+        return {
+            "limit": format_size(value.limit),
+            "expand": format_factor(value.expand),
+            "up_to": format_size(value.up_to),
+        }
     if isinstance(value, msgspec.Struct):
-        found = msgspec.to_builtins(value, enc_hook=str)
-        return {key: one for key, one in found.items() if one is not None}
+        fields = msgspec.structs.asdict(value)
+        return {name: as_written(name, one) for name, one in fields.items() if one is not None}
     if isinstance(value, Mapping):
-        return {key: as_written(one) for key, one in value.items()}
-    return value if value is None or type(value) is int else str(value)
+        return {device: as_written(key, one) for device, one in value.items()}
+    if value is None or key not in BY_KEY or BY_KEY[key].unit == "count":
+        return value
+    return format_value(BY_KEY[key].unit, value)

@@ -13,10 +13,17 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.conversion import dotted
+from rcon_plugins.settings.conversion import CpuList, Cpus, CpuTime, Duration, Size, dotted
 from rcon_plugins.settings.limit_table import BY_KEY
-from rcon_plugins.settings.memory import Memory
-from rcon_plugins.settings.units import CpuList, Cpus, CpuTime, Duration, Size, check_a_page, show
+from rcon_plugins.settings.memory import Memory, check_a_page
+from rcon_plugins.settings.units import (
+    cpu_numbers,
+    format_cpus,
+    format_duration,
+    format_size,
+    format_value,
+    show,
+)
 
 #: The length of the period of a CPU quota, seconds.
 _CPU_PERIOD = 0.1
@@ -80,9 +87,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         if self.memory is not None and not isinstance(self.memory, Memory):
             # a plain number of bytes, from a direct call of the constructor
-            msgspec.structs.force_setattr(self, "memory", Memory(self.memory))
-        for name in ("memory", "memory_high"):
-            check_a_page(getattr(self, name), name)
+            msgspec.structs.force_setattr(self, "memory", Memory.parse(self.memory))
+        check_a_page(None if self.memory is None else self.memory.limit, "memory")
+        check_a_page(self.memory_high, "memory_high")
         if self.memory_high is not None:
             self._check_memory_high(self.memory_high)
         if self.cpu_burst:
@@ -90,7 +97,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for device in self.io:
             _check_device(device)
 
-    def _check_cpu_burst(self, burst: CpuTime) -> None:
+    def _check_cpu_burst(self, burst: float) -> None:
         if self.cpu is None:
             raise SettingsError(
                 "without cpu there is no quota to exceed",
@@ -98,16 +105,16 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 value=burst,
                 hint='set cpu too, such as "30%", or leave it out',
             )
-        most = CpuTime(round(self.cpu * _CPU_PERIOD, 6))
+        most = round(self.cpu * _CPU_PERIOD, 6)
         if burst > most:
             raise SettingsError(
-                f"{burst} is more than cpu = {self.cpu} allows in a period of 100 ms",
+                f"{format_duration(burst)} is more than cpu = {format_cpus(self.cpu)} allows in a period of 100 ms",
                 key="cpu_burst",
                 value=burst,
-                hint=f'at most "{most}", or raise cpu',
+                hint=f'at most "{format_duration(most)}", or raise cpu',
             )
 
-    def _check_memory_high(self, high: Size) -> None:
+    def _check_memory_high(self, high: int) -> None:
         if self.memory is not None and self.memory.expands:
             raise SettingsError(
                 "memory that expands already slows processes down at its limit until that is raised",
@@ -120,11 +127,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 "without memory, the kernel can slow processes above memory_high down for ever",
                 key="memory_high",
                 value=high,
-                hint=f'set memory too, above "{high}"',
+                hint=f'set memory too, above "{format_size(high)}"',
             )
-        if high >= self.memory:
+        if high >= self.memory.limit:
             raise SettingsError(
-                f"{high} is never reached under memory = {self.memory}",
+                f"{format_size(high)} is never reached under memory = {format_size(self.memory.limit)}",
                 key="memory_high",
                 value=high,
                 hint="set it below memory, or leave it out",
@@ -144,15 +151,8 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for hard in ("timeout", "memory"):
-            soft, bound = getattr(self, f"{hard}_soft"), getattr(self, hard)
-            if soft is not None and bound is not None and soft >= bound:
-                raise SettingsError(
-                    f"{soft} is never reached before {hard} = {bound}",
-                    key=f"{hard}_soft",
-                    value=soft,
-                    hint=f"set it below {hard}, or leave it out",
-                )
+        _check_soft("timeout", self.timeout_soft, self.timeout)
+        _check_soft("memory", self.memory_soft, None if self.memory is None else self.memory.limit)
 
     belongs: ClassVar[dict[str, str]] = dict.fromkeys(
         (
@@ -174,7 +174,7 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for device, limits in self.io.items():
             if device in whole.io:
                 _check_each(limits, whole.io[device], dotted("each.io", device))
-        if self.cpus and whole.cpus and not self.cpus.numbers <= whole.cpus.numbers:
+        if self.cpus and whole.cpus and not cpu_numbers(self.cpus) <= cpu_numbers(whole.cpus):
             raise SettingsError(
                 f"{self.cpus} is not within cpus = {whole.cpus} of the whole policy",
                 key="each.cpus",
@@ -203,20 +203,36 @@ def _check_device(device: str) -> None:
         )
 
 
+def _check_soft(hard: str, soft: float | None, bound: float | None) -> None:
+    """Raise `SettingsError` for a soft limit that is not below the limit ``hard``."""
+    if soft is not None and bound is not None and soft >= bound:
+        unit = BY_KEY[hard].unit
+        raise SettingsError(
+            f"{format_value(unit, soft)} is never reached before {hard} = {format_value(unit, bound)}",
+            key=f"{hard}_soft",
+            value=soft,
+            hint=f"set it below {hard}, or leave it out",
+        )
+
+
 def _check_each(each: msgspec.Struct, whole: msgspec.Struct, key: str) -> None:
     for name in _COMPARED:
         own, bound = getattr(each, name, None), getattr(whole, name, None)
         if own is None or bound is None:
             continue
         where = f"{key}.{name}"
-        if isinstance(own, Memory) and isinstance(bound, Memory):
-            if own <= bound.most and own.expands:
-                own, where = own.most, f"{where}.up_to"
+        if isinstance(own, Memory):
             bound = bound.most
+            if own.limit <= bound and own.expands:
+                where = f"{where}.up_to"
+                own = own.most
+            else:
+                own = own.limit
         if own > bound:
+            text = format_value(BY_KEY[name].unit, bound)
             raise SettingsError(
-                f"{own} is never reached: the whole policy is limited to {bound}",
+                f"{format_value(BY_KEY[name].unit, own)} is never reached: the whole policy is limited to {text}",
                 key=where,
                 value=own,
-                hint=f"at most {bound}, or leave it out",
+                hint=f"at most {text}, or leave it out",
             )

@@ -15,11 +15,11 @@ from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.accounts import Account, PathTemplate
-from rcon_plugins.settings.conversion import convert, dotted
+from rcon_plugins.settings.conversion import Size, Umask, Written, convert, dotted
 from rcon_plugins.settings.limits import Each, Limits
 from rcon_plugins.settings.memory import OnMemory
-from rcon_plugins.settings.rights import CapabilityName, Rlimits, Umask
-from rcon_plugins.settings.units import Size, Written, show
+from rcon_plugins.settings.rights import CapabilityName, Rlimits
+from rcon_plugins.settings.units import format_size, show
 
 #: How to confine a request, task or command. ``"auto"`` chooses the cheapest way that enforces the whole policy.
 Isolation = Literal["auto", "inline", "thread", "process"]
@@ -245,7 +245,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         self._check_isolation()
         if self.result_limit < _SHORTEST_MAX_RESULT:
             raise SettingsError(
-                f"{show(str(self.max_result))} is too short to hold an error",
+                f"{show(format_size(self.result_limit))} is too short to hold an error",
                 key="max_result",
                 value=self.max_result,
                 hint=f"at least {_SHORTEST_MAX_RESULT}",
@@ -288,19 +288,20 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 value=more,
                 hint="leave it out, or the table of each.memory",
             )
-        if more.up_to <= limit:
+        if more.up_to <= limit.limit:
             raise SettingsError(
-                f"{more.up_to} is not above each.memory = {limit}",
+                f"{format_size(more.up_to)} is not above each.memory = {format_size(limit.limit)}",
                 key="on_memory.up_to",
                 value=more.up_to,
                 hint="name more, or leave on_memory out",
             )
         if self.memory is not None and more.up_to > self.memory.most:
+            bound = format_size(self.memory.most)
             raise SettingsError(
-                f"{more.up_to} is never reached: the whole policy is limited to {self.memory.most}",
+                f"{format_size(more.up_to)} is never reached: the whole policy is limited to {bound}",
                 key="on_memory.up_to",
                 value=more.up_to,
-                hint=f"at most {self.memory.most}",
+                hint=f"at most {bound}",
             )
 
     def _check_isolation(self) -> None:
@@ -340,7 +341,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(name for name in _OF_TRIES if getattr(self, name) is not None)
 
     @property
-    def result_limit(self) -> Size:
+    def result_limit(self) -> int:
         """The largest encoded result of a task, in bytes; the default if ``max_result`` is not set."""
         return _MAX_RESULT if self.max_result is None else self.max_result
 
@@ -351,7 +352,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return (*written, "rlimits") if self.rlimits.written() else tuple(written)
 
 
-_MAX_RESULT, _SHORTEST_MAX_RESULT = Size(16 * 2**20), 4096
+_MAX_RESULT, _SHORTEST_MAX_RESULT = 16 * 2**20, 4096
 #: Limits of whole processes, which a thread of the server cannot have.
 _OF_A_PROCESS = frozenset({"memory", "memory_high", "swap"})
 #: Keys for retries of tasks that were killed.

@@ -1,4 +1,4 @@
-"""The rights of a policy: capabilities, umask, rlimits."""
+"""The rights of a policy: capabilities, rlimits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.units import Duration, Size, Written, WrittenNumber, check_a_page, show
+from rcon_plugins.settings.conversion import Duration, Size, Written
+from rcon_plugins.settings.memory import check_a_page
+from rcon_plugins.settings.units import format_duration, show
 
 _MANY = Meta(ge=0, le=2**31 - 1)
 
@@ -33,28 +35,6 @@ class CapabilityName(Written, str):
                 hint='for example "net_bind_service", as capabilities(7) names them',
             )
         return cls(name)
-
-
-class Umask(WrittenNumber, int):
-    """A umask, written as text in octal: ``"027"``. See umask(2)."""
-
-    __slots__ = ()
-    schema: ClassVar[dict[str, Any]] = {"type": "string", "pattern": "^0?[0-7]{3}$"}
-
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, str) and re.fullmatch(r"0?[0-7]{3}", value):
-            return cls(int(value, 8))
-        hint = 'write "027": three octal digits, in quotes'
-        if isinstance(value, int) and not isinstance(value, bool):
-            # 27 and 0o33 are the same number by the time it arrives here.
-            raise SettingsError(f"{show(value)} could be octal or decimal", value=value, hint=hint)
-        raise SettingsError(f"{show(value)} is not a umask", value=value, hint=hint)
-
-    def __str__(self) -> str:
-        return f"{int(self):03o}"
 
 
 class Rlimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,7 +75,7 @@ class Rlimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             check_a_page(self.written().get(name), name)
         if self.cpu is not None and self.cpu % 1:
             raise SettingsError(
-                f"{self.cpu} is not a whole number of seconds",
+                f"{format_duration(self.cpu)} is not a whole number of seconds",
                 key="cpu",
                 value=self.cpu,
                 hint='at least "1s"; wall time can be shorter: each = { timeout = "500ms" }',

@@ -16,8 +16,8 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.conversion import convert
-from rcon_plugins.settings.units import Written, show
+from rcon_plugins.settings.conversion import Written, convert
+from rcon_plugins.settings.units import show
 from rcon_plugins.work import Work
 
 _GLOB = frozenset("*?[")

@@ -75,7 +75,7 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
         limit = policy.each.memory
         if self.on_memory is None or limit is None or not deaths:
             return None
-        return self.on_memory.after(limit, deaths)
+        return self.on_memory.after(limit.limit, deaths)
 
 
 def expand(factor: str, *, up_to: str | int) -> Mapping[str, Any]:
@@ -140,7 +140,8 @@ class Attempt:
         rules, policy, deaths = self._retry_policy, self._policy, self.deaths + 1
         if rules is None or rules.on_memory is None or policy is None:
             return error
-        before = rules.memory(policy, self.deaths) or policy.each.memory
+        limit = policy.each.memory
+        before = rules.memory(policy, self.deaths) or (limit.limit if limit is not None else None)
         after = rules.memory(policy, deaths)
         if before is None or after is None or after <= before or deaths + self.lost >= rules.most_deaths:
             self._send_to_dead_letters(error, deaths)

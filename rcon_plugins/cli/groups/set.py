@@ -26,7 +26,7 @@ from rcon_plugins.groups.find import Group
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, Resources, change_limits, device_of
 from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD, OPTIONS
 from rcon_plugins.settings.limit_text import IO_KEYS, removes
-from rcon_plugins.settings.units import written
+from rcon_plugins.settings.units import format_value
 
 
 def set_limits(group: Group, options: Mapping[str, Any], as_json: bool) -> int:
@@ -68,7 +68,7 @@ def _resources(options: Mapping[str, Any], before: Resources) -> Resources:
         # A limit that needs another is checked against the one in force. cgroup v1 limits swap only with memory.
         value = getattr(before, BY_KEY[name].field) if name and name not in given else None
         if isinstance(value, float | int):
-            kept[name] = written(BY_KEY[name].unit, value)
+            kept[name] = format_value(BY_KEY[name].unit, value)
     policy = limits_of(kept)
     try:
         wanted = resources_of(limits_manager().hook, policy, policy)

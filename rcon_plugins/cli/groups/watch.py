@@ -12,7 +12,7 @@ from rcon_plugins.errors import ControllerUnavailable, RconError, SettingsError
 from rcon_plugins.groups.events import Event, Pressure, watch
 from rcon_plugins.groups.find import Group
 from rcon_plugins.kernel.events import KINDS
-from rcon_plugins.settings.units import Cpus, Duration, Size
+from rcon_plugins.settings.units import format_cpus, parse_duration, parse_size
 
 _PRESSURE = re.compile(r"(?P<resource>cpu|memory|io)(?::(?P<stall>[^/]+)/(?P<window>.+))?")
 
@@ -54,7 +54,7 @@ def _kinds(names: Collection[str]) -> list[str] | None:
 
 def _sizes(texts: Collection[str]) -> list[int]:
     try:
-        return [int(Size.parse(text)) for text in texts]
+        return [parse_size(text) for text in texts]
     except SettingsError as error:
         raise BadUsage(f"--threshold: {error}") from None
 
@@ -67,8 +67,8 @@ def _trigger(text: str) -> Pressure:
         if found["stall"] is None:
             made = Pressure(found["resource"])  # type: ignore[arg-type]  # one of the three, by the pattern
         else:
-            stall, window = Duration.parse(found["stall"]), Duration.parse(found["window"])
-            made = Pressure(found["resource"], float(stall), float(window))  # type: ignore[arg-type]
+            stall, window = parse_duration(found["stall"]), parse_duration(found["window"])
+            made = Pressure(found["resource"], stall, window)  # type: ignore[arg-type]
         made.check()
     except (RconError, ValueError) as error:
         raise BadUsage(f"--pressure: {error}") from None
@@ -87,7 +87,7 @@ def _words(event: Event) -> str:
         stalled = f"{event.share} of it waited for {event.resource}"
         return stalled if event.usage is None else f"{stalled}: {percent(event.usage)} of the last 10 s"
     if event.kind == "cpu_throttled":
-        quota = "" if event.bound is None else f" of {Cpus(event.bound)}"
+        quota = "" if event.bound is None else f" of {format_cpus(event.bound)}"
         waited = "" if event.usage is None else f", waited {seconds(event.usage)} s"
         return f"quota{quota} used up{waited}{_times(event)}"
     if event.kind == "pids_limit":

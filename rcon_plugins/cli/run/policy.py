@@ -26,6 +26,7 @@ from rcon_plugins.kernel.cgroup import Hierarchy, Resources
 from rcon_plugins.kernel.proc import original_environment
 from rcon_plugins.settings.conversion import did_you_mean, one_of
 from rcon_plugins.settings.file import Settings, load
+from rcon_plugins.settings.units import format_size
 from rcon_plugins.work import Work
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
     identity = resolve(policy, work.attributes)
     timeout = timeout_of(options)
     if timeout is None and policy.each.timeout is not None:
-        timeout = float(policy.each.timeout)
+        timeout = policy.each.timeout
     order = Order(
         program=find_program(command[0]),
         arguments=command,
@@ -99,16 +100,18 @@ def _watch_fields(policy: Policy, manager: pluggy.PluginManager, on_event: str |
     """Return the fields of an `Order` that watch the command: for memory that expands, for plugins, for --on-event."""
     if on_event is not None and not on_event.strip():
         raise BadUsage("--on-event: the command is empty (for example 'logger -t rcon')")
-    expands = policy.memory is not None and policy.memory.expands
+    note = ""
+    if policy.memory is not None and policy.memory.expands:
+        note = f", expanded from {format_size(policy.memory.limit)}"
     each_expands = policy.each.memory is not None and policy.each.memory.expands
     to_plugins = each_expands or bool(manager.hook.rcon_event.get_hookimpls())
-    if on_event is None and not expands and not to_plugins:
+    if on_event is None and not note and not to_plugins:
         return {}
     from rcon_plugins.cli.run.events import watched
 
     return {
         "watch": partial(watched, policy=policy, manager=manager, command=on_event, to_plugins=to_plugins),
-        "memory_note": f", expanded from {policy.memory}" if expands else "",
+        "memory_note": note,
     }
 
 

@@ -26,6 +26,7 @@ from rcon_plugins.kernel.cgroup import Reading, Resources
 from rcon_plugins.kernel.events import watcher_of_process
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.memory import Memory
+from rcon_plugins.settings.units import format_duration
 from rcon_plugins.work import Usage
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ class ProcessAdmission(Admission):
             return "its limits were changed for its last request or task"
         most = self._own_memory or self.policy.each.memory or self.policy.memory
         held = reading.memory_current
-        if most is not None and held is not None and held > _HEAVY * most:
+        if most is not None and held is not None and held > _HEAVY * most.limit:
             return "it still uses much of its memory limit"
         return None
 
@@ -266,7 +267,10 @@ class ProcessAdmission(Admission):
             reading = executor.reading
             if executor.ended.is_set() or self._cause is not None:
                 after = Snapshot(reading, Reading(memory_peak=self._group_peak()))
-                limits = LimitsInForce(self._memory_bounds(), None, str(self.policy.each.timeout))
+                timeout = self.policy.each.timeout
+                limits = LimitsInForce(
+                    self._memory_bounds(), timeout="" if timeout is None else format_duration(timeout)
+                )
                 end = explain_end(Snapshot(self._before), after, executor.status, limits, cause=self._cause)
             else:
                 end = End("killed", detail=f"{executor.pid} was killed and does not end")
@@ -292,8 +296,8 @@ class ProcessAdmission(Admission):
     def _memory_bounds(self) -> Bounds:
         each, group = self._memory_limits()
         return Bounds(
-            None if each is None else int(each.most),
-            None if group is None else int(group.most),
+            None if each is None else each.most,
+            None if group is None else group.most,
             "" if each is None else each.describe(),
             "" if group is None else group.describe(),
         )
@@ -326,10 +330,10 @@ class ProcessAdmission(Admission):
 
     def _usage(self, reading: Reading) -> Usage:
         before, peak, memory = self._before, reading.memory_peak, self.host.policy.memory
-        if peak is not None and memory is not None and peak > memory:
+        if peak is not None and memory is not None and peak > memory.limit:
             # The limit is on the parent cgroup. The kernel charges pages here in batches before it refuses them.
             memory = self._memory_limits()[1] or memory
-            peak = min(peak, int(memory.most))
+            peak = min(peak, memory.most)
         cpu, read, written = reading.cpu_seconds, reading.io_read_bytes, reading.io_write_bytes
         return Usage(
             wall_seconds=time.monotonic() - self._started,

@@ -17,7 +17,7 @@ import pytest
 from rcon_plugins.errors import MemoryLimitExceeded, TimeLimitExceeded
 from rcon_plugins.groups.find import Group, find_groups
 from rcon_plugins.kernel.cgroup import MAX, read_limits
-from rcon_plugins.settings.units import Size
+from rcon_plugins.settings.units import parse_size
 from tests.integrations.celery import limited
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
@@ -125,7 +125,7 @@ def test_set_while_work_runs(sessions: Sessions) -> None:
             for limit in ("160M", "200M", "180M"):
                 reply = rcon_set(session, "stay", "each.memory", limit)["ok"]
                 assert reply["kept"] == 0
-                assert {read_limits(leaf).memory_max for leaf in leaves} == {Size.parse(limit)}
+                assert {read_limits(leaf).memory_max for leaf in leaves} == {parse_size(limit)}
             reply = rcon_set(session, "stay", "memory", "256M")["ok"]
             assert (reply["before"], reply["after"], reply["cgroups"]) == (None, "256M", 1)
             assert stay.limits().memory_max == 256 << 20
@@ -165,7 +165,7 @@ def test_set_beside_fresh_processes(sessions: Sessions) -> None:
             for result in [*before, *(session.send("fresh") for _ in range(6))]:
                 session.wait(result)
             until(lambda: bool(group_of(session, "fresh").pids()))
-            assert group_of(session, "fresh").limits().memory_max == Size.parse(limit)
+            assert group_of(session, "fresh").limits().memory_max == parse_size(limit)
 
 
 def test_set_no_limit(sessions: Sessions) -> None:

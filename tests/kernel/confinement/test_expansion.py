@@ -129,7 +129,7 @@ def test_page_cache_expands_nothing(group: Cgroup, watcher: Watcher) -> None:
 
 def test_callback_that_returns_new_limits(group: Cgroup, watcher: Watcher) -> None:
     def decide(event: Event) -> Limits | None:
-        return Limits(memory=Memory("96M")) if event.bound == 64 * MIB else None
+        return Limits(memory=Memory.parse("96M")) if event.bound == 64 * MIB else None
 
     expansion = expand(group, memory("32M", "2x", "512M"), watcher=watcher, on_event=decide)
     with running(group, touch, 300 * MIB) as child:

@@ -121,7 +121,7 @@ def test_rcon_event_reports_the_limit_of_the_group() -> None:
 def test_rcon_event_comes_before_the_limit_is_reached_and_may_raise_it(tmp_path: Path) -> None:
     """Fixed limits, too, can be raised in time."""
     go_on = tmp_path / "go on"
-    listener = Listener(memory_usage=Limits(memory=Memory("400M")))
+    listener = Listener(memory_usage=Limits(memory=Memory.parse("400M")))
     with managing({"each": {"memory": "128M"}}, plugins=[listener]) as manager:
         work = begin(manager, "allocate_and_wait", 120, str(go_on), 80)
         leaf = work.group.child(f"{os.getpid()}-0")
@@ -139,7 +139,7 @@ def test_rcon_event_comes_before_the_limit_is_reached_and_may_raise_it(tmp_path:
 
 def test_rcon_event_decides_instead_of_the_policy(tmp_path: Path) -> None:
     go_on = tmp_path / "go on"
-    listener = Listener(memory_limit=Limits(memory=Memory("120M"), pids=50))
+    listener = Listener(memory_limit=Limits(memory=Memory.parse("120M"), pids=50))
     with managing(
         {"memory": growing("60M", "400M"), "each": {"timeout": "100s"}}, plugins=[listener]
     ) as manager:

@@ -13,9 +13,11 @@ from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.budget import Budget
 from rcon_plugins.settings.file import Settings, from_mapping, json_schema, load
 from rcon_plugins.settings.limits import Each, IoLimits
+from rcon_plugins.settings.memory import Memory
 from rcon_plugins.settings.policy import Policy
 from rcon_plugins.settings.rights import Rlimits
 from rcon_plugins.settings.routing import Route, Router
+from rcon_plugins.settings.units import UNITS
 from rcon_plugins.work import Work
 
 WHOLE = """
@@ -238,6 +240,15 @@ def test_the_schema_describes_the_file() -> None:
     assert all(found["additionalProperties"] is False for found in objects(schema))
     # two of them have memory, which may be a table
     assert len(objects(schema)) == 10
+
+
+def test_the_schema_has_text_in_place_of_numbers_in_units() -> None:
+    text = json.dumps(json_schema())
+    assert '"type": "number"' not in text  # all floats have a unit
+    assert "x-text" not in text
+    policy = json_schema()["$defs"]["Policy"]["properties"]
+    assert policy["cpu"]["anyOf"][0] == UNITS["share"].schema
+    assert policy["memory"]["anyOf"][0] == Memory.schema
 
 
 def test_every_key_of_the_schema_has_a_description_and_an_example() -> None:

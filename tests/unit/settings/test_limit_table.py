@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.kernel.cgroup import IoMax, Resources
-from rcon_plugins.settings.limit_table import BY_KEY, IO_LIMITS, KEY_OF_FIELD, LIMITS, SHARED_KEYS, Limit
+from rcon_plugins.settings.limit_table import (
+    BY_KEY,
+    IO_LIMITS,
+    KEY_OF_FIELD,
+    LIMITS,
+    SHARED_KEYS,
+    Limit,
+    Unit,
+)
 from rcon_plugins.settings.limits import Each, IoLimits, Limits
 from rcon_plugins.settings.policy import Policy
+from rcon_plugins.settings.units import UNITS
 
 
 def test_every_limit_of_a_policy_is_a_row() -> None:
@@ -24,6 +34,10 @@ def test_every_limit_of_a_policy_is_a_row() -> None:
 def test_every_field_of_the_kernel_is_a_row() -> None:
     assert set(KEY_OF_FIELD) == set(Resources._fields) - {"io", "oom_group", "files"}
     assert tuple(limit.field for limit in IO_LIMITS) == IoMax._fields
+
+
+def test_every_unit_of_a_row_can_be_read_and_written() -> None:
+    assert {*get_args(Unit), "umask"} == set(UNITS)
 
 
 def test_keys_are_unique() -> None:

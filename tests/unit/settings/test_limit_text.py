@@ -79,9 +79,15 @@ def test_values_are_spelled_as_in_settings() -> None:
         io={"/srv": {"read": "1M", "write_iops": 5}},
         each={"timeout": "20s"},
     )
-    assert as_written(policy.cpu) == "30%"
-    assert as_written(policy.pids) == 3
-    assert as_written(policy.memory) == {"limit": "1M", "expand": "2x", "up_to": "1G"}
-    assert as_written(policy.io) == {"/srv": {"read": "1M", "write_iops": 5}}
-    assert as_written(policy.each.timeout) == "20s"
-    assert as_written(policy.swap) is None
+    assert as_written("cpu", policy.cpu) == "30%"
+    assert as_written("pids", policy.pids) == 3
+    assert as_written("memory", policy.memory) == {"limit": "1M", "expand": "2x", "up_to": "1G"}
+    assert as_written("io", policy.io) == {"/srv": {"read": "1M", "write_iops": 5}}
+    assert as_written("timeout", policy.each.timeout) == "20s"
+    assert as_written("swap", policy.swap) is None
+
+
+def test_keys_for_retries_are_spelled_as_in_settings() -> None:
+    keys = {"on_memory": {"expand": "1.5x", "up_to": "2G"}, "max_deaths": 5, "dead_letter": "dead"}
+    policy = Policy.make("p", each={"memory": "256M"}, **keys)
+    assert {key: as_written(key, getattr(policy, key)) for key in keys} == keys

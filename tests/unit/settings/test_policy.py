@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import msgspec
 import pytest
 
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.limits import Each, IoLimits, Limits
-from rcon_plugins.settings.memory import Factor, Memory, OnMemory
+from rcon_plugins.settings.memory import Memory, OnMemory
 from rcon_plugins.settings.policy import Per, Policy, PolicyName
-from rcon_plugins.settings.units import CpuList, Cpus, Duration, Size
 
+MIB = 2**20
 TENANT = Policy.make(
     "tenant",
     per="host",
@@ -31,16 +32,16 @@ def test_make_reads_what_a_settings_file_would_hold() -> None:
     whole = Policy(
         name="tenant",
         per=Per("host"),
-        cpu=Cpus(0.3),
+        cpu=0.3,
         cpu_weight=50,
-        cpus=CpuList("0-1"),
-        memory=Memory("256M"),
-        memory_high=Size("200M"),
-        swap=Size(0),
-        io={"/srv": IoLimits(read=Size("10M"), write=Size("5M"), read_iops=1000)},
+        cpus="0-1",
+        memory=Memory(256 * MIB),
+        memory_high=200 * MIB,
+        swap=0,
+        io={"/srv": IoLimits(read=10 * MIB, write=5 * MIB, read_iops=1000)},
         pids=64,
         concurrency=8,
-        each=Each(memory=Memory("128M"), timeout=Duration("20s")),
+        each=Each(memory=Memory(128 * MIB), timeout=20.0),
     )
     assert whole == TENANT
 
@@ -54,14 +55,51 @@ def test_keys_that_are_not_set_are_none() -> None:
 
 
 def test_make_takes_values_that_are_parsed_already() -> None:
-    each = Each(timeout=Duration("1s"))
-    assert Policy.make("p", memory=Size("1M"), cpu=Cpus("50%"), each=each).each is each
+    each, memory = Each(timeout=1.0), Memory(1 * MIB)
+    policy = Policy.make("p", memory=memory, each=each)
+    assert policy.memory is memory
+    assert policy.each is each
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"cpu": 0.3},
+        {"each": {"timeout": 20}},
+        {"each": {"timeout": 20.0}},
+        {"cpu": "30%", "cpu_burst": 0.01},
+        {"rlimits": {"cpu": 10}},
+        {"umask": 27},
+        {"memory": {"limit": "1M", "expand": 2.0, "up_to": "1G"}},
+        {"memory": 1e6},
+    ],
+)
+def test_make_refuses_a_number_whose_unit_would_be_a_guess(keys: dict[str, object]) -> None:
+    with pytest.raises(SettingsError) as refused:
+        Policy.make("p", **keys)
+    assert refused.value.hint
 
 
 def test_a_policy_pickles_with_its_types() -> None:
     twin = pickle.loads(pickle.dumps(TENANT))
     assert twin == TENANT
-    assert (type(twin.memory), type(twin.cpu), type(twin.each.timeout)) == (Memory, Cpus, Duration)
+    assert (type(twin.memory), type(twin.cpu), type(twin.each.timeout)) == (Memory, float, float)
+
+
+def test_policies_differ_by_any_limit() -> None:
+    """A reload, and a change of live policies, compare them."""
+    table: dict[str, Any] = {"cpu": "30%", "memory": "64M", "each": {"timeout": "1s", "memory": "1M"}}
+    policy = Policy.make("p", **table)
+    assert policy == Policy.make(
+        "p", **{**table, "memory": 64 * MIB, "each": {"timeout": "1000ms", "memory": "1024K"}}
+    )
+    others: list[dict[str, Any]] = [
+        {"cpu": "30.1%"},
+        {"memory": {"limit": "64M", "expand": "2x", "up_to": "1G"}},
+        {"each": {"timeout": "1001ms", "memory": "1M"}},
+        {"each": {"timeout": "1s", "memory": {"limit": "1M", "expand": "2x", "up_to": "2M"}}},
+    ]
+    assert [policy != Policy.make("p", **{**table, **other}) for other in others] == [True] * 4
 
 
 def test_a_policy_cannot_be_changed() -> None:
@@ -156,6 +194,7 @@ WRONG = [
     ("concurrency", ">= 1", {"concurrency": 0}),
     ("max_uses", ">= 1", {"max_uses": 0}),
     ("isolation", "did you mean 'process'", {"isolation": "proces"}),
+    ("isolation", "one of: auto, inline", {"isolation": {"memory": "1M"}}),
     ("isolation", "each.timeout", {"isolation": "thread", "each": {"timeout": "1s"}}),
     ("isolation", "memory and memory_high", {"isolation": "thread", "memory": "2M", "memory_high": "1M"}),
     ("isolation", "swap", {"isolation": "thread", "swap": 0}),
@@ -250,7 +289,7 @@ def test_keys_for_retries() -> None:
         dead_letter="dead",
     )
     assert policy.retry_keys == ("on_memory", "max_deaths", "dead_letter")
-    assert policy.on_memory == OnMemory(Factor.parse("2x"), Size("2G"))
+    assert policy.on_memory == OnMemory(2.0, 2048 * MIB)
     assert policy.limits_set() == ("memory", "each.memory")
     assert Policy.make("p", each={"memory": "256M"}).retry_keys == ()
 
@@ -306,12 +345,12 @@ def test_inline_accepts_the_limits_of_threads() -> None:
 
 
 def test_the_least_memory_is_one_page() -> None:
-    assert Policy.make("p", memory=4096).memory == 4096
+    assert Policy.make("p", memory=4096).memory == Memory(4096)
 
 
 def test_a_changed_copy_is_checked_too() -> None:
     with pytest.raises(SettingsError, match="never reached"):
-        msgspec.structs.replace(TENANT, memory=Size("100M"))
+        msgspec.structs.replace(TENANT, memory=Memory(100 * MIB))
 
 
 def test_a_policy_name_keeps_its_type() -> None:
