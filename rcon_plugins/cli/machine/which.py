@@ -32,8 +32,8 @@ def which(file: str, attributes: Mapping[str, str], as_json: bool) -> tuple[str,
     if policy is None:
         if settings.unmatched == "refuse":
             found["problem"] = (
-                'no route matches, and there is no policy named default (add one, or write unmatched = "allow" to run '
-                "without limits what no route matches)"
+                "no route matches, and there is no policy named default "
+                '(add one, or write unmatched = "allow" to run without limits)'
             )
     elif policy not in settings.policies:
         found["problem"] = f"there is no policy {policy}"
