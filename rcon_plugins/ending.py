@@ -92,8 +92,41 @@ def explain_end(
 
     ``before`` and ``after`` are the counters around the work. ``status`` is the wait status; None if unknown.
     ``cause`` is why the host stopped the work itself. A command may exit by itself: with ``is_command`` its exit
-    status decides between ``"ok"`` and ``"error"``.
+    status decides between ``"ok"`` and ``"error"``. The detail names OOM kills, whatever the ending is.
     """
+    end = _explain(before, after, status, limits, cause, is_command)
+    return end._replace(detail=with_oom_kills(end.detail, oom_kills_between(before, after), end.ending))
+
+
+def oom_kills_between(before: Snapshot, after: Snapshot) -> int | None:
+    """Return the number of processes that the OOM killer ended between two snapshots; None if unknown."""
+    pairs = ((before.each, after.each), (before.group, after.group))
+    counts = [
+        max(0, there.oom_kills - (here.oom_kills or 0))
+        for here, there in pairs
+        if there.oom_kills is not None
+    ]
+    # The counter of a group includes what is below it.
+    return max(counts, default=None)
+
+
+def with_oom_kills(detail: str, kills: int | None, ending: Ending) -> str:
+    """Return ``detail`` with the number of OOM kills. The ending ``memory`` names the first one already."""
+    if not kills or (ending == "memory" and kills == 1):
+        return detail
+    killed = "1 process was" if kills == 1 else f"{kills} processes were"
+    separator = "; " if detail and not detail.endswith(": ") else ""
+    return f"{detail}{separator}{killed} killed at the memory limit"
+
+
+def _explain(
+    before: Snapshot,
+    after: Snapshot,
+    status: int | None,
+    limits: LimitsInForce,
+    cause: Cause | None,
+    is_command: bool,
+) -> End:
     number = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
     if cause == "timeout":
         return End("timeout", limits.timeout_key, number, f"wall time limit {limits.timeout} reached")

@@ -44,3 +44,5 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     memory_peak: int | None = None
     io_read_bytes: int | None = None
     io_write_bytes: int | None = None
+    #: Processes of this unit of work that the OOM killer ended.
+    oom_kills: int | None = None

@@ -1,4 +1,4 @@
-"""Log one structured line for each refusal and each limit hit."""
+"""Log one structured line for each refusal, each limit hit and each OOM kill."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _QUIET = frozenset({"ok", "error", "aborted"})
 
 @hookimpl
 def rcon_work_finished(work: Work, outcome: Outcome) -> None:
-    """Log one line of JSON at level WARNING, unless the request, task or command ended by itself."""
-    if outcome.ending in _QUIET:
+    """Log one line of JSON at level WARNING, unless the request, task or command ended by itself without OOM kills."""
+    if outcome.ending in _QUIET and not outcome.usage.oom_kills:
         return
     line = {
         "event": outcome.ending,

@@ -96,6 +96,7 @@ class Ended(NamedTuple):
             memory_peak=self.reading.memory_peak,
             io_read_bytes=self.reading.io_read_bytes,
             io_write_bytes=self.reading.io_write_bytes,
+            oom_kills=self.reading.oom_kills,
         )
         ending, limit, number, detail = self.end
         return Outcome(ending=ending, usage=usage, policy=policy, limit=limit, signal=number, detail=detail)
@@ -254,8 +255,9 @@ class _Run:
         ordered = self._order.resources.memory_max
         above = isinstance(ordered, int) and (group.memory_peak or 0) > ordered
         memory, pids = self._bounds() if status or above else (Bounds(), Bounds())
-        if status and not group.oom_kills and leaf.oom_kills is not None and _reached(group, memory.group):
-            group = group._replace(oom_kills=self._oom_kills_below(status))
+        group = group._replace(
+            oom_kills=self._oom_kills(group.oom_kills, status, _reached(group, memory.group))
+        )
         timeout = _seconds(self._order.timeout)
         end = explain_end(
             Snapshot(),
@@ -272,18 +274,24 @@ class _Run:
         exit_status = code if code >= 0 else SIGNALLED - code
         return Ended(end, exit_status, wall, group, self._group.path)
 
-    def _oom_kills_below(self, status: int) -> int:
-        """Return the number of OOM kills in nested groups, on v1.
+    def _oom_kills(self, counted: int | None, status: int, reached: bool) -> int | None:
+        """Return the number of OOM kills in the group and all below it; None if unknown.
 
-        For removed groups, only the kernel's notice is left.
+        ``counted`` is the group's own counter. On v1 it leaves out the cgroups below, so this adds those that are left.
+        For removed ones, only the kernel's notice is left: ``reached`` says that the group reached its limit.
         """
-        if self._memory_notices is None:
-            return 0
+        if not any(mount.version == 1 and "memory" in mount.controllers for mount in self._group.mounts):
+            return counted
         from rcon_plugins.kernel.cgroup.statistics import read_usage
 
-        kills = read_usage(self._group).oom_kills or 0
+        kills = read_usage(self._group).oom_kills
+        if kills is None or not self._leaf.exists():
+            return kills or None
+        notices = 0 if self._memory_notices is None else count_notices(self._memory_notices)
+        if kills or not notices:
+            return kills
         killed = os.waitstatus_to_exitcode(status) in (-signal.SIGKILL, SIGNALLED + signal.SIGKILL)
-        return kills or int(killed and count_notices(self._memory_notices) > 0)
+        return 1 if killed and reached else None
 
     def _bounds(self) -> tuple[Bounds, Bounds]:
         """Return the current memory and pids limits. Plugins, ``--on-event`` or ``rcon set`` may have changed them."""

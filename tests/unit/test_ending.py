@@ -6,7 +6,17 @@ import signal
 
 import pytest
 
-from rcon_plugins.ending import Bounds, Cause, End, LimitsInForce, Snapshot, explain_end, pids_limit_hit
+from rcon_plugins.ending import (
+    Bounds,
+    Cause,
+    End,
+    LimitsInForce,
+    Snapshot,
+    explain_end,
+    oom_kills_between,
+    pids_limit_hit,
+    with_oom_kills,
+)
 from rcon_plugins.kernel.cgroup import Reading
 
 MIB = 2**20
@@ -54,7 +64,7 @@ def test_an_executor_process_that_exits_did_not_finish_its_work(
 
 def test_the_host_stopped_it() -> None:
     limits = LimitsInForce(EACH.memory, timeout="5s")
-    after = Snapshot(oom(64))
+    after = Snapshot(oom(64, 0))
     end = explain_end(Snapshot(), after, KILLED, limits, cause="timeout")
     assert end == End("timeout", "each.timeout", 9, "wall time limit 5s reached")
     assert explain_end(Snapshot(), after, KILLED, limits, cause="aborted") == End("aborted", None, 9)
@@ -113,8 +123,43 @@ def test_a_requested_end_is_not_a_limit() -> None:
 
 
 def test_a_command_that_succeeds_reached_no_limit() -> None:
-    after = Snapshot(oom(64)._replace(pids_limit_hits=3))
+    after = Snapshot(oom(64, 0)._replace(pids_limit_hits=3))
     assert explain_end(Snapshot(), after, 0, EACH._replace(pids=Bounds(each=8)), is_command=True) == End("ok")
+
+
+@pytest.mark.parametrize("cause", ["timeout", "aborted", "protocol", None])
+@pytest.mark.parametrize("status", [0, EXIT_3, TERMINATED, KILLED, None])
+@pytest.mark.parametrize("is_command", [False, True])
+def test_oom_kills_are_named_whatever_the_ending(
+    cause: Cause | None, status: int | None, is_command: bool
+) -> None:
+    before, after = Snapshot(oom(64, 5), oom(64, 5)), Snapshot(oom(64, 7), oom(64, 8))
+    end = explain_end(before, after, status, LimitsInForce(), cause=cause, is_command=is_command)
+    without = explain_end(before, before, status, LimitsInForce(), cause=cause, is_command=is_command)
+    suffix = "3 processes were killed at the memory limit"
+    assert end.detail.endswith(suffix)
+    if end.ending != "memory":
+        assert end == without._replace(detail=f"{without.detail}; {suffix}" if without.detail else suffix)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kills"),
+    [
+        (Snapshot(), Snapshot(), None),
+        (Snapshot(oom(1, 2)), Snapshot(), None),
+        (Snapshot(), Snapshot(oom(1, 0)), 0),
+        (Snapshot(oom(1, 2)), Snapshot(oom(1, 3)), 1),
+        (Snapshot(oom(1, 2)), Snapshot(oom(1, 2), oom(1, 3)), 3),
+        (Snapshot(oom(1, 2)), Snapshot(oom(1, 3), Reading(memory_peak=1)), 1),
+    ],
+)
+def test_oom_kills_between_two_snapshots(before: Snapshot, after: Snapshot, kills: int | None) -> None:
+    assert oom_kills_between(before, after) == kills
+
+
+def test_one_oom_kill_is_not_named_twice() -> None:
+    assert with_oom_kills("memory limit 64M reached", 1, "memory") == "memory limit 64M reached"
+    assert with_oom_kills("", 1, "ok") == "1 process was killed at the memory limit"
 
 
 @pytest.mark.parametrize(

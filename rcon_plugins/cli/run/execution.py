@@ -106,7 +106,7 @@ def execute(
     if finished is not None:
         finished(ended)
     end = ended.end
-    if end.detail and end.signal not in _SILENT:
+    if end.detail and (end.signal not in _SILENT or ended.reading.oom_kills):
         say("rcon", end.detail if end.limit else f"{order.arguments[0]}: {end.detail}")
     if report is not None:
         _write(report, _report_data(order, ended, policy))

@@ -17,7 +17,9 @@ from rcon_plugins.ending import (
     LimitsInForce,
     Snapshot,
     explain_end,
+    oom_kills_between,
     pids_limit_hit,
+    with_oom_kills,
 )
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
@@ -155,11 +157,15 @@ class ProcessAdmission(Admission):
             self._pool.leave(executor)
         else:
             self._replace(unfit)
-        limit = "max_result" if ending == "result" else None
+        end = End(ending, "max_result" if ending == "result" else None, detail=detail)
         if ending == "error" and (hit := self._pids_limit_hit(reading)) is not None:
-            detail = detail or f"{self.work.name}: no more processes or threads could be started"
-            return self._conclude("pids", self._usage(reading), limit=hit, detail=detail)
-        return self._conclude(ending, self._usage(reading), limit=limit, detail=detail)
+            problem = f"{self.work.name}: no more processes or threads could be started"
+            end = End("pids", hit, detail=detail or problem)
+        usage = self._usage(reading)
+        if usage.oom_kills:
+            detail = with_oom_kills(end.detail or f"{self.work.name}: ", usage.oom_kills, end.ending)
+            end = end._replace(detail=detail)
+        return self._conclude(end.ending, usage, limit=end.limit, detail=end.detail)
 
     def died(self) -> Outcome:
         """Conclude work whose channel is closed, by the way its executor process ended."""
@@ -277,9 +283,12 @@ class ProcessAdmission(Admission):
             if end.ending != "aborted":
                 how = end.detail if end.limit else f"process {end.detail}"
                 detail = f"{self.work.name}: {how}"
+            usage = self._usage(reading)
+            if end.ending == "aborted":
+                detail = with_oom_kills(detail, usage.oom_kills, end.ending)
             return self._conclude(
                 end.ending,
-                self._usage(reading),
+                usage,
                 limit=end.limit,
                 signal_number=end.signal if end.ending == "killed" else None,
                 detail=detail,
@@ -341,4 +350,6 @@ class ProcessAdmission(Admission):
             memory_peak=peak,
             io_read_bytes=None if read is None else read - (before.io_read_bytes or 0),
             io_write_bytes=None if written is None else written - (before.io_write_bytes or 0),
+            # The same reading again: the counters could not be read after the work.
+            oom_kills=None if reading is before else oom_kills_between(Snapshot(before), Snapshot(reading)),
         )

@@ -28,6 +28,7 @@ def test_in_the_metadata(sessions: Sessions) -> None:
         assert outcome.usage.wall_seconds > 0
         assert outcome.usage.cpu_seconds is not None
         assert 0 < (outcome.usage.memory_peak or 0) < 128 * 2**20
+        assert outcome.usage.oom_kills == 0
 
         result = session.send("hog")
         with pytest.raises(MemoryLimitExceeded):
@@ -36,6 +37,7 @@ def test_in_the_metadata(sessions: Sessions) -> None:
         assert outcome is not None
         assert (outcome.ending, outcome.limit) == ("memory", "each.memory")
         assert (outcome.usage.memory_peak or 0) > 60 * 2**20
+        assert outcome.usage.oom_kills == 1
 
         result = session.send("plain")
         session.wait(result)

@@ -102,6 +102,14 @@ class Acts:
         return len(held)
 
     @staticmethod
+    def lose_child(mebibytes: int, seconds: float = 0.0) -> str:
+        """A child takes so much memory; wait for its end, and then for a while."""
+        child = _forked(lambda: Acts.allocate(mebibytes))
+        status = os.waitpid(child, 0)[1]
+        time.sleep(seconds)
+        return f"child ended with {os.waitstatus_to_exitcode(status)}"
+
+    @staticmethod
     def write_directly(path: str, mebibytes: int) -> float:
         """Bytes per second, past the page cache."""
         size = mebibytes * 1024 * 1024
