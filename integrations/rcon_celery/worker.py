@@ -131,7 +131,7 @@ class ConfinedWorker:
     def close_before_restart(self) -> None:
         """Have `close` called before all other exit handlers.
 
-        After a SIGHUP, an exit handler of Celery executes the worker anew in the same process. A cgroup that is still
+        After a SIGHUP, an exit handler of Celery executes the worker again in the same process. A cgroup that is still
         there belongs to a living process then, so no later start would remove it.
         """
         if os.getpid() == self._pid:

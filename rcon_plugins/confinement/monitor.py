@@ -103,7 +103,7 @@ class GroupMonitor:
     def change(self, policies: Mapping[str, Policy]) -> None:
         """Apply changed policies.
 
-        Watching a confinement starts anew with its next executor, unless its memory goes on expanding as before.
+        The watch of a confinement starts again with its next executor, unless its memory still expands as before.
         """
         with self._lock:
             self._policies.update(policies)
@@ -206,7 +206,7 @@ class MonitoredGroup:
         return of.limits.memory
 
     def change(self, policies: Mapping[str, Policy]) -> bool:
-        """Apply changed policies. Return whether its own policy changed, so that watching it must start anew."""
+        """Apply changed policies. Return whether its own policy changed, so that its watch must be started again."""
         policy = policies.get(self._policy.name)
         if policy is None:
             return False

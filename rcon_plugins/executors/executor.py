@@ -91,7 +91,7 @@ class Monitored(Protocol):
         """Return the limit ``memory`` or ``each.memory`` in force; None without one."""
 
     def change(self, policies: Mapping[str, Policy]) -> bool:
-        """Apply changed policies. Return whether its own policy changed, so that watching it must start anew."""
+        """Apply changed policies. Return whether its own policy changed, so that its watch must be started again."""
 
     def finish(self) -> None:
         """Report the last events and stop watching, before the cgroup is removed."""

@@ -79,7 +79,7 @@ def read_file_capabilities(file: str | int) -> FileCapabilities | None:
     try:
         return decode(data)
     except ValueError as error:
-        raise KernelError(f"{file}: {error}", path=str(file), hint="set them anew: setcap(8)") from None
+        raise KernelError(f"{file}: {error}", path=str(file), hint="set them again with setcap(8)") from None
 
 
 def write_file_capabilities(file: str | int, capabilities: FileCapabilities | None) -> None:
