@@ -234,7 +234,7 @@ def _descendants(pids: set[int]) -> set[int]:
 
 
 def _watch(instance: Instance, group: Cgroup, stop: Callable[[], object] | None) -> NoReturn:
-    """Become the watcher. Execute its program again to save memory, unless ``stop`` would end threads that are needed."""
+    """Become the watcher. Execute its program again to save memory, unless ``stop`` needs the threads of this one."""
     if not instance.needs_adoption and stop is None:
         command = [
             sys.executable,

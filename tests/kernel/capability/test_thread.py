@@ -190,9 +190,9 @@ def inheriting() -> None:
 
 
 REFUSED: list[tuple[Callable[[], object], Callable[[], object], str]] = [
-    (nobody, lambda: capability.set_uids(0, 0, 0), "cannot change the uids to (0, 0, 0): that needs cap_setuid"),
+    (nobody, lambda: capability.set_uids(0, 0, 0), "cannot change the uids to (0, 0, 0): cap_setuid is not effective"),
     (nobody, lambda: capability.set_uids(-1, 0, -1), "to (unchanged, 0, unchanged)"),
-    (nobody, lambda: capability.set_gids(1, 1, 1), "cannot change the gids to (1, 1, 1): that needs cap_setgid"),
+    (nobody, lambda: capability.set_gids(1, 1, 1), "cannot change the gids to (1, 1, 1): cap_setgid is not effective"),
     (nobody, lambda: capability.set_groups((1,)), "cannot change the supplementary groups to [1]"),
     (nothing, lambda: capability.set_capabilities(SOME, NONE, NONE), "cap_chown,cap_kill,cap_setpcap cannot become p"),
     (nothing, lambda: capability.drop_bounding(NONE), "cannot drop cap_chown from the bounding set"),
