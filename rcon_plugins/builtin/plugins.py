@@ -9,7 +9,7 @@ from typing import Any
 import pluggy
 
 from rcon_plugins import hookspecs
-from rcon_plugins.builtin import identity, limits, log
+from rcon_plugins.builtin import identity, limits, log, seccomp
 from rcon_plugins.builtin.landlock import Landlock
 from rcon_plugins.builtin.process import BeforeIdentity, Rlimits
 from rcon_plugins.builtin.routing import Routing
@@ -33,6 +33,7 @@ def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> plu
     # pluggy calls these last, in this order. Plugins that need privileges come before the identity, which drops them.
     # Rlimits come after Landlock and the identity, because these open files.
     manager.register(BeforeIdentity(), "rcon.process")
+    manager.register(seccomp, "rcon.seccomp")
     manager.register(Landlock(), "rcon.landlock")
     manager.register(identity, "rcon.identity")
     manager.register(Rlimits(), "rcon.rlimits")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from rcon_plugins.errors import KernelError, RconError, SettingsError
 from rcon_plugins.identity import privileges
 from rcon_plugins.identity.resolution import resolve
-from rcon_plugins.kernel import landlock
+from rcon_plugins.kernel import landlock, seccomp
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, read_state
 from rcon_plugins.kernel.cgroup import Hierarchy, Refusal, Resources
 from rcon_plugins.settings.limit_table import KEY_OF_FIELD
@@ -81,7 +81,7 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     as_process += _as_written(hierarchy.refusals(each, within=together), "each.")
     identity = privileges.refusals(policy)
     soft = _soft_limit_refusals(policy, server, hierarchy)
-    as_process += identity + soft + _landlock_refusals(policy)
+    as_process += identity + soft + _privilege_refusals(policy)
     if not server.tasks:
         tries = [  # for any isolation
             Refusal(key, "only Celery tasks are retried", "leave it out") for key in policy.retry_keys
@@ -130,17 +130,19 @@ def process_refusals(verdict: Verdict) -> list[Refusal]:
     if verdict.isolation == "inline":
         return []
     found = privileges.refusals(verdict.policy)
-    return found if verdict.isolation == "thread" else found + _landlock_refusals(verdict.policy)
+    return found if verdict.isolation == "thread" else found + _privilege_refusals(verdict.policy)
 
 
-def _landlock_refusals(policy: Policy) -> list[Refusal]:
-    """Return a refusal if executor processes of the policy could write the cgroup files."""
-    if policy.no_new_privs or not landlock.abi() or CAP_SYS_ADMIN in read_state().permitted:
+def _privilege_refusals(policy: Policy) -> list[Refusal]:
+    """Return a refusal if executor processes of the policy could write the cgroup files, or leave their cgroups."""
+    if policy.no_new_privs or CAP_SYS_ADMIN in read_state().permitted:
+        return []
+    if not landlock.abi() and not seccomp.is_available():
         return []
     return [
         Refusal(
             "no_new_privs",
-            "with no_new_privs = false, protecting the cgroup files needs CAP_SYS_ADMIN (landlock(7))",
+            "with no_new_privs = false, protecting the cgroups needs CAP_SYS_ADMIN (landlock(7), seccomp(2))",
             "leave no_new_privs out, or run the server as root",
         )
     ]
@@ -176,11 +178,14 @@ def caveat(policy: Policy, server: Server, uid: int | None = None) -> str | None
     if _work_uid(policy, uid) != uid:
         return None
     work = "tasks" if server.tasks else "requests"
+    leave = (
+        "" if seccomp.is_available() else " They can leave their cgroups: this kernel has no seccomp filters."
+    )
     if uid == 0:
-        return f"{work} run as root and can overwrite root's files. Set `user =` to contain untrusted code."
+        return f"{work} run as root and can overwrite root's files.{leave} Set `user =` to contain untrusted code."
     can = "change the permissions of the cgroup files" if landlock.abi() else "write the cgroup files"
     return (
-        f"{work} run as the server's user (uid {uid}), and can {can} and the rlimits of other {work}. "
+        f"{work} run as the server's user (uid {uid}), and can {can} and the rlimits of other {work}.{leave} "
         "Set `user =` to contain untrusted code."
     )
 

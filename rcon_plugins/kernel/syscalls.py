@@ -39,6 +39,7 @@ _NUMBERS = {
         "capset": 126,
         "prctl": 157,
         "keyctl": 250,
+        "seccomp": 317,
     },
     "aarch64": {
         "capget": 90,
@@ -48,6 +49,7 @@ _NUMBERS = {
         "setgroups": 159,
         "prctl": 167,
         "keyctl": 219,
+        "seccomp": 277,
     },
 }
 

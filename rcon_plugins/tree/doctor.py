@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import features, process
+from rcon_plugins.kernel import features, process, seccomp
 from rcon_plugins.kernel.capability import CAP_SETGID, CAP_SETUID, Capabilities, read_state
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, v1
 from rcon_plugins.kernel.cgroup.mounts import is_systemds
@@ -288,6 +288,13 @@ def _machine() -> Iterator[Finding]:
         yield Finding(
             "kernel", "Landlock", "absent", "rules for files: capcon run --read-only, --write",
             "Linux 5.13 or newer with CONFIG_SECURITY_LANDLOCK, and landlock in the boot parameter lsm=",
+        )  # fmt: skip
+    if seccomp.is_available():
+        yield Finding("kernel", "seccomp", "there", "no process leaves its cgroup by clone3")
+    else:
+        yield Finding(
+            "kernel", "seccomp", "absent",
+            "confined code with the server's own user can leave its cgroup v2 by clone3", seccomp.REMEDY,
         )  # fmt: skip
     container = features.container()
     yield Finding("machine", "container", "there", f"in one of {container}" if container else "in none")

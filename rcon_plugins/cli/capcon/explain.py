@@ -18,7 +18,7 @@ from rcon_plugins.cli.options import EXPLAIN_OPTIONS, parse
 from rcon_plugins.cli.program import find_program
 from rcon_plugins.cli.request import Request
 from rcon_plugins.errors import CapabilityError
-from rcon_plugins.kernel import landlock
+from rcon_plugins.kernel import landlock, seccomp
 from rcon_plugins.kernel.capability import Capabilities, State, read_state
 from rcon_plugins.kernel.capability.exec_rule import File, Prediction, predict
 from rcon_plugins.kernel.proc import exec_remedy
@@ -84,7 +84,8 @@ def file_problems(request: Request) -> list[str]:
     if landlock.abi() == 0:
         return ["cannot be confined to these files: this kernel has no Landlock"]
     missing = [path for path in (*request.read, *request.write) if not Path(path).exists()]
-    return [f"cannot be confined to {path}: there is no such file" for path in missing]
+    found = [f"cannot be confined to {path}: there is no such file" for path in missing]
+    return found if seccomp.is_available() else [*found, f"can leave its cgroups: {seccomp.NONE_HERE}"]
 
 
 def request_rows(request: Request, program: str) -> list[str]:

@@ -14,7 +14,7 @@ from rcon_plugins.cli.options import CAPCON_OPTIONS, parse
 from rcon_plugins.cli.program import find_program
 from rcon_plugins.cli.request import Request, find_account
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import landlock
+from rcon_plugins.kernel import landlock, seccomp
 from rcon_plugins.kernel.capability import State, drop, read_state, set_no_new_privs
 from rcon_plugins.kernel.capability.exec_rule import File, predict
 from rcon_plugins.kernel.proc import exec_remedy, original_environment
@@ -43,6 +43,10 @@ def run(words: Sequence[str]) -> int:
         landlock.restrict(
             request.read, (*request.write, *(path for path in HARMLESS_DEVICES if Path(path).exists()))
         )
+        if seccomp.is_available():
+            seccomp.forbid_leaving_cgroups()
+        else:
+            say("capcon", f"warning: {program} can leave its cgroups: {seccomp.NONE_HERE}")
     for number in _IGNORED_BY_PYTHON:
         signal.signal(number, signal.SIG_DFL)
     try:

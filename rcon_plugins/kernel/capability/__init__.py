@@ -37,6 +37,7 @@ from rcon_plugins.kernel.capability.state import (
 )
 from rcon_plugins.kernel.capability.thread import (
     drop_bounding,
+    raise_capability,
     set_ambient,
     set_capabilities,
     set_gids,
@@ -70,6 +71,7 @@ __all__ = [
     "drop",
     "drop_bounding",
     "parse_text",
+    "raise_capability",
     "read_file_capabilities",
     "read_state",
     "set_ambient",

@@ -74,6 +74,16 @@ def set_capabilities(permitted: Capabilities, effective: Capabilities, inheritab
         _refuse_sets(error, permitted, effective, inheritable)
 
 
+def raise_capability(number: int) -> None:
+    """Make a capability effective for the calling thread if it is permitted. Otherwise do nothing.
+
+    A server that changed its user holds its capabilities permitted, not effective. Raises `CapabilityError`.
+    """
+    now = read_state()
+    if number in now.permitted and number not in now.effective:
+        set_capabilities(now.permitted, now.effective | Capabilities.of(number), now.inheritable)
+
+
 def set_ambient(capabilities: Capabilities) -> None:
     """Set the ambient set of the calling thread: the capabilities kept by execve(2) of an ordinary file (Linux 4.3).
 

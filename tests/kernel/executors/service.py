@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from rcon_plugins.settings.file import from_mapping
 from tests.kernel.cgroup.helpers import write_directly
 from tests.kernel.executors import ways_back
 from tests.kernel.quota import quota_in_force
+from tests.kernel.seccomp import births
 
 ASK, ANSWER, RAISED = range(FIRST_SERVICE_KIND, FIRST_SERVICE_KIND + 3)
 
@@ -207,6 +210,55 @@ class Acts:
         for name, pid in pids.items():
             found.update(ways_back.by_process(pid, name))
         return {**found, **ways_back.by_cgroup()}
+
+    @staticmethod
+    def births(cgroup: str) -> dict[str, str]:
+        """Start a child in another cgroup, in each way."""
+        return births.all_ways(cgroup)
+
+    @staticmethod
+    def births_after_execve(cgroup: str) -> dict[str, str]:
+        """As a child that is another program."""
+        done = subprocess.run([sys.executable, births.__file__, cgroup], capture_output=True, check=True)
+        return dict(json.loads(done.stdout))
+
+    @staticmethod
+    def births_of_a_child(cgroup: str) -> list[str]:
+        """As a forked child, and in a thread of this process."""
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writing, births.born_in(cgroup).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        found = [os.read(reading, 4096).decode()]
+        thread = threading.Thread(target=lambda: found.append(births.born_in(cgroup)))
+        thread.start()
+        thread.join()
+        return found
+
+    @staticmethod
+    def children_of_the_c_library() -> list[str]:
+        """A process by posix_spawn, one by fork and execve, and a thread: what they answered."""
+        found = []
+        reading, writing = os.pipe()
+        actions = [(os.POSIX_SPAWN_DUP2, writing, 1)]
+        pid = os.posix_spawn("/bin/echo", ["echo", "spawned"], os.environ, file_actions=actions)
+        found.append(
+            f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])} {os.read(reading, 100).decode().strip()}"
+        )
+        found.append(
+            subprocess.run(["echo", "forked"], capture_output=True, text=True, check=True).stdout.strip()
+        )
+        thread = threading.Thread(target=found.append, args=("thread",))
+        thread.start()
+        thread.join()
+        return found
+
+    @staticmethod
+    def mount_cgroups_anew() -> str:
+        """Become root of a user namespace, and mount the cgroups there without a mount point: fsopen(2)."""
+        return ways_back.mount_cgroups_anew()
 
     @staticmethod
     def signals(pids: dict[str, int]) -> dict[str, str]:

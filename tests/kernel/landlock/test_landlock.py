@@ -18,6 +18,7 @@ import pytest
 from rcon_plugins.errors import CapabilityError, KernelError
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.syscalls import prctl
+from tests.system_calls import refuse_system_call
 
 NOBODY = 65534
 PR_SET_NO_NEW_PRIVS = 38
@@ -138,33 +139,6 @@ def test_a_kernel_without_landlock_is_abi_0(in_child: Any) -> None:
     assert problem == "this kernel has no Landlock"
     assert hint is not None
     assert "lsm=" in hint
-
-
-def refuse_system_call(number: int) -> None:
-    """seccomp(2): answer one system call with ENOSYS, as older kernels do."""
-
-    class Instruction(ctypes.Structure):
-        _fields_ = (
-            ("code", ctypes.c_ushort),
-            ("jt", ctypes.c_ubyte),
-            ("jf", ctypes.c_ubyte),
-            ("k", ctypes.c_uint),
-        )
-
-    class Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("first", ctypes.POINTER(Instruction)))
-
-    load, equal, answer_with = 0x20, 0x15, 0x06
-    instructions = (Instruction * 4)(
-        Instruction(load, 0, 0, 0),
-        Instruction(equal, 0, 1, number),
-        Instruction(answer_with, 0, 0, 0x00050000 | 38),
-        Instruction(answer_with, 0, 0, 0x7FFF0000),
-    )
-    program = Program(4, ctypes.cast(instructions, ctypes.POINTER(Instruction)))
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
-    if ctypes.CDLL(None).prctl(22, 2, ctypes.byref(program), 0, 0) != 0:
-        raise OSError("no seccomp filter")
 
 
 @pytest.mark.parametrize("root", [True, False])

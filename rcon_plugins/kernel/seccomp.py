@@ -1,0 +1,118 @@
+"""Keep the calling thread, and all that it starts later, from leaving its cgroups where Landlock does not see it.
+
+``clone3(CLONE_INTO_CGROUP)`` starts a process in any cgroup whose directory the caller can open to read, if the files
+permit a move there (cgroups(7)). No write is involved, so Landlock does not see it. ``fsopen(2)`` gives the root of a
+user namespace a mount of the cgroup tree that nothing has made read-only. A filter (seccomp(2)) answers both with
+ENOSYS, as kernels do that do not have them: the C library then calls clone(2), and programs call mount(2).
+
+The filter holds for the calling thread and for what it starts later, also after execve(2), and cannot be removed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from functools import cache
+from typing import NoReturn
+
+from rcon_plugins.errors import CapabilityError, KernelError
+from rcon_plugins.kernel.syscalls import syscall
+
+_SET_MODE_FILTER = 1
+_FLAG_SPEC_ALLOW = 1 << 2  # Linux 4.17
+
+# The numbers in every ABI of the machines that `syscalls` knows. Calls newer than Linux 5.0 have the same number in all
+# of them: x86-64, i386 (int 0x80, sysenter), arm64, 32-bit arm. x32 adds bit 30, which the filter removes; elsewhere no
+# call has that bit, so removing it refuses nothing else. So no ABI passes by a filter that does not read `arch`.
+_FSOPEN = 430
+_CLONE3 = 435
+_X32_BIT = 0x40000000
+
+_LOAD_NUMBER = 0x20  # BPF_LD | BPF_W | BPF_ABS; seccomp_data.nr is at offset 0
+_AND = 0x54  # BPF_ALU | BPF_AND | BPF_K
+_JUMP_IF_EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
+_RETURN = 0x06  # BPF_RET | BPF_K
+_ERRNO = 0x00050000
+_ALLOW = 0x7FFF0000
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = (
+        ("code", ctypes.c_uint16),
+        ("jt", ctypes.c_uint8),
+        ("jf", ctypes.c_uint8),
+        ("k", ctypes.c_uint32),
+    )
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_uint16), ("first", ctypes.POINTER(_Instruction)))
+
+
+_FILTER = (_Instruction * 6)(
+    _Instruction(_LOAD_NUMBER, 0, 0, 0),
+    _Instruction(_AND, 0, 0, ~_X32_BIT & 0xFFFFFFFF),
+    _Instruction(_JUMP_IF_EQUAL, 2, 0, _CLONE3),
+    _Instruction(_JUMP_IF_EQUAL, 1, 0, _FSOPEN),
+    _Instruction(_RETURN, 0, 0, _ALLOW),
+    _Instruction(_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
+)
+
+#: Why there is no filter, for messages, and the remedy.
+NONE_HERE = "this kernel has no seccomp filters"
+REMEDY = "a kernel with CONFIG_SECCOMP_FILTER; in a container, a seccomp profile that allows seccomp(2)"
+
+
+@cache
+def is_available() -> bool:
+    """Return whether the kernel has seccomp filters and lets this process use them. Source: seccomp(2).
+
+    A kernel with filters reads the program first, and the address 0 is none. The first answer holds for this process
+    and its forks: what was found at the start must be there later. Raises `KernelError` for any other error than those
+    of a kernel without filters, or of a container's filter.
+    """
+    try:
+        syscall("seccomp", _SET_MODE_FILTER, 0, None)
+    except KernelError as error:
+        if error.errno == errno.EFAULT:
+            return True
+        if error.errno in (errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def forbid_leaving_cgroups() -> None:
+    """Answer ``clone3`` and ``fsopen`` with ENOSYS, for the calling thread and what it starts later. Irreversible.
+
+    Raises `CapabilityError` if the thread has neither no_new_privs nor CAP_SYS_ADMIN effective, or if the kernel has no
+    filters. Raises `KernelError` for anything else. After an error nothing has changed.
+    """
+    program = _Program(len(_FILTER), _FILTER)
+    try:
+        # Without this flag, kernels before 5.16 also make all code of a process with a filter slower.
+        _set_filter(_FLAG_SPEC_ALLOW, program)
+    except KernelError as error:
+        if error.errno != errno.EINVAL:
+            _refuse(error)
+        try:
+            _set_filter(0, program)
+        except KernelError as again:
+            _refuse(again)
+
+
+def _set_filter(flags: int, program: _Program) -> None:
+    syscall("seccomp", _SET_MODE_FILTER, flags, ctypes.byref(program))
+
+
+def _refuse(error: KernelError) -> NoReturn:
+    if error.errno == errno.EACCES:
+        raise CapabilityError(
+            "the kernel refuses a seccomp filter for this thread",
+            errno=errno.EACCES,
+            path="seccomp",
+            hint="set no_new_privs first, or hold CAP_SYS_ADMIN",
+        ) from None
+    if error.errno in (errno.ENOSYS, errno.EINVAL):
+        raise CapabilityError(NONE_HERE, errno=error.errno, path="seccomp", hint=REMEDY) from None
+    raise error
