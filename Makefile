@@ -40,7 +40,7 @@ check: root $(VENV)/.test $(VENV)/.docs ## for every commit: lint, docs, unit, c
 test: root $(VENV)/.test $(VENV)/.docs debian ## all that CI runs, on this machine and in emulated ones (root); TIERS= names some of its tiers
 	@$(BIN)/python -m tests.run test $(TIERS)
 
-test-long: root $(VENV)/.test debian ## long CPU windows, 10,000 requests, Celery's own integration suite (root)
+test-long: root $(VENV)/.test debian ## long CPU windows, 10,000 requests, 20,000 hosts, Celery's own integration suite (root)
 	@$(BIN)/python -m tests.run long $(TIERS)
 
 # Every uid of the tests has to reach the folder and write there.

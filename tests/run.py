@@ -129,6 +129,7 @@ def plans() -> dict[str, list[Tier]]:
         "long": [
             replace(measures, environment={"RCON_TEST_LONG": "1"}),
             pytest("tenants", ALONE, "tests/integrations/gunicorn/test_tenants.py", RCON_TEST_LONG="1"),
+            pytest("hosts", ALONE, "tests/integrations/gunicorn/test_hosts.py", RCON_TEST_LONG="1"),
             machine("celery-suite", ALONE, "tests.celery_suite", tests=False),
         ],
     }

@@ -7,7 +7,8 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections import Counter
+import struct
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -24,6 +25,8 @@ from rcon_plugins.settings.policy import Policy
 from rcon_plugins.work import Work
 
 _log = logging.getLogger("rcon")
+
+_COUNT = struct.Struct("=Q")
 
 
 class Pool(NamedTuple):
@@ -169,26 +172,33 @@ class ConfinedTasks:
 class EndingCounters:
     """Counts the tasks that a limit or a signal ended. All processes of the pool share one file in memory.
 
-    Each ending is one byte of the file. Make it before the pool forks. Safe in every process.
+    The file has one number for each ending, however many tasks end. Make it before the pool forks. Safe in every
+    process and thread.
     """
 
-    #: The endings that are counted. The byte in the file is the index in this list.
+    #: The endings that are counted, in the order of their numbers in the file.
     COUNTED: Final = ("memory", "timeout", "pids", "killed", "refused", "forbidden")
 
     def __init__(self) -> None:
         self.file = os.memfd_create("rcon-endings")
-        fcntl.fcntl(self.file, fcntl.F_SETFL, os.O_APPEND)
+        os.ftruncate(self.file, _COUNT.size * len(self.COUNTED))
+        self._lock = threading.Lock()  # record locks keep only processes apart
 
     def add(self, outcome: Outcome) -> None:
         """Count an outcome, if its ending is counted."""
-        if outcome.ending in self.COUNTED:
-            os.write(self.file, bytes([self.COUNTED.index(outcome.ending)]))
+        if outcome.ending not in self.COUNTED:
+            return
+        offset = _COUNT.size * self.COUNTED.index(outcome.ending)
+        with self._lock:
+            fcntl.lockf(self.file, fcntl.LOCK_EX, _COUNT.size, offset)
+            try:
+                (count,) = _COUNT.unpack(os.pread(self.file, _COUNT.size, offset))
+                os.pwrite(self.file, _COUNT.pack(count + 1), offset)
+            finally:
+                fcntl.lockf(self.file, fcntl.LOCK_UN, _COUNT.size, offset)
 
     def read(self) -> dict[str, int]:
         """Return the number of tasks for each ending, without those that are 0."""
-        counts: Counter[int] = Counter()
-        offset = 0
-        while chunk := os.pread(self.file, 65536, offset):
-            counts.update(chunk)
-            offset += len(chunk)
-        return {self.COUNTED[index]: count for index, count in sorted(counts.items())}
+        data = os.pread(self.file, _COUNT.size * len(self.COUNTED), 0)
+        counts = (count for (count,) in _COUNT.iter_unpack(data))
+        return {ending: count for ending, count in zip(self.COUNTED, counts, strict=True) if count}

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from rcon_plugins.executors.pool import ExecutorPool
     from rcon_plugins.executors.thread import ThreadExecutors
     from rcon_plugins.kernel.capability import Identity
-    from rcon_plugins.kernel.cgroup import Entrance
+    from rcon_plugins.kernel.cgroup import Cgroup, Entrance
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tree.instance import Instance
     from rcon_plugins.work import Work
 
+#: How many times to make a cgroup while other workers remove it.
+_ATTEMPTS = 20
 _PLAIN_KEY = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,99}")
 
 
@@ -86,8 +88,12 @@ class Confinement:
         """Take an executor for the work, and return its admission. ``memory`` replaces ``each.memory`` for it alone."""
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Remove the cgroups and close the files of this process for the confinement. No work may be running in it."""
+    def close_files(self) -> Cgroup | None:
+        """Close the files of this process for the confinement. No work may be running in it.
+
+        Return its cgroup if it is one of threads, for the caller to remove it.
+        """
+        return None
 
 
 class ProcessConfinement(Confinement):
@@ -128,9 +134,8 @@ class InlineConfinement(Confinement):
         self._lock = threading.Lock()
         self._home: Entrance | None = None
         self.executor: InlineExecutor | None = None
-        #: Entrances of removed cgroups. They stay open, because a thread may be about to write to one: if it were
-        #: closed, another file might have the same descriptor by then.
-        self._former: list[InlineExecutor] = []
+        #: Its cgroup, from just before it is made.
+        self._cgroup: Cgroup | None = None
         self._controllers = resources_of(self._hook, policy, policy).controllers()
 
     def open(self) -> None:
@@ -147,14 +152,20 @@ class InlineConfinement(Confinement):
         with self._lock:
             home = self._home or self._instance.exit(self._controllers)
             self._home = home
-            cgroup = self._instance.threaded(self.name)
-            cgroup.create(threaded=True, controllers=self._controllers)
-            cgroup.configure(resources_of(self._hook, self.policy, self.policy))
-            self._monitor.watch_threads(cgroup, self.policy, self.key)
-            entrance = cgroup.entrance(self._controllers)
-            self.executor, former = InlineExecutor(cgroup, entrance, home), self.executor
-            if former is not None:
-                self._former.append(former)
+            cgroup = self._cgroup = self._instance.threaded(self.name)
+            for attempts_left in reversed(range(_ATTEMPTS)):
+                try:
+                    cgroup.create(threaded=True, controllers=self._controllers)
+                    cgroup.configure(resources_of(self._hook, self.policy, self.policy))
+                    self._monitor.watch_threads(cgroup, self.policy, self.key)
+                    entrance = cgroup.entrance(self._controllers)
+                    break
+                except KernelError as error:
+                    # Until a thread is in it, another worker may remove it.
+                    if error.errno not in (errno.ENODEV, errno.ENOENT) or not attempts_left:
+                        raise
+            # Threads that are about to enter still hold the former executor, whose entrance closes with it.
+            self.executor = InlineExecutor(cgroup, entrance, home)
 
     def enter(self) -> InlineExecutor | None:
         """Move the calling thread into the cgroup. Return the executor that moves it out again; None without a cgroup.
@@ -185,14 +196,17 @@ class InlineConfinement(Confinement):
     ) -> LocalAdmission:
         return InlineAdmission(self, work, reservation, self.enter)
 
-    def close(self) -> None:
-        """Close the entrances, and remove the cgroup unless threads of another worker are in it."""
-        for former in self._former:
-            former.entrance.close()
+    def close_files(self) -> Cgroup | None:
         if self.executor is not None:
-            self.executor.close()
+            self.executor.entrance.close()  # it stays, so that a late thread fails to enter
         if self._home is not None:
             self._home.close()
+        return self._cgroup
+
+    def close(self) -> None:
+        """Close the entrances, and remove the cgroup unless threads of another worker are in it."""
+        if (cgroup := self.close_files()) is not None:
+            cgroup.delete()
 
 
 class ThreadConfinement(InlineConfinement):

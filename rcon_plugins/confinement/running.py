@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections import OrderedDict
@@ -24,11 +25,11 @@ from rcon_plugins.confinement.confinement import (
 from rcon_plugins.confinement.live_policies import LivePolicies, PolicyChangeLog
 from rcon_plugins.confinement.monitor import GroupMonitor
 from rcon_plugins.confinement.queue import Reservation, Reservations
+from rcon_plugins.confinement.removal import Removals
 from rcon_plugins.ending import Ending
 from rcon_plugins.errors import (
     ConfinementError,
     IdentityRefused,
-    KernelError,
     LimitExceeded,
     PidsLimitExceeded,
 )
@@ -95,12 +96,13 @@ class RunningManager:
         self._reservations = Reservations(ByteLocks(instance.locks), self._budget, lambda: self._open)
         self._monitor = GroupMonitor(instance, self.hook, self._key_of, settings.policies)
         self._threads = ThreadExecutors(settings.threads)
+        self._removals = Removals(self._is_needed, self._threads.serves)
         self._pool = ExecutorPool(
             instance,
             self.hook,
             settings.processes,
             is_kept=self._confinements.__contains__,
-            on_end=self._executor_ended,
+            on_end=self._remove_unused,
             on_lost=on_lost,
             monitor=self._monitor,
             current=self._policies.latest,
@@ -121,6 +123,8 @@ class RunningManager:
             ledger = () if self._budget is None else (self._budget.ledger.file,)
             log = () if self._policies.changes is None else (self._policies.changes.file,)
             self._pool.processes.start(service, after_fork, [*server_files, *ledger, *log])
+        if plan.uses_threads:
+            self.instance.sweep_threaded(settings.confinements)
         self._open = True
 
     def close(self) -> None:
@@ -134,6 +138,7 @@ class RunningManager:
         self._open = False
         with contextlib.ExitStack() as last:  # run each step, even if an earlier one fails
             last.callback(self._on_close)
+            last.callback(self._removals.close)
             for confinement in self._confinements.values():
                 if not confinement.users:  # otherwise a thread is in it, or about to enter
                     last.callback(self._drop, confinement)
@@ -259,26 +264,34 @@ class RunningManager:
         excess = len(self._confinements) - self.plan.settings.confinements
         if excess <= 0:
             return []
-        idle = [name for name, kept in self._confinements.items() if not kept.users]
-        return [self._confinements.pop(name) for name in idle[:excess]]
+        idle = (name for name, kept in self._confinements.items() if not kept.users)
+        return [self._confinements.pop(name) for name in list(itertools.islice(idle, excess))]
 
     def _drop(self, confinement: Confinement) -> None:
-        self._threads.forget(confinement.name)
-        self._monitor.forget(confinement.name)
-        try:
-            confinement.close()
-        except KernelError as error:
-            LOGGER.error("rcon: the cgroup of %s could not be removed: %s", confinement.name, error)
-        self._pool.forget(confinement.name)
+        """End the executors of a confinement that is no longer kept, and have its cgroup removed."""
+        name = confinement.name
+        self._threads.forget(name)
+        self._monitor.forget(name)
+        if (threaded := confinement.close_files()) is not None:
+            self._removals.remove(name, threaded)
+        self._pool.forget(name)
+        if not self._pool.processes.serves(name):
+            self._pool.processes.submit(partial(self._remove_unused, name))
 
-    def _executor_ended(self, name: str) -> None:
-        """Remove the cgroup of a confinement after an executor process has ended, if it is empty and not kept."""
-        if name in self._confinements:
-            return
-        try:
-            self.instance.policy_cgroup(name).delete()
-        except KernelError as error:
-            LOGGER.error("rcon: the cgroup of %s could not be removed: %s", name, error)
+    def _remove_unused(self, name: str) -> None:
+        """Remove the cgroup of a confinement that is not kept and whose executor processes have all ended.
+
+        Called in the supervisor's thread when an executor has ended, and when a confinement is dropped: whichever is
+        last finds the other done.
+        """
+        with self._making:  # so that no thread is about to make the confinement again
+            if self._is_needed(name):
+                return
+            self._monitor.forget(name)
+        self._removals.remove(name, self.instance.policy_cgroup(name))
+
+    def _is_needed(self, name: str) -> bool:
+        return name in self._confinements or self._pool.processes.serves(name)
 
     def _policies_changed(self, changed: Mapping[str, Policy]) -> None:
         """Apply changed policies to confinements and pool. Called before any thread gets one from `LivePolicies`."""

@@ -49,10 +49,5 @@ class InlineExecutor:
         _thread.entered.pop()
         self._around().enter()
 
-    def close(self) -> None:
-        """Close the files by which threads enter, and remove the cgroup unless a thread is in it."""
-        self.entrance.close()
-        self.cgroup.delete()
-
     def _around(self) -> Entrance:
         return _thread.entered[-1] if _thread.entered else self._home

@@ -28,6 +28,8 @@ LATE_SECONDS = 2.0
 MAX_SPARES = 3
 #: After so many seconds without work, all spares except one end.
 IDLE_SECONDS = 5.0
+#: The least bound on executors that are ending. A killed process takes some milliseconds to end.
+_FEWEST_ENDING = 16
 
 
 class ExecutorPool:
@@ -64,7 +66,8 @@ class ExecutorPool:
         self._waiting: OrderedDict[Key, list[Executor]] = OrderedDict()
         #: The number of spares wanted for a key whose executors serve one request each. It grows while spares are late.
         self._spares_wanted: dict[Key, int] = {}
-        self._last_taken: dict[Key, float] = {}
+        #: When an executor was last taken for each of these keys, the longest ago first. At most ``most`` keys.
+        self._last_taken: OrderedDict[Key, float] = OrderedDict()
         self._overdue_check_scheduled = False
 
     def take(self, name: str, policy: Policy, identity: Identity | None = None) -> Executor:
@@ -114,6 +117,8 @@ class ExecutorPool:
         with self._lock:
             keys = [key for key in self._waiting if key[0] == name]
             waiting = [executor for key in keys for executor in self._waiting.pop(key)]
+            for key in [key for key in self._last_taken if key[0] == name]:
+                del self._last_taken[key], self._spares_wanted[key]
         for executor in waiting:
             self._end_waiting(executor)
 
@@ -233,6 +238,9 @@ class ExecutorPool:
             trim_scheduled = bool(self._spares_wanted)
             self._spares_wanted[key] = wanted
             self._last_taken[key] = time.monotonic()
+            self._last_taken.move_to_end(key)
+            while len(self._last_taken) > self._most:
+                del self._spares_wanted[self._last_taken.popitem(last=False)[0]]
             lacking = wanted - len(waiting)
         for _ in range(lacking):
             self.processes.submit(partial(self._spawn_replacement, executor))
@@ -254,7 +262,16 @@ class ExecutorPool:
             self.processes.submit(self._trim, time.monotonic() + IDLE_SECONDS)
 
     def _make_room(self) -> None:
-        """Count one more executor process. If the bound is reached, end a waiting one."""
+        """Count one more executor process. If the bound is reached, end a waiting one.
+
+        As many may be ending: each of them still has its processes, its cgroup and its open files.
+        """
+        ending = self.processes.let_some_end(most_ending(self._most))
+        if ending > most_ending(self._most):
+            raise ConcurrencyLimitExceeded(
+                f"{ending} executor processes of this server process were killed and have not ended yet",
+                limit="processes",
+            )
         spare: Executor | None = None
         with self._lock:
             if self._is_full():
@@ -291,6 +308,8 @@ class ExecutorPool:
             self._spawning += 1
         try:
             self._put_back(self._spawn(executor.name, executor.policy, executor.identity))
+            if not self._is_kept(executor.name):  # dropped meanwhile
+                self.forget(executor.name)
         except (RconError, OSError) as error:
             LOGGER.error("no spare executor process could be made for %s: %s", executor.name, error)
 
@@ -303,6 +322,11 @@ class ExecutorPool:
         if was_waiting:
             executor.channel.close()
         self._on_end(executor.name)
+
+
+def most_ending(most: int) -> int:
+    """Return how many executor processes may be ending beside ``most`` usable ones."""
+    return max(most, _FEWEST_ENDING)
 
 
 def _is_shared(policy: Policy) -> bool:

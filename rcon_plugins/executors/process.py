@@ -149,6 +149,20 @@ class ProcessExecutors:
         """Return the number of executors, not counting those that are ending."""
         return sum(executor.state in USABLE for executor in list(self._living.values()))
 
+    def serves(self, name: str) -> bool:
+        """Return whether an executor of a confinement has not ended."""
+        return any(executor.name == name for executor in list(self._living.values()))
+
+    def let_some_end(self, most: int) -> int:
+        """Wait a short time while more than ``most`` executors are ending. Return how many still are."""
+        deadline = time.monotonic() + DEATH_SECONDS
+        while True:
+            ending = [one for one in list(self._living.values()) if one.state not in USABLE]
+            left = deadline - time.monotonic()
+            if len(ending) <= most or left <= 0:
+                return len(ending)
+            ending[0].ended.wait(min(left, 0.05))
+
     def spawn(self, name: str, policy: Policy, identity: Identity | None) -> Executor:
         """Order an executor process in a new cgroup below ``work/<name>``. It may not be ready yet.
 

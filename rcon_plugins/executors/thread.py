@@ -149,6 +149,11 @@ class ThreadExecutor:
         self._thread.join(max(0.0, timeout))
         return not self._thread.is_alive()
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the thread has left its cgroup."""
+        return self.ended and not self._thread.is_alive()
+
     def _live(self) -> None:
         try:
             if self._confine():
@@ -245,6 +250,11 @@ class ThreadExecutors:
                 executor.key[0],
             )
         executor.end()
+
+    def serves(self, name: str) -> bool:
+        """Return whether a thread of a confinement has not ended."""
+        with self._lock:
+            return any(one.key[0] == name and not one.is_gone for one in self._all)
 
     def forget(self, name: str) -> None:
         """End the waiting threads of a confinement that is no longer kept, for all identities."""

@@ -17,6 +17,7 @@ from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, mounts, v2
 from rcon_plugins.tree import systemd
 from rcon_plugins.tree.base import find_base, own_cgroup, remove_root_base
 from rcon_plugins.tree.garbage import collect, running_work, wait_until_empty
+from rcon_plugins.tree.survey import INSTANCE_NAME
 
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 #: The most attempts to make the tree while other servers end and remove the base.
@@ -243,6 +244,18 @@ class Instance:
         if not prefix:
             raise ValueError("an empty prefix would kill all work: use close()")
         self._sweep(lambda leaf: leaf.startswith(prefix), timeout)
+
+    def sweep_threaded(self, most: int) -> None:
+        """Remove the empty cgroups in ``host/``, which killed processes left, if there are more than ``most``.
+
+        One that a living process keeps is made again when a thread enters it. Leaves what the kernel does not remove.
+        """
+        names = [name for name in self._host.children() if not INSTANCE_NAME.fullmatch(name)]
+        if len(names) <= most:
+            return
+        for name in names:
+            with contextlib.suppress(KernelError):  # busy, or tried again at the next start
+                self.threaded(name).delete(timeout=0)
 
     def end_orphans(self, timeout: float = 5.0) -> None:
         """Kill the executor processes of dead server processes, without waiting for their fork servers to do it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import posix
 from collections.abc import Iterable
 from types import TracebackType
 
@@ -17,12 +18,16 @@ class Entrance:
     A thread that writes ``0`` moves itself, without waiting for other users of the kernel: this takes 6 us, any other
     way milliseconds. The kernel checks a write against the process that opened the fd. ``exec`` closes the fds, and
     ``fork`` inherits them: close them in a process that must not enter. Source: ``cgroups(7)``.
+
+    An entrance that nobody refers to closes itself. So no thread that is about to write can meet another file under the
+    number of a closed descriptor.
     """
 
     def __init__(self, paths: Iterable[tuple[str, str]]) -> None:
         """Open ``paths``, which are (directory, file) pairs. Raises KernelError."""
         self._files: list[tuple[int, str]] = []
         self._fds: tuple[int, ...] | None = None
+        self._pid = os.getpid()
         try:
             for directory, name in paths:
                 self._files.append((files.open_file(directory, name, os.O_WRONLY), f"{directory}/{name}"))
@@ -57,7 +62,12 @@ class Entrance:
         """Close the fds. Calling it again does nothing."""
         self._fds = None
         while self._files:
-            os.close(self._files.pop()[0])
+            posix.close(self._files.pop()[0])  # gevent's os.close() may wait for its event loop
+
+    def __del__(self) -> None:
+        # In a fork the numbers may belong to other files.
+        if self._files and self._pid == os.getpid():
+            self.close()
 
     def __enter__(self) -> Entrance:
         return self
