@@ -7,10 +7,12 @@ that started it. It calls ``post_fork`` in each worker, still as that user, and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
-from collections.abc import Callable, Iterable, MutableMapping
+import time
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rcon_gunicorn.logs import join_error_log, leaving_log_files, log_files
@@ -43,6 +45,11 @@ class Worker(Protocol):
     pid: int
     tmp: Any
     wsgi: Any
+    alive: bool
+    booted: bool
+
+    def notify(self) -> None:
+        """Tell the master that this worker lives."""
 
 
 class StartRefused(RconError, RuntimeError):
@@ -131,34 +138,39 @@ class Hooks:
 
     # in the worker
 
-    def post_fork(self, server: Arbiter, worker: Worker) -> None:  # noqa: ARG002 - gunicorn counts the parameters
+    def post_fork(self, server: Arbiter, worker: Worker) -> None:
         """Keep the capabilities that policies with an identity need when the worker changes to ``--user``."""
-        self._started().keep_privileges(server)
+        with _failing_alone(self._started(), worker):
+            self._started().keep_privileges(server)
 
     def post_worker_init(self, worker: Worker) -> None:
         """Confine the loaded application, before the worker serves.
 
-        An exception ends the worker before it serves anything, and then gunicorn.
+        An exception ends the worker before it serves anything, and then gunicorn, unless a worker served before. Then
+        the worker ends alone, after a pause that grows, and gunicorn makes another.
         """
         traits = server_traits(type(worker))
         if traits is None:
             raise ConfinementError(refusal(type(worker)))
         master = self._started()
-        master.settle_privileges()
-        join_error_log()
-        manager = master.deployment.start(
-            WsgiService(worker.wsgi),
-            on_lost=functools.partial(_replace, worker),
-            after_fork=[*after_fork(traits), leaving_log_files()],
-            # With the heartbeat file a request could keep a hung worker alive; with a log file it could empty the log.
-            server_files=[worker.tmp.fileno(), *log_files(worker.log)],
-        )
+        with _failing_alone(master, worker):
+            master.settle_privileges()
+            join_error_log()
+            manager = master.deployment.start(
+                WsgiService(worker.wsgi),
+                on_lost=functools.partial(_replace, worker),
+                after_fork=[*after_fork(traits), leaving_log_files()],
+                # With the heartbeat file a request could keep a hung worker alive; with a log file it could empty the
+                # log.
+                server_files=[worker.tmp.fileno(), *log_files(worker.log)],
+            )
         self._manager = manager
         worker.wsgi = _while_master_lives(
             ConfineMiddleware(
                 worker.wsgi, manager=manager, client_socket=None if traits.greenlets else client_socket
             ),
         )
+        master.boots.started()
 
     def worker_exit(self, server: Arbiter, worker: Worker) -> None:
         """End the worker's executor processes."""
@@ -217,6 +229,29 @@ def _while_master_lives(app: WSGIApplication) -> WSGIApplication:
         return app(environ, start_response)
 
     return serve
+
+
+@contextlib.contextmanager
+def _failing_alone(master: Master, worker: Worker) -> Iterator[None]:
+    """End only this worker, after a pause, if the block fails and a worker of this server served before.
+
+    Otherwise the exception ends gunicorn.
+    """
+    try:
+        yield
+    except Exception as error:
+        pause = master.boots.failed()
+        if pause is None:
+            raise
+        worker.log.error(
+            "rcon: this worker cannot confine requests; gunicorn makes another in %g s: %s", pause, error
+        )
+        parent, until = os.getppid(), time.monotonic() + pause
+        while time.monotonic() < until and worker.alive and os.getppid() == parent:
+            worker.notify()  # its master would take it for hung
+            time.sleep(0.1)
+        worker.booted = True  # an exception before that ends gunicorn
+        raise
 
 
 def _replace(worker: Worker) -> None:

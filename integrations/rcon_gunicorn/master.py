@@ -13,6 +13,10 @@ from rcon_plugins.errors import RconError
 from rcon_plugins.identity.privileges import keep, needed, settle
 from rcon_plugins.settings.file import load
 
+#: The pause before a worker is made in place of one that could not start: after the first, and at most. In seconds.
+_FIRST_PAUSE = 0.5
+_LONGEST_PAUSE = 30.0
+
 
 class _Arbiter(Protocol):
     cfg: Any
@@ -28,6 +32,9 @@ class Master:
         #: The capabilities that workers need to change to the users of policies, and those that this worker kept.
         self._needed = needed(deployment.plan.settings.policies.values())
         self._kept = needed(())
+        self.boots = Boots()
+        #: The ended workers whose processes and cgroups could not be removed yet.
+        self._unswept: set[int] = set()
         self._pid = os.getpid()
 
     @classmethod
@@ -67,13 +74,20 @@ class Master:
         settle(self._kept)
 
     def sweep(self, worker: int, server: _Arbiter) -> None:
-        """Kill the processes and remove the cgroups that an ended worker left behind."""
-        try:
-            self.deployment.instance.sweep(f"{worker}-")
-        except (RconError, OSError, ValueError) as error:  # else gunicorn and all its workers would end
-            server.log.warning(
-                "rcon: could not clean up after worker %d; the next start will: %s", worker, error
-            )
+        """Kill the processes and remove the cgroups that an ended worker left behind.
+
+        If that fails, try again with the next worker that ends; the worker's fork server does it as well.
+        """
+        self._unswept.add(worker)
+        for one in list(self._unswept):
+            try:
+                self.deployment.instance.sweep(f"{one}-")
+                self._unswept.discard(one)
+            except (RconError, OSError, ValueError) as error:  # else gunicorn and all its workers would end
+                if one == worker:
+                    server.log.warning(
+                        "rcon: could not clean up after worker %d; trying again later: %s", worker, error
+                    )
 
     def leave(self) -> None:
         """Return to gunicorn's first cgroup. Call it in a fork of the master that is about to execute a program."""
@@ -88,6 +102,29 @@ class Master:
         atexit.unregister(self.close)
         with contextlib.suppress(RconError, OSError, ValueError):  # the next start removes what is left
             self.deployment.close()
+
+
+class Boots:
+    """Whether a worker of this server has ever served, and how many failed to start since. Shared by all workers.
+
+    If the first workers cannot start, gunicorn ends: the reason is in its settings. A replacement that cannot start
+    fails alone: the reason may pass, and the other workers serve.
+    """
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("rcon-boots")
+
+    def started(self) -> None:
+        """Note that a worker serves."""
+        os.pwrite(self._file, b"\1\0", 0)
+
+    def failed(self) -> float | None:
+        """Note that a worker cannot start. Return how long to wait before the next one; None for the first workers."""
+        state = os.pread(self._file, 2, 0)
+        if not state:
+            return None
+        os.pwrite(self._file, bytes((1, min(state[1] + 1, 255))), 0)
+        return float(min(_FIRST_PAUSE * 2 ** min(state[1], 16), _LONGEST_PAUSE))
 
 
 def _owner(cfg: Any) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from rcon_plugins.errors import KernelError
+from rcon_plugins.errors import CapabilityError, KernelError
 from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import set_no_new_privs
@@ -17,17 +17,19 @@ class Landlock:
 
     def __init__(self) -> None:
         self._wall: landlock.Wall | None = None
+        #: The ABI that the verdict on the policies found. What was there at the start must be there in every drop.
+        self._abi = landlock.abi()
         #: The mount table when the ruleset was made.
         self._mounts = ""
 
     @hookimpl
     def rcon_prepare(self) -> None:
         """Make the ruleset. Make it again when the mounts have changed."""
-        if not landlock.abi() or self._has_wall():
+        if not self._abi or self._has_wall():
             return
         self._forget()
         # On an error, `rcon_drop` in the new process tries again and reports the reason.
-        with contextlib.suppress(KernelError):
+        with contextlib.suppress(KernelError, CapabilityError):
             self._mounts = mount_table()
             self._wall = _make(self._mounts)
 
@@ -39,7 +41,7 @@ class Landlock:
         has no Landlock: the policy's `Verdict` has a caveat then. Do nothing in a thread, which cannot be restricted
         by itself.
         """
-        if target == "thread" or not landlock.abi():
+        if target == "thread" or not self._abi:
             return
         if policy.no_new_privs:
             set_no_new_privs()  # users other than root need it for Landlock; source: landlock(7)

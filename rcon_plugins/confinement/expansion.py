@@ -10,12 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups.events import Event
+from rcon_plugins.kernel.attempts import Attempts
 from rcon_plugins.kernel.cgroup import Resources, read_limits
 from rcon_plugins.kernel.events import MemoryThreshold, Watcher, watcher_of_process
+from rcon_plugins.kernel.files import gone
 from rcon_plugins.settings.memory import Memory
 from rcon_plugins.settings.units import format_size
 
@@ -67,6 +70,8 @@ class Expansion:
         self.times = 0
         self._about = about or Event.of_group(cgroup)
         self._on_event = on_event
+        self._watcher = watcher
+        self._attempts = Attempts()
         self._lock = threading.RLock()
         self._threshold = MemoryThreshold(watcher, cgroup, self._reached, on_gone)
 
@@ -119,30 +124,45 @@ class Expansion:
 
     def _reached(self, event: KernelEvent) -> None:
         """Raise the limit after the work reached it. Called in the watcher's thread."""
-        with self._lock:
-            if not self._is_still_reached():
-                return
-            own = self._about.replaced(event, kind="memory_limit", bound=self.limit, next_bound=self._next())
-        answer = self._ask(own)
-        with self._lock:
-            try:
-                with self._threshold.locked():
-                    if answer is not None and answer.memory is not None:
-                        self.take(answer.memory)
-                    elif self._is_still_reached():
-                        self._grow()
-            except KernelError as error:
-                if self.cgroup.exists():
-                    LOGGER.error(
-                        "rcon: the memory limit of %s could not be raised: %s", self.cgroup.path, error
-                    )
-                return
+        try:
+            own = self._raise_limit(event)
+        except KernelError as error:
+            if not gone(error):
+                self._try_again(event, error)
+            return
+        self._attempts = Attempts()
+        if own is None:
+            return
         LOGGER.info(
             "rcon: %s: memory limit raised from %s to %s",
             self.cgroup.path,
             format_size(int(own.bound or 0)),
             format_size(self.limit),
         )
+
+    def _raise_limit(self, event: KernelEvent) -> Event | None:
+        """Raise the limit if it is still reached. Return the event that was reported then. Raises `KernelError`."""
+        with self._lock:
+            if not self._is_still_reached():
+                return None
+            own = self._about.replaced(event, kind="memory_limit", bound=self.limit, next_bound=self._next())
+        answer = self._ask(own)
+        with self._lock, self._threshold.locked():
+            if answer is not None and answer.memory is not None:
+                self.take(answer.memory)
+            elif self._is_still_reached():
+                self._grow()
+        return own
+
+    def _try_again(self, event: KernelEvent, error: KernelError) -> None:
+        if self._attempts.failed():
+            LOGGER.error(
+                "rcon: the memory limit of %s could not be raised; trying again: %s", self.cgroup.path, error
+            )
+        job = partial(self._watcher.submit, partial(self._reached, event))
+        timer = threading.Timer(self._attempts.pause, job)
+        timer.daemon = True
+        timer.start()
 
     def _is_still_reached(self) -> bool:
         """Return whether the limit is reached and was not raised meanwhile by another worker of the server."""

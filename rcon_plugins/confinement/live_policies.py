@@ -15,6 +15,7 @@ import msgspec
 from rcon_plugins.confinement.isolation import judge, resources_of
 from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources, change_limits, read_limits
+from rcon_plugins.kernel.files import gone
 from rcon_plugins.settings.budget import promised
 from rcon_plugins.settings.conversion import convert, one_of
 from rcon_plugins.settings.limit_text import NO_LIMIT, as_written, device_and_key, removes, value_of
@@ -267,8 +268,8 @@ def _change_all(
                 kept += 1
                 continue
             _write(cgroup, news, of_each=of_each)
-        except KernelError:
-            if not cgroup.exists():
+        except KernelError as error:
+            if gone(error) and not cgroup.exists():
                 continue
             if of_each:
                 kept += 1

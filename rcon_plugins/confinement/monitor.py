@@ -14,6 +14,7 @@ from rcon_plugins.confinement.isolation import resources_of
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.groups.events import Event
 from rcon_plugins.kernel.events import Pressure, Watch, Watcher, watcher_of_process
+from rcon_plugins.kernel.files import gone
 from rcon_plugins.settings.limits import Limits
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ class MonitoredGroup:
         try:
             act()
         except KernelError as error:
-            if self.cgroup.exists():
+            if not gone(error) or self.cgroup.exists():
                 LOGGER.error(problem, self.cgroup.path, error)
 
     def close(self) -> None:
@@ -295,8 +296,8 @@ class MonitoredGroup:
             return None
         try:
             self.cgroup.configure(resources_of(self._hook, self._with_swap(answer), self._policy))
-        except KernelError:
-            if self.cgroup.exists():
+        except KernelError as error:
+            if not gone(error) or self.cgroup.exists():
                 raise
             return None  # the cgroup is gone: this was its last event
         news = {name: getattr(answer, name) for name in answer.limits_set()}

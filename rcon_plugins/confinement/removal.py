@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.executors.attempts import Attempts
+from rcon_plugins.kernel.attempts import Attempts
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Cgroup

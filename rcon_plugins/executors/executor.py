@@ -33,7 +33,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.channel import READY, Channel, ChannelClosed, ChannelTimeout
+from rcon_plugins.kernel.attempts import Attempts
+from rcon_plugins.kernel.files import gone
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -137,6 +140,8 @@ class Executor:
         self.ended = threading.Event()
         #: The time when it was last killed (`time.monotonic`).
         self.killed_at = 0.0
+        #: The failed kernel calls while it was being ended.
+        self.attempts = Attempts()
         #: Whether it is logged already that the process does not end.
         self.hang_logged = False
         #: The usage of its cgroup after its last work, or at its end.
@@ -253,14 +258,18 @@ class Executor:
             return self.reading if self._meter is None else self._meter.read()
 
     def close_meter(self) -> None:
-        """Take the last reading and close the meter. Raises `KernelError`; the meter is closed even then."""
+        """Take the last reading and close the meter. Raises `KernelError`; the next call reads again then."""
         with self.lock:
-            meter, self._meter = self._meter, None
-            if meter is not None:
-                try:
-                    self.reading = meter.read()
-                finally:
-                    meter.close()
+            meter = self._meter
+            if meter is None:
+                return
+            try:
+                self.reading = meter.read()
+            except KernelError as error:
+                if not gone(error):
+                    raise
+            self._meter = None
+            meter.close()
 
     def when_ended(self, action: Callable[[], object]) -> None:
         """Have the supervisor call ``action`` when the executor has ended. If it has ended already, call it now."""

@@ -31,6 +31,7 @@ from rcon_plugins.executors.fork_server import (
 )
 from rcon_plugins.executors.supervisor import Supervisor
 from rcon_plugins.kernel import process
+from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.cgroup import Resources
 
 if TYPE_CHECKING:
@@ -99,10 +100,13 @@ class ProcessExecutors:
         self._living: dict[int, Executor] = {}
         #: The executors among these that were killed or have exited. Only the supervisor uses it, until `close`.
         self._ending: dict[int, Executor] = {}
+        #: The number of kernel calls that failed for executors that were ending. Each was tried again.
+        self.failures = 0
         self._lost = False
         #: Set when an order could not be sent, before the supervisor detects that the fork server ended.
         self._control_broken = False
         self._closing = False
+        self._report_attempts = Attempts()
         self._server = 0
         self._control: _socket.socket | None = None
         self._supervisor: Supervisor | None = None
@@ -284,8 +288,8 @@ class ProcessExecutors:
             return
         try:
             self._kill_once(executor)
-        except KernelError as error:
-            LOGGER.error("%s could not be killed; trying again: %s", executor.leaf.path, error)
+        except OSError as error:
+            self._note_failure(executor, error)
         executor.channel.hang_up()
         self.submit(partial(self._await_end, executor))
 
@@ -302,6 +306,7 @@ class ProcessExecutors:
         if self._supervisor is not None:
             self._supervisor.close()
         for executor in list(self._living.values()):
+            executor.attempts = Attempts()  # now
             executor.set_exited(None)  # the supervisor, which receives the reports, has ended
             self.kill(executor, "the server ends")
             self._await_end(executor)
@@ -341,8 +346,14 @@ class ProcessExecutors:
             data = control.recv(64, _socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
-        except OSError:
+        except ConnectionResetError:
             data = b""
+        except OSError as error:  # no answer: the fork server may well live
+            if self._report_attempts.failed():
+                LOGGER.error("the fork server %d cannot be heard; trying again: %s", self._server, error)
+            self.failures += 1
+            time.sleep(FIRST_PAUSE)
+            return True
         if not data:
             if not self._closing:
                 self._lose_server()
@@ -391,6 +402,8 @@ class ProcessExecutors:
 
     def _finish_if_gone(self, executor: Executor) -> bool:
         """Return whether the executor process and all processes it started have ended. Remove its cgroup if so."""
+        if not executor.attempts.is_due:
+            return False
         late = time.monotonic() > executor.killed_at + KILL_AGAIN_SECONDS
         try:
             if not executor.exit_reported:
@@ -404,12 +417,19 @@ class ProcessExecutors:
                 executor.monitored.finish()
             executor.close_meter()
             executor.leaf.delete(timeout=0)
-        except KernelError as error:
-            if error.errno == errno.EBUSY and time.monotonic() - executor.since < CLOSE_SECONDS:
-                return False
-            if executor.leaf.exists():
-                LOGGER.error("the cgroup of an executor process was not removed: %s", error)
+        except OSError as error:
+            # Its processes may live: only a cgroup without processes that is removed, or gone, is an end.
+            busy = error.errno == errno.EBUSY and time.monotonic() - executor.since < CLOSE_SECONDS
+            if not busy:
+                self._note_failure(executor, error)
+            return False
         return True
+
+    def _note_failure(self, executor: Executor, error: OSError) -> None:
+        """Count a failed kernel call, which is tried again at growing intervals. Log the first one of an executor."""
+        self.failures += 1
+        if executor.attempts.failed():
+            LOGGER.error("%s could not be ended; trying again: %s", executor.leaf.path, error)
 
     def _kill_again(self, executor: Executor, late: bool) -> None:
         if late:

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
+
 LOGGER = logging.getLogger("rcon")
 
 #: When this many deadlines are kept, drop those of executors that are gone.
@@ -99,10 +101,17 @@ class Supervisor:
         poll.register(self._descriptor, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         again: float | None = None
+        attempts = Attempts()
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll(self._timeout(again))}
+            try:
+                ready = {descriptor for descriptor, _ in poll.poll(self._timeout(again))}
+            except OSError as error:  # no memory: deadlines must be kept all the same
+                if attempts.failed():
+                    LOGGER.error("the supervisor of executor processes cannot wait; trying again: %s", error)
+                time.sleep(FIRST_PAUSE)
+                ready = set()
             if self._wake in ready:
-                os.eventfd_read(self._wake)
+                self._do(partial(os.eventfd_read, self._wake))
             if self._descriptor in ready and self._do(self._on_readable) is False:
                 poll.unregister(self._descriptor)
             self._act_on_deadlines()

@@ -40,6 +40,22 @@ _HINTS = {
 }
 
 
+#: Only these say that a cgroup, its file or a process is gone. Any other error says nothing about it: try again.
+_GONE = frozenset({errno.ENOENT, errno.ENODEV, errno.ESRCH})
+#: These say that this process may not do it, so that trying again brings the same.
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EDEADLK, errno.EOPNOTSUPP})
+
+
+def gone(error: OSError) -> bool:
+    """Return whether an error says that the cgroup, file or process no longer exists."""
+    return error.errno in _GONE
+
+
+def refused(error: OSError) -> bool:
+    """Return whether an error says that the kernel would refuse the call again."""
+    return error.errno in _REFUSED
+
+
 def failure(error: OSError, path: str, value: str | None = None, hint: str | None = None) -> KernelError:
     """Return ``error`` with the path, the value written (None for a read) and the remedy."""
     return KernelError.from_oserror(
@@ -164,11 +180,11 @@ def read_those_there(directory: str, names: Iterable[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _unless_gone() -> Iterator[None]:
-    """Suppress the error of a missing file. ENODEV: the cgroup was removed between the open and the read."""
+    """Suppress the error of a missing file. ENODEV, ESRCH: it was removed between the open and the read."""
     try:
         yield
     except KernelError as error:
-        if error.errno not in (errno.ENOENT, errno.ENODEV):
+        if not gone(error):
             raise
 
 
@@ -220,9 +236,9 @@ def remove_directory(directory: str) -> bool:
     try:
         with _parent(directory) as (at, path):
             os.rmdir(path, dir_fd=at)
-    except FileNotFoundError:
-        return True
     except OSError as error:
+        if gone(error):
+            return True
         # Some v1 kernels return ENOTEMPTY for child cgroups.
         if error.errno in (errno.EBUSY, errno.ENOTEMPTY):
             return False
@@ -231,37 +247,44 @@ def remove_directory(directory: str) -> bool:
 
 
 def is_directory(directory: str) -> bool:
-    """Return whether ``directory`` is an existing directory, not a link to one."""
-    try:
-        fd = _open_directory(directory, os.O_PATH)
-    except OSError:
-        return False
-    os.close(fd)
-    return True
+    """Return whether ``directory`` is an existing directory, not a link to one. Raises KernelError."""
+    status = _status(directory)
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def identity(directory: str) -> int | None:
-    """Return the inode of ``directory``, which a later one of the same name does not have; None without it."""
-    try:
-        return os.lstat(directory).st_ino
-    except OSError:
-        return None
+    """Return the inode of ``directory``, which a later one of the same name does not have; None without it.
+
+    Raises KernelError.
+    """
+    status = _status(directory)
+    return None if status is None else status.st_ino
 
 
 def owner_of(directory: str) -> int | None:
-    """Return the uid of the owner of a cgroup: its maker, or the user it was delegated to; None if it is gone."""
-    try:
-        return os.lstat(directory).st_uid
-    except OSError:
-        return None
+    """Return the uid of the owner of a cgroup: its maker, or the user it was delegated to; None if it is gone.
+
+    Raises KernelError.
+    """
+    status = _status(directory)
+    return None if status is None else status.st_uid
 
 
 def is_file(directory: str, name: str) -> bool:
-    """Return whether there is a kernel file ``name`` in ``directory``."""
+    """Return whether there is a kernel file ``name`` in ``directory``. Raises KernelError."""
+    status = _status(f"{directory}/{name}")
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
+def _status(path: str) -> os.stat_result | None:
+    """Return the status of a path, without a descriptor for all but the longest; None if nothing is there."""
     try:
-        return stat.S_ISREG(os.lstat(f"{directory}/{name}").st_mode)
-    except OSError:
-        return False
+        with _parent(path) as (at, name):
+            return os.lstat(name) if at is None else os.stat(name, dir_fd=at, follow_symlinks=False)
+    except OSError as error:
+        if gone(error) or error.errno == errno.ENOTDIR:
+            return None
+        raise failure(error, path) from None
 
 
 @contextlib.contextmanager
@@ -290,7 +313,7 @@ def subdirectories(directory: str) -> list[str]:
         finally:
             posix.close(at)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENODEV):
+        if gone(error):
             return []
         raise failure(error, directory) from None
 
@@ -320,8 +343,8 @@ def change_owner(directory: str, name: str | None, uid: int, gid: int) -> bool:
     path = directory if name is None else f"{directory}/{name}"
     try:
         os.chown(path, uid, gid, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
     except OSError as error:
+        if gone(error):
+            return False
         raise failure(error, path) from None
     return True

@@ -70,11 +70,20 @@ class _PathBeneathAttr(ctypes.Structure):
 
 
 def abi() -> int:
-    """Return the Landlock ABI of the running kernel; 0 if there is none, it is switched off, or a filter forbids it."""
+    """Return the Landlock ABI of the running kernel; 0 if there is none, it is switched off, or a filter forbids it.
+
+    Raises `KernelError` if the call fails for another reason, which says nothing about the kernel.
+    """
     try:
         return syscall("landlock_create_ruleset", None, 0, _CREATE_RULESET_VERSION)
-    except KernelError:
-        return 0  # ENOSYS, EOPNOTSUPP, or the errno of a container's seccomp filter
+    except KernelError as error:
+        if error.errno not in (
+            errno.ENOSYS,
+            errno.EOPNOTSUPP,
+            errno.EPERM,
+        ):  # EPERM: a container's seccomp filter
+            raise
+        return 0
 
 
 def forbid_writing_below(paths: Iterable[str], *, signals: bool = False) -> None:

@@ -143,7 +143,9 @@ def owned_on_v1(hierarchy: Hierarchy) -> list[str]:
         above = waiting.pop()
         try:
             names = files.subdirectories(there[0].directory(above))
-        except KernelError:
+        except KernelError as error:
+            if not files.refused(error):
+                raise
             continue  # a directory that this user may not read is not its own either
         for name in names:
             path = f"{above.rstrip('/')}/{name}"
@@ -255,8 +257,10 @@ def _has_room(hierarchy: Hierarchy, base: str) -> bool:
         if mount.version == 2 and files.is_directory(mount.directory(base)):
             try:
                 inside = files.read(mount.directory(base), "cgroup.procs").split()
-            except KernelError:
+            except KernelError as error:
                 # EOPNOTSUPP: a threaded cgroup.
+                if not (files.gone(error) or files.refused(error)):
+                    raise
                 return False
             if not set(inside) <= {str(os.getpid())}:
                 return False
@@ -288,8 +292,10 @@ def _is_ours(hierarchy: Hierarchy, path: str, inside: set[str], *, from_systemd:
             return False
         try:
             found = files.read(directory, "cgroup.procs").split()
-        except KernelError:
+        except KernelError as error:
             # EOPNOTSUPP: a threaded cgroup cannot be a base.
+            if not (files.gone(error) or files.refused(error)):
+                raise
             return False
         if set(found) != inside or not (from_systemd or _was_delegated(mount, path)):
             return False

@@ -291,17 +291,18 @@ class Instance:
 
     def _sweep(self, wanted: Callable[[str], bool], timeout: float) -> None:
         failed: KernelError | None = None
+        deadline = time.monotonic() + timeout  # for all of them: a failing call must not wait for each
         for name in self._work.children():
             group = self.hierarchy.cgroup(f"{self._work.path}/{name}", shared=True)
-            for leaf in filter(wanted, group.children()):
-                try:
-                    cgroup = self.hierarchy.cgroup(f"{group.path}/{leaf}")
-                    cgroup.kill(timeout)
-                    cgroup.delete()
-                except KernelError as error:
-                    failed = failed or error
             try:
-                group.delete()
+                for leaf in filter(wanted, group.children()):
+                    try:
+                        cgroup = self.hierarchy.cgroup(f"{group.path}/{leaf}")
+                        cgroup.kill(max(0.0, deadline - time.monotonic()))
+                        cgroup.delete(max(0.0, min(2.0, deadline - time.monotonic())))
+                    except KernelError as error:
+                        failed = failed or error
+                group.delete(max(0.0, min(2.0, deadline - time.monotonic())))
             except KernelError as error:
                 failed = failed or error
         if failed is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 from rcon_plugins.executors.process import DEATH_SECONDS
 from rcon_plugins.kernel.cgroup import Reading, Resources
 from rcon_plugins.kernel.events import watcher_of_process
+from rcon_plugins.kernel.files import gone
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.memory import Memory
 from rcon_plugins.settings.units import format_duration
@@ -149,8 +149,11 @@ class ProcessAdmission(Admission):
         try:
             reading = executor.end_work()
             unfit = self._why_unfit(reading)
-        except KernelError:
-            return self.died()  # the cgroup is gone or cannot be read: the executor cannot serve again
+        except KernelError as error:
+            if gone(error):
+                return self.died()
+            # The work is done; only its usage is unknown, and whether it left processes behind.
+            reading, unfit = Reading(), f"its cgroup could not be read: {error}"
         if unfit is None:
             self._pool.give_back(executor)
         elif unfit == _LEFT_BEHIND and ending == "ok" and self.policy.leave_children:
@@ -268,8 +271,11 @@ class ProcessAdmission(Admission):
                 return self.outcome
             executor = self._executor
             self._pool.replace(executor, "it died")
-            with contextlib.suppress(KernelError):  # the cgroup is gone: use the last reading
+            try:
                 executor.reading = executor.read()
+            except KernelError as error:
+                if not gone(error):  # unknown; when it is gone, the last reading is the whole usage
+                    executor.reading = Reading()
             reading = executor.reading
             if executor.ended.is_set() or self._cause is not None:
                 after = Snapshot(reading, Reading(memory_peak=self._group_peak()))

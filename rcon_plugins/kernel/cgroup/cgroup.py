@@ -335,22 +335,29 @@ class Cgroup:
             )
         deadline = time.monotonic() + timeout
         pause = 0.0005
-        while alive := self.processes(subtree=True):
-            if os.getpid() in alive:
-                raise KernelError(
-                    f"the calling process is in {self._path}",
-                    errno=errno.EDEADLK,
-                    path=self._path,
-                    hint="move the calling process out first",
-                )
-            if time.monotonic() >= deadline:
-                raise KernelError(
-                    f"processes {alive} in {self._path} did not end within {timeout:g} s",
-                    errno=errno.ETIMEDOUT,
-                    path=self._path,
-                    hint="they wait inside the kernel, or belong to another PID namespace",
-                )
-            self.kill_once()
+        while True:
+            late = time.monotonic() >= deadline
+            try:
+                if not (alive := self.processes(subtree=True)):
+                    return
+                if os.getpid() in alive:
+                    raise KernelError(
+                        f"the calling process is in {self._path}",
+                        errno=errno.EDEADLK,
+                        path=self._path,
+                        hint="move the calling process out first",
+                    )
+                if late:
+                    raise KernelError(
+                        f"processes {alive} in {self._path} did not end within {timeout:g} s",
+                        errno=errno.ETIMEDOUT,
+                        path=self._path,
+                        hint="they wait inside the kernel, or belong to another PID namespace",
+                    )
+                self.kill_once()
+            except KernelError as error:
+                if late or files.refused(error):
+                    raise  # otherwise the call failed, for want of descriptors or memory: try again
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
 
@@ -373,20 +380,30 @@ class Cgroup:
                 self.thaw()
 
     def _signal(self, pids: set[int]) -> None:
-        """Send SIGKILL to the processes ``pids`` that are still here. A pid reused outside is left alone."""
+        """Send SIGKILL to the processes ``pids`` that are still here. A pid reused outside is left alone.
+
+        Raises KernelError, the first one, after trying all.
+        """
+        failed: KernelError | None = None
         for pid in pids - {0, os.getpid()}:
             try:
-                fd = os.pidfd_open(pid)
-            except OSError:
-                continue
-            try:
-                if pid in self._ids("cgroup.procs", True):
-                    # Imported here: it is seldom needed, and loads much more.
-                    from rcon_plugins.kernel import process
+                self._signal_one(pid)
+            except OSError as error:
+                if not files.gone(error):
+                    failed = failed or files.failure(error, f"kill({pid})")
+        if failed is not None:
+            raise failed
 
-                    process.kill(fd, pid)
-            finally:
-                os.close(fd)
+    def _signal_one(self, pid: int) -> None:
+        fd = os.pidfd_open(pid)
+        try:
+            if pid in self._ids("cgroup.procs", True):
+                # Imported here: it is seldom needed, and loads much more.
+                from rcon_plugins.kernel import process
+
+                process.kill(fd, pid)
+        finally:
+            os.close(fd)
 
     def delete(self, timeout: float = 2.0, *, recursive: bool | None = None) -> bool:
         """Remove the cgroup and all below it, deepest first. Return whether it is gone.
@@ -400,20 +417,26 @@ class Cgroup:
         deep = not self.shared if recursive is None else recursive
         deadline = time.monotonic() + timeout
         pause = 0.0005
-        while not self._remove_once(deep):
-            if not deep and (self.children() or self.threads()):
-                return False
-            if time.monotonic() >= deadline:
-                raise KernelError(
-                    f"{self._path} is still busy after {timeout:g} s"
-                    f" (processes: {self.processes(subtree=True)})",
-                    errno=errno.EBUSY,
-                    path=self._path,
-                    hint="kill() it first",
-                )
+        while True:
+            late = time.monotonic() >= deadline
+            try:
+                if self._remove_once(deep):
+                    return True
+                if not deep and (self.children() or self.threads()):
+                    return False
+                if late:
+                    raise KernelError(
+                        f"{self._path} is still busy after {timeout:g} s"
+                        f" (processes: {self.processes(subtree=True)})",
+                        errno=errno.EBUSY,
+                        path=self._path,
+                        hint="kill() it first",
+                    )
+            except KernelError as error:
+                if late or files.refused(error):
+                    raise
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
-        return True
 
     def _remove_once(self, deep: bool) -> bool:
         for branch in self._branches:

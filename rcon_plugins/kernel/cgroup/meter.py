@@ -181,8 +181,9 @@ class Meter:
             try:
                 fd = open_one(name, os.O_RDWR)
                 self._peak = (fd, path, _PEAKS[name])
-            except KernelError:
-                fd = None
+            except KernelError as error:
+                if not (files.gone(error) or files.refused(error)):
+                    raise
         if fd is None:
             try:
                 fd = open_one(name, os.O_RDONLY)
@@ -217,8 +218,9 @@ class Meter:
         fd, _, value = self._peak
         try:
             os.write(fd, value)
-        except OSError:
-            self._peak = None
+        except OSError as error:
+            if files.refused(error):
+                self._peak = None
             return False
         return True
 

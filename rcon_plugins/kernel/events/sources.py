@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
+from rcon_plugins.kernel.attempts import Attempts
 from rcon_plugins.kernel.cgroup.meter import value_of
 from rcon_plugins.kernel.cgroup.v1 import count_notices, open_notice
 from rcon_plugins.kernel.events.event import POLLED_SECONDS, Event, Kind, Pressure
@@ -56,6 +57,14 @@ class Source:
     #: Whether the descriptor was ready; set before each `take`.
     ready = False
 
+    def __init__(self) -> None:
+        #: The failed reads since the last one that succeeded. Meanwhile the descriptor is not polled.
+        self.attempts = Attempts()
+
+    def try_again(self) -> None:
+        """Note that `take` failed, and have it called again after a pause."""
+        self.due = self.attempts.due
+
     def take(self) -> Iterator[Event]:
         """Yield the events since the last call. Raises `Gone`."""
         raise NotImplementedError
@@ -67,10 +76,12 @@ class Source:
             posix.close(descriptor)  # gevent's os.close() waits for an event loop unless the file is regular
 
     def pread(self) -> bytes:
-        """Return the content of the file, which also clears its notification. Raises `Gone`."""
+        """Return the content of the file, which also clears its notification. Raises `Gone`, OSError."""
         try:
             return os.pread(self.descriptor, 4096, 0)
         except OSError as error:
+            if not files.gone(error):
+                raise
             raise Gone from error
 
 
@@ -78,6 +89,7 @@ class Numbers(Source):
     """Open files of one number each, so that an event need not wait for opening them. Yields no events."""
 
     def __init__(self, directory: str, *names: str) -> None:
+        super().__init__()
         self._open: dict[str, int] = {}
         try:
             for name in names:
@@ -87,10 +99,14 @@ class Numbers(Source):
             raise
 
     def read(self, name: str) -> int | None:
-        """Return the number. Return None for "max", and if the cgroup is gone."""
+        """Return the number. Return None for "max", and if the cgroup is gone. Raises OSError."""
         try:
             text = os.pread(self._open[name], 64, 0)
-        except (KeyError, OSError):  # closed; removed
+        except KeyError:  # closed
+            return None
+        except OSError as error:
+            if not files.gone(error):
+                raise
             return None
         return None if text == b"max\n" else int(text)
 
@@ -110,6 +126,7 @@ class Counters(Source):
     def __init__(
         self, cgroup: str, directory: str, name: str, keys: Mapping[str, tuple[Kind, Levels]]
     ) -> None:
+        super().__init__()
         self._cgroup = cgroup
         self._keys = keys
         self.descriptor = files.open_file(directory, name)
@@ -130,9 +147,10 @@ class Counters(Source):
         self.due = None if pause is None else now + pause
         for key, (kind, levels) in self._keys.items():
             total = value_of(data, key.encode()) or 0
-            count, self._last[key] = total - self._last[key], total
+            count = total - self._last[key]
+            limit, usage = levels() if count > 0 else (None, None)  # may fail: then nothing is counted yet
+            self._last[key] = total
             if count > 0:
-                limit, usage = levels()
                 yield Event(kind, self._cgroup, now, count, total, limit, usage)
 
 
@@ -140,6 +158,7 @@ class PolledCounters(Source):
     """The sum of a counter over a cgroup and all below it. Polled."""
 
     def __init__(self, cgroup: str, kind: Kind, directory: str, name: str, key: str, levels: Levels) -> None:
+        super().__init__()
         self._cgroup = cgroup
         self._kind = kind
         self._directory = directory
@@ -170,9 +189,9 @@ class PolledCounters(Source):
             raise Gone
         # A new cgroup counts from zero. Counts of a cgroup that was removed between two polls are lost.
         count = sum(max(0, total - self._last.get(directory, 0)) for directory, total in found.items())
+        limit, usage = self._levels() if count > 0 else (None, None)
         self._last = found
         if count > 0:
-            limit, usage = self._levels()
             yield Event(self._kind, self._cgroup, now, count, sum(found.values()), limit, usage)
         self.due = now + (self._hurry.next() or POLLED_SECONDS)
 
@@ -181,6 +200,7 @@ class Throttling(Source):
     """How often, and for how long, the CPU quota throttled threads (``cpu.stat``). Polled."""
 
     def __init__(self, cgroup: str, directory: str, quota: Callable[[], float | None]) -> None:
+        super().__init__()
         self._cgroup = cgroup
         self._directory = directory
         self._quota = quota
@@ -213,6 +233,7 @@ class PolledUsage(Source):
     def __init__(
         self, cgroup: str, directory: str, thresholds: tuple[int, ...], needs: tuple[int, ...] = ()
     ) -> None:
+        super().__init__()
         self._cgroup = cgroup
         self._directory = directory
         self._above = dict.fromkeys(
@@ -257,6 +278,7 @@ class Populated(Source):
     """Whether any process is in the cgroup or below (``cgroup.events`` on v2 and the v2 side of a hybrid)."""
 
     def __init__(self, cgroup: str, directory: str, wanted: bool) -> None:
+        super().__init__()
         self._cgroup = cgroup
         self._directory = directory
         self._wanted = wanted
@@ -300,6 +322,7 @@ class Stall(Source):
     """A pressure trigger: ``cpu.pressure``, ``memory.pressure``, ``io.pressure`` (v2, Linux 5.2)."""
 
     def __init__(self, cgroup: str, directory: str, pressure: Pressure) -> None:
+        super().__init__()
         pressure.check()
         self._cgroup = cgroup
         self._directory = directory
@@ -364,6 +387,7 @@ class _EventFd(Source):
     mask = POLLIN
 
     def __init__(self, cgroup: str, directory: str, name: str, argument: str = "") -> None:
+        super().__init__()
         self._cgroup = cgroup
         self._directory = directory
         self.descriptor = open_notice(directory, name, argument)
@@ -390,6 +414,10 @@ class Threshold(_EventFd):
         self._reached = False
         self._first = True
         self.due = 0.0  # usage may be above already
+
+    def try_again(self) -> None:
+        super().try_again()
+        self._first = True  # the notices are taken already
 
     def take(self) -> Iterator[Event]:
         crossings = self.count()
@@ -425,6 +453,8 @@ class OutOfMemory(_EventFd):
         self._wanted = wanted
         self._deaths = deaths
         self._hits = self._read_hits()
+        #: The notices that no event has reported.
+        self._notices = 0
 
     def _read_hits(self) -> int:
         names = ("memory.failcnt", "memory.memsw.failcnt")
@@ -434,16 +464,16 @@ class OutOfMemory(_EventFd):
         return int(files.read_if_there(self._directory, "memory.max_usage_in_bytes") or 0)
 
     def take(self) -> Iterator[Event]:
-        count = self.count()
+        self._notices += self.count()
         now = time.monotonic()
         if self._deaths is not None:
             self._deaths.hurry()
-        hits = self._read_hits()
-        rose, self._hits = hits > self._hits, hits
-        limit, usage = self._levels()
+        hits, (limit, usage) = self._read_hits(), self._levels()
         # A cgroup above at its limit notifies here, too. By now the processes may be dead. With swap_max 0 the kernel
         # counts no hits (6.18), and the peak decides.
-        if self._wanted and count and limit is not None and (rose or self._peak() >= 0.95 * limit):
+        reached = limit is not None and (hits > self._hits or self._peak() >= 0.95 * limit)
+        count, self._notices, self._hits, self.due = self._notices, 0, hits, None
+        if self._wanted and count and reached:
             yield Event("memory_limit", self._cgroup, now, count, None, limit, usage)
 
 
@@ -451,6 +481,7 @@ class PolledPopulated(Source):
     """Whether any process is in the cgroup or below, if only v1 is mounted. Polled."""
 
     def __init__(self, cgroup: str, directory: str, wanted: bool) -> None:
+        super().__init__()
         self._cgroup = cgroup
         self._directory = directory
         self._wanted = wanted

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files
+from rcon_plugins.kernel.attempts import Attempts
 from rcon_plugins.kernel.events.event import Event, Pressure
 from rcon_plugins.kernel.events.opening import open_sources
 from rcon_plugins.kernel.events.sources import Gone, Source
@@ -89,26 +90,37 @@ class Watch:
 
     # -- in the thread ------------------------------------------------------------------------
 
-    def read(self, source: Source) -> None:
-        """Read a source, and call the callback with its events."""
+    def read(self, source: Source) -> bool:
+        """Read a source, and call the callback with its events. Return whether reading began or ceased to fail."""
         events: list[Event] = []
         ended = False
         with self.looking:
             if self.closed:
-                return
+                return False
+            failed_before = source.attempts.failures > 0
+            if failed_before:
+                source.due = None  # was that of the next attempt
             try:
                 events.extend(source.take())  # also the events before a failure
+                if failed_before:
+                    source.attempts = Attempts()
             except Gone:
                 ended = True
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 ended = True
-                if self.cgroup.exists():
-                    LOGGER.error("%s is no longer watched: %s", self.cgroup.path, error)
+                LOGGER.error("%s is no longer watched: %s", self.cgroup.path, error)
+            except OSError as error:
+                ended = files.gone(error)
+                if not ended:
+                    if source.attempts.failed():
+                        LOGGER.error("%s cannot be watched now; trying again: %s", self.cgroup.path, error)
+                    source.try_again()
         for event in events:
             if not self.closed:
                 _do(partial(self._callback, event))
         if ended:
             self._end()
+        return failed_before is not (source.attempts.failures > 0)
 
     def _end(self) -> None:
         self.gone = True
@@ -248,14 +260,18 @@ class Watcher:
             if not watched:
                 posix.close(wake)
                 return
-            wanted = {source.descriptor: source.mask for source, _ in watched if source.descriptor >= 0}
+            wanted = {
+                source.descriptor: source.mask
+                for source, _ in watched
+                if source.descriptor >= 0 and not source.attempts.failures
+            }
             waiting = _Waiting({**wanted, wake: POLLIN})
             # add, remove and submit wake the thread; until then nothing changes.
             while not self._wait_once(waiting, wake, watched):
                 pass
 
     def _wait_once(self, waiting: _Waiting, wake: int, watched: list[tuple[Source, Watch]]) -> bool:
-        """Wait once, and report the events. Return whether the thread was woken."""
+        """Wait once, and report the events. Return whether the descriptors to wait for have changed."""
         dues = [source.due for source, _ in watched if source.due is not None]
         try:
             ready = waiting.wait(min(dues) if dues else None)
@@ -270,7 +286,7 @@ class Watcher:
         for source, watch in watched:
             source.ready = source.descriptor in ready
             if (source.ready or (source.due is not None and source.due <= now)) and not watch.closed:
-                watch.read(source)
+                woken = watch.read(source) or woken
         return woken
 
 

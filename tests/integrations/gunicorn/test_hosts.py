@@ -36,10 +36,18 @@ def cgroups(server: Gunicorn) -> tuple[int, int]:
     """The most confinements and executors that one hierarchy has directories of."""
     confinements = executors = 0
     for instance in server.cgroups():
-        names = list(instance.glob("work/*/"))
+        names = directories(instance / "work")
         confinements = max(confinements, len(names))
-        executors = max(executors, sum(1 for _ in instance.glob("work/*/*/")))
+        executors = max(executors, sum(len(directories(name)) for name in names))
     return confinements, executors
+
+
+def directories(path: Path) -> list[Path]:
+    """The directories in one that may be removed meanwhile."""
+    try:
+        return [Path(entry) for entry in os.scandir(path) if entry.is_dir()]
+    except FileNotFoundError:
+        return []
 
 
 def memory_cgroups() -> int | None:

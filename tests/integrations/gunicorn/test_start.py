@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from rcon_gunicorn.workers import refusal, server_traits
 from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.errors import ConfinementError
 from tests.integrations.gunicorn.server import HERE, Gunicorn
-from tests.processes import instance_directories
+from tests.processes import instance_directories, until
 
+FREE = '[policy.free]\nisolation = "process"\n[[route]]\npolicy = "free"\n'
 PLAIN = '[policy.default]\nmemory = "64M"\n'
 
 
@@ -203,3 +205,50 @@ def test_gunicorn_takes_the_hooks() -> None:
     Hooks("rcon.toml").install(mine)
     for name in Hooks.NAMES:
         config.set(name, mine[name])  # checks the number of parameters
+
+
+BREAKABLE = """
+import resource
+from pathlib import Path
+from rcon_gunicorn import Hooks
+
+BROKEN = Path({flag!r})
+
+def post_worker_init(worker):
+    if BROKEN.exists():
+        lowest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir()) + 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, lowest))
+
+Hooks().install(globals())
+"""
+
+
+def test_a_replacement_that_cannot_start_fails_alone_and_is_made_again_later(tmp_path: Path) -> None:
+    flag, config = tmp_path / "broken", tmp_path / "config.py"
+    config.write_text(BREAKABLE.format(flag=str(flag)))
+    with Gunicorn(tmp_path, FREE, "--workers", "2", config=str(config)) as server:
+        flag.touch()
+        killed, other = server.workers()
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: "gunicorn makes another in 0.5 s" in server.log())
+        until(lambda: "gunicorn makes another in 1 s" in server.log())
+        until(lambda: "gunicorn makes another in 2 s" in server.log())
+        assert server.process.poll() is None
+        assert other in server.workers()
+        assert server.status("/free/who") == 200
+        flag.unlink()
+        until(lambda: len(server.workers()) == 2 and server.is_booted())
+        assert server.process.poll() is None
+
+
+def test_first_workers_that_cannot_start_end_gunicorn(tmp_path: Path) -> None:
+    flag, config = tmp_path / "broken", tmp_path / "config.py"
+    config.write_text(BREAKABLE.format(flag=str(flag)))
+    flag.touch()
+    server = Gunicorn(tmp_path, FREE, "--workers", "2", config=str(config))
+    try:
+        until(lambda: server.process.poll() is not None)
+        assert server.process.returncode == 3
+        assert "gunicorn makes another" not in server.log()
+    finally:
+        server.stop()

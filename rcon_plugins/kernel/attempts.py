@@ -12,10 +12,11 @@ LONGEST_PAUSE = 5.0
 class Attempts:
     """The failed attempts of one call. The first failure is due for a log line, the others are only counted."""
 
-    __slots__ = ("due", "failures")
+    __slots__ = ("due", "failures", "pause")
 
     def __init__(self) -> None:
         self.failures = 0
+        self.pause = 0.0
         #: The time of the next attempt (`time.monotonic`).
         self.due = 0.0
 
@@ -23,6 +24,7 @@ class Attempts:
         """Count one failure, and set the time of the next attempt. Return whether it is the first failure."""
         pause = min(FIRST_PAUSE * 2 ** min(self.failures, 16), LONGEST_PAUSE)
         self.failures += 1
+        self.pause = pause
         self.due = time.monotonic() + pause
         return self.failures == 1
 
