@@ -26,6 +26,7 @@ from rcon_plugins.errors import (
     RconError,
 )
 from rcon_plugins.executors import fork_server
+from rcon_plugins.executors.output import log_of
 from rcon_plugins.settings.budget import BUDGET
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class PoolProcess:
             on_lost=self._lost,
             after_fork=after_fork,
             server_files=[*server_files(), worker.ending_counters.file],
+            log=log_of([logging.getLogger(), logging.getLogger("celery")]),
         )
         self._manager, self._pid, self.is_lost = manager, os.getpid(), False
         self._policies_retry = any(

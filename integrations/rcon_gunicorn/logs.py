@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 
 from rcon_plugins.executors import fork_server
+from rcon_plugins.executors.output import Log, log_of
 
 #: gunicorn's own loggers.
 _ERROR_LOG = "gunicorn.error"
@@ -38,6 +39,11 @@ def join_error_log() -> None:
     logger.propagate = False
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
+
+
+def error_log() -> Log:
+    """Return gunicorn's error log, for the output of executor processes: its file, else standard error."""
+    return log_of([logging.getLogger(_ERROR_LOG)])
 
 
 def log_files(log: object) -> list[int]:

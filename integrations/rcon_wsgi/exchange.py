@@ -16,11 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal
-from urllib.parse import quote
 
 from rcon_plugins.connections import cut, reset_on_close
 from rcon_plugins.errors import ApplicationError
 from rcon_plugins.executors.channel import CHUNK, ChannelClosed, Frame, ProtocolViolation
+from rcon_plugins.executors.output import escape_unprintable, log_prefix, prefix_lines
 from rcon_plugins.outcome import Outcome
 from rcon_wsgi import wire
 from rcon_wsgi.request import ANSWERED, respond
@@ -49,7 +49,6 @@ LOG_FRAMES: Final = 1000
 #: The longest part of one line that is shown, characters.
 LINE_CHARACTERS: Final = 8 * 1024
 _MINUTE: Final = 60.0
-_KEY_CHARACTERS: Final = 100
 
 #: How many frames to read from an executor after its client has left, because one of them may end the work. Without
 #: this bound, an executor that never stops sending would be read for ever.
@@ -605,26 +604,3 @@ class ErrorLog:
             self._stream.flush()
         except Exception:  # noqa: BLE001, S110 - a full disk or a closed file must not fail the request
             pass
-
-
-def log_prefix(policy: str, key: str | None) -> str:
-    """Return the prefix of each line that confined code logs. A client may have sent the key."""
-    shown = quote(key[:_KEY_CHARACTERS], safe="/:@", errors="backslashreplace") if key is not None else ""
-    return f"[{policy} {shown}] " if shown else f"[{policy}] "
-
-
-def prefix_lines(text: str, prefix: str) -> str:
-    """Return the text with ``prefix`` before each line, and unprintable characters escaped."""
-    return "".join([f"{prefix}{escape_unprintable(line)}\n" for line in text.splitlines()])
-
-
-def escape_unprintable(line: str) -> str:
-    """Return the line with unprintable characters escaped, except tabs."""
-    if line.isprintable():
-        return line
-    return "".join(
-        character
-        if character.isprintable() or character == "\t"
-        else character.encode("unicode_escape").decode("ascii")
-        for character in line
-    )

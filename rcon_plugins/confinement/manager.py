@@ -20,6 +20,7 @@ from rcon_plugins.confinement.budget import machine_ledger
 from rcon_plugins.confinement.live_policies import Change, LivePolicies, PolicyChangeLog, change_limit
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.confinement.running import RunningManager
+from rcon_plugins.executors.output import Log, standard_error
 from rcon_plugins.tree.instance import Instance
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Manager:
         on_lost: Callable[[], object] | None = None,
         after_fork: Sequence[Callable[[], object]] = (),
         server_files: Sequence[int] = (),
+        log: Log = standard_error,
     ) -> RunningManager:
         """Deploy, and start confining in the calling process: for a server of one process.
 
@@ -73,6 +75,7 @@ class Manager:
                 on_lost=on_lost,
                 after_fork=after_fork,
                 server_files=server_files,
+                log=log,
                 on_close=deployment.close,
             )
         except BaseException:
@@ -129,6 +132,7 @@ class Deployment:
         on_lost: Callable[[], object] | None = None,
         after_fork: Sequence[Callable[[], object]] = (),
         server_files: Sequence[int] = (),
+        log: Log = standard_error,
         on_close: Callable[[], object] = lambda: None,
     ) -> RunningManager:
         """Start confining in the calling process, and fork its fork server if a policy needs processes.
@@ -141,6 +145,7 @@ class Deployment:
         :param after_fork: called in each new executor process.
         :param server_files: descriptors of regular files that executor processes must not have. They never have the
             server's sockets and pipes.
+        :param log: the log for the output of executor processes with a user of their own; see `log_of`.
         :param on_close: called last by `RunningManager.close`.
         :raises ConfinementError: a policy needs processes and there is no service.
         :raises SettingsError: this process lacks what a policy needs.
@@ -156,7 +161,7 @@ class Deployment:
             on_lost=on_lost,
             on_close=on_close,
         )
-        running.begin(service, after_fork, server_files)
+        running.begin(service, after_fork, server_files, log)
         return running
 
     def change(self, policy: str, key: str, value: str) -> Change:

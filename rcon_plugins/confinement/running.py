@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from rcon_plugins.confinement.admission import Admission, Host, LocalAdmission, ProcessAdmission
     from rcon_plugins.confinement.plan import Plan
     from rcon_plugins.executors.fork_server import Service
+    from rcon_plugins.executors.output import Log
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tree.instance import Instance
     from rcon_plugins.work import Work
@@ -106,6 +107,7 @@ class RunningManager:
             on_lost=on_lost,
             monitor=self._monitor,
             current=self._policies.latest,
+            key_of=self._key_of,
         )
 
     def begin(
@@ -113,6 +115,7 @@ class RunningManager:
         service: Service | None,
         after_fork: Sequence[Callable[[], object]],
         server_files: Sequence[int],
+        log: Log,
     ) -> None:
         """Fork the fork server if a policy needs processes. See `Deployment.start` for the parameters."""
         settings, plan = self.plan.settings, self.plan
@@ -121,8 +124,8 @@ class RunningManager:
         raise_descriptor_limit(_SERVER_FILES + executors * _EXECUTOR_FILES)
         if service is not None and plan.uses_processes:
             ledger = () if self._budget is None else (self._budget.ledger.file,)
-            log = () if self._policies.changes is None else (self._policies.changes.file,)
-            self._pool.processes.start(service, after_fork, [*server_files, *ledger, *log])
+            changes = () if self._policies.changes is None else (self._policies.changes.file,)
+            self._pool.processes.start(service, after_fork, [*server_files, *ledger, *changes], log)
         if plan.uses_threads:
             self.instance.sweep_threaded(settings.confinements)
         self._open = True

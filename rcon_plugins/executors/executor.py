@@ -41,6 +41,7 @@ from rcon_plugins.kernel.files import gone
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from rcon_plugins.executors.output import OutputPipe
     from rcon_plugins.executors.supervisor import Supervisor
     from rcon_plugins.kernel.capability import Identity
     from rcon_plugins.kernel.cgroup import Cgroup, Meter, Reading
@@ -123,6 +124,8 @@ class Executor:
         self.leaf = leaf
         self.channel = channel
         self.monitored: Monitored | None = None
+        #: The pipe of its standard output and error; None if it has those of the server.
+        self.output: OutputPipe | None = None
         self.state = State.STARTING
         #: The time when it entered its state (`time.monotonic`).
         self.since = time.monotonic()

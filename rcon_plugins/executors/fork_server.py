@@ -5,8 +5,8 @@ threads. It runs no application code. It reaps the executor processes and report
 host ends, for any reason, it kills the executor processes and all processes that they started, and ends too.
 
 Host and fork server talk over a ``SOCK_SEQPACKET`` pair. The host sends a `SpawnOrder` (with one end of the new
-executor's channel), a `KillOrder` or a `SignalOrder`; the fork server sends an `ExitReport`. Both ends are this
-project's own code, so orders are pickled; an exit report is a fixed record.
+executor's channel, and of the pipe for its output), a `KillOrder` or a `SignalOrder`; the fork server sends an
+`ExitReport`. Both ends are this project's own code, so orders are pickled; an exit report is a fixed record.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from rcon_plugins.errors import ConfinementError, KernelError
 from rcon_plugins.executors.channel import FAILED, FULL, READY, Channel, ChannelClosed, Frame
+from rcon_plugins.executors.inherited import InheritedFiles
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.proc import other_threads
 from rcon_plugins.kernel.syscalls import poll_readable
@@ -58,7 +59,8 @@ _EXIT_SERVICE_RAISED = 70
 class SpawnOrder(NamedTuple):
     """Make an executor process in the cgroup ``work/<name>/<leaf>``. It serves one policy until it ends.
 
-    ``identity`` is the user and groups that it changes to; None keeps those of the server.
+    ``identity`` is the user and groups that it changes to; None keeps those of the server. With ``output``, a pipe
+    comes with the order that replaces the files of the server: see `InheritedFiles`.
     """
 
     number: int
@@ -66,6 +68,7 @@ class SpawnOrder(NamedTuple):
     leaf: str
     policy: Policy
     identity: Identity | None = None
+    output: bool = False
 
 
 class KillOrder(NamedTuple):
@@ -111,6 +114,7 @@ class ForkServer:
         self._server_files = server_files
         self._host_pidfd = -1
         self._pid = 0
+        self._files: InheritedFiles | None = None
         self._children: dict[int, tuple[SpawnOrder, int]] = {}  # by pidfd
         #: A pipe. The handler of SIGCHLD writes to it, to wake `poll` up.
         self._sigchld_read, self._sigchld_write = -1, -1
@@ -125,6 +129,8 @@ class ForkServer:
             process.take_default_signals()
             self._host_pidfd = os.pidfd_open(self._host)
             self._close_server_files()
+            process.open_missing_standard_files()
+            self._files = InheritedFiles({self._instance.locks})
             process.join_new_session_keyring()
             self._sigchld_read, self._sigchld_write = process.open_sigchld_pipe()
             gc.collect()
@@ -173,7 +179,7 @@ class ForkServer:
         """Carry out one order. Return False when the host has closed its side."""
         try:
             data, ancillary, _, _ = self._control.recvmsg(
-                _MAX_ORDER, _socket.CMSG_SPACE(array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
+                _MAX_ORDER, _socket.CMSG_SPACE(2 * array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
             )
         except ConnectionResetError:  # closed before it read all reports
             return False
@@ -184,19 +190,20 @@ class ForkServer:
             self._signal(order.number, signal.SIGKILL)
         elif isinstance(order, SignalOrder):
             self._signal(order.number, order.signal)
-        elif not ancillary:
-            self._report(ExitReport(order.number, 0, errno.EMFILE))  # no descriptor was left for the channel
         else:
-            self._spawn(order, array.array("i", ancillary[0][2])[0])
+            self._spawn(order, array.array("i", ancillary[0][2] if ancillary else b""))
         return True
 
-    def _spawn(self, order: SpawnOrder, channel_end: int) -> None:
+    def _spawn(self, order: SpawnOrder, descriptors: Sequence[int]) -> None:
+        """Fork an executor process. ``descriptors`` are the end of its channel and, with ``output``, its pipe."""
         # gevent's os.close() waits for an event loop, which runs nowhere here; posix.close() is the real one.
         try:
+            if len(descriptors) != 1 + order.output:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # no descriptor was left for them
             fault = self._prepare(order.policy)
             pid = process.fork()
             if pid == 0:
-                self._become_executor(order, channel_end, fault)
+                self._become_executor(order, descriptors, fault)
             try:
                 self._children[os.pidfd_open(pid)] = (order, pid)
             except OSError:
@@ -206,7 +213,8 @@ class ForkServer:
         except OSError as error:
             self._report(ExitReport(order.number, 0, error.errno or errno.EIO))
         finally:
-            posix.close(channel_end)
+            for descriptor in descriptors:
+                posix.close(descriptor)
 
     def _prepare(self, policy: Policy) -> BaseException | None:
         """Call rcon_prepare. Return the exception it raised, which the new process reports."""
@@ -235,8 +243,12 @@ class ForkServer:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._control.send(_EXIT_REPORT.pack(*report))
 
-    def _become_executor(self, order: SpawnOrder, channel_end: int, fault: BaseException | None) -> NoReturn:
+    def _become_executor(
+        self, order: SpawnOrder, descriptors: Sequence[int], fault: BaseException | None
+    ) -> NoReturn:
         try:
+            channel_end, *output = descriptors
+            fault = self._replace_files(order.policy, output) or fault
             self._control.close()
             for pidfd in (self._host_pidfd, *self._children):
                 posix.close(pidfd)
@@ -251,6 +263,17 @@ class ForkServer:
             traceback.print_exc()
         finally:
             os._exit(_EXIT_SERVICE_RAISED)
+
+    def _replace_files(self, policy: Policy, output: Sequence[int]) -> BaseException | None:
+        """Take the server's files from this process if it has a pipe for its output. Return what went wrong."""
+        try:
+            for pipe in output:
+                if self._files is not None:
+                    self._files.replace(pipe, policy.keep_files)
+                posix.close(pipe)
+        except OSError as error:
+            return error
+        return None
 
 
 def run_executor(
@@ -381,7 +404,8 @@ def leaving_log_files(loggers: Iterable[logging.Logger]) -> Callable[[], None]:
 
 def _replace_handlers(found: Iterable[tuple[logging.Logger, logging.FileHandler]]) -> None:
     for logger, handler in found:
-        substitute = logging.StreamHandler()
+        # Not sys.stderr, which Celery replaces with a stream that writes to these loggers.
+        substitute = logging.StreamHandler(sys.__stderr__)
         substitute.setLevel(handler.level)
         substitute.setFormatter(handler.formatter)
         for condition in handler.filters:

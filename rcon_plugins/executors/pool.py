@@ -52,9 +52,16 @@ class ExecutorPool:
         on_end: Callable[[str], object],
         on_lost: Callable[[], object] | None = None,
         current: Callable[[Policy], Policy] = lambda policy: policy,
+        key_of: Callable[[str], str | None] = lambda _: None,
     ) -> None:
         self.processes = ProcessExecutors(
-            instance, hook, monitor=monitor, on_end=self._ended, on_lost=on_lost, current=current
+            instance,
+            hook,
+            monitor=monitor,
+            on_end=self._ended,
+            on_lost=on_lost,
+            current=current,
+            key_of=key_of,
         )
         self._most = most
         self._is_kept = is_kept

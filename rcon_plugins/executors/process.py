@@ -29,6 +29,7 @@ from rcon_plugins.executors.fork_server import (
     SpawnOrder,
     read_exit_report,
 )
+from rcon_plugins.executors.output import Log, OutputPipe, OutputReader, standard_error
 from rcon_plugins.executors.supervisor import Supervisor
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
@@ -75,7 +76,7 @@ class ProcessExecutors:
 
     ``on_end`` is called in the supervisor's thread with each executor that ended. ``on_lost`` is called once if the
     fork server ends before the host closes it. After that no executor process can be made, so replace the host.
-    ``current`` returns a policy as it is now.
+    ``current`` returns a policy as it is now, ``key_of`` the key of the confinement of a name.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class ProcessExecutors:
         on_end: Callable[[Executor], object],
         on_lost: Callable[[], object] | None = None,
         current: Callable[[Policy], Policy] = lambda policy: policy,
+        key_of: Callable[[str], str | None] = lambda _: None,
     ) -> None:
         self._monitor = monitor
+        self._key_of = key_of
         self._current = current
         self._instance = instance
         self._hook = hook
@@ -110,6 +113,7 @@ class ProcessExecutors:
         self._server = 0
         self._control: _socket.socket | None = None
         self._supervisor: Supervisor | None = None
+        self._output = OutputReader()
 
     @property
     def server_pid(self) -> int:
@@ -131,11 +135,13 @@ class ProcessExecutors:
         service: Service,
         after_fork: Sequence[Callable[[], object]] = (),
         server_files: Sequence[int] = (),
+        log: Log = standard_error,
     ) -> None:
         """Fork the fork server from the calling process, which should have no other threads, and start the supervisor.
 
         Each new executor process calls ``after_fork``, for libraries that need a call after a fork. ``server_files``
-        are descriptors of the server's own files, which confined code must not have.
+        are descriptors of the server's own files, which confined code must not have. ``log`` receives the output of
+        executors with a user of their own.
         """
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         pid = process.fork()
@@ -146,6 +152,7 @@ class ProcessExecutors:
         theirs.close()
         self._server = pid
         self._control = ours
+        self._output = OutputReader(log)
         self._supervisor = Supervisor(ours.fileno(), self._receive_exit_report, self._reap)
         self._supervisor.start()
 
@@ -181,6 +188,10 @@ class ProcessExecutors:
         leaf = self._make_cgroup(order)
         with contextlib.ExitStack() as undo:
             undo.callback(leaf.delete)
+            output = self._open_output(order)
+            if output is not None:
+                undo.callback(self._output.finish, output)
+                order = order._replace(output=True)
             meter = leaf.meter()
             undo.callback(meter.close)
             ours, theirs = socket.socketpair()
@@ -191,6 +202,7 @@ class ProcessExecutors:
                 number, (name, identity), policy, group, leaf, meter, Channel(ours), supervisor
             )
             executor.monitored = self._monitor.watch(executor)
+            executor.output = output
             undo.pop_all()
         self._living[number] = executor
         try:
@@ -198,7 +210,7 @@ class ProcessExecutors:
                 self.change({now.name: now})  # the limits were written before they were changed
                 order = order._replace(policy=now)
                 self._make_cgroup(order)
-            self._send_order(order, theirs.fileno())
+            self._send_order(order, theirs.fileno(), *([] if output is None else [output.writer]))
         except OSError as error:
             self._control_broken = self._control_broken or isinstance(
                 error, BrokenPipeError | ConnectionResetError
@@ -209,7 +221,15 @@ class ProcessExecutors:
             raise ConfinementError(f"the fork server cannot be reached: {error}") from error
         finally:
             theirs.close()
+            if output is not None:
+                output.close_writer()
         return executor
+
+    def _open_output(self, order: SpawnOrder) -> OutputPipe | None:
+        """Return a pipe for the output of an executor; None if it keeps that of the server, whose user it has."""
+        if order.identity is None or order.identity.uid == os.geteuid():
+            return None
+        return self._output.open(order.name, order.policy.name, self._key_of(order.name))
 
     def _make_cgroup(self, order: SpawnOrder) -> Cgroup:
         """Make ``work/<name>/<leaf>`` and write all limits.
@@ -319,6 +339,7 @@ class ProcessExecutors:
             LOGGER.error("the fork server %d does not end; killing it", self._server)
             os.kill(self._server, signal.SIGKILL)
             process.reap(self._server)
+        self._output.close()
         self._instance.sweep(f"{self._host}-")
 
     def _send_order(self, order: SpawnOrder | KillOrder | SignalOrder, *descriptors: int) -> None:
@@ -392,6 +413,8 @@ class ProcessExecutors:
             if self._finish_if_gone(executor):
                 self._ending.pop(executor.number)
                 self._living.pop(executor.number)
+                if executor.output is not None:
+                    self._output.finish(executor.output)
                 self._on_end(executor)
                 for action in executor.set_ended():
                     action()

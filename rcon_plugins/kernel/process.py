@@ -10,6 +10,7 @@ import _signal  # type: ignore[import-not-found]  # `signal` converts all 64 num
 import _socket  # a cooperative library may have replaced `socket`
 import contextlib
 import errno
+import fcntl
 import os
 import posix
 import resource
@@ -17,6 +18,7 @@ import signal
 import stat
 import time
 from collections.abc import Collection
+from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import capability
@@ -25,6 +27,7 @@ from rcon_plugins.kernel.syscalls import CLONE_FS, PR_SET_PDEATHSIG, prctl, sysc
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _DESCRIPTORS = "/proc/self/fd"
 _CGROUP_TREE = "/sys/fs/cgroup/"
+_MEMORY_DEVICES = frozenset({"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"})
 
 
 def fork() -> int:
@@ -227,8 +230,7 @@ def shared_descriptors(private: str) -> list[int]:
             if error.errno == errno.EBADF:
                 continue
             raise
-        harmless = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
-        if not harmless or target.startswith((_CGROUP_TREE, private)):
+        if not _is_file(mode) or target.startswith((_CGROUP_TREE, private)):
             found.append(descriptor)
     return found
 
@@ -239,9 +241,87 @@ def replace_with_closed_socket(descriptor: int) -> None:
     After a plain close, code that still has the number would write to the next file opened under it. This socket gives
     end of file and EPIPE instead.
     """
-    end, peer = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    end = closed_socket()
     try:
-        os.dup2(end.fileno(), descriptor, inheritable=False)
+        os.dup2(end, descriptor, inheritable=False)
     finally:
-        peer.close()
-        end.close()
+        posix.close(end)
+
+
+class OpenFile(NamedTuple):
+    """An open file that is no socket, pipe or the like. ``mode`` is of its inode, ``flags`` those of open(2)."""
+
+    descriptor: int
+    path: str
+    mode: int
+    flags: int
+
+    @property
+    def writable(self) -> bool:
+        """Whether it is open for writing."""
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+    @property
+    def kind(self) -> Literal["file", "directory", "memory device", "device"]:
+        """What it is. A memory device is ``/dev/null`` and its like, which have no state to change."""
+        if stat.S_ISREG(self.mode):
+            return "file"
+        if stat.S_ISDIR(self.mode):
+            return "directory"
+        harmless = stat.S_ISCHR(self.mode) and self.path in _MEMORY_DEVICES
+        return "memory device" if harmless else "device"
+
+
+def open_files() -> list[OpenFile]:
+    """Return the regular files, directories and devices that this process has open, above descriptor 2."""
+    found: list[OpenFile] = []
+    for name in os.listdir(_DESCRIPTORS):
+        descriptor = int(name)
+        if descriptor <= 2:
+            continue
+        try:
+            mode = os.fstat(descriptor).st_mode
+            path = os.readlink(f"{_DESCRIPTORS}/{name}")
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        except FileNotFoundError:
+            continue  # the descriptor of this listing
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                continue
+            raise
+        if _is_file(mode) and not flags & os.O_PATH:
+            found.append(OpenFile(descriptor, path, mode, flags))
+    return found
+
+
+def open_again(file: OpenFile) -> None:
+    """Open a file or directory anew for reading, under the same descriptor. A file keeps its position. Raises OSError.
+
+    Its position, flags and locks are then its own: lseek(2), fcntl(2), flock(2).
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | (file.flags & os.O_DIRECT)
+    descriptor = os.open(f"{_DESCRIPTORS}/{file.descriptor}", flags)
+    try:
+        if file.kind == "file":
+            os.lseek(descriptor, os.lseek(file.descriptor, 0, os.SEEK_CUR), os.SEEK_SET)
+        os.dup2(descriptor, file.descriptor, inheritable=os.get_inheritable(file.descriptor))
+    finally:
+        posix.close(descriptor)
+
+
+def open_missing_standard_files() -> None:
+    """Open ``/dev/null`` under each of the descriptors 0, 1 and 2 that is closed, so that no other file gets it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    posix.close(descriptor)
+
+
+def closed_socket() -> int:
+    """Return a socket whose peer is closed, for `os.dup2`: see `replace_with_closed_socket`."""
+    end, peer = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    peer.close()
+    return end.detach()
+
+
+def _is_file(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode)

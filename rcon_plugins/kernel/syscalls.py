@@ -59,6 +59,7 @@ _SINCE_5 = {"landlock_create_ruleset": 444, "landlock_add_rule": 445, "landlock_
 #: poll(2): the same numbers on all machines. The kernel always reports POLLERR and POLLHUP.
 POLLIN = 0x001
 POLLPRI = 0x002
+POLLOUT = 0x004
 _POLLERR = 0x008
 _POLLHUP = 0x010
 

@@ -18,7 +18,7 @@ from rcon_plugins.settings.accounts import Account, PathTemplate
 from rcon_plugins.settings.conversion import Size, Umask, Written, convert, dotted
 from rcon_plugins.settings.limits import Each, Limits
 from rcon_plugins.settings.memory import OnMemory
-from rcon_plugins.settings.rights import CapabilityName, Rlimits
+from rcon_plugins.settings.rights import CapabilityName, FileName, Rlimits
 from rcon_plugins.settings.units import format_size, show
 
 #: How to confine a request, task or command. ``"auto"`` chooses the cheapest way that enforces the whole policy.
@@ -196,6 +196,13 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     allow_root: Annotated[
         bool, Meta(description="Allow to run as root, uid 0 or gid 0.", examples=[False])
     ] = False
+    keep_files: Annotated[
+        tuple[FileName, ...],
+        Meta(
+            description='Files of the server that stay open: "stdout", "stderr", or a path.',
+            examples=[["stderr", "/var/log/app.log"]],
+        ),
+    ] = ()
     owner_must_be: Annotated[
         PathTemplate | None,
         Meta(
@@ -262,6 +269,13 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
                     value=getattr(self, name),
                     hint='write the user too: a name, a number, or "owner:/srv/{host}"',
                 )
+        if self.keep_files and (self.user is None or self.isolation == "thread"):
+            raise SettingsError(
+                "only a process with a user of its own loses files",
+                key="keep_files",
+                value=self.keep_files,
+                hint="leave it out",
+            )
         if self.capabilities and "all" in self.capabilities and len(self.capabilities) > 1:
             raise SettingsError(
                 '"all" includes the others',

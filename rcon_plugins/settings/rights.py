@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from typing import Annotated, Any, ClassVar, Self
 
@@ -35,6 +36,34 @@ class CapabilityName(Written, str):
                 hint='for example "net_bind_service", as capabilities(7) names them',
             )
         return cls(name)
+
+
+class FileName(Written, str):
+    """A file that the server has open: ``"stdout"``, ``"stderr"``, or its absolute path.
+
+    The path of a directory stands for all files below it.
+    """
+
+    __slots__ = ()
+    schema: ClassVar[dict[str, Any]] = {
+        "anyOf": [{"enum": ["stdout", "stderr"]}, {"type": "string", "pattern": r"^/[^/]"}]
+    }
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, str) and value in cls.schema["anyOf"][0]["enum"]:
+            return cls(value)
+        if (
+            not isinstance(value, str)
+            or not value.startswith("/")
+            or posixpath.normpath(value) in ("/", "//")
+        ):
+            raise SettingsError(
+                f"{show(value)} is not a file",
+                value=value,
+                hint='"stdout", "stderr", or a path: "/var/log/app.log"',
+            )
+        return cls(posixpath.normpath(value))
 
 
 class Rlimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

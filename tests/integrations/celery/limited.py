@@ -27,6 +27,7 @@ import msgspec
 import redis
 from celery.exceptions import Reject, SoftTimeLimitExceeded
 from celery.signals import worker_process_init
+from celery.utils.log import get_task_logger
 
 from rcon_celery import confined, expand, install, wire
 from rcon_plugins.errors import MemoryLimitExceeded, SoftMemoryLimitExceeded
@@ -139,6 +140,15 @@ def define(app: celery.Celery, url: str) -> None:
     @task(name="complain")
     def complain() -> None:
         raise ValueError("no")
+
+    @task(name="say")
+    def say(number: int) -> list[str]:
+        """Write to all that a task can write to. Return what standard output and error are."""
+        print(f"printed {number}")
+        get_task_logger("tests.say").warning("logged %d", number)
+        os.write(1, f"written {number}\n".encode())
+        subprocess.run(["/bin/sh", "-c", f"echo from a program {number} >&2"], check=True)
+        return [str(Path(f"/proc/self/fd/{number}").readlink()).partition(":")[0] for number in (1, 2)]
 
     @task(name="who", bind=True)
     def who(self: Any) -> int:

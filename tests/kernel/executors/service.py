@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -180,6 +182,57 @@ class Acts:
     @staticmethod
     def end(status: int) -> None:
         os._exit(status)
+
+    @staticmethod
+    def say(text: str, descriptor: int = 2, times: int = 1) -> int:
+        """Write a text to a descriptor, as often as that."""
+        for _ in range(times):
+            os.write(descriptor, text.encode())
+        return times
+
+    @staticmethod
+    def say_and_die(text: str, times: int) -> None:
+        Acts.say(text, 2, times)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @staticmethod
+    def speak_from_a_child(seconds: float, text: str) -> None:
+        """A child that outlives the work says something later."""
+
+        def speak() -> None:
+            time.sleep(seconds)
+            Acts.say(text)
+
+        _orphan(speak)
+
+    @staticmethod
+    def flood(text: str, seconds: float) -> int:
+        """Write a text to standard error for a while: how often."""
+        data, end, times = text.encode(), time.monotonic() + seconds, 0
+        while time.monotonic() < end:
+            os.write(2, data)
+            times += 1
+        return times
+
+    @staticmethod
+    def tell_loggers(*names: str) -> None:
+        for name in names:
+            logging.getLogger(name).warning("told %s", name)
+
+    @staticmethod
+    def harm_files() -> dict[str, list[str]]:
+        """Do all that can be done with each inherited descriptor but the channel: what worked."""
+        channel = _channel[0].fileno()
+        found = {}
+        for entry in list(Path("/proc/self/fd").iterdir()):
+            if (number := int(entry.name)) not in (0, channel):
+                with contextlib.suppress(FileNotFoundError):
+                    found[f"{number} {entry.readlink()}"] = ways_back.by_descriptor(number)
+        return found
+
+    @staticmethod
+    def read_file(descriptor: int) -> str:
+        return os.read(descriptor, 100).decode()
 
     @staticmethod
     def descriptors() -> dict[str, str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import mmap
 import os
 import platform
 import signal
@@ -284,6 +286,48 @@ def descriptors() -> dict[str, str]:
                     target = "LISTENS"
         found[name] = target
     return found
+
+
+def by_descriptor(number: int) -> list[str]:
+    """Do harm to what an inherited descriptor leads to: which acts the kernel allowed."""
+    again = f"/proc/self/fd/{number}"
+    acts: dict[str, Callable[[], object]] = {
+        "shutdown": lambda: socket.socket(fileno=os.dup(number)).shutdown(socket.SHUT_RDWR),
+        "write": lambda: os.write(number, b"written\n"),
+        "pwrite": lambda: os.pwrite(number, b"written\n", 0),
+        "punch": lambda: os.posix_fallocate(number, 0, 100_000),
+        "seek": lambda: os.lseek(number, 1, os.SEEK_SET),
+        "read": lambda: _read_soon(number),
+        "lock": lambda: fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB),
+        "unlock": lambda: fcntl.flock(number, fcntl.LOCK_UN),
+        "flags": lambda: fcntl.fcntl(number, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC),
+        "mode": lambda: os.fchmod(number, 0o777),
+        "map": lambda: _write_by_mapping(number),
+        "truncate": lambda: os.ftruncate(number, 0),
+        "open again": lambda: os.close(os.open(again, os.O_RDWR | os.O_TRUNC)),
+        "truncate again": lambda: os.truncate(again, 0),
+        "by a program": lambda: _write_by_program(number),
+    }
+    return [name for name, act in acts.items() if attempt(act) == "WORKED"]
+
+
+def _read_soon(number: int) -> None:
+    os.set_blocking(number, False)
+    os.read(number, 10)
+
+
+def _write_by_program(number: int) -> None:
+    command = ["/bin/sh", "-c", f"echo written >&{number}"]
+    if subprocess.run(command, pass_fds=[number], check=False, stderr=subprocess.DEVNULL).returncode:
+        raise OSError(errno.EPIPE, "the program failed")
+
+
+def _write_by_mapping(number: int) -> None:
+    try:
+        with mmap.mmap(number, 1) as memory:
+            memory[0] = 0
+    except ValueError as error:  # the file is empty
+        raise OSError(errno.EINVAL, str(error)) from error
 
 
 def _fs(name: str, line: str, wanted: int) -> str:
