@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 from celery._state import _task_stack
 from celery.canvas import signature
 from celery.exceptions import TaskPredicate
-from celery.result import result_from_tuple
 
 from rcon_celery import codec, wire
 from rcon_celery.retry.attempt import ForkServerLost
@@ -31,6 +30,10 @@ _CALL_OTHERS: Final = frozenset({"celery.map", "celery.starmap"})
 _CELERYS_OWN: Final = "celery.app.builtins"
 #: The endings of tasks that raise one of Celery's control exceptions, which are not errors.
 _PREDICATES: Final = ("retry", "ignore", "reject")
+#: How an answer says that the result was not sent.
+_REFUSED: Final = ("too long", "too costly")
+#: The most of a reason that an executor process gives, characters; the most digits of a size.
+_MAX_REASON, _MAX_DIGITS = 500, 18
 
 
 def is_celerys_own(cls: Any) -> bool:
@@ -112,8 +115,8 @@ class SoftTimeLimit:
 class Host(Protocol):
     """The process that received the task."""
 
-    #: The content types that the application reads.
-    accepted: set[str]
+    #: The content types that the application reads, and the encoding of each.
+    accepted: Mapping[str, str]
     #: Whether the fork server ended, and with it all executor processes.
     is_lost: bool
     #: None if the pool does not send the signal of a soft time limit.
@@ -151,10 +154,12 @@ def _exchange(
     try:
         payload, data = codec.encode_task(task, task.request, args, kwargs, host.accepted)
         wire.send(channel, wire.TASK, wire.TaskHead(number, task.name, payload, max_result), data)
-        head, data = wire.receive_answer(channel, number, max_result)
-        answer = codec.decode(head.payload, data, host.accepted)
+        head, answered = wire.receive_answer(channel, number, max_result)
+        answer = codec.decode(head.payload, answered, host.accepted)
         if not isinstance(answer, dict):
             raise ProtocolViolation("an answer that is not a mapping")
+    except ProtocolViolation as violation:
+        raise _malformed(task, admission, violation) from None
     except ChannelClosed:
         outcome = admission.died()
         if task.acks_late and outcome.ending == "killed" and host.is_lost:
@@ -173,17 +178,13 @@ def _settle(task: Any, admission: ProcessAdmission, head: wire.AnswerHead, answe
     if head.busy:
         admission.leaves_threads()
     try:
-        children = [result_from_tuple(child, app=task.app) for child in answer["children"]]
+        children = codec.decode_children(task.app, answer)
         value, error = _read(task, head, answer)
-        size = int(head.text) if head.how == "too long" else 0
-    except Exception as malformed:  # noqa: BLE001 - an executor process may send anything
-        admission.abort(f"answer that cannot be decoded: {codec.sentence(malformed)}")
-        raise Killed(
-            f"{task.name}: its process sent an answer that cannot be decoded, and was killed; "
-            "look for code that writes to file descriptors which it did not open"
-        ) from None
-    if head.how == "too long":
-        outcome = admission.finish("result", _too_large(task, size, admission))
+        refused = _refused(task, head, admission)
+    except Exception as problem:  # noqa: BLE001 - an executor process may send anything
+        raise _malformed(task, admission, problem) from None
+    if refused is not None:
+        outcome = admission.finish("result", refused)
     elif error is None or head.how in _PREDICATES:
         outcome = admission.finish("ok")
     else:
@@ -202,11 +203,20 @@ def _settle(task: Any, admission: ProcessAdmission, head: wire.AnswerHead, answe
     return value
 
 
+def _malformed(task: Any, admission: ProcessAdmission, error: Exception) -> Killed:
+    """Kill a process that sent what no executor process sends. Return the exception of its task."""
+    admission.abort(f"answer that cannot be decoded: {codec.sentence(error)[:_MAX_REASON]}")
+    return Killed(
+        f"{task.name}: its process sent an answer that cannot be decoded, and was killed; "
+        "look for code that writes to file descriptors which it did not open"
+    )
+
+
 def _read(task: Any, head: wire.AnswerHead, answer: dict[str, Any]) -> tuple[Any, Exception | None]:
     """Return the result and the exception of an answer."""
     if head.how == "ok":
         return codec.decode_value(task.app, answer), None
-    if head.how == "too long":
+    if head.how in _REFUSED:
         return None, None
     if head.how == "unencodable" and codec.is_ignored(task, task.request):
         return UnencodableResult(head.text), None
@@ -215,7 +225,16 @@ def _read(task: Any, head: wire.AnswerHead, answer: dict[str, Any]) -> tuple[Any
     return None, codec.decode_predicate(task, head.how, answer)
 
 
-def _too_large(task: Any, size: int, admission: ProcessAdmission) -> str:
+def _refused(task: Any, head: wire.AnswerHead, admission: ProcessAdmission) -> str | None:
+    """Return the message for a result that was not sent, because it is too large or costs too much to decode."""
+    if head.how == "too costly":
+        return (
+            f"{task.name}: its result costs too much to decode: {' '.join(head.text[:_MAX_REASON].split())}; "
+            "return less or fewer values, or return where the result is stored"
+        )
+    if head.how != "too long":
+        return None
+    size = int(head.text[:_MAX_DIGITS])
     return (
         f"{task.name}: its result has {size / 2**20:.1f} MiB, above max_result = "
         f"{format_size(admission.policy.result_limit)}: "

@@ -4,37 +4,67 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeGuard
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, TypeGuard
 
 import celery.exceptions
 from billiard.einfo import RemoteTraceback
 from celery.app.task import get_actual_ignore_result
 from celery.backends.base import DisabledBackend
+from celery.canvas import Signature
 from celery.exceptions import Ignore, Reject, Retry
 from celery.result import ResultBase, result_from_tuple
 from celery.utils.serialization import UnpickleableExceptionWrapper, create_exception_cls
 from kombu import serialization as _serialization
 from kombu.utils.encoding import safe_repr as _safe_repr
 
+from rcon_celery import decoding_cost
 from rcon_celery.task_annotations import STAGE
-from rcon_celery.wire import Payload
+from rcon_celery.wire import MAX_ERROR, How, Payload
 from rcon_plugins.executors.channel import ProtocolViolation
 
 serialization: Any = _serialization  # its functions have no types
 safe_repr: Any = _safe_repr
 
+#: The most of a decoder's complaint that is shown, characters: it may quote what it could not decode.
+_MAX_REASON: Final = 500
+#: The most results of other tasks in an answer. Making one takes some 15 microseconds.
+MAX_CHILDREN: Final = 5000
+#: The most exceptions in an answer: those of a group count twice. Making one takes up to 30 microseconds.
+MAX_EXCEPTIONS: Final = 2000
+#: The longest names of an exception's module and class, characters.
+_MAX_NAME: Final = 1000
+
 #: Attributes of a task's request that are sent in another way, or that belong to one process.
 _NOT_SENT = frozenset({"args", "kwargs", "called_directly", STAGE})
 
 
-def accepted_content_types(app: Any) -> set[str]:
-    """Return the content types that the application reads from its broker or its result backend.
+def accepted_encodings(app: Any) -> dict[str, str]:
+    """Return the content types that the application reads from its broker or its result backend, with their encodings.
 
-    Call it once in a process, because it takes longer than encoding a typical task.
+    The encoding of a content type is the one that its serializer writes. Call this once in a process, because it takes
+    longer than encoding a typical task.
     """
     names = {*app.conf.accept_content, *(app.conf.result_accept_content or ())}
-    return set(serialization.prepare_accept_content(names))
+    accepted = set(serialization.prepare_accept_content(names))
+    encoders = serialization.registry._encoders.values()  # noqa: SLF001 - no public function returns the encodings
+    return {each.content_type: each.content_encoding for each in encoders if each.content_type in accepted}
+
+
+def why_unbounded(accepted: Iterable[str]) -> list[str]:
+    """Return a sentence for each of the content types whose decoder may cost this process any amount."""
+    found = []
+    for content_type in sorted(accepted):
+        decoder = serialization.registry._decoders.get(content_type)  # noqa: SLF001 - as above
+        name = serialization.registry.type_to_name.get(content_type, content_type)
+        if content_type == decoding_cost.PICKLE:
+            found.append(
+                f"{name} in accept_content lets the tasks of every policy run code outside of their limits"
+            )
+        elif not decoding_cost.is_known(content_type) or not str(decoder.__module__).startswith("kombu."):
+            found.append(f"what it costs to decode a result of {name} has no other bound than max_result")
+    return found
 
 
 def encode(value: object, serializers: Iterable[str | None]) -> tuple[Payload, bytes]:
@@ -52,20 +82,59 @@ def encode(value: object, serializers: Iterable[str | None]) -> tuple[Payload, b
     raise error or TypeError("no serializer")
 
 
-def decode(payload: Payload, data: bytes, accept: set[str]) -> Any:
-    """Decode a payload. Raises `ProtocolViolation` if the application does not accept it or if it is malformed."""
-    try:
-        return serialization.loads(
-            data, payload.content_type, payload.content_encoding, accept=accept, force=True
+def decode(payload: Payload, data: bytearray, accepted: Mapping[str, str]) -> Any:
+    """Decode what an executor process sent, and clear the data. ``accepted``: the `accepted_encodings`.
+
+    Raises `ProtocolViolation` if the application does not accept it, if it is malformed, or if decoding it would cost
+    too much.
+    """
+    content_type, encoding = payload.content_type, payload.content_encoding
+    if accepted.get(content_type) != encoding or content_type not in accepted:
+        raise ProtocolViolation(
+            f"a payload of type {content_type[:80]!r} and encoding {encoding[:80]!r}, which the application does not "
+            "accept"
         )
+    try:
+        decoding_cost.check(content_type, data)
+        # The decoder of JSON reads text. Do not keep the same data twice while it runs.
+        content = data.decode() if content_type == decoding_cost.JSON else bytes(data)
+        data.clear()
+        value = decode_trusted(payload, content)
+        decoding_cost.check_decoded(content_type, value)
     except Exception as error:  # noqa: BLE001 - a serializer may raise anything on malformed data
-        raise ProtocolViolation(f"a payload cannot be decoded: {type(error).__name__}: {error}") from None
+        text = f"{type(error).__name__}: {error}"[:_MAX_REASON]
+        raise ProtocolViolation(f"a payload cannot be decoded: {text}") from None
+    return value
 
 
-def encode_task(task: Any, request: Any, args: Any, kwargs: Any, accept: set[str]) -> tuple[Payload, bytes]:
+def decode_trusted(payload: Payload, data: bytes | str) -> Any:
+    """Decode what the pool's process sent. Runs in the executor. Raises what serializers raise."""
+    types = {payload.content_type}
+    return serialization.loads(data, payload.content_type, payload.content_encoding, accept=types, force=True)
+
+
+def why_refused(how: How, payload: Payload, data: bytes, max_result: int) -> tuple[How, str] | None:
+    """Return how to answer instead, and why, if the pool's process will not decode this; None if it will.
+
+    Runs in the executor.
+    """
+    if len(data) > max_result:
+        return "too long", str(len(data))
+    if how != "ok" and len(data) > MAX_ERROR:
+        return "too costly", f"its exception has {len(data)} bytes, and the most is {MAX_ERROR}"
+    try:
+        decoding_cost.check(payload.content_type, data)
+    except decoding_cost.TooCostly as error:
+        return "too costly", str(error)
+    return None
+
+
+def encode_task(
+    task: Any, request: Any, args: Any, kwargs: Any, accepted: Mapping[str, str]
+) -> tuple[Payload, bytes]:
     """Encode a task's arguments and its request, without the attributes that have a meaning only in this process.
 
-    ``accept``: the `accepted_content_types`.
+    ``accepted``: the `accepted_encodings`.
     """
     context = {}
     for name, value in vars(request).items():
@@ -74,7 +143,7 @@ def encode_task(task: Any, request: Any, args: Any, kwargs: Any, accept: set[str
     own = task.serializer or task.app.conf.task_serializer
     # A message may use another serializer than the task's own, and hold a value that only that one can encode. Pickle
     # can encode all such values. It pickles here only values that this process has decoded.
-    serializers = (own,) if len(accept) == 1 else ("pickle", own)
+    serializers = (own,) if len(accepted) == 1 else ("pickle", own)
     try:
         return encode({"args": args, "kwargs": kwargs, "request": context}, serializers)
     except Exception:  # noqa: BLE001 - as in encode
@@ -94,12 +163,15 @@ def encode_result(
         content["tuple"] = result.as_tuple()
     else:
         content["value"] = result
+    _check_results(content)
     return encode(content, _result_serializers(task, serializer))
 
 
 def encode_exception(error: BaseException, children: Iterable[Any], serializer: str) -> tuple[Payload, bytes]:
     """Encode an exception as far as the serializer of the result backend can. Runs in the executor."""
     content = {"error": _described(error, serializer), "children": [child.as_tuple() for child in children]}
+    _check_results(content)
+    _check_exceptions(content["error"])
     return encode(content, (serializer,))
 
 
@@ -121,11 +193,16 @@ def encode_predicate(
         content |= {"reason": _data_or_repr(error.reason, serializers), "requeue": bool(error.requeue)}
     else:
         content["args"] = [_data_or_repr(value, serializers) for value in error.args]
-    return encode(content, serializers)
+    _check_results(content)
+    payload, data = encode(content, serializers)
+    if len(data) > MAX_ERROR and content.get("sig") is not None:
+        # The message is sent already. Only handlers of the signal ``task_retry`` could look at its signature.
+        payload, data = encode({**content, "sig": None}, serializers)
+    return payload, data
 
 
 def encode_no_result(task: Any, serializer: str) -> tuple[Payload, bytes]:
-    """Encode an answer without a result, for a result that is too large. Runs in the executor."""
+    """Encode an answer without a result, for one that is too large or costs too much. Runs in the executor."""
     return encode({"children": []}, _result_serializers(task, serializer))
 
 
@@ -134,8 +211,14 @@ def is_ignored(task: Any, request: Any) -> bool:
     return bool(get_actual_ignore_result(task, request)) or isinstance(task.backend, DisabledBackend)
 
 
+def decode_children(app: Any, content: dict[str, Any]) -> list[Any]:
+    """Return the results of the tasks that a task sent. Raises `TooCostly` for too many, here and in the result."""
+    _check_results(content)
+    return [result_from_tuple(child, app=app) for child in content["children"]]
+
+
 def decode_value(app: Any, content: dict[str, Any]) -> Any:
-    """Return the result that `encode_result` encoded."""
+    """Return the result that `encode_result` encoded. Call `decode_children` first."""
     if "tuple" in content:
         return result_from_tuple(content["tuple"], app=app)
     return content["value"]
@@ -145,8 +228,9 @@ def decode_exception(described: dict[str, Any], traceback_text: str) -> Exceptio
     """Return the exception that `encode_exception` encoded, with its own class if this process has loaded that.
 
     Celery has the same rule for exceptions in a result backend. An executor process cannot make this process import a
-    module: an exception whose class is not loaded gets a stand-in class. Raises `ProtocolViolation`.
+    module: an exception whose class is not loaded gets a stand-in class. Raises `ProtocolViolation`, `TooCostly`.
     """
+    _check_exceptions(described)
     error = _rebuilt(described)
     if traceback_text:
         error.__cause__ = RemoteTraceback(f"\n{traceback_text}")
@@ -162,7 +246,8 @@ def decode_predicate(task: Any, how: str, content: dict[str, Any]) -> Exception:
             content["message"],
             exc=decode_exception(cause, "") if cause is not None else content["text"],
             when=content["when"],
-            sig=task.app.signature(content["sig"]) if content["sig"] is not None else None,
+            # A plain one. To make one of a chain or a chord, Celery copies all of it for each of its tasks.
+            sig=Signature(dict(content["sig"]), app=task.app) if content["sig"] is not None else None,
         )
     elif how == "reject":
         error = Reject(content["reason"], requeue=content["requeue"])
@@ -253,9 +338,12 @@ def _rebuilt_argument(described: list[Any]) -> Any:
 
 
 def _exception_class(module: str | None, name: str) -> type[Exception]:
+    """Return the class of this name. Run no code to look it up: some modules import others for an attribute."""
+    if len(name) > _MAX_NAME:
+        raise ProtocolViolation(f"a class with a name of {len(name)} characters")
     found: Any = sys.modules.get(module) if module is not None else None
     for part in name.split("."):
-        found = getattr(found, part, None)
+        found = vars(found).get(part) if isinstance(found, type | types.ModuleType) else None
     if found is None:
         return _stand_in(name)
     if not isinstance(found, type) or not issubclass(found, BaseException):
@@ -268,6 +356,48 @@ def _exception_class(module: str | None, name: str) -> type[Exception]:
 def _stand_in(name: str) -> type[Exception]:
     # Name a module that is loaded: Celery tries to pickle the exception, which would import any other module.
     return create_exception_cls(name, celery.exceptions.__name__)  # type: ignore[no-any-return]
+
+
+def _check_results(content: Mapping[str, Any]) -> None:
+    """Raise `TooCostly` for too many results of other tasks, `ProtocolViolation` for what is not a result."""
+    waiting, count = [*content["children"]], 0
+    if "tuple" in content:
+        waiting.append(content["tuple"])
+    while waiting:
+        first, nodes = _pair(waiting.pop())
+        count += 1
+        if isinstance(first, list | tuple):
+            _, parent = _pair(first)
+            if parent is not None:
+                waiting.append(parent)
+        if nodes is not None:
+            if not isinstance(nodes, list | tuple):
+                raise ProtocolViolation("the results of a group are not a list")
+            waiting += nodes
+        if count + len(waiting) > MAX_CHILDREN:
+            raise decoding_cost.TooCostly(
+                f"more than {MAX_CHILDREN} results of tasks that it sent; the option trail=False of a task drops them"
+            )
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ProtocolViolation("a result of another task is not a pair")
+    first, second = value
+    return first, second
+
+
+def _check_exceptions(described: Any) -> None:
+    """Raise `TooCostly` for a group of too many exceptions."""
+    waiting, count = [described], 0
+    while waiting:
+        each = waiting.pop()
+        for is_exception, value in (*each["args"], *each["constructor_args"]):
+            if is_exception:
+                waiting += value if isinstance(value, list) else [value]
+        count += 1
+        if count + len(waiting) > MAX_EXCEPTIONS:
+            raise decoding_cost.TooCostly(f"more than {MAX_EXCEPTIONS // 2} exceptions in a group")
 
 
 def _are_exceptions(value: object) -> TypeGuard[Sequence[BaseException]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import msgspec
 from celery import signals
 
-from rcon_celery import remote_control, results
+from rcon_celery import codec, remote_control, results
 from rcon_celery.call import is_celerys_own
 from rcon_celery.decorator import TaskPolicy, policy_of_class
 from rcon_celery.pool_process import PoolProcess
@@ -19,6 +20,8 @@ from rcon_celery.worker import ConfinedTasks, ConfinedWorker, pool_of, start_ste
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.file import Settings, load
 from rcon_plugins.settings.policy import Policy
+
+_log = logging.getLogger("rcon")
 
 
 def install(app: Any, settings: Settings | str | os.PathLike[str] | None = None) -> None:
@@ -92,6 +95,8 @@ class Installation:
         tasks = self._confined_tasks(settings)
         worker = ConfinedWorker.start(settings, tasks, pool, parent.hostname, self._largest_memory())
         worker.sends_events = bool(parent.task_events)
+        for why in codec.why_unbounded(codec.accepted_encodings(self._app)):
+            _log.warning("rcon: %s; accept only json from code that you do not trust", why)
         retry_policies = {
             task: policy.retry for task, policy in self._task_policies.items() if policy.retry is not None
         }

@@ -72,7 +72,7 @@ class PoolProcess:
         #: Whether a policy has keys of a `RetryPolicy`.
         self._policies_retry = False
         self._heartbeat = Heartbeat()
-        self.accepted: set[str] = set()
+        self.accepted: Mapping[str, str] = {}
         #: Whether the fork server ended before `close`.
         self.is_lost = False
         self.soft_time_limit: SoftTimeLimit | None = SoftTimeLimit() if worker.pool.children else None
@@ -85,7 +85,7 @@ class PoolProcess:
     def start(self) -> None:
         """Start the manager and its fork server. Raises `RconError`."""
         worker, server = self._worker, self._worker.pool.server
-        self.accepted = codec.accepted_content_types(self._app)
+        self.accepted = codec.accepted_encodings(self._app)
         service = TaskService(self._app, self._codes, worker.hostname, greenlets=server.greenlets)
         after_fork = [
             self._after_fork,

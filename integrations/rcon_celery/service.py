@@ -19,6 +19,7 @@ from celery.app.task import Task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from rcon_celery import codec, results, task_annotations, wire
+from rcon_celery.decoding_cost import TooCostly
 from rcon_celery.task_annotations import TaskCode
 from rcon_plugins.errors import SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
@@ -56,12 +57,16 @@ class TaskService:
             self._state = ProcessState(self._handlers)
         self._state.restore()
         head, data = wire.receive_task(channel, frame)
-        content = codec.decode(head.payload, data, {head.payload.content_type})
+        content = codec.decode_trusted(head.payload, data)
         task = self._app.tasks[head.name]
         threads_before = set(threading.enumerate())
-        how, text, (payload, answer) = self._run(task, content, head.max_result)
-        if len(answer) > head.max_result:
-            how, text = "too long", str(len(answer))
+        try:
+            how, text, (payload, answer) = self._run(task, content, head.max_result)
+            refused = codec.why_refused(how, payload, answer, head.max_result)
+        except TooCostly as error:
+            refused = ("too costly", str(error))
+        if refused is not None:
+            how, text = refused
             payload, answer = codec.encode_no_result(task, self._serializer_of(task))
         busy = threads_left(threads_before)
         wire.send(channel, wire.ANSWER, wire.AnswerHead(head.number, how, text, payload, busy), answer)
@@ -126,9 +131,13 @@ class TaskService:
                 return "error", text, codec.encode_exception(error, request.children, serializer)
             try:
                 payload, answer = codec.encode_result(task, result, request.children, serializer)
-                if len(answer) <= max_result or not codec.is_ignored(task, request):
+                if not codec.is_ignored(task, request) or not codec.why_refused(
+                    "ok", payload, answer, max_result
+                ):
                     return "ok", "", (payload, answer)
                 encoded = codec.encode_no_result(task, serializer)
+            except TooCostly:
+                raise
             except Exception as error:  # noqa: BLE001 - serializers raise what they like
                 encoded = codec.encode_exception(error, [], serializer)
             return "unencodable", wire.shortened(codec.safe_repr(result)), encoded

@@ -9,7 +9,7 @@
 A head has the size and the encoding of the payload, which the ``DATA`` frames carry. A task and its answer begin with
 the same random number, so a message that an earlier task left behind is not taken for the answer. The pool's process
 does not trust an executor process: it decodes a head into `AnswerHead`, and a payload with the serializers that the
-application accepts. Anything else is a `ProtocolViolation`.
+application accepts, if that is cheap (`rcon_celery.decoding_cost`). Anything else is a `ProtocolViolation`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ ANSWER: Final = TASK + 2
 NUMBER_SIZE: Final = 8
 _TEXT_CHARACTERS: Final = 64 * 1024
 
-How = Literal["ok", "error", "retry", "ignore", "reject", "unencodable", "too long"]
+#: The longest answer that is not a result, bytes. Celery writes it as text several times.
+MAX_ERROR: Final = 1024 * 1024
+
+How = Literal["ok", "error", "retry", "ignore", "reject", "unencodable", "too long", "too costly"]
 
 
 class Payload(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
@@ -51,8 +54,8 @@ class TaskHead(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froz
 class AnswerHead(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     """How a task ended.
 
-    ``text`` is a traceback, the repr of a result that no serializer can encode, or the size of the answer. ``busy`` is
-    whether threads that the task started still run.
+    ``text`` is a traceback, the repr of a result that no serializer can encode, the size of the answer, or why decoding
+    it would cost too much. ``busy`` is whether threads that the task started still run.
     """
 
     number: bytes
@@ -83,10 +86,10 @@ def send(channel: Channel, kind: int, head: TaskHead | AnswerHead, data: bytes) 
 def receive_task(channel: Channel, frame: Frame) -> tuple[TaskHead, bytes]:
     """Receive a task, whose head is in ``frame``. Raises `ChannelClosed`, `ProtocolViolation`."""
     head = _decode(frame, TASK, _task_decoder)
-    return head, _receive_data(channel, head.payload.size)
+    return head, bytes(_receive_data(channel, head.payload.size))
 
 
-def receive_answer(channel: Channel, number: bytes, max_result: int) -> tuple[AnswerHead, bytes]:
+def receive_answer(channel: Channel, number: bytes, max_result: int) -> tuple[AnswerHead, bytearray]:
     """Receive the answer to the task with this number. Raises `ChannelClosed`, `ProtocolViolation`."""
     head = _decode(channel.receive(), ANSWER, _answer_decoder)
     if head.number != number:
@@ -94,6 +97,10 @@ def receive_answer(channel: Channel, number: bytes, max_result: int) -> tuple[An
     size = head.payload.size
     if not 0 < size <= max_result:
         raise ProtocolViolation(f"an answer of {size} bytes, where max_result is {max_result} bytes")
+    if size > MAX_ERROR and head.how != "ok":
+        raise ProtocolViolation(
+            f"an answer of {size} bytes that is not a result, where the most is {MAX_ERROR}"
+        )
     data = _receive_data(channel, size)
     if not channel.drained:
         raise ProtocolViolation("a frame after the end of the answer")
@@ -108,17 +115,20 @@ def shortened(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _receive_data(channel: Channel, size: int) -> bytes:
+def _receive_data(channel: Channel, size: int) -> bytearray:
+    """Receive a payload, in the frames that `send` makes. Many small ones would cost us more than their sender."""
     data = bytearray()
+    left = size
     while True:
         frame = channel.receive()
-        if frame.kind != DATA or len(data) + len(frame.payload) > size:
-            raise ProtocolViolation(f"the payload is not the {size} bytes of data that its head announced")
+        if frame.kind != DATA or len(frame.payload) != min(left, CHUNK):
+            raise ProtocolViolation(
+                f"a frame of kind {frame.kind}, {len(frame.payload)} bytes, where {left} bytes of data are to come"
+            )
         data += frame.payload
-        if len(data) == size:
-            return bytes(data)
-        if not frame.payload:
-            raise ProtocolViolation("an empty frame within a payload")
+        left -= len(frame.payload)
+        if not left:
+            return data
 
 
 def _decode(frame: Frame, kind: int, decoder: msgspec.msgpack.Decoder[_Head]) -> _Head:

@@ -35,9 +35,10 @@ import re
 import struct
 import traceback
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 
 from rcon_plugins.executors.channel import (
     CHUNK,
@@ -64,6 +65,8 @@ ERRORS: Final = START + 6
 READ: Final = START + 7
 READLINE: Final = START + 8
 
+#: The most headers of a response. A server takes some microseconds for each.
+MAX_HEADERS: Final = 1000
 #: The length of the number of a request, bytes.
 NUMBER_SIZE: Final = 8
 
@@ -91,7 +94,7 @@ class Start(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=
     """Status and headers."""
 
     status: str
-    headers: list[tuple[str, str]]
+    headers: Annotated[list[tuple[str, str]], Meta(max_length=MAX_HEADERS)]
 
 
 class Failure(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
@@ -186,6 +189,8 @@ _input_failure_decoder = msgspec.msgpack.Decoder(InputFailure)
 def encode_start(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """Return status and headers, encoded. Raise TypeError or ValueError if a response may not have them."""
     pairs = list(headers)
+    if len(pairs) > MAX_HEADERS:
+        raise ValueError(f"a response has at most {MAX_HEADERS} headers, not {len(pairs)}")
     texts = [status]
     for name, value in pairs:
         texts.append(name)

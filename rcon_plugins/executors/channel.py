@@ -23,6 +23,10 @@ _HEADER = struct.Struct("!BI")
 MAX_PAYLOAD = 1024 * 1024
 #: A good size for the pieces of a streamed body, bytes.
 CHUNK = 64 * 1024
+#: A frame that comes in smaller pieces than this on the average is refused, after the first ``_FREE_READS`` reads. A
+#: read costs this process more than the other side pays for a byte. The kernel cuts what a sender writes into far
+#: larger pieces.
+_LEAST_READ, _FREE_READS = 1024, 16
 #: Kinds below this one belong to the executor itself; services number their kinds from here.
 FIRST_SERVICE_KIND = 16
 #: The executor process is confined and waits. Its first frame, and its last after each unit of work. Payload: its pid.
@@ -122,10 +126,12 @@ class Channel:
         ``wait`` is called before each read of the socket, so that it can wait for other events too. An exception of
         ``wait`` is passed on.
 
-        Raises `ChannelClosed` at the end of the stream, `ProtocolViolation` for a frame above the bound.
+        Raises `ChannelClosed` at the end of the stream, `ProtocolViolation` for a frame above the bound, or for one
+        that comes in tiny pieces.
         """
         if os.getpid() != self._owner:
             raise ChannelClosed(_NOT_OURS)
+        reads = 0
         while True:
             start = self._position + _HEADER.size
             if len(self._buffer) >= start:
@@ -135,9 +141,12 @@ class Channel:
                 end = start + length
                 if len(self._buffer) >= end:
                     break
+                if reads > _FREE_READS + length // _LEAST_READ:
+                    raise ProtocolViolation(f"a frame of {length} bytes in more than {reads} pieces")
             if wait is not None:
                 wait()
             self._fill()
+            reads += 1
         if isinstance(self._buffer, bytes):
             payload = self._buffer[start:end]
         else:

@@ -137,7 +137,11 @@ class OnMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def after(self, limit: int, deaths: int) -> int:
         """Return the memory, in bytes, after so many kills of a task whose limit was ``limit`` bytes at the start."""
-        return min(int(limit * self.expand**deaths), max(self.up_to, limit))
+        most = max(self.up_to, limit)
+        try:
+            return int(min(limit * self.expand**deaths, most))
+        except OverflowError:
+            return most
 
 
 def _parsed(table: Mapping[str, object], key: str, parse: Callable[[object], _T]) -> _T:

@@ -19,6 +19,8 @@ DUPLICATE: Final = "rcon_duplicate"
 LAST_HEARTBEAT: Final = "rcon_last_heartbeat"
 #: Header: how often this package sent the message again.
 _RESENT: Final = "rcon_resent"
+#: No message is delivered more often. A larger count is not one of this package.
+_MAX_COUNT: Final = 1_000_000
 #: Headers of one message that are not copied to the next.
 _NOT_COPIED: Final = frozenset({DUPLICATE, LAST_HEARTBEAT, "redelivered"})
 
@@ -34,18 +36,18 @@ class History(NamedTuple):
 def history_of(task: Any) -> History:
     """Return the history of the message that the worker runs now.
 
-    The sender of a message can put anything into the headers, so a count that is not a natural number is read as 0.
+    The sender of a message can put anything into the headers, so what is no count is read as 0.
     """
     headers = vars(task.request)
     redelivered = bool((task.request.delivery_info or {}).get("redelivered"))
     if headers.get(REASON) is not None:
         return History(0, 0, redelivered)
-    deaths, lost = headers.get(DEATHS), headers.get(LOST)
-    return History(
-        deaths if isinstance(deaths, int) and deaths > 0 else 0,
-        lost if isinstance(lost, int) and lost > 0 else 0,
-        redelivered,
-    )
+    return History(_count(headers.get(DEATHS)), _count(headers.get(LOST)), redelivered)
+
+
+def _count(value: object) -> int:
+    """Return a header as a count; 0 if it cannot be one."""
+    return value if type(value) is int and 0 <= value <= _MAX_COUNT else 0
 
 
 def message_id(task: Any) -> str:
@@ -69,7 +71,7 @@ def resend(task: Any, deaths: int, lost: int, reason: str | None = None, **optio
     headers: dict[str, Any] = {
         DEATHS: deaths,
         LOST: lost,
-        _RESENT: (getattr(task.request, _RESENT, None) or 0) + 1,
+        _RESENT: _count(getattr(task.request, _RESENT, None)) + 1,
     }
     if reason is not None:
         headers[REASON] = reason

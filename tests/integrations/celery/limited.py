@@ -464,6 +464,25 @@ def define(app: celery.Celery, url: str) -> None:
     def hostile(self: Any, how: str, *arguments: Any) -> None:
         answer_as(how, *arguments)
 
+    @task(name="hostile_large")
+    @confined(memory="256M", timeout="20s", max_uses=1)
+    def hostile_large(*arguments: Any) -> None:
+        answer_as(*arguments)
+
+    @task(name="expensive", bind=True)
+    @confined(timeout="60s")
+    def expensive(self: Any, kind: str) -> Any:
+        if kind == "children":
+            self.request.children += [app.AsyncResult(str(number)) for number in range(9999)]
+        if kind == "exceptions":
+            raise ExceptionGroup("many", [ValueError(number) for number in range(1999)])
+        if kind == "exception":
+            raise ValueError("x" * 2**21)
+        value: list[Any] = []
+        for _ in range(150 * (kind == "deep")):
+            value = [value]
+        return [[]] * 2**19 if kind == "lists" else [value]
+
     @task(name="hostile_on")
     @confined(timeout="60s")
     def hostile_on(how: str) -> None:
@@ -505,6 +524,8 @@ def answer_as(how: str, *arguments: Any) -> None:
         "value": lambda: b'{"value": 1, "children": []}',
         "children": lambda: b'{"value": 1, "children": 5}',
     }
+    if how == "raw":
+        send_raw(channel, number, *arguments)
     kind, _, manner = how.partition(" ")
     data = body[kind]()
     content = (
@@ -521,6 +542,26 @@ def answer_as(how: str, *arguments: Any) -> None:
     if manner == "noise":
         frames.append((99, b"noise"))
     channel.send(*frames)
+    time.sleep(MANY)
+
+
+def send_raw(
+    channel: Channel,
+    number: bytes,
+    how: Any,
+    text: str,
+    content_type: str,
+    encoding: str,
+    unit: str,
+    frame: int,
+) -> None:
+    """Send an answer of the data that ``unit``, an expression, makes, in frames of so many bytes."""
+    data: bytes = eval(unit)
+    head = wire.AnswerHead(number, how, text, wire.Payload(content_type, encoding, len(data)))
+    frames = [(wire.ANSWER, msgspec.msgpack.encode(head))]
+    frames += [(wire.DATA, data[start : start + frame]) for start in range(0, len(data), frame)]
+    for start in range(0, len(frames), 1000):
+        channel.send(*frames[start : start + 1000])
     time.sleep(MANY)
 
 

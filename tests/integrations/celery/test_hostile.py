@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from celery.utils.serialization import UnpickleableExceptionWrapper
 
-from rcon_plugins.errors import Killed, TimeLimitExceeded
+from rcon_plugins.errors import Killed, ResultTooLarge, TimeLimitExceeded
 from tests.integrations.celery.sessions import Session, Sessions
 
 MALFORMED = (
@@ -81,6 +82,80 @@ def test_malformed_answer_kills_the_process(session: Session, how: str) -> None:
     arguments: list[Any] = [None, 5, []] if how == "error" else []
     with pytest.raises(Killed):
         session.get("hostile", how, *arguments)
+
+
+JSON = ("application/json", "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("how", "text", "content_type", "encoding", "data", "frame"),
+    [
+        ("ok", "", "application/data", "bz2", "__import__('bz2').compress(bytes(1 << 26)) * 20", 65536),
+        ("ok", "", "application/json", "zlib", "__import__('zlib').compress(b'1' * 9999)", 65536),
+        ("ok", "", "application/text", "utf-8", "b'x' * 9999", 65536),
+        ("ok", "", *JSON, "b'[' + b'[],' * 3_500_000 + b'1]'", 65536),
+        ("ok", "", *JSON, "b'[' * 5_000_000 + b']' * 5_000_000", 65536),
+        ("ok", "", *JSON, "b'[' + b'9' * 15_000_000 + b']'", 65536),
+        ("ok", "", *JSON, "b'{' + b','.join(b'%d' % i for i in range(1_500_000)) + b'}'", 65536),
+        ("ok", "", *JSON, "b'[' + b' ' * 400_000 + b']'", 1),
+        (
+            "ok",
+            "",
+            *JSON,
+            "b'{\"value\": 1, \"children\": [' + b'[[1, 2], []],' * 9999 + b'[1, null]]}'",
+            65536,
+        ),
+        ("error", "", *JSON, "b'[' + b'\"a\",' * 500_000 + b'1]'", 65536),
+        ("too long", "9" * 900_000, *JSON, "b'{\"children\": 1}'", 65536),
+    ],
+    ids=[
+        "compressed",
+        "another encoding",
+        "trusted by kombu",
+        "lists",
+        "deep",
+        "digits",
+        "malformed",
+        "frames",
+        "children",
+        "error",
+        "size",
+    ],
+)
+@pytest.mark.measures
+def test_an_answer_that_would_cost_much_costs_little(
+    session: Session, how: str, text: str, content_type: str, encoding: str, data: str, frame: int
+) -> None:
+    """The pool's process refuses it before a decoder begins. Its executor process is killed."""
+    (process,) = session.worker.children()
+    assert session.get("where")["confined"]
+    before, resident = cpu_seconds(process), resident_peak(process, reset=True)
+    error = session.error("hostile_large", Killed, "raw", how, text, content_type, encoding, data, frame)
+    assert str(error) == MALFORMED.replace("hostile:", "hostile_large:")
+    assert cpu_seconds(process) - before < 0.2
+    assert resident_peak(process) - resident < 8 * 16 * 2**20
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident_peak(pid: int, *, reset: bool = False) -> int:
+    """Return the most memory that a process had resident, bytes; with ``reset``, count from now on."""
+    if reset:
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+    (line,) = (
+        line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.parametrize("kind", ["lists", "deep", "children", "exceptions", "exception"])
+def test_a_result_that_would_cost_much_is_not_sent(session: Session, kind: str) -> None:
+    error = session.error("expensive", ResultTooLarge, kind)
+    assert str(error).startswith("expensive: its result costs too much to decode: ")
+    assert session.get("expensive", "small") == [[]]
 
 
 def test_a_process_that_never_answers_ends_at_its_time_limit(session: Session) -> None:
