@@ -61,13 +61,15 @@ class LimitsInForce(NamedTuple):
     """The limits in force when work ended.
 
     ``pids`` is None where a failed fork does not explain the end. ``timeout`` is the wall time limit as people read
-    it, ``timeout_key`` the key that it is written under.
+    it, ``timeout_key`` the key that it is written under. ``ends_all``: an OOM kill of one process ends all of the
+    work, so a command is not ``"ok"`` after that, even if it exits before it is killed.
     """
 
     memory: Bounds = Bounds()
     pids: Bounds | None = None
     timeout: str = ""
     timeout_key: str = "each.timeout"
+    ends_all: bool = False
 
 
 class End(NamedTuple):
@@ -132,7 +134,8 @@ def _explain(
         return End("timeout", limits.timeout_key, number, f"wall time limit {limits.timeout} reached")
     if cause == "aborted":
         return End("aborted", None, number)
-    if is_command and status == 0:
+    survived = limits.ends_all and _rose(before.each.oom_kills, after.each.oom_kills)
+    if is_command and status == 0 and not survived:
         return End("ok")
     if number not in _REQUESTED:  # else: whatever limits it reached before
         if _ran_out_of_memory(before, after, limits.memory):

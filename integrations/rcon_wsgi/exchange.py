@@ -280,7 +280,12 @@ class Exchange:
         return b"".join(pieces)
 
     def _hand_over(self) -> None:
-        """Note that the server writes to the client from now on. Raise `ChannelClosed` if the deadline has passed."""
+        """Note that the server writes to the client from now on.
+
+        Raise `ChannelClosed` if the deadline has passed, or after an OOM kill: what the rest answers is not taken.
+        """
+        if self._state != "settled":
+            self._channel.check()
         if self._client is not None and not self._client.enter(Stage.RESPONSE):
             raise ChannelClosed("the deadline has come")
 

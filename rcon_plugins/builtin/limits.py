@@ -17,9 +17,11 @@ def rcon_resources(limits: Limits, policy: Policy) -> Resources:
     """Return the kernel limits of a policy, by the table of limits. A path under ``io`` means the disk that holds it.
 
     A memory limit that expands is set to its upper bound (see `rcon_plugins.confinement.expansion`). On v2 an OOM kill
-    ends the executor process and everything it started.
+    ends the executor process and everything it started, unless ``oom`` says otherwise; v1 has no such limit
+    (see `rcon_plugins.executors.oom`).
     """
-    kills_all = limits is policy.each and (policy.memory is not None or limits.memory is not None)
+    is_limited = policy.memory is not None or limits.memory is not None
+    kills_all = limits is policy.each and is_limited and policy.oom_group
     fields = {row.field: _value(getattr(limits, row.key)) for row in CGROUP_LIMITS}
     io = {
         device_of(device): IoMax(**{row.field: getattr(rates, row.key) for row in IO_LIMITS})

@@ -124,6 +124,7 @@ def group_names() -> list[str]:
 
 #: What the value of an option is completed to, by `Option.completes`; the plural names take several words.
 KNOWN: dict[str, Callable[[], list[str]]] = {
+    "oom": lambda: ["group", "process"],
     "user": user_names,
     "group": group_names,
     "groups": group_names,

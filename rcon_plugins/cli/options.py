@@ -67,6 +67,11 @@ RUN_OPTIONS = (
     Option(("--settings",), "FILE", "The settings file that contains the policy.", completes="path"),
     Option(("--timeout",), "TIME", "Kill the command, and all it started, after this time: 20s, 5m, 1h."),
     Option(
+        ("--oom",), "group|process",
+        "End all of the command after an OOM kill, or only that process; default: group, process on a terminal.",
+        completes="oom",
+    ),
+    Option(
         ("--on-event",), "CMD", "Run CMD for each event, with the event as JSON on its input; it may print new limits."
     ),
     Option(

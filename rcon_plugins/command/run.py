@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from rcon_plugins.command.job_control import Caller
+from rcon_plugins.command.oom import OomGuard
 from rcon_plugins.ending import Bounds, End, LimitsInForce, Snapshot, explain_end
 from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.branch import check_name
-from rcon_plugins.kernel.cgroup.v1 import count_notices
 from rcon_plugins.tree.instance import Instance
 from rcon_plugins.tree.survey import INSTANCE_NAME
 
@@ -46,7 +46,8 @@ class Order(NamedTuple):
     ``become`` inside its cgroup, to drop privileges. ``delegate_to`` is the (uid, gid) that may make cgroups below the
     group. ``timeout`` is in seconds of wall time. ``keep`` are descriptors that the caller needs afterwards. ``watch``
     watches the group and its leaf in threads, from before the command's first instruction until its end.
-    ``memory_note`` is added to the message about the memory limit.
+    ``memory_note`` is added to the message about the memory limit. ``oom_group``: an OOM kill of one of its processes
+    ends the whole command.
     """
 
     program: str
@@ -61,6 +62,7 @@ class Order(NamedTuple):
     keep: Sequence[int] = ()
     watch: Callable[[Cgroup, Cgroup], AbstractContextManager[None]] | None = None
     memory_note: str = ""
+    oom_group: bool = True
 
 
 class NotRun(RconError):
@@ -139,7 +141,7 @@ class _Run:
         self._group = instance.policy_cgroup(order.group)
         self._leaf = instance.executor_cgroup(order.group, LEAF)
         self._began = time.monotonic()
-        self._memory_notices: int | None = None
+        self._oom = OomGuard(self._group, self._leaf)
 
     def run(self) -> Ended:
         self._prepare()
@@ -148,8 +150,7 @@ class _Run:
                 self._start(watching)
                 return self._follow()
         finally:
-            if self._memory_notices is not None:
-                os.close(self._memory_notices)
+            self._oom.close()
 
     def _prepare(self) -> None:
         for refusal in self._instance.hierarchy.refusals(self._order.resources):
@@ -169,15 +170,16 @@ class _Run:
         wall = time.monotonic() - self._began
         # Kill the processes that the command left behind.
         self._group.kill()
+        self._oom.stop()
         return self._explain(status, late, wall)
 
     def _make_group(self) -> None:
         order = self._order
+        kills_all = order.oom_group and "memory" in self._group.controllers
         self._group.create()
-        self._group.configure(order.resources)
-        if order.resources.memory_max is not None:
-            self._memory_notices = self._group.open_oom_notice()
+        self._group.configure(order.resources.replaced(oom_group=True) if kills_all else order.resources)
         self._leaf.create()
+        self._oom.start(kills_all)
         if order.each.written():
             self._leaf.configure(order.each)
         if order.delegate_to is not None:
@@ -254,7 +256,10 @@ class _Run:
         leaf = self._leaf.read() if self._leaf.exists() else Reading()
         ordered = self._order.resources.memory_max
         above = isinstance(ordered, int) and (group.memory_peak or 0) > ordered
-        memory, pids = self._bounds() if status or above else (Bounds(), Bounds())
+        # On v2 the kernel itself ends all at once.
+        ends_all = self._order.oom_group and self._group.kills_one_by_one
+        failed = status or above or (ends_all and leaf.oom_kills)
+        memory, pids = self._bounds() if failed else (Bounds(), Bounds())
         group = group._replace(
             oom_kills=self._oom_kills(group.oom_kills, status, _reached(group, memory.group))
         )
@@ -263,7 +268,7 @@ class _Run:
             Snapshot(),
             Snapshot(leaf, group),
             status,
-            LimitsInForce(memory, pids, timeout, "timeout"),
+            LimitsInForce(memory, pids, timeout, "timeout", ends_all),
             cause="timeout" if late else None,
             is_command=True,
         )
@@ -271,6 +276,9 @@ class _Run:
             # The kernel charges pages in batches before it refuses them, so the peak may be above the limit.
             group = group._replace(memory_peak=min(group.memory_peak, memory.group))
         code = os.waitstatus_to_exitcode(status)
+        if end.ending == "memory" and ends_all:
+            # The exit status of a process that survived the OOM kill for a moment does not count.
+            code = -signal.SIGKILL
         exit_status = code if code >= 0 else SIGNALLED - code
         return Ended(end, exit_status, wall, group, self._group.path)
 
@@ -287,8 +295,7 @@ class _Run:
         kills = read_usage(self._group).oom_kills
         if kills is None or not self._leaf.exists():
             return kills or None
-        notices = 0 if self._memory_notices is None else count_notices(self._memory_notices)
-        if kills or not notices:
+        if kills or not self._oom.notices:
             return kills
         killed = os.waitstatus_to_exitcode(status) in (-signal.SIGKILL, SIGNALLED + signal.SIGKILL)
         return 1 if killed and reached else None

@@ -75,6 +75,8 @@ class Channel:
         #: Whether all of the service's frames that were read from the socket have been received. The executor's own
         #: frames may follow them.
         self.drained = True
+        #: Returns why nothing that the other side sent may be used any more; None as long as it may. See `check`.
+        self.why_void: Callable[[], str | None] | None = None
 
     def fileno(self) -> int:
         """The socket's descriptor, to poll."""
@@ -179,6 +181,11 @@ class Channel:
             self._position, self.drained = position, buffer[position] < FIRST_SERVICE_KIND
         frames.reverse()
         return frames
+
+    def check(self) -> None:
+        """Raise `ChannelClosed` if what was received must not be used: the other side survived an OOM kill."""
+        if self.why_void is not None and (why := self.why_void()) is not None:
+            raise ChannelClosed(why)
 
     def receive_within(self, seconds: float) -> Frame:
         """Return the next frame, if it comes in so many seconds. Raises like `receive`, and `ChannelTimeout`.

@@ -141,6 +141,8 @@ class Executor:
         self.status: int | None = None
         #: Set when it is gone, with all processes that it started and its cgroup.
         self.ended = threading.Event()
+        #: Whether the host kills it after an OOM kill of one of its processes; see `rcon_plugins.executors.oom`.
+        self.guarded = False
         #: The time when it was last killed (`time.monotonic`).
         self.killed_at = 0.0
         #: The failed kernel calls while it was being ended.
@@ -259,6 +261,17 @@ class Executor:
         """Return the usage of its cgroup; the last reading once it has ended. Raises `KernelError`."""
         with self.lock:
             return self.reading if self._meter is None else self._meter.read()
+
+    def had_oom_kill(self) -> bool:
+        """Return whether the OOM killer ended one of its processes since its last work, and the host has to kill it."""
+        if not self.guarded or self.state not in USABLE:
+            return False
+        with self.lock:
+            try:
+                kills = None if self._meter is None else self._meter.oom_kills()
+            except KernelError:
+                return False  # its cgroup is gone
+            return kills is not None and kills > (self.reading.oom_kills or 0)
 
     def close_meter(self) -> None:
         """Take the last reading and close the meter. Raises `KernelError`; the next call reads again then."""

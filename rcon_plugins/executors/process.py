@@ -29,6 +29,7 @@ from rcon_plugins.executors.fork_server import (
     SpawnOrder,
     read_exit_report,
 )
+from rcon_plugins.executors.oom import OomGuard
 from rcon_plugins.executors.output import Log, OutputPipe, OutputReader, standard_error
 from rcon_plugins.executors.supervisor import Supervisor
 from rcon_plugins.kernel import process
@@ -114,6 +115,7 @@ class ProcessExecutors:
         self._control: _socket.socket | None = None
         self._supervisor: Supervisor | None = None
         self._output = OutputReader()
+        self._oom: OomGuard | None = None
 
     @property
     def server_pid(self) -> int:
@@ -154,6 +156,8 @@ class ProcessExecutors:
         self._control = ours
         self._output = OutputReader(log)
         self._supervisor = Supervisor(ours.fileno(), self._receive_exit_report, self._reap)
+        self._oom = OomGuard(lambda: list(self._living.values()), self.kill)
+        self._oom.start(self._supervisor)
         self._supervisor.start()
 
     def count_usable(self) -> int:
@@ -203,6 +207,8 @@ class ProcessExecutors:
             )
             executor.monitored = self._monitor.watch(executor)
             executor.output = output
+            if self._oom is not None:
+                self._oom.add(executor)
             undo.pop_all()
         self._living[number] = executor
         try:
@@ -333,6 +339,8 @@ class ProcessExecutors:
         deadline = time.monotonic() + CLOSE_SECONDS
         while self._reap() is not None and time.monotonic() < deadline:
             time.sleep(0.005)
+        if self._oom is not None:
+            self._oom.close()
         control, self._control = self._control, None
         control.close()  # the fork server then kills the remaining processes, and ends
         if not self._lost and process.reap(self._server, CLOSE_SECONDS) is None:

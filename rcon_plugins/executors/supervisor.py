@@ -41,8 +41,6 @@ class Supervisor:
         on_readable: Callable[[], bool],
         chores: Callable[[], float | None] = lambda: None,
     ) -> None:
-        self._descriptor = descriptor
-        self._on_readable = on_readable
         self._chores = chores
         self._lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -52,7 +50,12 @@ class Supervisor:
         self._order = itertools.count()
         self._ending = False
         self._closed = False
+        self._watched: dict[int, Callable[[], bool]] = {descriptor: on_readable}
         self._thread = threading.Thread(target=self._run, name="rcon-supervisor", daemon=True)
+
+    def watch(self, descriptor: int, on_readable: Callable[[], bool]) -> None:
+        """Have the thread wait for one more descriptor, in the same way. Call it before `start`."""
+        self._watched[descriptor] = on_readable
 
     def start(self) -> None:
         """Start the thread."""
@@ -98,7 +101,8 @@ class Supervisor:
 
     def _run(self) -> None:
         poll = select.poll()
-        poll.register(self._descriptor, select.POLLIN)
+        for descriptor in self._watched:
+            poll.register(descriptor, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         again: float | None = None
         attempts = Attempts()
@@ -112,8 +116,9 @@ class Supervisor:
                 ready = set()
             if self._wake in ready:
                 self._do(partial(os.eventfd_read, self._wake))
-            if self._descriptor in ready and self._do(self._on_readable) is False:
-                poll.unregister(self._descriptor)
+            for descriptor, on_readable in self._watched.items():
+                if descriptor in ready and self._do(on_readable) is False:
+                    poll.unregister(descriptor)
             self._act_on_deadlines()
             # Do one job per turn, because exit reports and deadlines come first.
             if self._jobs:

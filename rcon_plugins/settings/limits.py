@@ -161,6 +161,7 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "concurrency",
             "max_uses",
             "leave_children",
+            "oom",
             "on_memory",
             "max_deaths",
             "dead_letter",

@@ -94,6 +94,10 @@ class Per(Written, str):
         )
 
 
+#: What an OOM kill ends: the whole request, task or command, or the one process that the kernel chose.
+Oom = Literal["group", "process"]
+
+
 class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The limits, the identity and the rights of one kind of work. See `make` for a constructor that reads ``"256M"``.
 
@@ -145,6 +149,14 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
             examples=[True],
         ),
     ] = False
+    oom: Annotated[
+        Oom | None,
+        Meta(
+            description="What ends when the OOM killer ends a process of a request, task or command: all of it, or "
+            'only that process. The default is "group"; for a command whose standard input is a terminal, "process".',
+            examples=["process"],
+        ),
+    ] = None
     on_memory: Annotated[
         OnMemory | None,
         Meta(
@@ -353,6 +365,11 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def retry_keys(self) -> tuple[str, ...]:
         """The keys for retries that are set, for example ``("on_memory", "max_deaths")``."""
         return tuple(name for name in _OF_TRIES if getattr(self, name) is not None)
+
+    @property
+    def oom_group(self) -> bool:
+        """Whether an OOM kill ends the whole request, task or command."""
+        return self.oom != "process"
 
     @property
     def result_limit(self) -> int:

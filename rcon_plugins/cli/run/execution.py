@@ -59,6 +59,19 @@ def timeout_of(options: Mapping[str, Any]) -> float | None:
         raise BadUsage(f"--timeout: {error}") from None
 
 
+def ends_all(options: Mapping[str, Any], of_policy: str | None = None) -> bool:
+    """Return whether an OOM kill ends the whole command: by ``--oom``, else by the ``oom`` of its policy.
+
+    If neither says so, it ends the whole command unless standard input is a terminal: a shell that a person uses
+    survives what it runs. Raises `BadUsage`.
+    """
+    given = options.get("oom")
+    if given not in (None, "group", "process"):
+        raise BadUsage(f"--oom: {given!r} is not an answer to an OOM kill (write group or process)")
+    chosen = given or of_policy
+    return not os.isatty(0) if chosen is None else chosen == "group"
+
+
 def report_of(options: Mapping[str, Any]) -> int | None:
     """Open the file of ``--json`` and return its descriptor, never a standard one. Raises `BadUsage`."""
     path = options.get("json")

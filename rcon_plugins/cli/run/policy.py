@@ -15,7 +15,7 @@ from rcon_plugins.cli.limit_options import limits_of, policy_keys, refused
 from rcon_plugins.cli.options import named_base
 from rcon_plugins.cli.program import find_program
 from rcon_plugins.cli.request import Request
-from rcon_plugins.cli.run.execution import execute, group_of, report_of, timeout_of
+from rcon_plugins.cli.run.execution import ends_all, execute, group_of, report_of, timeout_of
 from rcon_plugins.command.run import Ended, Order
 from rcon_plugins.confinement import isolation
 from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
@@ -48,6 +48,8 @@ def limit_fields(options: Mapping[str, Any]) -> dict[str, Any]:
 def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
     """Run a command under a policy of a settings file and return the exit status. Raises `BadUsage`, `RconError`."""
     settings, manager, policy = _load(options)
+    oom_group = ends_all(options, policy.oom)
+    policy = msgspec.structs.replace(policy, oom="group" if oom_group else "process")
     hook, hierarchy = manager.hook, Hierarchy.discover()
     work = Work("command", " ".join(command), {"command": command[0].rpartition("/")[2]})
     if policy.per is not None and policy.per not in work.attributes:
@@ -76,6 +78,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
         each=each,
         become=partial(hook.rcon_drop, policy=policy, target="command", identity=identity),
         timeout=timeout,
+        oom_group=oom_group,
         **_watch_fields(policy, manager, options.get("on_event")),
     )
     base = named_base(options.get("cgroup"), settings.cgroup)

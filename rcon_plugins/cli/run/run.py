@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 from rcon_plugins.cli.exit import BadUsage
 from rcon_plugins.cli.options import RUN_OPTIONS, named_base, parse
 from rcon_plugins.cli.program import find_program
-from rcon_plugins.cli.run.execution import check_enforceable, execute, group_of, report_of, timeout_of
+from rcon_plugins.cli.run.execution import (
+    check_enforceable,
+    ends_all,
+    execute,
+    group_of,
+    report_of,
+    timeout_of,
+)
 from rcon_plugins.command.run import Order
 from rcon_plugins.errors import KernelError, SettingsError
 from rcon_plugins.kernel.cgroup import Hierarchy, IoMax, Resources, device_of
@@ -46,6 +53,7 @@ def run(words: Sequence[str]) -> int:
         arguments=command,
         group=group_of(options, command),
         timeout=timeout_of(options),
+        oom_group=ends_all(options),
         **fields,
         **_user_fields(options, command),
     )

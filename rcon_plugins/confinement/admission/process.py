@@ -22,6 +22,7 @@ from rcon_plugins.ending import (
 )
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
+from rcon_plugins.executors.oom import REASON as OOM_REASON
 from rcon_plugins.executors.process import DEATH_SECONDS
 from rcon_plugins.kernel.cgroup import Reading, Resources
 from rcon_plugins.kernel.events import watcher_of_process
@@ -154,6 +155,10 @@ class ProcessAdmission(Admission):
                 return self.died()
             # The work is done; only its usage is unknown, and whether it left processes behind.
             reading, unfit = Reading(), f"its cgroup could not be read: {error}"
+        usage = self._usage(reading)
+        if usage.oom_kills and executor.guarded:
+            self._pool.processes.kill(executor, OOM_REASON)
+            return self.died()  # what it answered after an OOM kill does not count
         if unfit is None:
             self._pool.give_back(executor)
         elif unfit == _LEFT_BEHIND and ending == "ok" and self.policy.leave_children:
@@ -164,7 +169,6 @@ class ProcessAdmission(Admission):
         if ending == "error" and (hit := self._pids_limit_hit(reading)) is not None:
             problem = f"{self.work.name}: no more processes or threads could be started"
             end = End("pids", hit, detail=detail or problem)
-        usage = self._usage(reading)
         if usage.oom_kills:
             detail = with_oom_kills(end.detail or f"{self.work.name}: ", usage.oom_kills, end.ending)
             end = end._replace(detail=detail)
@@ -277,7 +281,7 @@ class ProcessAdmission(Admission):
                 if not gone(error):  # unknown; when it is gone, the last reading is the whole usage
                     executor.reading = Reading()
             reading = executor.reading
-            if executor.ended.is_set() or self._cause is not None:
+            if executor.ended.is_set() or self._cause is not None or executor.kill_reason == OOM_REASON:
                 after = Snapshot(reading, Reading(memory_peak=self._group_peak()))
                 timeout = self.policy.each.timeout
                 limits = LimitsInForce(

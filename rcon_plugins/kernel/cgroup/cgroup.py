@@ -260,22 +260,28 @@ class Cgroup:
         with self.meter() as opened:
             return opened.read()
 
-    def open_oom_notice(self) -> int | None:
-        """Return an eventfd that v1 signals before an OOM kill in this cgroup or one above; see `v1.open_notice`.
+    @property
+    def kills_one_by_one(self) -> bool:
+        """Whether an OOM kill ends one process and the others go on: v1 has no ``oom_group``."""
+        return any(isinstance(branch, V1Branch) and branch.carries("memory") for branch in self._branches)
 
-        Return None on a kernel without such notices. Return None on v2, whose counters include the cgroups below. v1
-        counts a kill only in the cgroup of the process, which may be removed before it is read. Raises KernelError.
+    def notify_of_oom(self, descriptor: int) -> bool:
+        """Have v1 signal an eventfd before an OOM kill at the limit of this cgroup or one above; see `v1.add_notice`.
+
+        The counter rises some milliseconds later, and the parent of the killed process learns of its end later still.
+        Return False on v2, and on a kernel without such notices. Raises KernelError.
         """
         for branch in self._branches:
             if isinstance(branch, V1Branch) and branch.carries("memory"):
                 try:
-                    return v1.open_notice(branch.directory, "memory.oom_control")
+                    v1.add_notice(branch.directory, "memory.oom_control", descriptor)
                 except KernelError as error:
                     # A realtime kernel (since 5.18) has no such notices.
                     if error.errno in (errno.EOPNOTSUPP, errno.ENOENT):
-                        return None
+                        return False
                     raise
-        return None
+                return True
+        return False
 
     # -- stopping and ending ------------------------------------------------------------------
 

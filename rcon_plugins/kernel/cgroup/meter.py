@@ -211,6 +211,16 @@ class Meter:
             os.close(given_up[0])
         return Reading._make(found)
 
+    def oom_kills(self) -> int | None:
+        """Return ``oom_kills`` alone, from one file. Raises KernelError (ENODEV: the cgroup was deleted)."""
+        for fd, path, parser in self._files:
+            if parser in (_oom_control, _memory_events):
+                try:
+                    return value_of(os.pread(fd, 4096, 0), b"oom_kill")
+                except OSError as error:
+                    raise files.failure(error, path) from None
+        return None
+
     def reset_peak(self) -> bool:
         """Reset ``memory_peak``. Return False if the kernel cannot (v2 before 6.12), or this user may not."""
         if self._peak is None:

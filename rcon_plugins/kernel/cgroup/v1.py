@@ -435,19 +435,27 @@ def parse_cpus(text: str) -> frozenset[int]:
 def open_notice(directory: str, name: str, argument: str = "") -> int:
     """Return a new eventfd that the kernel signals at an event of the file ``name``, or when the cgroup is removed.
 
-    execve(2) closes it, and reading it does not block. Raises KernelError. Source: memory.rst, chapters 9 and 10.
+    execve(2) closes it, and reading it does not block. Raises KernelError.
     """
     descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
-        about = files.open_file(directory, name)
-        try:
-            files.write(directory, "cgroup.event_control", f"{descriptor} {about} {argument}".strip())
-        finally:
-            posix.close(about)
+        add_notice(directory, name, descriptor, argument)
     except BaseException:
         posix.close(descriptor)
         raise
     return descriptor
+
+
+def add_notice(directory: str, name: str, descriptor: int, argument: str = "") -> None:
+    """Have the kernel signal an eventfd at an event of the file ``name``, and when the cgroup is removed.
+
+    One eventfd may serve several cgroups. Raises KernelError. Source: memory.rst, chapters 9 and 10.
+    """
+    about = files.open_file(directory, name)
+    try:
+        files.write(directory, "cgroup.event_control", f"{descriptor} {about} {argument}".strip())
+    finally:
+        posix.close(about)
 
 
 def count_notices(descriptor: int) -> int:

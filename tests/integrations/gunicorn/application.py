@@ -99,6 +99,15 @@ def log(query: dict[str, list[str]]) -> dict[str, Any]:
     return who({})
 
 
+def lose(_: dict[str, list[str]]) -> dict[str, Any]:
+    """Answer after a child of this process took more memory than there is."""
+    child = os.fork()
+    if child == 0:
+        allocate({"mib": ["200"]})
+        os._exit(0)
+    return {"status": os.waitpid(child, 0)[1]}
+
+
 WORKS: dict[str, Callable[[dict[str, list[str]]], dict[str, Any]]] = {
     "who": who,
     "state": state,
@@ -108,6 +117,7 @@ WORKS: dict[str, Callable[[dict[str, list[str]]], dict[str, Any]]] = {
     "fail": fail,
     "files": files,
     "log": log,
+    "lose": lose,
 }
 
 
@@ -125,7 +135,15 @@ def states(query: dict[str, list[str]]) -> Iterator[bytes]:
         yield json.dumps(state({})).encode() + b"\n"
 
 
-STREAMS = {"stream": stream, "states": states}
+def lost(_: dict[str, list[str]]) -> Iterator[bytes]:
+    """Pieces after a child took more memory than there is."""
+    lose({})
+    for _piece in range(100):
+        yield b"survived"
+        time.sleep(0.01)
+
+
+STREAMS = {"stream": stream, "states": states, "lost": lost}
 
 
 def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:

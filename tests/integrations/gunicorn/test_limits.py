@@ -22,6 +22,11 @@ pids = 64
 memory = "64M"
 pids = 64
 
+[policy.apart]
+oom = "process"
+memory = "64M"
+pids = 64
+
 [policy.short]
 memory = "256M"
 each = { timeout = "700ms" }
@@ -45,6 +50,10 @@ policy = "free"
 [[route]]
 path = "/small/**"
 policy = "small"
+
+[[route]]
+path = "/apart/**"
+policy = "apart"
 
 [[route]]
 path = "/short/**"
@@ -96,6 +105,22 @@ def test_each_request_runs_confined(server: Gunicorn) -> None:
     assert who["confined"]
     assert who["pid"] not in server.workers()
     assert who["pid"] in server.executors("free")
+
+
+@pytest.mark.parametrize("work", ["lose", "lost"])
+def test_an_oom_kill_of_a_child_ends_the_request(server: Gunicorn, work: str) -> None:
+    for _ in range(3):
+        assert_problem(server.get(f"/small/{work}"), 503, "memory", "small")
+        line = server.lines()[-1]
+        assert (line["event"], line["limit"]) == ("memory", "memory")
+        assert line["usage"]["oom_kills"] >= 1
+
+
+def test_with_oom_process_a_request_that_lost_a_child_answers_and_is_logged(server: Gunicorn) -> None:
+    assert server.get("/apart/lose").json() == {"status": 9}
+    line = server.lines()[-1]
+    assert (line["event"], line["policy"], line["usage"]["oom_kills"]) == ("ok", "apart", 1)
+    assert line["detail"] == "GET /apart/lose: 1 process was killed at the memory limit"
 
 
 def test_memory_ends_in_503_and_the_next_request_is_served(server: Gunicorn) -> None:

@@ -1,21 +1,40 @@
-"""rcon run: processes that the OOM killer ends are counted and named, whatever the command answers."""
+"""rcon run: an OOM kill ends the whole command or one process, and is counted and named, whatever the ending."""
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 
-from tests.kernel.command.harness import rcon
+from tests.kernel.command.harness import rcon, terminal
 
-#: A child that needs more than it may have. The shell survives it, as oom = "process" says.
-CHILD = "sh -c 'x=$(head -c 200M /dev/zero | tr \"\\0\" x)'"
-LIMITED = ("run", "--memory", "50M", "--swap", "0")
+#: A child that needs more than it may have.
+CHILD = "sh -c 'x=$(head -c 64M /dev/zero | tr \"\\0\" x)'"
+LIMITED = ("run", "--memory", "24M", "--swap", "0")
+ONE = ("--oom", "process")
 
 pytestmark = pytest.mark.each_layout
 
 
 @pytest.mark.smoke
+def test_an_oom_kill_ends_the_whole_command() -> None:
+    began = time.monotonic()
+    done = rcon(*LIMITED, "--timeout", "50s", "--", "sh", "-c", f"{CHILD} & sleep 100")
+    assert time.monotonic() - began < 40
+    assert (done.status, done.report["outcome"], done.report["limit"]) == (137, "memory", "memory")
+    assert done.report["usage"]["oom_kills"] >= 1
+    assert done.err.splitlines()[-1].startswith("rcon: memory limit 24 MiB reached (peak 24.0 MiB)")
+
+
+def test_what_a_survivor_answers_is_not_taken() -> None:
+    for _ in range(5):
+        done = rcon(*LIMITED, "--", "sh", "-c", f"{CHILD}; exit 0")
+        assert (done.status, done.report["outcome"], done.report["limit"]) == (137, "memory", "memory")
+
+
 def test_a_command_that_survives_an_oom_kill_does_not_end_silently() -> None:
-    done = rcon(*LIMITED, "--", "sh", "-c", f"{CHILD}; exit 0")
+    done = rcon(*LIMITED, *ONE, "--", "sh", "-c", f"{CHILD}; exit 0")
     assert (done.status, done.report["outcome"], done.report["limit"]) == (0, "ok", None)
     kills = done.report["usage"]["oom_kills"]
     assert kills >= 1
@@ -24,16 +43,25 @@ def test_a_command_that_survives_an_oom_kill_does_not_end_silently() -> None:
     assert done.err.splitlines()[-1] == f"rcon: sh: {killed} killed at the memory limit"
 
 
+def test_on_a_terminal_a_shell_survives_what_it_runs() -> None:
+    with terminal(*LIMITED, "--", "sh", "-c", f"{CHILD}; echo survived; exit 3") as shell:
+        assert shell.event() == "ended 3"
+        assert "survived" in shell.rest()
+    with terminal(*LIMITED, "--oom", "group", "--", "sh", "-c", f"{CHILD}; echo survived; exit 3") as shell:
+        assert shell.event() == "ended 137"
+        assert "survived" not in shell.rest()
+
+
 def test_a_timeout_after_an_oom_kill_names_it() -> None:
-    done = rcon(*LIMITED, "--timeout", "5s", "--", "sh", "-c", f"{CHILD}; sleep 60")
+    done = rcon(*LIMITED, *ONE, "--timeout", "10s", "--", "sh", "-c", f"{CHILD}; sleep 60")
     assert done.report["outcome"] == "timeout"
-    assert done.report["detail"].startswith("wall time limit 5 s reached; ")
+    assert done.report["detail"].startswith("wall time limit 10 s reached; ")
     assert done.report["detail"].endswith(" killed at the memory limit")
     assert done.err.splitlines()[-1] == f"rcon: {done.report['detail']}"
 
 
 def test_a_signal_after_an_oom_kill_names_it() -> None:
-    done = rcon(*LIMITED, "--", "sh", "-c", f"{CHILD}; kill -INT $$")
+    done = rcon(*LIMITED, *ONE, "--", "sh", "-c", f"{CHILD}; kill -INT $$")
     assert done.report["outcome"] == "killed"
     assert done.err.splitlines()[-1].endswith(" killed at the memory limit")
 
@@ -41,3 +69,22 @@ def test_a_signal_after_an_oom_kill_names_it() -> None:
 def test_without_an_oom_kill_the_count_is_zero() -> None:
     done = rcon(*LIMITED, "--", "true")
     assert (done.report["usage"]["oom_kills"], done.report["detail"], done.err) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("oom", "flags", "ending"),
+    [
+        ("", (), "memory"),
+        ("process", (), "ok"),
+        ("process", ("--oom", "group"), "memory"),
+        ("group", ONE, "ok"),
+    ],
+)
+def test_of_a_policy(tmp_path: Path, oom: str, flags: tuple[str, ...], ending: str) -> None:
+    settings = tmp_path / "rcon.toml"
+    key = f'oom = "{oom}"\n' if oom else ""
+    settings.write_text(f'[policy.job]\n{key}each = {{ memory = "24M", swap = 0 }}\n')
+    policy = ("--policy", "job", "--settings", settings)
+    done = rcon("run", *policy, *flags, "--", "sh", "-c", f"{CHILD}; exit 0")
+    assert done.report["outcome"] == ending, done
+    assert done.report["usage"]["oom_kills"] >= 1

@@ -40,6 +40,7 @@ RUN = {
     "--policy": ["", "job"],
     "--settings": ["", "/no/such/file"],
     "--timeout": ["", "x", "20", "0s", "-1s"],
+    "--oom": ["", "x", "Group"],
     "--on-event": ["", " "],
     "--json": ["", "/no/such/folder/file", "/"],
 }
