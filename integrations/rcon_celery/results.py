@@ -7,6 +7,7 @@ it. A worker that sends events (``celery worker -E``) sends one of the type ``rc
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -66,15 +67,27 @@ def record(task: Any, outcome: Outcome, *, send_event: bool) -> None:
 
 
 def add_to_backend(app: Any) -> None:
-    """Make the application's result backend store outcomes. Call it once the configuration is read.
+    """Make the application's result backend store outcomes.
+
+    Celery makes the backend at its first use. It is looked up then, so that a setting changed until then counts.
+    """
+    app._get_backend = partial(_make_backend, app)  # noqa: SLF001 - an application cannot be given a made backend
+
+
+def _make_backend(app: Any) -> Any:
+    cls, url = by_url(_storing(app.backend_cls or app.conf.result_backend), app.loader)
+    return cls(app=app, url=url)
+
+
+def _storing(setting: Any) -> Any:
+    """Return the setting for a subclass of its backend that stores outcomes.
 
     The setting names a backend by a URL or an alias. Celery accepts the implementing class in front of it.
     """
-    setting = app.backend_cls or app.conf.result_backend
-    if not isinstance(setting, str) or setting.startswith((f"{__name__}:", "disabled")):
-        return
+    if not isinstance(setting, str) or setting.startswith("disabled"):
+        return setting
     name, separator, url = _name_and_url(setting)
-    app.backend_cls = f"{__name__}:{name.replace(':', '/')}{separator}{url}"
+    return f"{__name__}:{name.replace(':', '/')}{separator}{url}"
 
 
 def serializer_of(app: Any) -> str | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.app.backends import by_url
 
 from rcon_celery import outcome_of
 from rcon_celery.results import add_to_backend
@@ -79,13 +78,22 @@ def test_in_an_event(sessions: Sessions) -> None:
 )
 def test_every_backend(setting: str, backend: str) -> None:
     app = Celery("any", backend=setting, set_as_current=False)
+    plain = app.backend
+    assert f"{type(plain).__module__}:{type(plain).__qualname__}" == backend
+    app = Celery("any", backend=setting, set_as_current=False)
     add_to_backend(app)
     add_to_backend(app)  # a second call changes nothing
-    cls, url = by_url(app.backend_cls, app.loader)
-    plain, plain_url = by_url(setting, app.loader)
-    assert issubclass(cls, plain)
-    assert f"{plain.__module__}:{plain.__qualname__}" == backend
-    assert url == plain_url or f"{url}" == setting
+    assert isinstance(app.backend, type(plain))
+    assert type(app.backend).__mro__[1].__name__ == "_StoresOutcomes"
+    assert app.backend.as_uri(include_password=True) == plain.as_uri(include_password=True)
+    app.close()
+
+
+def test_a_setting_changed_before_the_first_use_counts() -> None:
+    app = Celery("any", backend="redis://127.0.0.1:1/3", set_as_current=False)
+    add_to_backend(app)
+    app.conf.result_backend = "redis://127.0.0.1:1/4"
+    assert app.backend.as_uri() == "redis://127.0.0.1:1/4"
     app.close()
 
 
