@@ -39,7 +39,9 @@ BURST: Final = 256 * 1024
 CPU_SHARE: Final = 0.003
 _CPU_BURST: Final = 0.02
 #: After how many seconds of CPU time it pauses, even if other pipes can be read.
-_ROUND: Final = 0.01
+_ROUND: Final = 0.003
+#: Lines that take long to escape count as so many bytes of the log: 0.1 % of a CPU for one confinement.
+_BYTES_PER_CPU_SECOND: Final = RATE / 0.001
 #: What it costs to wait for the pipes and to wake up, seconds of CPU time. It is not measured.
 _WAKE_UP: Final = 50e-6
 #: The shortest and the longest pause after reading, seconds.
@@ -193,6 +195,12 @@ class _ConfinementLog:
         #: Whether the meter was exceeded. It takes lines again when it can take those of a second.
         self.is_full = False
 
+    @property
+    def used(self) -> float:
+        """How much of the meter is used. Those that log least are read first, so that no flood keeps them waiting."""
+        self.refill()
+        return BURST - self._left
+
     def refill(self) -> None:
         """Add what the time since the last call is worth."""
         now = time.monotonic()
@@ -217,24 +225,26 @@ class _ConfinementLog:
             self.dropped += data.count(b"\n")
             return []
         most = self._left + beyond
+        began = time.thread_time()
         # Decode no more than can be logged: a line takes at least its own length.
         longest = max(0, int(most)) + LONGEST_LINE
         taken = data if len(data) <= longest else data[: data.rfind(b"\n", 0, longest) + 1]
-        lines: list[str] = []
-        count = 0
-        for line in taken.decode("utf-8", "backslashreplace").split("\n")[:-1]:
-            text = self._format(line)
-            if len(text) > most:
+        texts: list[str] = []
+        size = count = 0
+        for piece, last in _pieces(taken):
+            text = f"{self.prefix}{escape_unprintable(piece)}{'' if last else '…'}\n"
+            size = max(size + len(text), int((time.thread_time() - began) * _BYTES_PER_CPU_SECOND))
+            if size > most:
+                size -= len(text)
                 break
-            most -= len(text)
-            lines.append(text)
-            count += 1
-        self._left = most - beyond
+            texts.append(text)
+            count += last
+        self._left -= size
         dropped = data.count(b"\n") - count
         if dropped or self._left < 0:
             self.is_full = True
             self.dropped += dropped
-        return [_Lines(self, "".join(lines).encode(), count)] if lines else []
+        return [_Lines(self, "".join(texts).encode(), count)] if texts else []
 
     def take_notice(self) -> list[_Lines]:
         """Return the line that says how many lines were dropped; none if there is nothing to say."""
@@ -244,15 +254,16 @@ class _ConfinementLog:
         self.dropped = 0
         return [_Lines(self, text.encode(), 0)]
 
-    def _format(self, line: str) -> str:
-        line = escape_unprintable(line.removesuffix("\r"))
-        if len(line) <= LONGEST_LINE:
-            return f"{self.prefix}{line}\n"
-        pieces = [line[start : start + LONGEST_LINE] for start in range(0, len(line), LONGEST_LINE)]
-        return "".join(
-            f"{self.prefix}{piece}{'…' if number < len(pieces) else ''}\n"
-            for number, piece in enumerate(pieces, 1)
-        )
+
+def _pieces(data: bytes) -> Iterator[tuple[str, bool]]:
+    """Return the lines of a text that ends with a line end, in pieces, and whether each is the last of its line."""
+    for line in data.decode("utf-8", "backslashreplace").split("\n")[:-1]:
+        whole = line.removesuffix("\r")
+        start = 0
+        while len(whole) - start > LONGEST_LINE:
+            yield whole[start : start + LONGEST_LINE], False
+            start += LONGEST_LINE
+        yield whole[start:], True
 
 
 class OutputReader:
@@ -383,16 +394,14 @@ class OutputReader:
             until = time.thread_time() + _ROUND
             while self._ended and (last or time.thread_time() < until):
                 lines += self._read_last(self._ended.popleft(), heard=heard)
-            for pipe in ready:
+            for pipe in sorted(ready, key=lambda pipe: pipe.log.used):
                 if pipe.ended:
                     continue
                 some, over = pipe.read(_READS, heard=heard)
                 lines += some
-                del self._pipes[pipe.reader]
                 if over:
+                    del self._pipes[pipe.reader]
                     self._silent.add(pipe)
-                else:
-                    self._pipes[pipe.reader] = pipe  # as the last one, so that each gets its turn
                 if time.thread_time() >= until and not last:
                     break
             if last:
