@@ -1,7 +1,7 @@
 """Run Celery's own integration suite twice, plain and with every task confined, and compare each case.
 
 `python -m tests.celery_suite [pytest arguments]` downloads the sdist of the installed Celery, makes a venv for what
-that suite needs, starts a Redis, and runs `t/integration` as it is; then again with the plugin `confine`, which
+that suite needs, and runs `t/integration` with a Redis as it is; then again with the plugin `confine`, which
 installs rcon_celery in the application under test. All of it is in `build/celery`. It fails where a case ends
 otherwise confined than plain. A case that fails both ways fails for Celery alone, or needs a service that is missing.
 """
@@ -54,11 +54,16 @@ def prepare() -> None:
     stamp.touch()
 
 
-def run(name: str, port: int, folder: Path, arguments: list[str]) -> dict[str, str]:
-    """One run: how each case ended, by its name."""
+def run(name: str, folder: Path, arguments: list[str]) -> dict[str, str]:
+    """Run the suite once, on a Redis of its own. Return how each case ended, by its name."""
+    with tempfile.TemporaryDirectory() as directory, RedisServer(Path(directory)) as server:
+        return run_on(server.port, name, folder, arguments)
+
+
+def run_on(port: int, name: str, folder: Path, arguments: list[str]) -> dict[str, str]:
     report = BUILD / f"{name}.xml"
     report.unlink(missing_ok=True)
-    url = f"redis://127.0.0.1:{port}/{0 if name == 'plain' else 1}"
+    url = f"redis://127.0.0.1:{port}/0"  # some cases read database 0, whatever the setting
     tests = folder / "t" / "integration"
     command = [
         str(PYTHON),
@@ -103,9 +108,8 @@ def main() -> int:
     BUILD.mkdir(parents=True, exist_ok=True)
     folder = source()
     prepare()
-    with tempfile.TemporaryDirectory() as directory, RedisServer(Path(directory)) as server:
-        plain = run("plain", server.port, folder, sys.argv[1:])
-        confined = run("confined", server.port, folder, sys.argv[1:])
+    plain = run("plain", folder, sys.argv[1:])
+    confined = run("confined", folder, sys.argv[1:])
     for name, outcomes in (("plain", plain), ("confined", confined)):
         counts = ", ".join(f"{number} {word}" for word, number in sorted(Counter(outcomes.values()).items()))
         print(f"{name}: {len(outcomes)} cases: {counts}")
