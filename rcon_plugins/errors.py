@@ -63,7 +63,7 @@ class SettingsError(RconError):
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.key) if part)
         text = f"{where}: {self.problem}" if where else self.problem
-        return f"{text} ({self.hint})" if self.hint else text
+        return _on_one_line(f"{text} ({self.hint})" if self.hint else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, dict(self.__dict__))
@@ -267,6 +267,13 @@ class ConcurrencyLimitExceeded(LimitExceeded):
     """
 
     retry_after: int = 1
+
+
+def _on_one_line(text: str) -> str:
+    """Return the text with line breaks and control characters escaped: keys and values are as a file has them."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _usage(usage: Usage | Mapping[str, Any] | None) -> Usage | None:

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 #: The key of the schema of the text, in the schema that msgspec makes of a number.
 _TEXT = "x-text"
+#: The longest part of a key in a message, characters. The name of a policy has at most 63.
+_LONGEST_KEY = 80
 _TOML_WORDS = {"int": "integer", "str": "string", "bool": "boolean", "object": "table"}
 
 
@@ -182,7 +184,8 @@ def _schema_hook(kind: type) -> dict[str, Any]:
 
 
 def dotted(key: str, part: str) -> str:
-    """Return the key of ``part`` in the table ``key``, quoted if TOML needs quotes."""
+    """Return the key of ``part`` in the table ``key``, quoted if TOML needs quotes, and not too long."""
+    part = part if len(part) <= _LONGEST_KEY else f"{part[: _LONGEST_KEY - 3]}..."
     shown = part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"'
     return f"{key}.{shown}" if key else shown
 

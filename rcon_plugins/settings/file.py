@@ -135,7 +135,10 @@ def load(path: str | os.PathLike[str]) -> Settings:
         raise SettingsError(
             f"byte {error.start} is not UTF-8", file=file, hint="save the file as UTF-8"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also of integers that Python does not read, and of deep arrays
         raise SettingsError(
             f"is not TOML: {error}", file=file, hint='text needs quotes, as in memory = "256M"'
         ) from error

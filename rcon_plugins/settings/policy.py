@@ -18,7 +18,7 @@ from rcon_plugins.settings.accounts import Account, PathTemplate
 from rcon_plugins.settings.conversion import Size, Umask, Written, convert, dotted
 from rcon_plugins.settings.limits import Each, Limits
 from rcon_plugins.settings.memory import OnMemory
-from rcon_plugins.settings.rights import CapabilityName, FileName, Rlimits
+from rcon_plugins.settings.rights import CapabilityName, FileName, Rlimits, check_capability
 from rcon_plugins.settings.units import format_size, show
 
 #: How to confine a request, task or command. ``"auto"`` chooses the cheapest way that enforces the whole policy.
@@ -288,6 +288,8 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 value=self.keep_files,
                 hint="leave it out",
             )
+        for number, capability in enumerate(self.capabilities or (), 1):
+            check_capability(capability, f"capabilities[{number}]")
         if self.capabilities and "all" in self.capabilities and len(self.capabilities) > 1:
             raise SettingsError(
                 '"all" includes the others',

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import posixpath
 import re
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
 import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.conversion import Duration, Size, Written
+from rcon_plugins.settings.conversion import Duration, Size, Written, did_you_mean
 from rcon_plugins.settings.memory import check_a_page
 from rcon_plugins.settings.units import format_duration, show
 
 _MANY = Meta(ge=0, le=2**31 - 1)
+
+#: The capabilities of Linux 6.18, without ``cap_``. The kernel layer has the same list; a test compares them.
+CAPABILITY_NAMES: Final = (
+    "chown", "dac_override", "dac_read_search", "fowner", "fsetid", "kill", "setgid", "setuid",
+    "setpcap", "linux_immutable", "net_bind_service", "net_broadcast", "net_admin", "net_raw",
+    "ipc_lock", "ipc_owner", "sys_module", "sys_rawio", "sys_chroot", "sys_ptrace", "sys_pacct",
+    "sys_admin", "sys_boot", "sys_nice", "sys_resource", "sys_time", "sys_tty_config", "mknod",
+    "lease", "audit_write", "audit_control", "setfcap", "mac_override", "mac_admin", "syslog",
+    "wake_alarm", "block_suspend", "audit_read", "perfmon", "bpf", "checkpoint_restore",
+)  # fmt: skip
+#: The number of bits in a capability set of the kernel. A capability without a name here is written as its number.
+_CAPABILITY_BITS: Final = 64
 
 
 class CapabilityName(Written, str):
@@ -36,6 +48,18 @@ class CapabilityName(Written, str):
                 hint='for example "net_bind_service", as capabilities(7) names them',
             )
         return cls(name)
+
+
+def check_capability(name: str, key: str) -> None:
+    """Raise `SettingsError` for a capability that no kernel has."""
+    known = int(name) < _CAPABILITY_BITS if name.isdigit() else name in (*CAPABILITY_NAMES, "all")
+    if not known:
+        raise SettingsError(
+            f"{show(str(name))} is not a capability",
+            key=key,
+            value=name,
+            hint=did_you_mean(name, CAPABILITY_NAMES) or "capabilities(7) lists them",
+        )
 
 
 class FileName(Written, str):

@@ -234,7 +234,14 @@ def format_value(unit: str, value: float | str) -> str:
 
 def show(value: object) -> str:
     """Return ``value`` for an error message: as Python writes it, and not too long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no integers of more than 4300 digits
+        text = (
+            f"a number of {value.bit_length()} bits"
+            if isinstance(value, int)
+            else f"a {type(value).__name__}"
+        )
     return text if len(text) <= 80 else f"{text[:76]}..."
 
 
