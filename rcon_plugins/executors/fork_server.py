@@ -271,7 +271,7 @@ class ForkServer:
                 if self._files is not None:
                     self._files.replace(pipe, policy.keep_files)
                 posix.close(pipe)
-        except OSError as error:
+        except (OSError, KernelError) as error:
             return error
         return None
 

@@ -6,6 +6,7 @@
 | a file opened for writing that is a log | the executor's pipe |
 | any other file opened for writing, a device | a socket whose peer is closed |
 | a file or directory opened for reading | the same, opened again: position, flags and locks are its own |
+| a file mapped shared and writable | a private copy on write |
 | what the policy names in ``keep_files`` | stays |
 
 A log is a file that only takes data at its end (O_APPEND, not opened for reading), or the stream of a handler of
@@ -17,11 +18,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import posix
 import sys
 from collections.abc import Collection
 from typing import Any
 
-from rcon_plugins.kernel import process
+from rcon_plugins.kernel import mappings, process
 from rcon_plugins.kernel.process import OpenFile
 
 #: The names of descriptors 1 and 2 in a policy.
@@ -48,7 +50,9 @@ class InheritedFiles:
             for name, number in STANDARD_FILES.items()
             if (descriptor := _descriptor(getattr(sys, name))) is not None and descriptor > 2
         ]
-        for file in process.open_files():
+        files = process.open_files()
+        self._mappings = mappings.shared_mappings()
+        for file in files:
             if file.descriptor in but or file.kind == "memory device":
                 continue
             if file.kind == "device" or file.path.startswith("/memfd:"):
@@ -64,7 +68,7 @@ class InheritedFiles:
                 self._closing.append(file)
 
     def replace(self, output: int, keep: Collection[str]) -> None:
-        """Replace the files of this process, a new executor, as the table above says. Raises OSError.
+        """Replace the files of this process, a new executor, as the table above says. Raises OSError, `KernelError`.
 
         ``output`` is the descriptor of its pipe.
         """
@@ -72,19 +76,25 @@ class InheritedFiles:
             if name not in keep:
                 os.dup2(output, descriptor)
         for file in self._logs:
-            if not _is_named(file, keep):
+            if not _is_named(file.path, keep):
                 os.dup2(output, file.descriptor, inheritable=False)
                 _stop_rotation(self._rotating[file.descriptor])
         for file in self._closing:
-            if not _is_named(file, keep):
+            if not _is_named(file.path, keep):
                 os.dup2(self._closed, file.descriptor, inheritable=False)
                 self._replace_python_streams(file.descriptor)
         for file in self._reopening:
-            if not _is_named(file, keep):
+            if not _is_named(file.path, keep):
                 try:
                     process.open_again(file)
                 except OSError:
                     os.dup2(self._closed, file.descriptor, inheritable=False)
+
+        for mapping in self._mappings:
+            if not _is_named(mapping.path, keep):
+                mappings.make_private(mapping)
+            if mapping.descriptor is not None:
+                posix.close(mapping.descriptor)
 
     def _replace_python_streams(self, descriptor: int) -> None:
         for name, of, substitute in self._python_streams:
@@ -92,8 +102,8 @@ class InheritedFiles:
                 setattr(sys, name, substitute)
 
 
-def _is_named(file: OpenFile, names: Collection[str]) -> bool:
-    return any(file.path == name or file.path.startswith(f"{name.rstrip('/')}/") for name in names)
+def _is_named(path: str, names: Collection[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}/") for name in names)
 
 
 def _stop_rotation(handlers: Collection[logging.Handler]) -> None:

@@ -29,6 +29,11 @@ PR_CAP_AMBIENT_LOWER = 3
 #: unshare(2): give the thread its own working directory, root directory and umask.
 CLONE_FS = 0x00000200
 
+#: mmap(2): the same numbers on all machines.
+MAP_PRIVATE = 0x02
+MAP_FIXED = 0x10
+MAP_ANONYMOUS = 0x20
+
 # The numbers by machine. The functions of these names in glibc change every thread of the process, or do not exist.
 _NUMBERS = {
     "x86_64": {
@@ -125,6 +130,33 @@ def unshare(flags: int) -> None:
     if _libc().unshare(ctypes.c_int(flags)) != 0:
         number = ctypes.get_errno()
         raise KernelError(f"unshare({flags:#x}): {os.strerror(number)}", errno=number, path="unshare")
+
+
+def map_memory(start: int, length: int, protection: int, flags: int, descriptor: int, offset: int) -> None:
+    """Call mmap(2) for a fixed address. Raises `KernelError`."""
+    call = _libc()["mmap"]
+    call.restype = ctypes.c_void_p
+    call.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    )
+    if call(start, length, protection, flags, descriptor, offset) != start:
+        number = ctypes.get_errno()
+        raise KernelError(f"mmap: {os.strerror(number)}", errno=number, path="mmap")
+
+
+def read_memory(start: int, length: int) -> bytes:
+    """Return a copy of this process's memory, which must be mapped."""
+    return ctypes.string_at(start, length)
+
+
+def write_memory(start: int, content: bytes) -> None:
+    """Write to this process's memory, which must be mapped."""
+    ctypes.memmove(start, content, len(content))
 
 
 def disconnect(descriptor: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -229,6 +230,14 @@ class Acts:
                 with contextlib.suppress(FileNotFoundError):
                     found[f"{number} {entry.readlink()}"] = ways_back.by_descriptor(number)
         return found
+
+    @staticmethod
+    def write_memory(start: int, text: str) -> list[str]:
+        """Write into a mapping of one page: what was there before and after."""
+        before = ctypes.string_at(start)
+        if ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), ctypes.c_size_t(4096), 3) == 0:
+            ctypes.memmove(start, text.encode(), len(text))
+        return [before.decode(), ctypes.string_at(start).decode()]
 
     @staticmethod
     def read_file(descriptor: int) -> str:

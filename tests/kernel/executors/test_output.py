@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import logging.handlers
+import mmap
 import os
 import re
 import resource
@@ -157,6 +158,33 @@ def test_files_opened_when_the_application_was_loaded_stay_as_they_are(in_child:
             assert {name for name in flags if str(tmp_path / name) in targets} == {"data", "directory"}
 
     in_child(try_it)
+
+
+@pytest.mark.parametrize("how", ["mapped", "deleted", "read-only", "memfd", "named"])
+def test_mapped_files_stay_as_they_are(in_child: Any, tmp_path: Path, how: str) -> None:
+    def try_it() -> tuple[bytes, bytes, Any]:
+        path = tmp_path / "mapped"
+        path.write_bytes(b"ours" + bytes(8188))
+        file = os.memfd_create("ours") if how == "memfd" else os.open(path, os.O_RDWR)
+        os.ftruncate(file, 8192)
+        os.pwrite(file, b"ours", 4096)
+        protection = mmap.PROT_READ if how == "read-only" else mmap.PROT_READ | mmap.PROT_WRITE
+        memory = mmap.mmap(file, 4096, prot=protection, offset=4096)
+        if how == "deleted":
+            path.unlink()
+        keep = {"keep_files": [str(tmp_path)]} if how == "named" else {}
+        start = next(
+            int(line.split("-")[0], 16)
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if " rw-s 00001000 " in line or " r--s 00001000 " in line
+        )
+        with managing({**POLICY, **keep}) as manager:
+            answer, _ = ask(manager, "write_memory", start, "theirs", host=HOST)
+        return bytes(memory[:6]), os.pread(file, 6, 4096), answer
+
+    mapped, read, answer = in_child(try_it)
+    assert answer == ["ours", "theirs"]
+    assert mapped == read == (b"theirs" if how == "named" else b"ours\0\0")
 
 
 def test_loggers_with_files_write_to_the_pipe(in_child: Any, tmp_path: Path) -> None:
