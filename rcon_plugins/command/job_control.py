@@ -18,7 +18,7 @@ import os
 import posix
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import proc
@@ -44,6 +44,10 @@ _OF_THE_TERMINAL = frozenset({signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, sig
 _STOPS = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
 #: Python ignores these at its start, and an ignored signal stays ignored through execve(2).
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+#: How long another part of this process may take to reap its own child, seconds.
+_DOUBT_SECONDS = 1.0
+#: The most orphans of the command to reap before the next signal.
+_MOST_REAPED = 64
 _FROM_THE_KERNEL = 0x80  # SI_KERNEL, asm-generic/siginfo.h
 
 
@@ -57,6 +61,9 @@ class Caller:
         self._group = os.getpgrp()
         self._session = os.getsid(0)
         self._child = 0
+        self._is_orphan: Callable[[int], bool] | None = None
+        #: An ended child that another part of this process should reap, and until when it may; pid 0 for none.
+        self._doubtful = 0, 0.0
         self._deadline: float | None = None
         # With SIGCHLD ignored, the kernel reaps children itself and wait() never reports how they ended.
         self._ignores_children = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
@@ -75,6 +82,11 @@ class Caller:
 
     def go_back(self) -> None:
         """Restore the signals and the process group that the caller had."""
+        if self._is_orphan is not None:
+            from rcon_plugins.kernel import process
+
+            process.adopt_orphans(False)
+            self._is_orphan = None
         if os.getpgrp() != self._group:
             self._join_group()
         if self._ignores_children:
@@ -115,8 +127,13 @@ class Caller:
         if another part of the process reaped the command.
         """
         self._deadline = deadline
+        more = False
         while True:
             patience = 3600.0 if deadline is None else max(0.0, deadline - time.monotonic())
+            if more:
+                patience = 0.0  # signals come first
+            elif self._doubtful[0]:
+                patience = min(patience, _DOUBT_SECONDS)
             info = signal.sigtimedwait(self._blocked, patience)
             if info is None:
                 if deadline is not None and time.monotonic() >= deadline:
@@ -127,8 +144,51 @@ class Caller:
             status = self._look()
             if status is not None:
                 return status
+            more = self.reap_orphans()
             if self._is_late():
                 return None  # do not take pending signals: they might continue a stopped command
+
+    def adopt_orphans(self, is_orphan: Callable[[int], bool]) -> None:
+        """Become the parent of the command's descendants whose parent ends, and reap them in `wait`.
+
+        ``is_orphan`` is called with the pid of an ended child other than the command, and returns whether it is one of
+        them. Raises `KernelError`.
+        """
+        from rcon_plugins.kernel import process  # loads ctypes
+
+        process.adopt_orphans()
+        self._is_orphan = is_orphan
+
+    def reap_orphans(self) -> bool:
+        """Reap some of the adopted processes that have ended. Return whether there may be more."""
+        if self._is_orphan is None:
+            return False
+        for _ in range(_MOST_REAPED):
+            try:
+                ended = posix.waitid(posix.P_ALL, 0, posix.WEXITED | posix.WNOHANG | posix.WNOWAIT)
+            except ChildProcessError:
+                return False
+            if ended is None or ended.si_pid == self._child or not self._may_reap(ended.si_pid):
+                return False
+            posix.waitpid(ended.si_pid, 0)
+        return True
+
+    def _may_reap(self, pid: int) -> bool:
+        """Return whether an ended child is an orphan, or nobody else has reaped it for a while.
+
+        It hides the orphans behind it. An orphan that left its group is told by that alone.
+        """
+        now = time.monotonic()
+        if (
+            self._is_orphan is None
+            or self._is_orphan(pid)
+            or (self._doubtful[0] == pid and now >= self._doubtful[1])
+        ):
+            self._doubtful = 0, 0.0
+            return True
+        if self._doubtful[0] != pid:
+            self._doubtful = pid, now + _DOUBT_SECONDS
+        return False
 
     def _look(self) -> int | None:
         """Return the wait status of the command if it has ended. Stop too if it has stopped."""

@@ -20,6 +20,7 @@ from rcon_plugins.command.job_control import Caller
 from rcon_plugins.command.oom import OomGuard
 from rcon_plugins.ending import Bounds, End, LimitsInForce, Snapshot, explain_end
 from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
+from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.branch import check_name
 from rcon_plugins.tree.instance import Instance
@@ -171,6 +172,8 @@ class _Run:
         # Kill the processes that the command left behind.
         self._group.kill()
         self._oom.stop()
+        while self._caller.reap_orphans():
+            pass
         return self._explain(status, late, wall)
 
     def _make_group(self) -> None:
@@ -209,6 +212,7 @@ class _Run:
             self._began = time.monotonic()
             with contextlib.suppress(BrokenPipeError):
                 os.write(go, b"x")
+            self._adopt_orphans()  # while the new process enters the group
         except BaseException:
             os.close(go)
             os.close(ours)
@@ -221,6 +225,21 @@ class _Run:
         if problem:
             posix.waitpid(pid, 0)
             _raise(problem)
+
+    def _adopt_orphans(self) -> None:
+        """Reap the command's orphans here, so that they do not stay charged to the group until process 1 does it.
+
+        This process may have other children, too. The v2 hierarchy tells the group of one that has ended; v1 does not.
+        There, process 1 reaps the orphans of a command that is watched.
+        """
+        if self._instance.hierarchy.unified is not None:
+            self._caller.adopt_orphans(self._is_of_group)
+        elif self._order.watch is None:
+            self._caller.adopt_orphans(lambda _: True)
+
+    def _is_of_group(self, pid: int) -> bool:
+        group = f"/{self._instance.path.rpartition('/')[2]}/work/"
+        return group in (proc.unified_cgroup(pid) or "")
 
     def _become_command(self, caller: int, pipe: int, waits: int) -> NoReturn:
         order = self._order

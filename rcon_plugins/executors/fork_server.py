@@ -25,6 +25,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -51,6 +52,10 @@ Service = Callable[[Channel, Frame], None]
 PID = struct.Struct("!i")
 _EXIT_REPORT = struct.Struct("!qii")
 _MAX_ORDER = 128 * 1024
+#: The most children to reap before the next order.
+_MOST_REAPED = 64
+#: How long to try to send an exit report for which the kernel has no memory, in steps of 10 ms.
+_REPORT_ATTEMPTS = 500
 
 _EXIT_NOT_CONFINED = 71
 _EXIT_SERVICE_RAISED = 70
@@ -132,6 +137,7 @@ class ForkServer:
             process.open_missing_standard_files()
             self._files = InheritedFiles({self._instance.locks})
             process.join_new_session_keyring()
+            process.adopt_orphans()
             self._sigchld_read, self._sigchld_write = process.open_sigchld_pipe()
             gc.collect()
             gc.freeze()  # objects that exist now stay shared with every executor process
@@ -161,19 +167,18 @@ class ForkServer:
         control, host = self._control.fileno(), self._host_pidfd
         if os.getppid() != self._host:
             return
+        more = False
         while True:
-            ready = poll_readable((control, host, self._sigchld_read, *self._children), None)
-            ended = ready & self._children.keys()
-            for pidfd in ended:
-                self._reap(pidfd)
-            if ended or self._sigchld_read in ready:
-                process.drain(self._sigchld_read)
-                # Confined code can make children of this process that are not executors: CLONE_PARENT, clone(2).
-                process.reap_unknown_children({pid for _, pid in self._children.values()})
+            ready = poll_readable((control, host, self._sigchld_read), 0 if more else None)
             if host in ready:
                 return
+            # Orders come first: confined code chooses how many children this process has.
             if control in ready and not self._take_order():
                 return
+            if self._sigchld_read in ready:
+                process.drain(self._sigchld_read)
+                more = True
+            more = more and self._reap_some()
 
     def _take_order(self) -> bool:
         """Carry out one order. Return False when the host has closed its side."""
@@ -232,16 +237,34 @@ class ForkServer:
                         pidfd, pid, order.identity.uid if order.identity is not None else None, number
                     )
 
-    def _reap(self, pidfd: int) -> None:
-        order, pid = self._children.pop(pidfd)
-        posix.close(pidfd)
-        _, status = posix.waitpid(pid, 0)
-        self._report(ExitReport(order.number, pid, status))
+    def _reap_some(self) -> bool:
+        """Reap some children, and report those that are executors. Return whether there may be more.
+
+        The others are orphans of confined code, which this process adopts, and what it made by CLONE_PARENT.
+        """
+        number = 0
+        for pid, status in process.reap_any(_MOST_REAPED):
+            number += 1
+            if not process.has_ended(status):
+                continue
+            pidfd = next((one for one, (_, child) in self._children.items() if child == pid), None)
+            if pidfd is not None:
+                order, _ = self._children.pop(pidfd)
+                posix.close(pidfd)
+                self._report(ExitReport(order.number, pid, status))
+        return number == _MOST_REAPED
 
     def _report(self, report: ExitReport) -> None:
-        # The host may be gone by now: the loop sees that by itself.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._control.send(_EXIT_REPORT.pack(*report))
+        for attempts_left in reversed(range(_REPORT_ATTEMPTS)):
+            try:
+                self._control.send(_EXIT_REPORT.pack(*report))
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                return  # the host is gone: the loop sees that by itself
+            except OSError as error:
+                if error.errno not in (errno.ENOMEM, errno.ENOBUFS) or not attempts_left:
+                    raise
+            time.sleep(0.01)
 
     def _become_executor(
         self, order: SpawnOrder, descriptors: Sequence[int], fault: BaseException | None

@@ -155,6 +155,15 @@ def parents() -> dict[int, int]:
     return found
 
 
+def unified_cgroup(pid: int) -> str | None:
+    """Return the path of a process in the v2 hierarchy; None if there is none. On v1 one that has ended shows none.
+
+    Raises KernelError.
+    """
+    lines = (_read(pid, "cgroup") or "").splitlines()
+    return next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
+
+
 def _read(pid: int, name: str) -> str | None:
     try:
         return files.read_if_there(f"/proc/{pid}", name)

@@ -17,14 +17,23 @@ import resource
 import signal
 import stat
 import time
-from collections.abc import Collection
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import capability
-from rcon_plugins.kernel.syscalls import CLONE_FS, PR_SET_PDEATHSIG, prctl, syscall, unshare
+from rcon_plugins.kernel.syscalls import (
+    CLONE_FS,
+    PR_SET_CHILD_SUBREAPER,
+    PR_SET_PDEATHSIG,
+    prctl,
+    syscall,
+    unshare,
+)
 
 _KEYCTL_JOIN_SESSION_KEYRING = 1
+#: Wait for children of any kind: waitpid(2), __WALL.
+_WALL = 0x40000000
 _DESCRIPTORS = "/proc/self/fd"
 _CGROUP_TREE = "/sys/fs/cgroup/"
 _MEMORY_DEVICES = frozenset({"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"})
@@ -171,16 +180,35 @@ def drain(descriptor: int) -> None:
             pass
 
 
-def reap_unknown_children(known: Collection[int]) -> None:
-    """Take and drop the wait status of each ended child whose pid is not in ``known``: waitid(2)."""
-    while True:
+def adopt_orphans(adopt: bool = True) -> None:
+    """Make this process the parent of descendants whose parent ends (PR_SET_CHILD_SUBREAPER), or no longer.
+
+    Otherwise process 1 becomes their parent. In many containers that one reaps nothing, and a zombie stays charged to
+    the ``pids`` of its cgroup until it is reaped. Children of this process do not inherit this. A later execve(2) keeps
+    it. Raises `KernelError`.
+    """
+    prctl(PR_SET_CHILD_SUBREAPER, int(adopt))
+
+
+def reap_any(most: int) -> Iterator[tuple[int, int]]:
+    """Reap up to ``most`` children that have ended, and yield the pid and the wait status of each. Does not wait.
+
+    Yields a stop of a child, too, if that calls ptrace(PTRACE_TRACEME): see `has_ended`.
+    """
+    for _ in range(most):
         try:
-            ended = posix.waitid(posix.P_ALL, 0, posix.WEXITED | posix.WNOHANG | posix.WNOWAIT)
+            # Children whose exit signal is not SIGCHLD, too.
+            pid, status = posix.waitpid(-1, posix.WNOHANG | _WALL)
         except ChildProcessError:
             return
-        if ended is None or ended.si_pid in known:
-            return  # this child may hide others: call again after reaping it
-        posix.waitpid(ended.si_pid, 0)
+        if pid == 0:
+            return
+        yield pid, status
+
+
+def has_ended(status: int) -> bool:
+    """Return whether a wait status says that the process has ended: wait(2)."""
+    return os.WIFEXITED(status) or os.WIFSIGNALED(status)
 
 
 def reap(pid: int, timeout: float = 5.0) -> int | None:

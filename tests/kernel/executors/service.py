@@ -127,6 +127,50 @@ class Acts:
         return [_orphan(lambda: time.sleep(300)) for _ in range(count)]
 
     @staticmethod
+    def orphans(count: int, seconds: float = 30.0) -> int:
+        """Processes that end after their parent has. Wait for a place for the next one while there is none."""
+        end = time.monotonic() + seconds
+        made = 0
+        while made < count and time.monotonic() < end:
+            try:
+                _orphan(lambda: None)
+                made += 1
+            except BlockingIOError:
+                time.sleep(0.01)
+        return made
+
+    @staticmethod
+    def adopts_orphans() -> tuple[int, str]:
+        """PR_GET_CHILD_SUBREAPER, and what os.wait() has after an orphan was made."""
+        flag = ctypes.c_int(-1)
+        ctypes.CDLL(None).prctl(37, ctypes.byref(flag), 0, 0, 0)
+        _orphan(lambda: None)
+        time.sleep(0.2)
+        try:
+            return flag.value, f"child {os.wait()}"
+        except ChildProcessError:
+            return flag.value, "none"
+
+    @staticmethod
+    def stop_as_traced() -> None:
+        """Have the fork server told of each stop, whether it wants that or not."""
+        ctypes.CDLL(None).ptrace(0, 0, 0, 0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    @staticmethod
+    def be_traced_by_a_child() -> int:
+        """The child outlives this process, which stays a zombie as long as its tracer does not look."""
+        reading, writing = os.pipe()
+        parent = os.getpid()
+        if os.fork() == 0:
+            libc = ctypes.CDLL(None, use_errno=True)
+            result = libc.ptrace(0x4206, parent, 0, 0)  # PTRACE_SEIZE
+            os.write(writing, str(ctypes.get_errno() if result else 0).encode())
+            time.sleep(300)
+            os._exit(0)
+        return int(os.read(reading, 10))
+
+    @staticmethod
     def fork_bomb(seconds: float) -> int:
         """Fork, fork in forks, leave the session, for a while; then fail for want of processes."""
         end = time.monotonic() + seconds

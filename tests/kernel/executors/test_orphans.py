@@ -1,0 +1,239 @@
+"""Orphans of work are reaped at once, also where process 1 reaps nothing. Each test is such a machine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from rcon_plugins.command.run import Order, run
+from rcon_plugins.kernel.cgroup import Hierarchy, Resources
+from tests.children import in_child
+from tests.kernel.executors.service import ask, begin, end, managing, soon
+
+pytestmark = pytest.mark.each_layout
+
+T = TypeVar("T")
+NEWNS, NEWPID = 0x00020000, 0x20000000
+REC, PRIVATE = 16384, 1 << 18
+#: 300 orphans that end. It waits for a place for the next one while there is none, but not for ever.
+MAKE_ORPHANS = """
+import os, time
+end, made = time.monotonic() + 30, 0
+while made < 300 and time.monotonic() < end:
+    try:
+        between = os.fork()
+        if between == 0:
+            try:
+                os.fork()
+            finally:
+                os._exit(0)
+        os.waitpid(between, 0)
+        made += 1
+    except BlockingIOError:
+        time.sleep(0.01)
+print("done" if made == 300 else made)
+"""
+RCON = Path(sys.executable).parent / "rcon"
+
+
+def under_a_lazy_init(function: Callable[[], T], timeout: float = 100.0) -> T:
+    """Call ``function`` in a PID namespace whose process 1 waits for that process alone, as in many containers."""
+
+    def outside() -> T:
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.unshare(NEWNS | NEWPID) == 0
+        assert libc.mount(None, b"/", None, REC | PRIVATE, None) == 0
+        reading, writing = os.pipe()
+        init = os.fork()
+        if init == 0:
+            try:
+                assert libc.mount(b"proc", b"/proc", b"proc", 0, None) == 0
+                server = os.fork()
+                if server == 0:
+                    os.close(reading)
+                    try:
+                        found: Any = function()
+                    except BaseException as error:
+                        found = AssertionError(f"{type(error).__name__}: {error}")
+                    with os.fdopen(writing, "wb") as pipe:
+                        pickle.dump(found, pipe)
+                    os._exit(0)
+                os.waitpid(server, 0)
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            found = pickle.load(pipe)
+        os.waitpid(init, 0)
+        if isinstance(found, BaseException):
+            raise found
+        return found  # type: ignore[no-any-return]
+
+    return in_child(outside, timeout=timeout)
+
+
+def zombies() -> int:
+    found = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                found += (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.smoke
+def test_orphans_of_a_request_take_no_pids_after_their_end() -> None:
+    def program() -> tuple[object, str, bool]:
+        with managing({"pids": 24, "isolation": "process", "each": {"timeout": "60s"}}) as manager:
+            made, outcome = ask(manager, "orphans", 300, 20.0)
+            return made, outcome.ending, soon(lambda: zombies() == 0, 5)
+
+    assert under_a_lazy_init(program) == (300, "ok", True)
+
+
+def test_a_bomb_takes_its_tenant_no_pids_after_its_end() -> None:
+    def program() -> list[str]:
+        with managing({"pids": 40, "isolation": "process", "each": {"timeout": "2s"}}) as manager:
+            ask(manager, "fork_bomb", 1.0)
+            assert soon(lambda: not manager._pool.processes._ending, 20)
+            assert soon(lambda: zombies() == 0, 5)
+            return [ask(manager, "orphans", 5)[1].ending for _ in range(10)]
+
+    assert under_a_lazy_init(program) == ["ok"] * 10
+
+
+def test_an_executor_adopts_no_orphans() -> None:
+    """Otherwise os.wait() of the application would return processes that it did not make."""
+
+    def program() -> tuple[object, int]:
+        with managing({"isolation": "process"}) as manager:
+            found = ask(manager, "adopts_orphans")[0]
+            flag = ctypes.c_int(-1)
+            ctypes.CDLL(None).prctl(37, ctypes.byref(flag), 0, 0, 0)
+            return found, flag.value
+
+    assert under_a_lazy_init(program) == ([0, "none"], 0)
+
+
+def test_many_orphans_delay_no_order() -> None:
+    """One tenant makes orphans as fast as it can; another's executors are spawned and killed meanwhile."""
+
+    def program() -> tuple[list[str], float, bool]:
+        policy = {"per": "host", "pids": 100, "isolation": "process", "each": {"timeout": "60s"}}
+        with managing(policy) as manager:
+            storm = begin(manager, "orphans", 10**6, 8.0, host="storm")
+            time.sleep(0.5)
+            endings: list[str] = []
+            longest = 0.0
+            for number in range(12):
+                began = time.monotonic()
+                admission = begin(manager, "sleep", 300, host=f"h{number}")
+                endings.append(admission.abort("over").ending)
+                longest = max(longest, time.monotonic() - began)
+            made = end(storm)[0]
+            return endings, longest, made > 200
+
+    endings, longest, busy = under_a_lazy_init(program)
+    assert endings == ["aborted"] * 12
+    assert busy
+    assert longest < 5
+
+
+def test_an_executor_that_makes_the_fork_server_its_tracer_has_not_ended_when_it_stops() -> None:
+    def program() -> tuple[str, str, bool]:
+        with managing({"isolation": "process", "each": {"timeout": "1s"}}) as manager:
+            admission = begin(manager, "stop_as_traced")
+            other = ask(manager, "pid")[1].ending
+            ending = end(admission)[1].ending
+            return other, ending, soon(lambda: not manager._pool.processes._ending, 10)
+
+    assert under_a_lazy_init(program) == ("ok", "timeout", True)
+
+
+def test_a_traced_executor_does_not_stop_the_fork_server() -> None:
+    """Nobody can reap it before its tracer has: a child that it left."""
+
+    def program() -> tuple[int, list[str]]:
+        policy = {"isolation": "process", "per": "host", "leave_children": True, "each": {"timeout": "60s"}}
+        with managing(policy) as manager:
+            error, outcome = ask(manager, "be_traced_by_a_child", host="traced")
+            endings: list[str] = [outcome.ending]
+            time.sleep(0.5)
+            endings += [ask(manager, "pid", host=f"h{number}")[1].ending for number in range(5)]
+            return error, endings
+
+    error, endings = under_a_lazy_init(program)
+    assert endings == ["ok"] * 6
+    assert error == 0
+
+
+def test_orphans_of_a_command_take_no_pids_after_their_end() -> None:
+
+    def program() -> tuple[int, str, int]:
+        command = [str(RCON), "run", "--pids", "24", "--", sys.executable, "-c", MAKE_ORPHANS]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stdout + done.stderr, zombies()
+
+    assert under_a_lazy_init(program) == (0, "done\n", 0)
+
+
+def test_a_command_with_events_keeps_what_it_reaps_apart(tmp_path: Path) -> None:
+    """The command of --on-event is a child of rcon, too, and none of the group."""
+    if Hierarchy.discover().unified is None:
+        pytest.skip("v1 does not tell the group of a process that has ended")
+    told = tmp_path / "told"
+
+    def program() -> tuple[int, str]:
+        command = [str(RCON), "run", "--pids", "24", "--on-event", f"cat >> {told}"]
+        command += ["--", sys.executable, "-c", MAKE_ORPHANS]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stdout
+
+    assert under_a_lazy_init(program) == (0, "done\n")
+
+
+def test_the_caller_of_a_command_adopts_only_while_it_runs() -> None:
+    def program() -> list[int]:
+        flag = ctypes.c_int(-1)
+        found = []
+        order = Order("/bin/true", ("true",), dict(os.environb), group="one", resources=Resources())
+        run(order, Hierarchy.discover())
+        ctypes.CDLL(None).prctl(37, ctypes.byref(flag), 0, 0, 0)
+        found.append(flag.value)
+        return found
+
+    assert in_child(program) == [0]
+
+
+def test_threads_of_the_server_wait_for_their_own_children() -> None:
+    """The server itself adopts nothing, so its own waiting is as without rcon."""
+
+    def program() -> bool:
+        with managing({"isolation": "process"}) as manager:
+            ask(manager, "orphans", 20)
+            found: list[str] = []
+
+            def wait() -> None:
+                with subprocess.Popen(["true"]) as process:
+                    found.append(str(process.wait(10)))
+
+            threads = [threading.Thread(target=wait) for _ in range(5)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return found == ["0"] * 5
+
+    assert under_a_lazy_init(program)
