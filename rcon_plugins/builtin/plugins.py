@@ -11,6 +11,7 @@ import pluggy
 from rcon_plugins import hookspecs
 from rcon_plugins.builtin import identity, limits, log, seccomp
 from rcon_plugins.builtin.landlock import Landlock
+from rcon_plugins.builtin.namespaces import Namespaces
 from rcon_plugins.builtin.process import BeforeIdentity, Rlimits
 from rcon_plugins.builtin.routing import Routing
 from rcon_plugins.errors import SettingsError
@@ -33,8 +34,10 @@ def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> plu
     # pluggy calls these last, in this order. Plugins that need privileges come before the identity, which drops them.
     # Rlimits come after Landlock and the identity, because these open files.
     manager.register(BeforeIdentity(), "rcon.process")
+    namespaces = Namespaces()
+    manager.register(namespaces, "rcon.namespaces")
     manager.register(seccomp, "rcon.seccomp")
-    manager.register(Landlock(), "rcon.landlock")
+    manager.register(Landlock(namespaces), "rcon.landlock")
     manager.register(identity, "rcon.identity")
     manager.register(Rlimits(), "rcon.rlimits")
     for name in settings.plugins:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from rcon_plugins.errors import KernelError, RconError, SettingsError
 from rcon_plugins.identity import privileges
 from rcon_plugins.identity.resolution import resolve
-from rcon_plugins.kernel import landlock, seccomp
+from rcon_plugins.kernel import landlock, namespaces, seccomp
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, read_state
 from rcon_plugins.kernel.cgroup import Hierarchy, Refusal, Resources
 from rcon_plugins.settings.limit_table import KEY_OF_FIELD
@@ -81,7 +81,7 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     as_process += _as_written(hierarchy.refusals(each, within=together), "each.")
     identity = privileges.refusals(policy)
     soft = _soft_limit_refusals(policy, server, hierarchy)
-    as_process += identity + soft + _privilege_refusals(policy)
+    as_process += identity + soft + _privilege_refusals(policy) + _memory_refusals(policy)
     if not server.tasks:
         tries = [  # for any isolation
             Refusal(key, "only Celery tasks are retried", "leave it out") for key in policy.retry_keys
@@ -129,8 +129,11 @@ def process_refusals(verdict: Verdict) -> list[Refusal]:
     """Return the refusals for privileges that the policy needs and the calling process lacks."""
     if verdict.isolation == "inline":
         return []
-    found = privileges.refusals(verdict.policy)
-    return found if verdict.isolation == "thread" else found + _privilege_refusals(verdict.policy)
+    policy = verdict.policy
+    found = privileges.refusals(policy)
+    if verdict.isolation == "thread":
+        return found
+    return found + _privilege_refusals(policy) + _memory_refusals(policy)
 
 
 def _privilege_refusals(policy: Policy) -> list[Refusal]:
@@ -146,6 +149,33 @@ def _privilege_refusals(policy: Policy) -> list[Refusal]:
             "leave no_new_privs out, or run the server as root",
         )
     ]
+
+
+def _memory_refusals(policy: Policy) -> list[Refusal]:
+    """Return a refusal if a policy requires private memory, and executor processes cannot have it."""
+    reason = namespaces.why_not() if policy.shared_memory == "private" else None
+    if reason is None:
+        return []
+    return [
+        Refusal(
+            "shared_memory",
+            f"executor processes cannot have memory of their own: {reason}",
+            "run the server as root, or leave shared_memory out and set memory",
+        )
+    ]
+
+
+def shares_memory(policy: Policy, uid: int | None = None) -> bool:
+    """Return whether executor processes of a policy share ``/dev/shm`` and IPC with the server.
+
+    ``uid`` is the server's user, if it differs from that of the calling process.
+    """
+    return policy.shared_memory == "server" or not _gives_namespaces(uid)
+
+
+def _gives_namespaces(uid: int | None) -> bool:
+    """Return whether the server gives executor processes namespaces. It cannot after a change of its user."""
+    return uid in (None, os.geteuid()) and namespaces.why_not() is None
 
 
 def _soft_limit_refusals(policy: Policy, server: Server, hierarchy: Hierarchy) -> list[Refusal]:
@@ -178,14 +208,18 @@ def caveat(policy: Policy, server: Server, uid: int | None = None) -> str | None
     if _work_uid(policy, uid) != uid:
         return None
     work = "tasks" if server.tasks else "requests"
-    leave = (
-        "" if seccomp.is_available() else " They can leave their cgroups: this kernel has no seccomp filters."
-    )
+    leave = "" if seccomp.is_available() else f" They can leave their cgroups: {seccomp.NONE_HERE}."
+    modes = "" if _gives_namespaces(uid) else "the permissions of the cgroup files"
     if uid == 0:
-        return f"{work} run as root and can overwrite root's files.{leave} Set `user =` to contain untrusted code."
-    can = "change the permissions of the cgroup files" if landlock.abi() else "write the cgroup files"
+        can = f"change {modes} and overwrite" if modes else "overwrite"
+        return (
+            f"{work} run as root and can {can} root's files.{leave} Set `user =` to contain untrusted code."
+        )
+    can = f"change {modes} and" if modes else "change"
+    if not landlock.abi():
+        can = "write the cgroup files and change"
     return (
-        f"{work} run as the server's user (uid {uid}), and can {can} and the rlimits of other {work}.{leave} "
+        f"{work} run as the server's user (uid {uid}), and can {can} the rlimits of other {work}.{leave} "
         "Set `user =` to contain untrusted code."
     )
 
@@ -209,6 +243,8 @@ def _needs_process(policy: Policy, server: Server, as_thread: list[Refusal]) -> 
         return "`each` limits need a process for each unit of work"
     if policy.identity_keys:
         return f"{' and '.join(policy.identity_keys)}: only a process can change its identity irreversibly"
+    if policy.shared_memory == "private":
+        return "only a process can have memory of its own"
     if server.tasks:
         return "only a process can end the child processes of a task together with the task"
     if server.greenlets:

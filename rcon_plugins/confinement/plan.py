@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.builtin.plugins import make_plugin_manager
-from rcon_plugins.confinement.isolation import Server, Verdict, caveat, judge, process_refusals
+from rcon_plugins.confinement.isolation import Server, Verdict, caveat, judge, process_refusals, shares_memory
 from rcon_plugins.errors import ConfinementError, SettingsError
 from rcon_plugins.identity.resolution import check as check_identity
 from rcon_plugins.kernel.cgroup import Hierarchy
@@ -128,6 +128,18 @@ class Plan(NamedTuple):
             if why is not None:
                 found.setdefault(why, []).append(name)
         warnings = [f"{_policies(names)}: {why}" for why, names in found.items()]
+        unbounded = [
+            name
+            for name, verdict in self.verdicts.items()
+            if verdict.isolation == "process"
+            and verdict.policy.memory is None
+            and shares_memory(verdict.policy, uid)
+        ]
+        if unbounded:
+            warnings.append(
+                f"{_policies(unbounded)}: files in /dev/shm, and shared memory, outlive their request or task, and no "
+                "limit bounds them together. Set `memory =`."
+            )
         if self.settings.budget is not None:
             unknown = [name for name, policy in self.settings.policies.items() if promised(policy) is None]
             if unknown:

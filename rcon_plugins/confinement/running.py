@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from rcon_plugins.confinement.confinement import (
     ThreadConfinement,
     cgroup_name,
 )
+from rcon_plugins.confinement.isolation import shares_memory
 from rcon_plugins.confinement.live_policies import LivePolicies, PolicyChangeLog
 from rcon_plugins.confinement.monitor import GroupMonitor
 from rcon_plugins.confinement.queue import Reservation, Reservations
@@ -37,6 +39,7 @@ from rcon_plugins.executors.pool import ExecutorPool
 from rcon_plugins.executors.thread import ThreadExecutors
 from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.kernel.process import raise_descriptor_limit
+from rcon_plugins.kernel.shared_memory import left_by
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.tree.locks import ByteLocks
 
@@ -52,6 +55,8 @@ if TYPE_CHECKING:
 #: The number of open files of a server, and of each executor: socket, usage files, entrances of its cgroup, pipes.
 _SERVER_FILES = 1024
 _EXECUTOR_FILES = 16
+#: The most pieces of shared memory that the log names at the end.
+_MOST_NAMED = 10
 
 
 class RunningManager:
@@ -93,6 +98,10 @@ class RunningManager:
         self._pid = os.getpid()
         #: Whether work is admitted: between `begin` and `close`.
         self._open = False
+        self._began = 0.0
+        #: The policies whose executors share the server's memory, which stays when they have ended, and their users.
+        self._sharing: frozenset[str] = frozenset()
+        self._sharing_uids: set[int] = set()
         self._budget = _budget(plan)
         self._reservations = Reservations(ByteLocks(instance.locks), self._budget, lambda: self._open)
         self._monitor = GroupMonitor(instance, self.hook, self._key_of, settings.policies)
@@ -128,6 +137,12 @@ class RunningManager:
             self._pool.processes.start(service, after_fork, [*server_files, *ledger, *changes], log)
         if plan.uses_threads:
             self.instance.sweep_threaded(settings.confinements)
+        self._sharing = frozenset(
+            name
+            for name, verdict in plan.verdicts.items()
+            if verdict.isolation == "process" and shares_memory(verdict.policy)
+        )
+        self._began = time.time()
         self._open = True
 
     def close(self) -> None:
@@ -142,6 +157,7 @@ class RunningManager:
         with contextlib.ExitStack() as last:  # run each step, even if an earlier one fails
             last.callback(self._on_close)
             last.callback(self._removals.close)
+            last.callback(self._report_shared_memory)
             for confinement in self._confinements.values():
                 if not confinement.users:  # otherwise a thread is in it, or about to enter
                     last.callback(self._drop, confinement)
@@ -188,6 +204,8 @@ class RunningManager:
                 raise ConfinementError(_why_no_policy(work, name))
             key = work.attributes.get(policy.per) if policy.per is not None else None
             identity = resolve(policy, work.attributes) if policy.user is not None else None
+            if name in self._sharing:
+                self._sharing_uids.add(os.geteuid() if identity is None else identity.uid)
             confinement = self._hold(policy, key)
         except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the work does not run
             self._refuse(work, name, key, error)
@@ -261,6 +279,18 @@ class RunningManager:
             threaded = ThreadConfinement(policy, key, generation, context, self._threads)
         threaded.open()
         return threaded
+
+    def _report_shared_memory(self) -> None:
+        """Name in the log what users of executors left in shared memory: it stays until somebody removes it."""
+        left = left_by(self._sharing_uids, self._began) if self._sharing_uids else []
+        if left:
+            named = ", ".join(f"{one.name!r} (uid {one.uid})" for one in left[:_MOST_NAMED])
+            more = f" and {len(left) - _MOST_NAMED} more" if len(left) > _MOST_NAMED else ""
+            size = sum(one.size for one in left) / 2**20
+            LOGGER.warning(
+                "rcon: users of executors left %.1f MiB of shared memory: %s%s. Remove it (rm, ipcrm -m).",
+                size, named, more,
+            )  # fmt: skip
 
     def _take_superfluous(self) -> list[Confinement]:
         """Take unused confinements out of those kept until their number is allowed, least recently used first."""

@@ -119,6 +119,7 @@ class Wall:
         version = _need()
         handled = _known(_WRITE, version)
         scoped = _SCOPE_SIGNAL if signals and version >= 6 else 0
+        self._handled = handled
         self._looked_into: dict[str, tuple[int, int]] = {}
         self._ruleset = _create(handled, scoped, version)
         try:
@@ -133,6 +134,15 @@ class Wall:
     def is_current(self) -> bool:
         """Whether the directories that lead to the paths are unchanged. Later mounts are not detected."""
         return all(_state(path) == state for path, state in self._looked_into.items())
+
+    def allow_beside(self, paths: Iterable[str]) -> None:
+        """Allow what has been mounted at ``paths`` since, in directories that lead to a forbidden path.
+
+        Elsewhere the rule of the directory holds for what is mounted in it. Raises `KernelError`.
+        """
+        for path in paths:
+            if os.path.dirname(path) in self._looked_into:
+                _allow(self._ruleset, path, self._handled)
 
     def put_up(self) -> None:
         """Apply the rules to the calling thread, irreversibly. Raises as `forbid_writing_below`."""

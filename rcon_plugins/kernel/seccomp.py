@@ -58,6 +58,9 @@ _FILTER = (_Instruction * 6)(
     _Instruction(_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
 )
 
+# Made here, because it is used in each new process.
+_PROGRAM = _Program(len(_FILTER), _FILTER)
+
 #: Why there is no filter, for messages, and the remedy.
 NONE_HERE = "this kernel has no seccomp filters"
 REMEDY = "a kernel with CONFIG_SECCOMP_FILTER; in a container, a seccomp profile that allows seccomp(2)"
@@ -88,21 +91,20 @@ def forbid_leaving_cgroups() -> None:
     Raises `CapabilityError` if the thread has neither no_new_privs nor CAP_SYS_ADMIN effective, or if the kernel has no
     filters. Raises `KernelError` for anything else. After an error nothing has changed.
     """
-    program = _Program(len(_FILTER), _FILTER)
     try:
         # Without this flag, kernels before 5.16 also make all code of a process with a filter slower.
-        _set_filter(_FLAG_SPEC_ALLOW, program)
+        _set_filter(_FLAG_SPEC_ALLOW)
     except KernelError as error:
         if error.errno != errno.EINVAL:
             _refuse(error)
         try:
-            _set_filter(0, program)
+            _set_filter(0)
         except KernelError as again:
             _refuse(again)
 
 
-def _set_filter(flags: int, program: _Program) -> None:
-    syscall("seccomp", _SET_MODE_FILTER, flags, ctypes.byref(program))
+def _set_filter(flags: int) -> None:
+    syscall("seccomp", _SET_MODE_FILTER, flags, ctypes.byref(_PROGRAM))
 
 
 def _refuse(error: KernelError) -> NoReturn:

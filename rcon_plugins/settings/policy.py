@@ -222,6 +222,13 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
             examples=["/srv/{host}/app.py"],
         ),
     ] = None
+    shared_memory: Annotated[
+        Literal["private", "server"] | None,
+        Meta(
+            description="Whether /dev/shm and IPC are the executor's own, or the server's.",
+            examples=["server"],
+        ),
+    ] = None
     umask: Annotated[
         Umask | None,
         Meta(description="Permissions that new files do not get, in octal: umask(2).", examples=["027"]),
@@ -342,6 +349,13 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 key="isolation",
                 value=self.isolation,
                 hint='write "process", or "auto", or leave those limits out',
+            )
+        if self.shared_memory == "private":
+            raise SettingsError(
+                "a thread shares the memory of the server",
+                key="shared_memory",
+                value=self.shared_memory,
+                hint='write isolation = "process", or "auto", or leave shared_memory out',
             )
         if self.isolation == "thread" and "rlimits" in self.identity_keys:
             raise SettingsError(

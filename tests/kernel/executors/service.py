@@ -367,6 +367,32 @@ class Acts:
         return ways_back.mount_cgroups_anew()
 
     @staticmethod
+    def fill(path: str, mebibytes: int) -> str:
+        """Write a file; "ok", or the name of the errno."""
+        return ways_back.attempt(lambda: _fill(path, mebibytes))
+
+    @staticmethod
+    def entries(path: str) -> list[str]:
+        return sorted(entry.name for entry in Path(path).iterdir())
+
+    @staticmethod
+    def make_segment(key: int, mebibytes: int) -> int:
+        """Make a segment of System V and write to it: shmget(2), shmat(2). Return its id."""
+        return ways_back.make_segment(key, mebibytes)
+
+    @staticmethod
+    def find_segment(key: int) -> str:
+        return ways_back.find_segment(key)
+
+    @staticmethod
+    def change_attributes() -> dict[str, str]:
+        return ways_back.by_attributes()
+
+    @staticmethod
+    def namespaces() -> dict[str, str]:
+        return {name: str(Path(f"/proc/self/ns/{name}").readlink()) for name in ("mnt", "ipc")}
+
+    @staticmethod
     def signals(pids: dict[str, int]) -> dict[str, str]:
         """Signals to other processes."""
         return {
@@ -407,6 +433,12 @@ class Acts:
     @staticmethod
     def raises() -> None:
         raise ValueError("as asked")
+
+
+def _fill(path: str, mebibytes: int) -> None:
+    with Path(path).open("wb", buffering=0) as file:
+        for _ in range(mebibytes):
+            file.write(bytes(1 << 20))
 
 
 def _spin(seconds: float) -> None:

@@ -1,0 +1,219 @@
+"""Give the calling process mounts and shared memory of its own: unshare(2), mount_namespaces(7), ipc_namespaces(7).
+
+Memory in a tmpfs, and in segments of System V, stays when the processes that wrote it have ended, and its charge moves
+to a cgroup further up. In a namespace of its own it goes with the last process. The mounts of the cgroups are read-only
+there, so that also chmod(2), chown(2) and setxattr(2), which Landlock does not know, are refused.
+
+Mounts that the system makes or removes later appear and disappear there too; nothing spreads the other way (slave
+mounts). All this takes CAP_SYS_ADMIN, effective.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posix  # the real close: a cooperative library may have replaced that of `os`
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from typing import NamedTuple
+
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel import process
+from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, raise_capability, read_state
+from rcon_plugins.kernel.cgroup.mounts import MountEntry, mount_table, parse_mountinfo
+from rcon_plugins.kernel.syscalls import (
+    CLONE_NEWIPC,
+    CLONE_NEWNS,
+    MS_BIND,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_RDONLY,
+    MS_REC,
+    MS_REMOUNT,
+    MS_SLAVE,
+    POLLPRI,
+    Poll,
+    mount,
+    mount_read_only_below,
+    poll_readable,
+    unshare,
+)
+
+#: Where programs share memory: shm_open(3). It is made private whatever file system it is on.
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108
+_CGROUPS = "/sys/fs/cgroup"
+#: Directories that everybody may write to. They are made private where they are in memory.
+_WRITABLE = ("/tmp", "/var/tmp", "/run/lock")  # noqa: S108
+#: By the bits of statvfs(3), the flags of a mount that a remount must repeat: it would clear them.
+_FLAGS = ((os.ST_NOSUID, MS_NOSUID), (os.ST_NODEV, MS_NODEV), (os.ST_NOEXEC, MS_NOEXEC))
+_TRIAL_SECONDS = 10.0
+
+
+class MountChanges:
+    """Tells whether the mounts of this process's namespace have changed. It keeps a file open: proc(5), mountinfo.
+
+    Do not use it in a fork: one process would take the news from the other.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._file = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelError.from_oserror(error, path="/proc/self/mountinfo") from None
+        self._poll = Poll({self._file: POLLPRI})
+
+    def happened(self) -> bool:
+        """Return whether any mount has changed since it was made or last asked."""
+        return bool(self._poll.wait(0))
+
+    def close(self) -> None:
+        """Close the file. Calling it again does nothing."""
+        descriptor, self._file = self._file, -1
+        if descriptor >= 0:
+            posix.close(descriptor)
+
+
+class _Mount(NamedTuple):
+    """A mount point, and the flags of its mount. For a tmpfs also the options that keep its owner and mode."""
+
+    path: str
+    flags: int
+    options: str = ""
+
+
+class View(NamedTuple):
+    """What `enter` changes: the mounts of the cgroups, the directories in memory, and those of message queues.
+
+    ``tops`` are the mounts that have all mounts of the cgroups below them.
+    """
+
+    cgroups: tuple[_Mount, ...]
+    tops: tuple[str, ...]
+    memory: tuple[_Mount, ...]
+    queues: tuple[_Mount, ...]
+
+    @classmethod
+    def of(cls, table: str) -> View:
+        """Return the view for a `mount_table`. Does not make a directory private that the process works in."""
+        entries = {entry.path: entry for entry in parse_mountinfo(table)}  # the last one hides those before
+        here = _working_directory()
+        memory = [
+            _as_memory(path)
+            for path in _directories_in_memory(entries)
+            if path not in _WRITABLE or not _is_below(here, path)
+        ]
+        cgroups = [entry.path for entry in entries.values() if entry.filesystem in ("cgroup", "cgroup2")]
+        queues = [entry.path for entry in entries.values() if entry.filesystem == "mqueue"]
+        tops = {_CGROUPS if _CGROUPS in entries and _is_below(path, _CGROUPS) else path for path in cgroups}
+        return cls(
+            tuple(map(_as_it_is, cgroups)), tuple(sorted(tops)), tuple(memory), tuple(map(_as_it_is, queues))
+        )
+
+
+def _is_below(path: str, directory: str) -> bool:
+    return f"{path}/".startswith(f"{directory}/")
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""  # removed
+
+
+def _directories_in_memory(entries: dict[str, MountEntry]) -> Iterator[str]:
+    with suppress(OSError):
+        yield os.path.realpath(_SHARED_MEMORY, strict=True)
+    for path in _WRITABLE:
+        if path in entries and entries[path].filesystem == "tmpfs":
+            yield path
+
+
+def _as_memory(path: str) -> _Mount:
+    status = os.stat(path)
+    options = f"mode={status.st_mode & 0o7777:o},uid={status.st_uid},gid={status.st_gid}"
+    return _Mount(path, _flags_of(path) | MS_NOSUID | MS_NODEV, options)
+
+
+def _as_it_is(path: str) -> _Mount:
+    return _Mount(path, _flags_of(path))
+
+
+def _flags_of(path: str) -> int:
+    try:
+        found = os.statvfs(path).f_flag
+    except OSError as error:
+        raise KernelError.from_oserror(error, path=path) from None
+    return sum(flag for bit, flag in _FLAGS if found & bit)
+
+
+def enter(view: View, *, private_memory: bool, size: int | None) -> None:
+    """Move the calling process to a mount namespace of its own, in which the cgroups are mounted read-only.
+
+    With ``private_memory`` it gets an IPC namespace too, and empty file systems in memory on the directories of the
+    view, each of at most ``size`` bytes (None: the kernel's default, half of the memory). The process must have one
+    thread. Raises `KernelError`; the process must not go on then.
+    """
+    unshare(CLONE_NEWNS | (CLONE_NEWIPC if private_memory else 0))
+    mount(None, "/", None, MS_REC | MS_SLAVE)
+    _forbid_writing(view)
+    if not private_memory:
+        return
+    bound = "" if size is None else f",size={size}"
+    for path, flags, options in view.memory:
+        mount("tmpfs", path, "tmpfs", flags, options + bound)
+    for path, flags, _ in view.queues:
+        mount("mqueue", path, "mqueue", flags)
+
+
+def _forbid_writing(view: View) -> None:
+    try:
+        for path in view.tops:
+            mount_read_only_below(path)
+    except KernelError as error:
+        if error.errno != errno.ENOSYS:  # before Linux 5.12
+            raise
+        for path, flags, _ in view.cgroups:
+            mount(None, path, None, MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
+
+
+def why_not() -> str | None:
+    """Return why the calling process cannot give others namespaces of their own; None if it can.
+
+    Tries it in a child process, once for this process and its forks.
+    """
+    if CAP_SYS_ADMIN not in read_state().permitted:
+        return "the server lacks cap_sys_admin"
+    return _trial()
+
+
+@cache
+def _trial() -> str | None:
+    """Enter namespaces in a child. Return the problem, or None. Raises `KernelError` if no child can be made."""
+    try:
+        reading, writing = os.pipe()
+        child = process.fork()
+    except OSError as error:
+        raise KernelError.from_oserror(error, path="fork") from None
+    if child == 0:
+        answer = b"failed"
+        try:
+            raise_capability(CAP_SYS_ADMIN)
+            enter(View.of(mount_table()), private_memory=True, size=1 << 20)
+            answer = b"ok"
+        except KernelError as error:
+            answer = str(error).encode()
+        finally:
+            os.write(writing, answer)
+            os._exit(0)
+    posix.close(writing)
+    try:
+        answer = os.read(reading, 4096) if poll_readable([reading], _TRIAL_SECONDS) else b"no answer"
+    finally:
+        posix.close(reading)
+        with suppress(ProcessLookupError):
+            os.kill(child, 9)  # it has answered, or hangs
+        process.reap(child)
+    return None if answer == b"ok" else answer.decode(errors="replace") or "the trial ended early"
