@@ -8,6 +8,7 @@ import os
 from typing import Any, Protocol
 
 from rcon_gunicorn.workers import server_traits
+from rcon_plugins.confinement.isolation import caveat
 from rcon_plugins.confinement.manager import Deployment, Manager
 from rcon_plugins.errors import RconError
 from rcon_plugins.identity.privileges import keep, needed, settle
@@ -47,6 +48,7 @@ class Master:
             "rcon: %s confines requests; cgroups are in %s", path, master.deployment.instance.path
         )
         _warn_of_dirty_workers(server)
+        master.warn_of_control_socket(server)
         return master
 
     def reload(self, path: str, server: _Arbiter) -> None:
@@ -58,6 +60,31 @@ class Master:
         self.deployment.reload(Manager(load(path), server=traits, hierarchy=hierarchy))
         self._needed = needed(self.deployment.plan.settings.policies.values())
         _warn_of_dirty_workers(server)
+        self.warn_of_control_socket(server)
+
+    def warn_of_control_socket(self, server: _Arbiter) -> None:
+        """Warn of the policies whose requests may connect to gunicorn's control socket, and so shut gunicorn down.
+
+        The socket belongs to the user that gunicorn was started as. Landlock does not see connect(2).
+        """
+        config = server.cfg
+        if getattr(config, "control_socket_disable", True):
+            return
+        plan, starter = self.deployment.plan, os.geteuid()
+        for_others = config.control_socket_mode & 0o066
+        names = [
+            name
+            for name, policy in plan.settings.policies.items()
+            if for_others
+            or (int(config.uid) == starter if policy.user is None else caveat(policy, plan.server, starter))
+        ]
+        if names:
+            server.log.warning(
+                "rcon: requests of %s can shut gunicorn down through its control socket %s. "
+                "Set control_socket_disable = True, or a user of its own and control_socket_mode = 0o600.",
+                ", ".join(f"policy {name}" for name in names),
+                config.control_socket,
+            )
 
     def keep_privileges(self, server: _Arbiter) -> None:
         """Keep the capabilities that the policies need to change users. Raises `RconError`.

@@ -44,8 +44,12 @@ class Gunicorn:
         environ: dict[str, str] | None = None,
         app: str = "application:app",
         inherit: bool = True,
+        control: Path | None = None,
     ) -> None:
-        """``inherit`` hands the socket over, so that no port is ever taken; else gunicorn binds it itself."""
+        """``inherit`` hands the socket over, so that no port is ever taken; else gunicorn binds it itself.
+
+        ``control``: the path of gunicorn's control socket.
+        """
         self.directory = directory
         self.arguments = arguments
         self.settings = directory / "rcon.toml"
@@ -54,7 +58,8 @@ class Gunicorn:
             self.settings.write_text(settings)
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port: int = listener.getsockname()[1]
-        command = [sys.executable, "-m", "gunicorn", "--chdir", str(HERE), "--no-control-socket"]
+        command = [sys.executable, "-m", "gunicorn", "--chdir", str(HERE)]
+        command += ["--control-socket", str(control)] if control is not None else ["--no-control-socket"]
         command += ["--bind", f"fd://{listener.fileno()}" if inherit else f"127.0.0.1:{self.port}"]
         command += ["--config", config, "--graceful-timeout", "10"]
         command += ["--worker-tmp-dir", "/dev/shm", *arguments, app]
