@@ -101,12 +101,13 @@ Hooks({str(settings)!r}).install(globals())
     with Gunicorn(tmp_path, SETTINGS, config=str(config)) as server:
         assert server.get("/free/who").json()["version"] == "1"
         before = set(server.workers())
-        config.write_text(config.read_text().replace("TEST_VERSION=1", "TEST_VERSION=2"))
+        # Of another length: byte code of a file of the same length and second would be taken for current.
+        config.write_text(config.read_text().replace("TEST_VERSION=1", "TEST_VERSION=22"))
         server.signal(signal.SIGHUP)
         until(lambda: len(server.workers()) == 2 and not before & set(server.workers()))
         who = server.get("/free/who").json()
         assert who["confined"]
-        assert who["version"] == "2"
+        assert who["version"] == "22"
         assert_clean(server)
         assert server.log().count("their own hook") == 4
         assert server.log().count("their own end") == 1
