@@ -352,7 +352,9 @@ def _prepare(hierarchy: Hierarchy, path: str) -> str:
                 continue
             files.make_directory(directory)
             if not os.access(directory, os.W_OK):
-                raise _refused(hierarchy, path, errno.EACCES, f"this process may not write {directory}")
+                # Another server that ended may have removed it just now.
+                number = errno.EACCES if files.is_directory(directory) else errno.ENOENT
+                raise _refused(hierarchy, path, number, f"this process may not write {directory}")
             if mount.version == 2:
                 _check_passed_on(hierarchy, path, directory)
     except DelegationError:

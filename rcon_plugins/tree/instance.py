@@ -57,8 +57,8 @@ class Instance:
         `DelegationError` with the exact remedy, and `KernelError`.
         """
         for _ in range(_ATTEMPTS):
-            found = find_base(hierarchy, base, systemd.enter_scope)
             try:
+                found = find_base(hierarchy, base, systemd.enter_scope)
                 return cls._create_in(hierarchy.narrowed(found), found, owner)
             except KernelError as error:
                 if error.errno != errno.ENOENT:

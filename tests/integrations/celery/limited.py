@@ -368,6 +368,32 @@ def define(app: celery.Celery, url: str) -> None:
                 child.kill()
                 child.wait()
 
+    @task(name="orphans")
+    @confined(pids=12, memory="256M", timeout="60s")
+    def orphans() -> dict[str, Any]:
+        """Make an orphan: who its parent is, and whether it is reaped soon after its end."""
+        reading, writing = os.pipe()
+        between = os.fork()
+        if between == 0:
+            parent_before = os.getpid()
+            if os.fork() == 0:
+                while os.getppid() == parent_before:
+                    time.sleep(0.01)
+                os.write(writing, f"{os.getpid()} {os.getppid()}".encode())
+            os._exit(0)
+        own = os.getpid()
+        os.waitpid(between, 0)
+        orphan, parent = map(int, os.read(reading, 30).split())
+        end = time.monotonic() + 20
+        while Path(f"/proc/{orphan}").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        os.close(reading)
+        os.close(writing)
+        return {
+            "adopted by": "the fork server" if parent == os.getppid() else f"{parent}, not by {own}",
+            "reaped": not Path(f"/proc/{orphan}").exists(),
+        }
+
     @task(name="die")
     @confined(timeout="60s")
     def die(how: str) -> None:

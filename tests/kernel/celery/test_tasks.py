@@ -61,6 +61,11 @@ def test_each_ending_raises_its_exception(session: Session) -> None:
 
 
 @pytest.mark.each_layout
+def test_orphans_of_a_task_are_adopted_and_reaped(session: Session) -> None:
+    assert session.get("orphans") == {"adopted by": "the fork server", "reaped": True}
+
+
+@pytest.mark.each_layout
 def test_soft_limits(session: Session) -> None:
     assert (
         session.get("soft_memory")

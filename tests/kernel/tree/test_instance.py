@@ -377,3 +377,24 @@ def test_limits_of_a_confinement_that_another_worker_removes(instance: Instance)
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_base_that_others_remove_meanwhile_is_made_again(hierarchy: Hierarchy, group: Cgroup) -> None:
+    """As a server does that ends while another starts."""
+    base = group.child("base")
+    over = threading.Event()
+
+    def remove() -> None:
+        while not over.is_set():
+            for directory in base.directories:
+                with contextlib.suppress(OSError):
+                    Path(directory).rmdir()
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    try:
+        for _ in range(100):
+            assert Instance.create(hierarchy, base=base.path).close()
+    finally:
+        over.set()
+        thread.join()
