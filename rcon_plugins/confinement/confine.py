@@ -83,8 +83,10 @@ class Confined:
             if self._users or confinement is None:
                 return
             self._confinement = None
-            confinement.close()
-            _this_process.leave()
+            try:
+                confinement.close()
+            finally:
+                _this_process.leave()
 
     def __enter__(self) -> Confined:
         self.open()

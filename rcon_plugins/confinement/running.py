@@ -257,7 +257,11 @@ class RunningManager:
                 if confinement is not None:
                     confinement.users += 1
                     return confinement
-            confinement = self._make(policy.name, key, generation)
+            try:
+                confinement = self._make(policy.name, key, generation)
+            except BaseException:
+                self._monitor.forget(name)
+                raise
             with self._lock:
                 confinement.users += 1
                 self._confinements[name] = confinement

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, NoReturn
 
 from rcon_plugins.errors import KernelError, RconError
-from rcon_plugins.kernel import proc
+from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree import attach_watcher, previous_cgroups
 from rcon_plugins.tree.instance import Instance
@@ -90,7 +90,9 @@ def not_restorable(pids: Iterable[int], hierarchy: Hierarchy) -> list[int]:
     for pid in pids:
         try:
             paths = previous_cgroups.cgroups_of(pid, hierarchy.cgroup("/"))
-        except KernelError:
+        except KernelError as error:
+            if not files.gone(error):
+                raise
             continue  # the process has ended, and `attach` refuses it
         targets = [f"{mounts[at].directory(path)}/cgroup.procs" for at, path in paths.items() if at in mounts]
         if not all(os.access(target, os.W_OK) for target in targets):

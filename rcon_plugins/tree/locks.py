@@ -46,16 +46,20 @@ class ByteLocks:
         self._lock = threading.Lock()
         #: The byte after the last of each held range, by its first byte.
         self._held: dict[int, int] = {}
+        #: Held ranges, by their first byte, that are free but could not be unlocked yet.
+        self._stuck: set[int] = set()
         _LOCKS.add(self)
 
     def forget(self) -> None:
         """Forget the parent's ranges, in a new child. Replace the lock: a thread of the parent may have held it."""
         self._lock = threading.Lock()
         self._held = {}
+        self._stuck = set()
 
     def reserve_one(self, start: int, stop: int) -> Allocation | None:
         """Reserve the first free byte from ``start`` up to ``stop``. Return None if all are held."""
         with self._lock:
+            self._unlock_stuck()
             for byte in range(start, stop):
                 if byte in self._held:
                     continue
@@ -71,6 +75,7 @@ class ByteLocks:
         """Reserve ``count`` of the first ``stop`` bytes, in any ranges. Return None if fewer are free."""
         found = Allocation()
         with self._lock, self._searching():
+            self._unlock_stuck()
             free = []
             for start, end in self._free(stop):
                 end = min(end, start + count)
@@ -99,9 +104,20 @@ class ByteLocks:
 
     def _release(self, allocation: Allocation) -> None:
         while allocation.ranges:
-            start, end = allocation.ranges.pop()
-            if self._held.pop(start, None) is not None:
-                self._set(fcntl.LOCK_UN, start, end)
+            start, _ = allocation.ranges.pop()
+            if start in self._held:
+                self._stuck.add(start)
+        self._unlock_stuck()
+
+    def _unlock_stuck(self) -> None:
+        """Unlock what was released. What the kernel refuses (ENOLCK, ENOMEM) stays, and is tried again by each call."""
+        for start in list(self._stuck):
+            try:
+                self._set(fcntl.LOCK_UN, start, self._held[start])
+            except OSError:
+                continue
+            self._stuck.discard(start)
+            del self._held[start]
 
     def _set(self, kind: int, start: int, end: int) -> None:
         fcntl.lockf(self.file, kind, end - start, start, os.SEEK_SET)
