@@ -21,7 +21,6 @@ from rcon_plugins.confinement.admission import InlineAdmission, ThreadAdmission
 from rcon_plugins.confinement.removal import Removals
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
 from rcon_plugins.executors import pool, process
-from rcon_plugins.identity import userdb
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.events import watcher_of_process
 from rcon_plugins.settings.file import from_mapping
@@ -338,9 +337,3 @@ def remount(path: str, *, read_only: bool) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     flags = MS_REMOUNT | MS_BIND | (MS_RDONLY if read_only else 0)
     assert libc.mount(None, path.encode(), None, flags, None) == 0, os.strerror(ctypes.get_errno())
-
-
-def test_results_of_the_user_database_are_bounded() -> None:
-    for number in range(10 * userdb._MOST):
-        userdb.user(100_000 + number)
-        assert len(userdb._kept) <= userdb._MOST

@@ -406,3 +406,12 @@ def test_the_kernel_itself_keeps_to_the_directory(sites: Path) -> None:
             assert (refused.value.errno, path) == (number, path)
     finally:
         os.close(directory)
+
+
+def test_ten_times_as_many_results_as_the_cache_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(userdb, "_MOST", 50)
+    userdb.forget()
+    for number in range(500):
+        userdb.user(3_000_000_000 + number)
+        assert len(userdb._kept) <= 50
+    userdb.forget()
