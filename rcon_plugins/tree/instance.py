@@ -61,7 +61,8 @@ class Instance:
                 found = find_base(hierarchy, base, systemd.enter_scope)
                 return cls._create_in(hierarchy.narrowed(found), found, owner)
             except KernelError as error:
-                if error.errno != errno.ENOENT:
+                # Another server that ended may have removed the base: ENODEV if a file in it was open already.
+                if error.errno not in (errno.ENOENT, errno.ENODEV):
                     raise
                 last = error
         raise last

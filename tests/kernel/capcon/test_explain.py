@@ -103,7 +103,7 @@ def test_explain_says_which_capabilities_are_lost_and_why(programs: Path) -> Non
     assert "the ambient set is cleared" in words
     done = capcon("explain", *options, "--", programs / "with file capabilities")
     assert done.status == 1
-    assert "no the command cannot be executed so" in " ".join(done.out.split())
+    assert "no the command cannot be executed with these rights" in " ".join(done.out.split())
     done = capcon("explain", *options, "--", programs / "plain")
     assert done.status == 0
     assert "yes the command will hold what was requested" in " ".join(done.out.split())
@@ -135,7 +135,7 @@ def test_explain_says_what_the_caller_may_not_give() -> None:
     options = ("--user", "daemon", "--cap", "net_raw", "--", "true")
     done = capcon("explain", *options, before=become_nobody)
     assert done.status == 1
-    assert "the command cannot be run so" in " ".join(done.out.split())
+    assert "the command cannot be run with these rights" in " ".join(done.out.split())
     data = json.loads(capcon("explain", "--json", *options, before=become_nobody).out)
     assert (data["as_requested"], data["requested"]["capabilities"]) == (False, ["cap_net_raw"])
     assert len(data["problems"]) == 1
