@@ -113,8 +113,8 @@ def oom_kills_between(before: Snapshot, after: Snapshot) -> int | None:
 
 
 def with_oom_kills(detail: str, kills: int | None, ending: Ending) -> str:
-    """Return ``detail`` with the number of OOM kills. The ending ``memory`` names the first one already."""
-    if not kills or (ending == "memory" and kills == 1):
+    """Return ``detail`` with the number of OOM kills. The detail of the ending ``memory`` says so already."""
+    if not kills or ending == "memory":
         return detail
     killed = "1 process was" if kills == 1 else f"{kills} processes were"
     separator = "; " if detail and not detail.endswith(": ") else ""

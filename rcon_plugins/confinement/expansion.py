@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups.events import Event
 from rcon_plugins.kernel.attempts import Attempts
-from rcon_plugins.kernel.cgroup import Resources, read_limits
+from rcon_plugins.kernel.cgroup import Resources, keep_swap, read_limits
 from rcon_plugins.kernel.events import MemoryThreshold, Watcher, watcher_of_process
 from rcon_plugins.kernel.files import gone
 from rcon_plugins.settings.memory import Memory
@@ -119,8 +119,9 @@ class Expansion:
             self._threshold.close()
 
     def _write_bound(self, memory: Memory) -> None:
-        if read_limits(self.cgroup).memory_max != memory.most:
-            self.cgroup.configure(Resources(memory_max=memory.most))
+        now = read_limits(self.cgroup)
+        if now.memory_max != memory.most:
+            self.cgroup.configure(keep_swap(Resources(memory_max=memory.most), now))
 
     def _reached(self, event: KernelEvent) -> None:
         """Raise the limit after the work reached it. Called in the watcher's thread."""

@@ -235,6 +235,8 @@ def _differing(was: Resources, wanted: Resources) -> Resources:
         before, after = getattr(was, name), getattr(wanted, name)
         if name not in ("io", "oom_group", "files") and before != after:
             news[name] = MAX if after is None else after
+    if wanted.swap_max is None and was.swap_max is not None and isinstance(wanted.memory_max, int):
+        news["swap_max"] = 0  # that of a limit of memory alone
     if wanted.oom_group and not was.oom_group:
         news["oom_group"] = True
     io = {

@@ -140,6 +140,12 @@ class Plan(NamedTuple):
                 f"{_policies(unbounded)}: files in /dev/shm, and shared memory, outlive their request or task, and no "
                 "limit bounds them together. Set `memory =`."
             )
+        limited = [name for name, policy in self.settings.policies.items() if promised(policy) is not None]
+        gap = self.hierarchy.swap_gap() if limited else None
+        if gap is not None:
+            warnings.append(
+                f"{_policies(limited)}: memory limits do not bound swap: {gap.reason}. Remedy: {gap.remedy}."
+            )
         if self.settings.budget is not None:
             unknown = [name for name, policy in self.settings.policies.items() if promised(policy) is None]
             if unknown:

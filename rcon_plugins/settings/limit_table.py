@@ -116,8 +116,8 @@ LIMITS: tuple[Limit, ...] = (
         table="memory",
     ),
     Limit(
-        "swap", "size", "SIZE", "Most swap, besides the memory; 0 is none.",
-        "Bytes of swap, besides the memory; 0 is none.", 0,
+        "swap", "size", "SIZE", "Most swap, besides the memory; default with --memory: none.",
+        "Bytes of swap, besides the memory. With a limit of memory, the default is none.", "1G",
         field="swap_max",
     ),
     Limit(

@@ -167,9 +167,12 @@ def _swap(hierarchy: Hierarchy, leaf: Cgroup) -> Iterator[Finding]:
     wanted = Resources(memory_max=_BIG, swap_max=_BIG)
     refused = hierarchy.refusals(wanted)
     if not refused:
-        yield _attempt("limits", "swap", partial(leaf.configure, wanted))
+        machine = "this machine has swap" if v1.has_swap() else "this machine has no swap"
+        text = f"accounted, so a memory limit allows no swap unless swap is set; {machine}"
+        yield _attempt("limits", "swap", partial(leaf.configure, wanted), text)
     elif v1.has_swap():
-        yield Finding("limits", "swap", "missing", refused[0].reason, refused[0].remedy)
+        reason = f"{refused[0].reason}, so memory limits do not bound swap"
+        yield Finding("limits", "swap", "missing", reason, refused[0].remedy)
     else:
         yield Finding(
             "limits", "swap", "absent", f"{refused[0].reason}; this machine has no swap", refused[0].remedy

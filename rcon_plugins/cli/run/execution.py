@@ -20,10 +20,18 @@ _SILENT = frozenset({signal.SIGINT, signal.SIGPIPE})
 
 
 def check_enforceable(hierarchy: Hierarchy, resources: Resources) -> None:
-    """Raise `BadUsage`, with the remedy, for the first limit that this machine cannot enforce."""
+    """Raise `BadUsage`, with the remedy, for the first limit that this machine cannot enforce. Note a gap in swap."""
     for refusal in hierarchy.refusals(resources):
         flag = FLAG_OF_FIELD[refusal.limit]
         raise BadUsage(f"{flag}: cannot be enforced on this machine: {refusal.reason} ({refusal.remedy})")
+    note_swap(hierarchy, resources)
+
+
+def note_swap(hierarchy: Hierarchy, resources: Resources) -> None:
+    """Say so where a limit of memory does not bound swap."""
+    alone = isinstance(resources.memory_max, int) and resources.swap_max is None
+    if alone and (gap := hierarchy.swap_gap()) is not None:
+        say("rcon", f"note: the memory limit does not bound swap: {gap.reason} ({gap.remedy})")
 
 
 def group_of(options: Mapping[str, Any], command: tuple[str, ...]) -> str:

@@ -15,7 +15,7 @@ from rcon_plugins.cli.limit_options import limits_of, policy_keys, refused
 from rcon_plugins.cli.options import named_base
 from rcon_plugins.cli.program import find_program
 from rcon_plugins.cli.request import Request
-from rcon_plugins.cli.run.execution import ends_all, execute, group_of, report_of, timeout_of
+from rcon_plugins.cli.run.execution import ends_all, execute, group_of, note_swap, report_of, timeout_of
 from rcon_plugins.command.run import Ended, Order
 from rcon_plugins.confinement import isolation
 from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
@@ -63,6 +63,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
         raise BadUsage(
             f"--policy: {policy.name} cannot be enforced on this machine: {refusal.reason} ({refusal.remedy})"
         )
+    note_swap(hierarchy, resources if isinstance(resources.memory_max, int) else each)
     for refusal in privileges.refusals(policy):
         raise BadUsage(f"--policy: {policy.name}: {refusal.reason} ({refusal.remedy})")
     identity = resolve(policy, work.attributes)

@@ -11,7 +11,7 @@ from rcon_plugins.kernel.cgroup.cgroup import Cgroup
 from rcon_plugins.kernel.cgroup.device import Device, device_of
 from rcon_plugins.kernel.cgroup.entrance import Entrance
 from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy, Refusal
-from rcon_plugins.kernel.cgroup.limits import change_limits, read_limits
+from rcon_plugins.kernel.cgroup.limits import change_limits, keep_swap, read_limits
 from rcon_plugins.kernel.cgroup.meter import Meter, Reading
 from rcon_plugins.kernel.cgroup.mounts import mount_points, mount_table
 from rcon_plugins.kernel.cgroup.resources import CONTROLLERS, MAX, IoMax, Resources
@@ -30,6 +30,7 @@ __all__ = [
     "Resources",
     "change_limits",
     "device_of",
+    "keep_swap",
     "mount_points",
     "mount_table",
     "read_limits",

@@ -185,6 +185,11 @@ class Hierarchy(NamedTuple):
             path = None if path == "/" else path.rpartition("/")[0] or "/"
         return total
 
+    def swap_gap(self) -> Refusal | None:
+        """Return why a limit of memory does not bound swap, and the remedy; None if it does, or there is no swap."""
+        found = self.refusals(Resources(memory_max=2**40, swap_max=0))
+        return next((one for one in found if one.limit == "swap_max"), None)
+
     def refusals(
         self, resources: Resources, *, threaded: bool = False, within: Resources | None = None
     ) -> list[Refusal]:

@@ -51,7 +51,7 @@ def change_limits(cgroup: Cgroup, wanted: Resources, *, gather: bool = False) ->
     are refused. The blkio directories of the leaves are removed: do not use ``gather`` while their files are open.
     """
     before = read_limits(cgroup).replaced(files=_texts_of(cgroup, wanted.files))
-    wanted = _with_swap(wanted, before)
+    wanted = keep_swap(wanted, before)
     io = [
         directory
         for mount, directory in zip(cgroup.mounts, cgroup.directories, strict=True)
@@ -80,12 +80,20 @@ def _is_flat(mount: Mount) -> bool:
     return mount.version == 1 and mount.controllers == {"blkio"}
 
 
-def _with_swap(wanted: Resources, before: Resources) -> Resources:
-    """Complete ``wanted`` for v1, which limits the sum of memory and swap: add the current limit of the other one."""
-    if wanted.memory_max is not None and wanted.swap_max is None and isinstance(before.swap_max, int):
+def keep_swap(wanted: Resources, before: Resources) -> Resources:
+    """Return ``wanted`` with the limit of swap that goes with its limit of memory, and the other way round.
+
+    A new limit of memory keeps the swap that was allowed. Without a limit of memory there is none of swap. v1 limits
+    the sum of both, so it needs both to write one.
+    """
+    if wanted.memory_max is None:
+        return wanted if wanted.swap_max is None else wanted.replaced(memory_max=before.memory_max)
+    if wanted.swap_max is not None or before.swap_max is None:
+        return wanted
+    if wanted.memory_max is MAX:
+        return wanted.replaced(swap_max=MAX)
+    if isinstance(before.memory_max, int) or isinstance(before.swap_max, int):
         return wanted.replaced(swap_max=before.swap_max)
-    if wanted.swap_max is not None and wanted.memory_max is None:
-        return wanted.replaced(memory_max=before.memory_max)
     return wanted
 
 
@@ -94,6 +102,8 @@ def _undoing(cgroup: Cgroup, wanted: Resources, before: Resources) -> Resources:
     kept = {
         name: getattr(before, name) for name in wanted.written() if name not in ("io", "oom_group", "files")
     }
+    if wanted.memory_max is not None:
+        kept["swap_max"] = before.swap_max  # a limit of memory alone also limits swap
     if wanted.cpus is not None and before.cpus is None:
         kept["cpus"] = _cpus_above(cgroup)
     kept["io"] = {device: before.io.get(device, IoMax(MAX, MAX, MAX, MAX)) for device in wanted.io}

@@ -65,7 +65,9 @@ class Resources(_Limits):
       quota's share of a period; 0 is none.
     - ``cpu_weight``: 1..10000 relative to siblings. The kernel's default is 100.
     - ``cpus``: a list such as ``"0-1,3"``.
-    - ``memory_max``, ``memory_high``, ``swap_max``: bytes.
+    - ``memory_max``, ``memory_high``, ``swap_max``: bytes. Without ``swap_max``, a limit of memory allows no swap where
+      swap is accounted: it would bound nothing otherwise. On v1 this needs swap on the machine when it is written,
+      because a limit on memory and swap together hides the limit hits of memory.
     - ``oom_group``: an OOM kill ends the whole cgroup (v2, kernel 4.19; no effect on v1).
     - ``pids_max``: processes and threads.
     - ``io``: rates by block device.

@@ -231,7 +231,9 @@ class V1Branch(Branch):
 
     def configure(self, resources: Resources) -> None:
         """Write the limits in an order that the kernel accepts."""
-        wanted = [(name, value) for name, value in pairs(resources) if self._carries(name)]
+        wanted = [
+            (name, value) for name, value in pairs(self._without_swap(resources)) if self._carries(name)
+        ]
         names = [name for name, _ in wanted]
         if "memory.memsw.limit_in_bytes" in names and not self._order_memory(wanted):
             wanted = [pair for pair in wanted if pair[0] != "memory.memsw.limit_in_bytes"]
@@ -247,6 +249,19 @@ class V1Branch(Branch):
         if self.mount.controllers == {"blkio"} and io_is_limited(self.directory):
             self._take_back()
             self._take_children_in()
+
+    def _without_swap(self, resources: Resources) -> Resources:
+        """Return the limits with no swap, if they limit memory alone and this machine has swap that is accounted.
+
+        Also if memory and swap are limited together already: that limit must not be below the one of memory.
+        """
+        alone = isinstance(resources.memory_max, int) and resources.swap_max is None
+        if not alone or not self._carries("memory.limit_in_bytes"):
+            return resources
+        both = files.read_if_there(self.directory, "memory.memsw.limit_in_bytes")
+        if both is None or (_read_bytes(both) is MAX and not has_swap()):
+            return resources
+        return resources.replaced(swap_max=0)
 
     def _carries(self, name: str) -> bool:
         controller = name.partition(".")[0]

@@ -135,7 +135,7 @@ class V2Branch(Branch):
 
     def configure(self, resources: Resources) -> None:
         """Write the limits, and check that the kernel applies the cpuset."""
-        for name, value in pairs(resources):
+        for name, value in pairs(self._without_swap(resources)):
             if name.partition(".")[0] not in self.controllers:
                 continue
             if name == "cpu.max":
@@ -147,6 +147,13 @@ class V2Branch(Branch):
                 raise
             if name == "cpuset.cpus":
                 self._check_cpus(value)
+
+    def _without_swap(self, resources: Resources) -> Resources:
+        """Return the limits with no swap, if they limit memory alone. The file is missing if swap is not accounted."""
+        alone = isinstance(resources.memory_max, int) and resources.swap_max is None
+        if alone and "memory" in self.controllers and files.is_file(self.directory, "memory.swap.max"):
+            return resources.replaced(swap_max=0)
+        return resources
 
     def carries(self, controller: str) -> bool:
         """Return whether the hierarchy offers this controller, also one that this project does not use."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.errors import ControllerUnavailable
-from rcon_plugins.kernel.cgroup import Hierarchy, Resources
+from rcon_plugins.kernel.cgroup import Hierarchy, Resources, v1
 from rcon_plugins.kernel.cgroup.mounts import (
     Mount,
     cgroup_mounts,
@@ -137,6 +137,28 @@ def test_refusals(hierarchy: Hierarchy, resources: Resources, threaded: bool, li
     refusals = hierarchy.refusals(resources, threaded=threaded)
     assert [refusal.limit for refusal in refusals] == limits
     assert all(refusal.reason and refusal.remedy for refusal in refusals)
+
+
+@pytest.mark.parametrize(
+    ("version", "limit", "accounts"),
+    [
+        (2, "memory.max", "memory.swap.max"),
+        (1, "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"),
+    ],
+)
+def test_a_limit_of_memory_that_does_not_bound_swap(
+    version: int, limit: str, accounts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hierarchy = Hierarchy.of([Mount(version, str(tmp_path), controllers=frozenset({"memory"}))])
+    (tmp_path / limit).touch()
+    monkeypatch.setattr(v1, "has_swap", lambda: False)
+    assert hierarchy.swap_gap() is None
+    monkeypatch.setattr(v1, "has_swap", lambda: True)
+    gap = hierarchy.swap_gap()
+    assert gap is not None
+    assert (gap.reason, gap.limit) == ("swap is not accounted for", "swap_max")
+    (tmp_path / accounts).touch()
+    assert hierarchy.swap_gap() is None
 
 
 @pytest.mark.parametrize(

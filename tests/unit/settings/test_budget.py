@@ -13,7 +13,7 @@ import pytest
 from rcon_plugins.confinement.budget import UNIT, MemoryBudget, machine_ledger, open_ledger
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import KernelError, SettingsError
-from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.kernel.cgroup import Hierarchy, Refusal
 from rcon_plugins.settings.budget import Portion, promised
 from rcon_plugins.settings.file import from_mapping
 from rcon_plugins.settings.policy import Policy
@@ -99,6 +99,18 @@ def test_a_policy_without_memory_is_reported() -> None:
     given = settings({"memory": "64M"}, p={"memory": "1M"}, q={"pids": 9})
     (warning,) = [one for one in Plan.make(from_mapping(given)).warnings(0) if "budget" in one]
     assert warning.startswith("policy q: ")
+
+
+def test_policies_whose_memory_does_not_bound_swap_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = {"p": {"memory": "1M"}, "q": {"pids": 9}, "r": {"each": {"memory": "1M"}}}
+    plan = Plan.make(from_mapping({"policy": policies}))
+    assert not [one for one in plan.warnings(0) if "swap" in one]
+    gap = Refusal("swap_max", "swap is not accounted for", "turn swap off")
+    monkeypatch.setattr(type(plan.hierarchy), "swap_gap", lambda _: gap)
+    (warning,) = [one for one in plan.warnings(0) if "swap" in one]
+    assert warning == (
+        "policies p, r: memory limits do not bound swap: swap is not accounted for. Remedy: turn swap off."
+    )
 
 
 def test_the_memory_of_the_machine() -> None:
