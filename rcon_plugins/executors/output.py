@@ -40,8 +40,9 @@ CPU_SHARE: Final = 0.003
 _CPU_BURST: Final = 0.02
 #: After how many seconds of CPU time it pauses, even if other pipes can be read.
 _ROUND: Final = 0.003
-#: Lines that take long to escape count as so many bytes of the log: 0.1 % of a CPU for one confinement.
-_BYTES_PER_CPU_SECOND: Final = RATE / 0.001
+#: Characters that take long to escape count as so many bytes of the log. Not measured: a slow machine must not drop
+#: lines that a fast one would log.
+_ESCAPE_COST: Final = 4
 #: What it costs to wait for the pipes and to wake up, seconds of CPU time. It is not measured.
 _WAKE_UP: Final = 50e-6
 #: The shortest and the longest pause after reading, seconds.
@@ -225,18 +226,20 @@ class _ConfinementLog:
             self.dropped += data.count(b"\n")
             return []
         most = self._left + beyond
-        began = time.thread_time()
         # Decode no more than can be logged: a line takes at least its own length.
         longest = max(0, int(most)) + LONGEST_LINE
         taken = data if len(data) <= longest else data[: data.rfind(b"\n", 0, longest) + 1]
         texts: list[str] = []
         size = count = 0
         for piece, last in _pieces(taken):
-            text = f"{self.prefix}{escape_unprintable(piece)}{'' if last else '…'}\n"
-            size = max(size + len(text), int((time.thread_time() - began) * _BYTES_PER_CPU_SECOND))
-            if size > most:
-                size -= len(text)
+            shown = escape_unprintable(piece)
+            text = f"{self.prefix}{shown}{'' if last else '…'}\n"
+            cost = len(text) + (
+                0 if shown is piece else len(piece) * (1 if piece.isascii() else _ESCAPE_COST)
+            )
+            if size + cost > most:
                 break
+            size += cost
             texts.append(text)
             count += last
         self._left -= size
