@@ -46,6 +46,8 @@ _STOPS = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 #: How long another part of this process may take to reap its own child, seconds.
 _DOUBT_SECONDS = 1.0
+#: How long to wait at the end for killed orphans, seconds.
+_LAST_SECONDS = 0.2
 #: The most orphans of the command to reap before the next signal.
 _MOST_REAPED = 64
 _FROM_THE_KERNEL = 0x80  # SI_KERNEL, asm-generic/siginfo.h
@@ -172,6 +174,22 @@ class Caller:
                 return False
             posix.waitpid(ended.si_pid, 0)
         return True
+
+    def reap_last_orphans(self) -> None:
+        """Reap the adopted processes when all of them were killed: some may not have ended yet. Wait a short time."""
+        if self._is_orphan is None:
+            return
+        deadline = time.monotonic() + _LAST_SECONDS
+        while time.monotonic() < deadline:
+            if self.reap_orphans():
+                continue
+            try:
+                ended = posix.waitid(posix.P_ALL, 0, posix.WEXITED | posix.WNOHANG | posix.WNOWAIT)
+            except ChildProcessError:
+                return  # none is left
+            if ended is not None:
+                return  # another part of this process reaps its own child
+            time.sleep(0.001)
 
     def _may_reap(self, pid: int) -> bool:
         """Return whether an ended child is an orphan, or nobody else has reaped it for a while.

@@ -172,8 +172,7 @@ class _Run:
         # Kill the processes that the command left behind.
         self._group.kill()
         self._oom.stop()
-        while self._caller.reap_orphans():
-            pass
+        self._caller.reap_last_orphans()
         return self._explain(status, late, wall)
 
     def _make_group(self) -> None:
