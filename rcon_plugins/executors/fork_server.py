@@ -52,6 +52,8 @@ Service = Callable[[Channel, Frame], None]
 PID = struct.Struct("!i")
 _EXIT_REPORT = struct.Struct("!qii")
 _MAX_ORDER = 128 * 1024
+#: The longest time until orphans are looked for, where no signal tells of their end, seconds.
+_ORPHAN_SECONDS = 1.0
 #: The most children to reap before the next order.
 _MOST_REAPED = 64
 #: How long to try to send an exit report for which the kernel has no memory, in steps of 10 ms.
@@ -168,8 +170,13 @@ class ForkServer:
         if os.getppid() != self._host:
             return
         more = False
+        #: Executors that ended but cannot be reaped yet, because a process that traces them has not let go of them.
+        traced: set[int] = set()
         while True:
-            ready = poll_readable((control, host, self._sigchld_read), 0 if more else None)
+            # gevent keeps SIGCHLD for itself. So executors are watched by their pidfds too, and orphans are looked for
+            # at intervals.
+            watched = (control, host, self._sigchld_read, *(self._children.keys() - traced))
+            ready = poll_readable(watched, 0 if more else _ORPHAN_SECONDS)
             if host in ready:
                 return
             # Orders come first: confined code chooses how many children this process has.
@@ -177,8 +184,12 @@ class ForkServer:
                 return
             if self._sigchld_read in ready:
                 process.drain(self._sigchld_read)
+            if not ready or ready - {control}:
                 more = True
-            more = more and self._reap_some()
+            if more:
+                more = self._reap_some()
+                ended = ready if not more else set()
+                traced = (traced | ended) & self._children.keys() if ready else set()
 
     def _take_order(self) -> bool:
         """Carry out one order. Return False when the host has closed its side."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import posix
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -93,8 +92,6 @@ class InheritedFiles:
         for mapping in self._mappings:
             if not _is_named(mapping.path, keep):
                 mappings.make_private(mapping)
-            if mapping.descriptor is not None:
-                posix.close(mapping.descriptor)
 
     def _replace_python_streams(self, descriptor: int) -> None:
         for name, of, substitute in self._python_streams:

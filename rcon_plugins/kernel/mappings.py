@@ -25,21 +25,19 @@ _NO_FILES = ("/dev/zero", "/anon_hugepage", "/SYSV")
 
 
 class SharedMapping(NamedTuple):
-    """A regular file that is mapped shared and may be written through the mapping.
-
-    ``descriptor`` reads the file; None if it cannot be opened.
-    """
+    """A file that is mapped shared and may be written through the mapping. ``device`` is ``major:minor``, in hex."""
 
     start: int
     length: int
     protection: int
     offset: int
     path: str
-    descriptor: int | None
+    device: str
+    inode: int
 
 
 def shared_mappings() -> list[SharedMapping]:
-    """Return the writable, shared mappings of files of this process, each with the file opened for reading."""
+    """Return the writable, shared mappings of regular files of this process. Leaves no file open."""
     found: list[SharedMapping] = []
     header: re.Match[str] | None = None
     for line in Path("/proc/self/smaps").read_text(errors="surrogateescape").splitlines():
@@ -57,9 +55,13 @@ def make_private(mapping: SharedMapping) -> None:
 
     What is written there then stays in this process.
     """
-    start, length, protection, offset, _, descriptor = mapping
+    start, length = mapping.start, mapping.length
+    descriptor = _open(mapping)
     if descriptor is not None:
-        map_memory(start, length, protection, MAP_PRIVATE | MAP_FIXED, descriptor, offset)
+        try:
+            map_memory(start, length, mapping.protection, MAP_PRIVATE | MAP_FIXED, descriptor, mapping.offset)
+        finally:
+            posix.close(descriptor)
         return
     content = read_memory(start, length)
     map_memory(start, length, 3, MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS, -1, 0)
@@ -70,24 +72,28 @@ def _of(header: re.Match[str]) -> list[SharedMapping]:
     start, end, *allowed, offset, device, inode, path = header.groups()
     if path.startswith(_NO_FILES):
         return []
-    descriptor = _open(start, end, path, device, int(inode))
-    if descriptor is not None and not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        posix.close(descriptor)
-        return []
     protection = sum(1 << bit for bit, letter in enumerate(allowed) if letter != "-")
     first = int(start, 16)
-    return [SharedMapping(first, int(end, 16) - first, protection, int(offset, 16), path, descriptor)]
+    length = int(end, 16) - first
+    mapping = SharedMapping(first, length, protection, int(offset, 16), path, device, int(inode))
+    descriptor = _open(mapping)
+    if descriptor is None:
+        return [mapping]
+    try:
+        return [mapping] if stat.S_ISREG(os.fstat(descriptor).st_mode) else []
+    finally:
+        posix.close(descriptor)
 
 
-def _open(start: str, end: str, path: str, device: str, inode: int) -> int | None:
-    """Open a mapped file. Without CAP_SYS_ADMIN only by its path, if that still leads to it."""
-    link = f"/proc/self/map_files/{start.lstrip('0')}-{end.lstrip('0')}"
-    for name in (link, path):
+def _open(mapping: SharedMapping) -> int | None:
+    """Open a mapped file to read it. Without CAP_SYS_ADMIN only by its path, if that still leads to it."""
+    link = f"/proc/self/map_files/{mapping.start:x}-{mapping.start + mapping.length:x}"
+    for name in (link, mapping.path):
         with contextlib.suppress(OSError):
             descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             found = os.fstat(descriptor)
             its_device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
-            if name == link or (its_device, found.st_ino) == (device, inode):
+            if name == link or (its_device, found.st_ino) == (mapping.device, mapping.inode):
                 return descriptor
             posix.close(descriptor)
     return None

@@ -227,6 +227,7 @@ def test_a_replacement_that_cannot_start_fails_alone_and_is_made_again_later(tmp
     flag, config = tmp_path / "broken", tmp_path / "config.py"
     config.write_text(BREAKABLE.format(flag=str(flag)))
     with Gunicorn(tmp_path, FREE, "--workers", "2", config=str(config)) as server:
+        until(lambda: len(server.workers()) == 2 and server.is_booted())
         flag.touch()
         killed, other = server.workers()
         os.kill(killed, signal.SIGKILL)
@@ -241,11 +242,12 @@ def test_a_replacement_that_cannot_start_fails_alone_and_is_made_again_later(tmp
         assert server.process.poll() is None
 
 
-def test_first_workers_that_cannot_start_end_gunicorn(tmp_path: Path) -> None:
+def test_a_first_worker_that_cannot_start_ends_gunicorn(tmp_path: Path) -> None:
+    """One worker: the end of a second one, while gunicorn halts, would change its status."""
     flag, config = tmp_path / "broken", tmp_path / "config.py"
     config.write_text(BREAKABLE.format(flag=str(flag)))
     flag.touch()
-    server = Gunicorn(tmp_path, FREE, "--workers", "2", config=str(config))
+    server = Gunicorn(tmp_path, FREE, "--workers", "1", config=str(config))
     try:
         until(lambda: server.process.poll() is not None)
         assert server.process.returncode == 3

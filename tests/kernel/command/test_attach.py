@@ -164,12 +164,12 @@ def test_a_watcher_moves_processes_back_on_sigterm() -> None:
 
 def test_attach_notes_that_existing_memory_is_not_counted() -> None:
     with running("sleep", "1000") as one:
-        done = attach(one, "--memory", "64M", "--group", "late")
+        done = attach(one, "--memory", "64M", "--group", "attached-late")
         assert done.status == 0
         assert done.err == (
             "rcon: note: --memory counts only memory that the processes allocate from now on\n"
         )
-        rcon("attach", "--release", "late")
+        rcon("attach", "--release", "attached-late")
 
 
 def test_neither_a_process_nor_a_name_is_attached_twice() -> None:

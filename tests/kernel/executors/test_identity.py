@@ -114,7 +114,10 @@ def test_the_executor_has_no_descriptor_of_the_server() -> None:
     with managing(POLICY) as manager:
         open_ones, _ = ask(manager, "open_descriptors")
     assert open_ones.pop("0") == "/dev/null"
-    assert open_ones.pop("1") == open_ones.pop("2")  # its own pipe
+    own = open_ones.pop("1")
+    assert open_ones.pop("2") == own
+    # The logs of this run of the tests, if there are any, are the same pipe.
+    open_ones = {number: what for number, what in open_ones.items() if what != own}
     connected = [number for number, what in open_ones.items() if what == "connected"]
     assert len(connected) == 1  # the channel that the work itself came by
     del open_ones[connected[0]]

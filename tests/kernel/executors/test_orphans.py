@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pytest
 
 from rcon_plugins.command.run import Order, run
-from rcon_plugins.kernel.cgroup import Hierarchy, Resources
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from tests.children import in_child
 from tests.kernel.executors.service import ask, begin, end, managing, soon
 
@@ -47,7 +47,10 @@ RCON = Path(sys.executable).parent / "rcon"
 
 
 def under_a_lazy_init(function: Callable[[], T], timeout: float = 100.0) -> T:
-    """Call ``function`` in a PID namespace whose process 1 waits for that process alone, as in many containers."""
+    """Call ``function`` in a PID namespace whose process 1 waits for that process alone, as in many containers.
+
+    Work there below a cgroup of its own: servers outside cannot be seen from there, and would be taken for dead ones.
+    """
 
     def outside() -> T:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -94,20 +97,24 @@ def zombies() -> int:
 
 
 @pytest.mark.smoke
-def test_orphans_of_a_request_take_no_pids_after_their_end() -> None:
+def test_orphans_of_a_request_take_no_pids_after_their_end(base: Cgroup) -> None:
     count = 100 if "RCON_TEST_EMULATED" in os.environ else 300  # more than four times its pids
 
     def program() -> tuple[object, str, bool]:
-        with managing({"pids": 24, "isolation": "process", "each": {"timeout": "60s"}}) as manager:
+        with managing(
+            {"pids": 24, "isolation": "process", "each": {"timeout": "60s"}}, settings={"cgroup": base.path}
+        ) as manager:
             made, outcome = ask(manager, "orphans", count, 40.0)
             return made, outcome.ending, soon(lambda: zombies() == 0, 5)
 
     assert under_a_lazy_init(program) == (count, "ok", True)
 
 
-def test_a_bomb_takes_its_tenant_no_pids_after_its_end() -> None:
+def test_a_bomb_takes_its_tenant_no_pids_after_its_end(base: Cgroup) -> None:
     def program() -> list[str]:
-        with managing({"pids": 40, "isolation": "process", "each": {"timeout": "2s"}}) as manager:
+        with managing(
+            {"pids": 40, "isolation": "process", "each": {"timeout": "2s"}}, settings={"cgroup": base.path}
+        ) as manager:
             ask(manager, "fork_bomb", 1.0)
             assert soon(lambda: not manager._pool.processes._ending, 20)
             assert soon(lambda: zombies() == 0, 5)
@@ -116,11 +123,11 @@ def test_a_bomb_takes_its_tenant_no_pids_after_its_end() -> None:
     assert under_a_lazy_init(program) == ["ok"] * 10
 
 
-def test_an_executor_adopts_no_orphans() -> None:
+def test_an_executor_adopts_no_orphans(base: Cgroup) -> None:
     """Otherwise os.wait() of the application would return processes that it did not make."""
 
     def program() -> tuple[object, int]:
-        with managing({"isolation": "process"}) as manager:
+        with managing({"isolation": "process"}, settings={"cgroup": base.path}) as manager:
             found = ask(manager, "adopts_orphans")[0]
             flag = ctypes.c_int(-1)
             ctypes.CDLL(None).prctl(37, ctypes.byref(flag), 0, 0, 0)
@@ -129,12 +136,12 @@ def test_an_executor_adopts_no_orphans() -> None:
     assert under_a_lazy_init(program) == ([0, "none"], 0)
 
 
-def test_many_orphans_delay_no_order() -> None:
+def test_many_orphans_delay_no_order(base: Cgroup) -> None:
     """One tenant makes orphans as fast as it can; another's executors are spawned and killed meanwhile."""
 
     def program() -> tuple[list[str], float, bool]:
         policy = {"per": "host", "pids": 16, "isolation": "process", "each": {"timeout": "60s"}}
-        with managing(policy) as manager:
+        with managing(policy, settings={"cgroup": base.path}) as manager:
             storm = begin(manager, "orphans", 10**6, 8.0, host="storm")
             time.sleep(0.5)
             endings: list[str] = []
@@ -153,9 +160,11 @@ def test_many_orphans_delay_no_order() -> None:
     assert longest < 5
 
 
-def test_an_executor_that_makes_the_fork_server_its_tracer_has_not_ended_when_it_stops() -> None:
+def test_an_executor_that_makes_the_fork_server_its_tracer_has_not_ended_when_it_stops(base: Cgroup) -> None:
     def program() -> tuple[str, str, bool]:
-        with managing({"isolation": "process", "each": {"timeout": "1s"}}) as manager:
+        with managing(
+            {"isolation": "process", "each": {"timeout": "1s"}}, settings={"cgroup": base.path}
+        ) as manager:
             admission = begin(manager, "stop_as_traced")
             other = ask(manager, "pid")[1].ending
             ending = end(admission)[1].ending
@@ -164,12 +173,12 @@ def test_an_executor_that_makes_the_fork_server_its_tracer_has_not_ended_when_it
     assert under_a_lazy_init(program) == ("ok", "timeout", True)
 
 
-def test_a_traced_executor_does_not_stop_the_fork_server() -> None:
+def test_a_traced_executor_does_not_stop_the_fork_server(base: Cgroup) -> None:
     """Nobody can reap it before its tracer has: a child that it left."""
 
     def program() -> tuple[int, list[str]]:
         policy = {"isolation": "process", "per": "host", "leave_children": True, "each": {"timeout": "60s"}}
-        with managing(policy) as manager:
+        with managing(policy, settings={"cgroup": base.path}) as manager:
             error, outcome = ask(manager, "be_traced_by_a_child", host="traced")
             endings: list[str] = [outcome.ending]
             time.sleep(0.5)
@@ -181,24 +190,35 @@ def test_a_traced_executor_does_not_stop_the_fork_server() -> None:
     assert error == 0
 
 
-def test_orphans_of_a_command_take_no_pids_after_their_end() -> None:
+def test_orphans_of_a_command_take_no_pids_after_their_end(base: Cgroup) -> None:
 
     def program() -> tuple[int, str, int]:
-        command = [str(RCON), "run", "--pids", "24", "--", sys.executable, "-c", MAKE_ORPHANS]
+        command = [
+            str(RCON),
+            "run",
+            "--cgroup",
+            base.path,
+            "--pids",
+            "24",
+            "--",
+            sys.executable,
+            "-c",
+            MAKE_ORPHANS,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         return done.returncode, done.stdout + done.stderr, zombies()
 
     assert under_a_lazy_init(program) == (0, "done\n", 0)
 
 
-def test_a_command_with_events_keeps_what_it_reaps_apart(tmp_path: Path) -> None:
+def test_a_command_with_events_keeps_what_it_reaps_apart(tmp_path: Path, base: Cgroup) -> None:
     """The command of --on-event is a child of rcon, too, and none of the group."""
     if Hierarchy.discover().unified is None:
         pytest.skip("v1 does not tell the group of a process that has ended")
     told = tmp_path / "told"
 
     def program() -> tuple[int, str]:
-        command = [str(RCON), "run", "--pids", "24", "--on-event", f"cat >> {told}"]
+        command = [str(RCON), "run", "--cgroup", base.path, "--pids", "24", "--on-event", f"cat >> {told}"]
         command += ["--", sys.executable, "-c", MAKE_ORPHANS]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         return done.returncode, done.stdout
@@ -219,11 +239,11 @@ def test_the_caller_of_a_command_adopts_only_while_it_runs() -> None:
     assert in_child(program) == [0]
 
 
-def test_threads_of_the_server_wait_for_their_own_children() -> None:
+def test_threads_of_the_server_wait_for_their_own_children(base: Cgroup) -> None:
     """The server itself adopts nothing, so its own waiting is as without rcon."""
 
     def program() -> bool:
-        with managing({"isolation": "process"}) as manager:
+        with managing({"isolation": "process"}, settings={"cgroup": base.path}) as manager:
             ask(manager, "orphans", 20)
             found: list[str] = []
 
