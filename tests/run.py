@@ -78,11 +78,17 @@ def machine(name: str, lane: str, module: str, *, tests: bool = True) -> Tier:
 
 PYTHON = (sys.executable, "-m")
 COVERAGE = (*PYTHON, "coverage", "run", "--rcfile=tests/coverage.ini", "-m")
+NICE = ("nice", "-n", "5")
 LINT = Tier("lint", "free", ("make", "--no-print-directory", "lint"), tests=False)
 DOCS = ("make", "--no-print-directory", "docs")
 QUIET = "not measures"
 CELERY = "tests/integrations/celery"
 HOST = ("--reruns", "1")
+
+
+def nice(tier: Tier) -> Tier:
+    """Return a tier that leaves the CPU to the one that takes longest."""
+    return replace(tier, command=(*NICE, *tier.command))
 
 
 def plans() -> dict[str, list[Tier]]:
@@ -93,7 +99,7 @@ def plans() -> dict[str, list[Tier]]:
     )
     kernel = pytest("kernel", "host", "tests/kernel", "-m", QUIET, *HOST)
     # These tests mostly wait, so three processes run them.
-    celery = pytest("celery", "free", CELERY, "-n", "3", "--dist", "loadfile", *HOST)
+    celery = pytest("celery", "free", CELERY, "-m", QUIET, "-n", "3", "--dist", "loadfile", *HOST)
     measures = pytest("measures", ALONE, "tests/integrations", "tests/kernel", "-m", "measures", *HOST)
     return {
         "check": [
@@ -104,15 +110,20 @@ def plans() -> dict[str, list[Tier]]:
             Tier("docs", "lint", DOCS, tests=False),
         ],
         "test": [
-            integrations,
-            kernel,
-            LINT,
-            Tier("docs", "free", DOCS, tests=False),
-            unit,
-            pytest("contract", "free", "tests/contract"),
-            celery,
             machine("v2", "emulator", "tests.vm"),
-            machine("systemd", "emulator", "tests.vm_systemd"),
+            *map(
+                nice,
+                (
+                    integrations,
+                    kernel,
+                    LINT,
+                    Tier("docs", "free", DOCS, tests=False),
+                    unit,
+                    pytest("contract", "free", "tests/contract"),
+                    celery,
+                    machine("systemd", "free", "tests.vm_systemd"),
+                ),
+            ),
             measures,
         ],
         "coverage": [
