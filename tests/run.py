@@ -78,17 +78,11 @@ def machine(name: str, lane: str, module: str, *, tests: bool = True) -> Tier:
 
 PYTHON = (sys.executable, "-m")
 COVERAGE = (*PYTHON, "coverage", "run", "--rcfile=tests/coverage.ini", "-m")
-NICE = ("nice", "-n", "5")
 LINT = Tier("lint", "free", ("make", "--no-print-directory", "lint"), tests=False)
 DOCS = ("make", "--no-print-directory", "docs")
 QUIET = "not measures"
 CELERY = "tests/integrations/celery"
 HOST = ("--reruns", "1")
-
-
-def nice(tier: Tier) -> Tier:
-    """Return a tier that leaves the CPU to the one that takes longest."""
-    return replace(tier, command=(*NICE, *tier.command))
 
 
 def plans() -> dict[str, list[Tier]]:
@@ -111,19 +105,14 @@ def plans() -> dict[str, list[Tier]]:
         ],
         "test": [
             machine("v2", "emulator", "tests.vm"),
-            *map(
-                nice,
-                (
-                    integrations,
-                    kernel,
-                    LINT,
-                    Tier("docs", "free", DOCS, tests=False),
-                    unit,
-                    pytest("contract", "free", "tests/contract"),
-                    celery,
-                    machine("systemd", "free", "tests.vm_systemd"),
-                ),
-            ),
+            integrations,
+            kernel,
+            LINT,
+            Tier("docs", "free", DOCS, tests=False),
+            unit,
+            pytest("contract", "free", "tests/contract"),
+            celery,
+            machine("systemd", "free", "tests.vm_systemd"),
             measures,
         ],
         "coverage": [
