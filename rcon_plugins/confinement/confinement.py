@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 import threading
@@ -20,6 +19,7 @@ from rcon_plugins.confinement.admission import (
 from rcon_plugins.confinement.isolation import resources_of
 from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.inline import InlineExecutor
+from rcon_plugins.kernel.files import gone
 from rcon_plugins.kernel.process import join_new_session_keyring
 from rcon_plugins.tree.locks import first_slot
 
@@ -162,7 +162,7 @@ class InlineConfinement(Confinement):
                     break
                 except KernelError as error:
                     # Until a thread is in it, another worker may remove it.
-                    if error.errno not in (errno.ENODEV, errno.ENOENT) or not attempts_left:
+                    if not gone(error) or not attempts_left:
                         raise
             # Threads that are about to enter still hold the former executor, whose entrance closes with it.
             self.executor = InlineExecutor(cgroup, entrance, home)
@@ -179,7 +179,7 @@ class InlineConfinement(Confinement):
         try:
             executor.enter()
         except KernelError as error:
-            if error.errno not in (errno.ENODEV, errno.ENOENT):
+            if not gone(error):
                 raise
             self._make_cgroup()
             executor = self.executor

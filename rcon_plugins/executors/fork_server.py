@@ -184,12 +184,13 @@ class ForkServer:
                 return
             if self._sigchld_read in ready:
                 process.drain(self._sigchld_read)
-            if not ready or ready - {control}:
-                more = True
-            if more:
+            if more or not ready or ready - {control}:
                 more = self._reap_some()
-                ended = ready if not more else set()
-                traced = (traced | ended) & self._children.keys() if ready else set()
+                if not ready:
+                    traced.clear()  # try them again
+                elif not more:
+                    traced |= ready
+                traced &= self._children.keys()
 
     def _take_order(self) -> bool:
         """Carry out one order. Return False when the host has closed its side."""

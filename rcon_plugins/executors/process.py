@@ -35,6 +35,7 @@ from rcon_plugins.executors.supervisor import Supervisor
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.cgroup import Resources
+from rcon_plugins.kernel.files import gone
 
 if TYPE_CHECKING:
     import pluggy
@@ -256,8 +257,7 @@ class ProcessExecutors:
                 leaf.configure(each)
                 break
             except BaseException as error:
-                gone = isinstance(error, KernelError) and error.errno in (errno.ENOENT, errno.ENODEV)
-                if not gone or not attempts_left:
+                if not (isinstance(error, KernelError) and gone(error)) or not attempts_left:
                     leaf.delete()
                     raise
         return leaf

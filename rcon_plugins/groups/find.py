@@ -8,7 +8,6 @@ those of other users that this user may read. Each call reads the tree again; no
 from __future__ import annotations
 
 import difflib
-import errno
 import re
 import time
 from collections import Counter
@@ -56,8 +55,8 @@ class Owner:
 class Group:
     """One group. ``label`` is its shortest name that no other group has.
 
-    ``policy`` and ``key`` are None if the name does not contain them. The methods raise KernelError; :func:`is_gone`
-    returns whether the reason is that the group was removed meanwhile.
+    ``policy`` and ``key`` are None if the name does not contain them. The methods raise KernelError.
+    `rcon_plugins.kernel.files.gone` returns whether the reason is that the group was removed meanwhile.
     """
 
     name: str
@@ -163,11 +162,6 @@ def find_group(name: str, groups: Iterable[Group] | None = None) -> Group:
     near = difflib.get_close_matches(name, [one for group in known for one in (group.name, group.label)], n=1)
     hint = f"did you mean {near[0]}?" if near else "rcon ls lists all groups"
     raise UnknownGroup(f"there is no group {name!r}", hint=hint)
-
-
-def is_gone(error: KernelError) -> bool:
-    """Return whether the cause of an error is that the group or process was already gone."""
-    return error.errno in (errno.ENOENT, errno.ENODEV, errno.ESRCH)
 
 
 def split_name(name: str) -> tuple[str | None, str | None]:

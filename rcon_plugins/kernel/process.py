@@ -244,23 +244,11 @@ def shared_descriptors(private: str) -> list[int]:
     of the cgroup tree, and the regular files whose target begins with ``private``. Other regular files, directories and
     devices stay: the application may have opened them while it was loaded.
     """
-    found: list[int] = []
-    for name in os.listdir(_DESCRIPTORS):
-        descriptor = int(name)
-        if descriptor <= 2:
-            continue
-        try:
-            mode = os.fstat(descriptor).st_mode
-            target = os.readlink(f"{_DESCRIPTORS}/{name}")
-        except FileNotFoundError:
-            continue  # the descriptor of this listing
-        except OSError as error:
-            if error.errno == errno.EBADF:
-                continue
-            raise
-        if not _is_file(mode) or target.startswith((_CGROUP_TREE, private)):
-            found.append(descriptor)
-    return found
+    return [
+        file.descriptor
+        for file in _open_descriptors()
+        if not _is_file(file.mode) or file.path.startswith((_CGROUP_TREE, private))
+    ]
 
 
 def replace_with_closed_socket(descriptor: int) -> None:
@@ -277,7 +265,7 @@ def replace_with_closed_socket(descriptor: int) -> None:
 
 
 class OpenFile(NamedTuple):
-    """An open file that is no socket, pipe or the like. ``mode`` is of its inode, ``flags`` those of open(2)."""
+    """An open descriptor. ``path`` is the target of its link in /proc, ``mode`` of its inode, ``flags`` of open(2)."""
 
     descriptor: int
     path: str
@@ -302,7 +290,11 @@ class OpenFile(NamedTuple):
 
 def open_files() -> list[OpenFile]:
     """Return the regular files, directories and devices that this process has open, above descriptor 2."""
-    found: list[OpenFile] = []
+    return [file for file in _open_descriptors() if _is_file(file.mode) and not file.flags & os.O_PATH]
+
+
+def _open_descriptors() -> Iterator[OpenFile]:
+    """Yield what this process has open above descriptor 2, of any kind. Raises OSError."""
     for name in os.listdir(_DESCRIPTORS):
         descriptor = int(name)
         if descriptor <= 2:
@@ -317,9 +309,7 @@ def open_files() -> list[OpenFile]:
             if error.errno == errno.EBADF:
                 continue
             raise
-        if _is_file(mode) and not flags & os.O_PATH:
-            found.append(OpenFile(descriptor, path, mode, flags))
-    return found
+        yield OpenFile(descriptor, path, mode, flags)
 
 
 def open_again(file: OpenFile) -> None:

@@ -62,7 +62,7 @@ class Instance:
                 return cls._create_in(hierarchy.narrowed(found), found, owner)
             except KernelError as error:
                 # Another server that ended may have removed the base: ENODEV if a file in it was open already.
-                if error.errno not in (errno.ENOENT, errno.ENODEV):
+                if not files.gone(error):
                     raise
                 last = error
         raise last

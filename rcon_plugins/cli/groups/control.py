@@ -10,7 +10,8 @@ import click
 from rcon_plugins.cli.columns import printable
 from rcon_plugins.cli.exit import BadUsage
 from rcon_plugins.errors import KernelError
-from rcon_plugins.groups.find import Group, is_gone
+from rcon_plugins.groups.find import Group
+from rcon_plugins.kernel.files import gone
 
 #: How long to wait for killed processes to end, in seconds.
 _KILL_SECONDS = 10.0
@@ -40,7 +41,7 @@ def kill(group: Group, as_json: bool) -> int:
     try:
         group.cgroup.kill(_KILL_SECONDS)
     except KernelError as error:
-        if not is_gone(error):
+        if not gone(error):
             raise
     if as_json:
         processes = [{"pid": one.pid, "uid": one.uid, "command": one.command} for one in killed]

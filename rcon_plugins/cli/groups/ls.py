@@ -20,7 +20,8 @@ from rcon_plugins.cli.columns import (
 )
 from rcon_plugins.cli.exit import say
 from rcon_plugins.errors import KernelError
-from rcon_plugins.groups.find import FoundGroups, Group, find_groups, is_gone
+from rcon_plugins.groups.find import FoundGroups, Group, find_groups
+from rcon_plugins.kernel.files import gone
 
 _HEADS = ("GROUP", ">PROCS", ">MEMORY", ">CPU TIME", "LIMITS", ">PID", "OWNER")
 
@@ -35,7 +36,7 @@ def ls(as_json: bool) -> int:
         except KernelError as error:
             if error.errno in (errno.EACCES, errno.EPERM):
                 found.unreadable.append(error.path or group.cgroup.path)
-            elif not is_gone(error):
+            elif not gone(error):
                 raise
     if as_json:
         click.echo(json.dumps(rows, indent=2))

@@ -13,9 +13,10 @@ from importlib import import_module
 from rcon_plugins.cli.columns import printable
 from rcon_plugins.cli.exit import BadUsage, Refused, say
 from rcon_plugins.errors import KernelError, SettingsError
-from rcon_plugins.groups.find import find_groups, is_gone
+from rcon_plugins.groups.find import find_groups
 from rcon_plugins.groups.sample import Sample
 from rcon_plugins.kernel.cgroup import Reading
+from rcon_plugins.kernel.files import gone
 
 #: Returns a sample of each group, as of now.
 Source = Callable[[], Iterable[Sample]]
@@ -27,7 +28,7 @@ def local() -> Iterator[Sample]:
         try:
             sample = group.sample()
         except KernelError as error:
-            if not is_gone(error) and error.errno not in (errno.EACCES, errno.EPERM):
+            if not gone(error) and error.errno not in (errno.EACCES, errno.EPERM):
                 raise
             continue  # gone meanwhile, or not readable, which rcon ls reports
         yield sample

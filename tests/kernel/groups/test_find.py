@@ -14,8 +14,9 @@ import pytest
 from rcon_plugins.cli.groups import ls
 from rcon_plugins.cli.top import samples, top
 from rcon_plugins.errors import KernelError, UnknownGroup
-from rcon_plugins.groups.find import Group, find_group, find_groups, is_gone
+from rcon_plugins.groups.find import Group, find_group, find_groups
 from rcon_plugins.kernel.cgroup import MAX, Cgroup, Hierarchy, IoMax, Resources, device_of, read_limits
+from rcon_plugins.kernel.files import gone
 from rcon_plugins.tree.instance import Instance
 from tests.kernel.cgroup.helpers import DISK, MIB, eventually, layout, running, sleep_forever, touch
 
@@ -191,7 +192,7 @@ def test_a_group_that_was_removed_is_reported_as_gone(instance: Instance, own: s
     cgroup.delete()
     with pytest.raises(KernelError) as caught:
         group.usage()
-    assert is_gone(caught.value)
+    assert gone(caught.value)
     assert group.pids() == []
     assert group.processes() == []
     with pytest.raises(UnknownGroup):

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from rcon_plugins.confinement.confinement import cgroup_name
 from rcon_plugins.errors import KernelError, UnknownGroup
-from rcon_plugins.groups.find import Group, Kind, Owner, find_group, is_gone, split_name, with_labels
+from rcon_plugins.groups.find import Group, Kind, Owner, find_group, split_name, with_labels
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.mounts import Mount
+from rcon_plugins.kernel.files import gone
 
 HIERARCHY = Hierarchy.of([Mount(2, "/nowhere", controllers=frozenset({"cpu"}))])
 OWNER = Owner(1, alive=True, uid=0, command="init")
@@ -86,5 +87,5 @@ def test_unknown_and_ambiguous_names(name: str, says: str) -> None:
     assert str(caught.value) == says
 
 
-def test_is_gone_distinguishes_missing_from_refused() -> None:
-    assert [is_gone(KernelError("x", errno=number)) for number in (2, 19, 3, 13)] == [True, True, True, False]
+def test_gone_distinguishes_missing_from_refused() -> None:
+    assert [gone(KernelError("x", errno=number)) for number in (2, 19, 3, 13)] == [True, True, True, False]
