@@ -124,11 +124,12 @@ def ended() -> str:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["0"], ["-1"], ["x"], ["1"], ["4194305"], ["9" * 30], ["1.5"], [str(os.getpid())], ["ended"]],
+    [[], ["0"], ["-1"], ["x"], ["1"], ["4194305"], ["9" * 30], ["1.5"], ["itself"], ["ended"]],
     ids=str,
 )
 def test_processes_that_cannot_be_attached(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    words = [ended() if word == "ended" else word for word in words]
+    pids = {"itself": lambda: str(os.getpid()), "ended": ended}
+    words = [pids[word]() if word in pids else word for word in words]
     assert run_main(["attach", "--cpu", "50%", *words]) == 2
     one_line(capfd)
 
