@@ -48,6 +48,15 @@ def alive(pid: int) -> bool:
         return False
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds that a process has used, those of threads that have ended included.
+
+    The clock counts nanoseconds (clock_getcpuclockid(3); its number is that of the kernel's ``CPUCLOCK_SCHED``).
+    ``/proc/<pid>/stat`` counts ticks of 10 ms: over a few processes they add up to the tolerance of a quota.
+    """
+    return time.clock_gettime((~pid << 3) | 2)
+
+
 def instance_directories(pid: int) -> list[Path]:
     """Return the directories of the instance that this process made, in each hierarchy."""
     return [

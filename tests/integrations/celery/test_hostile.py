@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from celery.utils.serialization import UnpickleableExceptionWrapper
 
 from rcon_plugins.errors import Killed, ResultTooLarge, TimeLimitExceeded
 from tests.integrations.celery.sessions import Session, Sessions
+from tests.processes import cpu_seconds
 
 MALFORMED = (
     "hostile: its process sent an answer that cannot be decoded, and was killed; "
@@ -134,11 +134,6 @@ def test_an_answer_that_would_cost_much_costs_little(
     assert str(error) == MALFORMED.replace("hostile:", "hostile_large:")
     assert cpu_seconds(process) - before < 0.2
     assert resident_peak(process) - resident < 8 * 16 * 2**20
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_peak(pid: int, *, reset: bool = False) -> int:

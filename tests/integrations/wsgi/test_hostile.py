@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.contract.wsgi.client import Served, ask, serving
+from tests.processes import cpu_seconds
 
 SETTINGS = """
 [policy.slow]
@@ -67,11 +67,6 @@ def worker(served: Served) -> int:
     children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text()
     (pid,) = map(int, children.split())
     return pid
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def problem(answer: bytes) -> dict[str, Any]:

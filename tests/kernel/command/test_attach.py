@@ -21,6 +21,7 @@ from rcon_plugins.tree.garbage import collect
 from tests.kernel.command.harness import Done, left_by, rcon, until
 from tests.kernel.command.test_run import ALLOCATE
 from tests.kernel.quota import judge, window
+from tests.processes import cpu_seconds
 
 pytestmark = pytest.mark.each_layout
 
@@ -63,16 +64,12 @@ def attach(processes: Processes, *options: str) -> Done:
     return rcon("attach", *options, *(str(process.pid) for process in processes))
 
 
-def cpu_seconds(pid: int) -> float:
-    fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 @pytest.mark.measures
 def test_two_processes_are_held_down_together_and_the_group_goes_with_them() -> None:
     with running("yes", count=2) as both:
-        done = attach(both, "--cpu", "30%", "--group", "yes-yes")
-        assert (done.status, done.out, done.err) == (0, "yes-yes: 2 processes\n", "")
+        group = f"yes-{both[0].pid}"
+        done = attach(both, "--cpu", "30%", "--group", group)
+        assert (done.status, done.out, done.err) == (0, f"{group}: 2 processes\n", "")
         mine = watcher(both[0].pid)
         assert watcher(both[1].pid) == mine
 
