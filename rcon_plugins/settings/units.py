@@ -233,7 +233,10 @@ def format_value(unit: str, value: float | str) -> str:
 
 
 def show(value: object) -> str:
-    """Return ``value`` for an error message: as Python writes it, and not too long."""
+    """Return ``value`` for an error message: as Python writes it, at most 80 characters.
+
+    What is cut is in the middle: a path differs from others at its end.
+    """
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # Python writes no integers of more than 4300 digits
@@ -242,7 +245,7 @@ def show(value: object) -> str:
             if isinstance(value, int)
             else f"a {type(value).__name__}"
         )
-    return text if len(text) <= 80 else f"{text[:76]}..."
+    return text if len(text) <= 80 else f"{text[:38]}...{text[-38:]}"
 
 
 def _exactly(number: float) -> Decimal:

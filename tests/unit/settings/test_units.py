@@ -170,6 +170,8 @@ def test_the_schema_accepts_what_the_parser_accepts(unit: str, written: str) -> 
     assert re.fullmatch(texts_of(UNITS[unit].schema), written)
 
 
-def test_a_long_value_is_shown_short() -> None:
-    assert show("x" * 1000).endswith("...")
-    assert len(show("x" * 1000)) < 80
+def test_a_long_value_is_shown_short_with_its_beginning_and_its_end() -> None:
+    shown = show("/srv/" + "x" * 1000 + "/anna")
+    assert len(shown) < 80
+    assert shown.startswith("'/srv/x")
+    assert shown.endswith("x/anna'")
