@@ -72,11 +72,11 @@ class Tier:
 
 
 def pytest(name: str, lane: str, *arguments: str, **environment: str) -> Tier:
-    return Tier(name, lane, (*PYTHON, "pytest", *arguments), environment=environment)
+    return Tier(name, lane, (*PYTHON, "pytest", *arguments, *SLOWEST), environment=environment)
 
 
-def machine(name: str, lane: str, module: str, *, tests: bool = True) -> Tier:
-    return Tier(name, lane, (*PYTHON, module), tests=tests)
+def machine(name: str, lane: str, module: str) -> Tier:
+    return Tier(name, lane, (*PYTHON, module, *SLOWEST))
 
 
 PYTHON = (sys.executable, "-m")
@@ -84,6 +84,8 @@ COVERAGE = (*PYTHON, "coverage", "run", "--rcfile=tests/coverage.ini", "-m")
 LINT = Tier("lint", "free", ("make", "--no-print-directory", "lint"), tests=False)
 DOCS = ("make", "--no-print-directory", "docs")
 QUIET = "not measures"
+#: Each log names its slowest tests: where to look when a tier takes longer than it did.
+SLOWEST = ("--durations=20", "--durations-min=1")
 CELERY = "tests/integrations/celery"
 HOST = ("--reruns", "1")
 
@@ -133,7 +135,7 @@ def plans() -> dict[str, list[Tier]]:
             replace(measures, environment={"RCON_TEST_LONG": "1"}),
             pytest("tenants", ALONE, "tests/integrations/gunicorn/test_tenants.py", RCON_TEST_LONG="1"),
             pytest("hosts", ALONE, "tests/integrations/gunicorn/test_hosts.py", RCON_TEST_LONG="1"),
-            machine("celery-suite", ALONE, "tests.celery_suite", tests=False),
+            Tier("celery-suite", ALONE, (*PYTHON, "tests.celery_suite"), tests=False),
         ],
     }
 
