@@ -42,6 +42,9 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     #: Bytes. The highest since the executor process was made where the kernel cannot reset a peak
     #: (cgroup v2 before 6.12); else of this unit of work alone.
     memory_peak: int | None = None
+    #: Bytes. The most swap, likewise; exact on cgroup v2 since Linux 6.5. Elsewhere it is the least that it can have
+    #: been, or None: `rcon_plugins.kernel.cgroup.Reading`.
+    swap_peak: int | None = None
     io_read_bytes: int | None = None
     io_write_bytes: int | None = None
     #: Processes of this unit of work that the OOM killer ended.

@@ -1,4 +1,4 @@
-"""Run the tests that depend on the kernel's cgroup hierarchy on pure cgroup v2, in an emulated machine.
+"""Run the tests that depend on the kernel's cgroup hierarchy on pure cgroup v2 or v1, in an emulated machine.
 
 `python -m tests.vm [pytest arguments]` boots the machine (tests/machine.py), runs pytest there and ends with pytest's
 exit status. Unless the arguments name tests it runs those of `TESTS` that are marked `each_layout`, `smoke` or
@@ -6,7 +6,7 @@ exit status. Unless the arguments name tests it runs those of `TESTS` that are m
 the hierarchy are left out.
 
 In the machine the tests find:
-- cgroup v2 alone, with all of its controllers, at /sys/fs/cgroup;
+- cgroup v2 alone, with all of its controllers, at /sys/fs/cgroup; with `--layout v1` cgroup v1 alone, below it;
 - `RCON_TEST_DISK`: a directory on a block device of its own (ext4 on a partition, O_DIRECT works), for IO limits;
 - `RCON_TEST_EMULATED=1`, by which a test under load makes fewer requests;
 - `TMPDIR` on a tmpfs, two CPUs, 1.5 GiB of memory, no swap, the loopback network, everything as root;
@@ -65,7 +65,7 @@ mount -t tmpfs -o mode=1777 shm /dev/shm
 for link in fd: stdin:/0 stdout:/1 stderr:/2; do
     ln -sfn /proc/self/fd${{link#*:}} /dev/${{link%%:*}}
 done
-mount -t cgroup2 cgroup /sys/fs/cgroup
+{cgroups}
 mount -t tmpfs -o mode=755 run /run
 for directory in etc home opt srv tmp var; do
     mkdir -p /run/written/$directory/upper /run/written/$directory/work
@@ -73,7 +73,7 @@ for directory in etc home opt srv tmp var; do
     chmod --reference=/$directory upper
     mount -t overlay -o lowerdir=/$directory,upperdir=upper,workdir=work overlay /$directory
 done
-echo v2 >/proc/sys/kernel/hostname
+echo {layout} >/proc/sys/kernel/hostname
 busybox ip link set lo up
 cd {root}
 {{ setsid -w {command}; echo $? >/run/status; }} </dev/null 2>&1 | cat >/dev/ttyS0
@@ -82,6 +82,18 @@ sleep 0.1
 echo o >/proc/sysrq-trigger
 sleep 60
 """
+
+
+#: How the hierarchies are mounted, by layout.
+CGROUPS = {
+    "v2": "mount -t cgroup2 cgroup /sys/fs/cgroup",
+    "v1": """\
+mount -t tmpfs -o mode=755 cgroup /sys/fs/cgroup
+for controllers in cpu,cpuacct cpuset memory blkio pids freezer; do
+    mkdir /sys/fs/cgroup/$controllers
+    mount -t cgroup -o $controllers cgroup /sys/fs/cgroup/$controllers
+done""",
+}
 
 
 def make_disk(path: Path) -> None:
@@ -103,29 +115,51 @@ def make_disk(path: Path) -> None:
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
 
-def boot(arguments: list[str], *, kernel: Path | None, timeout: int, memory: str) -> int:
+def boot(arguments: list[str], *, kernel: Path | None, timeout: int, memory: str, layout: str) -> int:
     """Boot, run pytest in the machine, and return its exit status."""
     kernel = kernel or newest_kernel()
     print(f"Booting {kernel.name} in an emulated machine (about 15 s) ...", flush=True)
     compile_sources(list(TESTS))
     kept = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
-    inside = ["env", *kept, sys.executable, "-m", "tests.vm", "--inside", "--", *arguments]
+    inside = [
+        "env",
+        *kept,
+        sys.executable,
+        "-m",
+        "tests.vm",
+        "--inside",
+        "--layout",
+        layout,
+        "--",
+        *arguments,
+    ]
 
     def command(scratch: Path) -> list[str]:
         disk = scratch / "disk.img"
         make_disk(disk)
-        script = INIT.format(path=PATH, root=shlex.quote(str(ROOT)), command=shlex.join(inside))
+        script = INIT.format(
+            path=PATH,
+            root=shlex.quote(str(ROOT)),
+            command=shlex.join(inside),
+            cgroups=CGROUPS[layout],
+            layout=layout,
+        )
         return machine(kernel, scratch, memory, script, disk)
 
     return run(command, timeout)
 
 
-def inside(arguments: list[str]) -> NoReturn:
+def inside(arguments: list[str], layout: str) -> NoReturn:
     """Check the machine, mount the disk, and execute pytest. Called in the machine, as root."""
-    present = Path("/sys/fs/cgroup/cgroup.controllers").read_text().split()
+    if layout == "v2":
+        present = Path("/sys/fs/cgroup/cgroup.controllers").read_text().split()
+    else:
+        known = {"blkio": "io"}
+        mounted = [folder.name for folder in Path("/sys/fs/cgroup").iterdir()]
+        present = [known.get(name, name) for folder in mounted for name in folder.split(",")]
     missing = [name for name in CONTROLLERS if name not in present]
     if missing:
-        fail(f"cgroup v2 in the emulated machine lacks {' '.join(missing)}")
+        fail(f"cgroup {layout} in the emulated machine lacks {' '.join(missing)}")
     disk, tmp = SCRATCH / "disk", SCRATCH / "tmp"
     for directory in (disk, tmp):
         directory.mkdir(parents=True, exist_ok=True)
@@ -140,7 +174,7 @@ def inside(arguments: list[str]) -> NoReturn:
     subprocess.run([need("mount"), "-t", "ext4", str(partition), str(disk)], check=True)
     disk.chmod(0o1777)
     print(
-        f"Linux {os.uname().release}, pure cgroup v2 with {' '.join(CONTROLLERS)}; "
+        f"Linux {os.uname().release}, pure cgroup {layout} with {' '.join(CONTROLLERS)}; "
         f"{os.cpu_count()} CPUs; {partition} (ext4) on {disk}; up {Path('/proc/uptime').read_text().split()[0]} s",
         flush=True,
     )
@@ -156,7 +190,7 @@ def inside(arguments: list[str]) -> NoReturn:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run tests on pure cgroup v2, in an emulated machine.")
+    parser = argparse.ArgumentParser(description="Run tests on pure cgroup v2 or v1, in an emulated machine.")
     parser.add_argument(
         "--timeout", type=int, default=3000, help="seconds for all of it (default: %(default)s)"
     )
@@ -167,16 +201,28 @@ def main() -> int:
         help="the kernel, whose modules are in /lib/modules (default: the newest in /boot)",
     )
     parser.add_argument("--memory", default="1536M", help="memory of the machine (default: %(default)s)")
+    parser.add_argument(
+        "--layout",
+        choices=sorted(CGROUPS),
+        default="v2",
+        help="the cgroup hierarchies (default: %(default)s)",
+    )
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options, arguments = parser.parse_known_args()
     arguments = [a for a in arguments if a != "--"]
     if not selects_tests(arguments):
         arguments = [*TESTS, "-m", SELECTED, "--reruns", "1", *arguments]
     if options.inside:
-        inside(arguments)
+        inside(arguments, options.layout)
     end_on_signals()
     try:
-        return boot(arguments, kernel=options.kernel, timeout=options.timeout, memory=options.memory)
+        return boot(
+            arguments,
+            kernel=options.kernel,
+            timeout=options.timeout,
+            memory=options.memory,
+            layout=options.layout,
+        )
     except KeyboardInterrupt:
         return 130
 

@@ -97,6 +97,7 @@ class Ended(NamedTuple):
             wall_seconds=self.wall_seconds,
             cpu_seconds=self.reading.cpu_seconds,
             memory_peak=self.reading.memory_peak,
+            swap_peak=self.reading.swap_peak,
             io_read_bytes=self.reading.io_read_bytes,
             io_write_bytes=self.reading.io_write_bytes,
             oom_kills=self.reading.oom_kills,

@@ -45,6 +45,7 @@ class SampleData(msgspec.Struct, frozen=True, kw_only=True):
     cpu_throttled: int | None = None
     memory: int | None = None
     memory_peak: int | None = None
+    swap_peak: int | None = None
     memory_limit: int | None = None
     io_read_bytes: int | None = None
     io_write_bytes: int | None = None
@@ -66,6 +67,7 @@ def to_data(sample: Sample) -> dict[str, Any]:
         cpu_throttled=statistics.cpu_throttled,
         memory=reading.memory_current,
         memory_peak=reading.memory_peak,
+        swap_peak=reading.swap_peak,
         memory_limit=limits.memory_max if isinstance(limits.memory_max, int) else None,
         io_read_bytes=reading.io_read_bytes,
         io_write_bytes=reading.io_write_bytes,
@@ -98,6 +100,7 @@ def from_data(data: object, *, id: str, name: str, owner: str, node: str) -> Sam
             cpu_seconds=received.cpu_seconds,
             memory_current=received.memory,
             memory_peak=received.memory_peak,
+            swap_peak=received.swap_peak,
             io_read_bytes=received.io_read_bytes,
             io_write_bytes=received.io_write_bytes,
             pids_current=received.pids,

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import features, process, seccomp
 from rcon_plugins.kernel.capability import CAP_SETGID, CAP_SETUID, Capabilities, read_state
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, v1
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, swap, v1
 from rcon_plugins.kernel.cgroup.mounts import is_systemds
 from rcon_plugins.kernel.cgroup.resources import CONTROLLERS
 from rcon_plugins.tree import previous_cgroups, systemd
@@ -167,10 +167,10 @@ def _swap(hierarchy: Hierarchy, leaf: Cgroup) -> Iterator[Finding]:
     wanted = Resources(memory_max=_BIG, swap_max=_BIG)
     refused = hierarchy.refusals(wanted)
     if not refused:
-        machine = "this machine has swap" if v1.has_swap() else "this machine has no swap"
+        machine = "this machine has swap" if swap.present() else "this machine has no swap"
         text = f"accounted, so a memory limit allows no swap unless swap is set; {machine}"
         yield _attempt("limits", "swap", partial(leaf.configure, wanted), text)
-    elif v1.has_swap():
+    elif swap.present():
         reason = f"{refused[0].reason}, so memory limits do not bound swap"
         yield Finding("limits", "swap", "missing", reason, refused[0].remedy)
     else:

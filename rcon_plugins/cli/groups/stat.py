@@ -117,7 +117,7 @@ def _usage_lines(usage: Reading, group: Group) -> list[str]:
         _line("cpu", cpu),
         _line("throttled", throttled),
         _line("memory", memory),
-        _line("swap", size(statistics.swap_current)),
+        _line("swap", f"{size(statistics.swap_current)}, peak {size(usage.swap_peak)}"),
         _line("limit hits", f"memory {count(usage.memory_limit_hits)}, pids {count(usage.pids_limit_hits)}"),
         _line("memory-high", f"reached {count(statistics.memory_high_hits)} times"),
         _line("OOM kills", count(usage.oom_kills)),

@@ -358,6 +358,7 @@ class ProcessAdmission(Admission):
             wall_seconds=time.monotonic() - self._started,
             cpu_seconds=None if cpu is None else cpu - (before.cpu_seconds or 0),
             memory_peak=peak,
+            swap_peak=reading.swap_peak,
             io_read_bytes=None if read is None else read - (before.io_read_bytes or 0),
             io_write_bytes=None if written is None else written - (before.io_write_bytes or 0),
             # The same reading again: the counters could not be read after the work.

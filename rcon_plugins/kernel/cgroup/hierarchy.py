@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
-from rcon_plugins.kernel.cgroup import mounts, v1, v2
+from rcon_plugins.kernel.cgroup import mounts, swap, v1, v2
 from rcon_plugins.kernel.cgroup.branch import Branch, check_path
 from rcon_plugins.kernel.cgroup.cgroup import Cgroup
 from rcon_plugins.kernel.cgroup.device import whole_disk
@@ -202,7 +202,7 @@ class Hierarchy(NamedTuple):
         asked = [
             name for name, value in values.items() if name not in ("oom_group", "files") and value is not MAX
         ]
-        if resources.swap_max == 0 and not v1.has_swap():
+        if resources.swap_max == 0 and not swap.present():
             # Without swap on the machine, the limit holds already.
             asked.remove("swap_max")
         found = []

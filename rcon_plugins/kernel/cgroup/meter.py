@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup import swap
 
 Fields = list[float | int | None]
 #: Parse one file into the list of Reading's fields.
@@ -26,6 +27,10 @@ class Reading(NamedTuple):
     ``memory_limit_hits`` counts how often usage reached the limit of this cgroup; on v2 also the limits of those below.
     v1 of Linux 6.18 counts none if ``swap_max`` is 0.
 
+    ``swap_peak`` is the most swap, exactly so on v2 since Linux 6.5. Older kernels have no such file. There it is the
+    least that the peak can have been: on v2 what is in swap now; on v1 the peak of memory and swap together, less that
+    of memory, less what each CPU charges ahead. If that is nothing, it is None, or 0 on a machine without swap.
+
     ``pids_limit_hits`` counts failed forks. On v1, and on v2 before 6.11, these are the forks by processes of this
     cgroup itself, whichever limit stopped them. Since 6.11 these are the forks stopped at the limit of this cgroup or
     one below.
@@ -34,6 +39,7 @@ class Reading(NamedTuple):
     cpu_seconds: float | None = None
     memory_current: int | None = None
     memory_peak: int | None = None
+    swap_peak: int | None = None
     io_read_bytes: int | None = None
     io_write_bytes: int | None = None
     pids_current: int | None = None
@@ -79,7 +85,7 @@ def _sum_after(data: bytes, key: bytes) -> int:
 
 
 # The index of each field of Reading in the list that the parsers fill.
-(_CPU, _MEMORY, _PEAK, _IO_READ, _IO_WRITE, _PIDS, _OOM, _MEMORY_HITS, _PIDS_HITS) = range(9)
+(_CPU, _MEMORY, _PEAK, _SWAP, _IO_READ, _IO_WRITE, _PIDS, _OOM, _MEMORY_HITS, _PIDS_HITS) = range(10)
 
 
 def _cpu_stat(data: bytes, found: Fields) -> None:
@@ -124,6 +130,19 @@ def _memory_peak(data: bytes, found: Fields) -> None:
     found[_PEAK] = int(data)
 
 
+def _swap_peak(data: bytes, found: Fields) -> None:
+    found[_SWAP] = int(data)
+
+
+def _swap_current(data: bytes, found: Fields) -> None:
+    found[_SWAP] = int(data)
+
+
+def _memory_and_swap_peak(data: bytes, found: Fields) -> None:
+    memory = found[_PEAK]
+    found[_SWAP] = 0 if memory is None else swap.least_peak(int(data), int(memory))
+
+
 def _pids_current(data: bytes, found: Fields) -> None:
     found[_PIDS] = int(data)
 
@@ -133,6 +152,8 @@ V2_FILES: dict[str, tuple[str, Parser]] = {
     "cpu.stat": ("cpu", _cpu_stat),
     "memory.current": ("memory", _memory_usage),
     "memory.peak": ("memory", _memory_peak),  # kernel 5.19
+    "memory.swap.peak": ("memory", _swap_peak),  # kernel 6.5
+    "memory.swap.current": ("memory", _swap_current),
     "memory.events": ("memory", _memory_events),
     "io.stat": ("io", _io_stat),
     "pids.current": ("pids", _pids_current),
@@ -142,6 +163,7 @@ V1_FILES: dict[str, tuple[str, Parser]] = {
     "cpuacct.usage": ("cpu", _cpuacct_usage),
     "memory.usage_in_bytes": ("memory", _memory_usage),
     "memory.max_usage_in_bytes": ("memory", _memory_peak),
+    "memory.memsw.max_usage_in_bytes": ("memory", _memory_and_swap_peak),
     "memory.oom_control": ("memory", _oom_control),
     "memory.failcnt": ("memory", _failcnt),
     # If the limit on memory and swap together is as low, this file counts instead of memory.failcnt.
@@ -151,7 +173,16 @@ V1_FILES: dict[str, tuple[str, Parser]] = {
     "pids.events": ("pids", _pids_events),
 }
 #: The text that resets the peak, by file.
-_PEAKS = {"memory.peak": b"reset\n", "memory.max_usage_in_bytes": b"0"}
+_PEAKS = {
+    "memory.peak": b"reset\n",
+    "memory.swap.peak": b"reset\n",
+    "memory.max_usage_in_bytes": b"0",
+    "memory.memsw.max_usage_in_bytes": b"0",
+}
+#: A file that is read only where the kernel does not have another.
+_INSTEAD_OF = {"memory.swap.current": "memory.swap.peak"}
+#: They tell the least that ``swap_peak`` can have been.
+_LEAST_SWAP = (_swap_current, _memory_and_swap_peak)
 
 
 class Meter:
@@ -163,7 +194,8 @@ class Meter:
     def __init__(self, targets: list[tuple[str, str, Parser]]):
         """Open ``targets``, which are (directory, file, parser), without missing files. Raises KernelError."""
         self._files: list[tuple[int, str, Parser]] = []
-        self._peak: tuple[int, str, bytes] | None = None
+        self._peaks: list[tuple[int, bytes]] = []
+        self._swap_areas: int | None = None
         try:
             for directory, some in itertools.groupby(targets, lambda target: target[0]):
                 with files.opening(directory) as open_one:
@@ -175,12 +207,14 @@ class Meter:
 
     def _open(self, open_one: Callable[[str, int], int], directory: str, name: str, parser: Parser) -> None:
         path = f"{directory}/{name}"
+        if any(known == f"{directory}/{_INSTEAD_OF.get(name)}" for _, known, _ in self._files):
+            return
         fd: int | None = None
         if name in _PEAKS:
             # A reset peak shows only through the fd that reset it (v2, kernel 6.12).
             try:
                 fd = open_one(name, os.O_RDWR)
-                self._peak = (fd, path, _PEAKS[name])
+                self._peaks.append((fd, _PEAKS[name]))
             except KernelError as error:
                 if not (files.gone(error) or files.refused(error)):
                     raise
@@ -192,6 +226,8 @@ class Meter:
                     return
                 raise
         self._files.append((fd, path, parser))
+        if parser in _LEAST_SWAP:
+            self._swap_areas = files.open_file(*os.path.split(swap.AREAS))
 
     def read(self) -> Reading:
         """Return the usage until now. Raises KernelError (ENODEV: the cgroup was deleted)."""
@@ -209,6 +245,12 @@ class Meter:
             # On v1 the IO of a cgroup counts in the one above as soon as that has IO limits. The other counters remain.
             self._files.remove(given_up)
             os.close(given_up[0])
+        if (
+            found[_SWAP] == 0
+            and self._swap_areas is not None
+            and swap.any_area(os.pread(self._swap_areas, 4096, 0))
+        ):
+            found[_SWAP] = None
         return Reading._make(found)
 
     def oom_kills(self) -> int | None:
@@ -222,23 +264,27 @@ class Meter:
         return None
 
     def reset_peak(self) -> bool:
-        """Reset ``memory_peak``. Return False if the kernel cannot (v2 before 6.12), or this user may not."""
-        if self._peak is None:
-            return False
-        fd, _, value = self._peak
+        """Reset ``memory_peak`` and ``swap_peak``.
+
+        Return False if the kernel cannot (v2 before 6.12), or this user may not.
+        """
         try:
-            os.write(fd, value)
+            for fd, value in self._peaks:
+                os.write(fd, value)
         except OSError as error:
             if files.refused(error):
-                self._peak = None
+                self._peaks.clear()
             return False
-        return True
+        return bool(self._peaks)
 
     def close(self) -> None:
         """Close the fds. Calling it again does nothing."""
-        self._peak = None
+        self._peaks.clear()
         while self._files:
             os.close(self._files.pop()[0])
+        if self._swap_areas is not None:
+            os.close(self._swap_areas)
+            self._swap_areas = None
 
     def __enter__(self) -> Meter:
         return self

@@ -11,6 +11,7 @@ from typing import Any
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup import swap
 from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, levels, lower_burst
 from rcon_plugins.kernel.cgroup.device import Device
 from rcon_plugins.kernel.cgroup.mounts import Mount
@@ -135,22 +136,17 @@ def _throttled(texts: Mapping[str, str]) -> dict[Device, IoMax]:
 
 
 def _memory_and_swap(resources: Resources) -> str:
-    memory, swap = resources.memory_max, resources.swap_max
-    if not isinstance(swap, int):
+    memory, beside = resources.memory_max, resources.swap_max
+    if not isinstance(beside, int):
         return _UNLIMITED
     if memory is None:
         raise ControllerUnavailable(
             "cgroup v1 limits swap only together with memory",
-            value=str(swap),
+            value=str(beside),
             hint="set memory_max as well",
         )
     # Without a limit on memory there is no limit on the sum.
-    return str(memory + swap) if isinstance(memory, int) else _UNLIMITED
-
-
-def has_swap() -> bool:
-    """Return whether this machine uses any swap area (``/proc/swaps`` has more than its heading)."""
-    return len(files.read("/proc", "swaps").splitlines()) > 1
+    return str(memory + beside) if isinstance(memory, int) else _UNLIMITED
 
 
 class V1Branch(Branch):
@@ -259,7 +255,7 @@ class V1Branch(Branch):
         if not alone or not self._carries("memory.limit_in_bytes"):
             return resources
         both = files.read_if_there(self.directory, "memory.memsw.limit_in_bytes")
-        if both is None or (_read_bytes(both) is MAX and not has_swap()):
+        if both is None or (_read_bytes(both) is MAX and not swap.present()):
             return resources
         return resources.replaced(swap_max=0)
 
@@ -271,7 +267,7 @@ class V1Branch(Branch):
         """Move the limit on memory and swap to the front if it is raised. Return False if it need not be written."""
         current = files.read_if_there(self.directory, "memory.memsw.limit_in_bytes")
         if current is None:
-            if not has_swap():
+            if not swap.present():
                 # There is no swap accounting, but no swap either.
                 return False
             raise ControllerUnavailable(

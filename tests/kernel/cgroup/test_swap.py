@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +20,12 @@ from rcon_plugins.kernel.cgroup import (
     Resources,
     change_limits,
     read_limits,
-    v1,
+    swap,
 )
 from rcon_plugins.settings.memory import Memory
 from tests.kernel.cgroup.helpers import DISK, MIB, layout, running, settings_of, touch
 from tests.kernel.command.harness import rcon
+from tests.kernel.executors.service import ask, managing
 
 pytestmark = pytest.mark.each_layout
 
@@ -32,13 +35,12 @@ SWAP_MIB = 128
 @pytest.fixture
 def has_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     """v1 limits swap only on a machine that has some. The files are the kernel's all the same."""
-    monkeypatch.setattr(v1, "has_swap", lambda: True)
+    monkeypatch.setattr(swap, "present", lambda: True)
 
 
 @pytest.fixture
-def swap(request: pytest.FixtureRequest) -> Iterator[None]:
+def swap_file() -> Iterator[None]:
     """Swap on a file of the emulated machine."""
-    del request
     file = DISK / "swap"
     with file.open("wb") as image:
         for _ in range(SWAP_MIB):
@@ -49,6 +51,12 @@ def swap(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     subprocess.run(["swapoff", str(file)], check=True)
     file.unlink()
+
+
+def peaks_are_unknown() -> bool:
+    """Return whether the kernel keeps no peak of swap: cgroup v2 before Linux 6.5."""
+    version = tuple(int(number) for number in os.uname().release.split(".")[:2])
+    return layout() == "v2" and version < (6, 5)
 
 
 def allows(group: Cgroup, memory: int, swap: int) -> None:
@@ -75,11 +83,11 @@ def test_a_limit_of_memory_alone_allows_no_swap(group: Cgroup) -> None:
 def test_a_changed_limit_of_memory_keeps_the_swap(group: Cgroup) -> None:
     change_limits(group, Resources(memory_max=64 * MIB))
     allows(group, 64, 0)
-    for swap in (0, 8):
-        change_limits(group, Resources(swap_max=swap * MIB))
+    for allowed in (0, 8):
+        change_limits(group, Resources(swap_max=allowed * MIB))
         for memory in (128, 16, 64):
             change_limits(group, Resources(memory_max=memory * MIB))
-            allows(group, memory, swap)
+            allows(group, memory, allowed)
     change_limits(group, Resources(swap_max=MAX))
     change_limits(group, Resources(memory_max=32 * MIB))
     assert read_limits(group).swap_max is MAX
@@ -90,12 +98,12 @@ def test_a_changed_limit_of_memory_keeps_the_swap(group: Cgroup) -> None:
 
 @pytest.mark.usefixtures("has_swap")
 def test_swap_moves_with_memory_that_expands(group: Cgroup) -> None:
-    for swap in (0, 8):
-        group.configure(Resources(memory_max=32 * MIB, swap_max=swap * MIB))
+    for allowed in (0, 8):
+        group.configure(Resources(memory_max=32 * MIB, swap_max=allowed * MIB))
         with_bound = expand(group, Memory(32 * MIB, 2.0, 128 * MIB))
-        allows(group, 128, swap)
+        allows(group, 128, allowed)
         with_bound.take(Memory(64 * MIB, 2.0, 256 * MIB))
-        allows(group, 256, swap)
+        allows(group, 256, allowed)
         with_bound.close()
         group.configure(Resources(memory_high=MAX) if layout() == "v2" else Resources())
 
@@ -104,15 +112,15 @@ def test_swap_moves_with_memory_that_expands(group: Cgroup) -> None:
 def test_a_limit_that_was_written_while_there_was_swap_can_be_raised(
     group: Cgroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(v1, "has_swap", lambda: True)
+    monkeypatch.setattr(swap, "present", lambda: True)
     group.configure(Resources(memory_max=32 * MIB))
-    monkeypatch.setattr(v1, "has_swap", lambda: False)
+    monkeypatch.setattr(swap, "present", lambda: False)
     group.configure(Resources(memory_max=64 * MIB))
     allows(group, 64, 0)
 
 
-@pytest.mark.layout("v2")
-@pytest.mark.usefixtures("swap")
+@pytest.mark.layout("v1", "v2")
+@pytest.mark.usefixtures("swap_file")
 def test_memory_is_bounded_where_there_is_swap(group: Cgroup) -> None:
     unbounded, bounded, some = (group.child(name).create() for name in ("unbounded", "bounded", "some"))
     unbounded.configure(Resources(memory_max=32 * MIB, swap_max=MAX))
@@ -128,18 +136,42 @@ def test_memory_is_bounded_where_there_is_swap(group: Cgroup) -> None:
         assert child.wait() == -signal.SIGKILL
 
 
-@pytest.mark.layout("v2")
-@pytest.mark.usefixtures("swap")
+@pytest.mark.layout("v1", "v2")
+@pytest.mark.usefixtures("swap_file")
 def test_a_command_is_bounded_where_there_is_swap(tmp_path: Path) -> None:
     greedy = ("--", "sh", "-c", "x=$(head -c 64M /dev/zero | tr '\\0' x); echo ${#x}")
     done = rcon("run", "--memory", "24M", *greedy)
     assert (done.status, done.report["outcome"]) == (137, "memory")
     done = rcon("run", "--memory", "100M", "--swap", "100M", *greedy)
     assert (done.status, done.out) == (0, f"{64 << 20}\n")
+    for given in ((), ("--swap", "50M")):
+        done = rcon("run", "--memory", "50M", *given, "--", sys.executable, "-c", "x = bytearray(64 << 20)")
+        assert done.report["outcome"] == ("ok" if given else "memory")
+        assert done.report["usage"]["memory_peak"] <= 50 * MIB
+    swapped = done.report["usage"]["swap_peak"]
+    assert swapped is None if peaks_are_unknown() else 8 * MIB < swapped < 50 * MIB
     settings = tmp_path / "rcon.toml"
     settings.write_text('[policy.job]\nmemory = "24M"\n')
     done = rcon("run", "--policy", "job", "--settings", settings, *greedy)
     assert (done.status, done.report["outcome"]) == (137, "memory")
+
+
+@pytest.mark.layout("v1", "v2")
+@pytest.mark.usefixtures("swap_file")
+def test_the_usage_of_a_request_tells_its_swap() -> None:
+    with managing({"each": {"memory": "50M", "swap": "50M", "timeout": "60s"}}) as manager:
+        # Held until its end, so that kernels without a peak of swap see what is in swap then.
+        answer, outcome = ask(manager, "allocate_and_hold", 64, 0.0)
+        assert (answer, outcome.ending) == (64, "ok")
+        assert 8 * MIB < (outcome.usage.swap_peak or 0) < 50 * MIB
+
+
+def test_the_usage_says_no_swap_only_where_there_is_none() -> None:
+    for usage in (
+        rcon("run", "--memory", "64M", "--", "true").report["usage"],
+        rcon("run", "--pids", "64", "--", "true").report["usage"],
+    ):
+        assert usage["swap_peak"] == (0 if usage["memory_peak"] is not None and not swap.present() else None)
 
 
 def test_a_command_says_that_its_memory_limit_does_not_bound_swap() -> None:

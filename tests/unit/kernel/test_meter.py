@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.cgroup import swap
 from rcon_plugins.kernel.cgroup.meter import (
     V1_FILES,
     V2_FILES,
     Meter,
+    Parser,
     Reading,
     blkio_totals,
     io_stat_totals,
@@ -22,6 +24,8 @@ V2 = {
     b"throttled_usec 812345\nnr_bursts 0\nburst_usec 0\n",
     "memory.current": b"10928128\n",
     "memory.peak": b"10940416\n",
+    "memory.swap.peak": b"5242880\n",
+    "memory.swap.current": b"1048576\n",
     "memory.events": b"low 0\nhigh 3\nmax 17\noom 2\noom_kill 1\noom_group_kill 4\n",
     "io.stat": b"254:0 rbytes=4096 wbytes=20971520 rios=1 wios=80 dbytes=0 dios=0\n"
     b"7:0 rbytes=512 wbytes=0 rios=1 wios=0 dbytes=0 dios=0\n",
@@ -32,6 +36,7 @@ V1 = {
     "cpuacct.usage": b"317488144\n",
     "memory.usage_in_bytes": b"10928128\n",
     "memory.max_usage_in_bytes": b"10940416\n",
+    "memory.memsw.max_usage_in_bytes": b"16183296\n",  # 5 MiB more
     "memory.oom_control": b"oom_kill_disable 0\nunder_oom 0\noom_kill 1\n",
     "memory.failcnt": b"5\n",
     "memory.memsw.failcnt": b"12\n",
@@ -48,7 +53,13 @@ def write(directory: Path, contents: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize(("contents", "table"), [(V2, V2_FILES), (V1, V1_FILES)])
-def test_everything_is_read(tmp_path: Path, contents: dict[str, bytes], table: dict[str, tuple]) -> None:  # type: ignore[type-arg]
+def test_everything_is_read(
+    tmp_path: Path,
+    contents: dict[str, bytes],
+    table: dict[str, tuple[str, Parser]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(swap, "_CHARGED_AHEAD", 0)
     write(tmp_path, contents)
     with Meter([(str(tmp_path), name, parser) for name, (_, parser) in table.items()]) as meter:
         reading = meter.read()
@@ -58,6 +69,7 @@ def test_everything_is_read(tmp_path: Path, contents: dict[str, bytes], table: d
         cpu_seconds=reading.cpu_seconds,
         memory_current=10928128,
         memory_peak=10940416,
+        swap_peak=5242880,
         io_read_bytes=4608,
         io_write_bytes=20971520,
         pids_current=3,
@@ -72,6 +84,37 @@ def test_a_missing_value_is_none_and_not_zero(tmp_path: Path) -> None:
     with Meter([(str(tmp_path), name, parser) for name, (_, parser) in V2_FILES.items()]) as meter:
         assert meter.read() == Reading(pids_current=0)
         assert meter.reset_peak() is False
+
+
+@pytest.mark.parametrize(
+    ("contents", "without_swap", "with_swap"),
+    [
+        ({"memory.swap.peak": b"0\n", "memory.swap.current": b"0\n"}, 0, 0),
+        ({"memory.swap.current": b"0\n"}, 0, None),
+        ({"memory.swap.current": b"8192\n"}, 8192, 8192),
+        ({"memory.max_usage_in_bytes": b"4096\n", "memory.memsw.max_usage_in_bytes": b"4096\n"}, 0, None),
+        # What one CPU has charged ahead is not swap.
+        ({"memory.max_usage_in_bytes": b"4096\n", "memory.memsw.max_usage_in_bytes": b"266240\n"}, 0, None),
+        ({"memory.max_usage_in_bytes": b"4096\n"}, None, None),
+    ],
+)
+def test_no_swap_that_is_known_of_is_0_only_where_there_is_none(
+    contents: dict[str, bytes],
+    without_swap: int | None,
+    with_swap: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(tmp_path, contents)
+    table = V1_FILES if "memory.max_usage_in_bytes" in contents else V2_FILES
+    areas = tmp_path / "swaps"
+    areas.write_text("Filename Type Size Used Priority\n")
+    monkeypatch.setattr(swap, "AREAS", str(areas))
+    with Meter([(str(tmp_path), name, parser) for name, (_, parser) in table.items()]) as meter:
+        assert meter.read().swap_peak == without_swap
+        with areas.open("a") as file:
+            file.write("/swap file 131068 0 -2\n")
+        assert meter.read().swap_peak == with_swap
 
 
 def test_a_directory_that_is_gone_is_an_error(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.errors import ControllerUnavailable
-from rcon_plugins.kernel.cgroup import Hierarchy, Resources, v1
+from rcon_plugins.kernel.cgroup import Hierarchy, Resources, swap
 from rcon_plugins.kernel.cgroup.mounts import (
     Mount,
     cgroup_mounts,
@@ -151,9 +151,9 @@ def test_a_limit_of_memory_that_does_not_bound_swap(
 ) -> None:
     hierarchy = Hierarchy.of([Mount(version, str(tmp_path), controllers=frozenset({"memory"}))])
     (tmp_path / limit).touch()
-    monkeypatch.setattr(v1, "has_swap", lambda: False)
+    monkeypatch.setattr(swap, "present", lambda: False)
     assert hierarchy.swap_gap() is None
-    monkeypatch.setattr(v1, "has_swap", lambda: True)
+    monkeypatch.setattr(swap, "present", lambda: True)
     gap = hierarchy.swap_gap()
     assert gap is not None
     assert (gap.reason, gap.limit) == ("swap is not accounted for", "swap_max")
