@@ -24,7 +24,7 @@ from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.branch import check_name
 from rcon_plugins.tree.instance import Instance
-from rcon_plugins.tree.survey import INSTANCE_NAME
+from rcon_plugins.tree.owner import INSTANCE_NAME
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -29,7 +29,9 @@ from rcon_plugins.kernel.cgroup.statistics import (
 )
 from rcon_plugins.kernel.proc import Process
 from rcon_plugins.tree.nested import MAIN
-from rcon_plugins.tree.survey import INSTANCE_NAME, survey
+from rcon_plugins.tree.owner import INSTANCE_NAME
+from rcon_plugins.tree.owner import Owner as InstanceOwner
+from rcon_plugins.tree.survey import survey
 
 #: ``work``: processes that end with the instance. ``host``: threads of the server itself. ``attached``: processes that
 #: ran before the instance, and are moved back at its end.
@@ -40,13 +42,14 @@ _WITH_KEY = re.compile(r"(?P<policy>[a-z][a-z0-9_-]{0,62})(?:\.[0-9]+)?(?P<hashe
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that made an instance. ``pid`` is its pid here; if it is dead, the pid in the instance's name.
+    """The process that made an instance. ``pid`` is its pid here; if it cannot be seen, the pid in the instance's name.
 
-    ``command`` and ``uid`` are None if it is dead or this user may not see it.
+    ``alive`` is None if the process is in a PID namespace that cannot be seen from here. ``command`` and ``uid`` are
+    None if it is dead or this user may not see it.
     """
 
     pid: int
-    alive: bool
+    alive: bool | None
     uid: int | None = None
     command: str | None = None
 
@@ -187,14 +190,13 @@ def _existing(hierarchy: Hierarchy, path: str, kind: Kind) -> Cgroup | None:
 
 
 def _owner(instance: str) -> Owner:
-    match = INSTANCE_NAME.fullmatch(instance)
-    if match is None:
+    owner = InstanceOwner.of(instance)
+    if owner is None:
         raise ValueError(f"{instance!r} is not the name of an instance")
-    named = int(match[1])
-    pid = proc.visible_pid(named, int(match[2]))
+    pid = owner.visible_pid()
     process = None if pid is None else proc.read_process(pid)
     if pid is None or process is None:
-        return Owner(named, alive=pid is not None)
+        return Owner(owner.pid, alive=owner.is_alive())
     return Owner(pid, alive=True, uid=process.uid, command=process.command)
 
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files
 
+#: The PID namespace that the kernel starts with: PROC_PID_INIT_INO in include/linux/proc_ns.h.
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 _DEAD = frozenset("ZXx")
 _PF_KTHREAD = 0x00200000
 #: Links of ``/proc/self/task`` when the process has one thread: two of any directory, and one for each entry.
@@ -46,27 +48,58 @@ def stat_fields(pid: int) -> list[str]:
     return [] if text is None else text[text.rindex(")") + 2 :].split()
 
 
-def is_alive(pid: int, started: int) -> bool:
-    """Return whether the process ``pid`` that started at ``started`` is alive.
+def is_alive(pid: int, started: int, namespace: int) -> bool | None:
+    """Return whether the process that calls itself ``pid`` and started at ``started`` is alive; None if unknown.
 
-    Also find a process of a PID namespace below ours, which has another number there. A process that is invisible to
-    this user (``hidepid`` in ``proc(5)``) counts as alive.
+    ``namespace`` is its PID namespace, as in `pid_namespace`. From here only processes of our own namespace and of
+    those below it can be seen: pid_namespaces(7). So None means that the process is in another namespace, or in one of
+    which no process can be seen, unless ours is the initial one, which sees all. A process that is invisible to this
+    user (``hidepid`` in ``proc(5)``) counts as alive in our own namespace, and as unknown in another.
     """
-    return visible_pid(pid, started) is not None or _is_hidden(pid)
+    if visible_pid(pid, started, namespace) is not None:
+        return True
+    own = pid_namespace()
+    if namespace == own:
+        return _is_hidden(pid)
+    if own == INITIAL_PID_NAMESPACE and _read(1, "stat") is not None:
+        return False
+    seen = (_namespace_of(int(entry)) for entry in os.listdir("/proc") if entry.isdigit())
+    return False if namespace in seen else None
 
 
-def visible_pid(pid: int, started: int) -> int | None:
-    """Return our number for the process that calls itself ``pid`` and started at ``started``; None if it is dead."""
-    if start_time(pid) == started:
-        return pid
+def visible_pid(pid: int, started: int, namespace: int) -> int | None:
+    """Return our number for a process, described as for `is_alive`; None if it is dead or cannot be seen from here."""
+    if namespace == pid_namespace():
+        return pid if start_time(pid) == started else None
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         status = _read(int(entry), "status") or ""
         numbers = next((line for line in status.splitlines() if line.startswith("NSpid:")), "").split()
-        if str(pid) in numbers[2:] and start_time(int(entry)) == started:
+        # Only a process that this user may trace shows its namespace: ptrace(2), PTRACE_MODE_READ_FSCREDS.
+        if (
+            str(pid) in numbers[2:]
+            and start_time(int(entry)) == started
+            and _namespace_of(int(entry)) in (None, namespace)
+        ):
             return int(entry)
     return None
+
+
+def pid_namespace() -> int:
+    """Return the inode number of the PID namespace of this process, which names it on this machine. Raises OSError.
+
+    The kernel uses the number again when the namespace and all its processes are gone.
+    """
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def _namespace_of(pid: int) -> int | None:
+    """Return the PID namespace of a process; None if it has ended or this user may not know."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/pid").st_ino
+    except OSError:
+        return None
 
 
 def _is_hidden(pid: int) -> bool:
@@ -85,7 +118,7 @@ def system_id() -> str:
     """
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
-    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    return f"{boot}/{pid_namespace()}"
 
 
 # -- a process and its command

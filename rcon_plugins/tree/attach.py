@@ -21,8 +21,8 @@ from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree import attach_watcher, previous_cgroups
 from rcon_plugins.tree.instance import Instance
+from rcon_plugins.tree.owner import INSTANCE_NAME
 from rcon_plugins.tree.previous_cgroups import PreviousCgroups
-from rcon_plugins.tree.survey import INSTANCE_NAME
 
 #: The most rounds of attaching processes that were forked meanwhile.
 _ATTEMPTS = 20

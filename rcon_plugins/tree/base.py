@@ -17,7 +17,7 @@ from rcon_plugins.kernel.cgroup.branch import check_path, levels
 from rcon_plugins.kernel.cgroup.limits import read_limits
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.tree import nested
-from rcon_plugins.tree.survey import INSTANCE_NAME
+from rcon_plugins.tree.owner import INSTANCE_NAME
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy

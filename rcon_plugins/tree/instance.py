@@ -17,7 +17,7 @@ from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, mounts, v2
 from rcon_plugins.tree import systemd
 from rcon_plugins.tree.base import find_base, own_cgroup, remove_root_base
 from rcon_plugins.tree.garbage import collect, running_work, wait_until_empty
-from rcon_plugins.tree.survey import INSTANCE_NAME
+from rcon_plugins.tree.owner import INSTANCE_NAME, Owner
 
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 #: The most attempts to make the tree while other servers end and remove the base.
@@ -71,7 +71,7 @@ class Instance:
     def _create_in(cls, hierarchy: Hierarchy, base: str, user: tuple[int, int] | None) -> Instance:
         collect(hierarchy, base)
         existing = hierarchy.cgroup(base).children()
-        first = name = f"rcon-{os.getpid()}-{proc.start_time(os.getpid())}"
+        first = name = Owner.here().instance_name
         number = 1
         while name in existing:
             number += 1

@@ -13,7 +13,7 @@ from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup import mounts
 from rcon_plugins.kernel.cgroup.limits import read_limits
 from rcon_plugins.kernel.cgroup.resources import Max, Resources
-from rcon_plugins.tree.survey import INSTANCE_NAME
+from rcon_plugins.tree.owner import INSTANCE_NAME
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy

@@ -22,4 +22,6 @@ class Presence(NamedTuple):
 
     def has_gone(self) -> bool:
         """Return whether the process has ended. Return False if that is unknown, for example on another machine."""
-        return proc.system_id() == self.system and not proc.is_alive(self.pid, self.started)
+        return proc.system_id() == self.system and not proc.is_alive(
+            self.pid, self.started, proc.pid_namespace()
+        )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, mounts
-from rcon_plugins.tree.survey import INSTANCE_NAME
+from rcon_plugins.tree.owner import INSTANCE_NAME
 
 #: The time for which `restore` follows processes that keep forking, seconds.
 _SECONDS = 2.0

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files
+from rcon_plugins.tree.owner import INSTANCE_NAME
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
-
-#: The name of an instance: the pid and the start time of its owner. Further instances of a process add a number.
-INSTANCE_NAME = re.compile(r"rcon-([1-9][0-9]{0,9})-([0-9]{1,20})(?:-[0-9]{1,4})?")
 
 
 class Survey(NamedTuple):

@@ -24,6 +24,8 @@ from rcon_plugins.groups.find import FoundGroups, Group, find_groups
 from rcon_plugins.kernel.files import gone
 
 _HEADS = ("GROUP", ">PROCS", ">MEMORY", ">CPU TIME", "LIMITS", ">PID", "OWNER")
+#: What stands for the command of an owner that cannot be read, by whether the owner is alive.
+_OWNERS = {True: "?", False: "(has ended)", None: "(unknown)"}
 
 
 def ls(as_json: bool) -> int:
@@ -90,7 +92,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         UNKNOWN if cpu is None else f"{seconds(cpu)} s",
         ", ".join(row["limits_in_words"]) or UNKNOWN,
         str(owner["pid"]),
-        short_command(owner["command"] or "") or ("?" if owner["alive"] else "(has ended)"),
+        short_command(owner["command"] or "") or _OWNERS[owner["alive"]],
     ]
 
 

@@ -86,6 +86,8 @@ def user(uid: int | None) -> str:
 
 
 def _owner(owner: Owner) -> str:
+    if owner.alive is None:
+        return f"{owner.pid} (unknown: it is in a PID namespace that cannot be seen from here)"
     if not owner.alive:
         return f"{owner.pid} (has ended; rcon gc, or the next start of a server, removes the group)"
     return f"{owner.pid} ({user(owner.uid)}) {owner.command or '?'}"

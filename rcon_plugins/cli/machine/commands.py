@@ -149,13 +149,18 @@ def doctor(user: str | None, cgroup: str | None, as_json: bool) -> int:
 @click.option(
     "--below", metavar="CGROUP", default="/", show_default=True, help="Search only this part of the tree."
 )
+@click.option(
+    "--unknown",
+    is_flag=True,
+    help="Remove also cgroups without processes whose owner is in a PID namespace that cannot be seen from here.",
+)
 @_json
-def gc(below: str, dry_run: bool, as_json: bool) -> int:
+def gc(below: str, dry_run: bool, as_json: bool, unknown: bool) -> int:
     """Remove the cgroups of servers and commands that were killed before they could remove them, in the whole tree.
 
     Their requests, tasks and commands are killed. Processes of `rcon attach` return to their previous cgroups. A
-    server's own processes keep running, and their cgroups stay. Cgroups of living owners are not touched. The next
-    start of a server does the same below its own base.
+    server's own processes keep running, and their cgroups stay. Cgroups of living owners are not touched, nor those of
+    owners in another container. The next start of a server does the same below its own base.
 
     \b
     Examples:
@@ -164,14 +169,14 @@ def gc(below: str, dry_run: bool, as_json: bool) -> int:
 
     \b
     Exit status:
-      0    nothing is left (with --dry-run: nothing would be)
+      0    nothing of a dead owner is left (with --dry-run: nothing would be)
       1    something is left: its line says why
       2    bad usage
       125  rcon itself failed
     """
     from rcon_plugins.cli.machine import gc
 
-    text, good = gc.gc(below, dry_run, as_json)
+    text, good = gc.gc(below, dry_run, as_json, unknown=unknown)
     if text:
         click.echo(text)
     return 0 if good else NO

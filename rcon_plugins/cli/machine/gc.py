@@ -10,8 +10,11 @@ from rcon_plugins.kernel.cgroup.branch import check_path
 from rcon_plugins.tree.garbage import Collected, Garbage, collect_garbage, find_garbage
 
 
-def gc(below: str, dry_run: bool, as_json: bool) -> tuple[str, bool]:
-    """Return a line for each tree of a dead owner, or JSON, and whether none is left. Raises `KernelError`."""
+def gc(below: str, dry_run: bool, as_json: bool, *, unknown: bool = False) -> tuple[str, bool]:
+    """Return a line for each tree of a dead or unknown owner, or JSON, and whether no dead owner's is left.
+
+    ``unknown``: remove also the trees of unknown owners, if they have no process. Raises `KernelError`.
+    """
     hierarchy = Hierarchy.discover()
     try:
         check_path(below)
@@ -19,22 +22,30 @@ def gc(below: str, dry_run: bool, as_json: bool) -> tuple[str, bool]:
         raise BadUsage(f"--below: {error} (for example /rcon)") from error
     if dry_run:
         garbage = find_garbage(hierarchy, below)
-        trees = [{**tree._asdict(), "message": _plan(tree)} for tree in garbage]
+        trees = [{**tree._asdict(), "message": _plan(tree, unknown=unknown)} for tree in garbage]
         good = not any(tree.stays for tree in garbage)
     else:
-        done = collect_garbage(hierarchy, below)
+        done = collect_garbage(hierarchy, below, unknown=unknown)
         trees = [
             {"path": one.path, "removed": one.removed, "state": one.state, "message": one.message}
             for one in done
         ]
-        good = all(one.removed for one in done)
+        good = all(one.removed or one.state == "unknown_owner" for one in done)
     if as_json:
         return json.dumps({"good": good, "dry_run": dry_run, "trees": trees}, indent=2), good
     return "\n".join(f"{tree['path']}: {tree['message']}" for tree in trees), good
 
 
-def _plan(tree: Garbage) -> str:
+def _plan(tree: Garbage, *, unknown: bool) -> str:
     """Return what `collect_garbage` would do, in words."""
+    if not tree.known:
+        if not unknown:
+            return f"would be {Collected(tree.path, 'unknown_owner').message}"
+        if tree.unseen:
+            return f"would be {Collected(tree.path, 'unseen').message}"
+        if tree.in_use:
+            return f"would be {Collected(tree.path, 'in_use', tuple(tree.in_use)).message}"
+        return "it is unknown whether its owner lives, and it has no process: would remove it"
     dead = f"its owner {tree.pid} is dead"
     if tree.unseen:
         return f"{dead}; would be {Collected(tree.path, 'unseen').message}"

@@ -49,7 +49,9 @@ def named_group(name: str | None) -> str | None:
         raise BadUsage(f"--group: {error} (for example build-1)") from None
     from rcon_plugins.groups.find import find_groups
 
-    known = (group for group in find_groups().groups if group.owner.alive or group.kind == "attached")
+    known = (
+        group for group in find_groups().groups if group.owner.alive is not False or group.kind == "attached"
+    )
     if any(group.name == name for group in known):
         raise BadUsage(
             f"--group: {name!r} is in use (choose another name; rcon set changes the limits of a group)"

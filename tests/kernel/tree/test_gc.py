@@ -238,7 +238,12 @@ def lives_for_nobody_who_sees_only_own(pid: int, started: int) -> tuple[bool, bo
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    return Path(f"/proc/{pid}").exists(), proc.is_alive(pid, started), proc.is_alive(2**22 - 1, started)
+    own = proc.pid_namespace()
+    return (
+        Path(f"/proc/{pid}").exists(),
+        proc.is_alive(pid, started, own) is True,
+        proc.is_alive(2**22 - 1, started, own) is True,
+    )
 
 
 def test_an_owner_that_cannot_be_seen_lives() -> None:
