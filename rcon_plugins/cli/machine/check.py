@@ -91,12 +91,10 @@ def _as_text(found: Mapping[str, Any]) -> str:
         if judged["caveat"]:
             lines.append(paragraph("    note: ", judged["caveat"]))
         for problem in judged["problems"]:
-            lines += _refused("    REFUSED: ", problem["limit"], problem)
+            lines.append(_one_line(f"    REFUSED: {problem['limit']}", problem))
     lines += [paragraph("note: ", note) for note in found["notes"]]
     if found["problem"]:
-        key = found["problem"]["key"]
-        where = f"{found['file']}: {key}" if key else found["file"]
-        lines += _refused("REFUSED: ", where, found["problem"])
+        lines += _refused(found["file"], found["problem"])
     elif found["good"]:
         lines.append(
             f"{found['file']}: {_counted(len(found['policies']))} can be enforced here, "
@@ -108,20 +106,29 @@ def _as_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _refused(label: str, where: str, problem: Mapping[str, str | None]) -> list[str]:
-    """Return the lines of a problem: one paragraph, or a line for each step of a remedy, so that they can be copied."""
-    text = f"{where}: {problem['reason']}"
-    remedy = problem["remedy"]
-    if not remedy:
-        return [paragraph(label, text)]
-    first, *more = remedy.split("; ")
+def _refused(file: str, problem: Mapping[str, str | None]) -> list[str]:
+    """Return a problem of the whole file, or of the machine.
+
+    A fault in the file has a key and is one line. The machine's remedies can be commands: each has a line of its own,
+    so that it can be copied.
+    """
+    if problem["key"]:
+        return [_one_line(f"REFUSED: {file}: {problem['key']}", problem)]
+    first, *more = (problem["remedy"] or "").split("; ")
     if not more:
-        return [paragraph(label, f"{text} ({remedy})")]
+        return [_one_line(f"REFUSED: {file}", problem)]
     lead, colon, command = first.partition(": ")
-    lines = [paragraph(label, text), f"    {lead}{colon}".rstrip()]
+    lines = [_one_line(f"REFUSED: {file}", {**problem, "remedy": None}), f"    {lead}{colon}".rstrip()]
     for step in (command, *more) if command else more:
         lines.append(f"    {step}" if step.startswith(_NO_COMMAND) else f"        {step}")
     return lines
+
+
+def _one_line(where: str, problem: Mapping[str, str | None]) -> str:
+    """Return a problem as one line, however long, so that programs and people find it whole."""
+    remedy = f" ({problem['remedy']})" if problem["remedy"] else ""
+    text = " ".join(f"{problem['reason']}{remedy}".split())
+    return f"{where}: {text}"
 
 
 def _counted(number: int) -> str:

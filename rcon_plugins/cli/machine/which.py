@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rcon_plugins.cli.columns import paragraph
 from rcon_plugins.cli.exit import BadUsage
 from rcon_plugins.confinement.confinement import cgroup_name
 from rcon_plugins.confinement.plan import Plan
@@ -80,7 +79,7 @@ def _as_text(found: Mapping[str, Any]) -> str:
     policy = "no policy" if found["policy"] is None else f"policy {found['policy']}"
     lines = [f"{route}, {policy}"]
     if found["problem"]:
-        lines.append(paragraph("REFUSED: ", found["problem"]))
+        lines.append(f"REFUSED: {' '.join(found['problem'].split())}")
     elif found["policy"] is None:
         lines.append('it runs without limits (unmatched = "allow")')
     else:

@@ -176,6 +176,7 @@ def test_a_wrong_file_is_refused(name: str, write: Write, capsys: pytest.Capture
     assert run_main(["check", file]) == 1
     out, err = capsys.readouterr()
     assert err == ""
+    assert out.count("\n") == 1  # one line, however long
     said = " ".join(out.split())
     assert said.startswith(f"REFUSED: {file}: ")
     assert [word for word in (key or "", reason, remedy) if word not in said] == []
@@ -246,6 +247,8 @@ pids = 8
 
     assert run_main(["check", "--server", "sync", file]) == 1
     lines = capsys.readouterr().out.splitlines()
+    (cpus,) = (line for line in lines if line.startswith("    REFUSED: cpus: CPUs 4000-4002 do not exist"))
+    assert cpus.endswith(f"({problems['web']['cpus']['remedy']})")  # one line, however long
     assert "    REFUSED: user: there is no user 'nobdy' (did you mean 'nobody'?)" in lines
     assert lines[-1] == f"{file}: 2 of 3 policies cannot be enforced here"
 
@@ -283,17 +286,19 @@ def test_a_remedy_of_several_steps_has_a_line_for_each() -> None:
     long = "mkdir -p /a && chown nobody " + " ".join(f"/a/file-{number}" for number in range(20))
     hint = f'run the server as root, or run once as root: {long}; echo 1 > /a/b; and set cgroup = "/rcon"'
     problem = check._problem(DelegationError("no cgroup is delegated to this process", hint=hint))
-    assert check._refused("REFUSED: ", "rcon.toml", problem) == [
+    assert check._refused("rcon.toml", problem) == [
         "REFUSED: rcon.toml: no cgroup is delegated to this process",
         "    run the server as root, or run once as root:",
         f"        {long}",
         "        echo 1 > /a/b",
         '    and set cgroup = "/rcon"',
     ]
+    long = check._problem(SettingsError("is wrong", key="a", hint="first; " * 40 + "last"))
+    assert check._refused("f", long) == [f"REFUSED: f: a: is wrong ({'first; ' * 40}last)"]
     one = check._problem(SettingsError("is wrong", key="a", hint="mend it"))
-    assert check._refused("REFUSED: ", "f: a", one) == ["REFUSED: f: a: is wrong (mend it)"]
+    assert check._refused("f", one) == ["REFUSED: f: a: is wrong (mend it)"]
     none = check._problem(SettingsError("is wrong", key="a"))
-    assert check._refused("REFUSED: ", "f: a", none) == ["REFUSED: f: a: is wrong"]
+    assert check._refused("f", none) == ["REFUSED: f: a: is wrong"]
 
 
 OWNER = Path("/etc/passwd").stat()
