@@ -6,8 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.exceptions import Reject, SoftTimeLimitExceeded
@@ -243,17 +242,8 @@ def server_files() -> list[int]:
 
     Standard output and standard error are not among them; sockets and pipes are closed anyway.
     """
-    logs = fork_server.open_log_files(_loggers())
-    return sorted({number for number in {*logs, *_shared_memory_files()} if number > 2})
-
-
-def _shared_memory_files() -> Iterator[int]:
-    for entry in Path("/dev/fd").iterdir():
-        try:
-            if _BILLIARD_FILE in str(entry.readlink()):
-                yield int(entry.name)
-        except OSError:
-            continue  # the descriptor of the listing, which is closed by now
+    found = fork_server.open_log_files(_loggers()) | fork_server.open_files_named(_BILLIARD_FILE)
+    return sorted(descriptor for descriptor in found if descriptor > 2)
 
 
 def _loggers() -> list[logging.Logger]:

@@ -428,6 +428,11 @@ def open_log_files(loggers: Iterable[logging.Logger]) -> set[int]:
     return {stream.fileno() for stream in streams if stream is not None and not stream.closed}
 
 
+def open_files_named(part: str) -> set[int]:
+    """Return the descriptors of the files of this process that have ``part`` in their path. Raises OSError."""
+    return {file.descriptor for file in process.open_files() if part in file.path}
+
+
 def leaving_log_files(loggers: Iterable[logging.Logger]) -> Callable[[], None]:
     """Return a function for ``after_fork`` that makes these loggers write to standard error instead of files.
 

@@ -21,7 +21,7 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from rcon_plugins.errors import CapabilityError, KernelError
-from rcon_plugins.kernel.syscalls import syscall
+from rcon_plugins.kernel.syscalls import syscall, unprivileged
 
 _CREATE_RULESET_VERSION = 1
 _RULE_PATH_BENEATH = 1
@@ -52,7 +52,6 @@ _OF_A_FILE = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 _NEWER = ((2, _REFER), (3, _TRUNCATE), (5, _IOCTL_DEV))
 
 _NONE_HERE = "Linux 5.13 or newer with CONFIG_SECURITY_LANDLOCK, and landlock in the boot parameter lsm="
-_UNPRIVILEGED = "set no_new_privs first, or hold CAP_SYS_ADMIN"
 
 
 class _RulesetAttr(ctypes.Structure):
@@ -293,12 +292,7 @@ def _restrict_self(ruleset: int) -> None:
         syscall("landlock_restrict_self", ruleset, 0)
     except KernelError as error:
         if error.errno == errno.EPERM:
-            raise CapabilityError(
-                "the kernel refuses Landlock rules for this thread",
-                errno=errno.EPERM,
-                path="landlock_restrict_self",
-                hint=_UNPRIVILEGED,
-            ) from None
+            raise unprivileged(error, "Landlock rules") from None
         if error.errno == errno.E2BIG:
             raise CapabilityError(
                 "this thread already has 16 layers of Landlock rules, the most that the kernel allows",

@@ -16,7 +16,7 @@ from functools import cache
 from typing import NoReturn
 
 from rcon_plugins.errors import CapabilityError, KernelError
-from rcon_plugins.kernel.syscalls import syscall
+from rcon_plugins.kernel.syscalls import syscall, unprivileged
 
 _SET_MODE_FILTER = 1
 _FLAG_SPEC_ALLOW = 1 << 2  # Linux 4.17
@@ -109,12 +109,7 @@ def _set_filter(flags: int) -> None:
 
 def _refuse(error: KernelError) -> NoReturn:
     if error.errno == errno.EACCES:
-        raise CapabilityError(
-            "the kernel refuses a seccomp filter for this thread",
-            errno=errno.EACCES,
-            path="seccomp",
-            hint="set no_new_privs first, or hold CAP_SYS_ADMIN",
-        ) from None
+        raise unprivileged(error, "a seccomp filter") from None
     if error.errno in (errno.ENOSYS, errno.EINVAL):
         raise CapabilityError(NONE_HERE, errno=error.errno, path="seccomp", hint=REMEDY) from None
     raise error

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from rcon_plugins.errors import KernelError
+from rcon_plugins.errors import CapabilityError, KernelError
 
 #: prctl(2): send this process a signal when the thread that forked it ends.
 PR_SET_PDEATHSIG = 1
@@ -123,6 +123,19 @@ def syscall(name: str, *arguments: Any) -> int:
         number = ctypes.get_errno()
         raise KernelError(f"{name}: {os.strerror(number)}", errno=number, path=name)
     return result
+
+
+def unprivileged(error: KernelError, what: str) -> CapabilityError:
+    """Return the error for a thread that may not use ``what``, because it has neither no_new_privs nor CAP_SYS_ADMIN.
+
+    ``error`` is that of `syscall`. Source: seccomp(2), landlock_restrict_self(2).
+    """
+    return CapabilityError(
+        f"the kernel refuses {what} for this thread",
+        errno=error.errno,
+        path=error.path,
+        hint="set no_new_privs first, or hold CAP_SYS_ADMIN",
+    )
 
 
 @cache
