@@ -103,12 +103,14 @@ def command_line(pid: int) -> str:
 
 def cgroups() -> set[Path]:
     """Return every cgroup of this machine, in any hierarchy, whose name begins with rcon."""
-    return {
-        Path(directory, name)
-        for directory, names, _ in os.walk(CGROUPS)
-        for name in names
-        if name.startswith("rcon")
-    }
+    found, left = set(), [str(CGROUPS)]
+    while left:  # not os.walk: it recurses, and anybody may have made a thousand levels
+        directory = left.pop()
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            below = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+            left += [entry.path for entry in below]
+            found |= {Path(entry.path) for entry in below if entry.name.startswith("rcon")}
+    return found
 
 
 def cgroups_left(before: set[Path], ours: set[int]) -> list[str]:

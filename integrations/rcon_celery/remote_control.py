@@ -81,6 +81,7 @@ def rcon_set(state: Any, policy: str = "", limit: str = "", value: str = "") -> 
             "after": made.new,
             "cgroups": made.cgroups,
             "kept": made.kept,
+            "notes": list(made.notes),
         }
     }
 

@@ -50,7 +50,7 @@ class Namespaces:
         if self._must_raise:
             raise_capability(CAP_SYS_ADMIN)
         is_private = policy.shared_memory != "server"
-        namespaces.enter(self._view, private_memory=is_private, size=_size(policy))
+        namespaces.enter(self._view, private_memory=is_private, size=memory_size(policy))
         mounts = (*self._view.memory, *self._view.queues) if is_private else ()
         self.private = tuple(mount.path for mount in mounts)
 
@@ -66,8 +66,11 @@ class Namespaces:
         self.table = table
 
 
-def _size(policy: Policy) -> int | None:
-    """Return the most bytes of each private directory: as much as a unit of work may ever use of memory."""
+def memory_size(policy: Policy) -> int | None:
+    """Return the most bytes of each private directory: as much as a unit of work may ever use of memory.
+
+    None is the kernel's default, half of the memory. The size of an executor process stays what it was at its start.
+    """
     memory = policy.each.memory or policy.memory
     if memory is None:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rcon_plugins.confinement.isolation import judge, resources_of
+from rcon_plugins.builtin.namespaces import memory_size
+from rcon_plugins.confinement.isolation import judge, resources_of, shares_memory
 from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources, change_limits, read_limits
 from rcon_plugins.kernel.files import gone
@@ -107,7 +109,7 @@ class Change(NamedTuple):
     """The result of a change: the limit before (None without one) and after, in the spelling of a settings file.
 
     ``cgroups`` is the number of cgroups of running work that got the new limit. ``kept`` is the number of cgroups of
-    single executors that kept the old one.
+    single executors that kept the old one. ``notes`` say what else running work keeps.
     """
 
     policy: Policy
@@ -115,6 +117,7 @@ class Change(NamedTuple):
     new: Any
     cgroups: int
     kept: int
+    notes: tuple[str, ...] = ()
 
 
 def change_limit(
@@ -154,7 +157,14 @@ def change_limit(
     policies.changes.add(name, key, value)
     # Write again, for cgroups that another process has just made under the old policy.
     cgroups, kept = _change_all(instance, name, was, news, of_each=of_each)
-    return Change(new, _limit(old, key), _limit(new, key), cgroups, kept)
+    return Change(new, _limit(old, key), _limit(new, key), cgroups, kept, _notes(old, new))
+
+
+def _notes(old: Policy, new: Policy) -> tuple[str, ...]:
+    size = memory_size(old)
+    if size is None or size >= (memory_size(new) or math.inf) or shares_memory(old):
+        return ()
+    return ("the size of /dev/shm stays as it is for the processes that run now",)
 
 
 def changed(policy: Policy, key: str, value: str) -> Policy:

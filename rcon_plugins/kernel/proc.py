@@ -197,6 +197,16 @@ def unified_cgroup(pid: int) -> str | None:
     return next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
 
 
+def ipc_namespace(pid: int) -> str | None:
+    """Return the IPC namespace of a process (namespaces(7)); None if it has ended or this user may not see that."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/ipc")
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM):
+            raise KernelError.from_oserror(error, path=f"/proc/{pid}/ns/ipc") from None
+        return None
+
+
 def _read(pid: int, name: str) -> str | None:
     try:
         return files.read_if_there(f"/proc/{pid}", name)

@@ -132,7 +132,7 @@ def unprivileged(error: KernelError, what: str) -> CapabilityError:
     """
     return CapabilityError(
         f"the kernel refuses {what} for this thread",
-        errno=error.errno,
+        errno=error.errno or 0,
         path=error.path,
         hint="set no_new_privs first, or hold CAP_SYS_ADMIN",
     )

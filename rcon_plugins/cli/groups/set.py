@@ -23,6 +23,7 @@ from rcon_plugins.cli.limit_options import limits_of, policy_keys
 from rcon_plugins.confinement.isolation import resources_of
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups.find import Group
+from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, Resources, change_limits, device_of
 from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD, OPTIONS
 from rcon_plugins.settings.limit_text import IO_KEYS, removes
@@ -36,7 +37,11 @@ def set_limits(group: Group, options: Mapping[str, Any], as_json: bool) -> int:
     _check(group, wanted)
     change_limits(group.cgroup, wanted, gather=not group.is_of_server())
     after = group.limits()
-    notes = [*_reclaim_note(group, wanted, usage.memory_current, usage.oom_kills), *_server_note(group)]
+    notes = [
+        *_reclaim_note(group, wanted, usage.memory_current, usage.oom_kills),
+        *_shared_memory_note(group, before, wanted),
+        *_server_note(group),
+    ]
     if as_json:
         data = {
             "group": group.label,
@@ -112,6 +117,15 @@ def _reclaim_note(group: Group, wanted: Resources, used: int | None, killed_befo
     killed = (group.usage().oom_kills or 0) - (killed_before or 0)
     end = f"killed {killed} process{'' if killed == 1 else 'es'}" if killed else "killed no process"
     return [f"{size(used)} of memory was in use: the kernel reclaimed what it could and {end}"]
+
+
+def _shared_memory_note(group: Group, before: Resources, wanted: Resources) -> list[str]:
+    """Say that ``/dev/shm`` of executor processes does not grow with their memory."""
+    was, limit = before.memory_max, wanted.memory_max
+    if not isinstance(was, int) or limit is None or (isinstance(limit, int) and limit <= was):
+        return []
+    theirs = {proc.ipc_namespace(pid) for pid in group.pids()} - {None, proc.ipc_namespace(group.owner.pid)}
+    return ["the size of /dev/shm stays as it is for the processes that run now"] if theirs else []
 
 
 def _server_note(group: Group) -> list[str]:

@@ -125,6 +125,7 @@ def test_set_while_work_runs(sessions: Sessions) -> None:
             for limit in ("160M", "200M", "180M"):
                 reply = rcon_set(session, "stay", "each.memory", limit)["ok"]
                 assert reply["kept"] == 0
+                assert ["/dev/shm" in note for note in reply["notes"]] == [True] * (limit == "200M")
                 assert {read_limits(leaf).memory_max for leaf in leaves} == {parse_size(limit)}
             reply = rcon_set(session, "stay", "memory", "256M")["ok"]
             assert (reply["before"], reply["after"], reply["cgroups"]) == (None, "256M", 1)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from rcon_plugins import Plan, Server
+from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
 from rcon_plugins.kernel import landlock, namespaces
 from rcon_plugins.kernel.capability import (
@@ -150,6 +151,22 @@ def test_a_command_under_a_policy_has_its_own_too(name: str, tmp_path: Path) -> 
     done = rcon(*run, f"echo x > {SHM / name} && ls {SHM}")
     assert done.out == f"{name}\n", done.err
     assert not (SHM / name).exists()
+
+
+def test_rcon_set_says_that_the_size_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"set-{os.getpid()}"
+    note = "rcon: note: the size of /dev/shm stays as it is for the processes that run now\n"
+    for shared, memory, noted in (
+        ("private", "96M", True),
+        ("private", "32M", False),
+        ("server", "96M", False),
+    ):
+        policy = {"memory": "64M", "shared_memory": shared}
+        settings = {"policy": {name: policy}, "route": [{"policy": name}]}
+        with managing({}, settings=settings) as manager:
+            assert ask(manager, "fill", "/dev/shm/rcon-small", 1)[0] == "WORKED"
+            assert run_main(["set", name, "--memory", memory]) == 0
+            assert (note in capsys.readouterr().err) is noted
 
 
 # -- mounts ---------------------------------------------------------------------------------------

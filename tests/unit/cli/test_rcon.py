@@ -293,8 +293,8 @@ def test_a_remedy_of_several_steps_has_a_line_for_each() -> None:
         "        echo 1 > /a/b",
         '    and set cgroup = "/rcon"',
     ]
-    long = check._problem(SettingsError("is wrong", key="a", hint="first; " * 40 + "last"))
-    assert check._refused("f", long) == [f"REFUSED: f: a: is wrong ({'first; ' * 40}last)"]
+    several = check._problem(SettingsError("is wrong", key="a", hint="first; " * 40 + "last"))
+    assert check._refused("f", several) == [f"REFUSED: f: a: is wrong ({'first; ' * 40}last)"]
     one = check._problem(SettingsError("is wrong", key="a", hint="mend it"))
     assert check._refused("f", one) == ["REFUSED: f: a: is wrong (mend it)"]
     none = check._problem(SettingsError("is wrong", key="a"))
