@@ -173,19 +173,19 @@ class InlineConfinement(Confinement):
         Make the cgroup again if another worker of the server removed it as its least recently used one. Raises
         `KernelError`.
         """
-        executor = self.executor
-        if executor is None:
-            return None
-        try:
-            executor.enter()
-        except KernelError as error:
-            if not gone(error):
-                raise
-            self._make_cgroup()
+        for attempts_left in reversed(range(_ATTEMPTS)):
             executor = self.executor
-            if executor is not None:
+            if executor is None:
+                return None
+            try:
                 executor.enter()
-        return executor
+            except KernelError as error:
+                if not gone(error) or not attempts_left:
+                    raise
+            else:
+                return executor
+            self._make_cgroup()
+        return None
 
     def admit(
         self,

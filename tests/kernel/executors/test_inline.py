@@ -207,3 +207,33 @@ def test_a_cgroup_that_another_worker_removed_is_made_again() -> None:
         return inside
 
     assert in_child(program)
+
+
+def test_a_cgroup_that_other_workers_keep_removing_is_made_again() -> None:
+    """A worker whose least recently used cgroup it is may remove it again, between its making and the entry."""
+
+    def program() -> list[bool]:
+        settings = from_mapping({"policy": {"p": {"pids": 50}}, "route": [{"policy": "p"}]})
+        manager = Manager(settings, server=ALONE).start()
+        make = InlineConfinement._make_cgroup
+        left = 3
+
+        def make_and_lose(self: InlineConfinement) -> None:
+            nonlocal left
+            make(self)
+            if left and self.executor is not None:
+                left -= 1
+                self.executor.cgroup.delete()
+
+        setattr(InlineConfinement, "_make_cgroup", make_and_lose)  # noqa: B010 - in a fork of this process
+        inside = []
+        for _ in range(2):
+            work = manager.admit(Work("call", "one"))
+            assert isinstance(work, InlineAdmission)
+            with work.entered():
+                inside.append("/host/p\n" in where())
+            work.finish()
+        manager.close()
+        return inside
+
+    assert in_child(program) == [True, True]
