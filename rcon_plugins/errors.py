@@ -63,7 +63,7 @@ class SettingsError(RconError):
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.key) if part)
         text = f"{where}: {self.problem}" if where else self.problem
-        return _on_one_line(f"{text} ({self.hint})" if self.hint else text)
+        return on_one_line(f"{text} ({self.hint})" if self.hint else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, dict(self.__dict__))
@@ -269,7 +269,7 @@ class ConcurrencyLimitExceeded(LimitExceeded):
     retry_after: int = 1
 
 
-def _on_one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
     """Return the text with line breaks and control characters escaped: keys and values are as a file has them."""
     if text.isprintable():
         return text

@@ -109,6 +109,18 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     return Verdict(policy, policy.isolation, why, tuple(as_thread), _SHARED)
 
 
+def judge_command(policy: Policy, hierarchy: Hierarchy, hook: pluggy.HookRelay) -> Verdict:
+    """Return the verdict on a policy for one command, which always runs in a process."""
+    try:
+        together = resources_of(hook, policy, policy)
+        each = resources_of(hook, policy.each, policy)
+    except KernelError as error:
+        return _of_no_disk(policy, error)
+    refusals = _as_written(hierarchy.refusals(together))
+    refusals += _as_written(hierarchy.refusals(each, within=together), "each.")
+    return Verdict(policy, "process", "it is a command", (*refusals, *privileges.refusals(policy)))
+
+
 def _of_no_disk(policy: Policy, error: KernelError) -> Verdict:
     """Return the verdict for an IO limit whose disk is not found. Re-raise any other error."""
     if not policy.io and not policy.each.io:

@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.units import UNITS, show
+from rcon_plugins.settings.units import UNITS, as_toml, quoted, show
 
 T = TypeVar("T")
 
@@ -28,6 +28,8 @@ T = TypeVar("T")
 _TEXT = "x-text"
 #: The longest part of a key in a message, characters. The name of a policy has at most 63.
 _LONGEST_KEY = 80
+#: The most words that a hint lists. A policy has fewer keys.
+_MOST_WORDS = 50
 _TOML_WORDS = {"int": "integer", "str": "string", "bool": "boolean", "object": "table"}
 
 
@@ -186,7 +188,7 @@ def _schema_hook(kind: type) -> dict[str, Any]:
 def dotted(key: str, part: str) -> str:
     """Return the key of ``part`` in the table ``key``, quoted if TOML needs quotes, and not too long."""
     part = part if len(part) <= _LONGEST_KEY else f"{part[: _LONGEST_KEY - 3]}..."
-    shown = part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"'
+    shown = quoted(part)
     return f"{key}.{shown}" if key else shown
 
 
@@ -197,8 +199,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
 
 
 def one_of(known: Iterable[str]) -> str:
-    """Return a hint that lists the known words."""
-    return f"one of: {', '.join(known)}"
+    """Return a hint that lists the known words, as far as one line has room for them."""
+    words = list(known)
+    more = f" and {len(words) - _MOST_WORDS} more" if len(words) > _MOST_WORDS else ""
+    return f"one of: {', '.join(words[:_MOST_WORDS])}{more}"
 
 
 def explain(value: object, kind: Any, key: str) -> SettingsError | None:
@@ -257,14 +261,15 @@ def _remedy(value: object, kind: _Kind) -> str | None:
         words = get_args(kind.plain)
         return (did_you_mean(value, words) if isinstance(value, str) else None) or one_of(words)
     if kind.meta is not None and kind.meta.examples:
-        return f"for example {_toml(kind.meta.examples[0])}"
+        return f"for example {_example(kind.meta.examples[0])}"
     fields = kind.fields()
     return None if fields is None else f"a table of {', '.join(fields)}"
 
 
-def _toml(example: object) -> str:
+def _example(example: object) -> str:
+    """Return an example in the way of TOML, its texts in double quotes."""
     if isinstance(example, Mapping):
-        return f"{{ {', '.join(f'{key} = {_toml(value)}' for key, value in example.items())} }}"
+        return f"{{ {', '.join(f'{quoted(key)} = {_example(value)}' for key, value in example.items())} }}"
     if isinstance(example, list):
-        return f"[{', '.join(map(_toml, example))}]"
-    return f'"{example}"' if isinstance(example, str) else str(example)
+        return f"[{', '.join(map(_example, example))}]"
+    return f'"{example}"' if isinstance(example, str) else as_toml(example)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
@@ -17,8 +15,11 @@ from rcon_plugins.settings.conversion import convert, did_you_mean, dotted, expl
 from rcon_plugins.settings.memory import Memory
 from rcon_plugins.settings.policy import Policy, PolicyName
 from rcon_plugins.settings.routing import Route
+from rcon_plugins.settings.toml import read_toml
 from rcon_plugins.settings.units import show
 
+#: The longest path of the base, bytes: our own groups below it have paths, too, and PATH_MAX is 4096.
+_LONGEST_CGROUP = 1024
 _COUNT = Meta(ge=1, le=2**31 - 1)
 
 
@@ -125,24 +126,7 @@ def load(path: str | os.PathLike[str]) -> Settings:
     Raises `SettingsError`, with file, key, value and remedy, for the first fault.
     """
     file = os.fspath(path)
-    try:
-        mapping = tomllib.loads(Path(file).read_bytes().decode())
-    except OSError as error:
-        raise SettingsError(
-            f"cannot be read: {error.strerror}", file=file, hint="give the path of a file this user can read"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise SettingsError(
-            f"byte {error.start} is not UTF-8", file=file, hint="save the file as UTF-8"
-        ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also of integers that Python does not read, and of deep arrays
-        raise SettingsError(
-            f"is not TOML: {error}", file=file, hint='text needs quotes, as in memory = "256M"'
-        ) from error
-    return from_mapping(mapping, file=file)
+    return from_mapping(read_toml(file), file=file)
 
 
 def from_mapping(mapping: Mapping[str, Any], *, file: str | None = None) -> Settings:
@@ -226,6 +210,10 @@ def check_cgroup(path: str) -> None:
         problem, hint = "begins with the mount", "leave the mount out: as /proc/self/cgroup shows it"
     elif path != f"/{name}" or {"", ".", ".."} & set(name.split("/")) or not name.isprintable():
         problem, hint = "is not the path of a cgroup", 'for example "/rcon"'
+    elif len(os.fsencode(path)) > _LONGEST_CGROUP or any(
+        len(os.fsencode(part)) > 255 for part in name.split("/")
+    ):
+        problem, hint = "is too long for the path of a cgroup", 'for example "/rcon"'
     else:
         return
     raise SettingsError(f"{show(path)} {problem}", key="cgroup", value=path, hint=hint)

@@ -12,7 +12,7 @@ from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.conversion import one_of
 from rcon_plugins.settings.limit_table import BY_KEY, IO_LIMITS
 from rcon_plugins.settings.memory import Memory
-from rcon_plugins.settings.units import format_factor, format_size, format_value, parse_count
+from rcon_plugins.settings.units import format_factor, format_size, format_value, parse_count, show
 
 #: The text that removes a limit.
 NO_LIMIT: Final = "max"
@@ -30,9 +30,9 @@ def value_of(key: str, text: str) -> object:
     if text.startswith("{"):
         try:
             return tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # also of integers that Python does not read, and of deep tables
             raise SettingsError(
-                f"{text!r} is no table",
+                f"{show(text)} is no table",
                 value=text,
                 hint='as in a settings file: { limit = "256M", expand = "2x", up_to = "1G" }',
             ) from None

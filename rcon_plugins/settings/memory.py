@@ -115,7 +115,7 @@ def check_a_page(size: int | None, key: str) -> None:
     """Raise `SettingsError` for a memory limit below one page; None is "not set"."""
     if size is not None and size < PAGE:
         text = format_size(size)
-        hint = f'write "{text}M"?' if text.isdigit() else 'at least "4K"'
+        hint = f'write "{text}M"?' if size and text.isdigit() else 'at least "4K"'
         raise SettingsError(f"{size} bytes are less than one page", key=key, value=size, hint=hint)
 
 

@@ -26,6 +26,7 @@ Isolation = Literal["auto", "inline", "thread", "process"]
 
 _COUNT = Meta(ge=1, le=2**63 - 1)
 _ID = Meta(ge=1, le=2**32 - 2)
+_GROUPS = Meta(max_length=65536)  # NGROUPS_MAX, setgroups(2)
 
 
 class PolicyName(Written, str):
@@ -185,7 +186,7 @@ class Policy(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(description="Group to run as; the default is the primary group of the user.", examples=["web"]),
     ] = None
     groups: Annotated[
-        tuple[Account, ...] | None,
+        Annotated[tuple[Account, ...], _GROUPS] | None,
         Meta(description="Supplementary groups; the default is all groups of the user.", examples=[["web"]]),
     ] = None
     capabilities: Annotated[

@@ -16,6 +16,7 @@ that the parser reads again::
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -31,6 +32,7 @@ _TIME_UNITS: Final = {"h": Decimal(3600), "m": Decimal(60), "s": Decimal(1), "ms
 _LARGEST_SIZE = 2**63 - 1  # the largest value of the kernel's signed 64-bit counters
 _LONGEST = Decimal(24 * 24 * 3600)  # poll(2) counts milliseconds in 31 bits: 24.8 days
 _HIGHEST_CPU = 65535  # far above the maximum that a kernel can be built for
+_LONG_NUMBER = 256  # bits: Python writes no integers of more than 4300 digits
 
 _HINT_CPUS = '"30%" is 30 % of one CPU, "150%" is one and a half'
 _HINT_SIZE = 'write "256M", "64K" or "2G", in steps of 1024'
@@ -186,7 +188,7 @@ def cpu_numbers(text: str) -> set[int]:
 def parse_count(text: str) -> int:
     """Return a whole number. In a settings file it is a number; this is for text, such as an option."""
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise SettingsError(f"{text!r} is not a whole number", value=text, hint="for example 100")
+        raise SettingsError(f"{show(text)} is not a whole number", value=text, hint="for example 100")
     return int(text)
 
 
@@ -233,19 +235,36 @@ def format_value(unit: str, value: float | str) -> str:
 
 
 def show(value: object) -> str:
-    """Return ``value`` for an error message: as Python writes it, at most 80 characters.
+    """Return ``value`` for an error message: as a settings file writes it, at most 80 characters.
 
     What is cut is in the middle: a path differs from others at its end.
     """
     try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # Python writes no integers of more than 4300 digits
-        text = (
-            f"a number of {value.bit_length()} bits"
-            if isinstance(value, int)
-            else f"a {type(value).__name__}"
-        )
+        text = as_toml(value)
+    except RecursionError:
+        text = "a table" if isinstance(value, Mapping) else "an array"
     return text if len(text) <= 80 else f"{text[:38]}...{text[-38:]}"
+
+
+def as_toml(value: object) -> str:
+    """Return ``value`` as a settings file writes it. Raises RecursionError."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and value.bit_length() > _LONG_NUMBER:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, Mapping):
+        parts = [f"{quoted(str(key))} = {as_toml(part)}" for key, part in value.items()]
+        return f"{{ {', '.join(parts)} }}" if parts else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_toml, value))}]"
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return repr(value)
+
+
+def quoted(key: str) -> str:
+    """Return a key of a table, in quotes if TOML needs them."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key, re.ASCII) else f'"{key}"'
 
 
 def _exactly(number: float) -> Decimal:

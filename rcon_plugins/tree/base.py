@@ -350,7 +350,8 @@ def _prepare(hierarchy: Hierarchy, path: str) -> str:
             directory = mount.directory(path)
             if v1.io_holder(mount, path) is not None:
                 continue
-            files.make_directory(directory)
+            if not files.make_directory(directory) and files.is_file(*os.path.split(directory)):
+                raise _refused(hierarchy, path, errno.ENOTDIR, f"{directory} is a file of the kernel")
             if not os.access(directory, os.W_OK):
                 # Another server that ended may have removed it just now.
                 number = errno.EACCES if files.is_directory(directory) else errno.ENOENT
@@ -394,6 +395,8 @@ def remedy(
     """
     if number == errno.EROFS:
         return mounts.writable_remedy(hierarchy.limit_mounts)
+    if number == errno.ENOTDIR:
+        return f'choose another path: cgroup = "{ROOT_BASE}"'
     if number == errno.EBUSY:
         return (
             "a cgroup with processes passes no controllers on: make the server the only process of the container "

@@ -9,7 +9,7 @@ from typing import Any
 from rcon_plugins.cli.columns import paragraph
 from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.confinement.plan import Plan
-from rcon_plugins.errors import KernelError, RconError, SettingsError
+from rcon_plugins.errors import DelegationError, KernelError, RconError, SettingsError, on_one_line
 from rcon_plugins.identity.resolution import check as check_identity
 from rcon_plugins.settings.file import load
 from rcon_plugins.tree import systemd
@@ -42,6 +42,8 @@ def check(file: str, server: str, as_json: bool) -> tuple[str, bool]:
             _add_verdicts(found, plan.within(plan.hierarchy.narrowed(base)))
     except RconError as error:
         found["problem"] = _problem(error)
+        if isinstance(error, DelegationError) and plan.settings.cgroup is not None:
+            found["problem"]["reason"] = f"cgroup: {error.problem}"
     found["good"] = not found["problem"] and not _wrong(found)
     return (json.dumps(found, indent=2) if as_json else _as_text(found)), found["good"]
 
@@ -85,7 +87,7 @@ def _problem(error: RconError) -> dict[str, str | None]:
 
 
 def _as_text(found: Mapping[str, Any]) -> str:
-    lines = []
+    lines, file = [], on_one_line(found["file"])
     for name, judged in found["policies"].items():
         lines.append(paragraph(f"{name}: ", f"{judged['isolation']} - {judged['why']}"))
         if judged["caveat"]:
@@ -94,15 +96,15 @@ def _as_text(found: Mapping[str, Any]) -> str:
             lines.append(_one_line(f"    REFUSED: {problem['limit']}", problem))
     lines += [paragraph("note: ", note) for note in found["notes"]]
     if found["problem"]:
-        lines += _refused(found["file"], found["problem"])
+        lines += _refused(file, found["problem"])
     elif found["good"]:
         lines.append(
-            f"{found['file']}: {_counted(len(found['policies']))} can be enforced here, "
+            f"{file}: {_counted(len(found['policies']))} can be enforced here, "
             f"below the cgroup {found['cgroup']}"
         )
     else:
         wrong, policies = len(_wrong(found)), _counted(len(found["policies"]))
-        lines.append(f"{found['file']}: {wrong} of {policies} cannot be enforced here")
+        lines.append(f"{file}: {wrong} of {policies} cannot be enforced here")
     return "\n".join(lines)
 
 
@@ -128,7 +130,7 @@ def _one_line(where: str, problem: Mapping[str, str | None]) -> str:
     """Return a problem as one line, however long, so that programs and people find it whole."""
     remedy = f" ({problem['remedy']})" if problem["remedy"] else ""
     text = " ".join(f"{problem['reason']}{remedy}".split())
-    return f"{where}: {text}"
+    return on_one_line(f"{where}: {text}")
 
 
 def _counted(number: int) -> str:

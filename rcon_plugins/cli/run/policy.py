@@ -19,7 +19,6 @@ from rcon_plugins.cli.run.execution import ends_all, execute, group_of, note_swa
 from rcon_plugins.command.run import Ended, Order
 from rcon_plugins.confinement import isolation
 from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
-from rcon_plugins.identity import privileges
 from rcon_plugins.identity.resolution import check as check_identity
 from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
@@ -48,6 +47,7 @@ def limit_fields(options: Mapping[str, Any]) -> dict[str, Any]:
 def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
     """Run a command under a policy of a settings file and return the exit status. Raises `BadUsage`, `RconError`."""
     settings, manager, policy = _load(options)
+    file = options["settings"]
     oom_group = ends_all(options, policy.oom)
     policy = msgspec.structs.replace(policy, oom="group" if oom_group else "process")
     hook, hierarchy = manager.hook, Hierarchy.discover()
@@ -57,15 +57,12 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
             f"--policy: {policy.name} is per {policy.per}, and a command has no {policy.per} "
             '(choose a policy without per, or with per = "command")'
         )
-    resources = resources_of(hook, policy)
-    each = isolation.resources_of(hook, policy.each, policy)
-    for refusal in (*hierarchy.refusals(resources), *hierarchy.refusals(each, within=resources)):
-        raise BadUsage(
-            f"--policy: {policy.name} cannot be enforced on this machine: {refusal.reason} ({refusal.remedy})"
-        )
+    try:
+        isolation.judge_command(policy, hierarchy, hook).check(file)
+    except SettingsError as error:
+        raise BadUsage(f"--policy: {error}") from None
+    resources, each = (isolation.resources_of(hook, limits, policy) for limits in (policy, policy.each))
     note_swap(hierarchy, resources if isinstance(resources.memory_max, int) else each)
-    for refusal in privileges.refusals(policy):
-        raise BadUsage(f"--policy: {policy.name}: {refusal.reason} ({refusal.remedy})")
     identity = resolve(policy, work.attributes)
     timeout = timeout_of(options)
     if timeout is None and policy.each.timeout is not None:
@@ -143,9 +140,11 @@ def _load(options: Mapping[str, Any]) -> tuple[Settings, pluggy.PluginManager, P
     given = limits_of(options)
     try:
         policy = msgspec.structs.replace(policy, **{key: getattr(given, key) for key in policy_keys(options)})
-        check_identity(policy, file)
     except SettingsError as error:
+        error.key = (error.key or "").removeprefix(f"policy.{name}.")
         raise refused(error) from None
-    except ConfinementError as error:
+    try:
+        check_identity(policy, file)
+    except (SettingsError, ConfinementError) as error:
         raise BadUsage(f"--policy: {error}") from None
     return settings, manager, policy

@@ -338,7 +338,7 @@ def _swap(hierarchy: Hierarchy, resources: Resources, _within: Resources | None)
         return None
     if mount.version == 1:
         if resources.memory_max is None:
-            return ("cgroup v1 limits swap only together with memory", "set memory_max as well")
+            return ("cgroup v1 limits swap only together with memory", "limit the memory as well")
         if files.read_if_there(mount.path, "memory.memsw.limit_in_bytes") is None:
             return ("swap is not accounted for", "boot with swapaccount=1, or turn swap off")
         return None

@@ -143,7 +143,7 @@ def _memory_and_swap(resources: Resources) -> str:
         raise ControllerUnavailable(
             "cgroup v1 limits swap only together with memory",
             value=str(beside),
-            hint="set memory_max as well",
+            hint="limit the memory as well",
         )
     # Without a limit on memory there is no limit on the sum.
     return str(memory + beside) if isinstance(memory, int) else _UNLIMITED

@@ -381,6 +381,27 @@ def test_a_user_at_its_nproc_limit_cannot_run_a_command(tmp_path: Path) -> None:
     assert os.strerror(errno.EAGAIN) in done.err
 
 
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ('user = "no-such-user"', "policy.job.user: there is no user 'no-such-user' (create it: useradd"),
+        ('cpus = "4000"', "policy.job.cpus: cannot be enforced on this machine: CPUs 4000 do not exist"),
+        ('io."/no/such" = { read = "1M" }', "policy.job.io./no/such: cannot be enforced on this machine: "),
+        ('each = { io."/no/such" = { read = "1M" } }', "policy.job.each.io./no/such: cannot be enforced"),
+        ("isolation = { a = 1 }", "policy.job.isolation: { a = 1 } is refused"),
+    ],
+)
+def test_a_policy_that_cannot_be_enforced_is_named_with_file_and_key(
+    tmp_path: Path, policy: str, said: str
+) -> None:
+    settings = tmp_path / "rcon.toml"
+    settings.write_text(f"[policy.job]\n{policy}\n")
+    done = rcon("run", "--policy", "job", "--settings", settings, "--", "true")
+    assert done.status == 2
+    assert f"{settings}: {said}" in done.err
+    assert (done.err.count("\n"), done.err[-2:]) == (1, ")\n")
+
+
 @pytest.mark.each_layout
 def test_options_override_limits_of_a_policy(tmp_path: Path) -> None:
     settings = tmp_path / "rcon.toml"

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from rcon_plugins import Plan, load
+from rcon_plugins import Manager, Plan, load
 from rcon_plugins.cli.machine import check
 from rcon_plugins.cli.rcon import run_main
-from rcon_plugins.errors import SettingsError
+from rcon_plugins.errors import DelegationError, SettingsError
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from tests.directories import let_others_read
 
@@ -72,6 +72,24 @@ def test_a_refused_file_makes_no_cgroup(
     assert run_main(["check", str(file)]) == 1
     assert "REFUSED: cpus: CPUs 4000 do not exist" in capsys.readouterr().out
     assert not any(Path(directory).exists() for directory in base.directories)
+
+
+def test_a_cgroup_that_is_a_file_of_the_kernel_is_refused_with_its_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also characters that control a terminal do not reach it, as TOML allows them in keys."""
+    file = tmp_path / "rcon.toml"
+    file.write_text('cgroup = "/cgroup.procs"\n[policy.web]\npids = 5\n')
+    assert run_main(["check", str(file)]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"REFUSED: {file}: cgroup: " in said
+    assert 'is a file of the kernel (choose another path: cgroup = "/rcon")' in said
+    with pytest.raises(DelegationError, match=rf"^{file}: cgroup: .* is a file of the kernel"):
+        Manager(load(file)).deploy()
+
+    file.write_text('[policy.web]\n"a\\u001b[31m\\nb" = 5\n')
+    assert run_main(["check", str(file)]) == 1
+    assert 'policy.web."a\\x1b[31m\\nb": unknown key' in capsys.readouterr().out
 
 
 @pytest.mark.each_layout

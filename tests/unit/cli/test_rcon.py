@@ -139,7 +139,7 @@ def test_bad_usage_is_one_line_with_a_remedy(
 
 
 BAD = {
-    "not TOML": ("[policy.web\n", None, "is not TOML", "text needs quotes"),
+    "not TOML": ("[policy.web\n", None, "is not TOML", "on a line of its own"),
     "unknown key": (
         '[policy.web]\nmemry = "1G"',
         "policy.web.memry",

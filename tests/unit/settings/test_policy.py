@@ -188,7 +188,7 @@ WRONG = [
     ('io."254:x"', "absolute path", {"io": {"254:x": {"read": 1}}}),
     ("pids", "integer >= 1", {"pids": 0}),
     ("pids", "for example 64", {"pids": "64"}),
-    ("pids", "True", {"pids": True}),
+    ("pids", "true is refused", {"pids": True}),
     ("cpu_weight", "<= 10000", {"cpu_weight": 10001}),
     ("cpu_weight", ">= 1", {"cpu_weight": 0}),
     ("concurrency", ">= 1", {"concurrency": 0}),

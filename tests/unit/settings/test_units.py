@@ -123,7 +123,7 @@ REFUSED = [
 def test_invalid_values_are_refused_with_value_and_remedy(unit: str, written: object, remedy: str) -> None:
     with pytest.raises(SettingsError) as refused:
         UNITS[unit].parse(written)
-    assert repr(written) in str(refused.value)
+    assert show(written) in str(refused.value)
     assert remedy in (refused.value.hint or "")
     assert refused.value.value == written
 
