@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from rcon_plugins.confinement.confinement import cgroup_name
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Meter
 from rcon_plugins.tree.base import find_base
+from rcon_plugins.tree.group_names import cgroup_name
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _EVERY = 0.025

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 from rcon_plugins.builtin.namespaces import Namespaces
 from rcon_plugins.errors import CapabilityError, KernelError
@@ -11,6 +12,7 @@ from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import set_no_new_privs
 from rcon_plugins.kernel.cgroup import mount_points
 from rcon_plugins.settings.policy import Policy
+from rcon_plugins.tree import runtime
 
 #: After so many new processes the fork server makes the ruleset again: each may have added rules of its own to it.
 _MOST_USES = 64
@@ -47,7 +49,8 @@ class Landlock:
     def rcon_drop(self, policy: Policy, target: str) -> None:
         """Forbid the process to write below the cgroup mounts and to signal or trace processes outside of its group.
 
-        Without this, code that runs as the server's user could write the files that limit it. Do nothing if the kernel
+        Without this, code that runs as the server's user could write the files that limit it, and those in which the
+        server counts. Do nothing if the kernel
         has no Landlock: the policy's `Verdict` has a caveat then. Do nothing in a thread, which cannot be restricted
         by itself.
         """
@@ -70,7 +73,8 @@ class Landlock:
         self._forget()
         self._uses = 0
         self._mounts = self._namespaces.table
-        self._wall = landlock.Wall(mount_points(self._mounts), signals=True)
+        counts = [path for path in runtime.folders() if Path(path).is_dir()]
+        self._wall = landlock.Wall([*mount_points(self._mounts), *counts], signals=True)
 
     def _forget(self) -> None:
         if self._wall is not None:

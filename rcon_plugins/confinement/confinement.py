@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +19,7 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.inline import InlineExecutor
 from rcon_plugins.kernel.files import gone
 from rcon_plugins.kernel.process import join_new_session_keyring
+from rcon_plugins.tree.group_names import cgroup_name
 from rcon_plugins.tree.locks import first_slot
 
 if TYPE_CHECKING:
@@ -38,26 +37,6 @@ if TYPE_CHECKING:
 
 #: How many times to make a cgroup while other workers remove it.
 _ATTEMPTS = 20
-_PLAIN_KEY = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,99}")
-
-
-def cgroup_name(policy: str, key: str | None, generation: int = 0) -> str:
-    """Return the directory name of a confinement: ``policy``, or ``policy~key``.
-
-    After two reloads that changed the policy it is ``policy.2``. A changed policy gets a new cgroup, because workers
-    that still finish work under the old policy would write the old limits back.
-
-    Clients send keys. A key that is not plain (host-like, at most 100 characters) becomes ``policy~~HASH``. So every
-    key names exactly one directory, and different keys never share one.
-    """
-    if generation:
-        policy = f"{policy}.{generation}"
-    if key is None:
-        return policy
-    if _PLAIN_KEY.fullmatch(key):
-        return f"{policy}~{key}"
-    digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=20).hexdigest()
-    return f"{policy}~~{digest}"
 
 
 class Confinement:

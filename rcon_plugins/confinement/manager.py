@@ -20,8 +20,10 @@ from rcon_plugins.confinement.budget import machine_ledger
 from rcon_plugins.confinement.live_policies import Change, LivePolicies, PolicyChangeLog, change_limit
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.confinement.running import RunningManager
-from rcon_plugins.errors import DelegationError
+from rcon_plugins.errors import DelegationError, KernelError
 from rcon_plugins.executors.output import Log, standard_error
+from rcon_plugins.tally.writer import Tally
+from rcon_plugins.tree import runtime
 from rcon_plugins.tree.instance import Instance
 
 if TYPE_CHECKING:
@@ -112,7 +114,9 @@ class Manager:
             raise
         for warning in plan.warnings(None if owner is None else owner[0]):
             LOGGER.warning("rcon: %s", warning)
-        return Deployment(plan, instance, PolicyChangeLog() if changeable else None)
+        return Deployment(
+            plan, instance, PolicyChangeLog() if changeable else None, _runtime_directory(instance, owner)
+        )
 
 
 class Deployment:
@@ -121,8 +125,12 @@ class Deployment:
     Made by `Manager.deploy`.
     """
 
-    def __init__(self, plan: Plan, instance: Instance, changes: PolicyChangeLog | None) -> None:
+    def __init__(
+        self, plan: Plan, instance: Instance, changes: PolicyChangeLog | None, directory: str | None
+    ) -> None:
         self.plan = plan
+        #: The directory of the tallies of this server; None if there is none.
+        self.directory = directory
         self.instance = instance
         #: The policies as they are now, seen from this process.
         self.policies = LivePolicies(plan.settings.policies, changes)
@@ -160,15 +168,21 @@ class Deployment:
         self.plan.check_service(service)
         if self._judged_in != os.getpid():
             self.plan.check_process()
-        running = RunningManager(
-            self.plan,
-            self.instance,
-            dict(self.generations),
-            self._changes,
-            on_lost=on_lost,
-            on_close=on_close,
-        )
-        running.begin(service, after_fork, server_files, log)
+        tally = _tally(self.directory)
+        try:
+            running = RunningManager(
+                self.plan,
+                self.instance,
+                dict(self.generations),
+                self._changes,
+                tally,
+                on_lost=on_lost,
+                on_close=on_close,
+            )
+            running.begin(service, after_fork, server_files, log)
+        except BaseException:
+            tally.close()
+            raise
         return running
 
     def change(self, policy: str, key: str, value: str) -> Change:
@@ -199,4 +213,30 @@ class Deployment:
 
     def close(self) -> None:
         """End all work and remove the cgroup tree. Do nothing except in the process that made it."""
-        self.instance.close()
+        try:
+            self.instance.close()
+        finally:
+            if self.directory is not None and self._judged_in == os.getpid():
+                runtime.end(self.directory)
+
+
+def _runtime_directory(instance: Instance, owner: tuple[int, int] | None) -> str | None:
+    """Make the directory of the tallies, and remove those of servers that ended long ago. Log why there is none."""
+    try:
+        directory = runtime.make(instance.path.rpartition("/")[2], owner)
+    except KernelError as error:
+        LOGGER.warning("rcon: what this server counts cannot be read by rcon top, stat and ls: %s", error)
+        return None
+    runtime.collect()
+    return directory
+
+
+def _tally(directory: str | None) -> Tally:
+    """Return the tally of this process. It counts nothing if its file cannot be made, which the log says."""
+    if directory is None:
+        return Tally.nowhere()  # said at the start
+    try:
+        return Tally.take(directory)
+    except KernelError as error:
+        LOGGER.warning("rcon: what this process counts cannot be read by rcon top, stat and ls: %s", error)
+        return Tally.nowhere()

@@ -13,6 +13,7 @@ from rcon_plugins.settings.units import format_size
 if TYPE_CHECKING:
     from rcon_plugins.confinement.budget import MemoryBudget
     from rcon_plugins.settings.policy import Policy
+    from rcon_plugins.tally.writer import Record
     from rcon_plugins.tree.locks import Allocation, ByteLocks
 
 _T = TypeVar("_T")
@@ -22,10 +23,16 @@ _LONGEST_WAIT = 0.25
 
 
 class Reservation:
-    """The slot and the memory of the budget that one unit of work holds while it runs. Each is None if not needed."""
+    """The slot and the memory of the budget that one unit of work holds while it runs. Each is None if not needed.
+
+    ``record`` counts it, from its beginning to its outcome.
+    """
 
     slot: Allocation | None = None
     memory: Allocation | None = None
+
+    def __init__(self, record: Record | None = None) -> None:
+        self.record = record
 
 
 class Reservations:

@@ -21,7 +21,6 @@ from rcon_plugins.confinement.confinement import (
     InlineConfinement,
     ProcessConfinement,
     ThreadConfinement,
-    cgroup_name,
 )
 from rcon_plugins.confinement.isolation import shares_memory
 from rcon_plugins.confinement.live_policies import LivePolicies, PolicyChangeLog
@@ -41,6 +40,8 @@ from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.kernel.process import raise_descriptor_limit
 from rcon_plugins.kernel.shared_memory import left_by
 from rcon_plugins.outcome import Outcome
+from rcon_plugins.settings.budget import BUDGET
+from rcon_plugins.tree.group_names import cgroup_name
 from rcon_plugins.tree.locks import ByteLocks
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from rcon_plugins.executors.fork_server import Service
     from rcon_plugins.executors.output import Log
     from rcon_plugins.settings.policy import Policy
+    from rcon_plugins.tally.layout import Refusal
+    from rcon_plugins.tally.writer import Tally
     from rcon_plugins.tree.instance import Instance
     from rcon_plugins.work import Work
 
@@ -72,13 +75,15 @@ class RunningManager:
         instance: Instance,
         generations: Mapping[str, int],
         changes: PolicyChangeLog | None,
+        tally: Tally,
         on_lost: Callable[[], object] | None,
         on_close: Callable[[], object],
     ) -> None:
-        """``on_close`` is called last by `close`. See `Deployment` for the other parameters."""
+        """``on_close`` is called last by `close`, which closes ``tally`` too. See `Deployment` for the others."""
         self.plan = plan
         self.instance = instance
         self.hook = plan.plugins.hook
+        self.tally = tally
         self._generations = generations
         self._on_close = on_close
         settings = plan.settings
@@ -113,6 +118,8 @@ class RunningManager:
             settings.processes,
             is_kept=self._confinements.__contains__,
             on_end=self._remove_unused,
+            on_spawn=lambda name, policy: tally.spawn(tally.record(policy.name, self._key_of(name))),
+            on_evict=lambda name, policy: tally.evict_executor(tally.record(policy.name, self._key_of(name))),
             on_lost=on_lost,
             monitor=self._monitor,
             current=self._policies.latest,
@@ -156,6 +163,7 @@ class RunningManager:
         self._open = False
         with contextlib.ExitStack() as last:  # run each step, even if an earlier one fails
             last.callback(self._on_close)
+            last.callback(self.tally.close)
             last.callback(self._removals.close)
             last.callback(self._report_shared_memory)
             for confinement in self._confinements.values():
@@ -201,7 +209,7 @@ class RunningManager:
                 policies.refresh()
             policy = policies.by_name.get(name)
             if policy is None:
-                raise ConfinementError(_why_no_policy(work, name))
+                raise _NoPolicy(_why_no_policy(work, name))
             key = work.attributes.get(policy.per) if policy.per is not None else None
             identity = resolve(policy, work.attributes) if policy.user is not None else None
             if name in self._sharing:
@@ -209,7 +217,8 @@ class RunningManager:
             confinement = self._hold(policy, key)
         except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the work does not run
             self._refuse(work, name, key, error)
-        reservation = Reservation()
+        record = self.tally.record(name, key)
+        reservation = Reservation(record)
         try:
             own_memory = memory(policy) if memory is not None else None
             if policy.concurrency is not None or self._budget is not None:
@@ -217,11 +226,10 @@ class RunningManager:
                     reservation, confinement.policy, confinement.first_slot, own_memory, wait=wait
                 )
             self._work_started(work=work, policy=policy)
-            if wait:
-                return self._reservations.retry(
-                    wait, partial(confinement.admit, work, reservation, identity, own_memory)
-                )
-            return confinement.admit(work, reservation, identity, own_memory)
+            admit = partial(confinement.admit, work, reservation, identity, own_memory)
+            admission = self._reservations.retry(wait, admit) if wait else admit()
+            self.tally.begin(record)
+            return admission
         except BaseException as error:
             self._release(confinement, reservation)
             if not isinstance(error, Exception):
@@ -238,7 +246,7 @@ class RunningManager:
             return None
         policy = self._policies.all().get(name)
         if policy is None:
-            raise ConfinementError(_why_no_policy(work, name))
+            raise _NoPolicy(_why_no_policy(work, name))
         return policy
 
     def _hold(self, policy: Policy, key: str | None) -> Confinement:
@@ -267,6 +275,7 @@ class RunningManager:
                 self._confinements[name] = confinement
                 superfluous = self._take_superfluous()
             for one in superfluous:
+                self.tally.evict(self.tally.record(one.policy.name, one.key))
                 self._drop(one)
         return confinement
 
@@ -341,6 +350,8 @@ class RunningManager:
         """Release what an admission holds, and report its outcome. Called once for each admission."""
         self._release(admission.host, admission.reservation)
         if admission.outcome is not None:
+            if admission.reservation.record is not None:
+                self.tally.end(admission.reservation.record, admission.outcome)
             self._report(admission.work, admission.outcome)
 
     def _release(self, confinement: Host, reservation: Reservation) -> None:
@@ -353,8 +364,11 @@ class RunningManager:
             self._reservations.release(reservation)
 
     def _refuse(self, work: Work, policy: str, key: str | None, error: Exception) -> NoReturn:
-        """Report to hooks and log that the work does not run, and raise the error."""
+        """Count, and report to hooks and log, that the work does not run, and raise the error."""
         ending: Ending
+        # Work without a policy gets one record: a client may invent the names.
+        record = self.tally.record(*(("", None) if isinstance(error, _NoPolicy) else (policy, key)))
+        self.tally.refuse(record, _reason_of(error))
         if isinstance(error, LimitExceeded):
             error.policy, error.key = policy, key
             ending = "pids" if isinstance(error, PidsLimitExceeded) else "concurrency"
@@ -385,6 +399,26 @@ class RunningManager:
             f"the manager was started in process {self._pid}, and this is its fork {os.getpid()}; "
             "start one in each process that serves (see the adapter for this server)"
         )
+
+
+class _NoPolicy(ConfinementError):
+    """Raised for work that no route names, or whose policy does not exist."""
+
+
+def _reason_of(error: Exception) -> Refusal:
+    if isinstance(error, PidsLimitExceeded):
+        return "pids"
+    if isinstance(error, LimitExceeded):
+        return (
+            "budget"
+            if error.limit == BUDGET
+            else "processes"
+            if error.limit == "processes"
+            else "concurrency"
+        )
+    if isinstance(error, IdentityRefused):
+        return "forbidden"
+    return "unroutable" if isinstance(error, _NoPolicy) else "refused"
 
 
 def _budget(plan: Plan) -> MemoryBudget | None:

@@ -38,7 +38,8 @@ class ExecutorPool:
     An executor serves one confinement as one identity until it ends, so a request can only take a waiting executor of
     the same confinement and identity. When the bound is reached, the least recently used waiting process is ended.
     ``is_kept`` returns whether the confinement of a name may still be used. When an executor is gone, ``on_end`` is
-    called with the name of its confinement.
+    called with the name of its confinement. ``on_spawn`` is called with the name of the confinement and its policy for
+    each executor that is made, ``on_evict`` for each that ends to make room for another.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class ExecutorPool:
         monitor: Monitor,
         is_kept: Callable[[str], bool],
         on_end: Callable[[str], object],
+        on_spawn: Callable[[str, Policy], object] = lambda *_: None,
+        on_evict: Callable[[str, Policy], object] = lambda *_: None,
         on_lost: Callable[[], object] | None = None,
         current: Callable[[Policy], Policy] = lambda policy: policy,
         key_of: Callable[[str], str | None] = lambda _: None,
@@ -66,6 +69,8 @@ class ExecutorPool:
         self._most = most
         self._is_kept = is_kept
         self._on_end = on_end
+        self._on_spawn = on_spawn
+        self._on_evict = on_evict
         self._lock = threading.Lock()
         #: The number of executors being spawned that are not yet registered in `ProcessExecutors`.
         self._spawning = 0
@@ -291,6 +296,7 @@ class ExecutorPool:
                     )
             self._spawning += 1
         if spare is not None:
+            self._on_evict(spare.name, spare.policy)
             self._end_waiting(spare)
 
     def _is_full(self) -> bool:
@@ -300,7 +306,9 @@ class ExecutorPool:
     def _spawn(self, name: str, policy: Policy, identity: Identity | None) -> Executor:
         """Spawn an executor that ``_spawning`` counts already."""
         try:
-            return self.processes.spawn(name, policy, identity)
+            executor = self.processes.spawn(name, policy, identity)
+            self._on_spawn(name, policy)
+            return executor
         finally:
             with self._lock:
                 self._spawning -= 1

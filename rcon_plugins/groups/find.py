@@ -8,11 +8,10 @@ those of other users that this user may read. Each call reads the tree again; no
 from __future__ import annotations
 
 import difflib
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from rcon_plugins.errors import KernelError, UnknownGroup
@@ -28,6 +27,9 @@ from rcon_plugins.kernel.cgroup.statistics import (
     read_usage,
 )
 from rcon_plugins.kernel.proc import Process
+from rcon_plugins.tally import reader
+from rcon_plugins.tally.reader import Counts, TallyOfServer
+from rcon_plugins.tree.group_names import cgroup_name, split_name, without_generation
 from rcon_plugins.tree.nested import MAIN
 from rcon_plugins.tree.owner import INSTANCE_NAME
 from rcon_plugins.tree.owner import Owner as InstanceOwner
@@ -36,8 +38,6 @@ from rcon_plugins.tree.survey import survey
 #: ``work``: processes that end with the instance. ``host``: threads of the server itself. ``attached``: processes that
 #: ran before the instance, and are moved back at its end.
 Kind = Literal["work", "host", "attached"]
-
-_WITH_KEY = re.compile(r"(?P<policy>[a-z][a-z0-9_-]{0,62})(?:\.[0-9]+)?(?P<hashed>~~?)(?P<key>.+)")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,35 @@ class Owner:
     alive: bool | None
     uid: int | None = None
     command: str | None = None
+
+
+class Tallies:
+    """The tallies of servers, by the name of the group that each record counts. Each server's is read once."""
+
+    def __init__(self) -> None:
+        self._by_instance: dict[str, tuple[TallyOfServer, dict[str, Counts]] | None] = {}
+
+    def of(self, instance: str, name: str, owner: int | None) -> Counts | None:
+        """Return the counts of the group ``name`` of an instance; None if they are unknown.
+
+        ``owner`` is the uid of the server, if it is known.
+        """
+        if instance not in self._by_instance:
+            tally = reader.read(instance, owner)
+            self._by_instance[instance] = None if tally is None else (tally, _by_name(tally))
+        found = self._by_instance[instance]
+        if found is None:
+            return None
+        plain = without_generation(name)
+        counts = found[1].get(plain)
+        policy, _, key = plain.partition("~")
+        if counts is None and (key.startswith("~") or found[0].may_hide(policy, key or None)):
+            return None  # the hash of a key that is too long for a record does not lead to it
+        return counts or Counts()
+
+
+def _by_name(tally: TallyOfServer) -> dict[str, Counts]:
+    return {cgroup_name(one.policy, one.key): its for one, its in tally.counts.items() if one.kind != "other"}
 
 
 @dataclass(frozen=True)
@@ -70,14 +99,42 @@ class Group:
     label: str
     policy: str | None = None
     key: str | None = None
+    tallies: Tallies = field(default_factory=Tallies, compare=False, repr=False)
 
     def limits(self) -> Resources:
         """Return the group's own limits, read from the kernel: see :func:`~rcon_plugins.kernel.cgroup.read_limits`."""
         return read_limits(self.cgroup)
 
     def usage(self) -> Reading:
-        """Return the usage of the group and everything below it, until now."""
-        return read_usage(self.cgroup)
+        """Return the usage of the group and everything below it, until now.
+
+        For the requests and tasks of a server, the counts of limits that were reached and of OOM kills are those of its
+        tally. Without one they are None on cgroup v1, where the kernel's own end with each executor process.
+        """
+        reading = read_usage(self.cgroup)
+        counts = self.tally()
+        if counts is not None:
+            return reading._replace(
+                oom_kills=counts.oom_kills,
+                memory_limit_hits=counts.endings["memory"],
+                pids_limit_hits=counts.endings["pids"] + counts.refusals["pids"],
+            )
+        if (
+            self.kind == "work"
+            and self.is_of_server()
+            and any(one.version == 1 for one in self.cgroup.mounts)
+        ):
+            return reading._replace(oom_kills=None, memory_limit_hits=None, pids_limit_hits=None)
+        return reading
+
+    def tally(self) -> Counts | None:
+        """Return what the server counted for this group; None if that is unknown, and for a group of no server.
+
+        It covers all processes of the server since it began, also when the group has been made again meanwhile.
+        """
+        if self.kind == "attached":
+            return None
+        return self.tallies.of(self.instance, self.name, self.owner.uid)
 
     def statistics(self) -> Statistics:
         """Return further counters of the kernel."""
@@ -117,6 +174,7 @@ class Group:
             limits=self.limits(),
             statistics=self.statistics(),
             pressure=self.pressure(),
+            tally=self.tally(),
         )
 
 
@@ -133,6 +191,7 @@ def find_groups(hierarchy: Hierarchy | None = None) -> FoundGroups:
     hierarchy = Hierarchy.discover() if hierarchy is None else hierarchy
     found = survey(hierarchy)
     groups: list[Group] = []
+    tallies = Tallies()
     unreadable = list(found.unreadable)
     for path in found.instances:
         instance = path.rpartition("/")[2]
@@ -145,7 +204,8 @@ def find_groups(hierarchy: Hierarchy | None = None) -> FoundGroups:
                     unreadable.append(error.path or path)
                     continue
                 if cgroup is not None and not INSTANCE_NAME.fullmatch(name):
-                    groups.append(Group(name, kind, instance, cgroup, owner, "", *split_name(name)))
+                    policy, key = split_name(name)
+                    groups.append(Group(name, kind, instance, cgroup, owner, "", policy, key, tallies))
     return FoundGroups(with_labels(groups), unreadable)
 
 
@@ -165,17 +225,6 @@ def find_group(name: str, groups: Iterable[Group] | None = None) -> Group:
     near = difflib.get_close_matches(name, [one for group in known for one in (group.name, group.label)], n=1)
     hint = f"did you mean {near[0]}?" if near else "rcon ls lists all groups"
     raise UnknownGroup(f"there is no group {name!r}", hint=hint)
-
-
-def split_name(name: str) -> tuple[str | None, str | None]:
-    """Return the policy and the key in the name of a group; the policy alone if the key is stored as a hash.
-
-    This is the inverse of :func:`rcon_plugins.confinement.confinement.cgroup_name`, as far as possible.
-    """
-    parts = _WITH_KEY.fullmatch(name)
-    if parts is None:
-        return None, None
-    return parts["policy"], None if parts["hashed"] == "~~" else parts["key"]
 
 
 def _existing(hierarchy: Hierarchy, path: str, kind: Kind) -> Cgroup | None:

@@ -11,6 +11,7 @@ import msgspec
 from rcon_plugins.errors import ConfinementError
 from rcon_plugins.kernel.cgroup import Reading, Resources
 from rcon_plugins.kernel.cgroup.statistics import Pressure, Stall, Statistics
+from rcon_plugins.tally.reader import Counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class Sample:
     """The usage of one group at one moment. Compute rates from two samples.
 
     ``id`` identifies the group across samples. ``when`` is in seconds of a monotonic clock. ``node`` is the Celery
-    worker that reported the sample; None for a group of this machine.
+    worker that reported the sample; None for a group of this machine. ``tally`` is what a server counted, or None.
     """
 
     id: str
@@ -29,7 +30,26 @@ class Sample:
     limits: Resources = field(default_factory=Resources)
     statistics: Statistics = field(default_factory=Statistics)
     pressure: Mapping[str, Pressure] = field(default_factory=dict)
+    tally: Counts | None = None
     node: str | None = None
+
+    @property
+    def hits(self) -> int | None:
+        """How often limits were reached: see `limit_hits`."""
+        return limit_hits(self.reading, self.tally)
+
+
+def limit_hits(reading: Reading, tally: Counts | None) -> int | None:
+    """Return how often limits of a group were reached; None if that is unknown.
+
+    For a server: the requests or tasks that a limit ended or refused. For any other group: what the kernel counts, hits
+    of the memory and pids limits and OOM kills.
+    """
+    if tally is not None:
+        return tally.limit_hits
+    counts = (reading.memory_limit_hits, reading.pids_limit_hits, reading.oom_kills)
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
 
 
 class SampleData(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +75,7 @@ class SampleData(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit_hits: int | None = None
     pids_limit_hits: int | None = None
     oom_kills: int | None = None
+    tally: Counts | None = None
 
 
 def to_data(sample: Sample) -> dict[str, Any]:
@@ -79,6 +100,7 @@ def to_data(sample: Sample) -> dict[str, Any]:
         memory_limit_hits=reading.memory_limit_hits,
         pids_limit_hits=reading.pids_limit_hits,
         oom_kills=reading.oom_kills,
+        tally=sample.tally,
     )
     found: dict[str, Any] = msgspec.to_builtins(data)
     return found
@@ -111,4 +133,5 @@ def from_data(data: object, *, id: str, name: str, owner: str, node: str) -> Sam
         limits=Resources(memory_max=received.memory_limit, pids_max=received.pids_limit),
         statistics=Statistics(cpu_periods=received.cpu_periods, cpu_throttled=received.cpu_throttled),
         pressure={name: Pressure(some=Stall(share, 0.0)) for name, share in received.pressure.items()},
+        tally=received.tally,
     )

@@ -44,9 +44,13 @@ MS_REC = 16384
 MS_SLAVE = 1 << 19
 
 #: mmap(2): the same numbers on all machines.
+PROT_READ = 0x1
+PROT_WRITE = 0x2
+MAP_SHARED = 0x01
 MAP_PRIVATE = 0x02
 MAP_FIXED = 0x10
 MAP_ANONYMOUS = 0x20
+_MADV_DONTFORK = 10
 
 # The numbers by machine. The functions of these names in glibc change every thread of the process, or do not exist.
 _NUMBERS = {
@@ -164,8 +168,8 @@ def unshare(flags: int) -> None:
         raise KernelError(f"unshare({flags:#x}): {os.strerror(number)}", errno=number, path="unshare")
 
 
-def map_memory(start: int, length: int, protection: int, flags: int, descriptor: int, offset: int) -> None:
-    """Call mmap(2) for a fixed address. Raises `KernelError`."""
+def map_memory(start: int, length: int, protection: int, flags: int, descriptor: int, offset: int) -> int:
+    """Call mmap(2), and return the address. ``start`` is it with MAP_FIXED, and else 0. Raises `KernelError`."""
     call = _libc()["mmap"]
     call.restype = ctypes.c_void_p
     call.argtypes = (
@@ -176,9 +180,33 @@ def map_memory(start: int, length: int, protection: int, flags: int, descriptor:
         ctypes.c_int,
         ctypes.c_long,
     )
-    if call(start, length, protection, flags, descriptor, offset) != start:
+    address = call(start, length, protection, flags, descriptor, offset)
+    if address == ctypes.c_void_p(-1).value:
         number = ctypes.get_errno()
         raise KernelError(f"mmap: {os.strerror(number)}", errno=number, path="mmap")
+    return int(address)
+
+
+def unmap_memory(start: int, length: int) -> None:
+    """Call munmap(2). Nothing may use the memory any more. Raises `KernelError`."""
+    _memory_call("munmap", start, length)
+
+
+def keep_from_forks(start: int, length: int) -> None:
+    """Leave memory of this process out of its later forks: madvise(2), MADV_DONTFORK. Raises `KernelError`."""
+    _memory_call("madvise", start, length, _MADV_DONTFORK)
+
+
+def _memory_call(name: str, start: int, length: int, *more: int) -> None:
+    call = _libc()[name]
+    if call(ctypes.c_void_p(start), ctypes.c_size_t(length), *map(ctypes.c_int, more)) != 0:
+        number = ctypes.get_errno()
+        raise KernelError(f"{name}: {os.strerror(number)}", errno=number, path=name)
+
+
+def words_at(start: int, count: int) -> memoryview:
+    """Return memory of this process as ``count`` words of 64 bits. It must stay mapped while the view is used."""
+    return memoryview((ctypes.c_uint64 * count).from_address(start)).cast("B").cast("Q")
 
 
 def read_memory(start: int, length: int) -> bytes:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, mounts
+from rcon_plugins.tree import runtime
 from rcon_plugins.tree.owner import INSTANCE_NAME
 
 #: The time for which `restore` follows processes that keep forking, seconds.
@@ -132,7 +133,7 @@ def save(instance: str, previous: PreviousCgroups) -> None:
         for (pid, started), paths in previous.by_process.items()
     ]
     try:
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        runtime.make_folder()
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             os.write(descriptor, json.dumps(entries).encode())
@@ -145,7 +146,7 @@ def save(instance: str, previous: PreviousCgroups) -> None:
 
 def check_writable() -> None:
     """Raise KernelError if no record could be written here. Writes nothing."""
-    folder = _folder()
+    folder = runtime.folder()
     existing = folder
     while not os.path.isdir(existing):
         existing = os.path.dirname(existing)
@@ -172,11 +173,4 @@ def forget(instance: str) -> None:
 
 
 def _path(instance: str) -> str:
-    return f"{_folder()}/{instance}.json"
-
-
-def _folder() -> str:
-    uid = os.geteuid()
-    if uid == 0:
-        return "/run/rcon"
-    return f"{os.environ.get('XDG_RUNTIME_DIR') or f'/run/user/{uid}'}/rcon"
+    return f"{runtime.folder()}/{instance}.json"

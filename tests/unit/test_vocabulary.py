@@ -73,8 +73,6 @@ GONE = {
     "Lesson": "Attempt",
     "lesson": "attempt",
     "Ground": "ProcessState",
-    "Tally": "EndingCounters",
-    "tally": "counters",
     "takeover": "annotations",
     "handover": "remote_call",
     "Mark": "MemoryThreshold",

@@ -10,6 +10,7 @@ import click
 
 from rcon_plugins.cli.columns import (
     UNKNOWN,
+    count,
     limits_as_json,
     limits_in_words,
     seconds,
@@ -21,9 +22,10 @@ from rcon_plugins.cli.columns import (
 from rcon_plugins.cli.exit import say
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups.find import FoundGroups, Group, find_groups
+from rcon_plugins.groups.sample import limit_hits
 from rcon_plugins.kernel.files import gone
 
-_HEADS = ("GROUP", ">PROCS", ">MEMORY", ">CPU TIME", "LIMITS", ">PID", "OWNER")
+_HEADS = ("GROUP", ">PROCS", ">MEMORY", ">CPU TIME", ">HITS", "LIMITS", ">PID", "OWNER")
 #: What stands for the command of an owner that cannot be read, by whether the owner is alive.
 _OWNERS = {True: "?", False: "(has ended)", None: "(unknown)"}
 
@@ -52,14 +54,16 @@ def ls(as_json: bool) -> int:
 
 def group_data(group: Group) -> dict[str, Any]:
     """Return a group as ``rcon ls --json`` shows it. Raises KernelError, also where the group has gone meanwhile."""
-    limits = group.limits()
+    limits, usage, tally = group.limits(), group.usage(), group.tally()
     return {
         **name_data(group),
         "limits": limits_as_json(limits),
         "limits_in_words": limits_in_words(limits),
         "processes": len(group.pids()),
         "frozen": group.is_frozen(),
-        "usage": group.usage()._asdict(),
+        "hits": limit_hits(usage, tally),
+        "usage": usage._asdict(),
+        "tally": None if tally is None else tally.to_data(),
     }
 
 
@@ -90,6 +94,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['processes']}{' frozen' if row['frozen'] else ''}",
         size(usage["memory_current"]),
         UNKNOWN if cpu is None else f"{seconds(cpu)} s",
+        count(row["hits"]),
         ", ".join(row["limits_in_words"]) or UNKNOWN,
         str(owner["pid"]),
         short_command(owner["command"] or "") or _OWNERS[owner["alive"]],

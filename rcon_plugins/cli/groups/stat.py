@@ -23,6 +23,7 @@ from rcon_plugins.groups.find import Group, Owner
 from rcon_plugins.identity import userdb
 from rcon_plugins.kernel.cgroup import Reading
 from rcon_plugins.kernel.cgroup.statistics import Pressure, Stall
+from rcon_plugins.tally.reader import Counts
 
 _KINDS = {
     "work": "work: processes that end with their owner",
@@ -34,7 +35,7 @@ _KINDS = {
 def stat(group: Group, as_json: bool) -> int:
     """Print one group. Raises KernelError, also where the group has gone meanwhile."""
     usage, statistics, pressure = group.usage(), group.statistics(), group.pressure()
-    limits, processes = group.limits(), group.processes()
+    limits, processes, tally = group.limits(), group.processes(), group.tally()
     if as_json:
         click.echo(
             json.dumps(
@@ -44,6 +45,7 @@ def stat(group: Group, as_json: bool) -> int:
                     "frozen": group.is_frozen(),
                     "limits": limits_as_json(limits),
                     "usage": usage._asdict(),
+                    "tally": None if tally is None else tally.to_data(),
                     "statistics": statistics._asdict(),
                     "pressure": {name: _pressure_as_json(one) for name, one in pressure.items()},
                     "processes": [process._asdict() for process in processes],
@@ -63,6 +65,7 @@ def stat(group: Group, as_json: bool) -> int:
         *_usage_lines(usage, group),
     ]
     lines += _pressure_lines(pressure)
+    lines += _tally_lines(tally, group)
     lines.append("")
     if processes:
         rows = [
@@ -126,6 +129,26 @@ def _usage_lines(usage: Reading, group: Group) -> list[str]:
         _line("io", f"read {size(usage.io_read_bytes)}, written {size(usage.io_write_bytes)}"),
         _line("pids", pids),
     ]
+
+
+def _tally_lines(tally: Counts | None, group: Group) -> list[str]:
+    """Return what the server counted; "unknown" for a server whose tally this user cannot read."""
+    if tally is None:
+        return [_line("served", "unknown")] if group.is_of_server() else []
+    return [
+        _line("served", f"{_numbers(tally.endings)}; {tally.under_way} under way, {tally.lost} lost"),
+        _line("refused", _numbers(tally.refusals)),
+        _line(
+            "executors",
+            f"{tally.spawns} made, {tally.executor_evictions} given up for others;"
+            f" its cgroup given up {tally.evictions} times",
+        ),
+    ]
+
+
+def _numbers(counts: dict[str, int]) -> str:
+    """Return the counts that are not zero, as ``3 ok, 1 memory``."""
+    return ", ".join(f"{number} {name}" for name, number in counts.items() if number) or "0"
 
 
 def _pressure_lines(pressure: dict[str, Pressure]) -> list[str]:

@@ -7,6 +7,7 @@ import json
 from rcon_plugins.cli.exit import BadUsage
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.branch import check_path
+from rcon_plugins.tree import runtime
 from rcon_plugins.tree.garbage import Collected, Garbage, collect_garbage, find_garbage
 
 
@@ -25,6 +26,7 @@ def gc(below: str, dry_run: bool, as_json: bool, *, unknown: bool = False) -> tu
         trees = [{**tree._asdict(), "message": _plan(tree, unknown=unknown)} for tree in garbage]
         good = not any(tree.stays for tree in garbage)
     else:
+        runtime.collect()
         done = collect_garbage(hierarchy, below, unknown=unknown)
         trees = [
             {"path": one.path, "removed": one.removed, "state": one.state, "message": one.message}

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from rcon_plugins.cli.exit import BadUsage
-from rcon_plugins.confinement.confinement import cgroup_name
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.errors import ConfinementError
 from rcon_plugins.identity import userdb
 from rcon_plugins.identity.resolution import resolve
 from rcon_plugins.settings.file import Settings, load
 from rcon_plugins.settings.routing import Router, normalise_host
+from rcon_plugins.tree.group_names import cgroup_name
 from rcon_plugins.work import Work
 
 

@@ -17,6 +17,7 @@ from rcon_plugins.groups.find import find_groups
 from rcon_plugins.groups.sample import Sample
 from rcon_plugins.kernel.cgroup import Reading
 from rcon_plugins.kernel.files import gone
+from rcon_plugins.tally.reader import Counts
 
 #: Returns a sample of each group, as of now.
 Source = Callable[[], Iterable[Sample]]
@@ -107,7 +108,8 @@ class Row:
 
     ``cpu`` is in CPUs; ``throttled`` the share of CPU periods in which the group waited for its quota; ``memory`` in
     bytes; ``read`` and ``written`` in bytes a second; ``pressure`` by resource (cpu, memory, io), the share of the last
-    ten seconds in which some process waited for it. ``new_hits`` counts the limit hits since the last sample.
+    ten seconds in which some process waited for it. ``hits`` is as in `Sample`, ``new_hits`` those since the last
+    sample. ``tally`` is what a server counted; None for a group of no server, and where it is unknown.
     """
 
     name: str
@@ -121,10 +123,12 @@ class Row:
     pids: int | None = None
     pids_limit: int | None = None
     pressure: Mapping[str, float | None]
+    hits: int | None = None
     memory_hits: int | None = None
     pids_hits: int | None = None
     oom_kills: int | None = None
     new_hits: int = 0
+    tally: Counts | None = None
     node: str | None = None
 
     @property
@@ -133,12 +137,6 @@ class Row:
         if self.memory is None or not self.memory_limit:
             return None
         return self.memory / self.memory_limit
-
-    @property
-    def hits(self) -> int | None:
-        """The hits of the memory and pids limits and the OOM kills together; None where all are unknown."""
-        known = [hits for hits in (self.memory_hits, self.pids_hits, self.oom_kills) if hits is not None]
-        return sum(known) if known else None
 
     @property
     def stalled(self) -> tuple[float, str] | None:
@@ -186,12 +184,10 @@ def _row(now: Sample, before: Sample | None) -> Row:
         memory_hits=reading.memory_limit_hits,
         pids_hits=reading.pids_limit_hits,
         oom_kills=reading.oom_kills,
-        new_hits=0 if before is None else max(0, _hits(reading) - _hits(before.reading)),
+        hits=now.hits,
+        new_hits=int(_increase(now.hits, None if before is None else before.hits) or 0),
+        tally=now.tally,
     )
-
-
-def _hits(reading: Reading) -> int:
-    return (reading.memory_limit_hits or 0) + (reading.pids_limit_hits or 0) + (reading.oom_kills or 0)
 
 
 def _increase(now: float | None, before: float | None) -> float | None:

@@ -72,10 +72,13 @@ COLUMNS = (
         "STALLED", 8, "pressure", _stalled,
         "longest wait for cpu, memory or io, in % of the last 10 s",
     ),
-    Column("HITS", 4, "hits", lambda row: count(row.hits), "memory and pids limit hits and OOM kills, in total"),
+    Column(
+        "HITS", 4, "hits", lambda row: count(row.hits),
+        "limits reached: requests that a limit ended or refused",
+    ),
     Column("READ/s", 6, "read", lambda row: size(row.read), "bytes read from disks in a second"),
     Column("WRITE/s", 7, "write", lambda row: size(row.written), "bytes written to disks in a second"),
-    Column("KILLS", 5, "hits", lambda row: count(row.oom_kills), "OOM kills, in total (part of HITS)"),
+    Column("KILLS", 5, "hits", lambda row: count(row.oom_kills), "OOM kills, in total"),
 )  # fmt: skip
 
 SORTS = {
@@ -132,8 +135,14 @@ def as_json(row: Row) -> dict[str, Any]:
         "pids": row.pids,
         "pids_limit": row.pids_limit,
         "pressure": dict(row.pressure),
-        "hits": {"memory": row.memory_hits, "pids": row.pids_hits, "oom_kills": row.oom_kills},
+        "hits": {
+            "total": row.hits,
+            "memory": row.memory_hits,
+            "pids": row.pids_hits,
+            "oom_kills": row.oom_kills,
+        },
         "new_hits": row.new_hits,
+        "tally": None if row.tally is None else row.tally.to_data(),
     }
 
 

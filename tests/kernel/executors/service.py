@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +425,42 @@ class Acts:
             return os.strerror(error.errno or 0)
         found = Path(path).stat()
         return f"{found.st_uid}:{found.st_gid} {found.st_mode & 0o777:03o}"
+
+    @staticmethod
+    def reach_file(path: str) -> dict[str, str]:
+        """Try to change or remove a file of the server in every way that needs no open descriptor."""
+        file = Path(path)
+
+        def open_to(flags: int, name: str) -> None:
+            os.close(os.open(name, flags, 0o600))
+
+        ways: dict[str, Callable[[], object]] = {
+            "write": lambda: open_to(os.O_WRONLY, path),
+            "truncate": lambda: os.truncate(path, 0),
+            "remove": file.unlink,
+            "rename": lambda: file.rename(f"{path}.away"),
+            "make beside": lambda: open_to(os.O_WRONLY | os.O_CREAT, f"{path}.more"),
+            "rename the directory": lambda: file.parent.rename(f"{file.parent}.away"),
+        }
+        found = {}
+        for name, way in ways.items():
+            try:
+                way()
+            except OSError as error:
+                found[name] = os.strerror(error.errno or 0)
+            else:
+                found[name] = "done"
+        return found
+
+    @staticmethod
+    def traces_of(path: str) -> list[str]:
+        """Where this process has files of the server below ``path``: mappings, descriptors, shared memory."""
+        found = [line for line in Path("/proc/self/maps").read_text().splitlines() if path in line]
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if path in (target := str(link.readlink())):
+                    found.append(f"descriptor {link.name}: {target}")
+        return found + [str(one) for one in Path("/dev/shm").iterdir() if Path(path).name in one.name]
 
     @staticmethod
     def rlimits(*names: str) -> list[tuple[int, int]]:

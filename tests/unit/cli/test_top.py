@@ -110,7 +110,7 @@ def test_unknown_values_stay_unknown() -> None:
 def test_the_highest_is_first(by: str, first: str) -> None:
     rows = [
         row("c", cpu=0.1, throttled=0.9, memory=300, memory_limit=1000, read=9, pids=9),
-        row("b", cpu=0.9, memory=200, memory_limit=200, written=9, oom_kills=2),
+        row("b", cpu=0.9, memory=200, memory_limit=200, written=9, hits=2),
         row("a"),
         Row(name="d", owner="o", pressure={"cpu": None, "io": 0.5}),
     ]
@@ -154,8 +154,9 @@ def test_json() -> None:
         "pids": 3,
         "pids_limit": None,
         "pressure": {"cpu": 0.25, "memory": None, "io": 0.0},
-        "hits": {"memory": 2, "pids": 1, "oom_kills": 0},
+        "hits": {"total": 3, "memory": 2, "pids": 1, "oom_kills": 0},
         "new_hits": 0,
+        "tally": None,
     }
 
 

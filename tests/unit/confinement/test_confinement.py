@@ -8,8 +8,8 @@ import threading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcon_plugins.confinement.confinement import cgroup_name
 from rcon_plugins.kernel.cgroup.branch import check_name
+from rcon_plugins.tree.group_names import cgroup_name
 from rcon_plugins.tree.locks import Allocation, ByteLocks, first_slot
 from tests.children import in_child
 

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcon_plugins.confinement.confinement import cgroup_name
 from rcon_plugins.errors import KernelError, UnknownGroup
-from rcon_plugins.groups.find import Group, Kind, Owner, find_group, split_name, with_labels
+from rcon_plugins.groups.find import Group, Kind, Owner, find_group, with_labels
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.mounts import Mount
 from rcon_plugins.kernel.files import gone
+from rcon_plugins.tree.group_names import cgroup_name, split_name
 
 HIERARCHY = Hierarchy.of([Mount(2, "/nowhere", controllers=frozenset({"cpu"}))])
 OWNER = Owner(1, alive=True, uid=0, command="init")

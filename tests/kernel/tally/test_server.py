@@ -1,0 +1,333 @@
+"""What a server counts, in each isolation, and who can read and write it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcon_plugins import Manager, RunningManager, Server, Work, hookimpl
+from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.errors import RconError
+from rcon_plugins.groups.find import find_groups
+from rcon_plugins.kernel import landlock
+from rcon_plugins.kernel.cgroup import Cgroup
+from rcon_plugins.settings.file import from_mapping
+from rcon_plugins.tally.reader import Counts, read_directory
+from rcon_plugins.tree import runtime
+from rcon_plugins.tree.owner import Owner
+from tests.children import in_child
+from tests.kernel.executors.service import ask, begin, end, serve
+
+pytestmark = pytest.mark.each_layout
+
+TENANT = 20001
+
+
+@pytest.fixture
+def policy() -> str:
+    """The name of a policy that only this test has: the tally of this process's servers goes on from test to test."""
+    return f"t{time.monotonic_ns() % 10**12}"
+
+
+@contextlib.contextmanager
+def serving(
+    policies: dict[str, Any], plugins: Any = (), **settings: Any
+) -> Iterator[tuple[RunningManager, Path]]:
+    """A server with these policies: the `command` of work names its policy. Yield it and the directory of its tally."""
+    routes = [{"policy": name, "command": name} for name in policies]
+    manager = Manager(
+        from_mapping({"policy": policies, "route": routes, **settings}),
+        server=Server(threads=False),
+        plugins=plugins,
+    )
+    deployment = manager.deploy()
+    assert deployment.directory is not None
+    running = deployment.start(serve, on_close=deployment.close)
+    try:
+        yield running, Path(deployment.directory)
+    finally:
+        running.close()
+
+
+def counts(directory: Path, policy: str, key: str | None = None) -> Counts:
+    found = read_directory(str(directory))
+    assert found is not None
+    its = found.of(policy, key)
+    assert its is not None
+    return its
+
+
+def some(counts: dict[str, int]) -> dict[str, int]:
+    return {name: number for name, number in counts.items() if number}
+
+
+def rows(capsys: pytest.CaptureFixture[str], *command: str) -> Any:
+    capsys.readouterr()
+    assert run_main([*command]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.smoke
+def test_kills_are_counted_and_shown_after_their_cgroups_are_gone(
+    policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On v1 the kernel's counters of a request end with its cgroup: top, stat and ls showed 0."""
+    limits = {"memory": "40M", "timeout": "700ms"}
+    with serving({policy: {"per": "host", "each": limits, "isolation": "process"}}) as (manager, directory):
+        work = {"command": policy, "host": "a.example"}
+        for _ in range(3):
+            assert ask(manager, "allocate", 200, **work)[1].ending == "memory"
+        assert end(begin(manager, "sleep", 60, **work))[1].ending == "timeout"
+        assert ask(manager, "pid", **work)[1].ending == "ok"
+        assert ask(manager, "raises", **work)[1].ending == "error"
+        under_way = begin(manager, "sleep", 0.2, **work)
+        found = counts(directory, policy, "a.example")
+        assert (found.begun, found.under_way) == (7, 1)
+        end(under_way)
+
+        name = f"{policy}~a.example"
+        found = counts(directory, policy, "a.example")
+        assert some(found.endings) == {"ok": 2, "error": 1, "memory": 3, "timeout": 1}
+        assert (found.lost, found.under_way, found.limit_hits) == (0, 0, 4)
+        assert found.oom_kills is not None and found.oom_kills >= 3  # noqa: PT018
+        assert found.spawns >= 5
+        assert found.memory_peak is not None and found.memory_peak > 30 << 20  # noqa: PT018
+        assert found.cpu_seconds is not None and found.cpu_seconds > 0  # noqa: PT018
+        assert found.wall_seconds >= 0.9
+
+        row = {one["group"]: one for one in rows(capsys, "ls", "--json")}[name]
+        assert row["tally"] == found.to_data()
+        assert (row["hits"], row["usage"]["memory_limit_hits"]) == (4, 3)
+        assert row["usage"]["oom_kills"] == found.oom_kills
+        assert run_main(["ls"]) == 0
+        (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith(f"{name} ")]
+        assert "4" in line.split()[2:7]
+        row = rows(capsys, "stat", name, "--json")
+        assert row["tally"]["endings"]["memory"] == 3
+        assert run_main(["stat", name]) == 0
+        out = capsys.readouterr().out
+        assert "served         2 ok, 1 error, 3 memory, 1 timeout; 0 under way, 0 lost\n" in out
+        assert "refused        0\n" in out
+        top = rows(capsys, "top", "--json", "--iterations", "1", "--interval", "0.1")
+        (row,) = [one for one in top["groups"] if one["group"] == name]
+        assert (row["hits"]["total"], row["hits"]["memory"], row["tally"]["endings"]["timeout"]) == (4, 3, 1)
+
+
+def test_each_refusal_is_counted_by_its_reason(policy: str) -> None:
+    class Owner:
+        @hookimpl
+        def rcon_select_policy(self, work: Work) -> str | None:
+            return "no-such-policy" if work.name == "invented" else None
+
+    policies = {
+        policy: {"per": "host", "concurrency": 1, "each": {"timeout": "60s"}},
+        f"{policy}-few": {"each": {"timeout": "60s"}},
+        f"{policy}-user": {"user": "owner:/srv/{host}", "each": {"timeout": "60s"}},
+    }
+    with serving(policies, [Owner()], processes=1) as (manager, directory):
+
+        def refused(name: str, **attributes: str) -> None:
+            with pytest.raises(RconError):
+                manager.admit(Work("call", name, attributes))
+
+        before = counts(directory, "").refusals["unroutable"]
+        refused("nobody")
+        refused("invented")
+        assert counts(directory, "").refusals["unroutable"] == before + 2
+        admission = begin(manager, "sleep", 0.5, command=policy, host="a")
+        refused("x", command=policy, host="a")
+        refused("x", command=f"{policy}-few")
+        refused("x", command=f"{policy}-user", host="no-such-host")
+        end(admission)
+        assert some(counts(directory, policy, "a").refusals) == {"concurrency": 1}
+        assert some(counts(directory, f"{policy}-few").refusals) == {"processes": 1}
+        assert some(counts(directory, f"{policy}-user").refusals) == {"forbidden": 1}
+        assert counts(directory, policy, "a").begun == 1
+
+        # One executor process in all: that of the first policy ends to make room.
+        assert ask(manager, "pid", command=f"{policy}-few")[1].ending == "ok"
+        assert counts(directory, policy, "a").executor_evictions == 1
+
+
+def test_the_budget_refuses_and_confinements_give_way(policy: str) -> None:
+    each = {"memory": "32M", "timeout": "60s"}
+    with serving(
+        {policy: {"per": "host", "each": each}}, budget={"memory": "40M", "wait": "10ms"}, confinements=2
+    ) as (manager, directory):
+        admission = begin(manager, "sleep", 0.5, command=policy, host="h1")
+        with pytest.raises(RconError):
+            manager.admit(Work("call", "x", {"command": policy, "host": "h1"}))
+        end(admission)
+        assert some(counts(directory, policy, "h1").refusals) == {"budget": 1}
+        for number in range(2, 5):
+            assert ask(manager, "pid", command=policy, host=f"h{number}")[1].ending == "ok"
+        assert sum(counts(directory, policy, f"h{number}").evictions for number in range(1, 5)) == 2
+
+
+@pytest.mark.parametrize("isolation", ["inline", "thread"])
+def test_work_in_threads_is_counted(policy: str, isolation: str) -> None:
+    with serving({policy: {"isolation": isolation, "cpu": "50%"}}) as (manager, directory):
+
+        def use_cpu() -> None:
+            until = time.thread_time() + 0.05
+            while time.thread_time() < until:
+                pass
+
+        admission = manager.admit(Work("call", "x", {"command": policy}))
+        assert admission is not None
+        admission.call(use_cpu)  # type: ignore[union-attr]
+        admission.finish()
+        other = manager.admit(Work("call", "x", {"command": policy}))
+        assert other is not None
+        other.abort("the client went away")
+        found = counts(directory, policy)
+        assert some(found.endings) == {"ok": 1, "aborted": 1}
+        assert found.cpu_seconds is not None and 0.04 < found.cpu_seconds < 1  # noqa: PT018
+        assert (found.memory_peak, found.oom_kills, found.spawns) == (None, None, 0)
+        if isolation == "inline":
+            (group,) = [one for one in find_groups().groups if one.name == policy]
+            assert (group.kind, group.tally()) == ("host", found)
+
+
+# -- hostile work
+
+
+@pytest.mark.parametrize("user", [None, TENANT])
+def test_hostile_work_has_no_mapping_and_cannot_change_the_file(policy: str, user: int | None) -> None:
+    """Work as root without capabilities, and as a user of its own."""
+    keys: dict[str, Any] = {"each": {"timeout": "60s", "memory": "64M"}}
+    if user is not None:
+        keys |= {"user": user, "group": user}
+    with serving({policy: keys}) as (manager, directory):
+        assert ask(manager, "pid", command=policy)[1].ending == "ok"
+        file = directory / "0"
+        before = counts(directory, policy).begun
+        traces = ask(manager, "traces_of", str(directory), command=policy)[0]
+        assert traces == []
+        done = ask(manager, "reach_file", str(file), command=policy)[0]
+        if landlock.abi() < 3 and user is None:
+            done.pop("truncate")  # Landlock does not know it, and root owns the file
+        assert "done" not in done.values(), done
+        assert file.stat().st_size > 0
+        assert ask(manager, "pid", command=policy)[1].ending == "ok"
+        assert counts(directory, policy).begun == before + 3
+
+
+def test_the_fork_server_has_neither_mapping_nor_descriptor(policy: str) -> None:
+    with serving({policy: {"each": {"timeout": "60s"}}}) as (manager, directory):
+        ask(manager, "pid", command=policy)
+        server = Path(f"/proc/{manager.fork_server_pid}")
+        assert str(directory) not in (server / "maps").read_text()
+        links = [str(link.readlink()) for link in (server / "fd").iterdir()]
+        assert [link for link in links if str(directory) in link] == []
+        assert str(directory / "0") in Path("/proc/self/maps").read_text()
+
+
+# -- how long it stays
+
+
+def served_once(base: str, policy: str, ending: str) -> str:
+    """Serve one request in a child; then close, or die. Return the directory."""
+    settings = from_mapping(
+        {"policy": {policy: {"each": {"timeout": "60s"}}}, "route": [{"policy": policy}], "cgroup": base}
+    )
+    deployment = Manager(settings, server=Server(threads=False)).deploy()
+    running = deployment.start(serve, on_close=deployment.close)
+    assert ask(running, "pid")[1].ending == "ok"
+    if ending == "close":
+        running.close()
+    assert deployment.directory is not None
+    return deployment.directory
+
+
+@pytest.mark.parametrize("ending", ["close", "die"])
+def test_it_stays_after_the_end_for_an_hour_or_until_it_was_read(
+    group: Cgroup, policy: str, ending: str
+) -> None:
+    first = Path(in_child(served_once, group.path, policy, ending))
+    assert counts(first, policy).endings["ok"] == 1
+    assert run_main(["gc", "--below", group.path]) == 0
+    assert counts(first, policy).endings["ok"] == 1
+    assert (first / "ended").exists()
+    old = time.time() - runtime.KEEP_SECONDS - 5
+    os.utime(first / "ended", (old, old))
+    second = Path(in_child(served_once, group.path, policy, ending))  # the next start removes it
+    assert not first.exists()
+    assert second.exists()
+    (second / "read").touch()
+    assert run_main(["gc", "--below", group.path]) == 0
+    assert not second.exists()
+
+
+def test_few_of_the_ended_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runtime, "_ROOT_FOLDER", str(tmp_path))
+    for number in range(1, 40):
+        directory = Path(runtime.make(f"rcon-{number}-1", None))
+        (directory / "0").write_bytes(b"x")
+        runtime.end(str(directory))
+        os.utime(directory / "ended", (time.time() - 100 + number,) * 2)
+    living = Path(runtime.make(Owner.here().instance_name, None))
+    (living / "0").write_bytes(b"x")
+    runtime.collect()
+    left = sorted(int(one.name.split("-")[1]) for one in tmp_path.iterdir() if one != living)
+    assert left == [*range(24, 40)]
+
+
+def test_without_a_directory_it_serves_and_says_so_once(
+    policy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(runtime, "_ROOT_FOLDER", str(tmp_path / "file" / "rcon"))
+    keys = {policy: {"each": {"timeout": "60s"}}}
+    settings = from_mapping({"policy": keys, "route": [{"policy": policy}]})
+    with caplog.at_level(logging.WARNING, "rcon"):
+        manager = Manager(settings, server=Server(threads=False)).start(serve)
+        try:
+            assert ask(manager, "pid")[1].ending == "ok"
+            row = {one["name"]: one for one in rows(capsys, "ls", "--json")}[policy]
+            assert row["tally"] is None
+            assert run_main(["stat", policy]) == 0
+            assert "served         unknown\n" in capsys.readouterr().out
+        finally:
+            manager.close()
+    said = [record.message for record in caplog.records if "rcon top" in record.message]
+    assert len(said) == 1
+    assert str(tmp_path / "file" / "rcon") in said[0]
+
+
+def die_with_work_under_way(base: str, policy: str) -> str:
+    settings = from_mapping(
+        {"policy": {policy: {"each": {"timeout": "60s"}}}, "route": [{"policy": policy}], "cgroup": base}
+    )
+    deployment = Manager(settings, server=Server(threads=False)).deploy()
+    assert deployment.directory is not None
+    pid = os.fork()
+    if pid == 0:
+        running = deployment.start(serve)
+        begin(running, "sleep", 60)
+        begin(running, "sleep", 60)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    found = counts(Path(deployment.directory), policy)
+    assert (found.begun, found.lost, found.under_way) == (2, 0, 2)
+    running = deployment.start(serve, on_close=deployment.close)  # the next worker
+    assert ask(running, "pid")[1].ending == "ok"
+    found = counts(Path(deployment.directory), policy)
+    assert (found.begun, found.lost, found.under_way, found.endings["ok"]) == (3, 2, 0, 1)
+    running.close()
+    return deployment.directory
+
+
+def test_the_next_worker_counts_on_after_kill_9(group: Cgroup, policy: str) -> None:
+    directory = Path(in_child(die_with_work_under_way, group.path, policy))
+    assert sorted(one.name for one in directory.iterdir()) == ["0", "ended"]
