@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -48,12 +50,25 @@ class Beginning(NamedTuple):
 beginning = pytest.StashKey[Beginning]()
 left = pytest.StashKey[list[str]]()
 patience = pytest.StashKey[Any]()
+own_files = pytest.StashKey[str]()
+failed = pytest.StashKey[bool]()
 
 
 @pytest.fixture
 def in_child() -> Any:
     """`in_child(function, *arguments, timeout=30)` calls it in a forked child; see tests/children.py."""
     return children.in_child
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give this run a directory of its own for `tmp_path`.
+
+    By default all runs of a user share /tmp/pytest-of-USER, and each one that starts takes the permissions of others
+    there away. Tests of another run, whose servers read files in it as another user (`let_others_read`), then fail.
+    """
+    if config.option.basetemp is None and not config.option.collectonly and not is_worker(config):
+        config.option.basetemp = config.stash[own_files] = tempfile.mkdtemp(prefix="rcon-tests-")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -173,6 +188,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     again = run_again(session.config)
     if len(again) > FEW:
         fail_the_run(session, "reruns", f"{len(again)} tests had to be run again, of which {FEW} may")
+    session.config.stash[failed] = session.exitstatus != pytest.ExitCode.OK
 
 
 def fail_the_run(session: pytest.Session, name: str, text: str) -> None:
@@ -199,6 +215,12 @@ def look(start: Beginning) -> list[str]:
     ]
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the files of the tests, unless one failed."""
+    if (directory := config.stash.get(own_files, None)) and not config.stash.get(failed, True):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if again := run_again(config):
         terminalreporter.section("run again, as they failed")
@@ -207,5 +229,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.line(report.longreprtext)
             for title, text in report.sections:
                 terminalreporter.line(f"{title}:\n{text}")
+    if config.stash.get(failed, False) and own_files in config.stash:
+        terminalreporter.line(f"the files of the tests are in {config.stash[own_files]}")
     if config.stash.get(left, None) == []:
         terminalreporter.line("no process and no cgroup of the tests is left")
