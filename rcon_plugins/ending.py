@@ -202,7 +202,12 @@ def _rose(before: int | None, after: int | None) -> bool:
 
 
 def _mebibytes(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / 2**20:.1f} MiB"
+    return "unknown" if count is None else format_memory(count, ".1f")
+
+
+def format_memory(count: int, digits: str) -> str:
+    """Return bytes in MiB, or in KiB below 1 MiB. ``digits`` is the format of the number."""
+    return f"{count / 2**20:{digits}} MiB" if count >= 2**20 else f"{count / 1024:{digits}} KiB"
 
 
 def _signal_name(number: int) -> str:

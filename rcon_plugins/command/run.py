@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from rcon_plugins.command.job_control import Caller
 from rcon_plugins.command.oom import OomGuard
-from rcon_plugins.ending import Bounds, End, LimitsInForce, Snapshot, explain_end
+from rcon_plugins.ending import Bounds, End, LimitsInForce, Snapshot, explain_end, format_memory
 from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
@@ -326,7 +326,7 @@ class _Run:
         group = read_limits(self._group) if self._group.exists() else order.resources
         one, all_together = _number(each.memory_max), _number(group.memory_max)
         return (
-            Bounds(one, all_together, _mebibytes(one), _mebibytes(all_together), order.memory_note),
+            Bounds(one, all_together, _size(one), _size(all_together), order.memory_note),
             Bounds(_number(each.pids_max), _number(group.pids_max)),
         )
 
@@ -374,8 +374,8 @@ def check_group_name(name: str) -> str:
     return name
 
 
-def _mebibytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 2**20:.6g} MiB"
+def _size(count: int | None) -> str:
+    return "" if count is None else format_memory(count, ".6g")
 
 
 def _seconds(seconds: float | None) -> str:

@@ -80,6 +80,11 @@ def test_a_memory_limit_kills_and_is_reported() -> None:
     assert done.report["usage"]["memory_peak"] == 64 << 20
 
 
+def test_a_memory_limit_below_a_mebibyte_is_reported_as_people_write_it() -> None:
+    done = rcon("run", "--memory", "100K", "--", "true")
+    assert (done.status, done.err) == (137, "rcon: memory limit 100 KiB reached (peak 100.0 KiB)\n")
+
+
 @pytest.mark.each_layout
 def test_a_fork_bomb_stops() -> None:
     done = rcon("run", "--pids", "8", "--timeout", "20s", "--", "sh", "-c", FORK_BOMB)
