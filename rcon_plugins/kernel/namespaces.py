@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import os
 import posix  # the real close: a cooperative library may have replaced that of `os`
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
@@ -46,6 +45,7 @@ _SHARED_MEMORY = "/dev/shm"  # noqa: S108
 _CGROUPS = "/sys/fs/cgroup"
 #: Directories that everybody may write to. They are made private where they are in memory.
 _WRITABLE = ("/tmp", "/var/tmp", "/run/lock")  # noqa: S108
+_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 #: By the bits of statvfs(3), the flags of a mount that a remount must repeat: it would clear them.
 _FLAGS = ((os.ST_NOSUID, MS_NOSUID), (os.ST_NODEV, MS_NODEV), (os.ST_NOEXEC, MS_NOEXEC))
 _TRIAL_SECONDS = 10.0
@@ -98,12 +98,7 @@ class View(NamedTuple):
     def of(cls, table: str) -> View:
         """Return the view for a `mount_table`. Does not make a directory private that the process works in."""
         entries = {entry.path: entry for entry in parse_mountinfo(table)}  # the last one hides those before
-        here = _working_directory()
-        memory = [
-            _as_memory(path)
-            for path in _directories_in_memory(entries)
-            if path not in _WRITABLE or not _is_below(here, path)
-        ]
+        memory = [_as_memory(path) for path in _directories_in_memory(entries)]
         cgroups = [entry.path for entry in entries.values() if entry.filesystem in ("cgroup", "cgroup2")]
         queues = [entry.path for entry in entries.values() if entry.filesystem == "mqueue"]
         tops = {_CGROUPS if _CGROUPS in entries and _is_below(path, _CGROUPS) else path for path in cgroups}
@@ -123,12 +118,25 @@ def _working_directory() -> str:
         return ""  # removed
 
 
-def _directories_in_memory(entries: dict[str, MountEntry]) -> Iterator[str]:
-    with suppress(OSError):
-        yield os.path.realpath(_SHARED_MEMORY, strict=True)
-    for path in _WRITABLE:
-        if path in entries and entries[path].filesystem == "tmpfs":
-            yield path
+def _directories_in_memory(entries: dict[str, MountEntry]) -> list[str]:
+    """Return the directories to make private, without links. They need not be mount points: /run/lock may not be."""
+    here, found = _working_directory(), []
+    for name in (_SHARED_MEMORY, *_WRITABLE):
+        try:
+            path = os.path.realpath(name, strict=True)
+        except OSError:
+            continue  # not on this machine
+        in_memory = _filesystem_of(path, entries) in _IN_MEMORY and not _is_below(here, path)
+        if (name == _SHARED_MEMORY or in_memory) and not any(_is_below(path, other) for other in found):
+            found.append(path)
+    return found
+
+
+def _filesystem_of(path: str, entries: dict[str, MountEntry]) -> str | None:
+    """Return the type of the file system that a path without links is on."""
+    while path not in entries and path != "/":
+        path = os.path.dirname(path)
+    return entries[path].filesystem if path in entries else None
 
 
 def _as_memory(path: str) -> _Mount:

@@ -201,6 +201,20 @@ def test_tmp_is_private_where_it_is_in_memory_and_can_be_written(name: str) -> N
     assert (left, text) == ([name], "the server's")
 
 
+def test_a_directory_in_memory_is_private_also_where_it_is_no_mount_point(name: str) -> None:
+    """As /run/lock is where /run is a tmpfs and no other is mounted in it."""
+
+    def program() -> tuple[list[str], list[str]]:
+        Path("/run/lock").mkdir()
+        Path("/run/lock").chmod(0o1777)
+        with managing(POLICY) as manager:
+            made = [ask(manager, "fill", f"{path}/{name}", 1)[0] for path in ("/run/lock", "/run")]
+        return made, [path.name for path in Path("/run/lock").iterdir()]
+
+    made, left = in_own_mounts(program, ("tmpfs", "/run", "tmpfs", 0, "mode=755"))
+    assert (made, left) == (["WORKED", "EACCES"], [])
+
+
 def test_tmp_on_a_disk_stays_the_servers(tmp_path: Path) -> None:
     """Uploads spool there: more than the memory limit."""
     disk = Path(tempfile.mkdtemp(dir=os.environ.get("RCON_TEST_DISK", "/var/tmp")))
