@@ -120,7 +120,8 @@ def _working_directory() -> str:
 
 def _directories_in_memory(entries: dict[str, MountEntry]) -> list[str]:
     """Return the directories to make private, without links. They need not be mount points: /run/lock may not be."""
-    here, found = _working_directory(), []
+    here = _working_directory()
+    found: list[str] = []
     for name in (_SHARED_MEMORY, *_WRITABLE):
         try:
             path = os.path.realpath(name, strict=True)
