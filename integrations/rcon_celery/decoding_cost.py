@@ -34,6 +34,9 @@ MAX_DEPTH: Final = 100
 #: The longest YAML, bytes, and the most brackets in it. Its decoder is written in Python and takes up to 20
 #: microseconds for a byte, 35 for a bracket. Merged keys cost the square of the length.
 MAX_YAML, _MAX_YAML_BRACKETS = 6 * 1024, 1000
+#: The most aliases of YAML with more than one merged key. PyYAML before 6.0.4 copies what such a key names, so that
+#: each mapping that merges another twice has twice as much. No serializer writes merged keys.
+_MAX_MERGED_ALIASES: Final = 10
 
 Data = bytes | bytearray
 
@@ -45,18 +48,28 @@ PICKLE: Final = "application/x-python-serialize"
 #: Data with at most so many bytes needs no check of its cost, only of its depth.
 _HARMLESS: Final = 32 * 1024
 #: How many bytes to take apart at once.
-_PIECE: Final = 256 * 1024
+_PIECE: Final = 64 * 1024
 #: Numbers with so many characters are long. What a number costs for each character grows with its length.
 _LONG_NUMBER: Final = 33
 #: The most digits of a number. Python's own limit is the same, but an application can lift it.
 _MAX_DIGITS: Final = 4300
-#: What it costs to look at one value of msgpack, nanoseconds.
-_NS_MSGPACK: Final = 500
+#: What it costs to look at one value of msgpack, nanoseconds; at one with a length; to make one of an extension type,
+#: which is code in Python, and to encode it again.
+_NS_MSGPACK, _NS_MSGPACK_SIZED, _NS_MSGPACK_EXTENSION = 500, 900, 3000
 #: The most distinct keys that are remembered while keys are counted.
 _MAX_KEYS: Final = 10_000
 
+#: Numbers with so many characters, digits and a point, have more than a double holds and need long arithmetic.
+_INEXACT: Final = 18
+#: What such a number costs more, and one with an exponent, such as 1e-400. What it costs to make an object that kombu
+#: writes as a mapping of ``__type__`` and ``__value__``, such as a UUID, and to encode it again. Nanoseconds.
+_NS_INEXACT, _NS_EXPONENT, _NS_OBJECT = 150, 1000, 4000
+#: How somebody hides the key ``__type__`` who escapes a character of it, U+005F or U+0065 to U+0079. Nobody else does.
+_HIDDEN: Final = (rb"\u005", rb"\u006", rb"\u007")
+
 # Memory, in bytes. A mapping of one key has the size of one of five; ``_MORE_KEYS`` is for each further key.
 _LIST, _DICT, _MORE_KEYS, _DISTINCT_KEY, _SLOT, _VALUE, _STRING = 96, 192, 24, 128, 10, 32, 64
+_EXTENSION: Final = 160
 # CPU time of the check and the decoder together, in nanoseconds.
 _NS_CONTAINER, _NS_KEY, _NS_ITEM, _NS_STRING, _NS_LONG_NUMBER, _NS_BYTE, _NS_MEMORY = (
     360,
@@ -67,8 +80,8 @@ _NS_CONTAINER, _NS_KEY, _NS_ITEM, _NS_STRING, _NS_LONG_NUMBER, _NS_BYTE, _NS_MEM
     4,
     1,
 )
-#: For a backslash, in the pass that finds the ends of strings, nanoseconds.
-_NS_ESCAPE: Final = 12
+#: For a backslash, in the pass that finds the ends of strings, and for each string that may have one, nanoseconds.
+_NS_ESCAPE, _NS_ESCAPED_STRING = 12, 150
 
 _DIGITS: Final = bytes(0x30 if chr(byte) in "0123456789.eE+-" else byte for byte in range(256))
 _BRACKETS: Final = bytes({0x5B: 1, 0x7B: 1, 0x5D: 0xFF, 0x7D: 0xFF}.get(byte, 0) for byte in range(256))
@@ -96,6 +109,10 @@ class _Counts(NamedTuple):
     text: int = 0
     long_numbers: int = 0
     escapes: int = 0
+    inexact: int = 0
+    exponents: int = 0
+    objects: int = 0
+    extensions: int = 0
 
     def memory(self) -> int:
         return (
@@ -106,6 +123,7 @@ class _Counts(NamedTuple):
             + self.items * _SLOT
             + max(0, self.items - self.lists - self.dicts - self.strings) * _VALUE
             + self.strings * _STRING
+            + self.extensions * _EXTENSION
             + self.text
         )
 
@@ -117,6 +135,11 @@ class _Counts(NamedTuple):
             + (self.strings + self.keys) * _NS_STRING
             + self.long_numbers * _NS_LONG_NUMBER
             + self.escapes * _NS_ESCAPE
+            + min(self.escapes, self.strings) * _NS_ESCAPED_STRING
+            + self.inexact * _NS_INEXACT
+            + self.exponents * _NS_EXPONENT
+            + self.objects * _NS_OBJECT
+            + self.extensions * _NS_MSGPACK_EXTENSION
         )
 
     def judge(self, size: int, document: int) -> None:
@@ -168,7 +191,10 @@ def _check_json(data: Data) -> None:
         width = 4 if any(bytes((lead,)) in data for lead in range(0xF0, 0xF5)) else 2
         document = width * len(data.translate(None, _CONTINUATIONS))
     escapes = data.count(b"\\")
-    _Counts(escapes=escapes).judge(size, document)
+    objects = data.count(b"__type__")
+    if rb"\u00" in data:
+        objects += sum(map(data.count, _HIDDEN))
+    _Counts(escapes=escapes, objects=objects).judge(size, document)
     if escapes:
         # JSON allows neither of the two bytes, so distinct keys stay distinct.
         data = data.replace(b"\\\\", b"\1").replace(b'\\"', b"\2")
@@ -189,6 +215,9 @@ def _check_json(data: Data) -> None:
         text,
         numbers.count(b"0" * _LONG_NUMBER),
         escapes,
+        numbers.count(b"0" * _INEXACT),
+        sum(map(outside.count, (b"e", b"E"))) - sum(map(outside.count, (b"true", b"false"))),
+        objects,
     ).judge(size, document)
     if lists + dicts > MAX_DEPTH:
         changes = outside.translate(_BRACKETS, _NOT_BRACKETS)
@@ -229,6 +258,7 @@ def _taken_apart(data: Data, width: int) -> tuple[bytes, int, int, int]:
 def _check_msgpack(data: Data) -> None:
     """Walk over the values. A decoder reserves memory for the number that a container announces."""
     size, position, items, lists, dicts, keys, strings, text = len(data), 0, 1, 0, 0, 0, 0, 0
+    extensions = spent = 0
     left = [1]  # of each container that is open, how many values are to come
     while left and position < size:
         if left[-1] == 0:
@@ -242,9 +272,14 @@ def _check_msgpack(data: Data) -> None:
         if length_size:
             length += int.from_bytes(data[position : position + length_size], "big")
             position += length_size
+        spent += _NS_MSGPACK
         if kind == "scalar":
             position += length
+        elif kind == "extension":
+            extensions, text, position = extensions + 1, text + length, position + length
+            spent += _NS_MSGPACK_EXTENSION
         elif kind == "text":
+            spent += _NS_MSGPACK_SIZED
             piece = data[position : position + length]
             strings, text, position = (
                 strings + 1,
@@ -256,17 +291,16 @@ def _check_msgpack(data: Data) -> None:
             lists, dicts, keys = lists + (not pairs), dicts + pairs, keys + length * pairs
             items += length
             left.append(length * (2 if pairs else 1))
+            spent += _NS_MSGPACK_SIZED
             _check_depth(len(left) - 1)
             if items + keys > size:
                 raise TooCostly(f"{items + keys} values announced in {size} bytes")
-        if items * _NS_MSGPACK > MAX_SECONDS * 1e9 or strings * _NS_MSGPACK > MAX_SECONDS * 1e9:
-            break
-    counts = _Counts(lists, dicts, keys, keys, items, strings, text)
-    counts.judge(size, size)
-    if (items + keys) * _NS_MSGPACK > MAX_SECONDS * 1e9:
-        raise TooCostly(
-            f"more than {items + keys} values, whose check alone takes more than {MAX_SECONDS:g} s"
-        )
+        if max(spent, items * _NS_MSGPACK) > MAX_SECONDS * 1e9:
+            raise TooCostly(
+                f"more than {strings + lists + dicts + extensions} texts, lists, mappings and extensions among "
+                f"{items + keys} values, whose check alone takes more than {MAX_SECONDS:g} s"
+            )
+    _Counts(lists, dicts, keys, keys, items, strings, text, extensions=extensions).judge(size, size)
 
 
 def _msgpack_kinds() -> list[tuple[str, int, int]]:
@@ -278,14 +312,14 @@ def _msgpack_kinds() -> list[tuple[str, int, int]]:
         kinds[0x80 + low], kinds[0x90 + low] = ("map", low, 0), ("list", low, 0)
     for number, width in enumerate((1, 2, 4)):
         kinds[0xC4 + number] = kinds[0xD9 + number] = ("text", 0, width)
-        kinds[0xC7 + number] = ("text", 1, width)
+        kinds[0xC7 + number] = ("extension", 1, width)
     for number in range(2):
         kinds[0xDC + number], kinds[0xDE + number] = ("list", 0, 2 << number), ("map", 0, 2 << number)
     kinds[0xCA], kinds[0xCB] = ("scalar", 4, 0), ("scalar", 8, 0)
     for number in range(4):
         kinds[0xCC + number] = kinds[0xD0 + number] = ("scalar", 1 << number, 0)
     for number in range(5):
-        kinds[0xD4 + number] = ("text", 1 + (1 << number), 0)
+        kinds[0xD4 + number] = ("extension", 1 + (1 << number), 0)
     return kinds
 
 
@@ -296,6 +330,8 @@ def _check_yaml(data: Data) -> None:
         )
     if data.count(b"[") + data.count(b"{") > _MAX_YAML_BRACKETS:
         raise TooCostly(f"YAML with more than {_MAX_YAML_BRACKETS} brackets")
+    if data.count(b"<<") > 1 and data.count(b"*") > _MAX_MERGED_ALIASES:
+        raise TooCostly(f"YAML with merged keys and more than {_MAX_MERGED_ALIASES} aliases")
 
 
 def _check_expanded(value: object) -> None:

@@ -37,6 +37,12 @@ TOO_COSTLY = {
     "keys behind colons": b"{" + b",".join(b'"a":"",":%x":","' % number for number in range(MIB // 2)) + b"}",
     "short strings": b"[" + b'"ab",' * MIB + b"1]",
     "floats": b"[" + b"0.1," * 4 * MIB + b"1]",
+    "inexact floats": b"[" + b"0.12345678901234567," * 500_000 + b"1]",
+    "exponents": b"[" + b"1e-400," * 150_000 + b"1]",
+    "exponents, in capitals": b"[" + b"1E-400," * 150_000 + b"1]",
+    "objects": b"[" + b'{"__type__":"uuid","__value__":{"hex":"%032x"}},' % 5 * 50_000 + b"1]",
+    "hidden objects": b"[" + rb'{"__typ\u0065__":"date","__value__":"2020-01-01"},' * 50_000 + b"1]",
+    "strings with an escape": b"[" + rb'"\u0041\u0042",' * 280_000 + b"1]",
     "long numbers": b"[" + b",".join([b"%d.0" % (2**1023 + 2**970)] * 40_000) + b"]",
     "digits": b"[" + b"9" * 65_536 + b"]",
     "wide characters": b'"' + b"\xf0\x9f\x98\x80" + b"a" * 4 * MIB + b'"',
@@ -69,6 +75,8 @@ def test_costly_json_is_refused(data: bytes) -> None:
         [{"id": number, "name": "John Smith", "email": "john@example.com"} for number in range(50_000)],
         {f"{number:032x}": number for number in range(100_000)},
         [[12.345678, 45.678901]] * 30_000,
+        [0.12345678901234567] * 200_000,
+        [1.5e-07] * 50_000,
     ],
     ids=lambda value: repr(value)[:20],
 )
@@ -137,8 +145,20 @@ def test_pieces_do_not_depend_on_where_they_are_cut(text: str) -> None:
         b"\xdd\x00\x20\x00\x00" + b"\x90" * 2 * MIB,
         b"\xdd\x01\x00\x00\x00" + b"\x01" * 16 * MIB,
         b"\xdd\x00\x20\x00\x00" + b"\xa2ab" * 2 * MIB,
+        b"\xdd\x00\x01\x00\x00" + b"\xc7\x0a\x051234567890" * 2**16,
+        b"\xdd\x00\x01\x00\x00" + b"\xd6\xff1234" * 2**16,
     ],
-    ids=["announced", "announced in each other", "map announced", "deep", "lists", "numbers", "strings"],
+    ids=[
+        "announced",
+        "announced in each other",
+        "map announced",
+        "deep",
+        "lists",
+        "numbers",
+        "strings",
+        "extensions",
+        "times",
+    ],
 )
 def test_costly_msgpack_is_refused(data: bytes) -> None:
     with pytest.raises(TooCostly):
@@ -168,6 +188,12 @@ def test_yaml_is_short_and_does_not_grow() -> None:
     for data in (b"x" * (MAX_YAML + 1), b"[" * 1001):
         with pytest.raises(TooCostly):
             check(YAML, data)
+    merged = "\n".join(
+        ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 40))]
+    )
+    with pytest.raises(TooCostly, match="merged keys"):
+        check(YAML, merged.encode())
+    check(YAML, b"base: &base {x: 1}\nother: {<<: *base, y: 2}\ntext: 1 << 2 * 3")
     lines = ["- &a0 [x, x]", *(f"- &a{number} [*a{number - 1}, *a{number - 1}]" for number in range(1, 40))]
     bomb = yaml.safe_load("\n".join(lines))
     with pytest.raises(TooCostly, match="too many times"):
