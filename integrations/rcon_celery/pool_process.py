@@ -99,7 +99,7 @@ class PoolProcess:
             service,
             on_lost=self._lost,
             after_fork=after_fork,
-            server_files=[*server_files(), worker.ending_counters.file],
+            server_files=server_files(),
             log=log_of([logging.getLogger(), logging.getLogger("celery")]),
         )
         self._manager, self._pid, self.is_lost = manager, os.getpid(), False
@@ -155,7 +155,6 @@ class PoolProcess:
             finally:
                 outcome = admission.outcome
                 if outcome is not None:
-                    self._worker.ending_counters.add(outcome)
                     results.record(task, outcome, send_event=self._worker.sends_events)
         except MemoryLimitExceeded as error:
             raise attempt.after_memory_death(error) from None

@@ -21,6 +21,7 @@ from rcon_plugins.errors import KernelError, RconError, SettingsError
 from rcon_plugins.groups.find import Group, find_groups
 from rcon_plugins.groups.sample import Sample, from_data, to_data
 from rcon_plugins.settings.limit_text import as_written
+from rcon_plugins.tally.reader import Counts, TallyOfServer
 
 _NOT_CONFINED: Final = {
     "error": "tasks are not confined: rcon_celery.install was not called for the application"
@@ -45,7 +46,7 @@ def register() -> None:
 
 
 def rcon(state: Any) -> dict[str, Any]:
-    """Show policies, running confinements, what they use, and how many tasks a limit or a signal ended."""
+    """Show policies, running confinements, what they use, and how tasks ended."""
     worker = _worker_of(state)
     if worker is None:
         return _NOT_CONFINED
@@ -56,7 +57,7 @@ def rcon(state: Any) -> dict[str, Any]:
             name: _limits_of(policy) for name, policy in sorted(worker.deployment.policies.all().items())
         },
         "confinements": _confinements(worker),
-        "endings": worker.ending_counters.read(),
+        **_sums(worker.tally()),
     }
 
 
@@ -116,6 +117,17 @@ def _confinements(worker: ConfinedWorker) -> dict[str, dict[str, Any]]:
             except KernelError:
                 continue  # it has ended meanwhile
     return found
+
+
+def _sums(tally: TallyOfServer | None) -> dict[str, dict[str, int] | None]:
+    """Return how all tasks of a worker ended, and why others did not begin. None: unknown."""
+    if tally is None:
+        return {"endings": None, "refusals": None}
+    whole = sum(tally.counts.values(), start=Counts())
+    return {
+        "endings": {name: number for name, number in whole.endings.items() if number},
+        "refusals": {name: number for name, number in whole.refusals.items() if number},
+    }
 
 
 def _usage_of(group: Group) -> dict[str, Any]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import logging
 import os
-import struct
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -19,14 +16,12 @@ from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.confinement.manager import Deployment, Manager
 from rcon_plugins.errors import ConfinementError, RconError
 from rcon_plugins.hookspecs import hookimpl
-from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.file import Settings
 from rcon_plugins.settings.policy import Policy
+from rcon_plugins.tally.reader import TallyOfServer, read_directory
 from rcon_plugins.work import Work
 
 _log = logging.getLogger("rcon")
-
-_COUNT = struct.Struct("=Q")
 
 
 class Pool(NamedTuple):
@@ -106,7 +101,6 @@ class ConfinedWorker:
         self.deployment = deployment
         self.pool = pool
         self.hostname = hostname
-        self.ending_counters = EndingCounters()
         #: Whether the worker sends events.
         self.sends_events = False
         self._pid = os.getpid()
@@ -130,6 +124,11 @@ class ConfinedWorker:
         atexit.register(worker.close)
         _log.info("rcon: tasks are confined in the cgroup %s", worker.deployment.instance.path)
         return worker
+
+    def tally(self) -> TallyOfServer | None:
+        """Return what all processes of this worker counted; None if that is unknown."""
+        directory = self.deployment.directory
+        return None if directory is None else read_directory(directory)
 
     def close_before_restart(self) -> None:
         """Have `close` called before all other exit handlers.
@@ -167,38 +166,3 @@ class ConfinedTasks:
     def rcon_select_policy(self, work: Work) -> str | None:
         """Return the policy that the task's own code names."""
         return self._names.get(work.attributes.get("task", ""))
-
-
-class EndingCounters:
-    """Counts the tasks that a limit or a signal ended. All processes of the pool share one file in memory.
-
-    The file has one number for each ending, however many tasks end. Make it before the pool forks. Safe in every
-    process and thread.
-    """
-
-    #: The endings that are counted, in the order of their numbers in the file.
-    COUNTED: Final = ("memory", "timeout", "pids", "killed", "refused", "forbidden")
-
-    def __init__(self) -> None:
-        self.file = os.memfd_create("rcon-endings")
-        os.ftruncate(self.file, _COUNT.size * len(self.COUNTED))
-        self._lock = threading.Lock()  # record locks keep only processes apart
-
-    def add(self, outcome: Outcome) -> None:
-        """Count an outcome, if its ending is counted."""
-        if outcome.ending not in self.COUNTED:
-            return
-        offset = _COUNT.size * self.COUNTED.index(outcome.ending)
-        with self._lock:
-            fcntl.lockf(self.file, fcntl.LOCK_EX, _COUNT.size, offset)
-            try:
-                (count,) = _COUNT.unpack(os.pread(self.file, _COUNT.size, offset))
-                os.pwrite(self.file, _COUNT.pack(count + 1), offset)
-            finally:
-                fcntl.lockf(self.file, fcntl.LOCK_UN, _COUNT.size, offset)
-
-    def read(self) -> dict[str, int]:
-        """Return the number of tasks for each ending, without those that are 0."""
-        data = os.pread(self.file, _COUNT.size * len(self.COUNTED), 0)
-        counts = (count for (count,) in _COUNT.iter_unpack(data))
-        return {ending: count for ending, count in zip(self.COUNTED, counts, strict=True) if count}

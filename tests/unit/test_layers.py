@@ -54,7 +54,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "rcon_gunicorn": ("errors", "settings", "identity", "executors", "confinement", "rcon_wsgi"),
     "rcon_celery": (
         "errors", "hookspecs", "outcome", "work",
-        "settings", "tree", "groups", "executors", "confinement",
+        "settings", "tree", "tally", "groups", "executors", "confinement",
     ),
 }  # fmt: skip
 # Words of the layers above, which no identifier of the kernel layer has; and names of our tree, which no string has.
