@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posix
 import stat
 import threading
 from typing import NamedTuple
@@ -77,7 +78,7 @@ def open_ledger(folder: str) -> int:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             file = os.open("budget", flags, 0o600, dir_fd=directory)
         finally:
-            os.close(directory)
+            posix.close(directory)
     except KernelError:
         raise
     except OSError as error:
@@ -93,7 +94,7 @@ def open_ledger(folder: str) -> int:
             raise KernelError(f"{path} is not a regular file with one name", path=path, hint="remove it")
         _check(status, path, 0o077)
     except BaseException:
-        os.close(file)
+        posix.close(file)
         raise
     return file
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import posix
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
@@ -63,7 +64,7 @@ def check(policy: Policy, file: str | None = None) -> None:
         _check_capabilities(policy)
         for key, template in _templates(policy):
             if template.placeholders:
-                os.close(_open_trusted(key, template))
+                posix.close(_open_trusted(key, template))
         for key, account in _groups_named(policy):
             if account.path is None or not account.path.placeholders:
                 _gid(key, account, policy, _find_at_start)
@@ -300,7 +301,7 @@ def _find(key: str, template: PathTemplate, attributes: Mapping[str, str]) -> pa
     except KernelError as error:
         _blame(key, template, f"{template.trusted.rstrip('/')}/{path}", error)
     finally:
-        os.close(directory)
+        posix.close(directory)
     _check_movers(key, template, path, found)
     _check_found(key, template, f"{template.trusted.rstrip('/')}/{path}", found)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import posix
 import re
 import stat
 from collections.abc import Iterable
@@ -94,7 +95,7 @@ def pressure() -> Feature:
 def has_pidfds() -> bool:
     """Return whether a process can be signalled without the risk that its pid was reused (pidfd_open(2))."""
     try:
-        os.close(os.pidfd_open(os.getpid()))
+        posix.close(os.pidfd_open(os.getpid()))
     except OSError:
         return False
     return True

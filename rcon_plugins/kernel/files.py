@@ -157,7 +157,7 @@ def _read_to_the_end(fd: int, path: str) -> str:
     except OSError as error:
         raise failure(error, path) from None
     finally:
-        os.close(fd)
+        posix.close(fd)
     return b"".join(chunks).decode("utf-8", "surrogateescape").removesuffix("\n")
 
 
@@ -199,7 +199,7 @@ def write(directory: str, name: str, value: str, hint: str | None = None) -> Non
     except OSError as error:
         raise failure(error, f"{directory}/{name}", value, hint) from None
     finally:
-        os.close(fd)
+        posix.close(fd)
 
 
 def write_patiently(directory: str, name: str, value: str, seconds: float = 1.0) -> None:

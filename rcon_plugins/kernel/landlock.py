@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import posix
 import stat
 from collections.abc import Iterable, Iterator
 
@@ -151,7 +152,7 @@ class Wall:
         """Close the file; the rules stay in force. Calling it again does nothing."""
         ruleset, self._ruleset = self._ruleset, -1
         if ruleset >= 0:
-            os.close(ruleset)
+            posix.close(ruleset)
 
 
 def restrict(read: Iterable[str], write: Iterable[str]) -> None:
@@ -173,7 +174,7 @@ def restrict(read: Iterable[str], write: Iterable[str]) -> None:
                 _allow(ruleset, path, access)
         _restrict_self(ruleset)
     finally:
-        os.close(ruleset)
+        posix.close(ruleset)
 
 
 def _need() -> int:
@@ -263,7 +264,7 @@ def _allow_if_there(ruleset: int, path: str, access: int) -> None:
         ):  # a mounted namespace, for example: Landlock neither accepts nor needs a rule for it
             raise
     finally:
-        os.close(descriptor)
+        posix.close(descriptor)
 
 
 def _allow(ruleset: int, path: str, access: int) -> None:
@@ -274,7 +275,7 @@ def _allow(ruleset: int, path: str, access: int) -> None:
     try:
         _add(ruleset, descriptor, path, access)
     finally:
-        os.close(descriptor)
+        posix.close(descriptor)
 
 
 def _add(ruleset: int, descriptor: int, path: str, access: int) -> None:

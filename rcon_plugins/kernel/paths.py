@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import posix
 import stat
 from collections import deque
 from functools import cache
@@ -140,7 +141,7 @@ def owner_beneath(directory: int, path: str) -> Owner:
     try:
         return Owner.of(os.fstat(descriptor), movers)
     finally:
-        os.close(descriptor)
+        posix.close(descriptor)
 
 
 def _follow(directory: int, path: str) -> tuple[int, frozenset[int]]:
@@ -163,7 +164,7 @@ def _follow(directory: int, path: str) -> tuple[int, frozenset[int]]:
             if part == "..":
                 if not way:
                     raise _error(errno.EXDEV, path)
-                os.close(way.pop())
+                posix.close(way.pop())
                 above.pop()
                 continue
             if len(way) >= _DEPTH:
@@ -181,7 +182,7 @@ def _follow(directory: int, path: str) -> tuple[int, frozenset[int]]:
                 raise _error(errno.ELOOP, path)
             movers |= _movers(status, above, trusted)
             target = os.readlink("", dir_fd=descriptor)
-            os.close(way.pop())
+            posix.close(way.pop())
             if target.startswith("/"):
                 raise _error(errno.EXDEV, path)
             parts.extendleft(reversed(target.split("/")))
@@ -192,7 +193,7 @@ def _follow(directory: int, path: str) -> tuple[int, frozenset[int]]:
         raise KernelError.from_oserror(error, path=path) from None
     finally:
         for descriptor in way:
-            os.close(descriptor)
+            posix.close(descriptor)
 
 
 def _movers(link: os.stat_result, above: list[os.stat_result], trusted: frozenset[int]) -> frozenset[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import posix
 import signal
 import sys
 import time
@@ -111,13 +112,13 @@ def attach(request: AttachRequest, hierarchy: Hierarchy, base: str | None = None
         stream.flush()
     pid = os.fork()
     if pid == 0:
-        os.close(reading)
+        posix.close(reading)
         _become_watcher(request, hierarchy, base, writing)
-    os.close(writing)
+    posix.close(writing)
     data = b""
     while piece := os.read(reading, 65536):
         data += piece
-    os.close(reading)
+    posix.close(reading)
     import pickle
 
     result = pickle.loads(data) if data else KernelError("the watcher ended", path="fork")  # noqa: S301 - our fork
@@ -155,9 +156,9 @@ def _become_watcher(request: AttachRequest, hierarchy: Hierarchy, base: str | No
             # The command was interrupted, and reports nothing as attached.
             attach_watcher.release(instance, group)
             raise
-        os.close(pipe)
+        posix.close(pipe)
         for descriptor in proc.inherited_descriptors():
-            os.close(descriptor)
+            posix.close(descriptor)
         _watch(instance, group, stop)
     except BaseException as error:  # noqa: BLE001 - the end of this process: its parent raises the error
         with contextlib.suppress(OSError):
@@ -323,4 +324,4 @@ def _signal(instance: str, number: int) -> bool:
     except ProcessLookupError:
         return False
     finally:
-        os.close(descriptor)
+        posix.close(descriptor)

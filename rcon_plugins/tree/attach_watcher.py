@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posix
 import select
 import signal
 import sys
@@ -80,7 +81,7 @@ def _wait_for(pid: int, wakeup: int) -> None:
             waiting.unregister(descriptor)
             waiting.poll(_PAUSE)  # the cgroup lists the process until it is reaped
     finally:
-        os.close(descriptor)
+        posix.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posix
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal, NamedTuple
@@ -226,14 +227,14 @@ def _attach(leaf: Cgroup) -> None:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(writing)
+        posix.close(writing)
         os.read(reading, 1)
         os._exit(0)
-    os.close(reading)
+    posix.close(reading)
     try:
         leaf.attach(child)
     finally:
-        os.close(writing)
+        posix.close(writing)
         os.waitpid(child, 0)
 
 
@@ -243,15 +244,15 @@ def _in_a_child(act: Callable[[], None]) -> None:
     child = os.fork()
     if child == 0:
         try:
-            os.close(reading)
+            posix.close(reading)
             act()
         except KernelError as error:
             os.write(writing, f"{error.errno} {error}".encode())
         finally:
             os._exit(0)
-    os.close(writing)
+    posix.close(writing)
     said = os.read(reading, 65536).decode()
-    os.close(reading)
+    posix.close(reading)
     process.reap(child)
     if said:
         number, _, problem = said.partition(" ")

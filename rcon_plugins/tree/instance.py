@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import posix
 import time
 from collections.abc import Callable, Iterable
 
@@ -319,7 +320,7 @@ class Instance:
         if os.getpid() != self._creator:
             return False
         if self.locks >= 0:
-            os.close(self.locks)
+            posix.close(self.locks)
             self.locks = -1
         self._work.kill(timeout)
         self._work.delete(recursive=True)

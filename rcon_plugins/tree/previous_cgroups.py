@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import posix
 import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -138,7 +139,7 @@ def save(instance: str, previous: PreviousCgroups) -> None:
         try:
             os.write(descriptor, json.dumps(entries).encode())
         finally:
-            os.close(descriptor)
+            posix.close(descriptor)
         os.rename(new, path)
     except OSError as error:
         raise KernelError.from_oserror(error, path=path, hint=_HINT) from None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posix
 import stat
 import time
 from collections.abc import Iterator
@@ -140,7 +141,7 @@ def _directories() -> Iterator[str]:
 
 
 def _touch(path: str, name: str) -> None:
-    os.close(os.open(f"{path}/{name}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640))
+    posix.close(os.open(f"{path}/{name}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640))
 
 
 def _remove(path: str) -> None:
@@ -151,7 +152,7 @@ def _remove(path: str) -> None:
         for name in os.listdir(directory):
             os.unlink(name, dir_fd=directory)
     finally:
-        os.close(directory)
+        posix.close(directory)
     os.rmdir(path)
 
 

@@ -253,6 +253,19 @@ def test_only_the_kernel_layer_speaks_to_the_kernel() -> None:
     assert wrong == []
 
 
+def test_what_a_fork_server_runs_closes_descriptors_itself() -> None:
+    """gevent's os.close() leaves it to an event loop, which runs in no fork server."""
+    rooms = ("rcon_plugins.kernel", "rcon_plugins.builtin", "rcon_plugins.identity", "rcon_plugins.tree")
+    found = [
+        f"{name}:{node.lineno}"
+        for name, (_, tree) in modules().items()
+        if within(name, (*rooms, "rcon_plugins.executors.fork_server"))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "os.close"
+    ]
+    assert found == []
+
+
 def docstrings(tree: ast.Module) -> set[int]:
     """Every string that stands as a statement of its own."""
     return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

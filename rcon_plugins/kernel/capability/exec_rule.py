@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import posix
 import stat
 from functools import cache
 from typing import NamedTuple
@@ -118,7 +119,7 @@ def _interpreter(path: str) -> str | None:
     except OSError:
         return None
     finally:
-        os.close(descriptor)
+        posix.close(descriptor)
     if not start.startswith(b"#!"):
         return None
     line, newline, _ = start[2:].partition(b"\n")

@@ -9,6 +9,7 @@ sets are ``e``\\ ffective, ``i``\\ nheritable and ``p``\\ ermitted.
 from __future__ import annotations
 
 import os
+import posix
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def last() -> int:
         try:
             return int(os.read(descriptor, 32))
         finally:
-            os.close(descriptor)
+            posix.close(descriptor)
     except OSError as error:
         raise KernelError.from_oserror(error, path=_LAST, hint="mount proc at /proc") from None
 

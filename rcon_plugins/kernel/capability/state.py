@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import posix
 import threading
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def _read(path: str, tid: int | None) -> bytes:
             while part := os.read(descriptor, 65536):
                 parts.append(part)
         finally:
-            os.close(descriptor)
+            posix.close(descriptor)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ESRCH) and tid is not None:
             raise KernelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import posix
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -409,7 +410,7 @@ class Cgroup:
 
                 process.kill(fd, pid)
         finally:
-            os.close(fd)
+            posix.close(fd)
 
     def delete(self, timeout: float = 2.0, *, recursive: bool | None = None) -> bool:
         """Remove the cgroup and all below it, deepest first. Return whether it is gone.

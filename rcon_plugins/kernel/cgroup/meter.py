@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import posix
 from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple
@@ -244,7 +245,7 @@ class Meter:
         if given_up is not None:
             # On v1 the IO of a cgroup counts in the one above as soon as that has IO limits. The other counters remain.
             self._files.remove(given_up)
-            os.close(given_up[0])
+            posix.close(given_up[0])
         if (
             found[_SWAP] == 0
             and self._swap_areas is not None
@@ -281,9 +282,9 @@ class Meter:
         """Close the fds. Calling it again does nothing."""
         self._peaks.clear()
         while self._files:
-            os.close(self._files.pop()[0])
+            posix.close(self._files.pop()[0])
         if self._swap_areas is not None:
-            os.close(self._swap_areas)
+            posix.close(self._swap_areas)
             self._swap_areas = None
 
     def __enter__(self) -> Meter:

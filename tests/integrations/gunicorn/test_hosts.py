@@ -13,6 +13,7 @@ import pytest
 from rcon_plugins.executors.pool import most_ending
 from rcon_plugins.settings.file import Settings
 from tests.integrations.gunicorn.server import Gunicorn
+from tests.processes import children
 
 pytestmark = pytest.mark.each_layout
 
@@ -125,3 +126,16 @@ def test_what_many_hosts_leave_is_bounded(tmp_path: Path, capsys: pytest.Capture
     if LONG:
         # The quarter that other load on the machine delayed least.
         assert quarter[1] < 1.25 * quarter[0]
+
+
+@pytest.mark.parametrize("worker", ["sync", "gevent"])
+def test_a_fork_server_keeps_no_descriptor_for_an_executor(tmp_path: Path, worker: str) -> None:
+    """The fork server makes its Landlock rules anew at times, with a descriptor for each directory."""
+    policy = "confinements = 4\nprocesses = 2\n[policy.default]\nper = 'host'\neach = { timeout = '60s' }\n"
+    with Gunicorn(tmp_path, policy, "--workers", "1", "--worker-class", worker) as server:
+        ask_as(server, range(10))
+        (fork_server,) = children(server.workers()[0])
+        before = descriptors(fork_server)
+        ask_as(server, range(10, 90))
+        assert children(server.workers()[0]) == [fork_server]
+        assert descriptors(fork_server) <= before + 2 * most_ending(2)
