@@ -310,6 +310,12 @@ class Acts:
         return {**found, **ways_back.by_cgroup()}
 
     @staticmethod
+    def ways_out(cgroup: str) -> dict[str, str]:
+        """Every way to other limits that there is: to the cgroups' files, to mounts of them, to another cgroup."""
+        into = {f"clone3 by {way}": said for way, said in births.all_ways(cgroup).items()}
+        return {**ways_back.by_attributes(), **ways_back.by_mounts(), **ways_back.by_user_namespace(), **into}
+
+    @staticmethod
     def ways_back_of_root(pids: dict[str, int]) -> dict[str, str]:
         """The ways back of one that has the server's own user."""
         found = ways_back.by_capability()

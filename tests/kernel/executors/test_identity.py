@@ -36,6 +36,7 @@ from tests.children import in_child
 from tests.directories import let_others_read
 from tests.kernel.executors import ways_back
 from tests.kernel.executors.service import ask, begin, end, managing, soon, status
+from tests.kernel.seccomp import births
 from tests.processes import alive
 
 TENANT, OTHER = 61001, 61002
@@ -108,6 +109,19 @@ def test_with_the_servers_user_it_can_neither_loosen_its_limits_nor_reach_the_se
     assert {name: said for name, said in found.items() if said not in ("EPERM", "EACCES", "EROFS")} == {}
     # Signals between processes of one user are Landlock's business since its sixth version (Linux 6.12).
     assert set(signals.values()) == ({"EPERM"} if landlock.abi() >= 6 else {"WORKED"})
+
+
+@pytest.mark.each_layout
+@pytest.mark.parametrize(
+    "policy", [POLICY, {"pids": 32, "isolation": "process"}], ids=["user", "server's user"]
+)
+def test_there_is_no_way_to_other_limits(policy: dict[str, Any]) -> None:
+    """Each attempt is refused, or the kernel does not have the call."""
+    with managing(policy) as manager:
+        found, _ = ask(manager, "ways_out", births.root())
+    assert len(found) > 80
+    refused = ("EPERM", "EACCES", "EROFS", "EINVAL", "ENOSYS")
+    assert {name: said for name, said in found.items() if said not in refused} == {}
 
 
 def test_the_executor_has_no_descriptor_of_the_server() -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import mmap
 import os
 import platform
 import signal
 import socket
 import stat
+import struct
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -41,6 +43,7 @@ _NUMBERS = {
         "clone": 56,
         "exit": 60,
         "add_key": 248,
+        "fchownat": 260,
         "keyctl": 250,
     },
     "aarch64": {
@@ -63,6 +66,7 @@ _NUMBERS = {
         "clone": 220,
         "exit": 93,
         "add_key": 217,
+        "fchownat": 54,
         "keyctl": 219,
     },
 }[platform.machine()]
@@ -72,6 +76,9 @@ _CLONE_NEWNS, _CLONE_PARENT = 0x00020000, 0x00008000
 _CLONE_NEWCGROUP, _CLONE_NEWUSER = 0x02000000, 0x10000000
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 _FSCONFIG_CMD_CREATE = 6
+_X32 = 0x40000000
+_AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
+_MS_REMOUNT, _MS_BIND, _MS_MOVE, _MS_REC, _MNT_DETACH = 32, 4096, 8192, 16384, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -267,19 +274,136 @@ def _write(path: Path, value: str) -> None:
 
 
 def by_attributes() -> dict[str, str]:
-    """Change mode, owner and extended attributes of the cgroups' files and directories."""
+    """Change mode, owner, times, flags and extended attributes of the cgroups' files and directories.
+
+    By path, by descriptor, by a descriptor that is open for nothing (O_PATH), and by each system call that can do it.
+    """
     found = {}
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        mount, kind = line.split()[1:3]
-        if kind not in ("cgroup", "cgroup2"):
-            continue
-        for path in (Path(mount), Path(mount, "cgroup.procs")):
-            status = path.stat()
-            found[f"chmod {path}"] = attempt(partial(os.chmod, path, status.st_mode & 0o7777))
-            found[f"chown {path}"] = attempt(partial(os.chown, path, status.st_uid, status.st_gid))
-            found[f"setxattr {path}"] = attempt(partial(os.setxattr, path, "user.rcon", b"x"))
-            found[f"utime {path}"] = attempt(partial(os.utime, path))
+    for mount in _cgroup_mounts():
+        for path in (mount, f"{mount}/cgroup.procs"):
+            status = Path(path).stat()
+            mode, uid, gid = status.st_mode & 0o7777, status.st_uid, status.st_gid
+            readable, opened = os.open(path, os.O_RDONLY), os.open(path, os.O_PATH)
+            link, name = f"/proc/self/fd/{readable}", os.fsencode(path)
+            acts: dict[str, Callable[[], object]] = {
+                "chmod": partial(os.chmod, path, mode),
+                "chmod by the link in /proc": partial(os.chmod, link, mode),
+                "fchmod": partial(os.fchmod, readable, mode),
+                "fchmodat2": partial(raw, 452, opened, b"", mode, _AT_EMPTY_PATH),
+                "chown": partial(os.chown, path, uid, gid),
+                "fchown": partial(os.fchown, readable, uid, gid),
+                "fchownat": partial(raw, _NUMBERS["fchownat"], opened, b"", uid, gid, _AT_EMPTY_PATH),
+                "setxattr": partial(os.setxattr, path, "user.rcon", b"x"),
+                "fsetxattr": partial(os.setxattr, readable, "user.rcon", b"x"),
+                "setxattrat": partial(_set_attribute, name),
+                "removexattr": partial(os.removexattr, path, "user.rcon"),
+                "fremovexattr": partial(os.removexattr, readable, "user.rcon"),
+                "removexattrat": partial(raw, 466, _AT_FDCWD, name, 0, b"user.rcon"),
+                "utime": partial(os.utime, path),
+                "futimens": partial(os.utime, readable),
+                "mount_setattr": partial(_make_writable, _AT_FDCWD, name, 0),
+                "open_tree": partial(_make_a_copy_writable, name),
+            }
+            found.update({f"{act} {path}": attempt(do) for act, do in acts.items()})
+            os.close(readable)
+            os.close(opened)
     return found
+
+
+def by_mounts() -> dict[str, str]:
+    """Mount the cgroups anew, make their mounts writable, or remove these. Not for a process that could do it."""
+    acts: dict[str, Callable[[], object]] = {}
+    for number, name in enumerate((b"cgroup2", b"cgroup")):
+        acts[f"mount {number + 1}"] = partial(
+            _call, "mount", b"x", b"/mnt", name, 0, b"" if number == 0 else b"none,name=x"
+        )
+        acts[f"fsopen {number + 1}"] = partial(raw, _FSOPEN, name, 0)
+        acts[f"fsopen {number + 1} by x32"] = partial(raw, _FSOPEN | _X32, name, 0)
+    for mount in _cgroup_mounts():
+        path = mount.encode()
+        acts[f"remount {mount}"] = partial(_call, "mount", None, path, None, _MS_REMOUNT | _MS_BIND, None)
+        acts[f"reconfigure {mount}"] = partial(_call, "mount", None, path, None, _MS_REMOUNT, None)
+        acts[f"bind {mount}"] = partial(_call, "mount", path, b"/mnt", None, _MS_BIND | _MS_REC, None)
+        acts[f"move {mount}"] = partial(_call, "mount", path, b"/mnt", None, _MS_MOVE, None)
+        acts[f"umount {mount}"] = partial(_call, "umount2", path, _MNT_DETACH)
+        acts[f"fspick {mount}"] = partial(_reconfigure, path)
+    return {name: attempt(do) for name, do in acts.items()}
+
+
+def by_user_namespace() -> dict[str, str]:
+    """The same two as root of a user namespace with mounts and cgroups of its own, if this process may make one."""
+
+    def there() -> dict[str, str]:
+        if _libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWCGROUP) != 0:
+            return {"a user namespace": errno.errorcode[ctypes.get_errno()]}
+        return {
+            f"{name}, in a user namespace": said for name, said in {**by_attributes(), **by_mounts()}.items()
+        }
+
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            os.write(writing, json.dumps(there()).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as answer:
+        found: dict[str, str] = json.loads(answer.read())
+    os.waitpid(pid, 0)
+    return found
+
+
+def raw(number: int, *arguments: object) -> int:
+    """A system call by its number. Raises OSError."""
+    ctypes.set_errno(0)
+    passed = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
+    result = int(_libc.syscall(ctypes.c_long(number), *passed))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"system call {number}")
+    return result
+
+
+def _call(function: str, *arguments: object) -> None:
+    """A function of the C library. Raises OSError."""
+    ctypes.set_errno(0)
+    passed = [ctypes.c_ulong(one) if isinstance(one, int) else one for one in arguments]
+    if _libc[function](*passed) != 0:
+        raise OSError(ctypes.get_errno(), function)
+
+
+def _cgroup_mounts() -> list[str]:
+    lines = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [mount for _, mount, kind, *_ in lines if kind in ("cgroup", "cgroup2")]
+
+
+def _set_attribute(path: bytes) -> None:
+    """setxattrat(2), Linux 6.13."""
+    value = ctypes.create_string_buffer(b"x")
+    arguments = struct.pack("QII", ctypes.addressof(value), 1, 0)
+    raw(463, _AT_FDCWD, path, 0, b"user.rcon", arguments, len(arguments))
+
+
+def _make_writable(directory: int, path: bytes, flags: int) -> None:
+    """mount_setattr(2), which removes MOUNT_ATTR_RDONLY."""
+    raw(442, directory, path, flags, struct.pack("4Q", 0, 1, 0, 0), 32)
+
+
+def _make_a_copy_writable(path: bytes) -> None:
+    """open_tree(2) with OPEN_TREE_CLONE."""
+    tree = raw(428, _AT_FDCWD, path, 1 | os.O_CLOEXEC)
+    try:
+        _make_writable(tree, b"", _AT_EMPTY_PATH)
+    finally:
+        os.close(tree)
+
+
+def _reconfigure(path: bytes) -> None:
+    """fspick(2), and fsconfig(2) with FSCONFIG_CMD_RECONFIGURE."""
+    picked = raw(433, _AT_FDCWD, path, 0)
+    try:
+        raw(_FSCONFIG, picked, 7, None, None, 0)
+    finally:
+        os.close(picked)
 
 
 def make_segment(key: int, mebibytes: int) -> int:
