@@ -301,7 +301,7 @@ class RunningManager:
             more = f" and {len(left) - _MOST_NAMED} more" if len(left) > _MOST_NAMED else ""
             size = sum(one.size for one in left) / 2**20
             LOGGER.warning(
-                "rcon: users of executors left %.1f MiB of shared memory: %s%s. Remove it (rm, ipcrm -m).",
+                "rcon: users of executors left %.1f MiB of shared memory: %s%s. Remove it (rm, ipcrm).",
                 size, named, more,
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Find memory that programs left: files in ``/dev/shm`` (shm_overview(7)) and segments of System V (svipc(7))."""
+"""Find memory that programs left: files in ``/dev/shm`` (shm_overview(7)) and what System V keeps (sysvipc(7))."""
 
 from __future__ import annotations
 
@@ -14,8 +14,32 @@ _DIRECTORY = "/dev/shm"  # noqa: S108
 _MOST = 10_000
 
 
+class _Kind(NamedTuple):
+    """A table in ``/proc/sysvipc`` (proc(5)), and its columns: number, size in units of bytes, times of changes."""
+
+    name: str
+    file: str
+    number: str
+    size: str
+    otherwise: str
+    unit: int
+    times: tuple[str, ...]
+
+
+_KINDS = (
+    _Kind("segment", "shm", "shmid", "rss", "size", 1, ("ctime",)),
+    _Kind("message queue", "msg", "msqid", "cbytes", "cbytes", 1, ("ctime", "stime")),
+    _Kind(
+        "semaphores", "sem", "semid", "nsems", "nsems", 64, ("ctime", "otime")
+    ),  # struct sem: a cache line each
+)
+
+
 class Left(NamedTuple):
-    """A file or a segment, its owner, and its memory in bytes. Its owner chose the name: escape it."""
+    """A file, or a segment, queue or set of semaphores of System V; its owner, and its memory in bytes.
+
+    The owner of a file chose its name: escape it.
+    """
 
     name: str
     uid: int
@@ -27,7 +51,7 @@ def left_by(uids: Collection[int], since: float) -> list[Left]:
 
     Looks at the 10,000 first entries of each kind, and only at this process's own namespaces.
     """
-    return [*_files_of(uids, since), *_segments_of(uids, since)]
+    return [*_files_of(uids, since), *_kept_by_system_v(uids, since)]
 
 
 def _files_of(uids: Collection[int], since: float) -> list[Left]:
@@ -46,9 +70,13 @@ def _files_of(uids: Collection[int], since: float) -> list[Left]:
     return found
 
 
-def _segments_of(uids: Collection[int], since: float) -> list[Left]:
+def _kept_by_system_v(uids: Collection[int], since: float) -> list[Left]:
+    return [left for kind in _KINDS for left in _of_kind(kind, uids, since)]
+
+
+def _of_kind(kind: _Kind, uids: Collection[int], since: float) -> list[Left]:
     try:
-        table = files.read_if_there("/proc/sysvipc", "shm") or ""
+        table = files.read_if_there("/proc/sysvipc", kind.file) or ""
     except KernelError:
         return []
     header, *lines = table.splitlines() or [""]
@@ -56,10 +84,8 @@ def _segments_of(uids: Collection[int], since: float) -> list[Left]:
     found = []
     for line in lines[:_MOST]:
         fields = dict(zip(names, line.split(), strict=False))
-        if int(fields["cuid"]) in uids and int(fields["ctime"]) >= int(since):
-            found.append(
-                Left(
-                    f"segment {fields['shmid']}", int(fields["cuid"]), int(fields.get("rss", fields["size"]))
-                )
-            )
+        uid, changed = int(fields["cuid"]), max(int(fields[name]) for name in kind.times)
+        if uid in uids and changed >= int(since):
+            size = int(fields.get(kind.size) or fields[kind.otherwise]) * kind.unit
+            found.append(Left(f"{kind.name} {fields[kind.number]}", uid, size))
     return found

@@ -387,6 +387,11 @@ class Acts:
         return ways_back.make_segment(key, mebibytes)
 
     @staticmethod
+    def make_queue_and_semaphores(key: int, size: int) -> tuple[int, int]:
+        """Make a message queue of System V with one message in it, and a set of ten semaphores. Return their ids."""
+        return ways_back.make_queue(key, size), ways_back.make_semaphores(key)
+
+    @staticmethod
     def find_segment(key: int) -> str:
         return ways_back.find_segment(key)
 

@@ -331,7 +331,7 @@ def test_the_ruleset_does_not_grow_with_each_executor(monkeypatch: pytest.Monkey
 
 
 def test_without_the_capability_memory_is_shared_and_named_at_the_end(name: str, key: int) -> None:
-    def program() -> tuple[list[str], list[str], list[str], int]:
+    def program() -> tuple[list[str], list[str], list[str], int, tuple[int, int]]:
         without(CAP_SYS_ADMIN)
         records: list[str] = []
         handler = logging.Handler()
@@ -340,17 +340,21 @@ def test_without_the_capability_memory_is_shared_and_named_at_the_end(name: str,
         with managing(POLICY) as manager:
             found = [ask(manager, "fill", str(SHM / name), 2)[0]]
             identifier = ask(manager, "make_segment", key, 1)[0]
+            others = ask(manager, "make_queue_and_semaphores", key, 4096)[0]
             ours = ask(manager, "namespaces")[0]
         same = [kind for kind, link in ours.items() if link == namespace(kind)]
-        return found, same, records, identifier
+        return found, same, records, identifier, others
 
-    found, same, records, identifier = in_child(program)
+    found, same, records, identifier, (queue, semaphores) = in_child(program)
+    ways_back.remove_queue_and_semaphores(queue, semaphores)
     ways_back.remove_segment(identifier)  # which takes CAP_SYS_ADMIN: it is the tenant's
     assert (found, same) == (["WORKED"], ["mnt", "ipc"])
     (text,) = [record for record in records if "MiB of shared memory" in record]
     assert "left 3.0 MiB" in text
     assert f"'{SHM / name}' (uid {TENANT})" in text
     assert "'segment " in text
+    assert f"'message queue {queue}' (uid {TENANT})" in text
+    assert f"'semaphores {semaphores}' (uid {TENANT})" in text
 
 
 def test_a_policy_without_memory_is_warned_about_where_memory_is_shared() -> None:

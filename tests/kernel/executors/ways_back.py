@@ -416,6 +416,29 @@ def make_segment(key: int, mebibytes: int) -> int:
     return identifier
 
 
+def make_queue(key: int, size: int) -> int:
+    """Make a message queue of System V with one message: msgget(2), msgsnd(2). Return its id."""
+    identifier = int(_libc.msgget(key, 0o1666))
+    message = struct.pack("l", 1) + bytes(size)
+    if identifier < 0 or _libc.msgsnd(identifier, message, ctypes.c_size_t(size), 0) != 0:
+        raise OSError(ctypes.get_errno(), "msgget")
+    return identifier
+
+
+def make_semaphores(key: int) -> int:
+    """Make ten semaphores of System V: semget(2). Return their id."""
+    identifier = int(_libc.semget(key, 10, 0o1666))
+    if identifier < 0:
+        raise OSError(ctypes.get_errno(), "semget")
+    return identifier
+
+
+def remove_queue_and_semaphores(queue: int, semaphores: int) -> None:
+    """Remove both: msgctl(2), semctl(2), IPC_RMID."""
+    _libc.msgctl(queue, 0, None)
+    _libc.semctl(semaphores, 0, 0)
+
+
 def find_segment(key: int) -> str:
     """Look for a segment of System V by its key: the name of the errno, or "WORKED"."""
     return "WORKED" if _libc.shmget(key, ctypes.c_size_t(0), 0) >= 0 else errno.errorcode[ctypes.get_errno()]
