@@ -89,7 +89,10 @@ def open_ledger(folder: str) -> int:
             "directory that belongs to this user (RuntimeDirectory= of a unit), or remove [budget] from the settings",
         ) from None
     try:
-        status = os.fstat(file)
+        try:
+            status = os.fstat(file)
+        except OSError as error:
+            raise KernelError.from_oserror(error, path=path) from None
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise KernelError(f"{path} is not a regular file with one name", path=path, hint="remove it")
         _check(status, path, 0o077)

@@ -180,9 +180,10 @@ def _memory_refusals(policy: Policy) -> list[Refusal]:
 def shares_memory(policy: Policy, uid: int | None = None) -> bool:
     """Return whether executor processes of a policy share ``/dev/shm`` and IPC with the server.
 
-    ``uid`` is the server's user, if it differs from that of the calling process.
+    ``uid`` is the server's user, if it differs from that of the calling process. Raises `KernelError`.
     """
-    return policy.shared_memory == "server" or not _gives_namespaces(uid)
+    gives = _gives_namespaces(uid)
+    return policy.shared_memory == "server" or not gives
 
 
 def _gives_namespaces(uid: int | None) -> bool:

@@ -43,20 +43,40 @@ class PolicyChangeLog:
     """
 
     def __init__(self) -> None:
-        self.file = os.memfd_create("rcon-changes")
-        fcntl.fcntl(self.file, fcntl.F_SETFL, os.O_APPEND)
+        """Make the file. Raises `KernelError`."""
+        try:
+            self.file = os.memfd_create("rcon-changes")
+            try:
+                fcntl.fcntl(self.file, fcntl.F_SETFL, os.O_APPEND)
+            except BaseException:
+                os.close(self.file)
+                raise
+        except OSError as error:
+            raise KernelError.from_oserror(error, path="memfd_create") from None
 
     def add(self, policy: str, key: str, value: str) -> None:
-        """Append one change."""
-        os.write(self.file, json.dumps([policy, key, value]).encode() + b"\n")
+        """Append one change. Raises `KernelError`."""
+        try:
+            os.write(self.file, json.dumps([policy, key, value]).encode() + b"\n")
+        except OSError as error:
+            raise KernelError.from_oserror(error, path="the log of changes") from None
 
     def size(self) -> int:
-        """Return the size in bytes, which grows with each change."""
-        return os.fstat(self.file).st_size
+        """Return the size in bytes, which grows with each change. Raises `KernelError`."""
+        try:
+            return os.fstat(self.file).st_size
+        except OSError as error:
+            raise KernelError.from_oserror(error, path="the log of changes") from None
 
     def since(self, offset: int) -> tuple[list[tuple[str, str, str]], int]:
-        """Return the changes from this byte on (policy, key, value), and the byte after the last of them."""
-        data = os.pread(self.file, self.size() - offset, offset)
+        """Return the changes from this byte on (policy, key, value), and the byte after the last of them.
+
+        Raises `KernelError`.
+        """
+        try:
+            data = os.pread(self.file, self.size() - offset, offset)
+        except OSError as error:
+            raise KernelError.from_oserror(error, path="the log of changes") from None
         whole = data[: data.rfind(b"\n") + 1]  # the last line may still be incomplete
         return [tuple(json.loads(line)) for line in whole.splitlines()], offset + len(whole)
 
@@ -153,11 +173,18 @@ def change_limit(
     of_each = key.startswith("each.")
     was, wanted = (resources_of(hook, one.each if of_each else one, one) for one in (old, new))
     news = _differing(was, wanted)
-    cgroups, kept = _change_all(instance, name, was, news, of_each=of_each)
-    policies.changes.add(name, key, value)
+    written: list[tuple[Cgroup, Resources]] = []
+    try:
+        _change_all(instance, name, was, news, written, of_each=of_each)
+        policies.changes.add(name, key, value)
+    except KernelError:
+        for cgroup, before in written:
+            change_limits(cgroup, _of_before(before, news))
+        raise
     # Write again, for cgroups that another process has just made under the old policy.
-    cgroups, kept = _change_all(instance, name, was, news, of_each=of_each)
-    return Change(new, _limit(old, key), _limit(new, key), cgroups, kept, _notes(old, new))
+    written = []
+    kept = _change_all(instance, name, was, news, written, of_each=of_each)
+    return Change(new, _limit(old, key), _limit(new, key), len(written), kept, _notes(old, new))
 
 
 def _notes(old: Policy, new: Policy) -> tuple[str, ...]:
@@ -266,13 +293,21 @@ def _changed_rate(before: Any, after: Any) -> Any:
 
 
 def _change_all(
-    instance: Instance, policy: str, was: Resources, news: Resources, *, of_each: bool
-) -> tuple[int, int]:
-    """Write limits to all cgroups of a policy, or of its executors. Return how many changed and how many did not."""
-    done: list[tuple[Cgroup, Resources]] = []
+    instance: Instance,
+    policy: str,
+    was: Resources,
+    news: Resources,
+    written: list[tuple[Cgroup, Resources]],
+    *,
+    of_each: bool,
+) -> int:
+    """Write limits to all cgroups of a policy, or of its executors. Return how many of the latter kept theirs.
+
+    Adds to ``written`` each cgroup with the limits that it had before. Raises `KernelError`.
+    """
     kept = 0
     if news == Resources():
-        return 0, 0
+        return 0
     for cgroup in _cgroups(instance, policy, of_each=of_each):
         try:
             before = read_limits(cgroup)
@@ -286,11 +321,9 @@ def _change_all(
             if of_each:
                 kept += 1
                 continue
-            for one, its in done:
-                change_limits(one, _of_before(its, news))
             raise
-        done.append((cgroup, before))
-    return len(done), kept
+        written.append((cgroup, before))
+    return kept
 
 
 def _write(cgroup: Cgroup, news: Resources, *, of_each: bool) -> None:

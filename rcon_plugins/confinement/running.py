@@ -138,17 +138,22 @@ class RunningManager:
         threads = settings.confinements + settings.threads if plan.uses_threads else 0
         executors = threads + (settings.processes if plan.uses_processes else 0)
         raise_descriptor_limit(_SERVER_FILES + executors * _EXECUTOR_FILES)
-        if service is not None and plan.uses_processes:
-            ledger = () if self._budget is None else (self._budget.ledger.file,)
-            changes = () if self._policies.changes is None else (self._policies.changes.file,)
-            self._pool.processes.start(service, after_fork, [*server_files, *ledger, *changes], log)
-        if plan.uses_threads:
-            self.instance.sweep_threaded(settings.confinements)
+        # First of all: the trial of namespaces that this makes counts for the fork server and all executors.
         self._sharing = frozenset(
             name
             for name, verdict in plan.verdicts.items()
             if verdict.isolation == "process" and shares_memory(verdict.policy)
         )
+        if service is not None and plan.uses_processes:
+            ledger = () if self._budget is None else (self._budget.ledger.file,)
+            changes = () if self._policies.changes is None else (self._policies.changes.file,)
+            self._pool.processes.start(service, after_fork, [*server_files, *ledger, *changes], log)
+        if plan.uses_threads:
+            try:
+                self.instance.sweep_threaded(settings.confinements)
+            except BaseException:
+                self._pool.close()  # nobody else would end the fork server
+                raise
         self._began = time.time()
         self._open = True
 

@@ -263,14 +263,19 @@ class Executor:
             return self.reading if self._meter is None else self._meter.read()
 
     def had_oom_kill(self) -> bool:
-        """Return whether the OOM killer ended one of its processes since its last work, and the host has to kill it."""
+        """Return whether the OOM killer ended one of its processes since its last work, and the host has to kill it.
+
+        Raises `KernelError` if that cannot be read.
+        """
         if not self.guarded or self.state not in USABLE:
             return False
         with self.lock:
             try:
                 kills = None if self._meter is None else self._meter.oom_kills()
-            except KernelError:
-                return False  # its cgroup is gone
+            except KernelError as error:
+                if not gone(error):
+                    raise
+                return False
             return kills is not None and kills > (self.reading.oom_kills or 0)
 
     def close_meter(self) -> None:

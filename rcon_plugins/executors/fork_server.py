@@ -35,6 +35,7 @@ from rcon_plugins.errors import ConfinementError, KernelError
 from rcon_plugins.executors.channel import FAILED, FULL, READY, Channel, ChannelClosed, Frame
 from rcon_plugins.executors.inherited import InheritedFiles
 from rcon_plugins.kernel import process
+from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.proc import other_threads
 from rcon_plugins.kernel.syscalls import poll_readable
 from rcon_plugins.tree.locks import entering
@@ -123,6 +124,8 @@ class ForkServer:
         self._pid = 0
         self._files: InheritedFiles | None = None
         self._children: dict[int, tuple[SpawnOrder, int]] = {}  # by pidfd
+        #: The failed attempts to read an order. The first is printed.
+        self._order_attempts = Attempts()
         #: A pipe. The handler of SIGCHLD writes to it, to wake `poll` up.
         self._sigchld_read, self._sigchld_write = -1, -1
 
@@ -200,6 +203,11 @@ class ForkServer:
             )
         except ConnectionResetError:  # closed before it read all reports
             return False
+        except OSError:  # no memory: the host is there, and so is its order
+            if self._order_attempts.failed():
+                traceback.print_exc()
+            time.sleep(FIRST_PAUSE)
+            return True
         if not data:
             return False
         order = pickle.loads(data)  # noqa: S301 - from our own host, never from an executor process

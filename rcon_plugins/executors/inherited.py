@@ -23,6 +23,7 @@ from collections.abc import Collection
 from typing import Any
 
 from rcon_plugins.kernel import mappings, process
+from rcon_plugins.kernel.files import unanswered
 from rcon_plugins.kernel.process import OpenFile
 
 #: The names of descriptors 1 and 2 in a policy.
@@ -86,7 +87,9 @@ class InheritedFiles:
             if not _is_named(file.path, keep):
                 try:
                     process.open_again(file)
-                except OSError:
+                except OSError as error:
+                    if unanswered(error):
+                        raise
                     os.dup2(self._closed, file.descriptor, inheritable=False)
 
         for mapping in self._mappings:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from rcon_plugins.errors import KernelError
+
 if TYPE_CHECKING:
     from rcon_plugins.executors.executor import Executor
     from rcon_plugins.executors.supervisor import Supervisor
@@ -71,8 +73,13 @@ class OomGuard:
 
     def _why_void(self, executor: Executor) -> str | None:
         """Return why nothing that an executor sends counts. Kill it if it has to be killed and is not yet."""
-        if executor.kill_reason != REASON and not executor.had_oom_kill():
-            return None
+        try:
+            if executor.kill_reason != REASON and not executor.had_oom_kill():
+                return None
+        except KernelError as error:
+            reason = f"its OOM kills could not be read: {error}"
+            self._kill(executor, reason)
+            return reason
         self._kill(executor, REASON)
         return REASON
 
@@ -89,8 +96,13 @@ class OomGuard:
     def _look(self) -> None:
         """Kill the executors in which the OOM killer ended a process. Look again soon: a counter may rise later."""
         for executor in self._living():
-            if executor.had_oom_kill():
-                self._kill(executor, REASON)
+            try:
+                if executor.had_oom_kill():
+                    self._kill(executor, REASON)
+            except (
+                KernelError
+            ) as error:  # no answer: `_why_void` asks again, before anything that it sends counts
+                LOGGER.error("%s: its OOM kills could not be read: %s", executor.leaf.path, error)
         now = time.monotonic()
         if now < self._until and self._supervisor is not None:
             self._supervisor.at(now + self._pause, self._look)

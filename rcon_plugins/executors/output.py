@@ -28,6 +28,7 @@ from typing import Final
 from urllib.parse import quote
 
 from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.syscalls import POLLOUT, poll
 
 LOGGER = logging.getLogger("rcon")
@@ -106,7 +107,12 @@ class OutputPipe:
 
     def __init__(self, log: _ConfinementLog) -> None:
         self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self.reader, False)
+        try:
+            os.set_blocking(self.reader, False)
+        except BaseException:
+            posix.close(self.reader)
+            posix.close(self.writer)
+            raise
         self.log = log
         #: The beginning of a line whose end has not been written yet.
         self._rest = b""
@@ -350,8 +356,17 @@ class OutputReader:
                 os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
+        attempts = Attempts()
         while True:
-            ready = self._wait()
+            try:
+                ready = self._wait()
+            except OSError as error:  # no memory: code must not wait for ever for room in its pipe
+                if attempts.failed():
+                    LOGGER.error(
+                        "the output of executor processes cannot be waited for; trying again: %s", error
+                    )
+                time.sleep(FIRST_PAUSE)
+                ready = []
             began = time.thread_time()
             closing = self._closing.is_set()
             try:

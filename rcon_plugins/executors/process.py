@@ -35,7 +35,7 @@ from rcon_plugins.executors.supervisor import Supervisor
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.cgroup import Resources
-from rcon_plugins.kernel.files import gone
+from rcon_plugins.kernel.files import failure, gone
 
 if TYPE_CHECKING:
     import pluggy
@@ -144,22 +144,35 @@ class ProcessExecutors:
 
         Each new executor process calls ``after_fork``, for libraries that need a call after a fork. ``server_files``
         are descriptors of the server's own files, which confined code must not have. ``log`` receives the output of
-        executors with a user of their own.
+        executors with a user of their own. Raises `KernelError`.
         """
-        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
-        pid = process.fork()
-        if pid == 0:
-            ours.close()
-            hook, instance = self._hook, self._instance
-            ForkServer(theirs, self._host, instance, hook, service, after_fork, server_files).run()
+        # All that needs descriptors is made before the fork: after it, there would be a fork server to end.
+        with contextlib.ExitStack() as undo:
+            try:
+                ours, theirs = _socket.socketpair(
+                    _socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC
+                )
+                undo.callback(ours.close)
+                undo.callback(theirs.close)
+                supervisor = Supervisor(ours.fileno(), self._receive_exit_report, self._reap)
+                undo.callback(supervisor.close)
+                oom = OomGuard(lambda: list(self._living.values()), self.kill)
+                undo.callback(oom.close)
+                pid = process.fork()
+            except OSError as error:
+                raise failure(error, "the fork server") from error
+            if pid == 0:
+                undo.pop_all()
+                ours.close()
+                hook, instance = self._hook, self._instance
+                ForkServer(theirs, self._host, instance, hook, service, after_fork, server_files).run()
+            undo.pop_all()
         theirs.close()
-        self._server = pid
-        self._control = ours
+        self._server, self._control = pid, ours
         self._output = OutputReader(log)
-        self._supervisor = Supervisor(ours.fileno(), self._receive_exit_report, self._reap)
-        self._oom = OomGuard(lambda: list(self._living.values()), self.kill)
-        self._oom.start(self._supervisor)
-        self._supervisor.start()
+        self._supervisor, self._oom = supervisor, oom
+        oom.start(supervisor)
+        supervisor.start()
 
     def count_usable(self) -> int:
         """Return the number of executors, not counting those that are ending."""
@@ -329,26 +342,34 @@ class ProcessExecutors:
         if self._control is None or os.getpid() != self._host:
             return
         self._closing = True
-        if self._supervisor is not None:
-            self._supervisor.close()
+        with contextlib.ExitStack() as last:  # run each step, even if an earlier one fails
+            last.callback(self._instance.sweep, f"{self._host}-")
+            last.callback(self._output.close)
+            last.callback(self._end_server, self._control)
+            if self._oom is not None:
+                last.callback(self._oom.close)
+            last.callback(self._end_executors)
+            if self._supervisor is not None:
+                last.callback(self._supervisor.close)
+
+    def _end_executors(self) -> None:
+        """End all executors. The supervisor, which receives the reports of their ends, has ended already."""
         for executor in list(self._living.values()):
             executor.attempts = Attempts()  # now
-            executor.set_exited(None)  # the supervisor, which receives the reports, has ended
+            executor.set_exited(None)
             self.kill(executor, "the server ends")
             self._await_end(executor)
         deadline = time.monotonic() + CLOSE_SECONDS
         while self._reap() is not None and time.monotonic() < deadline:
             time.sleep(0.005)
-        if self._oom is not None:
-            self._oom.close()
-        control, self._control = self._control, None
+
+    def _end_server(self, control: _socket.socket) -> None:
+        self._control = None
         control.close()  # the fork server then kills the remaining processes, and ends
         if not self._lost and process.reap(self._server, CLOSE_SECONDS) is None:
             LOGGER.error("the fork server %d does not end; killing it", self._server)
             os.kill(self._server, signal.SIGKILL)
             process.reap(self._server)
-        self._output.close()
-        self._instance.sweep(f"{self._host}-")
 
     def _send_order(self, order: SpawnOrder | KillOrder | SignalOrder, *descriptors: int) -> None:
         """Send the fork server an order. Raises OSError; never waits for a fork server that does not read."""

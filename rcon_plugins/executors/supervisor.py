@@ -86,13 +86,15 @@ class Supervisor:
     def close(self, timeout: float = 10.0) -> None:
         """End the thread, after the jobs submitted so far, and wait for it."""
         self._ending = True
-        self._wake_up()
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                os.close(self._wake)
+        try:
+            self._wake_up()
+            if self._thread.ident is not None and self._thread is not threading.current_thread():
+                self._thread.join(timeout)
+        finally:
+            with self._lock:
+                if not self._closed:
+                    self._closed = True
+                    os.close(self._wake)
 
     def _wake_up(self) -> None:
         with self._lock:

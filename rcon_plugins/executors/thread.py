@@ -122,8 +122,11 @@ class ThreadExecutor:
             raise ConfinementError(_ENDED)
         self.busy = True
         self._job = job
-        self._begin.give()
-        self._done.wait()
+        try:
+            self._begin.give()
+            self._done.wait()
+        except OSError as error:
+            raise ConfinementError(f"the executor thread cannot be reached: {error}") from error
         self.busy = False
         return self._take_outcome()  # type: ignore[return-value]
 
@@ -234,6 +237,9 @@ class ThreadExecutors:
             executor.start()
         except BaseException:
             executor.end()  # if the wait was cut short, the thread may still live, and counts until it ends
+            if executor.is_gone:
+                with self._lock:
+                    self._all.discard(executor)
             raise
         return executor
 
@@ -270,7 +276,7 @@ class ThreadExecutors:
             self._closed = True
             ending = [executor for some in self._waiting.values() for executor in some]
             self._waiting.clear()
-            self._all.difference_update(ending)
+            self._all = {one for one in self._all.difference(ending) if not one.is_gone}
         _end(ending)
 
     def _make_room(self) -> None:

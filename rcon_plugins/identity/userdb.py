@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeVar, TypeVarTuple
 
+from rcon_plugins.errors import KernelError
+
 #: How long a result is cached, seconds.
 LIFE: Final = 10.0
 
@@ -69,8 +71,11 @@ def group_named(name: str) -> int | None:
 
 @_for_a_while
 def groups(name: str, gid: int) -> tuple[int, ...]:
-    """Return the groups of a user and ``gid``, sorted; as initgroups(3) finds them."""
-    return tuple(sorted(set(os.getgrouplist(name, gid))))
+    """Return the groups of a user and ``gid``, sorted; as initgroups(3) finds them. Raises `KernelError`."""
+    try:
+        return tuple(sorted(set(os.getgrouplist(name, gid))))
+    except OSError as error:
+        raise KernelError.from_oserror(error, path=f"the groups of {name}") from None
 
 
 def forget() -> None:

@@ -46,6 +46,15 @@ _GONE = frozenset({errno.ENOENT, errno.ENODEV, errno.ESRCH})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EDEADLK, errno.EOPNOTSUPP})
 
 
+#: The kernel could not look: these say nothing about what was asked for.
+_UNANSWERED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
+
+
+def unanswered(error: OSError) -> bool:
+    """Return whether an error is one of this process or machine, as a lack of descriptors or memory, and no answer."""
+    return error.errno in _UNANSWERED
+
+
 def gone(error: OSError) -> bool:
     """Return whether an error says that the cgroup, file or process no longer exists."""
     return error.errno in _GONE
@@ -186,6 +195,21 @@ def _unless_gone() -> Iterator[None]:
     except KernelError as error:
         if not gone(error):
             raise
+
+
+def may_write(directory: str, name: str) -> bool:
+    """Return whether this process may write a kernel file. Opens it, and writes nothing.
+
+    Raises KernelError for an error that does not say so, which access(2) would hide.
+    """
+    try:
+        descriptor = open_file(directory, name, os.O_WRONLY)
+    except KernelError as error:
+        if gone(error) or refused(error):
+            return False
+        raise
+    posix.close(descriptor)
+    return True
 
 
 def write(directory: str, name: str, value: str, hint: str | None = None) -> None:

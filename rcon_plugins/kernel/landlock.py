@@ -22,6 +22,7 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from rcon_plugins.errors import CapabilityError, KernelError
+from rcon_plugins.kernel.files import unanswered
 from rcon_plugins.kernel.syscalls import syscall, unprivileged
 
 _CREATE_RULESET_VERSION = 1
@@ -253,7 +254,9 @@ def _allow_if_there(ruleset: int, path: str, access: int) -> None:
     """Add a rule for a path unless it is a link: the target has its own rule, or none."""
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
+    except OSError as error:
+        if unanswered(error):
+            raise KernelError.from_oserror(error, path=path) from None
         return  # gone, or not accessible: then less is allowed, not more
     try:
         if not stat.S_ISLNK(os.fstat(descriptor).st_mode):

@@ -91,9 +91,14 @@ def _open(mapping: SharedMapping) -> int | None:
     for name in (link, mapping.path):
         with contextlib.suppress(OSError):
             descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            found = os.fstat(descriptor)
-            its_device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
-            if name == link or (its_device, found.st_ino) == (mapping.device, mapping.inode):
+            is_it = False
+            try:
+                found = os.fstat(descriptor)
+                its_device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+                is_it = name == link or (its_device, found.st_ino) == (mapping.device, mapping.inode)
+            finally:
+                if not is_it:
+                    posix.close(descriptor)
+            if is_it:
                 return descriptor
-            posix.close(descriptor)
     return None

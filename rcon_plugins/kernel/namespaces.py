@@ -13,14 +13,16 @@ from __future__ import annotations
 import errno
 import os
 import posix  # the real close: a cooperative library may have replaced that of `os`
+import signal
 from contextlib import suppress
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, raise_capability, read_state
 from rcon_plugins.kernel.cgroup.mounts import MountEntry, mount_table, parse_mountinfo
+from rcon_plugins.kernel.files import gone, refused
 from rcon_plugins.kernel.syscalls import (
     CLONE_NEWIPC,
     CLONE_NEWNS,
@@ -49,6 +51,9 @@ _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 #: By the bits of statvfs(3), the flags of a mount that a remount must repeat: it would clear them.
 _FLAGS = ((os.ST_NOSUID, MS_NOSUID), (os.ST_NODEV, MS_NODEV), (os.ST_NOEXEC, MS_NOEXEC))
 _TRIAL_SECONDS = 10.0
+#: With these errors the kernel, a container's filter or a security module says that the calls are not for this process.
+#: Any other error, as of memory or descriptors, says nothing about that.
+_CANNOT = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP})
 
 
 class MountChanges:
@@ -114,7 +119,9 @@ def _is_below(path: str, directory: str) -> bool:
 def _working_directory() -> str:
     try:
         return os.getcwd()
-    except OSError:
+    except OSError as error:
+        if not gone(error):
+            raise KernelError.from_oserror(error, path="getcwd") from None
         return ""  # removed
 
 
@@ -125,7 +132,9 @@ def _directories_in_memory(entries: dict[str, MountEntry]) -> list[str]:
     for name in (_SHARED_MEMORY, *_WRITABLE):
         try:
             path = os.path.realpath(name, strict=True)
-        except OSError:
+        except OSError as error:
+            if not (gone(error) or refused(error)):
+                raise KernelError.from_oserror(error, path=name) from None
             continue  # not on this machine
         in_memory = _filesystem_of(path, entries) in _IN_MEMORY and not _is_below(here, path)
         if (name == _SHARED_MEMORY or in_memory) and not any(_is_below(path, other) for other in found):
@@ -141,7 +150,10 @@ def _filesystem_of(path: str, entries: dict[str, MountEntry]) -> str | None:
 
 
 def _as_memory(path: str) -> _Mount:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise KernelError.from_oserror(error, path=path) from None
     options = f"mode={status.st_mode & 0o7777:o},uid={status.st_uid},gid={status.st_gid}"
     return _Mount(path, _flags_of(path) | MS_NOSUID | MS_NODEV, options)
 
@@ -191,7 +203,8 @@ def _forbid_writing(view: View) -> None:
 def why_not() -> str | None:
     """Return why the calling process cannot give others namespaces of their own; None if it can.
 
-    Tries it in a child process, once for this process and its forks.
+    Tries it in a child process, once for this process and its forks. Raises `KernelError` if the trial fails for a
+    reason that says nothing about that; the next call tries again.
     """
     if CAP_SYS_ADMIN not in read_state().permitted:
         return "the server lacks cap_sys_admin"
@@ -200,29 +213,78 @@ def why_not() -> str | None:
 
 @cache
 def _trial() -> str | None:
-    """Enter namespaces in a child. Return the problem, or None. Raises `KernelError` if no child can be made."""
+    """Enter namespaces in a child. Return why they are not for this process, or None. Raises `KernelError`."""
     try:
         reading, writing = os.pipe()
-        child = process.fork()
     except OSError as error:
-        raise KernelError.from_oserror(error, path="fork") from None
-    if child == 0:
-        answer = b"failed"
-        try:
-            raise_capability(CAP_SYS_ADMIN)
-            enter(View.of(mount_table()), private_memory=True, size=1 << 20)
-            answer = b"ok"
-        except KernelError as error:
-            answer = str(error).encode()
-        finally:
-            os.write(writing, answer)
-            os._exit(0)
-    posix.close(writing)
+        raise KernelError.from_oserror(error, path="pipe") from None
     try:
-        answer = os.read(reading, 4096) if poll_readable([reading], _TRIAL_SECONDS) else b"no answer"
+        try:
+            child = process.fork()
+        except OSError as error:
+            raise KernelError.from_oserror(error, path="fork") from None
+        if child == 0:
+            _enter_and_answer(writing)
+        posix.close(writing)
+        writing = -1
+        answer = _answer_of(child, reading)
     finally:
         posix.close(reading)
-        with suppress(ProcessLookupError):
-            os.kill(child, 9)  # it has answered, or hangs
-        process.reap(child)
-    return None if answer == b"ok" else answer.decode(errors="replace") or "the trial ended early"
+        if writing >= 0:
+            posix.close(writing)
+    number, _, problem = answer.partition(b" ")
+    if number == b"0":
+        return None
+    if not number:
+        raise KernelError(
+            "the trial of namespaces ended early",
+            errno=errno.EIO,
+            path="unshare",
+            hint="start the server again",
+        )
+    code = int(number) if number.isdigit() else errno.EIO
+    if code in _CANNOT:
+        return problem.decode(errors="replace")
+    raise KernelError(
+        f"it is unknown whether this process can give namespaces: {problem.decode(errors='replace')}",
+        errno=code,
+        path="unshare",
+        hint="start the server again; if the error is ENOSPC, raise the sysctls user.max_mnt_namespaces and "
+        "user.max_ipc_namespaces",
+    )
+
+
+def _enter_and_answer(writing: int) -> NoReturn:
+    """Enter namespaces, and write the errno and the problem: 0 for none, ? if it came before the attempt.
+
+    The process ends whatever happens.
+    """
+    try:
+        answer = b""
+        try:
+            raise_capability(CAP_SYS_ADMIN)
+            view = View.of(mount_table())
+        except KernelError as error:
+            answer = f"? {error}".encode(errors="replace")[:4096]
+        else:
+            try:
+                enter(view, private_memory=True, size=1 << 20)
+                answer = b"0"
+            except KernelError as error:
+                answer = f"{error.errno or errno.EIO} {error}".encode(errors="replace")[:4096]
+        os.write(writing, answer)
+    finally:
+        os._exit(0)
+
+
+def _answer_of(child: int, reading: int) -> bytes:
+    """Return what the child wrote; nothing without one in time. The child is gone then. Raises `KernelError`."""
+    try:
+        try:
+            return os.read(reading, 4096) if poll_readable([reading], _TRIAL_SECONDS) else b""
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)  # it has answered, or hangs
+            process.reap(child)
+    except OSError as error:
+        raise KernelError.from_oserror(error, path="trial of namespaces") from None

@@ -303,13 +303,22 @@ def _open_descriptors() -> Iterator[OpenFile]:
             mode = os.fstat(descriptor).st_mode
             path = os.readlink(f"{_DESCRIPTORS}/{name}")
             flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-        except FileNotFoundError:
+        except OSError:
+            if _is_open(descriptor):
+                raise
             continue  # the descriptor of this listing
-        except OSError as error:
-            if error.errno == errno.EBADF:
-                continue
-            raise
         yield OpenFile(descriptor, path, mode, flags)
+
+
+def _is_open(descriptor: int) -> bool:
+    """Return whether a descriptor is open. Raises OSError."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_GETFD)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            return False
+        raise
+    return True
 
 
 def open_again(file: OpenFile) -> None:

@@ -10,7 +10,7 @@ import pwd
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rcon_plugins.errors import DelegationError, KernelError
+from rcon_plugins.errors import ControllerUnavailable, DelegationError, KernelError
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup import mounts, v1, v2
 from rcon_plugins.kernel.cgroup.branch import check_path, levels
@@ -343,9 +343,13 @@ def _prepare(hierarchy: Hierarchy, path: str) -> str:
             raise _refused(hierarchy, path, errno.EROFS, f"{mount.path} is mounted read-only")
     cgroup = hierarchy.cgroup(path)
     try:
-        with contextlib.suppress(KernelError):
-            # If a hybrid's v2 side or a controller stays unavailable, the caller narrows the hierarchy.
+        try:
             cgroup.create()
+        except KernelError as error:
+            # If a hybrid's v2 side or a controller is not for this process, the caller narrows the hierarchy. An error
+            # of memory or descriptors says nothing about that.
+            if not (isinstance(error, ControllerUnavailable) or files.gone(error) or files.refused(error)):
+                raise
         for mount in hierarchy.limit_mounts:
             directory = mount.directory(path)
             if v1.io_holder(mount, path) is not None:

@@ -46,7 +46,10 @@ class Instance:
         self._in_base = hierarchy.layout == "v2" and own_cgroup(hierarchy) == base
         #: The directories that adopt() took this process from, one for each of host/.
         self._previous: list[str] | None = None
-        self.locks = os.memfd_create("rcon-locks", os.MFD_CLOEXEC)
+        try:
+            self.locks = os.memfd_create("rcon-locks", os.MFD_CLOEXEC)
+        except OSError as error:
+            raise files.failure(error, "memfd_create") from None
 
     @classmethod
     def create(

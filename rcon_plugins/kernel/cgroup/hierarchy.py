@@ -228,7 +228,7 @@ def _may_go(mount: Mount, base: str) -> bool:
     if own is None:
         return False
     common = os.path.commonpath([own, base])
-    return os.access(f"{mount.directory(common)}/cgroup.procs", os.W_OK)
+    return files.may_write(mount.directory(common), "cgroup.procs")
 
 
 def _installed_memory() -> int:

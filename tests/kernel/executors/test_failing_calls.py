@@ -6,22 +6,27 @@ import ctypes
 import errno
 import logging
 import os
+import platform
 import resource
 import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rcon_plugins import Manager
 from rcon_plugins.errors import ConfinementError, KernelError
-from rcon_plugins.kernel import files, landlock
+from rcon_plugins.kernel import files, landlock, namespaces
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.events import Watcher
+from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
-from tests.kernel.executors.service import ask, begin, managing, soon
+from tests.kernel.executors.service import ask, begin, managing, serve, soon
 from tests.processes import alive
+from tests.system_calls import refuse_system_call
 
 MIB = 2**20
 
@@ -242,3 +247,48 @@ def test_what_was_there_at_the_start_must_be_there_in_the_drop(number: int) -> N
 
     found = in_child(program)
     assert ("andlock" in found) if number else (found == "ok")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of unshare(2)")
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.EPERM, "said"), (errno.ENOSPC, "ENOSPC"), (errno.ENOMEM, "ENOMEM")]
+)
+def test_namespaces_that_are_refused_are_told_from_a_trial_that_fails(number: int, expected: str) -> None:
+    def program() -> str:
+        refuse_system_call(272, number)
+        try:
+            return "said" if namespaces.why_not() else "can"
+        except KernelError as error:
+            return errno.errorcode[error.errno or 0]
+
+    assert in_child(program) == expected
+
+
+@pytest.mark.each_layout
+def test_a_limit_that_cannot_be_announced_is_not_changed() -> None:
+    """The kernel has the old limits again, as the policy does."""
+
+    def program() -> tuple[int | None, list[str]]:
+        settings = from_mapping({"policy": {"p": {"memory": "64M"}}, "route": [{"policy": "p"}]})
+        deployment = Manager(settings).deploy(changeable=True)
+        manager = deployment.start(serve)
+        try:
+            ask(manager, "pid")
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # cgroups have no size
+            with pytest.raises(KernelError, match="log of changes"):
+                deployment.change("p", "memory", "96M")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            limits = [
+                path.read_text().strip()
+                for name in ("memory.limit_in_bytes", "memory.max")
+                for directory in deployment.instance.policy_cgroup("p").directories
+                if (path := Path(directory, name)).exists()
+            ]
+            memory = deployment.policies.all()["p"].memory
+            return None if memory is None else memory.limit, limits
+        finally:
+            manager.close()
+            deployment.close()
+
+    assert in_child(program) == (64 * MIB, [str(64 * MIB)])
