@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo demo-customers demo-jobs redis serve test lint docs bench bench-vm clean root debian \
-	check test-long fuzz coverage test-unit test-contract test-integrations test-kernel test-vm test-systemd
+	check test-long fuzz soak coverage test-unit test-contract test-integrations test-kernel test-vm test-systemd
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,11 +40,14 @@ check: root $(VENV)/.test $(VENV)/.docs ## for every commit: lint, docs, unit, c
 test: root $(VENV)/.test $(VENV)/.docs debian ## all that CI runs, on this machine and in emulated ones (root); TIERS= names some of its tiers
 	@$(BIN)/python -m tests.run test $(TIERS)
 
-test-long: root $(VENV)/.test debian ## long CPU windows, 10,000 requests, 20,000 hosts, Celery's own integration suite (root)
+test-long: root $(VENV)/.test debian ## long CPU windows, failing kernel calls, 10,000 requests, 20,000 hosts, Celery's own integration suite (root)
 	@$(BIN)/python -m tests.run long $(TIERS)
 
 fuzz: $(VENV)/.test ## a million wrong policy files, wire messages, hosts; prints figures (minutes); ARGS= names targets
 	@$(BIN)/python -m tests.fuzz $(ARGS)
+
+soak: root $(VENV)/.test ## thirty minutes of mixed load while processes are killed and stopped at random; prints growth (root); ARGS=--minutes N
+	@$(BIN)/python -m tests.soak $(ARGS)
 
 # Every uid of the tests has to reach the folder and write there.
 coverage: root $(VENV)/.test debian ## line and branch coverage of the tests on this machine, in build/coverage.txt (root)

@@ -94,6 +94,18 @@ def descendants(ancestor: int) -> dict[int, str]:
     return found
 
 
+def zombies() -> dict[int, int]:
+    """Return the parents of all zombies, by pid."""
+    found: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+                if state == "Z":
+                    found[int(entry.name)] = int(parent)
+    return found
+
+
 def command_line(pid: int) -> str:
     try:
         text = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()

@@ -133,6 +133,7 @@ def plans() -> dict[str, list[Tier]]:
         ],
         "long": [
             replace(measures, environment={"RCON_TEST_LONG": "1"}),
+            pytest("faults", ALONE, "tests/kernel/faults", RCON_TEST_LONG="1"),
             pytest("tenants", ALONE, "tests/integrations/gunicorn/test_tenants.py", RCON_TEST_LONG="1"),
             pytest("hosts", ALONE, "tests/integrations/gunicorn/test_hosts.py", RCON_TEST_LONG="1"),
             Tier("celery-suite", ALONE, (*PYTHON, "tests.celery_suite"), tests=False),

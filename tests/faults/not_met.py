@@ -1,0 +1,74 @@
+"""The calls that no scenario meets, and why. A new call that is not met has to be added here, with its reason.
+
+Each name is that of a call, or the beginning of several. `tests.kernel.faults` checks that all of them are still there,
+and that none of them is met.
+"""
+
+from __future__ import annotations
+
+_ATTACH = "rcon attach; no request is served"
+_EXPLAIN = "an explanation for a person, or a remedy in an error message; nothing runs because of it"
+_RUN = "rcon run; a failed command has tests of its own (tests/kernel/command)"
+_DISK = "a limit on IO, judged at the start, for a real disk; an error there refuses the start"
+_OTHER_BASE = "the search for a base that the settings do not name; an error there refuses the start"
+_LONG = "only for paths of more than 1000 characters, in directories of other users"
+_OTHER_NAMESPACE = "an owner in another PID or IPC namespace, seen by rcon ls, gc and check"
+_RARE = "after another failure, or for a request of a kind that the scenarios do not make"
+
+NOT_MET = {
+    "command.": _RUN,
+    "kernel.proc:inherited_descriptors": _RUN,
+    "kernel.proc:original_environment": _RUN,
+    "kernel.process:_kill_as": "a server that is not root and may change users: tests/kernel/identity",
+    "tree.attach": _ATTACH,
+    "tree.previous_cgroups": _ATTACH,
+    "kernel.files:locked": _ATTACH,
+    "kernel.proc:visible_pid": _ATTACH,
+    "kernel.proc:parents": _ATTACH,
+    "kernel.proc:system_id": _ATTACH,
+    "tree.doctor": _EXPLAIN,
+    "kernel.features": _EXPLAIN,
+    "kernel.capability.exec_rule": _EXPLAIN,
+    "kernel.capability.files": _EXPLAIN,
+    "kernel.proc:_is_hidden": _EXPLAIN,
+    "kernel.proc:is_alive:os.listdir": _OTHER_NAMESPACE,
+    "kernel.proc:_namespace_of": _OTHER_NAMESPACE,
+    "kernel.proc:ipc_namespace": _OTHER_NAMESPACE,
+    "tree.runtime:make_folder:os.chmod": "the folder of the tally is there, with its mode",
+    "tree.runtime:end:os.rmdir": "the tally of a server whose exporter has read its end",
+    "tree.runtime:has_ended": "read by rcon top and exporters; no request is served",
+    "kernel.proc:other_threads": "names the threads that a library started in a fork hook; none of them is served",
+    "identity.userdb:user_names": _EXPLAIN,
+    "identity.userdb:group_names": _EXPLAIN,
+    "tree.base:_user_name": _EXPLAIN,
+    "kernel.cgroup.device": _DISK,
+    "kernel.cgroup.hierarchy:_file": _DISK,
+    "kernel.cgroup.hierarchy:_directory_with": "cpu_burst and swap, judged at the start",
+    "kernel.cgroup.mounts:is_systemds": _OTHER_BASE,
+    "tree.base:_is_": _OTHER_BASE,
+    "tree.systemd": _OTHER_BASE,
+    "kernel.files:_open_directory:os.open#2": _LONG,
+    "kernel.files:_parent": _LONG,
+    "kernel.files:_status:os.stat": _LONG,
+    "kernel.paths:owner:": _RARE,
+    "kernel.paths:_follow": "the path of `user = owner:` is followed by hand only where openat2(2) is missing",
+    "kernel.events.sources:Numbers.read": _RARE,
+    "kernel.events.sources:Stall": "pressure information, where a plugin listens",
+    "kernel.landlock:_allow:os.open": "`rcon run` and `capcon run` with paths; mounts made after the start",
+    "kernel.process:raise_descriptor_limit:resource.setrlimit": "the limit of this process is high enough",
+    "kernel.process:open_missing_standard_files:os.set_inheritable": "the server has its standard files",
+    "kernel.shared_memory:_files_of": _RARE,
+    "kernel.syscalls:disconnect": "the socket of an HTTP client: tests/integrations/wsgi",
+    "executors.channel:Channel.refuse": "the response of an HTTP request: tests/integrations/wsgi",
+    "executors.channel:Channel._send_watching": "the body of an HTTP request: tests/integrations/wsgi",
+    "executors.fork_server:ForkServer._spawn:os.kill": _RARE,
+    "executors.inherited:InheritedFiles.__init__:open": "standard streams of Python under other descriptors",
+    "executors.inherited:InheritedFiles.replace:os.dup2#4": _RARE,
+    "executors.process:ProcessExecutors._end_server:os.kill": _RARE,
+    "identity.userdb:group_named": "a group by its name; one user by name stands for both",
+}
+
+
+def reason(site: str) -> str | None:
+    """Return why no scenario meets a call; None if one has to."""
+    return next((why for name, why in NOT_MET.items() if site.startswith(name)), None)

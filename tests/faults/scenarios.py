@@ -1,0 +1,417 @@
+"""What is done while a call fails: a server starts, serves, ends executors and closes, in phases.
+
+Each answer is what the work says of itself, from the kernel's files and by trying: `report`. It is compared with the
+answer of a run in which nothing fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import gc
+import json
+import mmap
+import os
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rcon_plugins import Manager, Outcome, RunningManager, Server, Work
+from rcon_plugins.confinement.admission import LocalAdmission, ProcessAdmission
+from rcon_plugins.errors import RconError
+from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
+from rcon_plugins.settings.file import from_mapping
+from tests.faults.touch import ask, simplify
+
+TENANT = 61001
+ANSWER = FIRST_SERVICE_KIND + 1
+#: How long a request may take while calls fail, seconds: the bounds of the code, READY_SECONDS and what follows.
+SLOW = 20.0
+#: How long a server may need until it serves again, once calls fail no longer, seconds.
+RECOVERY = 15.0
+#: How long threads of the server may need to close their descriptors after the server has closed, seconds.
+LEFT_SECONDS = 4.5
+#: What the process keeps for the next server.
+_KEPT = {"/memfd:rcon-changes (deleted)", "/run/rcon/budget"}
+
+_LIMIT_FILES = (
+    "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.shares", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes",
+    "pids.max", "cpuset.cpus", "cpu.max", "cpu.weight", "memory.max", "memory.high", "memory.swap.max",
+    "memory.oom.group",
+)  # fmt: skip
+_HOST_NAMESPACES = {name: str(Path(f"/proc/self/ns/{name}").readlink()) for name in ("mnt", "ipc")}
+_STATUS = ("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Seccomp_filters", "CapInh", "CapPrm", "CapEff", "CapBnd",
+           "CapAmb")  # fmt: skip
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def report() -> dict[str, Any]:
+    """Return how the calling thread is confined, as the kernel says."""
+    status = dict(
+        line.split(":", 1)
+        for line in Path("/proc/thread-self/status").read_text().splitlines()
+        if ":" in line
+    )
+    cgroups, limits, ways = {}, {}, {}
+    for line in Path("/proc/thread-self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        cgroups[controllers] = simplify(path)
+        mount = f"/sys/fs/cgroup/{controllers.replace('name=', '')}" if controllers else _unified()
+        for level in (path, str(Path(path).parent)):
+            for name in _LIMIT_FILES:
+                with contextlib.suppress(OSError):
+                    limits[simplify(f"{controllers} {level}/{name}")] = Path(
+                        f"{mount}{level}/{name}"
+                    ).read_text()
+        for name in ("cgroup.procs", "memory.limit_in_bytes", "memory.max", "pids.max"):
+            ways[f"{controllers}: {name}"] = _opens(f"{mount}{path}/{name}")
+    parent_signal = ctypes.c_int(-1)
+    _libc.prctl(2, ctypes.byref(parent_signal), 0, 0, 0)
+    return {
+        **{name: status.get(name, "").split() for name in _STATUS},
+        "cgroups": cgroups,
+        "limits": limits,
+        "ways": ways,
+        "umask": status.get("Umask", "").strip(),
+        "namespaces": {
+            name: str(Path(f"/proc/thread-self/ns/{name}").readlink()) != own
+            for name, own in _HOST_NAMESPACES.items()
+        },
+        "clone3": _clone3(),
+        "parent_signal": parent_signal.value,
+        "nofile": list(resource.getrlimit(resource.RLIMIT_NOFILE)),
+        "core": list(resource.getrlimit(resource.RLIMIT_CORE)),
+    }
+
+
+def report_of_process() -> dict[str, Any]:
+    """Return the same of a process of its own, with what it has open."""
+    return {**report(), "open": open_kinds(), "leads": os.getsid(0) == os.getpid()}
+
+
+def open_kinds() -> dict[str, int]:
+    """Return how many descriptors of each kind this process has open."""
+    found: dict[str, int] = {}
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):
+            target = simplify(str(entry.readlink()))
+            if not target.startswith("/proc/#/fd"):
+                found[target] = found.get(target, 0) + 1
+    return found
+
+
+def _unified() -> str:
+    return (
+        "/sys/fs/cgroup" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "/sys/fs/cgroup/unified"
+    )
+
+
+def _opens(path: str) -> str:
+    try:
+        os.close(os.open(path, os.O_WRONLY))
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return "opens"
+
+
+def _clone3() -> str:
+    # Too small a structure: EINVAL where the call exists.
+    _libc.syscall(ctypes.c_long(435), None, ctypes.c_long(0))
+    return errno.errorcode[ctypes.get_errno()]
+
+
+def serve(channel: Channel, frame: Frame) -> None:
+    """Do what a request says, in an executor process."""
+    act = frame.payload.decode()
+    if act == "report":
+        os.write(2, b"said by an executor\n")
+        channel.send((ANSWER, json.dumps(report_of_process()).encode()))
+    elif act == "leave":  # leave a child of a child behind, in a session of its own
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(300)
+            os._exit(0)
+        os.wait()
+        channel.send((ANSWER, b"{}"))
+    elif act == "die":
+        os._exit(3)
+    else:
+        time.sleep(300)
+
+
+class Case:
+    """One run of a scenario. ``found`` has what is wrong; the worker adds what is left afterwards."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+        self.answers: dict[str, Any] = {}
+        self.refusals: list[str] = []
+        self.faults: list[str] = []
+        self.served_after = False
+        self.said = False
+
+    def phase(self, name: str) -> None:
+        """Begin a phase."""
+        ask(f"phase\t{name}")
+
+    def over(self) -> bool:
+        """Return whether calls fail no longer."""
+        return not ask("failing")
+
+    @contextlib.contextmanager
+    def refusing(self, what: str) -> Iterator[None]:
+        """Note a refusal. Any other error is a fault, and so is one that comes late."""
+        began = time.monotonic()
+        try:
+            yield
+        except (RconError, ChannelClosed) as error:
+            self.refusals.append(f"{what}: {type(error).__name__}: {error}"[:300])
+        except Exception as error:
+            self.faults.append(f"{what}: not an RconError: {error!r}"[:300])
+        if time.monotonic() - began > SLOW:
+            self.faults.append(f"{what}: took {time.monotonic() - began:.0f} s")
+
+    def managed(
+        self, settings: dict[str, Any], steps: Callable[[RunningManager], None], **options: Any
+    ) -> None:
+        """Start a server, take the steps, close it."""
+        before, lost = open_kinds(), threading.Event()
+        self.phase("start")
+        manager = None
+        with self.refusing("start"):
+            judged = Manager(from_mapping({**settings, "cgroup": self.base}), **options)
+            manager = judged.start(serve, on_lost=lost.set)
+        if manager is None:
+            self.said = True
+            return
+        steps(manager)
+        if not lost.is_set() and not manager.is_lost:
+            self.recover(manager)
+        self.phase("close")
+        before_close = len(self.refusals)
+        with self.refusing("close"):
+            manager.close()
+        self.said = len(self.refusals) > before_close
+        threads = [one.name for one in threading.enumerate() if one.name.startswith("rcon-su")]
+        if threads:
+            self.faults.append(f"threads left: {threads}")
+        del manager
+        gc.collect()
+        self.count_descriptors(before)
+
+    def count_descriptors(self, before: dict[str, int]) -> None:
+        """Keep as an answer which descriptors are open beside those of before. Threads may still close some."""
+        deadline = time.monotonic() + LEFT_SECONDS
+        while True:
+            more = {kind: count - before.get(kind, 0) for kind, count in open_kinds().items()}
+            found = {kind: count for kind, count in more.items() if count > 0}
+            if time.monotonic() > deadline or not (found.keys() - _KEPT):
+                break
+            time.sleep(0.05)
+        self.answers["descriptors"] = found
+
+    def recover(self, manager: RunningManager) -> None:
+        """Wait until a request is served again."""
+        self.phase("recovery")
+        while not self.over():
+            time.sleep(0.05)
+        deadline = time.monotonic() + RECOVERY
+        error = ""
+        while time.monotonic() < deadline and not manager.is_lost:
+            try:
+                self.request(manager, "again", "report", "p")
+                return
+            except (RconError, ChannelClosed) as why:
+                error = str(why)
+            time.sleep(0.1)
+        if not manager.is_lost:  # otherwise a server of several processes replaces this one
+            self.faults.append(f"does not serve again: {error}")
+
+    def request(self, manager: RunningManager, name: str, act: str, policy: str) -> Outcome:
+        """Have a request served, and keep its answer."""
+        admission = manager.admit(Work("call", policy, {"path": f"/{policy}", "host": "anna.example"}))
+        assert admission is not None
+        if isinstance(admission, LocalAdmission):
+            return self._local(admission, name)
+        assert isinstance(admission, ProcessAdmission)
+        try:
+            admission.channel.send((ANSWER, act.encode()))
+            frame = admission.channel.receive()
+        except ChannelClosed:
+            outcome = admission.died()
+            if act == "report":
+                raise
+            return outcome
+        if act == "report":
+            self.answers[name] = json.loads(frame.payload)
+        return admission.finish()
+
+    def _local(self, admission: LocalAdmission, name: str) -> Outcome:
+        try:
+            self.answers[name] = admission.call(report)
+        except BaseException:
+            admission.finish("error")
+            raise
+        outcome = admission.finish()
+        if "rcon" in Path("/proc/thread-self/cgroup").read_text():
+            self.faults.append(f"{name}: the serving thread stays in the cgroup")
+        return outcome
+
+
+def quiet(manager: RunningManager) -> None:
+    """Wait until no executor is ending, or for a while."""
+    processes = manager._pool.processes
+    deadline = time.monotonic() + 12
+    while processes._ending and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def files_of_the_application() -> Iterator[None]:
+    """Open a log, a file to write, a file to read, and a file mapped into memory, as an application may."""
+    with tempfile.TemporaryDirectory(prefix="rcon-faults-") as folder, contextlib.ExitStack() as opened:
+        for name, flags in (("log", os.O_WRONLY | os.O_APPEND), ("data", os.O_RDWR), ("read", os.O_RDONLY)):
+            path = Path(folder, name)
+            path.write_bytes(bytes(4096))
+            path.chmod(0o644)
+            opened.callback(os.close, descriptor := os.open(path, flags))
+            if name == "data":
+                opened.enter_context(mmap.mmap(descriptor, 4096))
+        yield
+
+
+def _processes(case: Case, policies: dict[str, Any], settings: dict[str, Any] | None = None) -> None:
+    def steps(manager: RunningManager) -> None:
+        for phase, act, policy in (
+            ("spawn", "report", "p"),
+            ("again", "report", "p"),
+            ("leave", "leave", "p"),
+            ("die", "die", "p"),
+            ("timeout", "sleep", "quick"),
+        ):
+            case.phase(phase)
+            with case.refusing(phase):
+                case.request(manager, phase, act, policy)
+            quiet(manager)
+
+    case.managed({**_routed(policies), **(settings or {})}, steps)
+
+
+def _routed(policies: dict[str, Any]) -> dict[str, Any]:
+    return {"policy": policies, "route": [{"path": f"/{name}", "policy": name} for name in policies]}
+
+
+def process(case: Case) -> None:
+    """Executor processes with a user of their own and most kinds of limits."""
+    policy: dict[str, Any] = {
+        "isolation": "process",
+        "user": TENANT,
+        "group": TENANT,
+        "groups": [61011],
+        "cpu": "150%",
+        "memory": "64M",
+        "pids": 24,
+        "concurrency": 4,
+        "umask": "027",
+        "rlimits": {"nofile": 256, "core": 0},
+        "capabilities": ["net_bind_service"],
+        "each": {"memory": "48M", "pids": 12, "timeout": "30s"},
+    }
+    quick = {**policy, "each": {**policy["each"], "timeout": "150ms"}}
+    with files_of_the_application():
+        _processes(case, {"p": policy, "quick": quick})
+
+
+def same_user(case: Case) -> None:
+    """Executor processes with the user of the server, whose limit on memory can grow."""
+    policy: dict[str, Any] = {
+        "isolation": "process",
+        "memory": {"limit": "64M", "expand": "2x", "up_to": "128M"},
+        "no_new_privs": False,
+        "each": {"memory": "48M", "timeout": "30s"},
+    }
+    quick = {**policy, "each": {**policy["each"], "timeout": "150ms"}}
+    _processes(case, {"p": policy, "quick": quick}, {"budget": {"memory": "256M", "wait": "1s"}})
+
+
+def _local(case: Case, policy: dict[str, Any], **options: Any) -> None:
+    def steps(manager: RunningManager) -> None:
+        for phase in ("first", "second"):
+            case.phase(phase)
+            with case.refusing(phase):
+                case.request(manager, phase, "report", "p")
+
+    case.managed({"policy": {"p": policy}, "route": [{"policy": "p"}]}, steps, **options)
+
+
+def thread(case: Case) -> None:
+    """A thread with a user of its own, in a cgroup."""
+    with tempfile.TemporaryDirectory(prefix="rcon-faults-") as folder:
+        own = Path(folder, "anna.example")
+        own.mkdir()
+        os.chown(own, TENANT, TENANT)
+        Path(folder).chmod(0o755)
+        policy = {"isolation": "thread", "user": f"owner:{folder}/{{host}}", "pids": 50}
+        _local(case, {**policy, "umask": "027", "concurrency": 4})
+
+
+def inline(case: Case) -> None:
+    """The serving thread, in and out of a cgroup."""
+    _local(case, {"isolation": "inline", "pids": 50, "cpu": "150%"}, server=Server(threads=False))
+
+
+def changing(case: Case) -> None:
+    """A server of several processes with a user of its own, whose limits are changed while it serves."""
+    policy: dict[str, Any] = {"isolation": "process", "user": "nobody", "memory": "64M"}
+    before = open_kinds()
+    case.phase("deploy")
+    deployment = None
+    with case.refusing("deploy"):
+        judged = Manager(from_mapping({**_routed({"p": policy}), "cgroup": case.base}))
+        deployment = judged.deploy(owner=(TENANT + 1, TENANT + 1), changeable=True)
+    if deployment is None:
+        case.said = True
+        return
+    case.phase("start")
+    with case.refusing("start"):
+        manager = deployment.start(serve)
+        case.phase("spawn")
+        with case.refusing("spawn"):
+            case.request(manager, "spawn", "report", "p")
+        case.phase("change")
+        name = "old"  # a limit that could not be changed, which the refusal says
+        with case.refusing("change"):
+            deployment.change("p", "memory", "96M")
+            name = "changed"
+        case.phase("changed")
+        with case.refusing("changed"):
+            case.request(manager, name, "report", "p")
+        quiet(manager)
+        case.phase("close")
+        before_close = len(case.refusals)
+        with case.refusing("close"):
+            manager.close()
+        del manager
+        case.said = len(case.refusals) > before_close
+    before_close = len(case.refusals)
+    with case.refusing("remove"):
+        deployment.close()
+    case.said = case.said or len(case.refusals) > before_close
+    del deployment, judged
+    gc.collect()
+    case.count_descriptors(before)
+
+
+SCENARIOS: dict[str, Callable[[Case], None]] = {
+    "process": process,
+    "same_user": same_user,
+    "thread": thread,
+    "inline": inline,
+    "changing": changing,
+}

@@ -1,0 +1,75 @@
+"""Calls of the kernel fail, one after another: work is refused or confined, nothing hangs, nothing is left.
+
+`tests.faults` has the mechanism. `make test` lets each call fail, with the errnos in turn; ``make test-long`` lets each
+touch point fail with each errno, once and for three seconds.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.faults import cases
+from tests.faults.not_met import NOT_MET, reason
+from tests.faults.scenarios import SCENARIOS
+from tests.faults.sites import all_sites
+
+WORKERS = 6
+#: The scenarios that wait for a deadline or change limits are left to the sample.
+PLAIN = ("inline", "thread")
+
+
+@pytest.fixture(scope="module")
+def recordings() -> dict[str, cases.Recording]:
+    """The touch points of each scenario, and what the work says when nothing fails."""
+    return cases.record(cases.Pool(WORKERS), SCENARIOS)
+
+
+@pytest.mark.smoke
+def test_calls_that_fail_refuse_a_thread() -> None:
+    pool = cases.Pool(2)
+    found = cases.record(pool, PLAIN)
+    assert [one.problems for one in found.values()] == [[], []]
+    verdicts = cases.run(pool, cases.sample(found)[:12], found)
+    assert [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong] == []
+    assert any(one.fired and one.result["refusals"] for one in verdicts)
+
+
+def test_nothing_is_wrong_while_nothing_fails(recordings: dict[str, cases.Recording]) -> None:
+    assert {name: one.problems for name, one in recordings.items() if one.problems} == {}
+
+
+@pytest.mark.layout("v1", "hybrid")
+def test_each_call_in_the_source_is_met_or_named(recordings: dict[str, cases.Recording]) -> None:
+    """A new call of the kernel fails here, until a scenario meets it or `NOT_MET` says why none does."""
+    assert [site for site in cases.untouched(recordings) if reason(site) is None] == []
+
+
+def test_the_reasons_are_about_calls_that_exist(recordings: dict[str, cases.Recording]) -> None:
+    sites = [str(site) for site in all_sites()]
+    assert [name for name in NOT_MET if not any(site.startswith(name) for site in sites)] == []
+    met = {point[0] for point in cases.touch_points(recordings)}
+    assert [name for name in NOT_MET if name.count(":") == 2 and name in met] == []
+
+
+@pytest.mark.timeout(300)
+def test_a_sample_of_calls_fails(recordings: dict[str, cases.Recording]) -> None:
+    chosen = cases.sample(recordings, int(os.environ.get("RCON_TEST_FAULTS_SEED", "0")))
+    verdicts = cases.run(cases.Pool(WORKERS), chosen, recordings)
+    print(cases.figures(verdicts))
+    assert [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong] == []
+    assert sum(one.fired for one in verdicts) > len(verdicts) / 2
+
+
+if "RCON_TEST_LONG" in os.environ:
+
+    @pytest.mark.timeout(3 * 3600)
+    @pytest.mark.parametrize("persisting", [False, True], ids=["once", "for a while"])
+    def test_each_touch_point_fails_with_each_errno(
+        recordings: dict[str, cases.Recording], persisting: bool
+    ) -> None:
+        chosen = cases.every_case(recordings, persisting=persisting)
+        verdicts = cases.run(cases.Pool(16 if persisting else WORKERS), chosen, recordings)
+        print(cases.figures(verdicts))
+        assert [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong] == []
