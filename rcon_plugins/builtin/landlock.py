@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 from rcon_plugins.builtin.namespaces import Namespaces
 from rcon_plugins.errors import CapabilityError, KernelError
@@ -73,8 +72,8 @@ class Landlock:
         self._forget()
         self._uses = 0
         self._mounts = self._namespaces.table
-        counts = [path for path in runtime.folders() if Path(path).is_dir()]
-        self._wall = landlock.Wall([*mount_points(self._mounts), *counts], signals=True)
+        paths = [*mount_points(self._mounts), *runtime.existing_folders()]
+        self._wall = landlock.Wall(paths, signals=True)
 
     def _forget(self) -> None:
         if self._wall is not None:

@@ -7,6 +7,7 @@ from rcon_plugins.kernel import namespaces
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, raise_capability, read_state
 from rcon_plugins.kernel.cgroup import mount_table
 from rcon_plugins.settings.policy import Policy
+from rcon_plugins.tree import runtime
 
 
 class Namespaces:
@@ -37,6 +38,8 @@ class Namespaces:
     def rcon_drop(self, policy: Policy, target: str) -> None:
         """Enter a mount namespace with read-only cgroups, and with memory of its own unless the policy shares it.
 
+        The folders in which servers count are hidden there.
+
         Do nothing where the server cannot do it: the policy's `Verdict` has a caveat then, or a refusal. Do nothing in
         a thread, which shares the mounts of the process.
         """
@@ -62,7 +65,8 @@ class Namespaces:
         if self._possible is None:
             self._possible = namespaces.why_not() is None
             self._must_raise = CAP_SYS_ADMIN not in read_state().effective
-        self._view = namespaces.View.of(table) if self._possible else None
+        # Before Linux 6.2 Landlock does not forbid truncate(2), which would end a server that has mapped the file.
+        self._view = namespaces.View.of(table, runtime.existing_folders()) if self._possible else None
         self.table = table
 
 

@@ -14,6 +14,7 @@ import errno
 import os
 import posix  # the real close: a cooperative library may have replaced that of `os`
 import signal
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from typing import NamedTuple, NoReturn
@@ -91,24 +92,32 @@ class _Mount(NamedTuple):
 class View(NamedTuple):
     """What `enter` changes: the mounts of the cgroups, the directories in memory, and those of message queues.
 
-    ``tops`` are the mounts that have all mounts of the cgroups below them.
+    ``tops`` are the mounts that have all mounts of the cgroups below them, ``hidden`` the directories to hide.
     """
 
     cgroups: tuple[_Mount, ...]
     tops: tuple[str, ...]
     memory: tuple[_Mount, ...]
     queues: tuple[_Mount, ...]
+    hidden: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, table: str) -> View:
-        """Return the view for a `mount_table`. Does not make a directory private that the process works in."""
+    def of(cls, table: str, hide: Iterable[str] = ()) -> View:
+        """Return the view for a `mount_table`. Does not make a directory private that the process works in.
+
+        ``hide`` are directories whose content is out of reach in the view.
+        """
         entries = {entry.path: entry for entry in parse_mountinfo(table)}  # the last one hides those before
         memory = [_as_memory(path) for path in _directories_in_memory(entries)]
         cgroups = [entry.path for entry in entries.values() if entry.filesystem in ("cgroup", "cgroup2")]
         queues = [entry.path for entry in entries.values() if entry.filesystem == "mqueue"]
         tops = {_CGROUPS if _CGROUPS in entries and _is_below(path, _CGROUPS) else path for path in cgroups}
         return cls(
-            tuple(map(_as_it_is, cgroups)), tuple(sorted(tops)), tuple(memory), tuple(map(_as_it_is, queues))
+            tuple(map(_as_it_is, cgroups)),
+            tuple(sorted(tops)),
+            tuple(memory),
+            tuple(map(_as_it_is, queues)),
+            tuple(hide),
         )
 
 
@@ -173,6 +182,8 @@ def _flags_of(path: str) -> int:
 def enter(view: View, *, private_memory: bool, size: int | None) -> None:
     """Move the calling process to a mount namespace of its own, in which the cgroups are mounted read-only.
 
+    The hidden directories of the view are empty there, and read-only.
+
     With ``private_memory`` it gets an IPC namespace too, and empty file systems in memory on the directories of the
     view, each of at most ``size`` bytes (None: the kernel's default, half of the memory). The process must have one
     thread. Raises `KernelError`; the process must not go on then.
@@ -180,6 +191,8 @@ def enter(view: View, *, private_memory: bool, size: int | None) -> None:
     unshare(CLONE_NEWNS | (CLONE_NEWIPC if private_memory else 0))
     mount(None, "/", None, MS_REC | MS_SLAVE)
     _forbid_writing(view)
+    for path in view.hidden:
+        mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=4k,mode=755")
     if not private_memory:
         return
     bound = "" if size is None else f",size={size}"

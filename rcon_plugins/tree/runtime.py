@@ -39,16 +39,19 @@ def folder() -> str:
 
 
 def folders(owner: int | None = None) -> list[str]:
-    """Return the folders in which this user finds the runtime directories of its servers and of root's.
+    """Return the folders in which this user looks for runtime directories: root's, its own, and that of ``owner``.
 
-    ``owner`` is the uid of another user whose servers are of interest.
+    Root looks in ``$XDG_RUNTIME_DIR`` too, where a service with a user of its own may have its folder.
     """
-    found = [_ROOT_FOLDER]
-    if os.geteuid() != 0:
-        found.append(folder())
+    found = [_ROOT_FOLDER, _folder_of(os.geteuid())]
     if owner not in (None, 0, os.geteuid()):
         found.append(f"/run/user/{owner}/rcon")
     return found
+
+
+def existing_folders() -> list[str]:
+    """Return those of `folders` that exist, without links. Code of others must not write there."""
+    return sorted({os.path.realpath(path) for path in folders() if os.path.isdir(path)})
 
 
 def make_folder() -> str:
