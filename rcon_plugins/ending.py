@@ -134,7 +134,7 @@ def _explain(
         return End("timeout", limits.timeout_key, number, f"wall time limit {limits.timeout} reached")
     if cause == "aborted":
         return End("aborted", None, number)
-    survived = limits.ends_all and _rose(before.each.oom_kills, after.each.oom_kills)
+    survived = limits.ends_all and _ran_out_of_memory(before, after, limits.memory)
     if is_command and status == 0 and not survived:
         return End("ok")
     if number not in _REQUESTED:  # else: whatever limits it reached before

@@ -277,7 +277,7 @@ class _Run:
         above = isinstance(ordered, int) and (group.memory_peak or 0) > ordered
         # On v2 the kernel itself ends all at once.
         ends_all = self._order.oom_group and self._group.kills_one_by_one
-        failed = status or above or (ends_all and leaf.oom_kills)
+        failed = status or above or (ends_all and self._oom.notices)
         memory, pids = self._bounds() if failed else (Bounds(), Bounds())
         group = group._replace(
             oom_kills=self._oom_kills(group.oom_kills, status, _reached(group, memory.group))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rcon_plugins.kernel.cgroup import Hierarchy
 from tests.kernel.command.harness import rcon, terminal
 
 #: A child that needs more than it may have.
@@ -88,3 +89,17 @@ def test_of_a_policy(tmp_path: Path, oom: str, flags: tuple[str, ...], ending: s
     done = rcon("run", *policy, *flags, "--", "sh", "-c", f"{CHILD}; exit 0")
     assert done.report["outcome"] == ending, done
     assert done.report["usage"]["oom_kills"] >= 1
+
+
+def test_a_kill_in_a_cgroup_that_the_command_made_ends_all() -> None:
+    """On v1 the kernel counts it there alone."""
+    memory = Hierarchy.discover().mount_of("memory")
+    assert memory is not None
+    inside = ""
+    if memory.version == 1:
+        own = f"{memory.path}$(sed -n 's/^[0-9]*:memory://p' /proc/self/cgroup)/x"
+        inside = f'own="{own}"; mkdir "$own" && echo $$ >"$own/cgroup.procs" || exit 9; '
+    for _ in range(3):
+        done = rcon(*LIMITED, "--", "sh", "-c", f"{inside}{CHILD}; exit 0")
+        assert (done.status, done.report["outcome"], done.report["limit"]) == (137, "memory", "memory")
+        assert done.report["usage"]["oom_kills"] >= 1
