@@ -80,9 +80,13 @@ class SpawnOrder(NamedTuple):
 
 
 class KillOrder(NamedTuple):
-    """Kill an executor process by its pid, because it may have left its cgroup."""
+    """Kill an executor process by its pid, because it may have left its cgroup.
+
+    With ``cgroup``, its name and leaf as in `SpawnOrder`, kill all in that too: the host could not.
+    """
 
     number: int
+    cgroup: tuple[str, str] | None = None
 
 
 class SignalOrder(NamedTuple):
@@ -213,6 +217,9 @@ class ForkServer:
         order = pickle.loads(data)  # noqa: S301 - from our own host, never from an executor process
         if isinstance(order, KillOrder):
             self._signal(order.number, signal.SIGKILL)
+            if order.cgroup is not None:
+                with contextlib.suppress(KernelError):  # the host tries again
+                    self._instance.executor_cgroup(*order.cgroup).kill_once()
         elif isinstance(order, SignalOrder):
             self._signal(order.number, order.signal)
         else:

@@ -385,7 +385,14 @@ class ProcessExecutors:
         # The cgroup with all in it; and the process by its pid, which may have left the cgroup.
         with contextlib.suppress(OSError):
             self._send_order(KillOrder(executor.number))
-        executor.leaf.kill_once()
+        try:
+            executor.leaf.kill_once()
+        except OSError as error:
+            if not gone(error):
+                # This process may have no descriptor left; the fork server has its own.
+                with contextlib.suppress(OSError):
+                    self._send_order(KillOrder(executor.number, (executor.name, executor.leaf.name)))
+            raise
 
     def _receive_exit_report(self) -> bool:
         """Handle one message from the fork server. Return False when no more will come."""

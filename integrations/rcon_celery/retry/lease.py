@@ -36,8 +36,10 @@ from rcon_plugins.tree.presence import Presence
 _log = logging.getLogger("rcon")
 bytes_to_str: Any = _bytes_to_str  # has no types
 
-#: A run that takes longer than this many seconds stores its lease. The lease is kept as long as results are.
+#: A run that takes longer than this many seconds stores its lease. The lease is kept as long as results are. If these
+#: are kept for ever, it is kept for so many seconds.
 _SHORT_RUN: Final = 1.0
+_KEPT: Final = 24 * 3600
 #: The interval of heartbeats, and how long a lease lives after the last one, seconds. The clocks of workers may differ
 #: by the difference of the two.
 _HEARTBEAT, _LIFETIME = 5.0, 20.0
@@ -214,7 +216,7 @@ class Lease:
         if _is_redis(backend):
             return bool(backend.client.set(key, number, nx=True, ex=int(_LIFETIME)))
         # Other backends have no atomic claim: wait until each delivery had time to write; the last writer wins.
-        backend.set(key, number)
+        self._store(key, number)
         time.sleep(_CLAIM_SETTLES)
         return bool(bytes_to_str(backend.get(key)) == number)
 
@@ -232,7 +234,7 @@ class Lease:
         if waiting is not None and waiting.number != self._duplicate and now < waiting.due + _DUPLICATE_LOST:
             return self._ignore_duplicate("it is running, and another duplicate waits for its end")
         number = os.urandom(8).hex()
-        backend.set(key, _encoded(WaitingDuplicate(number, now + _DUPLICATE_WAIT)))
+        self._store(key, _encoded(WaitingDuplicate(number, now + _DUPLICATE_WAIT)))
         last_heartbeat = before.heartbeat if before is not None else None
         redelivery.send_duplicate(self._task, number, _DUPLICATE_WAIT, last_heartbeat)
         _log.log(
@@ -262,10 +264,17 @@ class Lease:
         """Return a key of the result backend, as text or bytes, whichever the backend accepts."""
         return self._task.backend.key_t(self._name + suffix)
 
+    def _store(self, key: Any, text: str) -> None:
+        """Store a text under a key of the result backend, not for ever."""
+        backend = self._task.backend
+        backend.set(key, text)
+        if not backend.expires:
+            backend.expire(key, _KEPT)  # without an effect in backends where nothing expires
+
     def _write(self, *, finished: bool) -> None:
         self._written = True
         lease = StoredLease(self.lost, self._heartbeat.process(), time.time(), finished)
-        self._task.backend.set(self._key(), _encoded(lease))
+        self._store(self._key(), _encoded(lease))
         self._written_at = time.monotonic()
 
 

@@ -46,6 +46,8 @@ INSTALL = "RCON_TEST_INSTALL"
 ACCEPT = "RCON_TEST_ACCEPT"
 #: The visibility timeout of Redis, seconds.
 VISIBILITY = "RCON_TEST_VISIBILITY"
+#: If set, results never expire.
+KEPT = "RCON_TEST_KEPT"
 #: How long a process of the pool, and an executor process, takes to start; seconds.
 SLOW_START = "RCON_TEST_SLOW_START"
 
@@ -73,6 +75,8 @@ def make(
         broker_transport_options=of_redis(environ) if AMQP not in environ else {},
         task_routes={"queued": {"queue": "slow"}},
     )
+    if KEPT in environ:
+        app.conf.result_expires = 0
     if "RCON_TEST_SPAWN" in os.environ:
         app.conf.worker_pool_start_method = "spawn"
     if SLOW_START in os.environ:

@@ -177,6 +177,21 @@ def leases(session: Session) -> dict[str, dict[str, Any]]:
         return {key: json.loads(lease) for key, lease in found.items() if lease}
 
 
+def test_a_lease_expires_even_if_results_do_not(sessions: Sessions, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with sessions(concurrency=1, RCON_TEST_KEPT="1") as session:
+        result = session.send("late", "late", str(gate))
+        until(lambda: bool(leases(session)))
+        with contextlib.closing(redis.Redis.from_url(session.url)) as client:
+            time.sleep(1.2)  # longer than a run whose lease is removed at its end
+            gate.touch()
+            assert session.wait(result) == "done"
+            until(lambda: [lease["finished"] for lease in leases(session).values()] == [True])
+            keys: Any = client.keys("rcon-*")
+            assert keys
+            assert all(0 < int(str(client.ttl(key))) <= 24 * 3600 for key in keys)
+
+
 def change_leases(session: Session, **changes: Any) -> None:
     with contextlib.closing(redis.Redis.from_url(session.url)) as client:
         for key, lease in leases(session).items():
