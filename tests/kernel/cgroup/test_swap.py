@@ -150,7 +150,7 @@ def test_a_command_is_bounded_where_there_is_swap(tmp_path: Path) -> None:
     done = rcon("run", "--memory", "100M", "--swap", "100M", *greedy)
     assert (done.status, done.out) == (0, f"{64 << 20}\n")
     for given in ((), ("--swap", "50M")):
-        done = rcon("run", "--memory", "50M", *given, "--", sys.executable, "-c", "x = bytearray(64 << 20)")
+        done = rcon("run", "--memory", "50M", *given, "--", sys.executable, "-c", "x = b'x' * (64 << 20)")
         assert done.report["outcome"] == ("ok" if given else "memory")
         assert done.report["usage"]["memory_peak"] <= 50 * MIB
     assert is_peak(done.report["usage"]["swap_peak"])
