@@ -87,11 +87,14 @@ def visible_pid(pid: int, started: int, namespace: int) -> int | None:
 
 
 def pid_namespace() -> int:
-    """Return the inode number of the PID namespace of this process, which names it on this machine. Raises OSError.
+    """Return the inode number of the PID namespace of this process, which names it on this machine.
 
-    The kernel uses the number again when the namespace and all its processes are gone.
+    Raises `KernelError`. The kernel uses the number again when the namespace and all its processes are gone.
     """
-    return os.stat("/proc/self/ns/pid").st_ino
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError as error:
+        raise files.failure(error, "/proc/self/ns/pid") from None
 
 
 def _namespace_of(pid: int) -> int | None:

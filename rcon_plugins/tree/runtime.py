@@ -77,11 +77,11 @@ def make(instance: str, user: tuple[int, int] | None) -> str:
         os.chmod(path, 0o750)  # noqa: S103 - its group may read
         if user is not None:
             os.chown(path, *user)
+        for name in (ENDED, READ):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{path}/{name}")
     except OSError as error:
         raise KernelError.from_oserror(error, path=path, hint=_HINT) from None
-    for name in (ENDED, READ):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{path}/{name}")
     return path
 
 
