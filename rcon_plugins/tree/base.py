@@ -346,9 +346,10 @@ def _prepare(hierarchy: Hierarchy, path: str) -> str:
         try:
             cgroup.create()
         except KernelError as error:
-            # If a hybrid's v2 side or a controller is not for this process, the caller narrows the hierarchy. An error
-            # of memory or descriptors says nothing about that.
-            if not (isinstance(error, ControllerUnavailable) or files.gone(error) or files.refused(error)):
+            # If a hybrid's v2 side or a controller is not for this process, the caller narrows the hierarchy; a file
+            # that is no directory is named below. An error of memory or descriptors says nothing about that.
+            is_answer = files.gone(error) or files.refused(error) or error.errno == errno.ENOTDIR
+            if not (isinstance(error, ControllerUnavailable) or is_answer):
                 raise
         for mount in hierarchy.limit_mounts:
             directory = mount.directory(path)

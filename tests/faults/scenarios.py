@@ -253,13 +253,15 @@ class Case:
         return admission.finish()
 
     def _local(self, admission: LocalAdmission, name: str) -> Outcome:
+        # On v2 the server itself is in a cgroup of its instance.
+        at_home = Path("/proc/self/cgroup").read_text()
         try:
             self.answers[name] = admission.call(report)
         except BaseException:
             admission.finish("error")
             raise
         outcome = admission.finish()
-        if "rcon" in Path("/proc/thread-self/cgroup").read_text():
+        if Path("/proc/thread-self/cgroup").read_text() != at_home:
             self.faults.append(f"{name}: the serving thread stays in the cgroup")
         return outcome
 

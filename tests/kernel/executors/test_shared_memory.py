@@ -124,7 +124,8 @@ def test_a_policy_can_share_the_servers(name: str, key: int) -> None:
             assert ways_back.find_segment(key) == "WORKED"
         finally:
             ways_back.remove_segment(identifier)
-        assert set(ask(manager, "change_attributes")[0].values()) <= {"EROFS", "EPERM", "EACCES"}
+        found = set(ask(manager, "change_attributes")[0].values())
+        assert found <= {"EROFS", "EPERM", "EACCES", "ENOSYS"}  # ENOSYS: calls of later kernels
 
 
 def test_the_cgroups_are_read_only_also_for_modes_owners_and_attributes() -> None:
