@@ -183,45 +183,56 @@ def _check_json(data: Data) -> None:
     size = len(data)
     if size <= _HARMLESS and data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
+    escapes = _count(data, b"\\")
     # The decoder reads text, in which all characters are as wide as the widest one.
     if data.isascii():
         document = size
-        width = 4 if b"\\ud" in data or b"\\uD" in data else 2 if b"\\u" in data else 1
+        width = 1 if not escapes else 4 if b"\\ud" in data or b"\\uD" in data else 2 if b"\\u" in data else 1
     else:
         width = 4 if any(bytes((lead,)) in data for lead in range(0xF0, 0xF5)) else 2
         document = width * len(data.translate(None, _CONTINUATIONS))
-    escapes = data.count(b"\\")
-    objects = data.count(b"__type__")
-    if rb"\u00" in data:
+    objects = _count(data, b"__type__")
+    if escapes and rb"\u00" in data:
         objects += sum(map(data.count, _HIDDEN))
     _Counts(escapes=escapes, objects=objects).judge(size, document)
     if escapes:
         # JSON allows neither of the two bytes, so distinct keys stay distinct.
         data = data.replace(b"\\\\", b"\1").replace(b'\\"', b"\2")
-    strings = data.count(b'"') // 2 + 1
+    strings = _count(data, b'"') // 2 + 1
     _Counts(strings=strings - strings // 2, keys=strings // 2, escapes=escapes).judge(size, document)
     outside, keys, distinct_keys, text = _taken_apart(data, width)
-    lists, dicts, colons = outside.count(b"["), outside.count(b"{"), outside.count(b":")
-    numbers = outside.translate(_DIGITS)
-    if b"0" * (_MAX_DIGITS + 1) in numbers:
-        raise TooCostly(f"a number of more than {_MAX_DIGITS} digits")
-    _Counts(
+    lists, dicts, colons, commas = (_count(outside, byte) for byte in (b"[", b"{", b":", b","))
+    counts = _Counts(
         lists,
         dicts,
         colons,
         distinct_keys + colons - keys,
-        outside.count(b",") + lists + dicts + 1,
+        commas + lists + dicts + 1,
         max(0, strings - colons),
         text,
-        numbers.count(b"0" * _LONG_NUMBER),
-        escapes,
-        numbers.count(b"0" * _INEXACT),
-        sum(map(outside.count, (b"e", b"E"))) - sum(map(outside.count, (b"true", b"false"))),
-        objects,
+        escapes=escapes,
+        objects=objects,
+    )
+    counts.judge(size, document)
+    numbers = outside.translate(_DIGITS)
+    if b"0" * (_MAX_DIGITS + 1) in numbers:
+        raise TooCostly(f"a number of more than {_MAX_DIGITS} digits")
+    exponents = _count(outside, b"E")
+    if b"e" in outside:
+        exponents += outside.count(b"e") - sum(map(outside.count, (b"true", b"false")))
+    counts._replace(
+        long_numbers=numbers.count(b"0" * _LONG_NUMBER),
+        inexact=numbers.count(b"0" * _INEXACT),
+        exponents=exponents,
     ).judge(size, document)
     if lists + dicts > MAX_DEPTH:
         changes = outside.translate(_BRACKETS, _NOT_BRACKETS)
         _check_depth(max(accumulate(memoryview(changes).cast("b"))))
+
+
+def _count(data: Data, what: bytes) -> int:
+    """Count as `bytes.count` does. What is not there at all is found ten times as fast."""
+    return data.count(what) if what[:1] in data else 0
 
 
 def _taken_apart(data: Data, width: int) -> tuple[bytes, int, int, int]:
