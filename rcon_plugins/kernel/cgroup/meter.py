@@ -246,12 +246,13 @@ class Meter:
             # On v1 the IO of a cgroup counts in the one above as soon as that has IO limits. The other counters remain.
             self._files.remove(given_up)
             posix.close(given_up[0])
-        if (
-            found[_SWAP] == 0
-            and self._swap_areas is not None
-            and swap.any_area(os.pread(self._swap_areas, 4096, 0))
-        ):
-            found[_SWAP] = None
+        if found[_SWAP] == 0 and self._swap_areas is not None:
+            try:
+                areas = os.pread(self._swap_areas, 4096, 0)
+            except OSError as error:
+                raise files.failure(error, swap.AREAS) from None
+            if swap.any_area(areas):
+                found[_SWAP] = None
         return Reading._make(found)
 
     def oom_kills(self) -> int | None:

@@ -32,7 +32,8 @@ def test_calls_that_fail_refuse_a_thread() -> None:
     found = cases.record(pool, PLAIN)
     assert [one.problems for one in found.values()] == [[], []]
     verdicts = cases.run(pool, cases.sample(found)[:12], found)
-    assert [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong] == []
+    wrong = [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong]
+    assert not wrong, "\n".join(wrong)
     assert any(one.fired and one.result["refusals"] for one in verdicts)
 
 
@@ -58,7 +59,8 @@ def test_a_sample_of_calls_fails(recordings: dict[str, cases.Recording]) -> None
     chosen = cases.sample(recordings, int(os.environ.get("RCON_TEST_FAULTS_SEED", "0")))
     verdicts = cases.run(cases.Pool(WORKERS), chosen, recordings)
     print(cases.figures(verdicts))
-    assert [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong] == []
+    wrong = [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong]
+    assert not wrong, "\n".join(wrong)
     assert sum(one.fired for one in verdicts) > len(verdicts) / 2
 
 
@@ -72,4 +74,5 @@ if "RCON_TEST_LONG" in os.environ:
         chosen = cases.every_case(recordings, persisting=persisting)
         verdicts = cases.run(cases.Pool(16 if persisting else WORKERS), chosen, recordings)
         print(cases.figures(verdicts))
-        assert [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong] == []
+        wrong = [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong]
+        assert not wrong, "\n".join(wrong)
