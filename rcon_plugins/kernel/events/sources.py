@@ -132,7 +132,7 @@ class Counters(Source):
         self.descriptor = files.open_file(directory, name)
         try:
             data = self.pread()
-        except Gone:
+        except BaseException:
             self.close()
             raise
         self._last = {key: value_of(data, key.encode()) or 0 for key in keys}
@@ -289,7 +289,7 @@ class Populated(Source):
         self.descriptor = files.open_file(directory, "cgroup.events")
         try:
             self._last = self._read()
-        except Gone:
+        except BaseException:
             self.close()
             raise
 
