@@ -25,6 +25,7 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.groups.find import Group
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import MAX, Hierarchy, IoMax, Resources, change_limits, device_of
+from rcon_plugins.kernel.cgroup.statistics import read_usage
 from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD, OPTIONS
 from rcon_plugins.settings.limit_text import IO_KEYS, removes
 from rcon_plugins.settings.units import format_value
@@ -32,7 +33,8 @@ from rcon_plugins.settings.units import format_value
 
 def set_limits(group: Group, options: Mapping[str, Any], as_json: bool) -> int:
     """Write the limits of the options, all or none, and print the limits in force afterwards."""
-    before, usage = group.limits(), group.usage()
+    # The kernel's own counters: what a server counted is read once, and only when work has ended.
+    before, usage = group.limits(), read_usage(group.cgroup)
     wanted = _resources(options, before)
     _check(group, wanted)
     change_limits(group.cgroup, wanted, gather=not group.is_of_server())
@@ -114,7 +116,7 @@ def _reclaim_note(group: Group, wanted: Resources, used: int | None, killed_befo
     limit = wanted.memory_max
     if not isinstance(limit, int) or used is None or used <= limit:
         return []
-    killed = (group.usage().oom_kills or 0) - (killed_before or 0)
+    killed = (read_usage(group.cgroup).oom_kills or 0) - (killed_before or 0)
     end = f"killed {killed} process{'' if killed == 1 else 'es'}" if killed else "killed no process"
     return [f"{size(used)} of memory was in use: the kernel reclaimed what it could and {end}"]
 
