@@ -49,9 +49,8 @@ class Landlock:
         """Forbid the process to write below the cgroup mounts and to signal or trace processes outside of its group.
 
         Without this, code that runs as the server's user could write the files that limit it, and those in which the
-        server counts. Do nothing if the kernel
-        has no Landlock: the policy's `Verdict` has a caveat then. Do nothing in a thread, which cannot be restricted
-        by itself.
+        server counts. Do nothing if the kernel has no Landlock: the policy's `Verdict` has a caveat then. Do nothing in
+        a thread, which cannot be restricted by itself.
         """
         if target == "thread" or not self._abi:
             return

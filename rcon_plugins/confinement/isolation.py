@@ -182,7 +182,9 @@ def shares_memory(policy: Policy, uid: int | None = None) -> bool:
 
     ``uid`` is the server's user, if it differs from that of the calling process. Raises `KernelError`.
     """
-    gives = _gives_namespaces(uid)
+    gives = _gives_namespaces(
+        uid
+    )  # asked of each policy: what this trial finds counts for the forks of this process
     return policy.shared_memory == "server" or not gives
 
 

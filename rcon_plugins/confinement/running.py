@@ -414,13 +414,9 @@ def _reason_of(error: Exception) -> Refusal:
     if isinstance(error, PidsLimitExceeded):
         return "pids"
     if isinstance(error, LimitExceeded):
-        return (
-            "budget"
-            if error.limit == BUDGET
-            else "processes"
-            if error.limit == "processes"
-            else "concurrency"
-        )
+        if error.limit == BUDGET:
+            return "budget"
+        return "processes" if error.limit == "processes" else "concurrency"
     if isinstance(error, IdentityRefused):
         return "forbidden"
     return "unroutable" if isinstance(error, _NoPolicy) else "refused"

@@ -99,9 +99,8 @@ class OomGuard:
             try:
                 if executor.had_oom_kill():
                     self._kill(executor, REASON)
-            except (
-                KernelError
-            ) as error:  # no answer: `_why_void` asks again, before anything that it sends counts
+            except KernelError as error:
+                # No answer. `_why_void` asks again, before anything that the executor sends counts.
                 LOGGER.error("%s: its OOM kills could not be read: %s", executor.leaf.path, error)
         now = time.monotonic()
         if now < self._until and self._supervisor is not None:

@@ -44,8 +44,6 @@ _HINTS = {
 _GONE = frozenset({errno.ENOENT, errno.ENODEV, errno.ESRCH})
 #: These say that this process may not do it, so that trying again brings the same.
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EDEADLK, errno.EOPNOTSUPP})
-
-
 #: The kernel could not look: these say nothing about what was asked for.
 _UNANSWERED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
 

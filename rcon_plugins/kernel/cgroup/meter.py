@@ -131,11 +131,7 @@ def _memory_peak(data: bytes, found: Fields) -> None:
     found[_PEAK] = int(data)
 
 
-def _swap_peak(data: bytes, found: Fields) -> None:
-    found[_SWAP] = int(data)
-
-
-def _swap_current(data: bytes, found: Fields) -> None:
+def _swap(data: bytes, found: Fields) -> None:
     found[_SWAP] = int(data)
 
 
@@ -153,8 +149,8 @@ V2_FILES: dict[str, tuple[str, Parser]] = {
     "cpu.stat": ("cpu", _cpu_stat),
     "memory.current": ("memory", _memory_usage),
     "memory.peak": ("memory", _memory_peak),  # kernel 5.19
-    "memory.swap.peak": ("memory", _swap_peak),  # kernel 6.5
-    "memory.swap.current": ("memory", _swap_current),
+    "memory.swap.peak": ("memory", _swap),  # kernel 6.5
+    "memory.swap.current": ("memory", _swap),
     "memory.events": ("memory", _memory_events),
     "io.stat": ("io", _io_stat),
     "pids.current": ("pids", _pids_current),
@@ -183,7 +179,7 @@ _PEAKS = {
 #: A file that is read only where the kernel does not have another.
 _INSTEAD_OF = {"memory.swap.current": "memory.swap.peak"}
 #: They tell the least that ``swap_peak`` can have been.
-_LEAST_SWAP = (_swap_current, _memory_and_swap_peak)
+_LEAST_SWAP = ("memory.swap.current", "memory.memsw.max_usage_in_bytes")
 
 
 class Meter:
@@ -227,7 +223,7 @@ class Meter:
                     return
                 raise
         self._files.append((fd, path, parser))
-        if parser in _LEAST_SWAP:
+        if name in _LEAST_SWAP:
             self._swap_areas = files.open_file(*os.path.split(swap.AREAS))
 
     def read(self) -> Reading:
