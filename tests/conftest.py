@@ -72,8 +72,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Supervise the run. Do nothing in a worker of pytest-xdist: the run that started it supervises the worker, too."""
+    """Supervise the run. The run that started a worker of pytest-xdist supervises the worker, too."""
     config = session.config
+    if is_worker(config):
+        # Tests stop processes. If a process ends meanwhile whose child belongs to this process group, the kernel may
+        # send SIGHUP to all of the group, which is orphaned (setpgid(2)): to the other workers, and to the run.
+        os.setsid()
     if config.option.collectonly or is_worker(config):
         return
     # A shell starts background commands with these signals ignored, and their children inherit that.

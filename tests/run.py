@@ -44,7 +44,7 @@ _SECTIONS = re.compile(r"^=+ (?:ERRORS|FAILURES|run again, as they failed) =+$",
 
 @dataclass
 class Tier:
-    """One process of the suite. After it has run: its exit status, its seconds and its counts."""
+    """One process of the suite. After it has run: its exit status, seconds, seconds of CPU time, and counts."""
 
     name: str
     lane: str
@@ -53,6 +53,7 @@ class Tier:
     environment: dict[str, str] = field(default_factory=dict)
     status: int | None = None
     seconds: float = 0.0
+    cpu: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -202,8 +203,11 @@ class Suite:
         if tier.lane == LONGEST:
             go_first(process.pid)
         began = time.monotonic()
-        status = process.wait()
+        # wait4(2) tells the CPU time of the process and of all its descendants that somebody below it has waited for.
+        _, waited, usage = os.wait4(process.pid, 0)
+        status = process.returncode = os.waitstatus_to_exitcode(waited)
         tier.seconds = time.monotonic() - began
+        tier.cpu = usage.ru_utime + usage.ru_stime
         tier.counts = count(tier.log.read_text(errors="replace"))
         tier.status = status
         with self._lock:
@@ -215,12 +219,16 @@ class Suite:
         with self._lock:
             self._stopped = True
             for process in self._running.values():
-                process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(
+                        process.pid, signal.SIGTERM
+                    )  # not `send_signal`, which would reap it: `wait4` does
         deadline = time.monotonic() + STOP_SECONDS
         while running := list(self._running.values()):
             if time.monotonic() > deadline:
                 for process in running:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
             time.sleep(0.05)
 
     def _percent(self, name: str) -> str:
@@ -240,14 +248,13 @@ class Suite:
             if tier.failure or tier.counts["rerun"]:
                 print(f"\n== {tier.name}: {tier.failure or 'passed, with second attempts'} ({tier.log})")
                 print(failures(text))
-        print(f"\n{'tier':<16}{'seconds':>9}  result")
+        print(f"\n{'tier':<16}{'seconds':>9}{'CPU':>7}  result")
         for tier in self._tiers:
             shown = ", ".join(
                 f"{number} {name}" for name, number in tier.counts.items() if name != "deselected"
             )
-            print(
-                f"{tier.name:<16}{tier.seconds:>9.0f}  {tier.failure or 'passed'}{shown and f'  ({shown})'}"
-            )
+            result = f"{tier.failure or 'passed'}{shown and f'  ({shown})'}"
+            print(f"{tier.name:<16}{tier.seconds:>9.0f}{tier.cpu:>7.0f}  {result}")
         too_many = counts["rerun"] > RERUNS
         if too_many:
             print(f"{counts['rerun']} tests needed a second attempt; {RERUNS} may")

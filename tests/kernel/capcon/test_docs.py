@@ -18,7 +18,6 @@ LASTING = ("http.server", "make -C")  # servers, and commands that need files of
 FEWEST = 9
 
 
-@pytest.mark.smoke
 def test_commands_of_the_documentation(everybodys: Path, python: str) -> None:
     lines = [
         line
@@ -45,6 +44,7 @@ def test_commands_of_the_documentation(everybodys: Path, python: str) -> None:
         assert Path(folder, "work/file").read_text() == "done\n"
 
 
+@pytest.mark.smoke
 def test_layers_of_the_example(everybodys: Path) -> None:
     """Run the example as an ordinary user, and as a user who cannot write to the folder of the script."""
     with tempfile.TemporaryDirectory() as folder:

@@ -144,7 +144,7 @@ def test_memory_is_bounded_where_there_is_swap(group: Cgroup) -> None:
 @pytest.mark.layout("v1", "v2")
 @pytest.mark.usefixtures("swap_file")
 def test_a_command_is_bounded_where_there_is_swap(tmp_path: Path) -> None:
-    greedy = ("--", "sh", "-c", "x=$(head -c 64M /dev/zero | tr '\\0' x); echo ${#x}")
+    greedy = ("--", sys.executable, "-c", "print(len(b'x' * (64 << 20)))")
     done = rcon("run", "--memory", "24M", *greedy)
     assert (done.status, done.report["outcome"]) == (137, "memory")
     done = rcon("run", "--memory", "100M", "--swap", "100M", *greedy)

@@ -27,6 +27,8 @@ from rcon_plugins.cli.rcon import run_main
 for _module in pkgutil.walk_packages(rcon_plugins.__path__, "rcon_plugins."):
     importlib.import_module(_module.name)
 
+#: A command that takes so many MiB at once, as its only buffer. A shell would take minutes in an emulated machine.
+ALLOCATE = "dd if=/dev/zero of=/dev/null bs={}M count=1 status=none"
 MOUNTS = Path("/sys/fs/cgroup")
 PATIENCE = 60.0
 

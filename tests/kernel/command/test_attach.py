@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,6 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree import attach as tree_attach
 from rcon_plugins.tree.garbage import collect
 from tests.kernel.command.harness import Done, left_by, rcon, until
-from tests.kernel.command.test_run import ALLOCATE
 from tests.kernel.quota import judge, window
 from tests.processes import cpu_seconds
 
@@ -247,47 +247,48 @@ def test_if_a_process_ends_during_attach_the_others_are_not_attached() -> None:
 
 @contextlib.contextmanager
 def allocating(mebibytes: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a shell that allocates memory on the first line of input and prints the size. It ends on the second line."""
-    script = f"read go; {ALLOCATE.format(mebibytes)}; echo ${{#x}}; read end; exit 5"
-    shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    """Run a program that allocates memory on the first line of input and prints the size. It ends on the second."""
+    program = f"input(); held = b'x' * ({mebibytes} << 20); print(len(held), flush=True); input(); exit(5)"
+    words = [sys.executable, "-c", program]
+    started = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        yield shell
+        yield started
     finally:
-        shell.kill()
-        shell.communicate()
+        started.kill()
+        started.communicate()
 
 
-def tell(shell: subprocess.Popen[bytes]) -> bytes:
-    """Send the shell a line, and return its answer."""
-    assert shell.stdin is not None
-    assert shell.stdout is not None
-    shell.stdin.write(b"go\n")
-    shell.stdin.flush()
-    return shell.stdout.readline()
+def tell(program: subprocess.Popen[bytes]) -> bytes:
+    """Send the program a line, and return its answer."""
+    assert program.stdin is not None
+    assert program.stdout is not None
+    program.stdin.write(b"go\n")
+    program.stdin.flush()
+    return program.stdout.readline()
 
 
 GROWS = ("--memory", "32M", "--swap", "0", "--expand", "2x", "--up-to")
 
 
 def test_memory_grows_for_as_long_as_they_run() -> None:
-    with allocating(80) as shell:
-        done = attach([shell], *GROWS, "1G", "--group", "grows")
+    with allocating(80) as program:
+        done = attach([program], *GROWS, "1G", "--group", "grows")
         assert (done.status, done.out) == (0, "grows: 1 process\n")
-        mine = watcher(shell.pid)
-        assert tell(shell) == b"%d\n" % (80 << 20)
+        mine = watcher(program.pid)
+        assert tell(program) == b"%d\n" % (80 << 20)
         limits = find_group("grows").limits()
         assert limits.memory_max == 1 << 30
         assert not isinstance(limits.memory_high, int) or limits.memory_high > 80 << 20  # only v2 has it
-        tell(shell)
-        assert shell.wait() == 5
+        tell(program)
+        assert program.wait() == 5
         until(lambda: not left_by(mine), "the group goes after its last process")
 
 
 def test_memory_expands_up_to_its_bound() -> None:
-    with allocating(200) as shell:
-        attach([shell], *GROWS, "64M", "--group", "ends")
-        assert tell(shell) == b""
-        assert shell.wait() == -signal.SIGKILL
+    with allocating(200) as program:
+        attach([program], *GROWS, "64M", "--group", "ends")
+        assert tell(program) == b""
+        assert program.wait() == -signal.SIGKILL
 
 
 def test_processes_with_expanding_memory_are_released() -> None:

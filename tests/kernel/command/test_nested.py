@@ -16,7 +16,7 @@ import pytest
 from rcon_plugins.command.run import Order, run
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
 from tests.kernel.cgroup.helpers import DISK
-from tests.kernel.command.harness import become_rcon, left_by, rcon
+from tests.kernel.command.harness import ALLOCATE, become_rcon, left_by, rcon
 from tests.kernel.quota import judge
 
 pytestmark = pytest.mark.each_layout
@@ -27,7 +27,7 @@ RCON = str(Path(sys.executable).parent / "rcon")
 SPIN = ["sh", "-c", "while :; do :; done"]
 PIDS = Resources(pids_max=40)
 INNER = ["run", "--pids", "9", "-g", "inner", "--", "cat", "/proc/self/cgroup"]
-ALLOCATE = ["sh", "-c", "x=$(head -c 150M /dev/zero | tr '\\0' x)"]
+TOO_MUCH = ALLOCATE.format(150).split()
 
 
 def within(
@@ -131,7 +131,7 @@ def test_the_tighter_cpu_quota_holds(outer: float, inner: str, open_path: Path) 
 @pytest.mark.parametrize(("outer", "inner"), [("64M", "256M"), ("256M", "64M")])
 def test_the_tighter_memory_limit_holds(outer: str, inner: str, open_path: Path) -> None:
     resources = Resources(memory_max=int(outer[:-1]) << 20, swap_max=0)
-    status, _, err = within(resources, ["run", "--memory", inner, "--", *ALLOCATE], open_path)
+    status, _, err = within(resources, ["run", "--memory", inner, "--", *TOO_MUCH], open_path)
     assert status != 0
     # At the outer limit the kernel may kill the inner rcon, which then cannot report anything.
     assert ("memory limit 64 MiB reached" in err) == (inner == "64M")
@@ -177,7 +177,7 @@ def test_the_outer_rcon_reports_its_limit_for_a_nested_kill(inner: str | None) -
     v1 counts the kill in the inner cgroup, which is gone by then.
     """
     limits = [] if inner is None else ["--memory", inner]
-    done = rcon("run", "--memory", "64M", "--swap", "0", "--", RCON, "run", *limits, "--", *ALLOCATE)
+    done = rcon("run", "--memory", "64M", "--swap", "0", "--", RCON, "run", *limits, "--", *TOO_MUCH)
     assert done.status == 137
     assert done.err.splitlines()[-1] == "rcon: memory limit 64 MiB reached (peak 64.0 MiB)"
     assert (done.report["outcome"], done.report["limit"]) == ("memory", "memory")
@@ -186,7 +186,7 @@ def test_the_outer_rcon_reports_its_limit_for_a_nested_kill(inner: str | None) -
 @pytest.mark.layout("v1", "hybrid")
 def test_the_outer_rcon_does_not_report_a_kill_of_the_inner_limit() -> None:
     done = rcon(
-        "run", "--memory", "256M", "--", RCON, "run", "--memory", "32M", "--swap", "0", "--", *ALLOCATE
+        "run", "--memory", "256M", "--", RCON, "run", "--memory", "32M", "--swap", "0", "--", *TOO_MUCH
     )
     assert done.status == 137
     assert done.err.splitlines() == ["rcon: memory limit 32 MiB reached (peak 32.0 MiB)"]
@@ -196,6 +196,6 @@ def test_the_outer_rcon_does_not_report_a_kill_of_the_inner_limit() -> None:
 def test_the_outer_rcon_reports_the_kill_of_the_inner_rcon(open_path: Path) -> None:
     """The inner rcon cannot report its own kill, and leaves its cgroups behind."""
     resources = Resources(memory_max=64 << 20, swap_max=0)
-    status, _, _ = within(resources, ["run", "--", *ALLOCATE], open_path, told=open_path / "told")
+    status, _, _ = within(resources, ["run", "--", *TOO_MUCH], open_path, told=open_path / "told")
     assert status == 137
     assert json.loads(open_path.joinpath("told").read_text()) == ["memory", "memory"]

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.kernel.cgroup import Hierarchy
-from tests.kernel.command.harness import rcon, terminal
+from tests.kernel.command.harness import ALLOCATE, rcon, terminal
 
-#: A child that needs more than it may have.
-CHILD = "sh -c 'x=$(head -c 64M /dev/zero | tr \"\\0\" x)'"
+#: A child that needs more than it may have. It is one process: if others asked for memory while it is being killed, the
+#: kernel could kill one of them, too.
+CHILD = ALLOCATE.format(64)
 LIMITED = ("run", "--memory", "24M", "--swap", "0")
 ONE = ("--oom", "process")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.cgroup.helpers import DISK
-from tests.kernel.command.harness import MOUNTS, become_rcon, left_by, rcon, until
+from tests.kernel.command.harness import ALLOCATE, MOUNTS, become_rcon, left_by, rcon, until
 from tests.kernel.quota import judge, window
 from tests.processes import alive
 
@@ -22,8 +22,6 @@ NOBODY = 65534
 BUSY = 61077
 #: The shell of the fork bomb stays long enough for it to reach the limit, or cannot fork a sleep.
 FORK_BOMB = "b() { b | b & }; b; for i in 1 2 3 4 5; do sleep 1; done; exit 1"
-
-ALLOCATE = "x=$(head -c {}M /dev/zero | tr '\\0' x)"
 
 
 @pytest.mark.smoke

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_groups_of_each_kind_and_nested_groups_are_found(
         assert tenant.owner.pid == os.getpid()
         assert tenant.owner.alive
         assert tenant.owner.uid == 0
-        assert "pytest" in (tenant.owner.command or "")
+        assert tenant.owner.command == " ".join(sys.orig_argv)
         assert {name: group.is_of_server() for name, group in by_name.items()} == {
             f"{own}~a.example": True,
             f"{own}-command": False,

@@ -200,6 +200,7 @@ def test_cgroups_cannot_be_written_made_nor_removed_and_the_machine_goes_on(
     mine.mkdir()
 
     def tried() -> tuple[list[str], list[str], str]:
+        os.chdir(tmp_path)
         landlock.forbid_writing_below(CGROUPS)
         forbidden = [
             answer(write, mine / "cgroup.procs", b"0", 0),
@@ -222,7 +223,6 @@ def test_cgroups_cannot_be_written_made_nor_removed_and_the_machine_goes_on(
         return forbidden, fine, (mine / "cgroup.max.depth").read_text()
 
     try:
-        os.chdir(tmp_path)
         forbidden, fine, depth = in_child(tried)
     finally:
         mine.rmdir()

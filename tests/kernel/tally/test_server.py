@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import pytest
 from rcon_plugins import Manager, RunningManager, Server, Work, hookimpl
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import RconError
-from rcon_plugins.groups.find import find_groups
+from rcon_plugins.groups.find import find_group, find_groups
 from rcon_plugins.kernel import landlock
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, Capabilities, read_state, set_capabilities
 from rcon_plugins.kernel.cgroup import Cgroup
@@ -31,6 +32,7 @@ from rcon_plugins.tally.writer import Tally
 from rcon_plugins.tree import runtime
 from rcon_plugins.tree.owner import Owner
 from tests.children import in_child
+from tests.kernel.cgroup.helpers import eventually
 from tests.kernel.executors.service import ask, begin, end, serve
 
 pytestmark = pytest.mark.each_layout
@@ -131,6 +133,24 @@ def test_kills_are_counted_and_shown_after_their_cgroups_are_gone(
         top = rows(capsys, "top", "--json", "--iterations", "1", "--interval", "0.1")
         (row,) = [one for one in top["groups"] if one["group"] == name]
         assert (row["hits"]["total"], row["hits"]["memory"], row["tally"]["endings"]["ok"]) == (3, 3, 2)
+
+
+@pytest.mark.layout("v2")
+def test_less_memory_for_a_group_in_use_tells_its_kills(
+    policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tally counts a kill only when its request has ended: rcon set asks the kernel."""
+    policies = {policy: {"memory": "200M", "each": {"timeout": "60s"}}}
+    with serving(policies) as (manager, _):
+        under_way = begin(manager, "allocate_and_hold", 60, 60, command=policy)
+        group = find_group(policy)
+        eventually(lambda: (group.usage().memory_current or 0) > 60 << 20)
+        assert run_main(["set", policy, "--memory", "24M"]) == 0
+        assert end(under_way)[1].ending == "memory"
+    err = capsys.readouterr().err
+    # The executor process that replaces the killed one may be the next, while the limit is below what is in use.
+    assert re.search(r"M of memory was in use: the kernel reclaimed what it could and killed [1-9]", err), err
+    assert "which may write the limits of its policy again" in err
 
 
 def test_each_refusal_is_counted_by_its_reason(policy: str) -> None:
