@@ -174,7 +174,10 @@ class _Run:
         self._group.kill()
         self._oom.stop()
         self._caller.reap_last_orphans()
-        return self._explain(status, late, wall)
+        try:
+            return self._explain(status, late, wall)
+        except KernelError as error:
+            return self._explain_without_usage(status, late, wall, error)
 
     def _make_group(self) -> None:
         order = self._order
@@ -216,6 +219,7 @@ class _Run:
         except BaseException:
             os.close(go)
             os.close(ours)
+            os.kill(pid, signal.SIGKILL)  # the command may have started already
             posix.waitpid(pid, 0)
             raise
         os.close(go)
@@ -282,15 +286,8 @@ class _Run:
         group = group._replace(
             oom_kills=self._oom_kills(group.oom_kills, status, _reached(group, memory.group))
         )
-        timeout = _seconds(self._order.timeout)
-        end = explain_end(
-            Snapshot(),
-            Snapshot(leaf, group),
-            status,
-            LimitsInForce(memory, pids, timeout, "timeout", ends_all),
-            cause="timeout" if late else None,
-            is_command=True,
-        )
+        limits = LimitsInForce(memory, pids, _seconds(self._order.timeout), "timeout", ends_all)
+        end = _end_of(Snapshot(leaf, group), status, limits, late)
         if group.memory_peak is not None and memory.group is not None:
             # The kernel charges pages in batches before it refuses them, so the peak may be above the limit.
             group = group._replace(memory_peak=min(group.memory_peak, memory.group))
@@ -298,8 +295,16 @@ class _Run:
         if end.ending == "memory" and ends_all:
             # The exit status of a process that survived the OOM kill for a moment does not count.
             code = -signal.SIGKILL
-        exit_status = code if code >= 0 else SIGNALLED - code
-        return Ended(end, exit_status, wall, group, self._group.path)
+        return Ended(end, _exit_status(code), wall, group, self._group.path)
+
+    def _explain_without_usage(self, status: int, late: bool, wall: float, error: KernelError) -> Ended:
+        """Explain the end of a command whose counters cannot be read. It has run, so its exit status counts."""
+        limits = LimitsInForce(timeout=_seconds(self._order.timeout), timeout_key="timeout")
+        end = _end_of(Snapshot(), status, limits, late)
+        unknown = f"its usage could not be read: {error}"
+        end = end._replace(detail=f"{end.detail}; {unknown}" if end.detail else unknown)
+        code = os.waitstatus_to_exitcode(status)
+        return Ended(end, _exit_status(code), wall, Reading(), self._group.path)
 
     def _oom_kills(self, counted: int | None, status: int, reached: bool) -> int | None:
         """Return the number of OOM kills in the group and all below it; None if unknown.
@@ -329,6 +334,15 @@ class _Run:
             Bounds(one, all_together, _size(one), _size(all_together), order.memory_note),
             Bounds(_number(each.pids_max), _number(group.pids_max)),
         )
+
+
+def _end_of(after: Snapshot, status: int, limits: LimitsInForce, late: bool) -> End:
+    return explain_end(Snapshot(), after, status, limits, cause="timeout" if late else None, is_command=True)
+
+
+def _exit_status(code: int) -> int:
+    """Return the exit status for a shell, of a status or of minus the number of a signal."""
+    return code if code >= 0 else SIGNALLED - code
 
 
 def _number(limit: object) -> int | None:
