@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import errno
 import os
 import select
 import time
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _PATIENCE = 0.25
 #: Look only at the command's own counter for so long, because looking at nested groups takes longer.
 _OWN_FIRST = 0.02
+#: How long to wait before the next poll(2), after one that failed, seconds.
+_POLL_AGAIN = 0.05
 #: A peak this close to the limit reached it, as in `rcon_plugins.ending`.
 _REACHED = 0.95
 
@@ -45,11 +48,23 @@ class OomGuard:
         """Start to count; with ``kills_all`` in a thread that kills. The cgroups exist. Raises `KernelError`."""
         if not self._group.kills_one_by_one:
             return
-        self._notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise KernelError.from_oserror(error, path="eventfd") from None
         if self._group.notify_of_oom(self._notice) and kills_all:
             self._meter = self._leaf.meter({"memory"})  # opened now, because the time after a kill is short
             self._running.acquire()
-            _thread.start_new_thread(self._run, ())
+            try:
+                _thread.start_new_thread(self._run, ())
+            except RuntimeError as error:  # as `rcon_plugins.kernel.threads`, which would import more
+                self._running.release()
+                raise KernelError(
+                    str(error),
+                    errno=errno.EAGAIN,
+                    path="clone",
+                    hint="raise the limit on processes: pids.max of the cgroup around, `ulimit -u`",
+                ) from None
 
     def stop(self) -> None:
         """End the thread, and count the notices until now. Call it while the group exists."""
@@ -74,7 +89,10 @@ class OomGuard:
             poll = select.poll()
             poll.register(self._notice, select.POLLIN)
             while True:
-                poll.poll()
+                try:
+                    poll.poll()
+                except OSError:  # for want of memory
+                    time.sleep(_POLL_AGAIN)
                 if self._over:
                     return
                 self.notices += count_notices(self._notice)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups.events import Event
+from rcon_plugins.kernel import threads
 from rcon_plugins.kernel.attempts import Attempts
 from rcon_plugins.kernel.cgroup import Resources, keep_swap, read_limits
 from rcon_plugins.kernel.events import MemoryThreshold, Watcher, watcher_of_process
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from rcon_plugins.settings.limits import Limits
 
 LOGGER = logging.getLogger("rcon")
+#: How long to wait in the watcher's own thread if no other can be started for it, seconds.
+_WITHOUT_A_TIMER = 0.05
 
 
 def expand(
@@ -163,7 +167,11 @@ class Expansion:
         job = partial(self._watcher.submit, partial(self._reached, event))
         timer = threading.Timer(self._attempts.pause, job)
         timer.daemon = True
-        timer.start()
+        try:
+            threads.start(timer)
+        except KernelError:
+            time.sleep(_WITHOUT_A_TIMER)
+            job()
 
     def _is_still_reached(self) -> bool:
         """Return whether the limit is reached and was not raised meanwhile by another worker of the server."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel import threads
 from rcon_plugins.kernel.attempts import Attempts
 
 if TYPE_CHECKING:
@@ -58,10 +59,20 @@ class Removals:
                 return
             self._pending[name] = cgroup, attempts
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="rcon-removals", daemon=True)
-                self._thread.start()
+                self._start()
             else:
                 self._changed.notify()
+
+    def _start(self) -> None:
+        """Start the thread; if that fails, the next removal tries again. Hold the lock."""
+        thread = threading.Thread(target=self._run, name="rcon-removals", daemon=True)
+        try:
+            threads.start(thread)
+        except KernelError as error:
+            self.failures += 1
+            LOGGER.error("rcon: %d cgroups wait for their removal: %s", len(self._pending), error)
+            return
+        self._thread = thread
 
     def close(self) -> None:
         """Stop trying. What is left is removed with the instance."""

@@ -28,6 +28,7 @@ from typing import Final
 from urllib.parse import quote
 
 from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel import threads
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.syscalls import POLLOUT, poll
 
@@ -324,7 +325,7 @@ class OutputReader:
         try:
             self._wake = wake
             thread = threading.Thread(target=self._run, name="rcon-output", daemon=True)
-            thread.start()
+            threads.start(thread)
         except BaseException:
             self._wake = -1
             posix.close(wake)

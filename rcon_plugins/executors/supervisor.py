@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from rcon_plugins.kernel import threads
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 
 LOGGER = logging.getLogger("rcon")
@@ -58,8 +59,8 @@ class Supervisor:
         self._watched[descriptor] = on_readable
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread. Raises `KernelError`."""
+        threads.start(self._thread)
 
     def submit(self, job: Callable[[], object]) -> None:
         """Have ``job`` called in the thread soon. After `close`, it is never called."""

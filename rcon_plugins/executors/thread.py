@@ -17,8 +17,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
-from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
+from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, KernelError
 from rcon_plugins.executors.executor import Key
+from rcon_plugins.kernel import threads
 from rcon_plugins.kernel.process import unshare_directory_and_umask
 
 LOGGER = logging.getLogger("rcon")
@@ -96,10 +97,10 @@ class ThreadExecutor:
     def start(self) -> None:
         """Start the thread and wait until it is confined. Raises the error if it cannot be; call `end` then."""
         try:
-            self._thread.start()
-        except RuntimeError as error:
+            threads.start(self._thread)
+        except KernelError:
             self.ended = True
-            raise ConfinementError(f"a thread could not be started: {error}") from error
+            raise
         if not self._done.wait_for(READY_SECONDS):
             self.ended = not self._thread.is_alive()
             raise ConfinementError(f"a thread was not confined within {READY_SECONDS:g} s")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 _ATTACH = "rcon attach; no request is served"
 _EXPLAIN = "an explanation for a person, or a remedy in an error message; nothing runs because of it"
-_RUN = "rcon run; a failed command has tests of its own (tests/kernel/command)"
+_TERMINAL = "job control of rcon run on a terminal: tests/kernel/command/test_terminal.py"
 _DISK = "a limit on IO, judged at the start, for a real disk; an error there refuses the start"
 _OTHER_BASE = "the search for a base that the settings do not name; an error there refuses the start"
 _LONG = "only for paths of more than 1000 characters, in directories of other users"
@@ -16,9 +16,11 @@ _OTHER_NAMESPACE = "an owner in another PID or IPC namespace, seen by rcon ls, g
 _RARE = "after another failure, or for a request of a kind that the scenarios do not make"
 
 NOT_MET = {
-    "command.": _RUN,
-    "kernel.proc:inherited_descriptors": _RUN,
-    "kernel.proc:original_environment": _RUN,
+    "command.job_control:Caller._forward": "a signal to rcon run, for its command",
+    "command.job_control:Caller._leave_group:os.setpgid#2": _TERMINAL,
+    "command.job_control:Caller._stop": _TERMINAL,
+    "command.job_control:_open_terminal": _TERMINAL,
+    "command.run:_Run._become_command:os.write": "tells of a command that cannot be executed",
     "kernel.process:_kill_as": "a server that is not root and may change users: tests/kernel/identity",
     "tree.attach": _ATTACH,
     "tree.previous_cgroups": _ATTACH,

@@ -1,4 +1,4 @@
-"""What is done while a call fails: a server starts, serves, ends executors and closes, in phases.
+"""What is done while a call fails: a server starts, serves, ends executors and closes; commands run. In phases.
 
 Each answer is what the work says of itself, from the kernel's files and by trying: `report`. It is compared with the
 answer of a run in which nothing fails.
@@ -7,29 +7,37 @@ answer of a run in which nothing fails.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import gc
 import json
 import mmap
 import os
-import resource
+import signal
+import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rcon_plugins import Manager, Outcome, RunningManager, Server, Work
+from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.confinement.admission import LocalAdmission, ProcessAdmission
 from rcon_plugins.errors import RconError
 from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
 from rcon_plugins.settings.file import from_mapping
-from tests.faults.touch import ask, simplify
+from tests.faults.report import open_kinds, report, report_of_process
+from tests.faults.touch import Setup, ask
 
 TENANT = 61001
 ANSWER = FIRST_SERVICE_KIND + 1
+#: The exit status of rcon if it raised an error that it should have reported.
+FAILED = 99
+#: A Python that every user may execute.
+PYTHON = "/usr/bin/python3"
+#: A program for ``rcon run`` that prints what it says of itself.
+PROGRAM = f"{Path(__file__).with_name('report.py').read_text()}\nimport json\nprint(json.dumps(report_of_process()))"
 #: How long a request may take while calls fail, seconds: the bounds of the code, READY_SECONDS and what follows.
 SLOW = 20.0
 #: How long a server may need until it serves again, once calls fail no longer, seconds.
@@ -38,91 +46,6 @@ RECOVERY = 15.0
 LEFT_SECONDS = 4.5
 #: What the process keeps for the next server.
 _KEPT = {"/memfd:rcon-changes (deleted)", "/run/rcon/budget"}
-
-_LIMIT_FILES = (
-    "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.shares", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes",
-    "pids.max", "cpuset.cpus", "cpu.max", "cpu.weight", "memory.max", "memory.high", "memory.swap.max",
-    "memory.oom.group",
-)  # fmt: skip
-_HOST_NAMESPACES = {name: str(Path(f"/proc/self/ns/{name}").readlink()) for name in ("mnt", "ipc")}
-_STATUS = ("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Seccomp_filters", "CapInh", "CapPrm", "CapEff", "CapBnd",
-           "CapAmb")  # fmt: skip
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def report() -> dict[str, Any]:
-    """Return how the calling thread is confined, as the kernel says."""
-    status = dict(
-        line.split(":", 1)
-        for line in Path("/proc/thread-self/status").read_text().splitlines()
-        if ":" in line
-    )
-    cgroups, limits, ways = {}, {}, {}
-    for line in Path("/proc/thread-self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        cgroups[controllers] = simplify(path)
-        mount = f"/sys/fs/cgroup/{controllers.replace('name=', '')}" if controllers else _unified()
-        for level in (path, str(Path(path).parent)):
-            for name in _LIMIT_FILES:
-                with contextlib.suppress(OSError):
-                    limits[simplify(f"{controllers} {level}/{name}")] = Path(
-                        f"{mount}{level}/{name}"
-                    ).read_text()
-        for name in ("cgroup.procs", "memory.limit_in_bytes", "memory.max", "pids.max"):
-            ways[f"{controllers}: {name}"] = _opens(f"{mount}{path}/{name}")
-    parent_signal = ctypes.c_int(-1)
-    _libc.prctl(2, ctypes.byref(parent_signal), 0, 0, 0)
-    return {
-        **{name: status.get(name, "").split() for name in _STATUS},
-        "cgroups": cgroups,
-        "limits": limits,
-        "ways": ways,
-        "umask": status.get("Umask", "").strip(),
-        "namespaces": {
-            name: str(Path(f"/proc/thread-self/ns/{name}").readlink()) != own
-            for name, own in _HOST_NAMESPACES.items()
-        },
-        "clone3": _clone3(),
-        "parent_signal": parent_signal.value,
-        "nofile": list(resource.getrlimit(resource.RLIMIT_NOFILE)),
-        "core": list(resource.getrlimit(resource.RLIMIT_CORE)),
-    }
-
-
-def report_of_process() -> dict[str, Any]:
-    """Return the same of a process of its own, with what it has open."""
-    return {**report(), "open": open_kinds(), "leads": os.getsid(0) == os.getpid()}
-
-
-def open_kinds() -> dict[str, int]:
-    """Return how many descriptors of each kind this process has open."""
-    found: dict[str, int] = {}
-    for entry in list(Path("/proc/self/fd").iterdir()):
-        with contextlib.suppress(OSError):
-            target = simplify(str(entry.readlink()))
-            if not target.startswith("/proc/#/fd"):
-                found[target] = found.get(target, 0) + 1
-    return found
-
-
-def _unified() -> str:
-    return (
-        "/sys/fs/cgroup" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "/sys/fs/cgroup/unified"
-    )
-
-
-def _opens(path: str) -> str:
-    try:
-        os.close(os.open(path, os.O_WRONLY))
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
-    return "opens"
-
-
-def _clone3() -> str:
-    # Too small a structure: EINVAL where the call exists.
-    _libc.syscall(ctypes.c_long(435), None, ctypes.c_long(0))
-    return errno.errorcode[ctypes.get_errno()]
 
 
 def serve(channel: Channel, frame: Frame) -> None:
@@ -206,6 +129,31 @@ class Case:
         del manager
         gc.collect()
         self.count_descriptors(before)
+
+    def command(self, phase: str, folder: str, *words: str, expected: str = "") -> None:
+        """Run ``rcon run`` in a fork, and keep what the command says of itself, if it says anything.
+
+        ``expected`` is what rcon itself says when nothing fails.
+        """
+        self.phase(phase)
+        out, err = Path(folder, f"{phase}.out"), Path(folder, f"{phase}.err")
+        began = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            _become_rcon(["run", "--cgroup", self.base, *words], out, err)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if time.monotonic() - began > SLOW:
+            self.faults.append(f"{phase}: took {time.monotonic() - began:.0f} s")
+        said, answer = err.read_text(), out.read_text()
+        self.said = self.said or said != expected
+        if answer:
+            self.answers[phase] = json.loads(answer)
+        if "Traceback" in said or status == FAILED:
+            self.faults.append(f"{phase}: {said[-500:]}")
+        elif said != expected:
+            self.refusals.append(f"{phase}: exit status {status}: {said}"[:300])
+        else:
+            self.answers[f"{phase}: status"] = {"status": status}
 
     def count_descriptors(self, before: dict[str, int]) -> None:
         """Keep as an answer which descriptors are open beside those of before. Threads may still close some."""
@@ -412,10 +360,44 @@ def changing(case: Case) -> None:
     case.count_descriptors(before)
 
 
+def command(case: Case) -> None:
+    """``rcon run``: a command with a user of its own, one whose memory can grow and that leaves a child, a timeout."""
+    limits = ("--memory", "64M", "--swap", "0", "--pids", "24", "--cpu", "150%")
+    grows = ("--memory", "64M", "--expand", "2x", "--up-to", "128M", "--on-event", "cat >/dev/null")
+    shell = ("--", "sh", "-c")  # always the same command, so that all groups have the same kind of name
+    says = (*shell, 'exec "$0" -I -c "$1"', PYTHON, PROGRAM)
+    late = "rcon: wall time limit 0.15 s reached\n"
+    with tempfile.TemporaryDirectory(prefix="rcon-faults-") as folder:
+        case.command("user", folder, "--user", "nobody", *limits, "--timeout", "30s", *says)
+        case.command("grows", folder, *grows, *says)
+        case.command("leaves", folder, *limits, *shell, "setsid sleep 300 & exit 0")
+        case.command("timeout", folder, *limits, "--timeout", "150ms", *shell, "exec sleep 60", expected=late)
+
+
+def _become_rcon(words: list[str], out: Path, err: Path) -> NoReturn:
+    """Run rcon in this fork, and exit."""
+    status = FAILED
+    try:
+        Setup.host = os.getpid()
+        for number, path in enumerate((out, err), 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = run_main(words)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
 SCENARIOS: dict[str, Callable[[Case], None]] = {
     "process": process,
     "same_user": same_user,
     "thread": thread,
     "inline": inline,
     "changing": changing,
+    "command": command,
 }

@@ -2,7 +2,7 @@
 
 The list comes from the syntax tree, so a new call is in it as soon as it is written. A call is an attribute of a module
 of the standard library that makes system calls (``os.open``), a function of the C library (``_libc().mount``), a method
-of a socket or a poll object, or the built-in ``open``.
+of a socket or a poll object, the start of a thread, or the built-in ``open``.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class _Finder(ast.NodeTransformer):
             or (owner in _SOCKETS and name in _SOCKET_METHODS)
             or (owner in _POLLS and name == "poll")
             or (name in _PATH_METHODS and owner.startswith("Path("))
+            or text == "threading.Thread.start"
         )
         return text if reaches else None
 

@@ -12,11 +12,13 @@ import _socket
 import ctypes
 import errno
 import os
-import re
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests.faults.report import simplify
 
 _NUMBERS = {
     "x86_64": {116: "setgroups", 117: "setresuid", 119: "setresgid", 125: "capget", 126: "capset", 157: "prctl",
@@ -26,9 +28,6 @@ _NUMBERS = {
 }[os.uname().machine]  # fmt: skip
 _NUMBERS |= {442: "mount_setattr", 444: "landlock_create_ruleset", 445: "landlock_add_rule",
              446: "landlock_restrict_self"}  # fmt: skip
-_ID = re.compile(r"\d+")
-#: The base of a worker, or a folder of a scenario.
-_OWN = re.compile(r"rcon-faults-\w+")
 
 
 class Point(NamedTuple):
@@ -86,6 +85,8 @@ def _fail(site: str, number: int) -> Any:
         return -1
     if call == "os.access" or (call.startswith("os.path.") and call != "os.path.realpath"):
         return False
+    if call in ("threading.Thread.start", "_thread.start_new_thread"):
+        raise RuntimeError("can't start new thread")
     if call.startswith(("pwd.", "grp.")):
         if number == errno.ENOMEM:
             raise MemoryError
@@ -110,6 +111,8 @@ def _purpose(site: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) ->
         if not path.startswith("/") and isinstance(at := keywords.get("dir_fd"), int):
             path = f"{_target(at)}/{path}"
         return _kind(site, path) + _writes(call, arguments)
+    if isinstance(first, threading.Thread):
+        return simplify(first.name)
     if isinstance(first, int) and not isinstance(first, bool) and call.split(".")[-1] in _OF_DESCRIPTORS:
         return _kind(site, _target(first))
     return ""
@@ -145,11 +148,6 @@ def _system_call(site: str, arguments: tuple[Any, ...]) -> str:
     if "mount" in site:
         return os.fsdecode(plain[1] or b"")
     return ""
-
-
-def simplify(path: str) -> str:
-    """Return a path with its numbers replaced, so that two runs name the same."""
-    return _ID.sub("#", _OWN.sub("rcon-faults-#", path))
 
 
 def _kind(site: str, path: str) -> str:

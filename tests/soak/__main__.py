@@ -94,10 +94,9 @@ def _soak(folder: Path, options: argparse.Namespace) -> list[str]:
     problems += [f"left a cgroup: {one}" for one in instance_directories(pid)]
     tracebacks = [line for line in server.log().splitlines() if line.startswith("Traceback")]
     print(f"log: {len(server.log()) >> 10} KiB, {len(tracebacks)} tracebacks")
-    if problems:
-        Path("build").mkdir(exist_ok=True)
-        Path("build/soak.log").write_text(server.log())
-        print("the server's log: build/soak.log")
+    Path("build").mkdir(exist_ok=True)
+    Path("build/soak.log").write_text(server.log())
+    print("the server's log: build/soak.log")
     return problems
 
 

@@ -31,6 +31,7 @@ from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from kombu.utils.encoding import bytes_to_str as _bytes_to_str
 
 from rcon_celery.retry import redelivery
+from rcon_plugins.errors import ConfinementError
 from rcon_plugins.tree.presence import Presence
 
 _log = logging.getLogger("rcon")
@@ -296,15 +297,18 @@ class Heartbeat:
         return self._process
 
     def add(self, lease: Lease) -> None:
-        """Renew this lease from now on."""
+        """Renew this lease from now on. Raises `ConfinementError` if the thread for it cannot be started."""
         with self._changed:
-            self._leases.add(lease)
             if self._thread is None or self._pid != os.getpid():
                 self._stopping = False
-                self._pid = os.getpid()
-                self._thread = threading.Thread(target=self._run, name="rcon-heartbeat", daemon=True)
-                self._thread.start()
-            elif self._idle:
+                thread = threading.Thread(target=self._run, name="rcon-heartbeat", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # at a limit on processes, which counts threads
+                    raise ConfinementError(f"the lease of a task cannot be renewed: {error}") from None
+                self._pid, self._thread = os.getpid(), thread
+            self._leases.add(lease)
+            if self._idle:
                 self._changed.notify()
 
     def remove(self, lease: Lease) -> None:

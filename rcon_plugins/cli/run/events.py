@@ -20,6 +20,7 @@ from rcon_plugins.confinement.monitor import MonitoredGroup
 from rcon_plugins.errors import RconError, SettingsError
 from rcon_plugins.groups.events import Event
 from rcon_plugins.hookspecs import hookimpl
+from rcon_plugins.kernel import threads
 from rcon_plugins.kernel.cgroup import change_limits
 from rcon_plugins.kernel.events import Watch, watcher_of_process
 from rcon_plugins.settings.policy import Policy
@@ -148,7 +149,7 @@ class EventCommand:
         self._dropped = 0
         self._running: int | None = None
         self._thread = threading.Thread(target=self._run, name="rcon-on-event", daemon=True)
-        self._thread.start()
+        threads.start(self._thread)
 
     def submit(self, event: Event) -> None:
         """Queue a run for this event; drop it where too many wait."""

@@ -15,6 +15,7 @@ from rcon_plugins.cli.exit import BadUsage, Refused, say
 from rcon_plugins.errors import KernelError, SettingsError
 from rcon_plugins.groups.find import find_groups
 from rcon_plugins.groups.sample import Sample
+from rcon_plugins.kernel import threads
 from rcon_plugins.kernel.cgroup import Reading
 from rcon_plugins.kernel.files import gone
 from rcon_plugins.tally.reader import Counts
@@ -69,7 +70,7 @@ class Sampler:
         self._results: queue.SimpleQueue[list[Sample] | BaseException] = queue.SimpleQueue()
         self._since: float | None = None
         # A daemon thread: a source that does not return does not delay the exit.
-        threading.Thread(target=self._serve, name="rcon-samples", daemon=True).start()
+        threads.start(threading.Thread(target=self._serve, name="rcon-samples", daemon=True))
 
     @property
     def waiting(self) -> float | None:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import files
+from rcon_plugins.kernel import files, threads
 from rcon_plugins.kernel.attempts import Attempts
 from rcon_plugins.kernel.events.event import Event, Pressure
 from rcon_plugins.kernel.events.opening import open_sources
@@ -180,13 +180,31 @@ class Watcher:
         with self._lock:
             self._watches.add(watch)
             if self._thread is None:
-                self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                self._thread = threading.Thread(target=self._run, name="cgroup-events", daemon=True)
-                self._last = self._thread
-                self._thread.start()
+                self._start(watch)
             else:
                 os.eventfd_write(self._wake, 1)
         return watch
+
+    def _start(self, watch: Watch) -> None:
+        """Start the thread for the first watch. Raises KernelError, and forgets the watch. Hold the lock."""
+        thread = threading.Thread(target=self._run, name="cgroup-events", daemon=True)
+        try:
+            try:
+                self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            except OSError as error:
+                raise KernelError.from_oserror(error, path="eventfd") from None
+            try:
+                threads.start(thread)
+            except BaseException:
+                posix.close(self._wake)
+                self._wake = -1
+                raise
+        except BaseException:
+            watch.closed = True
+            self._watches.discard(watch)
+            _close(watch)
+            raise
+        self._thread = self._last = thread
 
     def submit(self, job: Callable[[], object]) -> None:
         """Call ``job`` in the thread, soon; do nothing if no cgroup is watched."""
@@ -275,8 +293,8 @@ class Watcher:
         dues = [source.due for source, _ in watched if source.due is not None]
         try:
             ready = waiting.wait(min(dues) if dues else None)
-        except OSError:
-            LOGGER.exception("the watcher of cgroups cannot wait for events")
+        except OSError as error:
+            LOGGER.error("the watcher of cgroups cannot wait for events; trying again: %s", error)
             time.sleep(1)
             return True
         woken = wake in ready

@@ -57,6 +57,31 @@ def test_cgroup_that_is_deleted(group: Cgroup) -> None:
     assert descriptors() == before
 
 
+def test_without_room_for_its_thread_it_refuses_and_works_later(group: Cgroup) -> None:
+    """A limit on processes counts threads, too."""
+    narrow, watched = group.child("narrow").create(), group.child("watched").create()
+    narrow.configure(Resources(pids_max=1))
+
+    def attempt() -> tuple[str, int, str]:
+        before = descriptors()
+        with Watcher() as watcher:
+            with pytest.raises(KernelError) as refused:
+                watcher.add(watched, lambda _: None)
+            left = descriptors() - before
+            narrow.configure(Resources(pids_max=2))
+            gone = threading.Event()
+            with watcher.add(watched, lambda _: None, on_gone=gone.set):
+                watched.delete()
+                told = gone.wait(30)
+        return str(refused.value), left, f"told: {told}"
+
+    with running(narrow, attempt) as child:
+        reason, left, told = child.result()
+    assert "the thread cgroup-events could not be started" in reason
+    assert "pids.max" in reason
+    assert (left, told) == (0, "told: True")
+
+
 def test_many_added_and_closed_leave_nothing_behind(group: Cgroup) -> None:
     before = descriptors()
     most = 0

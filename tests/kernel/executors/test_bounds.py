@@ -21,10 +21,11 @@ from rcon_plugins.confinement.admission import InlineAdmission, ThreadAdmission
 from rcon_plugins.confinement.removal import Removals
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
 from rcon_plugins.executors import pool, process
-from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.kernel.events import watcher_of_process
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
+from tests.kernel.cgroup.helpers import running, sleep_forever
 from tests.kernel.executors.service import ask, begin, managing, soon
 
 pytestmark = pytest.mark.each_layout
@@ -320,6 +321,25 @@ def test_a_removal_that_the_kernel_refuses_is_tried_again_and_logged_once() -> N
     pending, threads, failures, gone, logged = in_child(program)
     assert (pending, threads, gone, logged) == (1, 2, True, 1)
     assert failures >= 4
+
+
+def test_a_removal_without_room_for_a_thread_waits_for_the_next(base: Cgroup) -> None:
+    """The server has as many processes and threads as it may; when the next removal comes, there is room."""
+    narrow, first, second = (base.child(name).create() for name in ("narrow", "first", "second"))
+    narrow.configure(Resources(pids_max=1))
+
+    def program() -> tuple[int, int, bool]:
+        removals = Removals(lambda _: False, is_held=lambda _: True)
+        removals.remove("p~first", first)
+        found = removals.pending, threading.active_count()
+        narrow.configure(Resources(pids_max=2))
+        removals.remove("p~second", second)
+        first.kill()
+        second.kill()
+        return *found, soon(lambda: not first.exists() and not second.exists(), 10)
+
+    with running(first, sleep_forever), running(second, sleep_forever), running(narrow, program) as child:
+        assert child.result() == (1, 1, True)
 
 
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
