@@ -252,7 +252,8 @@ def _without_unlimited_side(answer: dict[str, Any]) -> dict[str, Any]:
     cgroups = answer.get("cgroups", {})
     if "" not in cgroups or len(cgroups) == 1:
         return answer
-    return {**answer, "cgroups": {name: path for name, path in cgroups.items() if name}}
+    ways = {name: way for name, way in answer.get("ways", {}).items() if not name.startswith(":")}
+    return {**answer, "cgroups": {name: path for name, path in cgroups.items() if name}, "ways": ways}
 
 
 def difference(expected: Any, found: Any) -> str:

@@ -28,6 +28,7 @@ for _module in pkgutil.walk_packages(rcon_plugins.__path__, "rcon_plugins."):
     importlib.import_module(_module.name)
 
 #: A command that takes so many MiB at once, as its only buffer. A shell would take minutes in an emulated machine.
+#: Where it is to be killed, begin with `exec`: a shell that sees it die says "Killed".
 ALLOCATE = "dd if=/dev/zero of=/dev/null bs={}M count=1 status=none"
 MOUNTS = Path("/sys/fs/cgroup")
 PATIENCE = 60.0

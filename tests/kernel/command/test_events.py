@@ -32,7 +32,7 @@ def test_a_command_above_the_first_limit_finishes() -> None:
 
 
 def test_a_command_above_the_last_limit_is_killed() -> None:
-    done = rcon("run", *GROWS, "64M", "--swap", "0", "--", "sh", "-c", ALLOCATE.format(200))
+    done = rcon("run", *GROWS, "64M", "--swap", "0", "--", *ALLOCATE.format(200).split())
     assert done.status == 137
     assert done.err == "rcon: memory limit 64 MiB reached (peak 64.0 MiB, expanded from 32M)\n"
     assert (done.report["outcome"], done.report["limit"]) == ("memory", "memory")

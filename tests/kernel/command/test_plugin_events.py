@@ -73,7 +73,7 @@ def test_the_limit_set_by_a_plugin_is_reported(
     tmp_path: Path, listener: Callable[..., Callable[[], None]]
 ) -> None:
     settings = write(tmp_path, 'memory = { limit = "32M", expand = "2x", up_to = "1G" }\nswap = 0')
-    script = f"{until_heard(tmp_path)}; {ALLOCATE.format(200)}"
+    script = f"{until_heard(tmp_path)}; exec {ALLOCATE.format(200)}"
     done = rcon(
         *("run", "--policy", "job", "--settings", settings, "--", "sh", "-c", script),
         before=listener("memory_limit", "96M"),

@@ -69,7 +69,7 @@ def test_a_cpu_quota_holds() -> None:
 
 @pytest.mark.each_layout
 def test_a_memory_limit_kills_and_is_reported() -> None:
-    done = rcon("run", "--memory", "64M", "--swap", "0", "--", "sh", "-c", ALLOCATE.format(200))
+    done = rcon("run", "--memory", "64M", "--swap", "0", "--", *ALLOCATE.format(200).split())
     assert done.status == 137
     assert done.err == "rcon: memory limit 64 MiB reached (peak 64.0 MiB)\n"
     assert done.report["outcome"] == "memory"
@@ -411,7 +411,7 @@ def test_options_override_limits_of_a_policy(tmp_path: Path) -> None:
     settings.write_text('[policy.job]\nmemory = "1G"\neach = { timeout = "100s" }\n')
     done = rcon(
         *("run", "--policy", "job", "--settings", settings, "--memory", "32M", "--swap", "0"),
-        *("--", "sh", "-c", ALLOCATE.format(100)),
+        *("--", *ALLOCATE.format(100).split()),
     )
     assert done.err == "rcon: memory limit 32 MiB reached (peak 32.0 MiB)\n"
     assert (done.status, done.report["outcome"]) == (137, "memory")
