@@ -102,14 +102,14 @@ def explain_end(
 
 def oom_kills_between(before: Snapshot, after: Snapshot) -> int | None:
     """Return the number of processes that the OOM killer ended between two snapshots; None if unknown."""
-    pairs = ((before.each, after.each), (before.group, after.group))
-    counts = [
-        max(0, there.oom_kills - (here.oom_kills or 0))
-        for here, there in pairs
-        if there.oom_kills is not None
-    ]
+    counts = (kills_between(before.each, after.each), kills_between(before.group, after.group))
     # The counter of a group includes what is below it.
-    return max(counts, default=None)
+    return max((count for count in counts if count is not None), default=None)
+
+
+def kills_between(before: Reading, after: Reading) -> int | None:
+    """Return the number of processes that the OOM killer ended between two readings; None if unknown."""
+    return None if after.oom_kills is None else max(0, after.oom_kills - (before.oom_kills or 0))
 
 
 def with_oom_kills(detail: str, kills: int | None, ending: Ending) -> str:

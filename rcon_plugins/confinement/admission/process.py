@@ -16,6 +16,7 @@ from rcon_plugins.ending import (
     LimitsInForce,
     Snapshot,
     explain_end,
+    kills_between,
     pids_limit_hit,
     with_oom_kills,
 )
@@ -360,13 +361,6 @@ class ProcessAdmission(Admission):
             swap_peak=reading.swap_peak,
             io_read_bytes=None if read is None else read - (before.io_read_bytes or 0),
             io_write_bytes=None if written is None else written - (before.io_write_bytes or 0),
-            oom_kills=_oom_kills_between(before, reading),
+            # The same reading again: the counters could not be read after the work.
+            oom_kills=None if reading is before else kills_between(before, reading),
         )
-
-
-def _oom_kills_between(before: Reading, after: Reading) -> int | None:
-    """Return the number of processes that the OOM killer ended between two readings; None if unknown."""
-    # The same reading again: the counters could not be read after the work.
-    if after is before or after.oom_kills is None:
-        return None
-    return max(0, after.oom_kills - (before.oom_kills or 0))
