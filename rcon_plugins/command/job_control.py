@@ -47,7 +47,7 @@ _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 #: How long another part of this process may take to reap its own child, seconds.
 _DOUBT_SECONDS = 1.0
 #: How long to wait at the end for killed orphans, seconds.
-_LAST_SECONDS = 0.2
+_LAST_SECONDS = 0.5
 #: The most orphans of the command to reap before the next signal.
 _MOST_REAPED = 64
 _FROM_THE_KERNEL = 0x80  # SI_KERNEL, asm-generic/siginfo.h
@@ -64,6 +64,8 @@ class Caller:
         self._session = os.getsid(0)
         self._child = 0
         self._is_orphan: Callable[[int], bool] | None = None
+        #: The number of orphans reaped.
+        self._reaped = 0
         #: An ended child that another part of this process should reap, and until when it may; pid 0 for none.
         self._doubtful = 0, 0.0
         self._deadline: float | None = None
@@ -173,15 +175,23 @@ class Caller:
             if ended is None or ended.si_pid == self._child or not self._may_reap(ended.si_pid):
                 return False
             posix.waitpid(ended.si_pid, 0)
+            self._reaped += 1
         return True
 
     def reap_last_orphans(self) -> None:
-        """Reap the adopted processes when all of them were killed: some may not have ended yet. Wait a short time."""
+        """Reap the adopted processes when all of them were killed: some may not have ended yet.
+
+        Wait until none ends any more for a short time: a busy machine takes its time for many.
+        """
         if self._is_orphan is None:
             return
         deadline = time.monotonic() + _LAST_SECONDS
         while time.monotonic() < deadline:
-            if self.reap_orphans():
+            before = self._reaped
+            more = self.reap_orphans()
+            if self._reaped > before:
+                deadline = time.monotonic() + _LAST_SECONDS
+            if more:
                 continue
             try:
                 ended = posix.waitid(posix.P_ALL, 0, posix.WEXITED | posix.WNOHANG | posix.WNOWAIT)
