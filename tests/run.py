@@ -220,9 +220,8 @@ class Suite:
             self._stopped = True
             for process in self._running.values():
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(
-                        process.pid, signal.SIGTERM
-                    )  # not `send_signal`, which would reap it: `wait4` does
+                    # `send_signal` would reap it, and `wait4` does.
+                    os.kill(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
         while running := list(self._running.values()):
             if time.monotonic() > deadline:

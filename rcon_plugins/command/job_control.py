@@ -64,8 +64,6 @@ class Caller:
         self._session = os.getsid(0)
         self._child = 0
         self._is_orphan: Callable[[int], bool] | None = None
-        #: The number of orphans reaped.
-        self._reaped = 0
         #: An ended child that another part of this process should reap, and until when it may; pid 0 for none.
         self._doubtful = 0, 0.0
         self._deadline: float | None = None
@@ -148,7 +146,7 @@ class Caller:
             status = self._look()
             if status is not None:
                 return status
-            more = self.reap_orphans()
+            more = self.reap_orphans() == _MOST_REAPED
             if self._is_late():
                 return None  # do not take pending signals: they might continue a stopped command
 
@@ -163,20 +161,19 @@ class Caller:
         process.adopt_orphans()
         self._is_orphan = is_orphan
 
-    def reap_orphans(self) -> bool:
-        """Reap some of the adopted processes that have ended. Return whether there may be more."""
+    def reap_orphans(self) -> int:
+        """Reap at most `_MOST_REAPED` of the adopted processes that have ended. Return how many."""
         if self._is_orphan is None:
-            return False
-        for _ in range(_MOST_REAPED):
+            return 0
+        for reaped in range(_MOST_REAPED):
             try:
                 ended = posix.waitid(posix.P_ALL, 0, posix.WEXITED | posix.WNOHANG | posix.WNOWAIT)
             except ChildProcessError:
-                return False
+                return reaped
             if ended is None or ended.si_pid == self._child or not self._may_reap(ended.si_pid):
-                return False
+                return reaped
             posix.waitpid(ended.si_pid, 0)
-            self._reaped += 1
-        return True
+        return _MOST_REAPED
 
     def reap_last_orphans(self) -> None:
         """Reap the adopted processes when all of them were killed: some may not have ended yet.
@@ -187,11 +184,8 @@ class Caller:
             return
         deadline = time.monotonic() + _LAST_SECONDS
         while time.monotonic() < deadline:
-            before = self._reaped
-            more = self.reap_orphans()
-            if self._reaped > before:
+            if self.reap_orphans():
                 deadline = time.monotonic() + _LAST_SECONDS
-            if more:
                 continue
             try:
                 ended = posix.waitid(posix.P_ALL, 0, posix.WEXITED | posix.WNOHANG | posix.WNOWAIT)

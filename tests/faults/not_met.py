@@ -45,7 +45,6 @@ NOT_MET = {
     "identity.userdb:group_names": _EXPLAIN,
     "tree.base:_user_name": _EXPLAIN,
     "kernel.cgroup.device": _DISK,
-    "kernel.cgroup.meter:Meter._read_least_swap:os.pread#2": "only on a machine with swap",
     "kernel.cgroup.hierarchy:_file": _DISK,
     "kernel.cgroup.hierarchy:_directory_with": "cpu_burst and swap, judged at the start",
     "kernel.cgroup.mounts:is_systemds": _OTHER_BASE,

@@ -11,29 +11,24 @@ import gc
 import json
 import mmap
 import os
-import signal
-import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rcon_plugins import Manager, Outcome, RunningManager, Server, Work
-from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.confinement.admission import LocalAdmission, ProcessAdmission
 from rcon_plugins.errors import RconError
 from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
 from rcon_plugins.settings.file import from_mapping
+from tests.commands import FAILED, become_rcon
 from tests.faults.report import open_kinds, report, report_of_process
 from tests.faults.touch import Setup, ask
 
 TENANT = 61001
 ANSWER = FIRST_SERVICE_KIND + 1
-#: The exit status of rcon if it raised an error that it should have reported.
-FAILED = 99
 #: A Python that every user may execute.
 PYTHON = "/usr/bin/python3"
 #: A program for ``rcon run`` that prints what it says of itself.
@@ -140,7 +135,7 @@ class Case:
         began = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            _become_rcon(["run", "--cgroup", self.base, *words], out, err)
+            become_rcon(["run", "--cgroup", self.base, *words], [out, err], before=_host_is_here)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if time.monotonic() - began > SLOW:
             self.faults.append(f"{phase}: took {time.monotonic() - began:.0f} s")
@@ -374,23 +369,8 @@ def command(case: Case) -> None:
         case.command("timeout", folder, *limits, "--timeout", "150ms", *shell, "exec sleep 60", expected=late)
 
 
-def _become_rcon(words: list[str], out: Path, err: Path) -> NoReturn:
-    """Run rcon in this fork, and exit."""
-    status = FAILED
-    try:
-        Setup.host = os.getpid()
-        for number, path in enumerate((out, err), 1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        status = run_main(words)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
+def _host_is_here() -> None:
+    Setup.host = os.getpid()
 
 
 SCENARIOS: dict[str, Callable[[Case], None]] = {

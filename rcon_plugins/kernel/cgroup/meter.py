@@ -192,9 +192,7 @@ class Meter:
         """Open ``targets``, which are (directory, file, parser), without missing files. Raises KernelError."""
         self._files: list[tuple[int, str, Parser]] = []
         self._peaks: list[tuple[int, bytes]] = []
-        #: The file that tells the least peak of swap, and `swap.AREAS`.
-        self._least_swap: tuple[int, str, Parser] | None = None
-        self._swap_areas = -1
+        self._swap_areas: int | None = None
         try:
             for directory, some in itertools.groupby(targets, lambda target: target[0]):
                 with files.opening(directory) as open_one:
@@ -224,11 +222,9 @@ class Meter:
                 if error.errno == errno.ENOENT and files.is_directory(directory):
                     return
                 raise
+        self._files.append((fd, path, parser))
         if name in _LEAST_SWAP:
-            self._least_swap = (fd, path, parser)
             self._swap_areas = files.open_file(*os.path.split(swap.AREAS))
-        else:
-            self._files.append((fd, path, parser))
 
     def read(self) -> Reading:
         """Return the usage until now. Raises KernelError (ENODEV: the cgroup was deleted)."""
@@ -246,23 +242,14 @@ class Meter:
             # On v1 the IO of a cgroup counts in the one above as soon as that has IO limits. The other counters remain.
             self._files.remove(given_up)
             posix.close(given_up[0])
-        if self._least_swap is not None:
-            self._read_least_swap(*self._least_swap, found)
+        if found[_SWAP] == 0 and self._swap_areas is not None:
+            try:
+                areas = os.pread(self._swap_areas, 4096, 0)
+            except OSError as error:
+                raise files.failure(error, swap.AREAS) from None
+            if swap.any_area(areas):
+                found[_SWAP] = None
         return Reading._make(found)
-
-    def _read_least_swap(self, fd: int, path: str, parser: Parser, found: Fields) -> None:
-        try:
-            areas = os.pread(self._swap_areas, 4096, 0)
-        except OSError as error:
-            raise files.failure(error, swap.AREAS) from None
-        if not swap.any_area(areas):
-            found[_SWAP] = 0
-            return
-        try:
-            parser(os.pread(fd, 4096, 0), found)
-        except OSError as error:
-            raise files.failure(error, path) from None
-        found[_SWAP] = found[_SWAP] or None
 
     def oom_kills(self) -> int | None:
         """Return ``oom_kills`` alone, from one file. Raises KernelError (ENODEV: the cgroup was deleted)."""
@@ -293,12 +280,9 @@ class Meter:
         self._peaks.clear()
         while self._files:
             posix.close(self._files.pop()[0])
-        if self._least_swap is not None:
-            posix.close(self._least_swap[0])
-            self._least_swap = None
-        if self._swap_areas >= 0:
+        if self._swap_areas is not None:
             posix.close(self._swap_areas)
-            self._swap_areas = -1
+            self._swap_areas = None
 
     def __enter__(self) -> Meter:
         return self

@@ -177,32 +177,30 @@ class Watcher:
         watch = Watch(
             self, cgroup, callback, on_gone, open_sources(cgroup, kinds, thresholds, needs, pressure)
         )
-        with self._lock:
-            self._watches.add(watch)
-            if self._thread is None:
-                self._start(watch)
-            else:
-                os.eventfd_write(self._wake, 1)
+        try:
+            with self._lock:
+                if self._thread is None:
+                    self._start()
+                else:
+                    os.eventfd_write(self._wake, 1)
+                self._watches.add(watch)
+        except BaseException:
+            _close(watch)
+            raise
         return watch
 
-    def _start(self, watch: Watch) -> None:
-        """Start the thread for the first watch. Raises KernelError, and forgets the watch. Hold the lock."""
+    def _start(self) -> None:
+        """Start the thread, which waits for the lock. Hold it. Raises KernelError."""
+        try:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise KernelError.from_oserror(error, path="eventfd") from None
         thread = threading.Thread(target=self._run, name="cgroup-events", daemon=True)
         try:
-            try:
-                self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            except OSError as error:
-                raise KernelError.from_oserror(error, path="eventfd") from None
-            try:
-                threads.start(thread)
-            except BaseException:
-                posix.close(self._wake)
-                self._wake = -1
-                raise
+            threads.start(thread)
         except BaseException:
-            watch.closed = True
-            self._watches.discard(watch)
-            _close(watch)
+            posix.close(self._wake)
+            self._wake = -1
             raise
         self._thread = self._last = thread
 

@@ -11,17 +11,16 @@ import pkgutil
 import pty
 import select
 import signal
-import sys
 import tempfile
 import termios
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import rcon_plugins
-from rcon_plugins.cli.rcon import run_main
+from tests.commands import become_rcon
 
 # Load all modules once here, not again in each fork: on the emulated machine that takes seconds.
 for _module in pkgutil.walk_packages(rcon_plugins.__path__, "rcon_plugins."):
@@ -59,36 +58,6 @@ def rcon(*arguments: str | Path, before: Callable[[], object] | None = None, cwd
         told = json.loads(report.read_text()) if report.exists() and report.read_text() else {}
         out, err = (path.read_text(errors="replace") for path in paths)
         return Done(status, out, err, told)
-
-
-def become_rcon(
-    words: list[str], streams: list[Path], before: Callable[[], object] | None = None, cwd: str = "/"
-) -> NoReturn:
-    """Run rcon in this new process and exit. ``streams`` are the files for standard output and error, if any."""
-    status = 99
-    try:
-        if streams:
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            for number, path in enumerate(streams, 1):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.stdin, sys.stdout, sys.stderr = (
-            os.fdopen(0, "r", closefd=False),
-            os.fdopen(1, "w", closefd=False),
-            os.fdopen(2, "w", closefd=False),
-        )
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
-        os.chdir(cwd)
-        if before:
-            before()
-        status = run_main(words)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError):  # `before` may have closed them
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
 
 
 def left_by(pid: int) -> list[Path]:

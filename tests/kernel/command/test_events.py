@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.kernel.command.harness import ALLOCATE, become_rcon, left_by, rcon, until
+from tests.commands import become_rcon
+from tests.kernel.command.harness import ALLOCATE, left_by, rcon, until
 
 pytestmark = pytest.mark.each_layout
 

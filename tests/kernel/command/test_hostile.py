@@ -13,8 +13,9 @@ import pytest
 
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of
+from tests.commands import become_rcon
 from tests.kernel.cgroup.helpers import DISK, MIB, Running, running, sleep_forever
-from tests.kernel.command.harness import become_rcon, left_by, rcon, until
+from tests.kernel.command.harness import left_by, rcon, until
 
 pytestmark = pytest.mark.each_layout
 

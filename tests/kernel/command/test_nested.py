@@ -15,8 +15,9 @@ import pytest
 
 from rcon_plugins.command.run import Order, run
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
+from tests.commands import become_rcon
 from tests.kernel.cgroup.helpers import DISK
-from tests.kernel.command.harness import ALLOCATE, become_rcon, left_by, rcon
+from tests.kernel.command.harness import ALLOCATE, left_by, rcon
 from tests.kernel.quota import judge
 
 pytestmark = pytest.mark.each_layout

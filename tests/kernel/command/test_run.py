@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import become_rcon
 from tests.kernel.cgroup.helpers import DISK
-from tests.kernel.command.harness import ALLOCATE, MOUNTS, become_rcon, left_by, rcon, until
+from tests.kernel.command.harness import ALLOCATE, MOUNTS, left_by, rcon, until
 from tests.kernel.quota import judge, window
 from tests.processes import alive
 

@@ -31,10 +31,11 @@ from rcon_plugins.kernel.cgroup.mounts import is_systemds
 from rcon_plugins.tree import systemd
 from rcon_plugins.tree.base import find_base
 from tests import children
+from tests.commands import become_rcon
 from tests.directories import let_others_read
 from tests.integrations.celery.redis_server import RedisServer
 from tests.kernel.cgroup.helpers import running, sleep_forever
-from tests.kernel.command.harness import become_rcon, rcon, until
+from tests.kernel.command.harness import rcon, until
 from tests.kernel.systemd.test_user_manager import a_server
 
 pytestmark = [pytest.mark.kernel, pytest.mark.layout("v2"), pytest.mark.init("systemd")]

@@ -27,8 +27,8 @@ from rcon_plugins.tree import systemd
 from rcon_plugins.tree.base import find_base
 from rcon_plugins.tree.instance import Instance
 from tests import children
+from tests.commands import become_rcon
 from tests.kernel.cgroup.helpers import DISK, eventually, running, settings_of, sleep_forever
-from tests.kernel.command.harness import become_rcon
 
 pytestmark = [pytest.mark.kernel, pytest.mark.layout("v2")]
 

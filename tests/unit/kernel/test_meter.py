@@ -60,9 +60,6 @@ def test_everything_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(swap, "_CHARGED_AHEAD", 0)
-    areas = tmp_path / "swaps"
-    areas.write_text("Filename Type Size Used Priority\n/swap file 131068 5120 -2\n")
-    monkeypatch.setattr(swap, "AREAS", str(areas))
     write(tmp_path, contents)
     with Meter([(str(tmp_path), name, parser) for name, (_, parser) in table.items()]) as meter:
         reading = meter.read()
@@ -94,7 +91,7 @@ def test_a_missing_value_is_none_and_not_zero(tmp_path: Path) -> None:
     [
         ({"memory.swap.peak": b"0\n", "memory.swap.current": b"0\n"}, 0, 0),
         ({"memory.swap.current": b"0\n"}, 0, None),
-        ({"memory.swap.current": b"8192\n"}, 0, 8192),
+        ({"memory.swap.current": b"8192\n"}, 8192, 8192),
         ({"memory.max_usage_in_bytes": b"4096\n", "memory.memsw.max_usage_in_bytes": b"4096\n"}, 0, None),
         # What one CPU has charged ahead is not swap.
         ({"memory.max_usage_in_bytes": b"4096\n", "memory.memsw.max_usage_in_bytes": b"266240\n"}, 0, None),
