@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-customers demo-jobs redis serve test lint docs bench bench-vm clean root debian \
+.PHONY: help demo demo-customers demo-jobs redis serve test lint docs bench bench-compare bench-vm clean root debian \
 	check test-long fuzz soak coverage test-unit test-contract test-integrations test-kernel test-vm test-systemd
 
 help: ## list the targets
@@ -76,6 +76,9 @@ test-systemd: $(VENV)/.test debian ## what needs systemd as PID 1, in an emulate
 
 bench: $(VENV)/.run $(VENV)/.jobs redis ## throughput and latency with and without confinement; prints, asserts nothing
 	@$(BIN)/python tests/benchmarks $(ARGS)
+
+bench-compare: $(VENV)/.run $(VENV)/.jobs redis ## CPU time of a request and a task beside that of the commit COMMIT=; asserts nothing
+	@PYTHONPATH=$(CURDIR) $(BIN)/python tests/benchmarks/compare.py $(COMMIT) $(ARGS)
 
 bench-vm: $(VENV)/.test debian ## how soon events are told, on pure cgroup v2 in an emulated machine; prints, asserts nothing
 	@$(BIN)/python -m tests.vm tests/benchmarks --only events

@@ -57,6 +57,19 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | 2)
 
 
+def cpu_seconds_of_family(pid: int) -> float:
+    """Return the CPU seconds of a process and all its descendants, those that have ended included.
+
+    What a process has waited for is counted in ticks of 10 ms.
+    """
+    seconds = 0.0
+    for one in family(pid):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+            seconds += cpu_seconds(one) + sum(map(int, fields[13:15])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
 def instance_directories(pid: int) -> list[Path]:
     """Return the directories of the instance that this process made, in each hierarchy."""
     return [

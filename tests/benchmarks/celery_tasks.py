@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +84,7 @@ def rates(rounds: int) -> dict[str, dict[str, float]]:
     sys.path.insert(0, str(ROOT))  # use the redis-server and the worker of the tests
     from tests.integrations.celery.redis_server import RedisServer
     from tests.integrations.celery.worker import Worker
+    from tests.processes import cpu_seconds_of_family
 
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
     with contextlib.ExitStack() as stack:
@@ -107,9 +108,9 @@ def rates(rounds: int) -> dict[str, dict[str, float]]:
         queues = (f"q{number}" for number in itertools.count())
         for turn in range(rounds + 1):
             for name, kind in KINDS.items():
-                before = cpu_seconds(workers[kind.worker].family())
+                before = cpu_seconds_of_family(workers[kind.worker].pid)
                 rate = throughput(apps[kind.worker], kind.task, next(queues), kind.many)
-                cpu = cpu_seconds(workers[kind.worker].family()) - before
+                cpu = cpu_seconds_of_family(workers[kind.worker].pid) - before
                 if turn:  # the first turn is for warming up
                     measured[name].append((rate, cpu / kind.many))
     return {name: compared(measured[name], measured[kind.base]) for name, kind in KINDS.items()}
@@ -127,16 +128,6 @@ def compared(mine: list[tuple[float, float]], base: list[tuple[float, float]]) -
         "cpu_seconds": statistics.median(cpu for _, cpu in mine),
         "cpu_added": statistics.median(cpu - other for (_, cpu), (_, other) in pairs),
     }
-
-
-def cpu_seconds(pids: Iterable[int]) -> float:
-    """Return the CPU seconds of these processes, including their children that have ended."""
-    ticks = 0
-    for pid in pids:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def throughput(app: Celery, task: str, queue: str, count: int) -> float:

@@ -28,7 +28,8 @@ APPLICATIONS = {"new thread": "each_anew:new_thread", "new process": "each_anew:
 class Gunicorn:
     """A server with the hello-world application: one gthread worker with eight threads."""
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, checkout: Path | None = None) -> None:
+        """``checkout`` is the directory to import rcon_plugins and the adapters from; None: what is installed."""
         self.mode = mode
         self._files = tempfile.TemporaryDirectory(prefix="rcon-bench-")
         listener = socket.create_server(("127.0.0.1", 0), backlog=256)
@@ -38,6 +39,8 @@ class Gunicorn:
         command += ["--worker-class", "gthread", "--threads", "8", "--keep-alive", "60"]
         command += ["--bind", f"fd://{listener.fileno()}"]
         environ = dict(os.environ)
+        if checkout is not None:
+            environ["PYTHONPATH"] = f"{checkout}:{checkout / 'integrations'}"
         policy = POLICIES.get(mode)
         if policy is not None:
             settings = Path(self._files.name, "rcon.toml")
@@ -56,6 +59,11 @@ class Gunicorn:
             )
         listener.close()
         self._wait_until_served()
+
+    @property
+    def pid(self) -> int:
+        """The process id of the master."""
+        return self._process.pid
 
     def stop(self) -> None:
         """Stop the server."""

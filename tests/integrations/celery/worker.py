@@ -30,8 +30,12 @@ class Worker:
         concurrency: int = 2,
         name: str = "w",
         environ: Mapping[str, str] | None = None,
+        checkout: Path = ROOT,
     ) -> None:
-        """``application`` is a module, as ``-A`` takes it; ``environ`` is added to the environment."""
+        """``application`` is a module, as ``-A`` takes it; ``environ`` is added to the environment.
+
+        ``checkout`` is the working directory, which Celery puts before all else that is imported from.
+        """
         self.directory = directory
         self.name = f"{name}@test"
         self.log_file = directory / f"{name}.log"
@@ -44,7 +48,7 @@ class Worker:
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
-                cwd=ROOT,
+                cwd=checkout,
                 env={**os.environ, "C_FORCE_ROOT": "1", "PYTHONFAULTHANDLER": "1", **(environ or {})},
                 stdout=log,
                 stderr=log,

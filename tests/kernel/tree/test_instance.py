@@ -383,9 +383,12 @@ def test_a_base_that_others_remove_meanwhile_is_made_again(hierarchy: Hierarchy,
     """As a server does that ends while another starts."""
     base = group.child("base")
     over = threading.Event()
+    began = time.monotonic()
+    Instance.create(hierarchy, base=base.path).close()
+    pause = time.monotonic() - began  # removed more often than it is made, no number of attempts would do
 
     def remove() -> None:
-        while not over.wait(0.005):  # more often than that, no number of attempts would do
+        while not over.wait(pause):
             for directory in base.directories:
                 with contextlib.suppress(OSError):
                     Path(directory).rmdir()
