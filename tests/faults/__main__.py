@@ -10,6 +10,9 @@ from collections import Counter
 from tests.faults import cases
 from tests.faults.scenarios import SCENARIOS
 
+#: Print a line after so many cases.
+PROGRESS = 500
+
 
 def main() -> int:
     """Run cases; return the exit status."""
@@ -50,8 +53,13 @@ def main() -> int:
     chosen = [case for case in chosen if options.only in str(case)]
     began = time.monotonic()
     kinds: Counter[str] = Counter()
+    judged = 0
 
     def tell(verdict: cases.Verdict) -> None:
+        nonlocal judged
+        judged += 1
+        if judged % PROGRESS == 0:
+            print(f"{judged} of {len(chosen)} cases, {time.monotonic() - began:.0f} s", flush=True)
         if verdict.wrong:
             print(f"{verdict.case}\n    {verdict.wrong}\n    {verdict.result['refusals']}", flush=True)
 
