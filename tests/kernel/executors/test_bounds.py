@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -19,14 +20,15 @@ import pytest
 from rcon_plugins import Manager, RunningManager, Server, Work, hookimpl
 from rcon_plugins.confinement.admission import InlineAdmission, ThreadAdmission
 from rcon_plugins.confinement.removal import Removals
-from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
+from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, KernelError
 from rcon_plugins.executors import pool, process
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.kernel.events import watcher_of_process
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import running, sleep_forever
-from tests.kernel.executors.service import ask, begin, managing, soon
+from tests.kernel.executors.service import ask, begin, managing, serve, soon
+from tests.processes import children
 
 pytestmark = pytest.mark.each_layout
 
@@ -237,10 +239,13 @@ def test_a_busy_thread_removes_its_cgroup_when_it_ends() -> None:
         def leave(*_: object) -> None:
             raise Left
 
+        def work() -> None:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+            gate.wait()
+
         signal.signal(signal.SIGALRM, leave)
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
         with contextlib.suppress(Left):
-            call(manager, "busy", gate.wait)
+            call(manager, "busy", work)
         for number in range(2 * CONFINEMENTS):
             call(manager, f"h{number}")
         stays = "p~busy" in groups(manager, "host")
@@ -340,6 +345,39 @@ def test_a_removal_without_room_for_a_thread_waits_for_the_next(base: Cgroup) ->
 
     with running(first, sleep_forever), running(second, sleep_forever), running(narrow, program) as child:
         assert child.result() == (1, 1, True)
+
+
+def test_a_server_without_room_for_a_thread_leaves_nothing(base: Cgroup) -> None:
+    """It may have one process beside itself: the fork server, and then no thread that hears of its executors."""
+    narrow = base.child("narrow").create()
+    narrow.configure(Resources(pids_max=2))
+    settings = from_mapping(
+        {"policy": {"p": {"isolation": "process"}}, "cgroup": base.child("server").create().path}
+    )
+
+    def program() -> tuple[str, set[str], list[int], list[str]]:
+        deployment = Manager(settings).deploy()
+        before = open_files()
+        try:
+            with pytest.raises(KernelError, match="could not be started") as refused:
+                deployment.start(serve)
+            message = str(refused.value)
+            refused = None  # its traceback refers to what was made
+            gc.collect()
+            return message, open_files() - before, children(os.getpid()), deployment.instance.work.children()
+        finally:
+            deployment.close()
+
+    with running(narrow, program) as child:
+        message, files, processes, cgroups = child.result()
+    assert "raise the limit on processes" in message
+    assert (files, processes, cgroups) == (set(), [], [])
+
+
+def open_files() -> set[str]:
+    return {
+        f"{entry.name} {entry.readlink()}" for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()
+    }
 
 
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
