@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -43,6 +45,10 @@ class Subject(Protocol):
 
     def work(self, count: int) -> None:
         """Have it do so many requests or tasks."""
+
+
+#: The name of a comparison, what starts its subjects, of which kind, and how much work there is in one turn.
+Part = tuple[str, Callable[[str, Path], AbstractContextManager[dict[str, Subject]]], str, int]
 
 
 class Web:
@@ -166,7 +172,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=300, help="requests in one turn; tasks are a third")
     parser.add_argument("--json", action="store_true", help="write JSON")
     options = parser.parse_args()
-    parts = [(f"web-{mode}", servers, mode, options.count) for mode in WEB]
+    parts: list[Part] = [(f"web-{mode}", servers, mode, options.count) for mode in WEB]
     parts += [(f"tasks-{task}", workers, task, max(1, options.count // 3)) for task in TASKS]
     found: dict[str, dict[str, dict[str, float]]] = {}
     if not options.json:
@@ -179,7 +185,7 @@ def main() -> int:
             if options.only and name not in options.only:
                 continue
             with start(what, old) as subjects:
-                used = compare(subjects, options.rounds, count, lambda number, name=name: _say(name, number))
+                used = compare(subjects, options.rounds, count, partial(_say, name))
             row = {side: ratio(used[side], used["old"]) for side in ("new", "control")}
             found[name] = {"seconds": {side: statistics.median(used[side]) for side in SIDES}, **row}
             if not options.json:

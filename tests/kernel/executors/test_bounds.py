@@ -239,8 +239,10 @@ def test_a_busy_thread_removes_its_cgroup_when_it_ends() -> None:
         def leave(*_: object) -> None:
             raise Left
 
+        main = threading.get_ident()
+
         def work() -> None:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+            signal.pthread_kill(main, signal.SIGALRM)
             gate.wait()
 
         signal.signal(signal.SIGALRM, leave)
@@ -359,10 +361,11 @@ def test_a_server_without_room_for_a_thread_leaves_nothing(base: Cgroup) -> None
         deployment = Manager(settings).deploy()
         before = open_files()
         try:
-            with pytest.raises(KernelError, match="could not be started") as refused:
+            message = ""
+            try:
                 deployment.start(serve)
-            message = str(refused.value)
-            refused = None  # its traceback refers to what was made
+            except KernelError as error:
+                message = str(error)
             gc.collect()
             return message, open_files() - before, children(os.getpid()), deployment.instance.work.children()
         finally:
