@@ -88,6 +88,7 @@ class Exchange:
         "_frames",
         "_has_data",
         "_input_error",
+        "_left",
         "_limiter",
         "_log",
         "_pending",
@@ -115,6 +116,8 @@ class Exchange:
         self._state: Literal["running", "ended", "settled"] = "running"
         self._ending: Literal["ok", "error"] = "ok"
         self._status = ""
+        #: The bytes of the body that the server has not got yet; None if the headers do not say how many there are.
+        self._left: int | None = None
 
     def begin(self, start_response: StartResponse) -> Iterable[bytes]:
         """Send the request to the executor process and wait for the first frame of its response."""
@@ -144,6 +147,7 @@ class Exchange:
 
     def _start(self, start_response: StartResponse, start: wire.Start) -> Iterable[bytes]:
         self._status = start.status
+        self._left = wire.body_length(start, self._environ["REQUEST_METHOD"])
         if start.status.startswith("500"):
             self._ending = "error"
             outcome, only = self._hold_back()
@@ -167,11 +171,17 @@ class Exchange:
         try:
             if not self._pending and self._state == "running":
                 if self._client is not None:
+                    # A client that has the whole response may leave before the application has ended.
+                    if self._left is not None and self._left <= 0:
+                        self._client.release()
                     self._client.enter(Stage.EXECUTOR)
                 self._take(*self._next())
             if self._pending:
                 self._hand_over()
-                return self._pending.pop()
+                chunk = self._pending.pop()
+                if self._left is not None:
+                    self._left -= len(chunk)
+                return chunk
         except _Failed as failed:
             if failed.outcome.ending not in ANSWERED:
                 raise self._cut(failed.outcome) from None

@@ -90,6 +90,11 @@ _MESSAGE_CHARACTERS = 8 * 1024
 _TRACEBACK_CHARACTERS = 64 * 1024
 
 
+#: The statuses of responses that have no body.
+_WITHOUT_BODY = frozenset({"204", "304"})
+_LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
+
+
 class Start(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     """Status and headers."""
 
@@ -201,6 +206,19 @@ def encode_start(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
     if _FORBIDDEN.search("".join(texts)) is not None:
         raise ValueError("status and headers are single lines of latin-1 characters")
     return _encoder.encode((status, pairs))
+
+
+def body_length(start: Start, method: str) -> int | None:
+    """Return how many bytes the body of a response has for its client; None if the headers do not say.
+
+    Source: RFC 9112, section 6.3.
+    """
+    if method == "HEAD" or start.status[:3] in _WITHOUT_BODY:
+        return 0
+    for name, value in start.headers:
+        if name.lower() == "content-length" and _LENGTH.fullmatch(value.strip()):
+            return int(value)
+    return None
 
 
 def decode_start(payload: bytes) -> Start:

@@ -17,7 +17,7 @@ import pytest
 from rcon_plugins.executors.channel import Channel, ChannelClosed
 from rcon_plugins.outcome import Outcome
 from rcon_wsgi import ResponseCut, wire
-from tests.unit.wsgi.peer import DONE, END, START, START_500, Meeting, data, meeting, only
+from tests.unit.wsgi.peer import DONE, END, NUMBER, START, START_500, Meeting, data, meeting, only
 
 PATIENCE = 60.0
 TIMEOUT = Outcome(ending="timeout", policy="tenant", limit="each.timeout")
@@ -139,6 +139,40 @@ class FromClient:
     def read(self, size: int) -> bytes:
         self.reading.set()
         return self._socket.recv(size)
+
+
+WHOLE = {
+    "a body of its length": (("200 OK", [("Content-Length", "5")]), [data(b"hel"), data(b"lo")], {}),
+    "HEAD": (("200 OK", [("Content-Length", "5")]), [data(b"")], {"REQUEST_METHOD": "HEAD"}),
+    "no content": (("204 No Content", []), [data(b"")], {}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_client_may_leave_once_it_has_the_whole_response(name: str) -> None:
+    """The application ends later: its executor is not killed, and its work counts as ok."""
+    start, chunks, environ = WHOLE[name]
+    with connected() as (sock, client), meeting(sock, environ) as met:
+        met.says((wire.START, NUMBER + wire.encode_start(*start)), *chunks, end=False)
+        result = met.server.begin()
+        assert [next(result) for _ in chunks] == [chunk for _, chunk in chunks]
+        client.close()
+        thread = threading.Timer(0.2, met.says, (END, DONE))
+        thread.start()
+        assert ends(lambda: list(result)) == []
+        thread.join()
+        result.close()
+        assert met.admission.settled == [("ok", "")]
+
+
+def test_a_client_that_left_before_it_had_all_is_noticed() -> None:
+    start = (wire.START, NUMBER + wire.encode_start("200 OK", [("Content-Length", "6")]))
+    with connected() as (sock, client), meeting(sock) as met:
+        met.says(start, data(b"hello"), end=False)
+        result = met.server.begin()
+        assert next(result) == b"hello"
+        client.close()
+        assert isinstance(ends(lambda: next(result)), ResponseCut)
 
 
 @pytest.mark.parametrize("begun", [False, True])
