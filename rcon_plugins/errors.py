@@ -33,6 +33,9 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from rcon_plugins.work import Usage
 
+#: The remedy where clone(2) finds no room for one more process or thread, which count alike.
+MORE_PROCESSES = "raise the limit on processes: pids.max of the cgroups around this process, `ulimit -u`"
+
 
 class RconError(Exception):
     """Base of every error this project raises."""
@@ -267,6 +270,20 @@ class ConcurrencyLimitExceeded(LimitExceeded):
     """
 
     retry_after: int = 1
+
+
+def thread_not_started(name: str, error: RuntimeError) -> KernelError:
+    """Return the error (EAGAIN) for a thread that could not be started, with the remedy.
+
+    A thread counts as a process, so clone(2) fails at a limit on processes. Python then raises RuntimeError, which
+    nobody expects of the kernel.
+    """
+    return KernelError(
+        f"the thread {name} could not be started: {error}",
+        errno=_errno.EAGAIN,
+        path="clone",
+        hint=MORE_PROCESSES,
+    )
 
 
 def on_one_line(text: str) -> str:
