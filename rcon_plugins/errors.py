@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 #: The remedy where clone(2) finds no room for one more process or thread, which count alike.
 MORE_PROCESSES = "raise the limit on processes: pids.max of the cgroups around this process, `ulimit -u`"
 
+#: The remedies where no descriptor is left, whatever the call.
+_MORE_DESCRIPTORS = {
+    _errno.EMFILE: "raise the limit on open files of this process: RLIMIT_NOFILE, `ulimit -n`, LimitNOFILE= of a unit",
+    _errno.ENFILE: "raise the limits of this machine on open files and pipes: fs.file-max, fs.pipe-user-pages-hard",
+}
+
 
 class RconError(Exception):
     """Base of every error this project raises."""
@@ -114,9 +120,14 @@ class KernelError(RconError, OSError):
     def from_oserror(
         cls, error: OSError, *, path: str, value: str | None = None, hint: str | None = None
     ) -> KernelError:
-        """Return ``error`` as a KernelError with the path, the value written and the remedy."""
+        """Return ``error`` as a KernelError with the path, the value written and the remedy.
+
+        Without ``hint`` the remedy is that of ``error``, if it has one. Where no descriptor is left, it is always to
+        raise that limit.
+        """
         number = error.errno or _errno.EIO
         action = f"writing {value!r} to {path}" if value is not None else path
+        hint = _MORE_DESCRIPTORS.get(number) or hint or getattr(error, "hint", None)
         return cls(f"{action}: {os.strerror(number)}", errno=number, path=path, value=value, hint=hint)
 
     def __str__(self) -> str:

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError, thread_not_started
+from rcon_plugins.kernel import descriptors
 from rcon_plugins.kernel.cgroup.v1 import count_notices
 
 if TYPE_CHECKING:
@@ -47,10 +48,7 @@ class OomGuard:
         """Start to count; with ``kills_all`` in a thread that kills. The cgroups exist. Raises `KernelError`."""
         if not self._group.kills_one_by_one:
             return
-        try:
-            self._notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except OSError as error:
-            raise KernelError.from_oserror(error, path="eventfd") from None
+        self._notice = descriptors.event_counter()
         if self._group.notify_of_oom(self._notice) and kills_all:
             self._meter = self._leaf.meter({"memory"})  # opened now, because the time after a kill is short
             self._running.acquire()

@@ -20,7 +20,7 @@ from rcon_plugins.command.job_control import Caller
 from rcon_plugins.command.oom import OomGuard
 from rcon_plugins.ending import Bounds, End, LimitsInForce, Snapshot, explain_end, format_memory
 from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
-from rcon_plugins.kernel import proc
+from rcon_plugins.kernel import descriptors, proc
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.branch import check_name
 from rcon_plugins.tree.instance import Instance
@@ -194,8 +194,13 @@ class _Run:
 
     def _start(self, watching: contextlib.ExitStack) -> None:
         """Start the command, or raise the error for which it could not be executed."""
-        ours, theirs = os.pipe()
-        waits, go = os.pipe()
+        ours, theirs = descriptors.pipe()
+        try:
+            waits, go = descriptors.pipe()
+        except KernelError:
+            os.close(ours)
+            os.close(theirs)
+            raise
         caller = os.getpid()
         pid = posix.fork()
         if pid == 0:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import capability
+from rcon_plugins.kernel import capability, descriptors
 from rcon_plugins.kernel.syscalls import (
     CLONE_FS,
     PR_SET_CHILD_SUBREAPER,
@@ -164,7 +164,7 @@ def open_sigchld_pipe() -> tuple[int, int]:
 
     `close_sigchld_pipe` undoes this in a new process.
     """
-    end, wakeup = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    end, wakeup = descriptors.socket_pair(_socket.SOCK_STREAM, _socket)
     wakeup.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     end.setblocking(False)
@@ -345,9 +345,10 @@ def open_missing_standard_files() -> None:
 
 def closed_socket() -> int:
     """Return a socket whose peer is closed, for `os.dup2`: see `replace_with_closed_socket`."""
-    end, peer = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    end, peer = descriptors.socket_pair(_socket.SOCK_STREAM, _socket)
     peer.close()
-    return end.detach()
+    descriptor: int = end.detach()
+    return descriptor
 
 
 def _is_file(mode: int) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, NoReturn
 
 from rcon_plugins.errors import KernelError, RconError
-from rcon_plugins.kernel import files, proc
+from rcon_plugins.kernel import descriptors, files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree import attach_watcher, previous_cgroups
 from rcon_plugins.tree.instance import Instance
@@ -107,7 +107,7 @@ def attach(request: AttachRequest, hierarchy: Hierarchy, base: str | None = None
     Raises `AttachRefused`, `KernelError`, and any exception of ``monitor``.
     """
     check(request.pids, hierarchy)
-    reading, writing = os.pipe()
+    reading, writing = descriptors.pipe()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     pid = os.fork()

@@ -17,6 +17,7 @@ from collections.abc import Callable
 if __name__ == "__main__":  # executed by path, in an isolated interpreter
     sys.path.insert(0, __file__.rsplit("/", 3)[0])
 
+from rcon_plugins.kernel import descriptors
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from rcon_plugins.tree import previous_cgroups
 from rcon_plugins.tree.instance import Instance
@@ -43,7 +44,7 @@ def watch(instance: Instance, group: Cgroup, stop: Callable[[], object] | None =
 
     Before that, call ``stop``, which ends the threads that monitor the group. Raises KernelError.
     """
-    wakeup, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    wakeup, writing = descriptors.pipe(blocking=False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import features, process, seccomp
+from rcon_plugins.kernel import descriptors, features, process, seccomp
 from rcon_plugins.kernel.capability import CAP_SETGID, CAP_SETUID, Capabilities, read_state
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, swap, v1
 from rcon_plugins.kernel.cgroup.mounts import is_systemds
@@ -224,7 +224,7 @@ def _inline(instance: Instance) -> None:
 
 def _attach(leaf: Cgroup) -> None:
     """Fork a waiting child, attach it to ``leaf``, and end it."""
-    reading, writing = os.pipe()
+    reading, writing = descriptors.pipe()
     child = os.fork()
     if child == 0:
         posix.close(writing)
@@ -240,7 +240,7 @@ def _attach(leaf: Cgroup) -> None:
 
 def _in_a_child(act: Callable[[], None]) -> None:
     """Call ``act`` in a child. Raise the KernelError that it raised."""
-    reading, writing = os.pipe()
+    reading, writing = descriptors.pipe()
     child = os.fork()
     if child == 0:
         try:
