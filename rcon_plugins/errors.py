@@ -283,6 +283,12 @@ class ConcurrencyLimitExceeded(LimitExceeded):
     retry_after: int = 1
 
 
+def fork_refused(error: OSError) -> KernelError:
+    """Return the error for a fork(2) that failed, with the remedy. EAGAIN: there is no room for one more process."""
+    hint = MORE_PROCESSES if error.errno == _errno.EAGAIN else None
+    return KernelError.from_oserror(error, path="fork", hint=hint)
+
+
 def thread_not_started(name: str, error: RuntimeError) -> KernelError:
     """Return the error (EAGAIN) for a thread that could not be started, with the remedy.
 

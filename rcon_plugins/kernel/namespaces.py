@@ -229,10 +229,7 @@ def _trial() -> str | None:
     """Enter namespaces in a child. Return why they are not for this process, or None. Raises `KernelError`."""
     reading, writing = descriptors.pipe()
     try:
-        try:
-            child = process.fork()
-        except OSError as error:
-            raise KernelError.from_oserror(error, path="fork") from None
+        child = process.fork()
         if child == 0:
             _enter_and_answer(writing)
         posix.close(writing)

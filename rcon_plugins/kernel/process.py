@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from rcon_plugins.errors import KernelError
+from rcon_plugins.errors import KernelError, fork_refused
 from rcon_plugins.kernel import capability, descriptors
 from rcon_plugins.kernel.syscalls import (
     CLONE_FS,
@@ -42,13 +42,15 @@ _MEMORY_DEVICES = frozenset({"/dev/null", "/dev/zero", "/dev/full", "/dev/random
 def fork() -> int:
     """Call fork(2): return 0 in the child and the child's pid in the parent. Every signal is blocked in the child.
 
-    So no handler of the parent can run in the child before `take_default_signals`.
+    So no handler of the parent can run in the child before `take_default_signals`. Raises `KernelError`.
     """
     before = _signal.pthread_sigmask(signal.SIG_BLOCK, _signal.valid_signals())
     try:
         pid = posix.fork()
-    except BaseException:
+    except BaseException as error:
         _signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if isinstance(error, OSError):
+            raise fork_refused(error) from None
         raise
     if pid != 0:
         _signal.pthread_sigmask(signal.SIG_SETMASK, before)
