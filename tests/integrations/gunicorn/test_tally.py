@@ -73,6 +73,9 @@ def test_totals_go_on_after_executors_workers_and_the_server(
         found = counts(directory)
         assert (found.begun, found.endings["ok"], found.endings["timeout"], found.lost) == (5, 4, 1, 0)
         assert counts(directory, "", None).refusals["unroutable"] == 1
+        assert run_main(["ls"]) == 0
+        line = "unroutable: 1 request or task that no route names, refused by gunicorn: master [application:app]"
+        assert f"{line} (pid {server.process.pid})\n" in capsys.readouterr().out
         files = sorted(one.name for one in directory.iterdir())
         assert files == ["0", "1"]
         owner = 65534 if "--user" in arguments else os.geteuid()

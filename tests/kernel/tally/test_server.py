@@ -189,6 +189,39 @@ def test_each_refusal_is_counted_by_its_reason(policy: str) -> None:
         assert counts(directory, policy, "a").executor_evictions == 1
 
 
+def test_what_no_route_names_is_shown_with_its_server(
+    policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also by a server without a group: when all its work is refused, it never makes one."""
+    with serving({policy: {"each": {"timeout": "60s"}}}) as (manager, directory):
+        before = counts(directory, "").refusals["unroutable"]
+        for _ in range(3):
+            with pytest.raises(RconError):
+                manager.admit(Work("call", "nobody", {}))
+        number = before + 3
+
+        assert run_main(["ls"]) == 0
+        line = f"unroutable: {number} requests or tasks that no route names, refused by "
+        (shown,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith(line)]
+        assert shown.endswith(f" (pid {os.getpid()})")
+        top = rows(capsys, "top", "--json", "--iterations", "1", "--interval", "0.1")
+        (server,) = [one for one in top["servers"] if one["instance"] == directory.name]
+        assert (server["unroutable"], server["new_unroutable"], server["node"]) == (number, 0, None)
+        assert run_main(["top", "--iterations", "1", "--interval", "0.1"]) == 0
+        heading = capsys.readouterr().out.splitlines()[0]
+        told = re.search(r", unroutable ([0-9]+)", heading)
+        assert told is not None
+        assert int(told[1]) >= number
+
+        assert ask(manager, "pid", command=policy)[1].ending == "ok"
+        row = {one["group"]: one for one in rows(capsys, "ls", "--json")}[policy]
+        assert (row["unroutable"], row["tally"]["refusals"]["unroutable"]) == (number, 0)
+        assert rows(capsys, "stat", policy, "--json")["unroutable"] == number
+        assert run_main(["stat", policy]) == 0
+        shown = f"unroutable     {number} refused by the whole server, as no route names them\n"
+        assert shown in capsys.readouterr().out
+
+
 def test_the_budget_refuses_and_confinements_give_way(policy: str) -> None:
     each = {"memory": "32M", "timeout": "60s"}
     with serving(
@@ -342,9 +375,15 @@ def test_without_a_directory_it_serves_and_says_so_once(
         try:
             assert ask(manager, "pid")[1].ending == "ok"
             row = {one["name"]: one for one in rows(capsys, "ls", "--json")}[policy]
-            assert row["tally"] is None
+            assert (row["tally"], row["unroutable"]) == (None, None)
+            assert rows(capsys, "stat", policy, "--json")["unroutable"] is None
+            top = rows(capsys, "top", "--json", "--iterations", "1", "--interval", "0.1")
+            (server,) = [one for one in top["servers"] if one["instance"] == row["instance"]]
+            assert (server["unroutable"], server["new_unroutable"]) == (None, 0)
             assert run_main(["stat", policy]) == 0
-            assert "served         unknown\n" in capsys.readouterr().out
+            out = capsys.readouterr().out
+            assert "served         unknown\n" in out
+            assert "unroutable" not in out
         finally:
             manager.close()
     said = [record.message for record in caplog.records if "rcon top" in record.message]
