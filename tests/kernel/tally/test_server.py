@@ -9,8 +9,11 @@ import logging
 import os
 import re
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pytest
 
 from rcon_plugins import Manager, RunningManager, Server, Work, hookimpl
 from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.confinement.admission import ProcessAdmission
 from rcon_plugins.errors import RconError
 from rcon_plugins.groups.find import find_group, find_groups
 from rcon_plugins.kernel import landlock
@@ -33,7 +37,7 @@ from rcon_plugins.tree import runtime
 from rcon_plugins.tree.owner import Owner
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import eventually
-from tests.kernel.executors.service import ask, begin, end, serve
+from tests.kernel.executors.service import ASK, ask, begin, end, serve
 
 pytestmark = pytest.mark.each_layout
 
@@ -48,13 +52,13 @@ def policy() -> str:
 
 @contextlib.contextmanager
 def serving(
-    policies: dict[str, Any], plugins: Any = (), **settings: Any
+    policies: dict[str, Any], plugins: Any = (), threads: bool = False, **settings: Any
 ) -> Iterator[tuple[RunningManager, Path]]:
     """A server with these policies: the `command` of work names its policy. Yield it and the directory of its tally."""
     routes = [{"policy": name, "command": name} for name in policies]
     manager = Manager(
         from_mapping({"policy": policies, "route": routes, **settings}),
-        server=Server(threads=False),
+        server=Server(threads=threads),
         plugins=plugins,
     )
     deployment = manager.deploy()
@@ -260,6 +264,39 @@ def test_work_in_threads_is_counted(policy: str, isolation: str) -> None:
         if isolation == "inline":
             (group,) = [one for one in find_groups().groups if one.name == policy]
             assert (group.kind, group.tally()) == ("host", found)
+
+
+@pytest.mark.parametrize("isolation", ["inline", "thread", "process"])
+def test_threads_that_end_work_at_the_same_time_lose_no_count(policy: str, isolation: str) -> None:
+    """Two threads of the server end a unit of work each, at the same moment, over and over."""
+    limits = {"each": {"timeout": "60s"}} if isolation == "process" else {"pids": 200}
+    rounds = 150
+    with serving({policy: {"isolation": isolation, **limits}}, threads=True) as (manager, directory):
+        together = threading.Barrier(2, timeout=60)
+
+        def work() -> None:
+            for _ in range(rounds):
+                admission = manager.admit(Work("call", "pid", {"command": policy}))
+                assert admission is not None
+                if isinstance(admission, ProcessAdmission):
+                    admission.channel.send((ASK, b'["pid"]'))
+                    admission.channel.receive()
+                else:
+                    admission.call(os.getpid)
+                together.wait()
+                admission.finish()
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                for done in [pool.submit(work) for _ in range(2)]:
+                    done.result()
+        finally:
+            sys.setswitchinterval(before)
+        found = counts(directory, policy)
+    assert (found.begun, some(found.endings), found.under_way) == (2 * rounds, {"ok": 2 * rounds}, 0)
+    assert some(found.refusals) == {}
 
 
 # -- hostile work
