@@ -369,13 +369,13 @@ class ProcessExecutors:
             os.kill(self._server, signal.SIGKILL)
             process.reap(self._server)
 
-    def _send_order(self, order: SpawnOrder | KillOrder | SignalOrder, *descriptors: int) -> None:
+    def _send_order(self, order: SpawnOrder | KillOrder | SignalOrder, *passed: int) -> None:
         """Send the fork server an order. Raises OSError; never waits for a fork server that does not read."""
         control = self._control
         if control is None:
             raise BrokenPipeError(errno.EPIPE, "closed")
-        rights = array.array("i", descriptors)
-        ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)] if descriptors else []
+        rights = array.array("i", passed)
+        ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)] if passed else []
         control.sendmsg([pickle.dumps(order)], ancillary, _socket.MSG_DONTWAIT)
 
     def _kill_once(self, executor: Executor) -> None:

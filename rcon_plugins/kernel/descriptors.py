@@ -1,4 +1,4 @@
-"""Make descriptors of no path: event counters, pipes, files in memory, pairs of sockets. execve(2) closes all of them.
+"""Make descriptors of no path: counters, pipes, files in memory, sockets, processes. execve(2) closes all of them.
 
 Each failure is a `KernelError` with the remedy: this process or the machine has no descriptor or no memory left.
 """
@@ -48,3 +48,11 @@ def socket_pair(kind: int, module: Any) -> tuple[Any, Any]:
     except OSError as error:
         raise KernelError.from_oserror(error, path="socketpair") from None
     return ends
+
+
+def of_process(pid: int) -> int:
+    """Return a descriptor of a process, pidfd_open(2). Raises `KernelError`; ESRCH: it is gone."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        raise KernelError.from_oserror(error, path=f"pidfd_open({pid})") from None

@@ -318,9 +318,11 @@ def _signal(instance: str, number: int) -> bool:
     """Send a signal to the watcher of an instance. Return False if it is dead."""
     _, pid, started = instance.split("-")[:3]
     try:
-        descriptor = os.pidfd_open(int(pid))
-    except ProcessLookupError:
-        return False
+        descriptor = descriptors.of_process(int(pid))
+    except KernelError as error:
+        if files.gone(error):
+            return False
+        raise
     try:
         if proc.start_time(int(pid)) != int(started):
             return False

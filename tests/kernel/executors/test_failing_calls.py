@@ -134,6 +134,7 @@ def test_descriptors_that_cannot_be_made_are_refused_with_the_remedy() -> None:
         "pipe": descriptors.pipe,
         "memfd_create": lambda: descriptors.memory_file("rcon-test"),
         "socketpair": lambda: descriptors.socket_pair(socket.SOCK_STREAM, socket),
+        "pidfd_open(1)": lambda: descriptors.of_process(1),
     }
 
     def program() -> dict[str, str]:
