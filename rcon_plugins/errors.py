@@ -33,6 +33,15 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from rcon_plugins.work import Usage
 
+#: The remedy where clone(2) finds no room for one more process or thread, which count alike.
+MORE_PROCESSES = "raise the limit on processes: pids.max of the cgroups around this process, `ulimit -u`"
+
+#: The remedies where no descriptor is left, whatever the call.
+_MORE_DESCRIPTORS = {
+    _errno.EMFILE: "raise the limit on open files of this process: RLIMIT_NOFILE, `ulimit -n`, LimitNOFILE= of a unit",
+    _errno.ENFILE: "raise the limits of this machine on open files and pipes: fs.file-max, fs.pipe-user-pages-hard",
+}
+
 
 class RconError(Exception):
     """Base of every error this project raises."""
@@ -111,9 +120,14 @@ class KernelError(RconError, OSError):
     def from_oserror(
         cls, error: OSError, *, path: str, value: str | None = None, hint: str | None = None
     ) -> KernelError:
-        """Return ``error`` as a KernelError with the path, the value written and the remedy."""
+        """Return ``error`` as a KernelError with the path, the value written and the remedy.
+
+        Without ``hint`` the remedy is that of ``error``, if it has one. Where no descriptor is left, it is always to
+        raise that limit.
+        """
         number = error.errno or _errno.EIO
         action = f"writing {value!r} to {path}" if value is not None else path
+        hint = _MORE_DESCRIPTORS.get(number) or hint or getattr(error, "hint", None)
         return cls(f"{action}: {os.strerror(number)}", errno=number, path=path, value=value, hint=hint)
 
     def __str__(self) -> str:
@@ -267,6 +281,26 @@ class ConcurrencyLimitExceeded(LimitExceeded):
     """
 
     retry_after: int = 1
+
+
+def fork_refused(error: OSError) -> KernelError:
+    """Return the error for a fork(2) that failed, with the remedy. EAGAIN: there is no room for one more process."""
+    hint = MORE_PROCESSES if error.errno == _errno.EAGAIN else None
+    return KernelError.from_oserror(error, path="fork", hint=hint)
+
+
+def thread_not_started(name: str, error: RuntimeError) -> KernelError:
+    """Return the error (EAGAIN) for a thread that could not be started, with the remedy.
+
+    A thread counts as a process, so clone(2) fails at a limit on processes. Python then raises RuntimeError, which
+    nobody expects of the kernel.
+    """
+    return KernelError(
+        f"the thread {name} could not be started: {error}",
+        errno=_errno.EAGAIN,
+        path="clone",
+        hint=MORE_PROCESSES,
+    )
 
 
 def on_one_line(text: str) -> str:

@@ -19,7 +19,7 @@ from kombu.exceptions import OperationalError
 from rcon_celery.worker import ConfinedWorker
 from rcon_plugins.errors import KernelError, RconError, SettingsError
 from rcon_plugins.groups.find import Group, find_groups
-from rcon_plugins.groups.sample import Sample, from_data, to_data
+from rcon_plugins.groups.sample import Sample, Samples, ServerSample, from_data, to_data
 from rcon_plugins.settings.limit_text import as_written
 from rcon_plugins.tally.reader import Counts, TallyOfServer
 
@@ -162,18 +162,20 @@ class Workers:
         self._known: list[str] = []
         self._searched: float | None = None
 
-    def samples(self) -> list[Sample]:
-        """Return a sample of each confinement on each worker.
+    def samples(self) -> Samples:
+        """Return a sample of each confinement on each worker, and of each worker.
 
         Raises `NoAnswer` if the broker cannot be reached; the first time also if no worker answers.
         """
         first = self._searched is None
         answers = self._ask()
-        samples: list[Sample] = []
+        groups: list[Sample] = []
+        servers: list[ServerSample] = []
         errors: dict[str, str] = {}
         for node, answer in sorted(answers.items()):
             try:
-                samples += _samples(node, answer)
+                groups += _samples(node, answer)
+                servers.append(_server(node, answer))
             except RconError as error:
                 errors[node] = str(error)
         if first and not answers:
@@ -187,7 +189,7 @@ class Workers:
         if first:
             for node, error_text in errors.items():
                 self._say(f"{node}: {error_text}")
-        return samples
+        return Samples(groups, servers)
 
     def _ask(self) -> dict[str, Any]:
         """Return each worker's answer. Ask all workers from time to time, else those that answered, which is faster."""
@@ -238,3 +240,15 @@ def _samples(node: str, answer: Any) -> list[Sample]:
         )
         for name, data in sorted(answer["confinements"].items())
     ]
+
+
+def _server(node: str, answer: Mapping[str, Any]) -> ServerSample:
+    """Return how many tasks of a worker no route names, by its answer."""
+    refusals = answer.get("refusals")  # None: unknown. It has only reasons that are not 0.
+    unroutable = refusals.get("unroutable", 0) if isinstance(refusals, Mapping) else None
+    return ServerSample(
+        instance=str(answer.get("cgroup")).rpartition("/")[2],
+        owner=f"celery worker {node}",
+        unroutable=unroutable if isinstance(unroutable, int) else None,
+        node=node,
+    )

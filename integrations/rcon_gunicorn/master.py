@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rcon_gunicorn.workers import server_traits
 from rcon_plugins.confinement.isolation import caveat
 from rcon_plugins.confinement.manager import Deployment, Manager
-from rcon_plugins.errors import RconError
+from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.identity.privileges import keep, needed, settle
 from rcon_plugins.settings.file import load
 
@@ -28,12 +28,12 @@ class _Arbiter(Protocol):
 class Master:
     """The state of one gunicorn master. Made in the master and inherited by the workers it forks."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, boots: Boots) -> None:
         self.deployment = deployment
         #: The capabilities that workers need to change to the users of policies, and those that this worker kept.
         self._needed = needed(deployment.plan.settings.policies.values())
         self._kept = needed(())
-        self.boots = Boots()
+        self.boots = boots
         #: The ended workers whose processes and cgroups could not be removed yet.
         self._unswept: set[int] = set()
         self._pid = os.getpid()
@@ -42,7 +42,8 @@ class Master:
     def start(cls, path: str, server: _Arbiter) -> Master:
         """Load and check the settings, and make the cgroups. Raises `RconError` with the reason and the remedy."""
         manager = Manager(load(path), server=server_traits(server.worker_class))
-        master = cls(manager.deploy(owner=_owner(server.cfg)))
+        boots = Boots()  # before there are cgroups to remove
+        master = cls(manager.deploy(owner=_owner(server.cfg)), boots)
         atexit.register(master.close)  # gunicorn calls no hook when it ends before it serves
         server.log.info(
             "rcon: %s confines requests; cgroups are in %s", path, master.deployment.instance.path
@@ -139,7 +140,11 @@ class Boots:
     """
 
     def __init__(self) -> None:
-        self._file = os.memfd_create("rcon-boots")
+        """Make a file in memory. Raises `KernelError`."""
+        try:
+            self._file = os.memfd_create("rcon-boots")
+        except OSError as error:
+            raise KernelError.from_oserror(error, path="memfd_create") from None
 
     def started(self) -> None:
         """Note that a worker serves."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import errno
 import os
 import select
 import time
 from typing import TYPE_CHECKING
 
-from rcon_plugins.errors import KernelError
+from rcon_plugins.errors import KernelError, thread_not_started
+from rcon_plugins.kernel import descriptors
 from rcon_plugins.kernel.cgroup.v1 import count_notices
 
 if TYPE_CHECKING:
@@ -48,23 +48,15 @@ class OomGuard:
         """Start to count; with ``kills_all`` in a thread that kills. The cgroups exist. Raises `KernelError`."""
         if not self._group.kills_one_by_one:
             return
-        try:
-            self._notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except OSError as error:
-            raise KernelError.from_oserror(error, path="eventfd") from None
+        self._notice = descriptors.event_counter()
         if self._group.notify_of_oom(self._notice) and kills_all:
             self._meter = self._leaf.meter({"memory"})  # opened now, because the time after a kill is short
             self._running.acquire()
             try:
                 _thread.start_new_thread(self._run, ())
-            except RuntimeError as error:  # as `rcon_plugins.kernel.threads`, which would import more
+            except RuntimeError as error:  # `rcon_plugins.kernel.threads` would import more
                 self._running.release()
-                raise KernelError(
-                    str(error),
-                    errno=errno.EAGAIN,
-                    path="clone",
-                    hint="raise the limit on processes: pids.max of the cgroup around, `ulimit -u`",
-                ) from None
+                raise thread_not_started("oom-guard", error) from None
 
     def stop(self) -> None:
         """End the thread, and count the notices until now. Call it while the group exists."""

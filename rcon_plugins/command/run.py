@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from rcon_plugins.command.job_control import Caller
 from rcon_plugins.command.oom import OomGuard
 from rcon_plugins.ending import Bounds, End, LimitsInForce, Snapshot, explain_end, format_memory
-from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError
-from rcon_plugins.kernel import proc
+from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError, fork_refused
+from rcon_plugins.kernel import descriptors, proc
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
 from rcon_plugins.kernel.cgroup.branch import check_name
 from rcon_plugins.tree.instance import Instance
@@ -194,10 +194,16 @@ class _Run:
 
     def _start(self, watching: contextlib.ExitStack) -> None:
         """Start the command, or raise the error for which it could not be executed."""
-        ours, theirs = os.pipe()
-        waits, go = os.pipe()
+        pipes = [*descriptors.pipe()]
         caller = os.getpid()
-        pid = posix.fork()
+        try:
+            pipes += descriptors.pipe()
+            pid = posix.fork()
+        except OSError as error:
+            for descriptor in pipes:
+                os.close(descriptor)
+            raise error if isinstance(error, KernelError) else fork_refused(error) from None
+        ours, theirs, waits, go = pipes
         if pid == 0:
             os.close(ours)
             os.close(go)

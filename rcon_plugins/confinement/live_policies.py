@@ -16,6 +16,7 @@ import msgspec
 from rcon_plugins.builtin.namespaces import memory_size
 from rcon_plugins.confinement.isolation import judge, resources_of, shares_memory
 from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
+from rcon_plugins.kernel import descriptors
 from rcon_plugins.kernel.cgroup import MAX, IoMax, Resources, change_limits, read_limits
 from rcon_plugins.kernel.files import gone
 from rcon_plugins.settings.budget import promised
@@ -44,15 +45,12 @@ class PolicyChangeLog:
 
     def __init__(self) -> None:
         """Make the file. Raises `KernelError`."""
+        self.file = descriptors.memory_file("rcon-changes")
         try:
-            self.file = os.memfd_create("rcon-changes")
-            try:
-                fcntl.fcntl(self.file, fcntl.F_SETFL, os.O_APPEND)
-            except BaseException:
-                os.close(self.file)
-                raise
+            fcntl.fcntl(self.file, fcntl.F_SETFL, os.O_APPEND)
         except OSError as error:
-            raise KernelError.from_oserror(error, path="memfd_create") from None
+            os.close(self.file)
+            raise KernelError.from_oserror(error, path="the log of changes") from None
 
     def add(self, policy: str, key: str, value: str) -> None:
         """Append one change. Raises `KernelError`."""

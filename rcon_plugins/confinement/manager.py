@@ -20,7 +20,7 @@ from rcon_plugins.confinement.budget import machine_ledger
 from rcon_plugins.confinement.live_policies import Change, LivePolicies, PolicyChangeLog, change_limit
 from rcon_plugins.confinement.plan import Plan
 from rcon_plugins.confinement.running import RunningManager
-from rcon_plugins.errors import DelegationError, KernelError
+from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.output import Log, standard_error
 from rcon_plugins.tally.writer import Tally
 from rcon_plugins.tree import runtime
@@ -98,25 +98,20 @@ class Manager:
         plan = self.plan
         if plan.settings.budget is not None:
             machine_ledger()  # opened as this user: the processes that serve may have another
-        try:
+        with plan.finding_base(plan.settings.file):
             instance = Instance.create(plan.hierarchy, base=plan.settings.cgroup, owner=owner)
-        except DelegationError as error:
-            if plan.settings.cgroup is not None:
-                where = f"{plan.settings.file}: cgroup" if plan.settings.file else "cgroup"
-                error.problem = f"{where}: {error.problem}"
-            raise
         try:
             plan = plan.within(instance.hierarchy)
             if plan.needs_adoption(instance):
                 instance.adopt()
+            warnings = plan.warnings(None if owner is None else owner[0])
+            changes = PolicyChangeLog() if changeable else None
         except BaseException:
             instance.close()
             raise
-        for warning in plan.warnings(None if owner is None else owner[0]):
+        for warning in warnings:
             LOGGER.warning("rcon: %s", warning)
-        return Deployment(
-            plan, instance, PolicyChangeLog() if changeable else None, _runtime_directory(instance, owner)
-        )
+        return Deployment(plan, instance, changes, _runtime_directory(instance, owner))
 
 
 class Deployment:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.builtin.plugins import make_plugin_manager
 from rcon_plugins.confinement.isolation import Server, Verdict, caveat, judge, process_refusals, shares_memory
-from rcon_plugins.errors import ConfinementError, SettingsError
+from rcon_plugins.errors import ConfinementError, DelegationError, SettingsError
 from rcon_plugins.identity.resolution import check as check_identity
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.settings.budget import promised
@@ -62,6 +63,20 @@ class Plan(NamedTuple):
         plan = self._replace(hierarchy=hierarchy, verdicts=verdicts)
         plan.check()
         return plan
+
+    @contextlib.contextmanager
+    def finding_base(self, file: str | None = None) -> Iterator[None]:
+        """Find the base in the ``with`` block. If `cgroup` of the settings names it, a refusal begins with that key.
+
+        ``file`` comes before the key.
+        """
+        try:
+            yield
+        except DelegationError as error:
+            if self.settings.cgroup is not None:
+                where = f"{file}: cgroup" if file else "cgroup"
+                error.problem = f"{where}: {error.problem}"
+            raise
 
     def check(self) -> None:
         """Raise `SettingsError` for the first policy that cannot be enforced here: limit, reason, remedy."""

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from rcon_plugins.errors import ConfinementError, KernelError
 from rcon_plugins.executors.channel import FAILED, FULL, READY, Channel, ChannelClosed, Frame
 from rcon_plugins.executors.inherited import InheritedFiles
-from rcon_plugins.kernel import process
+from rcon_plugins.kernel import descriptors, process
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.proc import other_threads
 from rcon_plugins.kernel.syscalls import poll_readable
@@ -141,7 +141,7 @@ class ForkServer:
             # Leave the terminal's foreground group, because only the host handles an interrupt.
             os.setsid()
             process.take_default_signals()
-            self._host_pidfd = os.pidfd_open(self._host)
+            self._host_pidfd = descriptors.of_process(self._host)
             self._close_server_files()
             process.open_missing_standard_files()
             self._files = InheritedFiles({self._instance.locks})
@@ -226,18 +226,18 @@ class ForkServer:
             self._spawn(order, array.array("i", ancillary[0][2] if ancillary else b""))
         return True
 
-    def _spawn(self, order: SpawnOrder, descriptors: Sequence[int]) -> None:
-        """Fork an executor process. ``descriptors`` are the end of its channel and, with ``output``, its pipe."""
+    def _spawn(self, order: SpawnOrder, passed: Sequence[int]) -> None:
+        """Fork an executor process. ``passed`` are the end of its channel and, with ``output``, its pipe."""
         # gevent's os.close() waits for an event loop, which runs nowhere here; posix.close() is the real one.
         try:
-            if len(descriptors) != 1 + order.output:
+            if len(passed) != 1 + order.output:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # no descriptor was left for them
             fault = self._prepare(order.policy)
             pid = process.fork()
             if pid == 0:
-                self._become_executor(order, descriptors, fault)
+                self._become_executor(order, passed, fault)
             try:
-                self._children[os.pidfd_open(pid)] = (order, pid)
+                self._children[descriptors.of_process(pid)] = (order, pid)
             except OSError:
                 os.kill(pid, signal.SIGKILL)  # a child not yet reaped: the pid is still its own
                 posix.waitpid(pid, 0)
@@ -245,7 +245,7 @@ class ForkServer:
         except OSError as error:
             self._report(ExitReport(order.number, 0, error.errno or errno.EIO))
         finally:
-            for descriptor in descriptors:
+            for descriptor in passed:
                 posix.close(descriptor)
 
     def _prepare(self, policy: Policy) -> BaseException | None:
@@ -294,10 +294,10 @@ class ForkServer:
             time.sleep(0.01)
 
     def _become_executor(
-        self, order: SpawnOrder, descriptors: Sequence[int], fault: BaseException | None
+        self, order: SpawnOrder, passed: Sequence[int], fault: BaseException | None
     ) -> NoReturn:
         try:
-            channel_end, *output = descriptors
+            channel_end, *output = passed
             fault = self._replace_files(order.policy, output) or fault
             self._control.close()
             for pidfd in (self._host_pidfd, *self._children):

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel import descriptors
 
 if TYPE_CHECKING:
     from rcon_plugins.executors.executor import Executor
@@ -40,7 +41,7 @@ class OomGuard:
     ) -> None:
         self._living = living
         self._kill = kill
-        self._notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._notice = descriptors.event_counter()
         self._supervisor: Supervisor | None = None
         self._until = 0.0
         self._pause = 0.0

@@ -28,7 +28,7 @@ from typing import Final
 from urllib.parse import quote
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import threads
+from rcon_plugins.kernel import descriptors, threads
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.syscalls import POLLOUT, poll
 
@@ -107,7 +107,7 @@ class OutputPipe:
     __slots__ = ("_rest", "ended", "log", "reader", "writer")
 
     def __init__(self, log: _ConfinementLog) -> None:
-        self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
+        self.reader, self.writer = descriptors.pipe()
         try:
             os.set_blocking(self.reader, False)
         except BaseException:
@@ -303,7 +303,7 @@ class OutputReader:
         self._deaf_since: float | None = None
 
     def open(self, name: str, policy: str, key: str | None) -> OutputPipe:
-        """Return a new pipe for an executor of the confinement ``name``. Raises OSError."""
+        """Return a new pipe for an executor of the confinement ``name``. Raises `KernelError`, OSError."""
         with self._lock:
             if self._closing.is_set():
                 raise BrokenPipeError(errno.EPIPE, "closed")
@@ -321,7 +321,7 @@ class OutputReader:
         return pipe
 
     def _start(self) -> None:
-        wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        wake = descriptors.event_counter()
         try:
             self._wake = wake
             thread = threading.Thread(target=self._run, name="rcon-output", daemon=True)

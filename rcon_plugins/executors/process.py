@@ -32,7 +32,7 @@ from rcon_plugins.executors.fork_server import (
 from rcon_plugins.executors.oom import OomGuard
 from rcon_plugins.executors.output import Log, OutputPipe, OutputReader, standard_error
 from rcon_plugins.executors.supervisor import Supervisor
-from rcon_plugins.kernel import process
+from rcon_plugins.kernel import descriptors, process
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.cgroup import Resources
 from rcon_plugins.kernel.files import failure, gone
@@ -149,9 +149,7 @@ class ProcessExecutors:
         # All that needs descriptors is made before the fork: after it, there would be a fork server to end.
         with contextlib.ExitStack() as undo:
             try:
-                ours, theirs = _socket.socketpair(
-                    _socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC
-                )
+                ours, theirs = descriptors.socket_pair(_socket.SOCK_SEQPACKET, _socket)
                 undo.callback(ours.close)
                 undo.callback(theirs.close)
                 supervisor = Supervisor(ours.fileno(), self._receive_exit_report, self._reap)
@@ -216,7 +214,7 @@ class ProcessExecutors:
                 order = order._replace(output=True)
             meter = leaf.meter()
             undo.callback(meter.close)
-            ours, theirs = socket.socketpair()
+            ours, theirs = descriptors.socket_pair(socket.SOCK_STREAM, socket)
             undo.callback(theirs.close)
             undo.callback(ours.close)
             group = self._instance.policy_cgroup(name)
@@ -375,13 +373,13 @@ class ProcessExecutors:
             os.kill(self._server, signal.SIGKILL)
             process.reap(self._server)
 
-    def _send_order(self, order: SpawnOrder | KillOrder | SignalOrder, *descriptors: int) -> None:
+    def _send_order(self, order: SpawnOrder | KillOrder | SignalOrder, *passed: int) -> None:
         """Send the fork server an order. Raises OSError; never waits for a fork server that does not read."""
         control = self._control
         if control is None:
             raise BrokenPipeError(errno.EPIPE, "closed")
-        rights = array.array("i", descriptors)
-        ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)] if descriptors else []
+        rights = array.array("i", passed)
+        ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)] if passed else []
         control.sendmsg([pickle.dumps(order)], ancillary, _socket.MSG_DONTWAIT)
 
     def _kill_once(self, executor: Executor) -> None:

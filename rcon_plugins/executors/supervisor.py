@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rcon_plugins.kernel import threads
+from rcon_plugins.kernel import descriptors, threads
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 
 LOGGER = logging.getLogger("rcon")
@@ -44,7 +44,7 @@ class Supervisor:
     ) -> None:
         self._chores = chores
         self._lock = threading.Lock()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake = descriptors.event_counter()
         self._jobs: deque[Callable[[], object]] = deque()
         self._deadlines: list[tuple[float, int, Callable[..., object], weakref.ref[Any] | None]] = []
         self._limit = _FEW

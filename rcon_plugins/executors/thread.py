@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, KernelError
 from rcon_plugins.executors.executor import Key
-from rcon_plugins.kernel import threads
+from rcon_plugins.kernel import descriptors, threads
 from rcon_plugins.kernel.process import unshare_directory_and_umask
 
 LOGGER = logging.getLogger("rcon")
@@ -45,8 +45,8 @@ class _Signal:
     __slots__ = ("_reading", "_writing")
 
     def __init__(self) -> None:
-        """Make the pipe. Raises OSError if there are no descriptors left."""
-        self._reading, self._writing = os.pipe()
+        """Make the pipe. Raises `KernelError` if there are no descriptors left."""
+        self._reading, self._writing = descriptors.pipe()
 
     def __del__(self) -> None:
         if hasattr(self, "_writing"):

@@ -65,10 +65,7 @@ class Tallies:
 
         ``owner`` is the uid of the server, if it is known.
         """
-        if instance not in self._by_instance:
-            tally = reader.read(instance, owner)
-            self._by_instance[instance] = None if tally is None else (tally, _by_name(tally))
-        found = self._by_instance[instance]
+        found = self._read(instance, owner)
         if found is None:
             return None
         plain = without_generation(name)
@@ -77,6 +74,17 @@ class Tallies:
         if counts is None and (key.startswith("~") or found[0].may_hide(policy, key or None)):
             return None  # the hash of a key that is too long for a record does not lead to it
         return counts or Counts()
+
+    def unroutable(self, instance: str, owner: int | None) -> int | None:
+        """Return how many requests or tasks a server refused because no route names them; None if that is unknown."""
+        found = self._read(instance, owner)
+        return None if found is None else found[0].unroutable
+
+    def _read(self, instance: str, owner: int | None) -> tuple[TallyOfServer, dict[str, Counts]] | None:
+        if instance not in self._by_instance:
+            tally = reader.read(instance, owner)
+            self._by_instance[instance] = None if tally is None else (tally, _by_name(tally))
+        return self._by_instance[instance]
 
 
 def _by_name(tally: TallyOfServer) -> dict[str, Counts]:
@@ -136,6 +144,13 @@ class Group:
             return None
         return self.tallies.of(self.instance, self.name, self.owner.uid)
 
+    def unroutable(self) -> int | None:
+        """Return how many requests or tasks the group's server refused because no route names them.
+
+        None if that is unknown, and for a group of no server. They have no policy, so no group of their own.
+        """
+        return None if self.kind == "attached" else self.tallies.unroutable(self.instance, self.owner.uid)
+
     def statistics(self) -> Statistics:
         """Return further counters of the kernel."""
         return read_statistics(self.cgroup)
@@ -179,11 +194,34 @@ class Group:
 
 
 @dataclass(frozen=True)
+class FoundServer:
+    """A server, by the name of its instance. ``unroutable`` is as `Group.unroutable`."""
+
+    instance: str
+    owner: Owner
+    unroutable: int | None
+
+
+@dataclass(frozen=True)
 class FoundGroups:
-    """All ``groups``, sorted by name, and the directories that could not be read."""
+    """All ``groups``, sorted by name, and the directories that could not be read.
+
+    ``owners`` are the owners of all instances, by the name of the instance. An instance may have no groups.
+    """
 
     groups: list[Group]
     unreadable: list[str]
+    owners: dict[str, Owner] = field(default_factory=dict)
+    tallies: Tallies = field(default_factory=Tallies, compare=False, repr=False)
+
+    def servers(self) -> list[FoundServer]:
+        """Return each server that has a group, or whose tally this user can read. Reads the tallies."""
+        with_groups = {group.instance for group in self.groups if group.is_of_server()}
+        counted = [
+            FoundServer(instance, owner, self.tallies.unroutable(instance, owner.uid))
+            for instance, owner in self.owners.items()
+        ]
+        return [one for one in counted if one.unroutable is not None or one.instance in with_groups]
 
 
 def find_groups(hierarchy: Hierarchy | None = None) -> FoundGroups:
@@ -191,11 +229,12 @@ def find_groups(hierarchy: Hierarchy | None = None) -> FoundGroups:
     hierarchy = Hierarchy.discover() if hierarchy is None else hierarchy
     found = survey(hierarchy)
     groups: list[Group] = []
+    owners: dict[str, Owner] = {}
     tallies = Tallies()
     unreadable = list(found.unreadable)
     for path in found.instances:
         instance = path.rpartition("/")[2]
-        owner = _owner(instance)
+        owner = owners[instance] = _owner(instance)
         for kind in get_args(Kind):
             for name in hierarchy.cgroup(f"{path}/{kind}").children():
                 try:
@@ -206,7 +245,7 @@ def find_groups(hierarchy: Hierarchy | None = None) -> FoundGroups:
                 if cgroup is not None and not INSTANCE_NAME.fullmatch(name):
                     policy, key = split_name(name)
                     groups.append(Group(name, kind, instance, cgroup, owner, "", policy, key, tallies))
-    return FoundGroups(with_labels(groups), unreadable)
+    return FoundGroups(with_labels(groups), unreadable, owners, tallies)
 
 
 def find_group(name: str, groups: Iterable[Group] | None = None) -> Group:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -37,6 +37,26 @@ class Sample:
     def hits(self) -> int | None:
         """How often limits were reached: see `limit_hits`."""
         return limit_hits(self.reading, self.tally)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSample:
+    """How many requests or tasks one server had refused at one moment because no route names them; None is unknown.
+
+    ``instance`` is the name of its instance, ``owner`` its command, and ``node`` as in `Sample`.
+    """
+
+    instance: str
+    owner: str
+    unroutable: int | None
+    node: str | None = None
+
+
+class Samples(NamedTuple):
+    """The samples of all groups, and of all servers, at one moment. A server may have no group."""
+
+    groups: list[Sample]
+    servers: list[ServerSample]
 
 
 def limit_hits(reading: Reading, tally: Counts | None) -> int | None:

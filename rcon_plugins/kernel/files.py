@@ -36,7 +36,6 @@ _HINTS = {
     errno.ENOSPC: "a limit on the number of cgroups is reached (cgroup.max.descendants, cgroup.max.depth), or a "
     "v1 cpuset has no cpus or mems yet",
     errno.EBUSY: "a process, a child cgroup or a limit below this cgroup prevents it",
-    errno.EMFILE: "this process has too many open files: raise its RLIMIT_NOFILE",
 }
 
 

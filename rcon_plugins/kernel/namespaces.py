@@ -20,7 +20,7 @@ from functools import cache
 from typing import NamedTuple, NoReturn
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import process
+from rcon_plugins.kernel import descriptors, process
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, raise_capability, read_state
 from rcon_plugins.kernel.cgroup.mounts import MountEntry, mount_table, parse_mountinfo
 from rcon_plugins.kernel.files import gone, refused
@@ -227,15 +227,9 @@ def why_not() -> str | None:
 @cache
 def _trial() -> str | None:
     """Enter namespaces in a child. Return why they are not for this process, or None. Raises `KernelError`."""
+    reading, writing = descriptors.pipe()
     try:
-        reading, writing = os.pipe()
-    except OSError as error:
-        raise KernelError.from_oserror(error, path="pipe") from None
-    try:
-        try:
-            child = process.fork()
-        except OSError as error:
-            raise KernelError.from_oserror(error, path="fork") from None
+        child = process.fork()
         if child == 0:
             _enter_and_answer(writing)
         posix.close(writing)

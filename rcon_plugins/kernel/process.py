@@ -20,8 +20,8 @@ import time
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import capability
+from rcon_plugins.errors import KernelError, fork_refused
+from rcon_plugins.kernel import capability, descriptors
 from rcon_plugins.kernel.syscalls import (
     CLONE_FS,
     PR_SET_CHILD_SUBREAPER,
@@ -42,13 +42,15 @@ _MEMORY_DEVICES = frozenset({"/dev/null", "/dev/zero", "/dev/full", "/dev/random
 def fork() -> int:
     """Call fork(2): return 0 in the child and the child's pid in the parent. Every signal is blocked in the child.
 
-    So no handler of the parent can run in the child before `take_default_signals`.
+    So no handler of the parent can run in the child before `take_default_signals`. Raises `KernelError`.
     """
     before = _signal.pthread_sigmask(signal.SIG_BLOCK, _signal.valid_signals())
     try:
         pid = posix.fork()
-    except BaseException:
+    except BaseException as error:
         _signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if isinstance(error, OSError):
+            raise fork_refused(error) from None
         raise
     if pid != 0:
         _signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -164,7 +166,7 @@ def open_sigchld_pipe() -> tuple[int, int]:
 
     `close_sigchld_pipe` undoes this in a new process.
     """
-    end, wakeup = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    end, wakeup = descriptors.socket_pair(_socket.SOCK_STREAM, _socket)
     wakeup.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     end.setblocking(False)
@@ -345,9 +347,10 @@ def open_missing_standard_files() -> None:
 
 def closed_socket() -> int:
     """Return a socket whose peer is closed, for `os.dup2`: see `replace_with_closed_socket`."""
-    end, peer = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    end, peer = descriptors.socket_pair(_socket.SOCK_STREAM, _socket)
     peer.close()
-    return end.detach()
+    descriptor: int = end.detach()
+    return descriptor
 
 
 def _is_file(mode: int) -> bool:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 
-from rcon_plugins.errors import KernelError
+from rcon_plugins.errors import thread_not_started
 
 
 def start(thread: threading.Thread) -> None:
     """Start a thread of this process. Raises `KernelError` (EAGAIN) if there is no room for it.
 
-    It may be started later. `threading` itself raises RuntimeError, which nobody expects of the kernel.
+    It may be started later.
     """
     try:
         threading.Thread.start(thread)
     except RuntimeError as error:
-        raise KernelError(
-            f"the thread {thread.name} could not be started: {error}",
-            errno=errno.EAGAIN,
-            path="clone",
-            hint="raise the limit on processes of this service: pids.max of its cgroups, `ulimit -u`",
-        ) from None
+        raise thread_not_started(thread.name, error) from None

@@ -112,6 +112,11 @@ class TallyOfServer(NamedTuple):
             return None
         return found or Counts()
 
+    @property
+    def unroutable(self) -> int:
+        """How many units of work were refused because no route names them. They have no policy."""
+        return sum(its.refusals["unroutable"] for its in self.counts.values())
+
     def may_hide(self, policy: str, key: str | None) -> bool:
         """Return whether a policy and key without a record may have been counted among others."""
         if key is not None and policy and Name(policy, None, "other") in self.counts:

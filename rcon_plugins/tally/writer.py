@@ -5,13 +5,13 @@ Safe in every thread, and in signal handlers. A fork of the process counts nothi
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import fcntl
 import os
 import posix  # gevent replaces `os.close`
 import struct
-import threading
 from collections.abc import Iterator
 from os import getpid
 from typing import TYPE_CHECKING, Final
@@ -93,8 +93,9 @@ class Tally:
         self._pid = 0 if slot is None else os.getpid()
         self._words = memoryview(bytearray()).cast("Q") if slot is None else slot.words
         self._most = records
-        #: Reentrant, because a signal handler may count in the middle of an update.
-        self._lock = threading.RLock()
+        #: Reentrant, because a signal handler may count in the middle of an update. The interpreter's own, because
+        #: gevent's hangs when three native threads want it at once. No update switches greenlets.
+        self._lock = _thread.RLock()
         self._records: dict[tuple[str, str | None], Record] = {}
         self._others: dict[str, Record] = {}
         self._free: list[int] = []

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, NoReturn
 
-from rcon_plugins.errors import KernelError, RconError
-from rcon_plugins.kernel import files, proc
+from rcon_plugins.errors import KernelError, RconError, fork_refused
+from rcon_plugins.kernel import descriptors, files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree import attach_watcher, previous_cgroups
 from rcon_plugins.tree.instance import Instance
@@ -107,10 +107,15 @@ def attach(request: AttachRequest, hierarchy: Hierarchy, base: str | None = None
     Raises `AttachRefused`, `KernelError`, and any exception of ``monitor``.
     """
     check(request.pids, hierarchy)
-    reading, writing = os.pipe()
+    reading, writing = descriptors.pipe()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        posix.close(reading)
+        posix.close(writing)
+        raise fork_refused(error) from None
     if pid == 0:
         posix.close(reading)
         _become_watcher(request, hierarchy, base, writing)
@@ -313,9 +318,11 @@ def _signal(instance: str, number: int) -> bool:
     """Send a signal to the watcher of an instance. Return False if it is dead."""
     _, pid, started = instance.split("-")[:3]
     try:
-        descriptor = os.pidfd_open(int(pid))
-    except ProcessLookupError:
-        return False
+        descriptor = descriptors.of_process(int(pid))
+    except KernelError as error:
+        if files.gone(error):
+            return False
+        raise
     try:
         if proc.start_time(int(pid)) != int(started):
             return False

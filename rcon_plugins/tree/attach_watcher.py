@@ -17,7 +17,10 @@ from collections.abc import Callable
 if __name__ == "__main__":  # executed by path, in an isolated interpreter
     sys.path.insert(0, __file__.rsplit("/", 3)[0])
 
+from rcon_plugins.errors import KernelError
+from rcon_plugins.kernel import descriptors
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from rcon_plugins.kernel.files import gone
 from rcon_plugins.tree import previous_cgroups
 from rcon_plugins.tree.instance import Instance
 
@@ -43,7 +46,7 @@ def watch(instance: Instance, group: Cgroup, stop: Callable[[], object] | None =
 
     Before that, call ``stop``, which ends the threads that monitor the group. Raises KernelError.
     """
-    wakeup, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    wakeup, writing = descriptors.pipe(blocking=False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
@@ -71,8 +74,10 @@ def _wait_for(pid: int, wakeup: int) -> None:
     waiting = select.poll()
     waiting.register(wakeup, select.POLLIN)
     try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
+        descriptor = descriptors.of_process(pid)
+    except KernelError as error:
+        if not gone(error):
+            raise
         waiting.poll(_PAUSE)
         return
     try:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import files, proc
+from rcon_plugins.kernel import descriptors, files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, Entrance, Hierarchy, mounts, v2
 from rcon_plugins.tree import systemd
 from rcon_plugins.tree.base import find_base, own_cgroup, remove_root_base
@@ -46,10 +46,7 @@ class Instance:
         self._in_base = hierarchy.layout == "v2" and own_cgroup(hierarchy) == base
         #: The directories that adopt() took this process from, one for each of host/.
         self._previous: list[str] | None = None
-        try:
-            self.locks = os.memfd_create("rcon-locks", os.MFD_CLOEXEC)
-        except OSError as error:
-            raise files.failure(error, "memfd_create") from None
+        self.locks = descriptors.memory_file("rcon-locks")
 
     @classmethod
     def create(

@@ -91,7 +91,12 @@ def _fail(site: str, number: int) -> Any:
         if number == errno.ENOMEM:
             raise MemoryError
         raise KeyError("not found")
-    raise OSError(number, os.strerror(number))
+    error = OSError(number, os.strerror(number))
+    if call.startswith("descriptors."):
+        from rcon_plugins.errors import KernelError
+
+        raise KernelError.from_oserror(error, path=call)
+    raise error
 
 
 def _role() -> str:

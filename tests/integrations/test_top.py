@@ -52,11 +52,12 @@ def test_the_terminal_is_clean_after_a_crash() -> None:
     """The message comes after the terminal is restored, so that it can be read."""
     broken = (
         "from rcon_plugins.cli.top.top import top\n"
+        "from rcon_plugins.groups.sample import Samples\n"
         "calls = []\n"
         "def source():\n"
         "    calls.append(1)\n"
         "    if len(calls) > 1: raise RuntimeError('on purpose')\n"
-        "    return []\n"
+        "    return Samples([], [])\n"
         "top(source, interval=0.2)\n"
     )
     with terminal(program=broken) as it:
@@ -115,5 +116,5 @@ def test_a_closed_pipe_ends_it() -> None:
         timeout=100,
     )
     first, status = done.stdout.splitlines()
-    assert json.loads(first).keys() == {"time", "groups"}
+    assert json.loads(first).keys() == {"time", "groups", "servers"}
     assert (status, done.stderr) == ("0", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 
 import pytest
@@ -61,6 +62,16 @@ def test_messages_name_path_and_remedy() -> None:
     )
     assert str(from_os) == "writing '0' to /f: Permission denied (be root)"
     assert isinstance(from_os, OSError)
+    # The remedy stays when another layer names another path.
+    again = errors.KernelError.from_oserror(from_os, path="the server")
+    assert str(again) == "the server: Permission denied (be root)"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_without_descriptors_the_remedy_is_to_raise_their_limit(number: int) -> None:
+    """Whatever the caller knows about the path: the path is not the cause."""
+    error = errors.KernelError.from_oserror(OSError(number, ""), path="/f", hint="mount /f")
+    assert str(error).startswith(f"/f: {os.strerror(number)} (raise the limit")
 
 
 @pytest.mark.parametrize(

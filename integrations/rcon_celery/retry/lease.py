@@ -31,7 +31,7 @@ from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from kombu.utils.encoding import bytes_to_str as _bytes_to_str
 
 from rcon_celery.retry import redelivery
-from rcon_plugins.errors import ConfinementError
+from rcon_plugins.errors import ConfinementError, thread_not_started
 from rcon_plugins.tree.presence import Presence
 
 _log = logging.getLogger("rcon")
@@ -305,7 +305,8 @@ class Heartbeat:
                 try:
                     thread.start()
                 except RuntimeError as error:  # at a limit on processes, which counts threads
-                    raise ConfinementError(f"the lease of a task cannot be renewed: {error}") from None
+                    refused = thread_not_started(thread.name, error)
+                    raise ConfinementError(f"the lease of a task cannot be renewed: {refused}") from None
                 self._pid, self._thread = os.getpid(), thread
             self._leases.add(lease)
             if self._idle:

@@ -23,8 +23,9 @@ _group = click.argument("group", type=GroupArgument())
 def ls(as_json: bool) -> int:
     """List every group on this machine: of servers, commands and programs, of all users, nested groups too.
 
-    Columns: the group's name, its processes, the memory it uses now, the CPU time it has used since it was made, its
-    limits, and the process that owns it.
+    Columns: the group's name, its processes, the memory it uses now, the CPU time it has used since it was made, how
+    often limits were reached, its limits, and the process that owns it. A line below names each server that refused
+    requests or tasks which no route names.
 
     The other commands take the name as GROUP. It is the policy's name, or with a key tenant~a.example, or where two
     groups have the same name, with the instance before it: rcon-123-4567/tenant~a.example.
@@ -95,10 +96,12 @@ def top(sort: str, interval: float, iterations: int | None, as_json: bool, celer
       MEMORY     memory in use, and how much of the memory limit that is
       PROCS      processes and threads
       STALLED    longest wait for cpu, memory or io, in % of the last 10 s
-      HITS       memory and pids limit hits and OOM kills, in total
+      HITS       limits reached, in total
       READ/s     bytes read from disks in a second
       WRITE/s    bytes written to disks in a second
       KILLS      OOM kills, in total (part of HITS)
+
+    The first line has the requests and tasks that no route names (unroutable), if there are any.
 
     Keys: q quits, ? shows help, a letter sorts, R reverses the order, the arrow keys scroll.
 

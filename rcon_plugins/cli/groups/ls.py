@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from rcon_plugins.cli.columns import (
     count,
     limits_as_json,
     limits_in_words,
+    printable,
     seconds,
     short_command,
     size,
@@ -48,6 +50,8 @@ def ls(as_json: bool) -> int:
         click.echo(table(_HEADS, [_cells(row) for row in rows], terminal_width()))
     else:
         click.echo("no groups")
+    if not as_json:
+        click.echo("".join(f"{line}\n" for line in _unroutable(found)), nl=False)
     _report_unreadable(found)
     return 0
 
@@ -62,6 +66,7 @@ def group_data(group: Group) -> dict[str, Any]:
         "processes": len(group.pids()),
         "frozen": group.is_frozen(),
         "hits": limit_hits(usage, tally),
+        "unroutable": group.unroutable(),
         "usage": usage._asdict(),
         "tally": None if tally is None else tally.to_data(),
     }
@@ -99,6 +104,18 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(owner["pid"]),
         short_command(owner["command"] or "") or _OWNERS[owner["alive"]],
     ]
+
+
+def _unroutable(found: FoundGroups) -> Iterator[str]:
+    """Yield a line for each server that refused requests or tasks which no route names. It may have no group."""
+    for server in found.servers():
+        if server.unroutable:
+            command = short_command(server.owner.command or "") or _OWNERS[server.owner.alive]
+            noun = "request or task" if server.unroutable == 1 else "requests or tasks"
+            yield printable(
+                f"unroutable: {server.unroutable} {noun} that no route names, "
+                f"refused by {command} (pid {server.owner.pid})"
+            )
 
 
 def _report_unreadable(found: FoundGroups) -> None:

@@ -46,6 +46,7 @@ def stat(group: Group, as_json: bool) -> int:
                     "limits": limits_as_json(limits),
                     "usage": usage._asdict(),
                     "tally": None if tally is None else tally.to_data(),
+                    "unroutable": group.unroutable(),
                     "statistics": statistics._asdict(),
                     "pressure": {name: _pressure_as_json(one) for name, one in pressure.items()},
                     "processes": [process._asdict() for process in processes],
@@ -66,6 +67,9 @@ def stat(group: Group, as_json: bool) -> int:
     ]
     lines += _pressure_lines(pressure)
     lines += _tally_lines(tally, group)
+    unroutable = group.unroutable()
+    if unroutable is not None:
+        lines.append(_line("unroutable", f"{unroutable} refused by the whole server, as no route names them"))
     lines.append("")
     if processes:
         rows = [

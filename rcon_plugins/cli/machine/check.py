@@ -9,7 +9,7 @@ from typing import Any
 from rcon_plugins.cli.columns import paragraph
 from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.confinement.plan import Plan
-from rcon_plugins.errors import DelegationError, KernelError, RconError, SettingsError, on_one_line
+from rcon_plugins.errors import KernelError, RconError, SettingsError, on_one_line
 from rcon_plugins.identity.resolution import check as check_identity
 from rcon_plugins.settings.file import load
 from rcon_plugins.tree import systemd
@@ -37,13 +37,13 @@ def check(file: str, server: str, as_json: bool) -> tuple[str, bool]:
         _add_verdicts(found, plan)
         plan.check_budget()
         if not _wrong(found):
-            found["cgroup"] = base = find_base(plan.hierarchy, plan.settings.cgroup, systemd.enter_scope)
+            with plan.finding_base():
+                base = find_base(plan.hierarchy, plan.settings.cgroup, systemd.enter_scope)
+            found["cgroup"] = base
             # The base may have fewer controllers than the machine.
             _add_verdicts(found, plan.within(plan.hierarchy.narrowed(base)))
     except RconError as error:
         found["problem"] = _problem(error)
-        if isinstance(error, DelegationError) and plan.settings.cgroup is not None:
-            found["problem"]["reason"] = f"cgroup: {error.problem}"
     found["good"] = not found["problem"] and not _wrong(found)
     return (json.dumps(found, indent=2) if as_json else _as_text(found)), found["good"]
 

@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 
 from rcon_plugins.cli.exit import BadUsage, Refused
+from rcon_plugins.errors import fork_refused
 from rcon_plugins.identity import userdb
+from rcon_plugins.kernel import descriptors
 from rcon_plugins.kernel.capability import Identity, drop
 from rcon_plugins.tree.doctor import Finding, Report, examine
 
@@ -43,8 +45,11 @@ def _as_user(name: str, base: str | None) -> Report:
         raise BadUsage(f"--user: unknown user {name!r} (getent passwd lists them)")
     if os.geteuid() != 0:
         raise BadUsage(f"--user needs root (sudo rcon doctor --user {name}, or: sudo -u {name} rcon doctor)")
-    reading, writing = os.pipe()
-    child = os.fork()
+    reading, writing = descriptors.pipe()
+    try:
+        child = os.fork()
+    except OSError as error:
+        raise fork_refused(error) from None
     if child == 0:
         status = 1
         try:

@@ -17,10 +17,10 @@ from rcon_plugins.cli.exit import say
 from rcon_plugins.confinement.expansion import Expansion, expand
 from rcon_plugins.confinement.isolation import resources_of
 from rcon_plugins.confinement.monitor import MonitoredGroup
-from rcon_plugins.errors import RconError, SettingsError
+from rcon_plugins.errors import KernelError, RconError, SettingsError
 from rcon_plugins.groups.events import Event
 from rcon_plugins.hookspecs import hookimpl
-from rcon_plugins.kernel import threads
+from rcon_plugins.kernel import descriptors, threads
 from rcon_plugins.kernel.cgroup import change_limits
 from rcon_plugins.kernel.events import Watch, watcher_of_process
 from rcon_plugins.settings.policy import Policy
@@ -191,7 +191,13 @@ def run_once(command: str, data: bytes, started: Callable[[int | None], object])
 
     ``started`` is called with its pid, which is also its process group, and with None when it has ended.
     """
-    (reading, theirs_in), (theirs_out, writing) = _pipes()
+    reading, theirs_in = descriptors.pipe()
+    try:
+        theirs_out, writing = descriptors.pipe()
+    except KernelError:
+        os.close(reading)
+        os.close(theirs_in)
+        raise
     try:
         pid = os.posix_spawn(
             "/bin/sh",
@@ -221,10 +227,6 @@ def run_once(command: str, data: bytes, started: Callable[[int | None], object])
             os.killpg(pid, signal.SIGKILL)
         started(None)
         os.waitpid(pid, 0)
-
-
-def _pipes() -> tuple[tuple[int, int], tuple[int, int]]:
-    return os.pipe(), os.pipe()
 
 
 def _read(descriptor: int) -> bytes:

@@ -6,34 +6,44 @@ import errno
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from typing import NamedTuple
 
 from rcon_plugins.cli.columns import printable
 from rcon_plugins.cli.exit import BadUsage, Refused, say
 from rcon_plugins.errors import KernelError, SettingsError
 from rcon_plugins.groups.find import find_groups
-from rcon_plugins.groups.sample import Sample
+from rcon_plugins.groups.sample import Sample, Samples, ServerSample
 from rcon_plugins.kernel import threads
 from rcon_plugins.kernel.cgroup import Reading
 from rcon_plugins.kernel.files import gone
 from rcon_plugins.tally.reader import Counts
 
-#: Returns a sample of each group, as of now.
-Source = Callable[[], Iterable[Sample]]
+#: Returns a sample of each group and server, as of now.
+Source = Callable[[], Samples]
 
 
-def local() -> Iterator[Sample]:
-    """Yield a sample of each group of this machine that this user can read. Raises KernelError without cgroups."""
-    for group in find_groups().groups:
+def local() -> Samples:
+    """Return a sample of each group and server of this machine that this user can read.
+
+    Raises KernelError without cgroups.
+    """
+    found = find_groups()
+    groups = []
+    for group in found.groups:
         try:
-            sample = group.sample()
+            groups.append(group.sample())
         except KernelError as error:
             if not gone(error) and error.errno not in (errno.EACCES, errno.EPERM):
                 raise
             continue  # gone meanwhile, or not readable, which rcon ls reports
-        yield sample
+    servers = [
+        ServerSample(instance=one.instance, owner=one.owner.command or "", unroutable=one.unroutable)
+        for one in found.servers()
+    ]
+    return Samples(groups, servers)
 
 
 def celery_workers(application: str) -> Source:
@@ -67,7 +77,7 @@ class Sampler:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._requests: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[list[Sample] | BaseException] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Samples | BaseException] = queue.SimpleQueue()
         self._since: float | None = None
         # A daemon thread: a source that does not return does not delay the exit.
         threads.start(threading.Thread(target=self._serve, name="rcon-samples", daemon=True))
@@ -83,7 +93,7 @@ class Sampler:
             self._since = time.monotonic()
             self._requests.put(None)
 
-    def result(self) -> list[Sample] | None:
+    def result(self) -> Samples | None:
         """Return the samples, once; None while there are none yet. Raises what the source raised."""
         try:
             result = self._results.get_nowait()
@@ -98,7 +108,7 @@ class Sampler:
         while True:
             self._requests.get()
             try:
-                self._results.put(list(self._source()))
+                self._results.put(self._source())
             except BaseException as error:  # noqa: BLE001 - result() raises it
                 self._results.put(error)
 
@@ -146,11 +156,37 @@ class Row:
         return max(known, key=lambda one: one[0]) if known else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServerRow:
+    """One server between two samples. ``new_unroutable`` are those since the last sample."""
+
+    instance: str
+    owner: str
+    unroutable: int | None
+    new_unroutable: int = 0
+    node: str | None = None
+
+
+class View(NamedTuple):
+    """What one refresh shows."""
+
+    rows: list[Row]
+    servers: list[ServerRow]
+
+
 class Rates:
     """Makes rows from samples, and remembers the samples for the next rates."""
 
     def __init__(self) -> None:
         self._last: dict[str, Sample] = {}
+        self._last_servers: dict[tuple[str | None, str], ServerSample] = {}
+
+    def view(self, samples: Samples) -> View:
+        """Return a row for each group and for each server."""
+        now = {(server.node, server.instance): server for server in samples.servers}
+        servers = [_server_row(server, self._last_servers.get(name)) for name, server in now.items()]
+        self._last_servers = now
+        return View(self.rows(samples.groups), servers)
 
     def rows(self, samples: Iterable[Sample]) -> list[Row]:
         """Return a row for each sample."""
@@ -188,6 +224,16 @@ def _row(now: Sample, before: Sample | None) -> Row:
         hits=now.hits,
         new_hits=int(_increase(now.hits, None if before is None else before.hits) or 0),
         tally=now.tally,
+    )
+
+
+def _server_row(now: ServerSample, before: ServerSample | None) -> ServerRow:
+    return ServerRow(
+        instance=now.instance,
+        owner=now.owner,
+        unroutable=now.unroutable,
+        new_unroutable=int(_increase(now.unroutable, None if before is None else before.unroutable) or 0),
+        node=now.node,
     )
 
 

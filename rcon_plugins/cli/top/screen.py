@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from rcon_plugins.kernel import descriptors
+
 #: The signals that end the command. Each raises `Ended` in the main thread.
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 #: The signals that `Screen.wait` returns by name: the size has changed; the user pressed Ctrl-Z.
@@ -107,7 +109,7 @@ class Screen:
 
     def _enter(self) -> None:
         try:
-            self._signals_read, self._signals_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._signals_read, self._signals_write = descriptors.pipe(blocking=False)
             signal.set_wakeup_fd(self._signals_write, warn_on_full_buffer=False)
             for number in _ENDING:
                 self._handlers[number] = signal.signal(number, _end)

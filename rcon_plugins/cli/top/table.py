@@ -16,7 +16,7 @@ from rcon_plugins.cli.columns import (
     size,
     table,
 )
-from rcon_plugins.cli.top.samples import Row
+from rcon_plugins.cli.top.samples import Row, ServerRow, View
 
 #: Below the table on a terminal.
 LEGEND = "MEMORY: % of its limit  STALLED: % of the last 10 s  HITS: limits reached"
@@ -102,15 +102,25 @@ def ordered(rows: Iterable[Row], by: str, backwards: bool = False) -> list[Row]:
     return found[::-1] if backwards else found
 
 
-def summary(rows: Sequence[Row], by: str, interval: float) -> str:
+def summary(view: View, by: str, interval: float) -> str:
     """Return the line above the table."""
+    rows = view.rows
     cpu = sum(row.cpu or 0 for row in rows)
     memory = sum(row.memory or 0 for row in rows)
     groups = f"{len(rows)} group{'' if len(rows) == 1 else 's'}"
     nodes = {row.node for row in rows} - {None}
     if nodes:
         groups += f" of {len(nodes)} worker{'' if len(nodes) == 1 else 's'}"
-    return f"{groups}, CPU {percent(cpu)}, memory {size(memory)}; sorted by {by}, every {interval:g} s"
+    unroutable = _unroutable(view.servers)
+    return f"{groups}, CPU {percent(cpu)}, memory {size(memory)}{unroutable}; sorted by {by}, every {interval:g} s"
+
+
+def _unroutable(servers: Sequence[ServerRow]) -> str:
+    """Return how many requests and tasks no route names; nothing if it is none, a dash if no server tells it."""
+    known = [server.unroutable for server in servers if server.unroutable is not None]
+    if sum(known):
+        return f", unroutable {sum(known)}{' or more' if len(known) < len(servers) else ''}"
+    return f", unroutable {UNKNOWN}" if len(known) < len(servers) else ""
 
 
 def as_text(rows: Sequence[Row]) -> str:
@@ -143,6 +153,17 @@ def as_json(row: Row) -> dict[str, Any]:
         },
         "new_hits": row.new_hits,
         "tally": None if row.tally is None else row.tally.to_data(),
+    }
+
+
+def server_as_json(server: ServerRow) -> dict[str, Any]:
+    """Return a server for JSON."""
+    return {
+        "instance": server.instance,
+        "owner": server.owner,
+        "node": server.node,
+        "unroutable": server.unroutable,
+        "new_unroutable": server.new_unroutable,
     }
 
 

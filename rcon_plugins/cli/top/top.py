@@ -6,9 +6,18 @@ import json
 import time
 
 from rcon_plugins.cli.exit import discard_output, interrupted
-from rcon_plugins.cli.top.samples import Rates, Row, Sampler, Source
+from rcon_plugins.cli.top.samples import Rates, Sampler, Source, View
 from rcon_plugins.cli.top.screen import Ended, Screen, is_available, seconds_until
-from rcon_plugins.cli.top.table import SORTS, as_json, as_text, help_screen, ordered, screen, summary
+from rcon_plugins.cli.top.table import (
+    SORTS,
+    as_json,
+    as_text,
+    help_screen,
+    ordered,
+    screen,
+    server_as_json,
+    summary,
+)
 from rcon_plugins.errors import RconError
 
 #: When a terminal shows the first rates, in seconds.
@@ -40,18 +49,21 @@ def top(
 
 def _print(source: Source, sort: str, interval: float, iterations: int | None, to_json: bool) -> int:
     rates = Rates()
-    rates.rows(source())
+    rates.view(source())
     due = time.monotonic()
     done = 0
     try:
         while iterations is None or done < iterations:
             due += interval
             time.sleep(seconds_until(due))
-            rows = ordered(rates.rows(source()), sort)
+            view = rates.view(source())
+            rows = ordered(view.rows, sort)
             if to_json:
-                print(json.dumps({"time": time.time(), "groups": [as_json(row) for row in rows]}), flush=True)
+                groups, servers = map(as_json, rows), map(server_as_json, view.servers)
+                found = {"time": time.time(), "groups": list(groups), "servers": list(servers)}
+                print(json.dumps(found), flush=True)
             else:
-                print(f"{summary(rows, sort, interval)}\n{as_text(rows)}\n", flush=True)
+                print(f"{summary(view, sort, interval)}\n{as_text(rows)}\n", flush=True)
             done += 1
     except KeyboardInterrupt:
         return interrupted()
@@ -75,7 +87,7 @@ class _Live:
         self._help = False
         self._first = 0
         self._rates = Rates()
-        self._rows: list[Row] = []
+        self._view = View([], [])
         #: Whether there are samples yet, and the error of the last call of the source.
         self._sampled = False
         self._error = ""
@@ -116,7 +128,7 @@ class _Live:
             return True
         if samples is None:
             return False
-        self._rows, self._error, self._sampled = self._rates.rows(samples), "", True
+        self._view, self._error, self._sampled = self._rates.view(samples), "", True
         return True
 
     def _react(self, key: str) -> None:
@@ -134,16 +146,16 @@ class _Live:
         elif key in letters:
             self._sort, self._first = letters[key], 0
         elif key in steps:
-            self._first = max(0, min(self._first + steps[key], len(self._rows) - page))
+            self._first = max(0, min(self._first + steps[key], len(self._view.rows) - page))
 
     def _draw(self) -> None:
         if self._help:
             self._terminal.draw(help_screen())
             return
         width, height = self._terminal.size
-        rows = ordered(self._rows, self._sort, self._backwards)
+        rows = ordered(self._view.rows, self._sort, self._backwards)
         self._first = max(0, min(self._first, len(rows) - 1))
-        title, waiting = summary(rows, self._sort, self._interval), self._sampler.waiting or 0
+        title, waiting = summary(self._view, self._sort, self._interval), self._sampler.waiting or 0
         if self._error or (waiting >= _SILENT and self._sampled):
             title = f"old data: {self._error or f'no answer for {waiting:.0f} s'}"
         elif not self._sampled:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
-from rcon_plugins.kernel import files, proc
+from rcon_plugins.kernel import descriptors, files, proc
 from rcon_plugins.kernel.cgroup import meter, v1, v2
 from rcon_plugins.kernel.cgroup.branch import Branch, check_name
 from rcon_plugins.kernel.cgroup.entrance import Entrance
@@ -402,7 +402,7 @@ class Cgroup:
             raise failed
 
     def _signal_one(self, pid: int) -> None:
-        fd = os.pidfd_open(pid)
+        fd = descriptors.of_process(pid)
         try:
             if pid in self._ids("cgroup.procs", True):
                 # Imported here: it is seldom needed, and loads much more.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
-from rcon_plugins.kernel import files
+from rcon_plugins.kernel import descriptors, files
 from rcon_plugins.kernel.cgroup import swap
 from rcon_plugins.kernel.cgroup.branch import Branch, create_levels, levels, lower_burst
 from rcon_plugins.kernel.cgroup.device import Device
@@ -448,7 +448,7 @@ def open_notice(directory: str, name: str, argument: str = "") -> int:
 
     execve(2) closes it, and reading it does not block. Raises KernelError.
     """
-    descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    descriptor = descriptors.event_counter()
     try:
         add_notice(directory, name, descriptor, argument)
     except BaseException:

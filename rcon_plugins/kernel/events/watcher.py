@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import files, threads
+from rcon_plugins.kernel import descriptors, files, threads
 from rcon_plugins.kernel.attempts import Attempts
 from rcon_plugins.kernel.events.event import Event, Pressure
 from rcon_plugins.kernel.events.opening import open_sources
@@ -191,10 +191,7 @@ class Watcher:
 
     def _start(self) -> None:
         """Start the thread, which waits for the lock. Hold it. Raises KernelError."""
-        try:
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except OSError as error:
-            raise KernelError.from_oserror(error, path="eventfd") from None
+        self._wake = descriptors.event_counter()
         thread = threading.Thread(target=self._run, name="cgroup-events", daemon=True)
         try:
             threads.start(thread)

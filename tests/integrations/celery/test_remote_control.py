@@ -333,6 +333,9 @@ def test_top_of_all_workers(sessions: Sessions) -> None:
                 assert row["group"].startswith(f"{row['node']}/")
                 assert row["cpu"] is not None
                 assert row["memory"] > 0
+            for line in (first, second):
+                found = {one["node"]: one["unroutable"] for one in line["servers"]}
+                assert found == {"w@test": 0, "other@test": 0}
             # Without JSON, a table of the same.
             done = top("--iterations", "1", "--interval", "0.5", url=one.url)
             assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import MemoryLimitExceeded, TimeLimitExceeded
 from rcon_plugins.tally.reader import Counts, read_directory
 from tests.integrations.celery.sessions import Session, Sessions
+from tests.processes import until
 
 
 def directory_of(session: Session) -> Path:
@@ -25,7 +27,7 @@ def counts(directory: Path, policy: str) -> Counts:
     return its
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo", "gevent"])
 def test_tasks_are_counted(sessions: Sessions, pool: str, capsys: pytest.CaptureFixture[str]) -> None:
     with sessions(pool=pool) as session:
         directory = directory_of(session)
@@ -57,3 +59,22 @@ def test_each_pool_process_takes_over_from_one_before(sessions: Sessions) -> Non
         found = counts(directory, "where")
         assert (found.begun, found.endings["ok"], found.lost) == (8, 8, 0)
         assert len([one for one in directory.iterdir() if one.name.isdigit()]) <= 4
+
+
+@pytest.mark.parametrize("pool", ["threads", "gevent"])
+def test_tasks_that_end_at_the_same_time_are_counted_each(sessions: Sessions, pool: str) -> None:
+    """All in one process, which has one file: eight at a time, with four kinds of endings."""
+    endings = {"where": "ok", "raising": "error", "hog": "memory", "hang": "timeout"}
+    with sessions(pool=pool, concurrency=8) as session:
+        directory = directory_of(session)
+        results = [session.send(name) for _ in range(12) for name in endings]
+        for result in results:
+            with contextlib.suppress(MemoryLimitExceeded, TimeLimitExceeded, ValueError):
+                session.wait(result)
+        until(lambda: sum(counts(directory, name).under_way for name in endings) == 0)
+        found = {name: counts(directory, name) for name in endings}
+        for name, ending in endings.items():
+            ended = {of: number for of, number in found[name].endings.items() if number}
+            assert (found[name].begun, ended, found[name].lost) == (12, {ending: 12}, 0), name
+            assert sum(found[name].refusals.values()) == 0
+        assert [one.name for one in directory.iterdir() if one.name.isdigit()] == ["0"]

@@ -254,3 +254,44 @@ def test_a_first_worker_that_cannot_start_ends_gunicorn(tmp_path: Path) -> None:
         assert "gunicorn makes another" not in server.log()
     finally:
         server.stop()
+
+
+SHORT_OF_DESCRIPTORS = """
+import os
+import resource
+from rcon_gunicorn import Hooks
+
+Hooks().install(globals())
+start = on_starting
+
+def on_starting(server):
+    used = {{int(name) for name in os.listdir("/proc/self/fd")}}
+    lowest = [number for number in range(1024) if number not in used][{free}]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        start(server)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+"""
+
+
+def test_a_master_that_is_short_of_descriptors_says_which_limit_to_raise(tmp_path: Path) -> None:
+    """With none free, with one, and so on until it starts. Whichever call fails first: one line, no traceback."""
+    config = tmp_path / "config.py"
+    for free in range(20):
+        config.write_text(SHORT_OF_DESCRIPTORS.format(free=free))
+        (tmp_path / "log").unlink(missing_ok=True)
+        server = Gunicorn(tmp_path, FREE, "--workers", "1", config=str(config))
+        try:
+            until(lambda: server.process.poll() is not None or server.status("/free/who") == 200)  # noqa: B023
+            if server.process.returncode is None:
+                break
+        finally:
+            server.stop()
+        assert server.process.returncode == 1
+        assert "Traceback" not in server.log()
+        last = server.log().strip().splitlines()[-1]
+        assert last.startswith("Error: ")
+        assert ("Too many open files (" in last, "`ulimit -n`" in last) == (True, True), last
+    assert 0 < free < 19

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_totals_go_on_after_executors_workers_and_the_server(
         found = counts(directory)
         assert (found.begun, found.endings["ok"], found.endings["timeout"], found.lost) == (5, 4, 1, 0)
         assert counts(directory, "", None).refusals["unroutable"] == 1
+        assert run_main(["ls"]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if f"(pid {server.pid})" in line]
+        (line,) = [line for line in lines if line.startswith("unroutable: ")]
+        assert line.startswith("unroutable: 1 request or task that no route names, refused by ")
         files = sorted(one.name for one in directory.iterdir())
         assert files == ["0", "1"]
         owner = 65534 if "--user" in arguments else os.geteuid()
@@ -113,3 +118,60 @@ def test_requests_in_the_workers_own_thread_are_counted(tmp_path: Path) -> None:
         found = counts(directory, "inline", None)
         assert (found.begun, found.endings["ok"], found.spawns) == (3, 3, 0)
         assert found.cpu_seconds is not None
+
+
+MANY = """
+[policy.free]
+per = "host"
+each = { timeout = "60s" }
+
+[policy.brief]
+per = "host"
+each = { timeout = "1s" }
+
+[policy.inline]
+isolation = "inline"
+pids = 200
+
+[[route]]
+path = "/free/**"
+policy = "free"
+
+[[route]]
+path = "/brief/**"
+policy = "brief"
+
+[[route]]
+path = "/inline/**"
+policy = "inline"
+"""
+WITHOUT_INLINE = MANY.replace('isolation = "inline"\npids = 200', 'each = { timeout = "60s" }')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        (("--worker-class", "gthread", "--threads", "16"), MANY),
+        (("--worker-class", "gevent"), WITHOUT_INLINE),
+    ],
+    ids=["gthread", "gevent"],
+)
+def test_requests_that_end_at_the_same_time_are_counted_each(
+    tmp_path: Path, arguments: tuple[str, ...], settings: str
+) -> None:
+    """All in one worker, which has one file: twelve clients, five kinds of requests."""
+    paths = ["/free/who", "/free/fail", "/brief/sleep?seconds=60", "/inline/who", "/nowhere"]
+    with Gunicorn(tmp_path, settings, "--workers", "1", *arguments) as server:
+        directory = directory_of(server)
+        with ThreadPoolExecutor(12) as clients:
+            statuses = list(clients.map(lambda path: server.get(path, Host=KEY).status, paths * 24))
+        assert statuses == [200, 500, 504, 200, 503] * 24
+        until(lambda: counts(directory).under_way + counts(directory, "brief").under_way == 0)
+        free, brief, inline = counts(directory), counts(directory, "brief"), counts(directory, "inline", None)
+        assert (free.begun, free.endings["ok"], free.endings["error"]) == (48, 24, 24)
+        assert (brief.begun, brief.endings["timeout"]) == (24, 24)
+        assert (inline.begun, inline.endings["ok"]) == (24, 24)
+        for one in (free, brief, inline):
+            assert (one.under_way, one.lost, sum(one.refusals.values())) == (0, 0, 0)
+        assert counts(directory, "", None).refusals["unroutable"] == 24
+        assert sorted(one.name for one in directory.iterdir()) == ["0"]

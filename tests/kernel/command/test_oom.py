@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.errors import MORE_PROCESSES
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from tests.kernel.command.harness import ALLOCATE, rcon, terminal
 
 #: A child that needs more than it may have. It is one process: if others asked for memory while it is being killed, the
@@ -104,3 +105,14 @@ def test_a_kill_in_a_cgroup_that_the_command_made_ends_all() -> None:
         done = rcon(*LIMITED, "--", "sh", "-c", f"{inside}{CHILD}; exit 0")
         assert (done.status, done.report["outcome"], done.report["limit"]) == (137, "memory", "memory")
         assert done.report["usage"]["oom_kills"] >= 1
+
+
+@pytest.mark.layout("v1", "hybrid")
+def test_without_room_for_its_thread_nothing_runs(group: Cgroup) -> None:
+    """Where rcon ends the command itself after an OOM kill, that takes a thread, which counts as a process."""
+    group.configure(Resources(pids_max=2))  # rcon, and its child until that is in its own group
+    done = rcon(*LIMITED, "--", "true", before=group.enter_process)
+    assert done.status == 125
+    assert done.err == (
+        f"rcon: the thread oom-guard could not be started: can't start new thread ({MORE_PROCESSES})\n"
+    )

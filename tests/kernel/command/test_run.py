@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from rcon_plugins.errors import MORE_PROCESSES
+from rcon_plugins.kernel.cgroup import Cgroup, Resources
 from tests.commands import become_rcon
 from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.command.harness import ALLOCATE, MOUNTS, left_by, rcon, until
@@ -220,6 +224,33 @@ def test_another_user(tmp_path: Path) -> None:
     uid, effective, _ = done.out.splitlines()
     assert uid == str(NOBODY)
     assert int(effective.split()[1], 16) == 1 << 13
+
+
+@pytest.mark.each_layout
+def test_where_no_process_can_be_made_nothing_runs(group: Cgroup) -> None:
+    group.configure(Resources(pids_max=1))
+    done = rcon("run", "--", "true", before=group.enter_process)
+    refusal = f"rcon: fork: Resource temporarily unavailable ({MORE_PROCESSES})\n"
+    assert (done.status, done.err) == (125, refusal)
+
+
+def test_where_descriptors_are_out_the_message_names_the_limit() -> None:
+    """Each limit from the fewest descriptors to enough: some call fails, or the command runs."""
+
+    def leave(number: int) -> None:
+        used = {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
+        free = [descriptor for descriptor in range(1024) if descriptor not in used]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[number], free[number]))
+
+    for number in range(40):
+        done = rcon("run", "--memory", "64M", "--", "true", before=partial(leave, number))
+        if done.status == 0:
+            break
+        (line,) = done.err.splitlines()
+        assert (done.status, "Too many open files (" in line, "`ulimit -n`" in line) == (125, True, True), (
+            line
+        )
+    assert 5 < number < 39
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,10 @@ class Acts:
         return {**found, **ways_back.by_cgroup()}
 
     @staticmethod
+    def rights_of_root(pids: dict[str, int], folder: str) -> dict[str, str]:
+        return ways_back.by_rights_of_root(pids, folder)
+
+    @staticmethod
     def births(cgroup: str) -> dict[str, str]:
         """Start a child in another cgroup, in each way."""
         return births.all_ways(cgroup)

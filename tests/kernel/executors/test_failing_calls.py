@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import resource
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import pytest
 
 from rcon_plugins import Manager
 from rcon_plugins.errors import ConfinementError, KernelError
-from rcon_plugins.kernel import files, landlock, namespaces
+from rcon_plugins.kernel import descriptors, files, landlock, namespaces
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.events import Watcher
 from rcon_plugins.settings.file import from_mapping
@@ -125,6 +126,45 @@ def test_close_is_bounded_while_calls_fail() -> None:
     took, ended = in_child(program, timeout=60)
     assert ended == [True] * 5
     assert took < 40
+
+
+def test_descriptors_that_cannot_be_made_are_refused_with_the_remedy() -> None:
+    makers: dict[str, Callable[[], object]] = {
+        "eventfd": descriptors.event_counter,
+        "pipe": descriptors.pipe,
+        "memfd_create": lambda: descriptors.memory_file("rcon-test"),
+        "socketpair": lambda: descriptors.socket_pair(socket.SOCK_STREAM, socket),
+        "pidfd_open(1)": lambda: descriptors.of_process(1),
+    }
+
+    def program() -> dict[str, str]:
+        found = {}
+        for call, make in makers.items():
+            with no_descriptors(), pytest.raises(KernelError) as refused:
+                make()
+            assert refused.value.errno == errno.EMFILE
+            found[call] = str(refused.value)
+        return found
+
+    remedy = (
+        "raise the limit on open files of this process: RLIMIT_NOFILE, `ulimit -n`, LimitNOFILE= of a unit"
+    )
+    assert in_child(program) == {call: f"{call}: Too many open files ({remedy})" for call in makers}
+
+
+def test_a_server_without_a_descriptor_for_an_executor_says_how_to_raise_the_limit() -> None:
+    def program() -> list[str]:
+        said = []
+        for isolation, limits in (("thread", {"pids": 64}), ("process", {"each": {"timeout": "60s"}})):
+            with managing({"isolation": isolation, **limits}) as manager:
+                with no_descriptors(), pytest.raises(ConfinementError) as refused:
+                    begin(manager, "pid")
+                said.append(str(refused.value))
+        return said
+
+    assert [("Too many open files" in one, "`ulimit -n`" in one) for one in in_child(program)] == [
+        (True, True)
+    ] * 2
 
 
 @pytest.mark.each_layout

@@ -111,6 +111,28 @@ def test_with_the_servers_user_it_can_neither_loosen_its_limits_nor_reach_the_se
     assert set(signals.values()) == ({"EPERM"} if landlock.abi() >= 6 else {"WORKED"})
 
 
+@pytest.mark.parametrize("policy", [POLICY, {"pids": 32, "isolation": "process"}], ids=["user", "root"])
+def test_a_user_of_its_own_takes_away_what_root_may_do_without_capabilities(policy: dict[str, Any]) -> None:
+    """docs/security.md says what work may do that has root's user. No capability is needed for any of it."""
+    folder = Path(f"/run/rcon-test-{os.getpid()}")
+    folder.mkdir()
+    try:
+        with managing(policy) as manager:
+            found, _ = ask(manager, "rights_of_root", of_the_server(manager), str(folder))
+    finally:
+        folder.rmdir()
+    assert len(found) == 11
+    if policy is POLICY:
+        assert set(found.values()) <= {"EPERM", "EACCES", "EROFS"}, found
+        return
+    refused = {name for name, said in found.items() if said != "WORKED"}
+    # The scheduler asks for all capabilities of the other process: see cap_safe_nice() of the kernel.
+    of_the_scheduler = {name for name in found if name.startswith(("CPUs", "priority"))}
+    assert of_the_scheduler <= refused
+    # A container may have mounted these read-only.
+    assert refused - of_the_scheduler <= {"a setting of the machine", "a file in /dev"}, found
+
+
 @pytest.mark.each_layout
 @pytest.mark.parametrize(
     "policy", [POLICY, {"pids": 32, "isolation": "process"}], ids=["user", "server's user"]

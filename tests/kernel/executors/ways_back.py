@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import platform
+import resource
 import signal
 import socket
 import stat
@@ -219,6 +220,39 @@ def by_process(pid: int, name: str) -> dict[str, str]:
 def by_signal(pid: int, name: str) -> dict[str, str]:
     """Send a signal that would stop the process."""
     return {f"signal {name}": attempt(lambda: os.kill(pid, signal.SIGCONT))}
+
+
+def by_rights_of_root(pids: dict[str, int], folder: str) -> dict[str, str]:
+    """What root may do without a capability. Each act leaves everything as it was.
+
+    ``folder`` is root's, in ``/run``.
+    """
+    acts: dict[str, Callable[[], object]] = {
+        "a setting of the machine": partial(_write_again, Path("/proc/sys/kernel/core_pattern")),
+        "a file in /run": partial(_make_and_remove, Path(folder, "new")),
+        "a file in /dev": partial(_make_and_remove, Path("/dev", Path(folder).name)),
+    }
+    for name, pid in pids.items():
+        acts[f"rlimits of the {name}"] = partial(_set_rlimit_again, pid)
+        acts[f"OOM score of the {name}"] = partial(_write_again, Path(f"/proc/{pid}/oom_score_adj"))
+        acts[f"CPUs of the {name}"] = partial(os.sched_setaffinity, pid, os.sched_getaffinity(pid))
+        priority = os.getpriority(os.PRIO_PROCESS, pid)
+        acts[f"priority of the {name}"] = partial(os.setpriority, os.PRIO_PROCESS, pid, priority)
+    return {name: attempt(act) for name, act in acts.items()}
+
+
+def _write_again(path: Path) -> None:
+    _write(path, path.read_text().rstrip("\n"))
+
+
+def _set_rlimit_again(pid: int) -> None:
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+def _make_and_remove(path: Path) -> None:
+    path.touch(exist_ok=False)
+    path.unlink()
 
 
 def by_cgroup() -> dict[str, str]:

@@ -51,7 +51,7 @@ def test_as_json(instance: Instance, own: str, capsys: pytest.CaptureFixture[str
     row = rows(capsys)[f"{own}~a.example"]
     assert row.keys() == {
         *("group", "name", "kind", "instance", "cgroup", "policy", "key", "owner"),
-        *("limits", "limits_in_words", "processes", "frozen", "usage", "hits", "tally"),
+        *("limits", "limits_in_words", "processes", "frozen", "usage", "hits", "tally", "unroutable"),
     }
     assert (row["kind"], row["policy"], row["key"]) == ("work", own, "a.example")
     assert row["owner"].keys() == {"pid", "alive", "uid", "command"}
@@ -61,6 +61,7 @@ def test_as_json(instance: Instance, own: str, capsys: pytest.CaptureFixture[str
     # The group of a server that has no tally. On v1 the kernel's own counts end with each executor process.
     counts = 0 if Hierarchy.discover().layout == "v2" else None
     assert (row["tally"], row["hits"], row["usage"]["oom_kills"]) == (None, counts, counts)
+    assert row["unroutable"] is None
 
 
 def test_a_frozen_group_is_marked(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,11 @@ import logging
 import os
 import re
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pytest
 
 from rcon_plugins import Manager, RunningManager, Server, Work, hookimpl
 from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.confinement.admission import ProcessAdmission
 from rcon_plugins.errors import RconError
 from rcon_plugins.groups.find import find_group, find_groups
 from rcon_plugins.kernel import landlock
@@ -33,7 +37,7 @@ from rcon_plugins.tree import runtime
 from rcon_plugins.tree.owner import Owner
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import eventually
-from tests.kernel.executors.service import ask, begin, end, serve
+from tests.kernel.executors.service import ASK, ask, begin, end, serve
 
 pytestmark = pytest.mark.each_layout
 
@@ -48,13 +52,13 @@ def policy() -> str:
 
 @contextlib.contextmanager
 def serving(
-    policies: dict[str, Any], plugins: Any = (), **settings: Any
+    policies: dict[str, Any], plugins: Any = (), threads: bool = False, **settings: Any
 ) -> Iterator[tuple[RunningManager, Path]]:
     """A server with these policies: the `command` of work names its policy. Yield it and the directory of its tally."""
     routes = [{"policy": name, "command": name} for name in policies]
     manager = Manager(
         from_mapping({"policy": policies, "route": routes, **settings}),
-        server=Server(threads=False),
+        server=Server(threads=threads),
         plugins=plugins,
     )
     deployment = manager.deploy()
@@ -189,6 +193,39 @@ def test_each_refusal_is_counted_by_its_reason(policy: str) -> None:
         assert counts(directory, policy, "a").executor_evictions == 1
 
 
+def test_what_no_route_names_is_shown_with_its_server(
+    policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also by a server without a group: when all its work is refused, it never makes one."""
+    with serving({policy: {"each": {"timeout": "60s"}}}) as (manager, directory):
+        before = counts(directory, "").refusals["unroutable"]
+        for _ in range(3):
+            with pytest.raises(RconError):
+                manager.admit(Work("call", "nobody", {}))
+        number = before + 3
+
+        assert run_main(["ls"]) == 0
+        line = f"unroutable: {number} requests or tasks that no route names, refused by "
+        (shown,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith(line)]
+        assert shown.endswith(f" (pid {os.getpid()})")
+        top = rows(capsys, "top", "--json", "--iterations", "1", "--interval", "0.1")
+        (server,) = [one for one in top["servers"] if one["instance"] == directory.name]
+        assert (server["unroutable"], server["new_unroutable"], server["node"]) == (number, 0, None)
+        assert run_main(["top", "--iterations", "1", "--interval", "0.1"]) == 0
+        heading = capsys.readouterr().out.splitlines()[0]
+        told = re.search(r", unroutable ([0-9]+)", heading)
+        assert told is not None
+        assert int(told[1]) >= number
+
+        assert ask(manager, "pid", command=policy)[1].ending == "ok"
+        row = {one["group"]: one for one in rows(capsys, "ls", "--json")}[policy]
+        assert (row["unroutable"], row["tally"]["refusals"]["unroutable"]) == (number, 0)
+        assert rows(capsys, "stat", policy, "--json")["unroutable"] == number
+        assert run_main(["stat", policy]) == 0
+        shown = f"unroutable     {number} refused by the whole server, as no route names them\n"
+        assert shown in capsys.readouterr().out
+
+
 def test_the_budget_refuses_and_confinements_give_way(policy: str) -> None:
     each = {"memory": "32M", "timeout": "60s"}
     with serving(
@@ -227,6 +264,39 @@ def test_work_in_threads_is_counted(policy: str, isolation: str) -> None:
         if isolation == "inline":
             (group,) = [one for one in find_groups().groups if one.name == policy]
             assert (group.kind, group.tally()) == ("host", found)
+
+
+@pytest.mark.parametrize("isolation", ["inline", "thread", "process"])
+def test_threads_that_end_work_at_the_same_time_lose_no_count(policy: str, isolation: str) -> None:
+    """Two threads of the server end a unit of work each, at the same moment, over and over."""
+    limits = {"each": {"timeout": "60s"}} if isolation == "process" else {"pids": 200}
+    rounds = 150
+    with serving({policy: {"isolation": isolation, **limits}}, threads=True) as (manager, directory):
+        together = threading.Barrier(2, timeout=60)
+
+        def work() -> None:
+            for _ in range(rounds):
+                admission = manager.admit(Work("call", "pid", {"command": policy}))
+                assert admission is not None
+                if isinstance(admission, ProcessAdmission):
+                    admission.channel.send((ASK, b'["pid"]'))
+                    admission.channel.receive()
+                else:
+                    admission.call(os.getpid)
+                together.wait()
+                admission.finish()
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                for done in [pool.submit(work) for _ in range(2)]:
+                    done.result()
+        finally:
+            sys.setswitchinterval(before)
+        found = counts(directory, policy)
+    assert (found.begun, some(found.endings), found.under_way) == (2 * rounds, {"ok": 2 * rounds}, 0)
+    assert some(found.refusals) == {}
 
 
 # -- hostile work
@@ -342,9 +412,15 @@ def test_without_a_directory_it_serves_and_says_so_once(
         try:
             assert ask(manager, "pid")[1].ending == "ok"
             row = {one["name"]: one for one in rows(capsys, "ls", "--json")}[policy]
-            assert row["tally"] is None
+            assert (row["tally"], row["unroutable"]) == (None, None)
+            assert rows(capsys, "stat", policy, "--json")["unroutable"] is None
+            top = rows(capsys, "top", "--json", "--iterations", "1", "--interval", "0.1")
+            (server,) = [one for one in top["servers"] if one["instance"] == row["instance"]]
+            assert (server["unroutable"], server["new_unroutable"]) == (None, 0)
             assert run_main(["stat", policy]) == 0
-            assert "served         unknown\n" in capsys.readouterr().out
+            out = capsys.readouterr().out
+            assert "served         unknown\n" in out
+            assert "unroutable" not in out
         finally:
             manager.close()
     said = [record.message for record in caplog.records if "rcon top" in record.message]

@@ -9,6 +9,8 @@ import mmap
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +42,7 @@ from rcon_plugins.tally.writer import Tally
 from rcon_plugins.work import Usage
 from tests.children import ChildDied, in_child
 
+ROOT = Path(__file__).resolve().parents[3]
 OK = Outcome(ending="ok", usage=Usage(wall_seconds=0.5, cpu_seconds=0.25, memory_peak=4096, oom_kills=0))
 
 
@@ -251,6 +254,49 @@ def test_threads_count_each_unit_once(tmp_path: Path) -> None:
     counts = read(tmp_path).counts.values()
     tally.close()
     assert sum(one.begun for one in counts) == sum(one.endings["ok"] for one in counts) == 8000
+
+
+GEVENT = """
+from gevent import monkey; monkey.patch_all()
+import gevent, sys, threading
+from rcon_plugins.outcome import Outcome
+from rcon_plugins.tally.writer import Tally
+from rcon_plugins.work import Usage
+
+sys.setswitchinterval(1e-6)
+tally = Tally.take(sys.argv[1], records=20)
+outcome = Outcome(ending="ok", usage=Usage(wall_seconds=0.5, memory_peak=4096))
+threads = set()
+
+def count(number, rest):
+    threads.add(gevent.get_hub().thread_ident)
+    for turn in range(3000):
+        record = tally.record("p", str((number + turn) % 30))
+        tally.begin(record)
+        rest()
+        tally.end(record, outcome)
+
+pool = gevent.get_hub().threadpool
+native = [pool.spawn(count, number, lambda: None) for number in range(4)]
+greenlets = [gevent.spawn(count, number, lambda: gevent.sleep(0)) for number in range(4)]
+gevent.joinall(greenlets, raise_error=True)
+for one in native:
+    one.get()
+tally.close()
+print(len(threads))
+"""
+
+
+def test_greenlets_and_native_threads_of_gevent_count_each_unit_once(tmp_path: Path) -> None:
+    """gevent replaces locks: they must exclude its native threads, too, and greenlets that switch in between."""
+    done = subprocess.run(
+        [sys.executable, "-c", GEVENT, str(tmp_path)], capture_output=True, text=True, timeout=100, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 5
+    counts = read(tmp_path).counts.values()
+    assert sum(one.begun for one in counts) == sum(one.endings["ok"] for one in counts) == 8 * 3000
+    assert sum(one.wall_seconds for one in counts) == 8 * 3000 * 0.5
 
 
 def test_a_signal_handler_may_count_in_the_middle_of_an_update(tmp_path: Path) -> None:

@@ -84,8 +84,12 @@ def test_a_cgroup_that_is_a_file_of_the_kernel_is_refused_with_its_key(
     said = " ".join(capsys.readouterr().out.split())
     assert f"REFUSED: {file}: cgroup: " in said
     assert 'is a file of the kernel (choose another path: cgroup = "/rcon")' in said
-    with pytest.raises(DelegationError, match=rf"^{file}: cgroup: .* is a file of the kernel"):
+    with pytest.raises(DelegationError, match=rf"^{file}: cgroup: .* is a file of the kernel") as refused:
         Manager(load(file)).deploy()
+    assert run_main(["check", "--json", str(file)]) == 1
+    problem = json.loads(capsys.readouterr().out)["problem"]
+    assert (problem["key"], problem["remedy"]) == (None, refused.value.hint)
+    assert f"{file}: {problem['reason']}" == refused.value.problem
 
     file.write_text('[policy.web]\n"a\\u001b[31m\\nb" = 5\n')
     assert run_main(["check", str(file)]) == 1

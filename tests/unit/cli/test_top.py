@@ -10,10 +10,20 @@ import pytest
 from rich.console import Console
 
 from rcon_plugins.cli.groups.commands import _SORTS
-from rcon_plugins.cli.top.samples import Rates, Row
-from rcon_plugins.cli.top.table import COLUMNS, SORTS, as_json, as_text, help_screen, ordered, screen, summary
+from rcon_plugins.cli.top.samples import Rates, Row, View
+from rcon_plugins.cli.top.table import (
+    COLUMNS,
+    SORTS,
+    as_json,
+    as_text,
+    help_screen,
+    ordered,
+    screen,
+    server_as_json,
+    summary,
+)
 from rcon_plugins.errors import ConfinementError
-from rcon_plugins.groups.sample import Sample, from_data, to_data
+from rcon_plugins.groups.sample import Sample, Samples, ServerSample, from_data, to_data
 from rcon_plugins.kernel.cgroup import MAX, Reading, Resources
 from rcon_plugins.kernel.cgroup.statistics import Pressure, Stall, Statistics
 
@@ -136,7 +146,44 @@ def test_plain_text() -> None:
         *("a", "150%", "-", "48M", "75%", "3", "25%", "cpu", "5"),
         *("1M", "0", "0", "python", "app.py"),
     ]
-    assert summary(rows, "cpu", 2.0) == "1 group, CPU 150%, memory 48M; sorted by cpu, every 2 s"
+    assert summary(View(rows, []), "cpu", 2.0) == "1 group, CPU 150%, memory 48M; sorted by cpu, every 2 s"
+
+
+def server(name: str, unroutable: int | None) -> ServerSample:
+    return ServerSample(instance=name, owner="gunicorn", unroutable=unroutable)
+
+
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ([], ""),
+        ([0, 0], ""),
+        ([3, 0, 4], ", unroutable 7"),
+        ([3, None], ", unroutable 3 or more"),
+        ([0, None], ", unroutable -"),
+        ([None], ", unroutable -"),
+    ],
+)
+def test_what_no_route_names_is_above_the_table(counts: list[int | None], shown: str) -> None:
+    """What is unknown is never 0."""
+    servers = [server(str(number), count) for number, count in enumerate(counts)]
+    view = Rates().view(Samples([], servers))
+    assert summary(view, "cpu", 2.0) == f"0 groups, CPU 0%, memory 0{shown}; sorted by cpu, every 2 s"
+
+
+def test_servers_as_json() -> None:
+    rates = Rates()
+    rates.view(Samples([], [server("rcon-1-2", 3), server("rcon-3-4", None)]))
+    found = rates.view(Samples([], [server("rcon-1-2", 5), server("rcon-3-4", None), server("rcon-5-6", 1)]))
+    keys = ("instance", "owner", "node", "unroutable", "new_unroutable")
+    assert [server_as_json(one) for one in found.servers] == [
+        dict(zip(keys, values, strict=True))
+        for values in (
+            ("rcon-1-2", "gunicorn", None, 5, 2),
+            ("rcon-3-4", "gunicorn", None, None, 0),
+            ("rcon-5-6", "gunicorn", None, 1, 0),
+        )
+    ]
 
 
 def test_json() -> None:
@@ -193,7 +240,7 @@ def test_names_differ_for_the_same_group_of_several_workers() -> None:
     ]
     shown_names = [line.split()[0] for line in screenful(rows, 80, 24)[2:5]]
     assert shown_names == ["web-1/…orts-render", "web-2/…orts-render", "w/reports-render"]
-    assert summary(rows, "cpu", 2.0).startswith("3 groups of 3 workers, CPU ")
+    assert summary(View(rows, []), "cpu", 2.0).startswith("3 groups of 3 workers, CPU ")
 
 
 def test_a_long_name_keeps_its_end() -> None:

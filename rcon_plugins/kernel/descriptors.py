@@ -1,0 +1,58 @@
+"""Make descriptors of no path: counters, pipes, files in memory, sockets, processes. execve(2) closes all of them.
+
+Each failure is a `KernelError` with the remedy: this process or the machine has no descriptor or no memory left.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rcon_plugins.errors import KernelError
+
+
+def event_counter() -> int:
+    """Return a counter that starts at 0 and can be polled: eventfd(2). Reading it does not block.
+
+    Raises `KernelError`.
+    """
+    try:
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError as error:
+        raise KernelError.from_oserror(error, path="eventfd") from None
+
+
+def pipe(*, blocking: bool = True) -> tuple[int, int]:
+    """Return the ends of a new pipe, to read and to write: pipe2(2). Raises `KernelError`."""
+    try:
+        return os.pipe2(os.O_CLOEXEC if blocking else os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise KernelError.from_oserror(error, path="pipe") from None
+
+
+def memory_file(name: str) -> int:
+    """Return an empty file in memory, memfd_create(2). ``/proc/<pid>/fd`` shows its name. Raises `KernelError`."""
+    try:
+        return os.memfd_create(name, os.MFD_CLOEXEC)
+    except OSError as error:
+        raise KernelError.from_oserror(error, path="memfd_create") from None
+
+
+def socket_pair(kind: int, module: Any) -> tuple[Any, Any]:
+    """Return two connected Unix sockets: socketpair(2). Raises `KernelError`.
+
+    ``module`` makes them: `socket`, which gevent replaces, or `_socket`, which it does not.
+    """
+    try:
+        ends: tuple[Any, Any] = module.socketpair(module.AF_UNIX, kind)
+    except OSError as error:
+        raise KernelError.from_oserror(error, path="socketpair") from None
+    return ends
+
+
+def of_process(pid: int) -> int:
+    """Return a descriptor of a process, pidfd_open(2). Raises `KernelError`; ESRCH: it is gone."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        raise KernelError.from_oserror(error, path=f"pidfd_open({pid})") from None
