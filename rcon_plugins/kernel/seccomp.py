@@ -79,8 +79,9 @@ def is_available() -> bool:
     except KernelError as error:
         if error.errno == errno.EFAULT:
             return True
-        if error.errno in (errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EACCES):
+        if error.errno in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
             return False
+        error.hint = REMEDY
         raise
     return True
 
