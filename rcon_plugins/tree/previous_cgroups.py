@@ -157,12 +157,22 @@ def check_writable() -> None:
 
 
 def load(instance: str) -> PreviousCgroups:
-    """Return the record; an empty one if it is missing or damaged. Processes then move to the root of the tree."""
+    """Return the record; an empty one if it is missing or damaged. Processes then move to the root of the tree.
+
+    Raises KernelError if it cannot be read: then nobody knows yet where the processes belong.
+    """
+    path = _path(instance)
     try:
-        with open(_path(instance), "rb") as file:
-            entries = json.loads(file.read())
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return PreviousCgroups({})
+        raise KernelError.from_oserror(error, path=path, hint="try again") from None
+    try:
+        entries = json.loads(data)
         return PreviousCgroups({(int(one["pid"]), int(one["started"])): dict(one["at"]) for one in entries})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return PreviousCgroups({})
 
 
