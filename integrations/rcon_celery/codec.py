@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,8 +34,19 @@ _MAX_REASON: Final = 500
 MAX_CHILDREN: Final = 5000
 #: The most exceptions in an answer: those of a group count twice. Making one takes up to 30 microseconds.
 MAX_EXCEPTIONS: Final = 2000
+#: The most characters that a SyntaxError in an answer may underline beyond its text. A traceback shows each of them.
+_MAX_UNDERLINED: Final = 10_000
 #: The longest names of an exception's module and class, characters.
 _MAX_NAME: Final = 1000
+
+#: A field of a format, printf-style or of str.format, that is wide, or as wide as another argument says. Some classes
+#: of exceptions use an argument as a format, as dateutil's ParserError does.
+_WIDE_FIELD: Final = re.compile(
+    r"%(?:\([^()]*\))?[-+ #0]*(?:\*|[0-9]{5,}|[0-9]*\.(?:\*|[0-9]{5,}))[.0-9*]*[hlL]?[diouxXeEfFgGcrsa]"
+    r"|\{[\w.]*(?:\[[^\[\]{}]*\][\w.]*)*(?:![rsa])?:[^{}]{0,4}(?:\{|[0-9]{5,}|[0-9]*\.[0-9]{5,})"
+)
+#: A part of each of them, which is found faster.
+_WIDE: Final = re.compile(r"[0-9]{5}|\*|:[^{}]{0,4}\{")
 
 #: Attributes of a task's request that are sent in another way, or that belong to one process.
 _NOT_SENT = frozenset({"args", "kwargs", "called_directly", STAGE})
@@ -183,7 +195,7 @@ def encode_predicate(
     serializers = _result_serializers(task, serializer)
     if isinstance(error, Retry):
         content |= {
-            "message": _data_or_repr(error.message, serializers),
+            "message": error.message if isinstance(error.message, str | None) else safe_repr(error.message),
             "error": _described(error.exc, serializer) if error.exc is not None else None,
             "text": error.excs,
             "when": _data_or_repr(error.when, serializers),
@@ -241,10 +253,13 @@ def decode_predicate(task: Any, how: str, content: dict[str, Any]) -> Exception:
     """Return the `Retry`, `Ignore` or `Reject` that `encode_predicate` encoded."""
     error: Exception
     if how == "retry":
-        cause = content["error"]
+        cause, message, text = content["error"], content["message"], content["text"]
+        # Celery makes text of all three, and stores the exception.
+        if not (isinstance(message, str | None) and isinstance(text, str | None)):
+            raise ProtocolViolation("a retry whose message or exception is not text")
         error = Retry(
-            content["message"],
-            exc=decode_exception(cause, "") if cause is not None else content["text"],
+            message,
+            exc=decode_exception(cause, "") if cause is not None else text,
             when=content["when"],
             # A plain one. To make one of a chain or a chord, Celery copies all of it for each of its tasks.
             sig=Signature(dict(content["sig"]), app=task.app) if content["sig"] is not None else None,
@@ -307,7 +322,9 @@ def _rebuilt(described: dict[str, Any]) -> Exception:
             *(name if name in sys.modules else celery.exceptions.__name__ for name in args[:1]),
             *args[1:],
         )
-    error = _constructed(cls, constructor_args, args)
+    error = None
+    if not (_makes_own_text(cls) and _has_wide_field([*args, *constructor_args])):
+        error = _constructed(cls, constructor_args, args)
     if error is None:
         text = f"{cls.__name__}({', '.join(map(safe_repr, args))})"
         wrapper: Exception = UnpickleableExceptionWrapper(cls.__module__, cls.__name__, args, text)
@@ -316,7 +333,43 @@ def _rebuilt(described: dict[str, Any]) -> Exception:
     for name, value in described["state"].items():
         if not callable(getattr(cls, name, None)):
             vars(error)[name] = value
+    _check_underlined(error)
     return error
+
+
+def _makes_own_text(cls: type[Exception]) -> bool:
+    """Return whether Python code of the class makes its text, and so may use an argument as a format."""
+    made = (cls.__new__, cls.__init__, cls.__str__, cls.__repr__)
+    return any(isinstance(method, types.FunctionType) for method in made)
+
+
+def _has_wide_field(values: Iterable[Any]) -> bool:
+    """Return whether one of the texts in data is a format that makes a far longer text."""
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            if _WIDE.search(value) and _WIDE_FIELD.search(value):
+                return True
+        elif isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return False
+
+
+def _check_underlined(error: BaseException) -> None:
+    """Refuse a SyntaxError whose traceback would be far longer than the exception, or cannot be made at all.
+
+    Raises `TooCostly`, `ProtocolViolation`.
+    """
+    if not isinstance(error, SyntaxError):
+        return
+    start, end, text = error.offset, error.end_offset, error.text
+    if not (isinstance(start, int | None) and isinstance(end, int | None) and isinstance(text, str | None)):
+        raise ProtocolViolation("a SyntaxError whose place in the text is none")
+    if (end or 0) - (start or 0) > max(_MAX_UNDERLINED, len(text or "")):
+        raise decoding_cost.TooCostly(f"a SyntaxError that underlines more than {_MAX_UNDERLINED} characters")
 
 
 def _constructed(
@@ -366,10 +419,14 @@ def _check_results(content: Mapping[str, Any]) -> None:
     while waiting:
         first, nodes = _pair(waiting.pop())
         count += 1
+        parent = None
         if isinstance(first, list | tuple):
-            _, parent = _pair(first)
-            if parent is not None:
-                waiting.append(parent)
+            first, parent = _pair(first)
+        if not isinstance(first, str) or not first:
+            # Celery looks a result up by its id, also when the result is forgotten.
+            raise ProtocolViolation("the id of a result of another task is not text")
+        if parent is not None:
+            waiting.append(parent)
         if nodes is not None:
             if not isinstance(nodes, list | tuple):
                 raise ProtocolViolation("the results of a group are not a list")

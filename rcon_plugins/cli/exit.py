@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rcon_plugins.errors import RconError
+from rcon_plugins.errors import RconError, on_one_line
 
 if TYPE_CHECKING:
     import click
@@ -42,11 +42,14 @@ class Refused(Exception):
 
 
 def say(program: str, message: str) -> None:
-    """Print ``message`` as one line on standard error. Do nothing where standard error is closed."""
+    """Print ``message`` as one line on standard error. Do nothing where standard error is closed.
+
+    A message may name what another user made, such as a cgroup: escape what controls the terminal.
+    """
     if sys.stderr is None:
         return
     with contextlib.suppress(OSError, ValueError):
-        print(f"{program}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"{program}: {on_one_line(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 def interrupted() -> int:

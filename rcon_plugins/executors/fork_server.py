@@ -57,6 +57,8 @@ _MAX_ORDER = 128 * 1024
 _ORPHAN_SECONDS = 1.0
 #: The most children to reap before the next order.
 _MOST_REAPED = 64
+#: How long to reap killed processes at the end: after the last one that ended, and at most. In seconds.
+_LAST_SECONDS, _REAP_SECONDS = 0.5, 5.0
 #: How long to try to send an exit report for which the kernel has no memory, in steps of 10 ms.
 _REPORT_ATTEMPTS = 500
 
@@ -157,9 +159,23 @@ class ForkServer:
         finally:
             try:
                 self._instance.sweep(f"{self._host}-")
+                self._reap_last()
             except BaseException:  # noqa: BLE001 - as above; the next start cleans up
                 traceback.print_exc()
             os._exit(status)
+
+    @staticmethod
+    def _reap_last() -> None:
+        """Reap what was killed. What is left goes to process 1, which in many containers reaps nothing."""
+        until = time.monotonic() + _REAP_SECONDS
+        deadline = time.monotonic() + _LAST_SECONDS
+        while time.monotonic() < min(deadline, until):
+            if list(process.reap_any(_MOST_REAPED)):
+                deadline = time.monotonic() + _LAST_SECONDS
+            elif not process.has_children():
+                return
+            else:
+                time.sleep(0.001)
 
     def _close_server_files(self) -> None:
         needed = {self._control.fileno(), self._host_pidfd, self._instance.locks}

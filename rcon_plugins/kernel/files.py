@@ -22,6 +22,8 @@ from rcon_plugins.errors import KernelError
 _CHUNK = 65536
 #: The number of links of a cgroup directory without children.
 _LINKS_WITHOUT_CHILDREN = 2
+#: How long to wait for a lock, seconds. Who holds one only writes a few files.
+_LOCK_SECONDS = 0.1
 #: The longest path for one system call, in characters of up to four bytes.
 _LONGEST_PATH = 1000
 
@@ -310,16 +312,30 @@ def _status(path: str) -> os.stat_result | None:
 
 @contextlib.contextmanager
 def locked(directory: str) -> Iterator[None]:
-    """Hold an advisory lock on a directory, flock(2), waiting for it. Raises KernelError (ENOENT)."""
+    """Hold an advisory lock on a directory, flock(2), in the block. Raises KernelError (ENOENT).
+
+    Wait for it a short time, then go on without it: every user who may read the directory, such as confined code, can
+    hold the lock as long as it likes.
+    """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise failure(error, directory) from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _try_lock(descriptor) and time.monotonic() < deadline:
+            time.sleep(0.002)
         yield
     finally:
         posix.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def subdirectories(directory: str) -> list[str]:

@@ -208,6 +208,15 @@ def reap_any(most: int) -> Iterator[tuple[int, int]]:
         yield pid, status
 
 
+def has_children() -> bool:
+    """Return whether this process has children, whatever their state."""
+    try:
+        posix.waitid(posix.P_ALL, 0, posix.WEXITED | posix.WNOHANG | posix.WNOWAIT | _WALL)
+    except ChildProcessError:
+        return False
+    return True
+
+
 def has_ended(status: int) -> bool:
     """Return whether a wait status says that the process has ended: wait(2)."""
     return os.WIFEXITED(status) or os.WIFSIGNALED(status)

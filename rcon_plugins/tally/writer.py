@@ -12,6 +12,7 @@ import fcntl
 import os
 import posix  # gevent replaces `os.close`
 import struct
+import time
 from collections.abc import Iterator
 from os import getpid
 from typing import TYPE_CHECKING, Final
@@ -44,6 +45,8 @@ from rcon_plugins.tally.layout import (
 if TYPE_CHECKING:
     from rcon_plugins.outcome import Outcome
 
+#: How long to wait while another process looks for a slot, seconds.
+_LOCK_SECONDS = 2.0
 #: Enough for all processes that a server has at one time.
 _MOST_SLOTS = 4096
 #: The least used share of the records that is folded when all are in use.
@@ -114,7 +117,7 @@ class Tally:
         except OSError as error:
             raise KernelError.from_oserror(error, path=directory) from None
         try:
-            fcntl.flock(at, fcntl.LOCK_EX)  # one process at a time looks for a slot
+            _lock(at)  # one process at a time looks for a slot
             for number in range(_MOST_SLOTS):
                 tally = cls._take_slot(at, str(number), records)
                 if tally is not None:
@@ -379,6 +382,21 @@ class _Writing:
     def __exit__(self, *_: object) -> None:
         words, sequence = self._words, self._sequence
         words[sequence] = (words[sequence] | 1) + 1
+
+
+def _lock(directory: int) -> None:
+    """Lock the directory, flock(2). Raises OSError if another process holds the lock too long.
+
+    Who holds it looks for a slot. But code that runs as the server's user can hold it, too.
+    """
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.005)
 
 
 def _fits(header: memoryview, records: int, size: int) -> bool:

@@ -22,7 +22,7 @@ from rcon_plugins.kernel import descriptors, files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree import attach_watcher, previous_cgroups
 from rcon_plugins.tree.instance import Instance
-from rcon_plugins.tree.owner import INSTANCE_NAME
+from rcon_plugins.tree.owner import INSTANCE_NAME, Owner
 from rcon_plugins.tree.previous_cgroups import PreviousCgroups
 
 #: The most rounds of attaching processes that were forked meanwhile.
@@ -268,9 +268,9 @@ def release_group(group: Cgroup, instance: str, timeout: float = 10.0) -> None:
     The watcher does it if it is alive. Raises KernelError: ETIMEDOUT if the watcher does not do it in time, EACCES if
     another user owns the group.
     """
-    pid = int(instance.split("-")[1])
+    pid = _watcher_of(instance)
     uid = previous_cgroups.other_owner(group)
-    watcher = proc.read_process(pid)
+    watcher = None if pid is None else proc.read_process(pid)
     if uid is not None and (watcher is None or watcher.uid != uid):
         raise _not_permitted(group, uid)
     if not _signal(instance, signal.SIGTERM):
@@ -314,17 +314,36 @@ def _not_permitted(group: Cgroup, uid: int) -> KernelError:
     )
 
 
+def _watcher_of(instance: str) -> int | None:
+    """Return the pid of the watcher of an instance in this PID namespace; None if it is dead.
+
+    Raises KernelError if it is in a PID namespace that cannot be seen from here.
+    """
+    owner = Owner.of(instance)
+    pid = None if owner is None else owner.visible_pid()
+    if pid is None and owner is not None and owner.is_alive() is None:
+        raise KernelError(
+            f"the watcher of {instance} is in a PID namespace that cannot be seen from here",
+            errno=errno.ESRCH,
+            path=instance,
+            hint="release the group there, or outside of containers",
+        )
+    return pid
+
+
 def _signal(instance: str, number: int) -> bool:
     """Send a signal to the watcher of an instance. Return False if it is dead."""
-    _, pid, started = instance.split("-")[:3]
+    pid = _watcher_of(instance)
+    if pid is None:
+        return False
     try:
-        descriptor = descriptors.of_process(int(pid))
+        descriptor = descriptors.of_process(pid)
     except KernelError as error:
         if files.gone(error):
             return False
         raise
     try:
-        if proc.start_time(int(pid)) != int(started):
+        if _watcher_of(instance) != pid:
             return False
         signal.pidfd_send_signal(descriptor, number)
         return True

@@ -13,6 +13,7 @@ import hashlib
 import os
 import struct
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 
@@ -20,6 +21,8 @@ from collections.abc import Iterator
 MAX_SLOTS = 1 << 16
 #: The byte that a process locks while it searches for several free bytes. It is far beyond all bytes that count.
 _SEARCH = 1 << 61
+#: How long to wait for that byte, seconds. Who holds it only asks for a few locks.
+_SEARCH_SECONDS = 0.25
 #: struct flock, native: type, whence, start, length, pid.
 _FLOCK = "hhqqi"
 
@@ -72,10 +75,15 @@ class ByteLocks:
         return None
 
     def reserve(self, count: int, stop: int) -> Allocation | None:
-        """Reserve ``count`` of the first ``stop`` bytes, in any ranges. Return None if fewer are free."""
+        """Reserve ``count`` of the first ``stop`` bytes, in any ranges. Return None if fewer are free.
+
+        Also if another process searches all the time: whoever can open the file can hold any lock on it for ever.
+        """
         found = Allocation()
-        with self._lock, self._searching():
+        with self._lock, self._searching() as alone:
             self._unlock_stuck()
+            if not alone:
+                return None
             free = []
             for start, end in self._free(stop):
                 end = min(end, start + count)
@@ -123,12 +131,25 @@ class ByteLocks:
         fcntl.lockf(self.file, kind, end - start, start, os.SEEK_SET)
 
     @contextlib.contextmanager
-    def _searching(self) -> Iterator[None]:
-        self._set(fcntl.LOCK_EX, _SEARCH, _SEARCH + 1)
+    def _searching(self) -> Iterator[bool]:
+        """Keep other processes from searching in the block. Yield False if another one does, and does not end it."""
+        until = time.monotonic() + _SEARCH_SECONDS
+        while not self._try_search():
+            if time.monotonic() > until:
+                yield False
+                return
+            time.sleep(0.001)
         try:
-            yield
+            yield True
         finally:
             self._set(fcntl.LOCK_UN, _SEARCH, _SEARCH + 1)
+
+    def _try_search(self) -> bool:
+        try:
+            self._set(fcntl.LOCK_EX | fcntl.LOCK_NB, _SEARCH, _SEARCH + 1)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
 
     def _free(self, stop: int) -> list[tuple[int, int]]:
         """Return the free ranges below ``stop``, in order. Asks the kernel once for each lock on the file."""

@@ -19,6 +19,7 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, mounts
 from rcon_plugins.tree import runtime
+from rcon_plugins.tree.base import ROOT_BASE
 from rcon_plugins.tree.owner import INSTANCE_NAME
 
 #: The time for which `restore` follows processes that keep forking, seconds.
@@ -95,8 +96,10 @@ def restore_process(pid: int, group: Cgroup, paths: Paths) -> None:
     refuses, the process goes to the base of the group, outside of its limits.
     """
     base = _base_of(group)
+    # Without a record, stay below what holds for the base: it may be in a container, whose /run is another one.
+    unknown = "/" if base == ROOT_BASE else base
     for mount in group.mounts:
-        path = paths.get(mount.path, "/")
+        path = paths.get(mount.path, unknown)
         while True:
             try:
                 files.write(mount.directory(path), "cgroup.procs", str(pid))
@@ -157,12 +160,22 @@ def check_writable() -> None:
 
 
 def load(instance: str) -> PreviousCgroups:
-    """Return the record; an empty one if it is missing or damaged. Processes then move to the root of the tree."""
+    """Return the record; an empty one if it is missing or damaged. Processes then move to the base of their group.
+
+    Raises KernelError if it cannot be read: then nobody knows yet where the processes belong.
+    """
+    path = _path(instance)
     try:
-        with open(_path(instance), "rb") as file:
-            entries = json.loads(file.read())
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return PreviousCgroups({})
+        raise KernelError.from_oserror(error, path=path, hint="try again") from None
+    try:
+        entries = json.loads(data)
         return PreviousCgroups({(int(one["pid"]), int(one["started"])): dict(one["at"]) for one in entries})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return PreviousCgroups({})
 
 

@@ -15,7 +15,14 @@ from rcon_plugins.cli.program import find_program
 from rcon_plugins.cli.request import Request, find_account
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import landlock, seccomp
-from rcon_plugins.kernel.capability import State, drop, read_state, set_no_new_privs
+from rcon_plugins.kernel.capability import (
+    CAP_SYS_ADMIN,
+    State,
+    drop,
+    raise_capability,
+    read_state,
+    set_no_new_privs,
+)
 from rcon_plugins.kernel.capability.exec_rule import File, predict
 from rcon_plugins.kernel.proc import exec_remedy, original_environment
 
@@ -85,10 +92,25 @@ def environment_of(request: Request) -> dict[bytes, bytes]:
 
 def become(request: Request) -> None:
     """Change this process to the requested user and capabilities; not the file rules. Raises `CapabilityError`."""
+    if request.identity is not None and request.identity.uid != os.geteuid():
+        _keep_from_typing(request)
     if request.keep is not None:
         drop(request.identity, request.keep, no_new_privs=request.no_new_privs, ambient=True)
     elif request.no_new_privs:
         set_no_new_privs()
+
+
+def _keep_from_typing(request: Request) -> None:
+    """Keep a command of another user from typing into the shell whose terminal it shares, where this process may."""
+    if not seccomp.is_available():
+        return
+    if CAP_SYS_ADMIN in read_state().permitted:
+        raise_capability(CAP_SYS_ADMIN)
+    elif request.no_new_privs:
+        set_no_new_privs()
+    else:
+        return
+    seccomp.forbid_typing()
 
 
 def problems(request: Request, after: State) -> list[str]:

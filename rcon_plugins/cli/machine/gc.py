@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from rcon_plugins.cli.exit import BadUsage
+from rcon_plugins.errors import on_one_line
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.branch import check_path
 from rcon_plugins.tree import runtime
@@ -35,7 +36,8 @@ def gc(below: str, dry_run: bool, as_json: bool, *, unknown: bool = False) -> tu
         good = all(one.removed or one.state == "unknown_owner" for one in done)
     if as_json:
         return json.dumps({"good": good, "dry_run": dry_run, "trees": trees}, indent=2), good
-    return "\n".join(f"{tree['path']}: {tree['message']}" for tree in trees), good
+    # The user of a group chooses the names of the cgroups below it.
+    return "\n".join(on_one_line(f"{tree['path']}: {tree['message']}") for tree in trees), good
 
 
 def _plan(tree: Garbage, *, unknown: bool) -> str:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import NamedTuple
 
@@ -120,7 +120,8 @@ class Row:
     ``cpu`` is in CPUs; ``throttled`` the share of CPU periods in which the group waited for its quota; ``memory`` in
     bytes; ``read`` and ``written`` in bytes a second; ``pressure`` by resource (cpu, memory, io), the share of the last
     ten seconds in which some process waited for it. ``hits`` is as in `Sample`, ``new_hits`` those since the last
-    sample. ``tally`` is what a server counted; None for a group of no server, and where it is unknown.
+    sample. ``tally`` is what a server counted; None for a group of no server, and where it is unknown. ``nested``: the
+    group lies in another one of the samples, whose usage includes that of this one.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Row:
     new_hits: int = 0
     tally: Counts | None = None
     node: str | None = None
+    nested: bool = False
 
     @property
     def memory_share(self) -> float | None:
@@ -191,9 +193,20 @@ class Rates:
     def rows(self, samples: Iterable[Sample]) -> list[Row]:
         """Return a row for each sample."""
         now = {sample.id: sample for sample in samples}
-        found = [_row(sample, self._last.get(name)) for name, sample in now.items()]
+        found = [
+            replace(_row(sample, self._last.get(name)), nested=_is_nested(name, now))
+            for name, sample in now.items()
+        ]
         self._last = now
         return found
+
+
+def _is_nested(path: str, known: Mapping[str, Sample]) -> bool:
+    """Return whether a group lies in another one, whose usage includes its own."""
+    while path := path.rpartition("/")[0]:
+        if path in known:
+            return True
+    return False
 
 
 def _row(now: Sample, before: Sample | None) -> Row:

@@ -105,8 +105,9 @@ def ordered(rows: Iterable[Row], by: str, backwards: bool = False) -> list[Row]:
 def summary(view: View, by: str, interval: float) -> str:
     """Return the line above the table."""
     rows = view.rows
-    cpu = sum(row.cpu or 0 for row in rows)
-    memory = sum(row.memory or 0 for row in rows)
+    outer = [row for row in rows if not row.nested]
+    cpu = sum(row.cpu or 0 for row in outer)
+    memory = sum(row.memory or 0 for row in outer)
     groups = f"{len(rows)} group{'' if len(rows) == 1 else 's'}"
     nodes = {row.node for row in rows} - {None}
     if nodes:

@@ -71,6 +71,9 @@ def _read_bytes(text: str) -> int | Max:
     return MAX if int(text) >= _UNLIMITED_BYTES else int(text)
 
 
+#: The buffers of TCP connections, which v1 does not count as memory of a cgroup. They get the same limit, beside it.
+_TCP_LIMIT = "memory.kmem.tcp.limit_in_bytes"
+
 #: One row for each limit with a single file, in the order of writing. Quota, swap and ``io`` need several files.
 FILES = (
     LimitFile("cpu_burst", "cpu.cfs_burst_us", in_microseconds, in_seconds),  # kernel 5.14
@@ -242,6 +245,8 @@ class V1Branch(Branch):
                 _set_quota(self.directory, int(value))
             else:
                 files.write(self.directory, name, value)
+            if name == "memory.limit_in_bytes" and files.is_file(self.directory, _TCP_LIMIT):
+                files.write(self.directory, _TCP_LIMIT, value)
         if self.mount.controllers == {"blkio"} and io_is_limited(self.directory):
             self._take_back()
             self._take_children_in()

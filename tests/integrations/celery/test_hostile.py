@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,13 @@ def test_malformed_answer_kills_the_process(session: Session, how: str) -> None:
 JSON = ("application/json", "utf-8")
 
 
+def exception(module: str, name: str, *args: object) -> str:
+    """Return the code of the data of an answer with an exception."""
+    pairs = [[False, value] for value in args]
+    error = {"module": module, "type": name, "args": pairs, "constructor_args": pairs, "state": {}}
+    return repr(json.dumps({"children": [], "error": error}).encode())
+
+
 @pytest.mark.parametrize(
     ("how", "text", "content_type", "encoding", "data", "frame"),
     [
@@ -106,6 +114,21 @@ JSON = ("application/json", "utf-8")
             65536,
         ),
         ("error", "", *JSON, "b'[' + b'\"a\",' * 500_000 + b'1]'", 65536),
+        (
+            "ok",
+            "",
+            *JSON,
+            'b\'{"value": 1, "children": [\' + b\'[["", null], null],\' * 4999 + b\'["a", null]]}\'',
+            65536,
+        ),
+        (
+            "error",
+            "",
+            *JSON,
+            exception("builtins", "SyntaxError", "m", ["f", 1, 1, "x", 1, 300_000_000]),
+            65536,
+        ),
+        ("error", "", *JSON, exception("builtins", "SyntaxError", "m", ["f", 1, "x", {}, 1, "y"]), 65536),
         ("too long", "9" * 900_000, *JSON, "b'{\"children\": 1}'", 65536),
     ],
     ids=[
@@ -119,6 +142,9 @@ JSON = ("application/json", "utf-8")
         "frames",
         "children",
         "error",
+        "empty ids",
+        "underlined",
+        "no place",
         "size",
     ],
 )
@@ -144,6 +170,16 @@ def resident_peak(pid: int, *, reset: bool = False) -> int:
         line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")
     )
     return int(line.split()[1]) * 1024
+
+
+@pytest.mark.measures
+def test_the_text_of_an_exception_costs_little(session: Session) -> None:
+    """The class of dateutil, which Celery loads, makes its text of a format in its first argument."""
+    (process,) = session.worker.children()
+    resident = resident_peak(process, reset=True)
+    data = exception("dateutil.parser._parser", "ParserError", "%300000000s", "x")
+    session.error("hostile_large", UnpickleableExceptionWrapper, "raw", "error", "", *JSON, data, 65536)
+    assert resident_peak(process) - resident < 64 * 2**20
 
 
 @pytest.mark.parametrize("kind", ["lists", "deep", "children", "exceptions", "exception"])

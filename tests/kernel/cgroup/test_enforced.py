@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -30,6 +31,33 @@ def test_memory_above_the_limit_is_killed_and_counted(group: Cgroup) -> None:
         modest.kill()
     above = group.read()
     assert above.memory_peak is None or 32 * MIB < above.memory_peak <= 64 * MIB
+
+
+def fill_connections(pairs: int) -> int:
+    """Fill the buffers of so many TCP connections that nobody reads. Return how many bytes they took."""
+    kept = []
+    taken = 0
+    for _ in range(pairs):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            sending = socket.create_connection(server.getsockname())
+            kept += [sending, server.accept()[0]]
+        sending.setblocking(False)
+        try:
+            while True:
+                taken += sending.send(bytes(65536))
+        except BlockingIOError:
+            continue
+    return taken
+
+
+def test_the_buffers_of_connections_are_limited_with_the_memory(group: Cgroup) -> None:
+    """cgroup v1 does not count them as memory, and 60 connections took more than 200 MiB. v2 counts them."""
+    group.configure(Resources(memory_max=16 * MIB))
+    with running(group, fill_connections, 60) as child:
+        if layout() == "v2":
+            assert child.wait() == -signal.SIGKILL
+        else:
+            assert child.result() < 48 * MIB
 
 
 def test_memory_of_a_leaf(group: Cgroup) -> None:

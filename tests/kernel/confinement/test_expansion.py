@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import signal
@@ -77,6 +78,24 @@ def test_the_limit_grows_with_the_need(group: Cgroup, watcher: Watcher) -> None:
     assert (told[0].limit, told[0].bound, told[0].next_bound) == ("memory", 64 * MIB, 128 * MIB)
     assert read_limits(group).memory_max == 512 * MIB
     assert group.read().oom_kills == 0
+
+
+@pytest.mark.smoke
+def test_the_limit_grows_while_another_user_locks_the_cgroup(group: Cgroup, watcher: Watcher) -> None:
+    """Any user may open the directory, and flock(2) needs no more. The watcher's thread serves all confinements."""
+    descriptors = [os.open(directory, os.O_RDONLY | os.O_DIRECTORY) for directory in group.directories]
+    try:
+        for descriptor in descriptors:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        expansion = expand(group, memory("64M", "2x", "512M"), watcher=watcher)
+        with running(group, in_steps, [200 * MIB], 0.5) as child:
+            child.result()
+        eventually(lambda: (expansion.limit, expansion.times) == (256 * MIB, 2))
+        expansion.reset()
+        assert (expansion.limit, expansion.times) == (64 * MIB, 0)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def test_work_above_the_bound_is_killed(group: Cgroup, watcher: Watcher) -> None:

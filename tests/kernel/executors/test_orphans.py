@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -96,6 +97,10 @@ def zombies() -> int:
     return found
 
 
+def processes() -> int:
+    return sum(entry.name.isdigit() for entry in Path("/proc").iterdir())
+
+
 @pytest.mark.smoke
 def test_orphans_of_a_request_take_no_pids_after_their_end(base: Cgroup) -> None:
     count = 100 if "RCON_TEST_EMULATED" in os.environ else 300  # more than four times its pids
@@ -121,6 +126,30 @@ def test_a_bomb_takes_its_tenant_no_pids_after_its_end(base: Cgroup) -> None:
             return [ask(manager, "orphans", 5)[1].ending for _ in range(10)]
 
     assert under_a_lazy_init(program) == ["ok"] * 10
+
+
+def test_a_killed_server_leaves_no_zombie_but_its_fork_server(base: Cgroup) -> None:
+    """The fork server kills what is left. It reaps that, too, because process 1 does not."""
+
+    def program() -> tuple[int, bool]:
+        made, told = os.pipe()
+        server = os.fork()
+        if server == 0:
+            policy = {"isolation": "process", "pids": 100, "each": {"timeout": "60s"}}
+            with managing(policy, settings={"cgroup": base.path}) as manager:
+                for _ in range(2):
+                    begin(manager, "fork_bomb", 60.0)
+                time.sleep(0.5)
+                os.write(told, b"x")
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.read(made, 1)
+        os.waitpid(server, 0)
+        soon(lambda: processes() == 2 + zombies(), 20)
+        return zombies(), processes() == 2 + zombies()
+
+    left, over = under_a_lazy_init(program)
+    assert over
+    assert left <= 1
 
 
 def test_an_executor_adopts_no_orphans(base: Cgroup) -> None:

@@ -72,17 +72,38 @@ def _clone3(arguments: bytes, way: str) -> int:
     return -ctypes.get_errno() if result < 0 else result
 
 
+def requested(file: int, request: int) -> dict[str, str]:
+    """Make a request of a file by ioctl(2), in each ABI. Return the errno's name, or ``0``."""
+    native, x32 = (16, 514 | X32) if platform.machine() == "x86_64" else (29, 0)
+    found = {"native": _name(_libc.syscall(ctypes.c_long(native), file, ctypes.c_long(request), None))}
+    if platform.machine() == "x86_64":
+        found["x32"] = _name(_libc.syscall(ctypes.c_long(x32), file, ctypes.c_long(request), None))
+        result = _through_int_0x80(54, file, request)
+        found["i386"] = errno.errorcode[-result] if result < 0 else "0"
+    return found
+
+
+def _name(result: int) -> str:
+    return errno.errorcode[ctypes.get_errno()] if result < 0 else "0"
+
+
 def _by_int_0x80(arguments: bytes) -> int:
     """Call clone3 through the table of 32-bit programs, from this 64-bit one: its arguments lie below 4 GiB."""
+    return _through_int_0x80(NUMBER, arguments, len(arguments))
+
+
+def _through_int_0x80(number: int, first: bytes | int, second: int) -> int:
+    """Call a system call of 32-bit programs. Bytes are passed by their address."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_32BIT
     access = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
     low = _libc.mmap(None, ctypes.c_size_t(4096), access, flags, -1, ctypes.c_long(0))
     # push rbx; mov eax, edi; mov ebx, esi; mov ecx, edx; int 0x80; pop rbx; ret
     code = bytes.fromhex("53 89f8 89f3 89d1 cd80 5b c3")
     ctypes.memmove(low, code, len(code))
-    ctypes.memmove(low + 64, arguments, len(arguments))
+    if isinstance(first, bytes):
+        ctypes.memmove(low + 64, first, len(first))
     call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint)(low)
-    return int(call(NUMBER, low + 64, len(arguments)))
+    return int(call(number, low + 64 if isinstance(first, bytes) else first, second))
 
 
 def all_ways(cgroup: str) -> dict[str, str]:

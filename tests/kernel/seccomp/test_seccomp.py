@@ -85,6 +85,37 @@ def test_clone3_is_refused_in_every_abi_and_works_without_the_filter(elsewhere: 
     assert "Seccomp_filters:\t1\n" in state
 
 
+TIOCSTI, TIOCLINUX, TIOCGWINSZ = 0x5412, 0x541C, 0x5413
+
+
+def test_typing_is_refused_in_every_abi() -> None:
+    def tried(filtered: bool) -> list[dict[str, str]]:
+        if filtered:
+            seccomp.forbid_typing()
+        file = os.open("/dev/null", os.O_RDWR)
+        return [births.requested(file, request) for request in (TIOCSTI, TIOCLINUX, TIOCGWINSZ)]
+
+    refused = dict.fromkeys(births.ways(), "EPERM")
+    free = in_child(tried, False)
+    assert free[0]["native"] == "ENOTTY"
+    assert in_child(tried, True) == [refused, refused, free[2]]
+
+
+@pytest.mark.parametrize("by", ["rcon run --user", "rcon run --policy", "capcon run --user"])
+def test_a_command_of_another_user_cannot_type_into_the_shell(by: str, tmp_path: Path) -> None:
+    code = "import fcntl, os; fcntl.ioctl(os.open('/dev/null', os.O_RDWR), 0x5412, b'x')"
+    command = ("--", "/usr/bin/python3", "-c", code)
+    if by.startswith("capcon"):
+        err = capcon("run", "--user", str(NOBODY), "--group", str(NOBODY), *command).err
+    elif by.endswith("--user"):
+        err = rcon("run", "--user", "nobody", *command).err
+    else:
+        settings = tmp_path / "rcon.toml"
+        settings.write_text(f"[policy.p]\nuser = {NOBODY}\ngroup = {NOBODY}\n")
+        err = rcon("run", "--policy", "p", "--settings", settings, *command).err
+    assert err.strip().endswith("PermissionError: [Errno 1] Operation not permitted")
+
+
 def test_speculation_stays_as_it_was() -> None:
     """Without its flag, kernels before 5.16 make a process with a filter slower."""
 

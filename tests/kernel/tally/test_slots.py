@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import faulthandler
+import fcntl
 import mmap
 import os
 import resource
@@ -477,3 +478,16 @@ def test_the_header_names_the_process(tmp_path: Path) -> None:
     header = memoryview((tmp_path / "0").read_bytes()[: 64 * 8]).cast("Q")
     assert header[Header.PID] == 0
     assert (sequence_at(0), record_at(0, 1000)) == (64, 1064)
+
+
+def test_a_lock_on_the_directory_does_not_stop_a_server(tmp_path: Path) -> None:
+    """Code with the server's user can open the directory, and lock it for ever."""
+    descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(KernelError) as caught:
+            Tally.take(str(tmp_path))
+        assert caught.value.errno == errno.EAGAIN
+    finally:
+        os.close(descriptor)
+    Tally.take(str(tmp_path)).close()

@@ -63,6 +63,20 @@ def test_dry_run_prints_and_changes_nothing(group: Cgroup, capsys: pytest.Captur
     assert gc(group, capsys) == (0, "")
 
 
+def test_names_that_others_chose_do_not_reach_the_terminal(
+    group: Cgroup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever has a cgroup of its own names the cgroups in it."""
+    made = os.fsdecode(b"\x1b]0;\x07\r\xff")
+    for directory in group.directories:
+        (Path(directory) / made / "rcon-1-1" / "work").mkdir(parents=True)
+    for options in (("--dry-run",), ()):
+        status, out = gc(group, capsys, *options)
+        assert status == 0
+        assert out.startswith(f"{group.path}/\\x1b]0;\\x07\\r\\udcff/rcon-1-1: ")
+        assert out.removesuffix("\n").isprintable()
+
+
 def test_the_living_are_left_alone(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     instance = Instance.create(Hierarchy.discover(), group.path)
     child = Running(instance.executor_cgroup("g", "main").create(), sleep_forever)

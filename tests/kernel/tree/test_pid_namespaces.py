@@ -168,3 +168,44 @@ def test_the_option_leaves_trees_with_processes(group: Cgroup) -> None:
         sleeper.kill()
         sleeper.wait()
         instance.close()
+
+
+#: A process that another `rcon attach` limits in the same namespace, and its pid there. Ends with its standard input.
+ATTACHED = """
+import subprocess, sys
+from rcon_plugins.cli.rcon import run_main
+sleeper = subprocess.Popen(["sleep", "60"])
+options = ["--pids", "9", "--cgroup", sys.argv[1]]
+print(run_main(["attach", "--group", sys.argv[2], *options, str(sleeper.pid)]), flush=True)
+for line in sys.stdin:
+    print(run_main(line.replace("PID", str(sleeper.pid)).split()), flush=True)
+"""
+
+
+@pytest.mark.parametrize("words", ["attach --release", "attach --release {}"])
+@pytest.mark.parametrize("here", [False, True])
+def test_a_watcher_in_another_namespace_releases(group: Cgroup, words: str, here: bool) -> None:
+    """Its instance is named after that namespace, and its pid is another one outside."""
+    name = f"released-{os.getpid()}"
+    process = subprocess.Popen(
+        isolated(ATTACHED, group.path, name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None  # noqa: PT018
+    try:
+        assert process.stdout.readline() == f"{name}: 1 process\n"
+        assert process.stdout.readline() == "0\n"
+        (found,) = [one for one in find_groups().groups if one.name == name]
+        (pid,) = found.pids()
+        if here:
+            assert run_main([*words.format(name).split(), *([] if "{}" in words else [str(pid)])]) == 0
+        else:
+            process.stdin.write(words.format(name) + ("\n" if "{}" in words else " PID\n"))
+            process.stdin.flush()
+            assert process.stdout.readline() == "0\n"
+        eventually(lambda: not there(found.cgroup.path))
+        assert f"/{name}" not in Path(f"/proc/{pid}/cgroup").read_text()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()

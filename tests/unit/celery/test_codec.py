@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import bz2
 import sys
+import traceback
 from typing import Any
 
 import celery
 import pytest
 from celery.exceptions import Retry
+from celery.utils.serialization import UnpickleableExceptionWrapper
 from kombu import serialization as _serialization
 
 from rcon_celery import codec
@@ -125,8 +127,64 @@ def described(module: str, name: str, *args: Any) -> dict[str, Any]:
     return {"module": module, "type": name, "args": pairs, "constructor_args": pairs, "state": {}}
 
 
+@pytest.mark.parametrize("name", ["SyntaxError", "IndentationError"])
+def test_a_syntax_error_has_a_traceback_that_can_be_made(name: str) -> None:
+    place = ["f.py", 1, 1, "x = 1", 1, 4]
+    error = codec.decode_exception(described("builtins", name, "m", place), "")
+    assert "    x = 1\n    ^^^\n" in "".join(traceback.format_exception(error))
+    for end in (10**9, -(10**9)):
+        wide = described(
+            "builtins", name, "m", [*place[:2], -(10**9) if end < 0 else 1, *place[3:5], abs(end)]
+        )
+        with pytest.raises(TooCostly, match="underlines more than 10000 characters"):
+            codec.decode_exception(wide, "")
+    for wrong in ([*place[:5], "y"], [*place[:2], [], *place[3:]], [*place[:3], {}, 1, 4]):
+        with pytest.raises(ProtocolViolation, match="a SyntaxError whose place"):
+            codec.decode_exception(described("builtins", name, "m", wrong), "")
+
+
+class Formatted(Exception):
+    """Its first argument is a format, as that of dateutil's ParserError."""
+
+    def __str__(self) -> str:
+        return str(self.args[0] % self.args[1:])
+
+
 @pytest.mark.parametrize(
-    "children", [5, [5], ["ab"], [["a", "bc"]], [[["a"], None]], [["a", {}]], [["a", None, None]], None]
+    "text", ["%999999999s", "%*s", "%-99999s", "%(a)099999d", "{:99999}", "{0[a].b!r:>99999}", "{:{}}"]
+)
+def test_an_exception_of_wide_fields_gets_a_stand_in(text: str) -> None:
+    error = codec.decode_exception(described(__name__, "Formatted", text, 999_999_999), "")
+    assert isinstance(error, UnpickleableExceptionWrapper)
+    assert text in str(error)
+    assert type(codec.decode_exception(described("builtins", "ValueError", text), "")) is ValueError
+
+
+@pytest.mark.parametrize("text", ["%s: 123456", "%%20%s12345", '%s {"a":12345}', "[%s:12345]", "%5s"])
+def test_other_exceptions_with_a_format_keep_their_class(text: str) -> None:
+    error = codec.decode_exception(described(__name__, "Formatted", text, "x"), "")
+    assert type(error) is Formatted
+    assert str(error) == text % "x"
+
+
+@pytest.mark.parametrize(("name", "value"), [("message", 5), ("text", {"a": 1})])
+def test_a_retry_has_texts(name: str, value: object) -> None:
+    content = {"message": "m", "error": None, "text": "t", "when": None, "sig": None, name: value}
+    with pytest.raises(ProtocolViolation, match="not text"):
+        codec.decode_predicate(task_of(application()), "retry", content)
+
+
+@pytest.mark.parametrize(
+    "children",
+    [
+        *(5, [5], ["ab"], [["a", "bc"]], [[["a"], None]], [["a", {}]], [["a", None, None]], None),
+        *(
+            [[["", None], None]],
+            [[{"a": 1}, None]],
+            [[5, None]],
+            [["a", [[["b", [["", None], None]], None]]]],
+        ),
+    ],
 )
 def test_only_results_are_children(children: Any) -> None:
     with pytest.raises((ProtocolViolation, TypeError)):

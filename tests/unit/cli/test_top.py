@@ -67,6 +67,17 @@ def test_a_rate_takes_two_samples() -> None:
     assert second.pressure == {"cpu": 0.25, "memory": None, "io": 0.0}
 
 
+def test_a_group_in_another_one_counts_once_in_the_sum() -> None:
+    """The usage of a group includes that of a server or command that runs in it."""
+    outer, inner = "/rcon/rcon-1-1/work/a", "/rcon/rcon-1-1/work/a/main/rcon-2-2/work/b"
+    beside = "/rcon/rcon-1-1/work/ab"
+    rates = Rates()
+    for when, cpu in ((10.0, 0.0), (12.0, 0.5)):
+        rows = rates.rows([sample(when, cpu=cpu, name=name) for name in (outer, inner, beside)])
+    assert [(one.name, one.nested) for one in rows] == [(outer, False), (inner, True), (beside, False)]
+    assert summary(View(rows, []), "cpu", 2).startswith("3 groups, CPU 50%, memory 96M;")
+
+
 def test_a_sample_from_another_machine_gives_the_same_row() -> None:
     here = [sample(10.0), sample(12.0, cpu=0.5, hits=4, periods=20)]
     there = [

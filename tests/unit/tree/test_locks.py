@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -51,3 +54,26 @@ def test_a_release_in_a_fork_releases_nothing(file: int) -> None:
     assert slot is not None
     in_child(lambda: locks.release(slot))
     assert free_for_others(file, 1) == 0
+
+
+def test_a_process_that_holds_all_locks_does_not_stop_the_others(file: int) -> None:
+    """Code with the server's user can open the ledger of the budget to read, and lock it."""
+    locked, holding = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        own = os.open(f"/proc/self/fd/{file}", os.O_RDONLY)
+        fcntl.lockf(own, fcntl.LOCK_SH, 0, 1)
+        os.write(holding, b"x")
+        signal.pause()
+        os._exit(0)
+    try:
+        os.read(locked, 1)
+        locks, began = ByteLocks(file), time.monotonic()
+        assert locks.reserve(1, 10) is None
+        assert time.monotonic() - began < 5
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(locked)
+        os.close(holding)
+    assert locks.reserve(10, 10) is not None
