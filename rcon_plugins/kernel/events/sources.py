@@ -56,6 +56,8 @@ class Source:
     due: float | None = None
     #: Whether the descriptor was ready; set before each `take`.
     ready = False
+    #: Whether the removal of a cgroup below loses its counts since the last `take`.
+    sums_below = False
 
     def __init__(self) -> None:
         #: The failed reads since the last one that succeeded. Meanwhile the descriptor is not polled.
@@ -157,6 +159,8 @@ class Counters(Source):
 class PolledCounters(Source):
     """The sum of a counter over a cgroup and all below it. Polled."""
 
+    sums_below = True
+
     def __init__(self, cgroup: str, kind: Kind, directory: str, name: str, key: str, levels: Levels) -> None:
         super().__init__()
         self._cgroup = cgroup
@@ -187,7 +191,8 @@ class PolledCounters(Source):
         found = self._read()
         if not found:
             raise Gone
-        # A new cgroup counts from zero. Counts of a cgroup that was removed between two polls are lost.
+        # A new cgroup counts from zero. Counts of a cgroup that was removed between two polls are lost; who removes one
+        # calls `Watch.look` before.
         count = sum(max(0, total - self._last.get(directory, 0)) for directory, total in found.items())
         limit, usage = self._levels() if count > 0 else (None, None)
         self._last = found
