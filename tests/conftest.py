@@ -18,12 +18,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,17 @@ failed = pytest.StashKey[bool]()
 def in_child() -> Any:
     """`in_child(function, *arguments, timeout=30)` calls it in a forked child; see tests/children.py."""
     return children.in_child
+
+
+@pytest.fixture
+def machine_budget() -> Iterator[None]:
+    """The memory budget of this machine for one test at a time. All servers of one user share its ledger.
+
+    Tests of other processes, and of other runs, wait for it here.
+    """
+    with Path(tempfile.gettempdir(), f"rcon-tests-budget-{os.geteuid()}").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

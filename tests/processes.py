@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -26,7 +26,7 @@ def until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
 def children(pid: int) -> list[int]:
     """Return the living children of a process, forked by any of its threads."""
     found: list[int] = []
-    for task in _directories(Path(f"/proc/{pid}/task")):
+    for task in entries(Path(f"/proc/{pid}/task")):
         with contextlib.suppress(OSError):
             found += map(int, (task / "children").read_text().split())
     return sorted(child for child in found if alive(child))
@@ -80,6 +80,19 @@ def instance_directories(pid: int) -> list[Path]:
     ]
 
 
-def _directories(path: Path) -> Iterator[Path]:
+def entries(directory: Path) -> list[Path]:
+    """Return what is in a directory that may be removed meanwhile, as cgroups are. `Path.glob` would raise then."""
     with contextlib.suppress(OSError):
-        yield from path.iterdir()
+        return list(directory.iterdir())
+    return []
+
+
+def executor_pids(instances: Iterable[Path], policy: str = "") -> list[int]:
+    """Return the pids in the cgroups of executors, of those policies whose name begins with ``policy``."""
+    found: set[int] = set()
+    for instance in instances:
+        for group in entries(instance / "work"):
+            for leaf in entries(group) if group.name.startswith(policy) else ():
+                with contextlib.suppress(OSError):
+                    found.update(map(int, (leaf / "cgroup.procs").read_text().split()))
+    return sorted(found)

@@ -17,8 +17,8 @@ $RCON run --memory 32M --expand 2x --up-to 1G -- dd if=/dev/zero of=/dev/null bs
 echo "== a process that already runs: limit it, then release it"
 sh -c 'while :; do :; done' &
 pid=$!
-$RCON attach --cpu 10% --group example-loop $pid
-grep -q attached/example-loop /proc/$pid/cgroup && echo "in its group"
-$RCON attach --release example-loop
+$RCON attach --cpu 10% --group loop-$pid $pid
+grep -q attached/loop-$pid /proc/$pid/cgroup && echo "in its group"
+$RCON attach --release loop-$pid
 grep attached/ /proc/$pid/cgroup || echo "back where it was"
 kill $pid

@@ -191,9 +191,10 @@ class Caller:
                 ended = posix.waitid(posix.P_ALL, 0, posix.WEXITED | posix.WNOHANG | posix.WNOWAIT)
             except ChildProcessError:
                 return  # none is left
-            if ended is not None:
+            if ended is None:
+                time.sleep(0.001)
+            elif not self._may_reap(ended.si_pid):
                 return  # another part of this process reaps its own child
-            time.sleep(0.001)
 
     def _may_reap(self, pid: int) -> bool:
         """Return whether an ended child is an orphan, or nobody else has reaped it for a while.

@@ -221,11 +221,12 @@ class _Run:
             self._began = time.monotonic()
             with contextlib.suppress(BrokenPipeError):
                 os.write(go, b"x")
-            self._adopt_orphans()  # while the new process enters the group
+                self._adopt_orphans()  # while the new process enters the group
+                os.write(go, b"x")
         except BaseException:
             os.close(go)
             os.close(ours)
-            os.kill(pid, signal.SIGKILL)  # the command may have started already
+            os.kill(pid, signal.SIGKILL)  # the command has not started
             posix.waitpid(pid, 0)
             raise
         os.close(go)
@@ -264,6 +265,8 @@ class _Run:
             if not os.read(waits, 1):
                 os._exit(1)  # the caller failed, and raises the error
             self._leaf.enter_process()
+            if not os.read(waits, 1):  # the caller adopts its orphans from the first one on
+                os._exit(1)
             if order.become is not None:
                 order.become()
             _die_with(caller)

@@ -220,7 +220,14 @@ class MonitoredGroup:
         """Report the last events of a cgroup that is about to be removed, and stop watching it."""
         if self._watch is not None:
             self._watch.finish()
+        if self._above is not None:
+            self._above.look()
         self.close()
+
+    def look(self) -> None:
+        """Report what was counted in the cgroup of an executor below, which is about to be removed."""
+        if self._watch is not None:
+            self._watch.look()
 
     def shrink(self) -> None:
         """Set the configured memory limit again, unless the cgroup still needs more."""

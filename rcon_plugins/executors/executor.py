@@ -149,7 +149,7 @@ class Executor:
         self.attempts = Attempts()
         #: Whether it is logged already that the process does not end.
         self.hang_logged = False
-        #: The usage of its cgroup after its last work, or at its end.
+        #: The usage of its cgroup when it was ready for its first work, after its last work, or at its end.
         self.reading: Reading = meter.read()
         #: The deadline of the work under way and its action; None without a deadline, or when the work is over.
         self.deadline: tuple[float, Callable[[], object]] | None = None
@@ -169,6 +169,19 @@ class Executor:
         with self.lock:
             if self.state in (State.STARTING, State.RETURNING):
                 self.state, self.since = State.WAITING, time.monotonic()
+
+    def read_start(self) -> None:
+        """Take the reading from which its first work counts: to start and to be confined was no part of that.
+
+        Raises `KernelError`, but not if the cgroup is gone: whoever uses the executor learns that it died.
+        """
+        with self.lock:
+            try:
+                if self._meter is not None:
+                    self.reading = self._meter.read()
+            except KernelError as error:
+                if not gone(error):
+                    raise
 
     def begin_work(self, deadline: float | None, action: Callable[[], object]) -> Reading:
         """Count one more use, and reset the memory peak if the kernel can. Return the usage before the work.

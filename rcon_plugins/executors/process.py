@@ -292,6 +292,7 @@ class ProcessExecutors:
 
         Raises `ConfinementError`, with the reason from the process, if it could not be confined. Raises
         `PidsLimitExceeded` if its confinement has as many processes as it may. The executor is killed in both cases.
+        Raises `KernelError` if its usage cannot be read.
         """
         try:
             frame = executor.channel.receive_within(READY_SECONDS)
@@ -307,6 +308,7 @@ class ProcessExecutors:
             raise ConfinementError(f"no executor process could be made: {reason}") from error
         if frame.kind == READY:
             executor.set_ready(*PID.unpack(frame.payload))
+            executor.read_start()
             return
         self.kill(executor, "it could not be confined")
         executor.ended.wait(DEATH_SECONDS)

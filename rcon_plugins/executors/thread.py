@@ -107,7 +107,7 @@ class ThreadExecutor:
         try:
             self._take_outcome()
         except BaseException:
-            self._thread.join(CLOSE_SECONDS)
+            self.join(CLOSE_SECONDS)
             raise
 
     def call(self, job: Callable[[], _Result]) -> _Result:
@@ -150,13 +150,12 @@ class ThreadExecutor:
 
     def join(self, timeout: float) -> bool:
         """Wait for so many seconds at most until the thread has ended. Return whether it has."""
-        self._thread.join(max(0.0, timeout))
-        return not self._thread.is_alive()
+        return threads.join(self._thread, timeout)
 
     @property
     def is_gone(self) -> bool:
         """Whether the thread has left its cgroup."""
-        return self.ended and not self._thread.is_alive()
+        return self.ended and threads.has_ended(self._thread)
 
     def _live(self) -> None:
         try:
@@ -211,7 +210,10 @@ class ThreadExecutors:
         self._most = most
         self._lock = threading.Lock()
         self._closed = False
+        #: The threads that count towards the bound.
         self._all: set[ThreadExecutor] = set()
+        #: Threads that were told to end while they waited, or ended by themselves: they may still be in their cgroup.
+        self._ending: set[ThreadExecutor] = set()
         #: Waiting threads by confinement and identity, the least recently used first.
         self._waiting: OrderedDict[Key, list[ThreadExecutor]] = OrderedDict()
 
@@ -231,17 +233,23 @@ class ThreadExecutors:
                     del self._waiting[key]
                 if not executor.ended:
                     return executor
-            self._make_room()
+            spare = self._make_room()
             executor = ThreadExecutor(key, prepare)
             self._all.add(executor)
         try:
             executor.start()
+            if spare is not None:
+                # It has descriptors until it ends. On a busy machine, many that were told to end would still have them.
+                spare.join(CLOSE_SECONDS)
         except BaseException:
             executor.end()  # if the wait was cut short, the thread may still live, and counts until it ends
             if executor.is_gone:
                 with self._lock:
                     self._all.discard(executor)
             raise
+        if spare is not None:
+            with self._lock:
+                self._forget_gone()
         return executor
 
     def give_back(self, executor: ThreadExecutor) -> None:
@@ -261,7 +269,8 @@ class ThreadExecutors:
     def serves(self, name: str) -> bool:
         """Return whether a thread of a confinement has not ended."""
         with self._lock:
-            return any(one.key[0] == name and not one.is_gone for one in self._all)
+            self._forget_gone()
+            return any(one.key[0] == name and not one.is_gone for one in (*self._all, *self._ending))
 
     def forget(self, name: str) -> None:
         """End the waiting threads of a confinement that is no longer kept, for all identities."""
@@ -269,7 +278,10 @@ class ThreadExecutors:
             keys = [key for key in self._waiting if key[0] == name]
             ending = [executor for key in keys for executor in self._waiting.pop(key)]
             self._all.difference_update(ending)
+            self._ending.update(ending)
         _end(ending)
+        with self._lock:
+            self._forget_gone()
 
     def close(self) -> None:
         """End all waiting threads, and start no more. A busy thread ends after its call, or with the process."""
@@ -280,10 +292,21 @@ class ThreadExecutors:
             self._all = {one for one in self._all.difference(ending) if not one.is_gone}
         _end(ending)
 
-    def _make_room(self) -> None:
-        self._all = {executor for executor in self._all if not executor.ended}
+    def _forget_gone(self) -> None:
+        """Forget the threads that were told to end and have ended. Call it with the lock held."""
+        self._ending = {executor for executor in self._ending if not executor.is_gone}
+
+    def _make_room(self) -> ThreadExecutor | None:
+        """Make room for one more thread. Return the waiting one that was told to end for it; None if none had to.
+
+        Call it with the lock held.
+        """
+        ended = {executor for executor in self._all if executor.ended}
+        self._all -= ended
+        self._ending |= ended
+        self._forget_gone()
         if len(self._all) < self._most:
-            return
+            return None
         while self._waiting:
             key, waiting = next(iter(self._waiting.items()))
             spare = waiting.pop(0)
@@ -291,8 +314,9 @@ class ThreadExecutors:
                 del self._waiting[key]
             if spare in self._all:  # else it ended while it waited, and did not count
                 self._all.discard(spare)
+                self._ending.add(spare)
                 spare.end()
-                return
+                return spare
         raise ConcurrencyLimitExceeded(
             f"all {self._most} executor threads of this server process are busy; "
             "raise the setting `threads` to allow more",

@@ -40,7 +40,7 @@ RECOVERY = 15.0
 #: How long threads of the server may need to close their descriptors after the server has closed, seconds.
 LEFT_SECONDS = 4.5
 #: What the process keeps for the next server.
-_KEPT = {"/memfd:rcon-changes (deleted)", "/run/rcon/budget"}
+_KEPT = {"/memfd:rcon-changes (deleted)", "/run/rcon-faults-#/budget"}
 
 
 def serve(channel: Channel, frame: Frame) -> None:

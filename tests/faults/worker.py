@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ from tests.faults import sites
 if __name__ == "__main__":
     sites.install()
 
+from rcon_plugins.confinement import budget
 from tests import leftovers
 from tests.faults.scenarios import SCENARIOS, Case
 from tests.faults.touch import Point, Setup, ask
@@ -74,6 +76,13 @@ class Collector:
             return 0
         self.fired += 1
         return self._number
+
+
+def use_own_ledger() -> Path:
+    """Let the servers of this worker share no memory budget with others on this machine. Return the folder."""
+    folder = Path(f"/run/rcon-faults-{os.getpid()}")
+    budget._folder = lambda: str(folder)
+    return folder
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -259,12 +268,13 @@ def _remove(base: str) -> None:
 def main() -> None:
     """Serve the runner until the end of its input."""
     leftovers.become_subreaper()
-    base = f"/rcon-faults-{os.getpid()}"
+    base, ledger = f"/rcon-faults-{os.getpid()}", use_own_ledger()
     try:
         for line in sys.stdin:
             print(json.dumps(run(json.loads(line))), flush=True)
     finally:
         _remove(base)
+        shutil.rmtree(ledger, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from rcon_plugins.kernel import files
 
 #: The kernel charges up to 64 pages at once on each CPU, before it knows whether the limit allows them
 #: (MEMCG_CHARGE_BATCH). A peak may be so much above what was used.
-_CHARGED_AHEAD = 64 * os.sysconf("SC_PAGE_SIZE") * (os.cpu_count() or 1)
+CHARGED_AHEAD = 64 * os.sysconf("SC_PAGE_SIZE") * (os.cpu_count() or 1)
 #: One line for each swap area, below a heading: proc(5).
 AREAS = "/proc/swaps"
 
@@ -28,4 +28,4 @@ def least_peak(memory_and_swap: int, memory: int) -> int:
 
     When both together were at their peak, memory was at most at its own.
     """
-    return max(0, memory_and_swap - memory - _CHARGED_AHEAD)
+    return max(0, memory_and_swap - memory - CHARGED_AHEAD)

@@ -15,6 +15,7 @@ from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.attempts import Attempts
 from rcon_plugins.kernel.cgroup.meter import value_of
+from rcon_plugins.kernel.cgroup.swap import CHARGED_AHEAD
 from rcon_plugins.kernel.cgroup.v1 import count_notices, open_notice
 from rcon_plugins.kernel.events.event import POLLED_SECONDS, Event, Kind, Pressure
 from rcon_plugins.kernel.syscalls import POLLIN, POLLPRI
@@ -56,6 +57,8 @@ class Source:
     due: float | None = None
     #: Whether the descriptor was ready; set before each `take`.
     ready = False
+    #: Whether the removal of a cgroup below loses its counts since the last `take`.
+    sums_below = False
 
     def __init__(self) -> None:
         #: The failed reads since the last one that succeeded. Meanwhile the descriptor is not polled.
@@ -157,6 +160,8 @@ class Counters(Source):
 class PolledCounters(Source):
     """The sum of a counter over a cgroup and all below it. Polled."""
 
+    sums_below = True
+
     def __init__(self, cgroup: str, kind: Kind, directory: str, name: str, key: str, levels: Levels) -> None:
         super().__init__()
         self._cgroup = cgroup
@@ -187,7 +192,8 @@ class PolledCounters(Source):
         found = self._read()
         if not found:
             raise Gone
-        # A new cgroup counts from zero. Counts of a cgroup that was removed between two polls are lost.
+        # A new cgroup counts from zero. Counts of a cgroup that was removed between two polls are lost; who removes one
+        # calls `Watch.look` before.
         count = sum(max(0, total - self._last.get(directory, 0)) for directory, total in found.items())
         limit, usage = self._levels() if count > 0 else (None, None)
         self._last = found
@@ -425,13 +431,23 @@ class Threshold(_EventFd):
         usage = int(files.read_if_there(self._directory, "memory.usage_in_bytes") or 0)
         first, self._first, self.due = self._first, False, None
         upwards = crossings // 2 if self._above else (crossings + 1) // 2
-        self._above = usage >= self._threshold
+        self._above = self._is_above(usage, crossings)
         if first:
             upwards = max(upwards, int(self._above))
         if self._of_need:
             upwards = self._in_need(now, usage)
         if upwards:
             yield Event("memory_usage", self._cgroup, now, upwards, None, self._threshold, usage)
+
+    def _is_above(self, usage: int, crossings: int) -> bool:
+        """Return whether usage is above the threshold; if it is a little below, by what the kernel notified.
+
+        The kernel counts what it has charged ahead on each CPU. A CPU that turns to another cgroup gives that back. The
+        kernel notifies of that late, or never if usage soon rises again. Then it does not notify of the rise either.
+        """
+        if usage >= self._threshold:
+            return True
+        return usage >= self._threshold - CHARGED_AHEAD and self._above != bool(crossings % 2)
 
     def _in_need(self, now: float, usage: int) -> int:
         if self._above:

@@ -11,7 +11,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -69,19 +69,27 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def look(self) -> None:
+        """Report what the kernel counted until now in cgroups below. Call it before removing one of them."""
+        self._take([source for source in self.sources if source.sums_below])
+
     def finish(self) -> None:
         """Report the events until now, then close. Call it before removing the cgroup."""
-        last: list[Event] = []
+        self._take(self.sources)
+        self.close()
+
+    def _take(self, sources: Iterable[Source]) -> None:
+        """Read these sources now, in the calling thread, and have the watcher's thread report the events."""
+        events: list[Event] = []
         with self.looking:
             if not self.closed:
-                for source in self.sources:
+                for source in sources:
                     source.ready = False
                     # Gone or failed: no events.
                     with contextlib.suppress(Gone, OSError, ValueError):
-                        last.extend(source.take())
-        for event in last:
+                        events.extend(source.take())
+        for event in events:
             self._watcher.submit(partial(self._callback, event))
-        self.close()
 
     @property
     def is_current(self) -> bool:

@@ -18,6 +18,7 @@ from tests.integrations.celery import limited
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import Worker
+from tests.processes import executor_pids
 
 #: No result within so many seconds is a hang.
 PATIENCE = 120.0
@@ -65,12 +66,7 @@ class Session:
 
     def executors(self) -> list[int]:
         """Return the pids of all confined processes."""
-        found: set[int] = set()
-        for instance in self.worker.cgroups():
-            for leaf in instance.glob("work/*/*/cgroup.procs"):
-                with contextlib.suppress(OSError):
-                    found.update(map(int, leaf.read_text().split()))
-        return sorted(found)
+        return executor_pids(self.worker.cgroups())
 
     @staticmethod
     def end(pid: int) -> None:

@@ -8,6 +8,8 @@ import pytest
 from tests.integrations.celery.sessions import SETTINGS, Session, Sessions
 from tests.integrations.celery.test_start import refused
 
+pytestmark = pytest.mark.usefixtures("machine_budget")
+
 #: A task ``heavy`` takes 60 % of it.
 BUDGET = """
 [budget]

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.processes import PATIENCE, children, instance_directories, until
+from tests.processes import PATIENCE, children, executor_pids, instance_directories, until
 
 HERE = Path(__file__).resolve().parent
 
@@ -137,12 +137,7 @@ class Gunicorn:
 
     def executors(self, policy: str = "free") -> list[int]:
         """The pids of the executor processes of a policy, and of what they started."""
-        found: set[int] = set()
-        for instance in self.cgroups():
-            for leaf in instance.glob(f"work/{policy}*/*/cgroup.procs"):
-                with contextlib.suppress(OSError):
-                    found.update(map(int, leaf.read_text().split()))
-        return sorted(found)
+        return executor_pids(self.cgroups(), policy)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

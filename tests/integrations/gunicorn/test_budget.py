@@ -33,6 +33,7 @@ policy = "free"
 """
 
 
+@pytest.mark.usefixtures("machine_budget")
 @pytest.mark.parametrize("worker_class", CLASSES)
 def test_a_request_above_the_budget_gets_503_with_retry_after(tmp_path: Path, worker_class: str) -> None:
     more = (

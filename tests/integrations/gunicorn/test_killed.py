@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.integrations.gunicorn.server import Gunicorn, Load
-from tests.processes import alive, children, until
+from tests.processes import alive, children, entries, until
 
 SETTINGS = """
 [policy.free]
@@ -104,7 +104,8 @@ def test_worker(tmp_path: Path, arguments: tuple[str, ...]) -> None:
                 until(partial(are_gone, below))
                 load.wait_for_answers(10)
         assert_survived(load, server)
-        leaves = {path.name for directory in server.cgroups() for path in directory.glob("work/*/*-*")}
+        groups = [group for directory in server.cgroups() for group in entries(directory / "work")]
+        leaves = {leaf.name for group in groups for leaf in entries(group) if "-" in leaf.name}
         assert {leaf.partition("-")[0] for leaf in leaves} <= set(map(str, server.workers()))
     assert not server.cgroups()
 

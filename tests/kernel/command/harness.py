@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import rcon_plugins
 from tests.commands import become_rcon
+from tests.processes import entries
 
 # Load all modules once here, not again in each fork: on the emulated machine that takes seconds.
 for _module in pkgutil.walk_packages(rcon_plugins.__path__, "rcon_plugins."):
@@ -63,7 +64,8 @@ def rcon(*arguments: str | Path, before: Callable[[], object] | None = None, cwd
 def left_by(pid: int) -> list[Path]:
     """Return the directories, in any hierarchy, that the rcon process with this pid made."""
     places = [MOUNTS, *(path for path in MOUNTS.iterdir() if path.is_dir())]
-    return [path for place in places for path in place.glob(f"rcon/rcon-{pid}-*")]
+    trees = [tree for place in places for tree in entries(place / "rcon")]
+    return [tree for tree in trees if tree.name.startswith(f"rcon-{pid}-")]
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:

@@ -29,6 +29,12 @@ pytestmark = pytest.mark.each_layout
 Processes = list[subprocess.Popen[bytes]]
 
 
+@pytest.fixture
+def name() -> str:
+    """The name of a group that no other test on this machine has."""
+    return f"attached-{os.getpid()}"
+
+
 def run(*words: str, count: int = 1) -> Processes:
     return [
         subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(count)
@@ -87,24 +93,24 @@ def test_two_processes_are_held_down_together_and_the_group_goes_with_them() -> 
 
 
 @pytest.mark.smoke
-def test_release_moves_processes_back() -> None:
+def test_release_moves_processes_back(name: str) -> None:
     with running("sleep", "1000", count=3) as three:
         before = [where(process.pid) for process in three]
-        attach(three, "--pids", "50", "--group", "three")
-        (listed,) = [line for line in rcon("ls").out.splitlines() if line.startswith("three ")]
+        attach(three, "--pids", "50", "--group", name)
+        (listed,) = [line for line in rcon("ls").out.splitlines() if line.startswith(f"{name} ")]
         assert listed.endswith("  rcon attach")
         mine = watcher(three[0].pid)
         assert rcon("attach", "--release", str(three[0].pid)).status == 0
         assert where(three[0].pid) == before[0]
         assert watcher(three[1].pid) == mine
-        done = rcon("attach", "--release", "three")
+        done = rcon("attach", "--release", name)
         assert (done.status, done.err) == (0, "")
         assert [where(process.pid) for process in three] == before
         until(lambda: not left_by(mine), "nothing is left")
         assert all(process.poll() is None for process in three)
 
 
-def test_each_process_returns_to_its_own_cgroup(tmp_path: Path) -> None:
+def test_each_process_returns_to_its_own_cgroup(name: str) -> None:
     """The processes of one group may come from different cgroups."""
     hierarchy = Hierarchy.discover()
     places = [hierarchy.cgroup(f"/rcon-test-{os.getpid()}-{number}").create() for number in range(2)]
@@ -114,40 +120,41 @@ def test_each_process_returns_to_its_own_cgroup(tmp_path: Path) -> None:
                 place.attach(process.pid)
             before = [where(process.pid) for process in both]
             assert before[0] != before[1]
-            attach(both, "--group", "apart")
-            assert rcon("attach", "--release", "apart").status == 0
+            attach(both, "--group", name)
+            assert rcon("attach", "--release", name).status == 0
             assert [where(process.pid) for process in both] == before
     finally:
         for place in places:
             place.delete()
 
 
-def test_children_are_attached_too() -> None:
+def test_children_are_attached_too(name: str) -> None:
     script = "sleep 1000 & sh -c 'sleep 1000 & echo up; wait' & wait"
     shell = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert shell.stdout is not None
         shell.stdout.readline()
-        done = rcon("attach", "--children", "--group", "family", str(shell.pid))
-        assert done.out == "family: 4 processes\n"
-        assert rcon("attach", "--release", "family").status == 0
+        done = rcon("attach", "--children", "--group", name, str(shell.pid))
+        assert done.out == f"{name}: 4 processes\n"
+        assert rcon("attach", "--release", name).status == 0
     finally:
         os.killpg(shell.pid, signal.SIGKILL)
         shell.communicate()
 
 
-def test_processes_of_a_killed_watcher_are_moved_back_and_not_killed() -> None:
+def test_processes_of_a_killed_watcher_are_moved_back_and_not_killed(base: Cgroup) -> None:
+    """In a base of its own: in that of root, any server or command that starts moves them back."""
     with running("sleep", "1000") as one:
         before = where(one[0].pid)
-        attach(one, "--pids", "50")
+        attach(one, "--pids", "50", "--cgroup", base.path)
         mine = watcher(one[0].pid)
         os.kill(mine, signal.SIGKILL)
         until(lambda: not Path("/proc", str(mine)).exists(), "it is dead")
         assert "/attached/sleep-" in where(one[0].pid)
-        assert any(f"rcon-{mine}-" in one.path for one in collect(Hierarchy.discover(), "/rcon"))
+        assert [f"rcon-{mine}-" in one.path for one in collect(Hierarchy.discover(), base.path)] == [True]
         assert where(one[0].pid) == before
         assert one[0].poll() is None
-        assert left_by(mine) == []
+        assert base.children() == []
 
 
 def test_without_a_record_processes_stay_below_the_base() -> None:
@@ -178,27 +185,27 @@ def test_a_watcher_moves_processes_back_on_sigterm() -> None:
         assert where(one[0].pid) == before
 
 
-def test_attach_notes_that_existing_memory_is_not_counted() -> None:
+def test_attach_notes_that_existing_memory_is_not_counted(name: str) -> None:
     with running("sleep", "1000") as one:
-        done = attach(one, "--memory", "64M", "--group", "attached-late")
+        done = attach(one, "--memory", "64M", "--group", name)
         assert done.status == 0
         assert done.err == (
             "rcon: note: --memory counts only memory that the processes allocate from now on\n"
         )
-        rcon("attach", "--release", "attached-late")
+        rcon("attach", "--release", name)
 
 
-def test_neither_a_process_nor_a_name_is_attached_twice() -> None:
+def test_neither_a_process_nor_a_name_is_attached_twice(name: str) -> None:
     with running("sleep", "1000", count=2) as both:
-        attach(both[:1], "--group", "once")
+        attach(both[:1], "--group", name)
         again = attach(both[:1])
         assert again.status == 2
         assert "is in a group already" in again.err
-        named = attach(both[1:], "--group", "once")
+        named = attach(both[1:], "--group", name)
         assert named.status == 2
-        assert "'once' is in use" in named.err
+        assert f"'{name}' is in use" in named.err
         assert "/attached/" not in where(both[1].pid)
-        rcon("attach", "--release", "once")
+        rcon("attach", "--release", name)
 
 
 def test_attach_takes_all_processes_or_none() -> None:
@@ -222,29 +229,25 @@ def test_a_limit_that_cannot_be_set_attaches_nothing(limit: list[str]) -> None:
         assert where(one[0].pid) == before
 
 
-def test_if_rcon_is_killed_during_attach_no_process_stays_attached() -> None:
+def test_if_rcon_is_killed_during_attach_no_process_stays_attached(base: Cgroup) -> None:
     def kill_who_asks(cgroup: Cgroup) -> Callable[[], object]:
         os.kill(os.getppid(), signal.SIGKILL)
         until(lambda: os.getppid() != asking, "who asked is gone")
         return lambda: None
 
-    base = f"/rcon-tests-{os.getpid()}"  # no other process cleans up there
     with running("sleep", "1000") as one:
         before = where(one[0].pid)
         asking = os.fork()
         if asking == 0:
             asking = os.getpid()
             request = tree_attach.AttachRequest((one[0].pid,), "unasked", Resources(), monitor=kill_who_asks)
-            tree_attach.attach(request, Hierarchy.discover(), base)
+            tree_attach.attach(request, Hierarchy.discover(), base.path)
         assert os.waitstatus_to_exitcode(os.waitpid(asking, 0)[1]) == -signal.SIGKILL
-        cgroup = Hierarchy.discover().cgroup(base)
-        until(lambda: not cgroup.children(), "the group is gone")
+        until(lambda: not base.children(), "the group is gone")
         assert where(one[0].pid) == before
-    assert cgroup.delete()
 
 
-def test_if_a_process_ends_during_attach_the_others_are_not_attached() -> None:
-    base = f"/rcon-tests-{os.getpid()}"
+def test_if_a_process_ends_during_attach_the_others_are_not_attached(base: Cgroup) -> None:
     with running("sleep", "1000", count=2) as both:
         before = where(both[0].pid)
 
@@ -257,11 +260,9 @@ def test_if_a_process_ends_during_attach_the_others_are_not_attached() -> None:
             (both[0].pid, both[1].pid), "ending", Resources(), monitor=end_one
         )
         with pytest.raises(tree_attach.AttachRefused, match=f"process {both[1].pid} has ended"):
-            tree_attach.attach(request, Hierarchy.discover(), base)
+            tree_attach.attach(request, Hierarchy.discover(), base.path)
         assert where(both[0].pid) == before
-    cgroup = Hierarchy.discover().cgroup(base)
-    until(lambda: not cgroup.children(), "the group is gone")
-    assert cgroup.delete()
+    until(lambda: not base.children(), "the group is gone")
 
 
 @contextlib.contextmanager
@@ -289,13 +290,13 @@ def tell(program: subprocess.Popen[bytes]) -> bytes:
 GROWS = ("--memory", "32M", "--swap", "0", "--expand", "2x", "--up-to")
 
 
-def test_memory_grows_for_as_long_as_they_run() -> None:
+def test_memory_grows_for_as_long_as_they_run(name: str) -> None:
     with allocating(80) as program:
-        done = attach([program], *GROWS, "1G", "--group", "grows")
-        assert (done.status, done.out) == (0, "grows: 1 process\n")
+        done = attach([program], *GROWS, "1G", "--group", name)
+        assert (done.status, done.out) == (0, f"{name}: 1 process\n")
         mine = watcher(program.pid)
         assert tell(program) == b"%d\n" % (80 << 20)
-        limits = find_group("grows").limits()
+        limits = find_group(name).limits()
         assert limits.memory_max == 1 << 30
         assert not isinstance(limits.memory_high, int) or limits.memory_high > 80 << 20  # only v2 has it
         tell(program)
@@ -305,18 +306,18 @@ def test_memory_grows_for_as_long_as_they_run() -> None:
 
 def test_memory_expands_up_to_its_bound() -> None:
     with allocating(200) as program:
-        attach([program], *GROWS, "64M", "--group", "ends")
+        attach([program], *GROWS, "64M")
         assert tell(program) == b""
         assert program.wait() == -signal.SIGKILL
 
 
-def test_processes_with_expanding_memory_are_released() -> None:
+def test_processes_with_expanding_memory_are_released(name: str) -> None:
     with running("sleep", "1000") as one:
         before = where(one[0].pid)
-        attach(one, *GROWS, "1G", "--group", "growing")
+        attach(one, *GROWS, "1G", "--group", name)
         mine = watcher(one[0].pid)
         assert len(list(Path(f"/proc/{mine}/task").iterdir())) == 2  # one thread watches memory
-        done = rcon("attach", "--release", "growing")
+        done = rcon("attach", "--release", name)
         assert (done.status, done.err) == (0, "")
         assert where(one[0].pid) == before
         assert left_by(mine) == []

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from rcon_plugins.kernel.cgroup import Cgroup
 from tests.commands import become_rcon
-from tests.kernel.command.harness import ALLOCATE, left_by, rcon, until
+from tests.kernel.command.harness import ALLOCATE, rcon, until
 
 pytestmark = pytest.mark.each_layout
 
@@ -57,6 +58,8 @@ def test_on_event_gets_each_event_and_its_limits_are_applied(tmp_path: Path) -> 
     done = rcon(
         *(
             "run",
+            "--timeout",
+            "60s",
             *GROWS,
             "64M",
             "--swap",
@@ -70,22 +73,23 @@ def test_on_event_gets_each_event_and_its_limits_are_applied(tmp_path: Path) -> 
             "--",
             "sh",
             "-c",
-            f"{ALLOCATE.format(40)}; sleep 1; {SHOW}",
+            f"{ALLOCATE.format(40)}; {until_limit(77, 'pids.max')}",
         ),
     )
     assert done.status == 0, done
     first = events(told)[0]
     assert (first["kind"], first["group"], first["bound"]) == ("memory_limit", "told", 32 << 20)
-    assert done.out.split()[-1] == "77"
 
 
-SHOW = """
-for line in $(cat /proc/self/cgroup); do
-    names=${line#*:}; names=${names%%:*}; path=${line#*:*:}
-    cat /sys/fs/cgroup/$names${path%/main}/pids.max 2>/dev/null
-done
-true
-"""
+def until_limit(value: int, *files: str) -> str:
+    """Return shell code that waits until the group of the command has this limit, in one of these files."""
+    return f"""show() {{
+    for line in $(cat /proc/self/cgroup); do
+        names=${{line#*:}}; names=${{names%%:*}}; path=${{line#*:*:}}
+        for file in {" ".join(files)}; do cat /sys/fs/cgroup/$names${{path%/main}}/$file 2>/dev/null; done
+    done
+}}
+until show | grep -qx {value}; do sleep 0.1; done"""
 
 
 def test_on_event_runs_outside_the_group_and_delays_nothing(tmp_path: Path) -> None:
@@ -108,14 +112,15 @@ def test_invalid_output_of_on_event_is_reported() -> None:
     assert "rcon: --on-event: echo junk: " in done.err
 
 
-def test_a_kill_during_expansion_leaves_no_process(tmp_path: Path) -> None:
+def test_a_kill_during_expansion_leaves_no_process(tmp_path: Path, base: Cgroup) -> None:
     out = tmp_path / "out"
     pid = os.fork()
     if pid == 0:
         script = "echo ready; while :; do sleep 0.1; done"
-        become_rcon(["run", *GROWS, "64M", "--", "sh", "-c", script], [out, tmp_path / "err"])
+        words = ["run", "--cgroup", base.path, *GROWS, "64M", "--", "sh", "-c", script]
+        become_rcon(words, [out, tmp_path / "err"])
     until(lambda: out.exists() and "ready" in out.read_text(), "the command runs")
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    assert rcon("run", "--", "true").status == 0
-    assert left_by(pid) == []
+    assert rcon("run", "--cgroup", base.path, "--", "true").status == 0
+    assert base.children() == []

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from tests.kernel.command.harness import ALLOCATE, rcon
-from tests.kernel.command.test_events import FORKS, events
+from tests.kernel.command.test_events import FORKS, events, until_limit
 from tests.listener import environ, install
 
 pytestmark = pytest.mark.each_layout
 
 
-def until_heard(folder: Path) -> str:
-    """Allocate more than 32M, and pause until the plugin has set a limit: on v1 nothing slows the allocation down."""
-    return f"{ALLOCATE.format(40)}; until [ -s {folder / 'heard'} ]; do sleep 0.1; done; sleep 1"
+def until_set(limit: int) -> str:
+    """Allocate more than 32M, and wait until the plugin has set a limit: on v1 nothing slows the allocation down."""
+    return f"{ALLOCATE.format(40)}; {until_limit(limit, 'memory.max', 'memory.limit_in_bytes')}"
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_plugin_raises_the_limit_before_the_kill(
     memory = '{ limit = "32M", expand = "2x", up_to = "64M" }'
     settings = write(tmp_path, f"memory = {memory}\nswap = 0")
     told = tmp_path / "told"
-    script = f"{until_heard(tmp_path)}; {ALLOCATE.format(100)} && echo done"
+    script = f"{until_set(1 << 30)}; {ALLOCATE.format(100)} && echo done"
     done = rcon(
         *("run", "--policy", "job", "--settings", settings, "--group", "heard"),
         *("--on-event", f"cat >> {told}", "--", "sh", "-c", script),
@@ -73,7 +73,7 @@ def test_the_limit_set_by_a_plugin_is_reported(
     tmp_path: Path, listener: Callable[..., Callable[[], None]]
 ) -> None:
     settings = write(tmp_path, 'memory = { limit = "32M", expand = "2x", up_to = "1G" }\nswap = 0')
-    script = f"{until_heard(tmp_path)}; exec {ALLOCATE.format(200)}"
+    script = f"{until_set(96 << 20)}; exec {ALLOCATE.format(200)}"
     done = rcon(
         *("run", "--policy", "job", "--settings", settings, "--", "sh", "-c", script),
         before=listener("memory_limit", "96M"),

@@ -346,13 +346,15 @@ def test_a_signal_to_rcon_reaches_the_command_and_removes_the_group(
 
 
 @pytest.mark.each_layout
-def test_the_command_dies_with_rcon_and_the_next_run_cleans_up(tmp_path: Path) -> None:
+def test_the_command_dies_with_rcon_and_the_next_run_cleans_up(tmp_path: Path, base: Cgroup) -> None:
+    """In a base of its own: any other server or command that starts in that of root cleans up there."""
     out = tmp_path / "out"
     script = "sh -c 'echo child $$; exec sleep 1000' & echo command $$; wait"
     pid = os.fork()
     if pid == 0:
         become_rcon(
-            ["run", "--pids", "7", "--group", "orphans", "--", "sh", "-c", script], [out, tmp_path / "err"]
+            ["run", "--cgroup", base.path, "--pids", "7", "--group", "orphans", "--", "sh", "-c", script],
+            [out, tmp_path / "err"],
         )
     until(lambda: out.exists() and out.read_text().count("\n") == 2, "the command runs")
     pids = dict(line.split() for line in out.read_text().splitlines() if " " in line)
@@ -365,9 +367,9 @@ def test_the_command_dies_with_rcon_and_the_next_run_cleans_up(tmp_path: Path) -
     (group,) = (Path(group.lstrip("/")) for group in groups if group.endswith("/work/orphans/main"))
     limits = [mount / group.parent / "pids.max" for mount in (MOUNTS, MOUNTS / "pids")]
     assert [path.read_text().strip() for path in limits if path.exists()] == ["7"]
-    assert rcon("run", "--", "true").status == 0
+    assert rcon("run", "--cgroup", base.path, "--", "true").status == 0
     until(lambda: not alive(child), "the next run ends what is left")
-    assert left_by(pid) == []
+    assert base.children() == []
 
 
 def test_a_pipe_closes_when_the_command_closes_it() -> None:

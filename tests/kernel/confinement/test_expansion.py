@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def in_steps(sizes: list[int], pause: float = 0.3) -> None:
         time.sleep(pause)
 
 
+def when_told(sizes: list[int], folder: str) -> None:
+    """Need so much, and then more, each as soon as there is a file with its number."""
+    kept = []
+    for number, size in enumerate(sizes):
+        eventually(Path(folder, str(number)).exists, 60)
+        block = mmap.mmap(-1, size)
+        for at in range(0, size, mmap.PAGESIZE):
+            block[at] = 1
+        kept.append(block)
+
+
 def by_system_calls(size: int) -> int:
     """Have the kernel itself touch the memory: reads into fresh buffers, and a file in memory."""
     with Path("/dev/zero").open("rb", buffering=0) as zeros:
@@ -71,9 +83,8 @@ def test_the_limit_grows_with_the_need(group: Cgroup, watcher: Watcher) -> None:
         told.append(event)
 
     expansion = expand(group, memory("64M", "2x", "512M"), watcher=watcher, on_event=take_note)
-    with running(group, in_steps, [200 * MIB], 0.5) as child:
-        child.result()
-    assert (expansion.limit, expansion.times) == (256 * MIB, 2)
+    with running(group, in_steps, [200 * MIB], 60.0):
+        eventually(lambda: (expansion.limit, expansion.times) == (256 * MIB, 2))
     assert told[0].kind == "memory_limit"
     assert (told[0].limit, told[0].bound, told[0].next_bound) == ("memory", 64 * MIB, 128 * MIB)
     assert read_limits(group).memory_max == 512 * MIB
@@ -108,15 +119,25 @@ def test_work_above_the_bound_is_killed(group: Cgroup, watcher: Watcher) -> None
     assert (reading.memory_peak or 0) <= 160 * MIB
 
 
-def test_the_limit_grows_by_one_step_at_a_time(group: Cgroup, watcher: Watcher) -> None:
+def test_the_limit_grows_by_one_step_at_a_time(group: Cgroup, watcher: Watcher, tmp_path: Path) -> None:
+    """The next step is needed when the one before was made: on v1 nothing slows the work down."""
     limits: list[int] = []
+
+    def made(steps: int) -> bool:
+        return len(limits) >= steps
+
     expansion = expand(
         group,
         memory("32M", "1.5x", "400M"),
         watcher=watcher,
         on_event=lambda e: limits.append(e.next_bound or 0),
     )
-    with running(group, in_steps, [28 * MIB, 14 * MIB, 20 * MIB, 30 * MIB]) as child:
+    (tmp_path / "0").touch()
+    with running(group, when_told, [28 * MIB, 14 * MIB, 20 * MIB, 30 * MIB, MIB], str(tmp_path)) as child:
+        for number in range(1, 4):
+            (tmp_path / str(number)).touch()
+            eventually(partial(made, number))
+        (tmp_path / "4").touch()
         child.result()
     assert limits == [48 * MIB, 72 * MIB, 108 * MIB]
     assert expansion.times == 3
@@ -141,9 +162,8 @@ def test_page_cache_expands_nothing(group: Cgroup, watcher: Watcher) -> None:
             assert child.result() == 120 * MIB
         time.sleep(0.5)
         assert expansion.times == 0
-        with running(group, in_steps, [80 * MIB], 1.0) as child:
-            child.result()
-    assert expansion.times == 1
+        with running(group, in_steps, [80 * MIB], 60.0):
+            eventually(lambda: expansion.times == 1)
 
 
 def test_callback_that_returns_new_limits(group: Cgroup, watcher: Watcher) -> None:
@@ -184,9 +204,8 @@ def test_two_levels_at_once(group: Cgroup, watcher: Watcher) -> None:
     leaf = group.child("leaf").create()
     outer = expand(group, memory("48M", "2x", "400M"), watcher=watcher)
     inner = expand(leaf, memory("32M", "2x", "400M"), watcher=watcher)
-    with running(leaf, in_steps, [180 * MIB], 0.5) as child:
-        child.result()
-    assert (outer.limit, inner.limit) == (192 * MIB, 256 * MIB)
+    with running(leaf, in_steps, [180 * MIB], 60.0):
+        eventually(lambda: (outer.limit, inner.limit) == (192 * MIB, 256 * MIB))
 
 
 def test_two_watchers_of_one_cgroup(group: Cgroup, watcher: Watcher) -> None:
@@ -210,9 +229,8 @@ def test_reset_to_the_first_limit(group: Cgroup, watcher: Watcher) -> None:
         assert expansion.limit == 64 * MIB, "what is in it still needs it"
     expansion.reset()
     assert (expansion.limit, expansion.times) == (32 * MIB, 0)
-    with running(group, in_steps, [60 * MIB], 0.5) as child:
-        child.result()
-    assert expansion.times == 1
+    with running(group, in_steps, [60 * MIB], 60.0):
+        eventually(lambda: expansion.times == 1)
 
 
 def test_work_at_the_limit_can_be_killed_while_the_callback_hangs(group: Cgroup, watcher: Watcher) -> None:
@@ -268,15 +286,15 @@ def test_the_cgroup_is_deleted(group: Cgroup, watcher: Watcher) -> None:
 
 def test_an_expansion_at_its_bound_is_current(group: Cgroup, watcher: Watcher) -> None:
     expansion = expand(group, memory("32M", "100x", "400M"), watcher=watcher)
-    with running(group, in_steps, [60 * MIB], 0.5) as child:
-        child.result()
-    assert (expansion.limit, expansion.times, expansion.is_current) == (400 * MIB, 1, True)
+    with running(group, in_steps, [60 * MIB], 60.0):
+        eventually(lambda: (expansion.limit, expansion.times, expansion.is_current) == (400 * MIB, 1, True))
 
 
 def test_the_smallest_steps(group: Cgroup, watcher: Watcher) -> None:
     """A notice of one step does not count for the next."""
     expansion = expand(group, memory("80M", "1.1x", "400M"), watcher=watcher)
     with running(group, in_steps, [81 * MIB], 0.5) as child:
+        eventually(lambda: expansion.times)
         child.result()
     assert (expansion.limit, expansion.times) == (88 * MIB, 1)
 

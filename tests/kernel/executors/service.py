@@ -579,6 +579,24 @@ def ask(manager: RunningManager, act: str, *arguments: Any, **attributes: str) -
     return end(begin(manager, act, *arguments, **attributes))
 
 
+class Left(Exception):
+    """What a signal handler raises in a thread that waits for a call."""
+
+
+def leaving(act: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the caller of an act in an executor thread leave the call as soon as the act runs: it raises `Left`."""
+
+    def leave(*_: object) -> None:
+        raise Left
+
+    def run(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGALRM)  # the main thread, which waits, runs the handler
+        return act(*arguments)
+
+    signal.signal(signal.SIGALRM, leave)
+    return run
+
+
 def status(path: Path) -> dict[str, Any]:
     """Identity and capabilities from a status file of /proc."""
     lines = dict(line.split(":", 1) for line in path.read_text().splitlines())

@@ -5,7 +5,6 @@ And whoever ends last removes the cgroup: a dropped confinement, its last execut
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import logging
@@ -27,8 +26,8 @@ from rcon_plugins.kernel.events import watcher_of_process
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import running, sleep_forever
-from tests.kernel.executors.service import ask, begin, managing, serve, soon
-from tests.processes import children
+from tests.kernel.executors.service import Left, ask, begin, leaving, managing, serve, soon
+from tests.processes import children, entries
 
 pytestmark = pytest.mark.each_layout
 
@@ -45,7 +44,8 @@ def groups(manager: RunningManager, kind: str) -> set[str]:
 
 def leaves(manager: RunningManager) -> int:
     directories = manager.instance.work.directories
-    return max(sum(1 for _ in Path(directory).glob("*/*/")) for directory in directories)
+    groups = [entries(Path(directory)) for directory in directories]
+    return max(sum(leaf.is_dir() for group in some for leaf in entries(group)) for some in groups)
 
 
 def descriptors(pid: int | str = "self") -> int:
@@ -232,22 +232,8 @@ def test_a_busy_thread_removes_its_cgroup_when_it_ends() -> None:
 
     def program(manager: RunningManager) -> tuple[bool, bool]:
         gate = threading.Event()
-
-        class Left(Exception):
-            pass
-
-        def leave(*_: object) -> None:
-            raise Left
-
-        main = threading.get_ident()
-
-        def work() -> None:
-            signal.pthread_kill(main, signal.SIGALRM)
-            gate.wait()
-
-        signal.signal(signal.SIGALRM, leave)
-        with contextlib.suppress(Left):
-            call(manager, "busy", work)
+        with pytest.raises(Left):
+            call(manager, "busy", leaving(gate.wait))
         for number in range(2 * CONFINEMENTS):
             call(manager, f"h{number}")
         stays = "p~busy" in groups(manager, "host")

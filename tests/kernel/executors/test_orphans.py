@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from rcon_plugins.command.job_control import Caller
 from rcon_plugins.command.run import Order, run
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from tests.children import in_child
@@ -238,6 +239,33 @@ def test_orphans_of_a_command_take_no_pids_after_their_end(base: Cgroup) -> None
         return done.returncode, done.stdout + done.stderr, zombies()
 
     assert under_a_lazy_init(program) == (0, "done\n", 0)
+
+
+def test_an_orphan_that_ends_between_two_looks_is_reaped() -> None:
+    """When all is killed, rcon reaps what has ended, then asks the kernel whether any is left that may end."""
+
+    def program() -> str:
+        caller = Caller()
+        caller.adopt_orphans(lambda _: True)
+        reap = caller.reap_orphans
+
+        def end_one_afterwards() -> int:
+            setattr(caller, "reap_orphans", reap)  # noqa: B010 - in a fork of this process
+            reaped = reap()
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            return reaped
+
+        setattr(caller, "reap_orphans", end_one_afterwards)  # noqa: B010 - as above
+        caller.reap_last_orphans()
+        try:
+            return f"left: {os.waitpid(-1, os.WNOHANG)}"
+        except ChildProcessError:
+            return "none left"
+
+    assert in_child(program) == "none left"
 
 
 def test_a_command_with_events_keeps_what_it_reaps_apart(tmp_path: Path, base: Cgroup) -> None:

@@ -17,7 +17,7 @@ from rcon_plugins import Manager, RunningManager, Settings, hookimpl
 from rcon_plugins.confinement.confinement import Confinement
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, LimitExceeded
 from rcon_plugins.executors import pool, process
-from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.kernel.cgroup import MAX, Hierarchy, Resources
 from rcon_plugins.settings.file import from_mapping
 from tests.kernel.executors.service import ask, begin, end, managing, serve, soon, take_out_of_its_cgroups
 from tests.processes import alive
@@ -98,27 +98,31 @@ def test_a_process_that_comes_back_late_serves_again(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.each_layout
 def test_an_executor_that_dies_slowly_delays_no_other_deadline() -> None:
-    # Slow to die by its quota, and not too slow to be born under it: to drop takes milliseconds of CPU time, which an
-    # emulated machine makes many.
-    slow = {"cpu": "5%", "pids": 400, "each": {"timeout": "6s"}}
+    slow = {"pids": 400, "each": {"timeout": "6s"}}
     settings = {
         "policy": {"slow": slow, "p": {"each": {"timeout": "7s"}}},
         "route": [{"host": "slow", "policy": "slow"}, {"policy": "p"}],
     }
     with managing({}, settings=settings) as manager:
-        an_idle_executor(manager, host="slow")  # to be born takes CPU time, too
+        for host in ("slow", "p"):
+            an_idle_executor(manager, host=host)
         first = begin(manager, "many", 150, host="slow")
+        soon(lambda: len(first.group.processes(subtree=True)) > 150, 3)  # with fewer it would die sooner
+        # Now it dies slowly. To start under this quota takes an emulated machine longer than the host waits.
+        first.group.configure(Resources(cpu_quota=0.05))
         second = begin(manager, "sleep", 300)
         assert end(second)[1].ending == "timeout"
         assert second.executor_pid
         assert end(first)[1].ending == "timeout"
+        first.group.configure(Resources(cpu_quota=MAX))  # the server does not wait for long when it closes
 
 
 def test_a_deadline_concludes_the_work_whatever_its_thread_waits_for() -> None:
-    with managing({"concurrency": 1, "each": {"timeout": "500ms"}}) as manager:
+    with managing({"concurrency": 1, "each": {"timeout": "2s"}}) as manager:
         admission = begin(manager, "sleep", 300)
         woken = threading.Event()
         admission.on_deadline = woken.set
+        assert admission.outcome is None  # the deadline is still to come
         assert woken.wait(10)  # nobody has asked the admission anything
         assert soon(lambda: _admitted(manager))  # and its slot is free
         assert admission.died().ending == "timeout"

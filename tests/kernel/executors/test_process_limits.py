@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from rcon_plugins import hookimpl
 from rcon_plugins.errors import MemoryLimitExceeded, PidsLimitExceeded, TimeLimitExceeded
 from rcon_plugins.kernel.cgroup import Cgroup
 from tests.kernel.cgroup.helpers import DISK
-from tests.kernel.executors.service import ask, begin, end, managing, soon
+from tests.kernel.executors.service import Acts, ask, begin, end, managing, soon
 from tests.kernel.quota import judge, window
 from tests.processes import alive
 
@@ -35,6 +36,21 @@ def test_a_request_that_ends_reports_its_usage() -> None:
         assert 0.15 < outcome.usage.cpu_seconds < outcome.usage.wall_seconds + 0.1
         assert outcome.usage.memory_peak is not None
         assert 0 < outcome.usage.memory_peak < 128 * MIB
+
+
+def test_the_start_of_an_executor_is_no_usage_of_its_first_request() -> None:
+    """It is in its cgroup before it drops its privileges. In the emulated machine that takes a tenth of a second."""
+
+    class Laborious:
+        @hookimpl
+        def rcon_drop(self) -> None:
+            Acts.use_cpu(0.3)
+
+    with managing({"max_uses": 1, "each": {"timeout": "60s"}}, plugins=[Laborious()]) as manager:
+        for _ in range(2):  # the second is served by a process that was made ahead
+            used = ask(manager, "pid")[1].usage.cpu_seconds
+            assert used is not None
+            assert used < 0.2
 
 
 def test_the_same_process_serves_again_up_to_max_uses() -> None:

@@ -37,7 +37,8 @@ from tests.system_calls import refuse_system_call
 
 pytestmark = pytest.mark.each_layout
 
-TENANT = 61001
+#: No other test has this user, whose memory is counted, even if other tests run on the same machine.
+TENANT = 1_000_000 + os.getpid()
 POLICY: dict[str, Any] = {"user": TENANT, "group": TENANT, "each": {"memory": "64M"}}
 ROOT: dict[str, Any] = {"each": {"memory": "64M"}}
 SHM = Path("/dev/shm")
@@ -159,8 +160,7 @@ def test_a_command_under_a_policy_has_its_own_too(name: str, tmp_path: Path) -> 
     assert not (SHM / name).exists()
 
 
-def test_rcon_set_says_that_the_size_stays(capsys: pytest.CaptureFixture[str]) -> None:
-    name = f"set-{os.getpid()}"
+def test_rcon_set_says_that_the_size_stays(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     note = "rcon: note: the size of /dev/shm stays as it is for the processes that run now\n"
     for shared, memory, noted in (
         ("private", "96M", True),
@@ -170,7 +170,7 @@ def test_rcon_set_says_that_the_size_stays(capsys: pytest.CaptureFixture[str]) -
         policy = {"memory": "64M", "shared_memory": shared}
         settings = {"policy": {name: policy}, "route": [{"policy": name}]}
         with managing({}, settings=settings) as manager:
-            assert ask(manager, "fill", "/dev/shm/rcon-small", 1)[0] == "WORKED"
+            assert ask(manager, "fill", str(SHM / name), 1)[0] == "WORKED"
             assert run_main(["set", name, "--memory", memory]) == 0
             assert (note in capsys.readouterr().err) is noted
 

@@ -8,7 +8,6 @@ import ctypes
 import logging
 import logging.handlers
 import os
-import signal
 import subprocess
 import tempfile
 import threading
@@ -24,9 +23,10 @@ from rcon_plugins.confinement.admission import ThreadAdmission
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError, SettingsError
 from rcon_plugins.kernel.capability import CAP_SETUID, Capabilities, read_state, set_capabilities
 from rcon_plugins.settings.file import from_mapping
+from tests import leftovers
 from tests.children import in_child
 from tests.kernel.executors import ways_back
-from tests.kernel.executors.service import soon, status
+from tests.kernel.executors.service import Left, leaving, soon, status
 from tests.kernel.quota import judge, quota_in_force, window
 
 TENANT, OTHER = 61001, 61002
@@ -172,7 +172,6 @@ def test_the_number_of_threads_is_bounded_and_the_least_recently_used_ends() -> 
         first = run(manager, threading.get_native_id, host="a")
         run(manager, threading.get_native_id, host="b")
         run(manager, threading.get_native_id, host="c")  # a's makes room
-        soon(lambda: not Path(f"/proc/self/task/{first}").exists())
         gone = [Path(f"/proc/self/task/{first}").exists()]
         count = sum(thread.name.startswith("rcon-") for thread in threading.enumerate())
         held = [admit(manager, host="b"), admit(manager, host="c")]
@@ -221,21 +220,12 @@ def test_a_call_that_was_left_alone_is_not_disturbed_and_its_thread_not_used_aga
     """As when a signal handler raises in the thread that waits."""
 
     def program(manager: RunningManager) -> list[object]:
-        class Left(Exception):
-            pass
-
-        def handler(*_: object) -> None:
-            raise Left
-
-        signal.signal(signal.SIGALRM, handler)
         go_on = threading.Event()
         admission = admit(manager)
         first = admission.call(threading.get_native_id)
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        try:
-            admission.call(go_on.wait, 20)
-        except Left:
-            admission.finish("error")
+        with pytest.raises(Left):
+            admission.call(leaving(go_on.wait), 20)
+        admission.finish("error")
         second = run(manager, threading.get_native_id)
         go_on.set()
         ended = soon(lambda: not Path(f"/proc/self/task/{first}").exists())
@@ -252,20 +242,10 @@ def inject(thread_id: int, error: type[BaseException]) -> None:
     )
 
 
-class Left(Exception):
-    """What a signal handler raises in a thread that waits."""
-
-
 def leave(admission: ThreadAdmission, act: Callable[..., Any], *arguments: Any) -> None:
-    """Call, and leave the call to itself after a moment."""
-
-    def handler(*_: object) -> None:
-        raise Left
-
-    signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    """Call, and leave the call to itself when it is under way."""
     with pytest.raises(Left):
-        admission.call(act, *arguments)
+        admission.call(leaving(act), *arguments)
 
 
 def abandoned_calls(records: list[logging.LogRecord]) -> list[str]:
@@ -428,7 +408,7 @@ def test_the_next_start_removes_the_tree_of_a_server_closed_with_a_busy_thread()
 
     path = in_child(closes)
     managed(policy, lambda manager: run(manager, os.getpid))
-    assert [str(found) for found in Path("/sys/fs/cgroup").rglob(Path(path).name)] == []
+    assert [found for found in leftovers.cgroups() if found.name == Path(path).name] == []
 
 
 def test_context_variables_of_the_caller_belong_to_one_request() -> None:

@@ -17,11 +17,12 @@ import pytest
 
 from rcon_plugins.errors import CapabilityError, KernelError
 from rcon_plugins.kernel import landlock
-from rcon_plugins.kernel.syscalls import prctl
+from rcon_plugins.kernel.syscalls import CLONE_NEWNS, MS_REC, mount, prctl, unshare
 from tests.system_calls import refuse_system_call
 
 NOBODY = 65534
 PR_SET_NO_NEW_PRIVS = 38
+MS_PRIVATE = 1 << 18
 PTRACE_ATTACH, PTRACE_DETACH = 16, 17
 CGROUPS = [
     mount.split()[1] for mount in Path("/proc/self/mounts").read_text().splitlines() if " cgroup" in mount
@@ -355,16 +356,23 @@ def test_a_wall_made_ahead_is_for_one_process_after_the_other(folders: Path, in_
         wall.close()
 
 
-def test_a_wall_is_outdated_when_names_beside_its_paths_change(folders: Path) -> None:
-    wall = landlock.Wall([str(folders / "shut")])
-    try:
-        write(folders / "free/new")
-        write(folders / "shut/new")
-        assert wall.is_current
-        write(folders / "new")
-        assert not wall.is_current
-    finally:
-        wall.close()
+def test_a_wall_is_outdated_when_names_beside_its_paths_change(in_child: Any) -> None:
+    """In a file system of its own: in /tmp, others make files beside the folders of this test."""
+
+    def tried() -> list[bool]:
+        unshare(CLONE_NEWNS)
+        mount(None, "/", None, MS_REC | MS_PRIVATE)
+        mount("tmpfs", "/mnt", "tmpfs", 0)
+        for name in ("free", "shut"):
+            Path("/mnt", name).mkdir()
+        wall = landlock.Wall(["/mnt/shut"])
+        write("/mnt/free/new")
+        write("/mnt/shut/new")
+        found = [wall.is_current]
+        write("/mnt/new")
+        return [*found, wall.is_current]
+
+    assert in_child(tried) == [True, False]
 
 
 def test_only_the_calling_thread_is_restricted(folders: Path, in_child: Any) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from rcon_plugins import Manager, RunningManager, Server, Work, hookimpl
 from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.confinement import budget
 from rcon_plugins.confinement.admission import ProcessAdmission
 from rcon_plugins.errors import RconError
 from rcon_plugins.groups.find import find_group, find_groups
@@ -226,7 +227,15 @@ def test_what_no_route_names_is_shown_with_its_server(
         assert shown in capsys.readouterr().out
 
 
-def test_the_budget_refuses_and_confinements_give_way(policy: str) -> None:
+def test_the_budget_refuses_and_confinements_give_way(
+    policy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # All servers of this machine share its ledger: other tests may hold some of that.
+    monkeypatch.setattr(budget, "_folder", lambda: str(tmp_path / "rcon"))
+    in_child(refuse_and_give_way, policy)
+
+
+def refuse_and_give_way(policy: str) -> None:
     each = {"memory": "32M", "timeout": "60s"}
     with serving(
         {policy: {"per": "host", "each": each}}, budget={"memory": "40M", "wait": "10ms"}, confinements=2
@@ -366,6 +375,13 @@ def served_once(base: str, policy: str, ending: str) -> str:
     return deployment.directory
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of this test's own: of all servers of this machine that have ended, only the last ones stay."""
+    monkeypatch.setattr(runtime, "_ROOT_FOLDER", str(tmp_path))
+
+
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("ending", ["close", "die"])
 def test_it_stays_after_the_end_for_an_hour_or_until_it_was_read(
     group: Cgroup, policy: str, ending: str
@@ -481,6 +497,7 @@ def die_with_work_under_way(base: str, policy: str) -> str:
     return deployment.directory
 
 
+@pytest.mark.usefixtures("folder")
 def test_the_next_worker_counts_on_after_kill_9(group: Cgroup, policy: str) -> None:
     directory = Path(in_child(die_with_work_under_way, group.path, policy))
     assert sorted(one.name for one in directory.iterdir()) == ["0", "ended"]

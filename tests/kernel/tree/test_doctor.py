@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from tests import children
 from tests.kernel.cgroup.helpers import DISK, layout
+from tests.kernel.command.harness import left_by
 
 pytestmark = pytest.mark.each_layout
 
@@ -53,7 +53,7 @@ def test_everything_works_for_root(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["memory_high"]["state"] == ("there" if layout() == "v2" else "absent")
     assert names["cgroup.kill"]["state"] == "there"
     assert all(finding["remedy"] for finding in found["findings"] if finding["state"] == "absent")
-    assert not list(Path(Hierarchy.discover().mounts[0].directory("/rcon")).glob(f"rcon-{os.getpid()}-*"))
+    assert left_by(os.getpid()) == []
 
 
 def test_in_words(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,6 @@ from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.groups.find import find_groups
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
-from rcon_plugins.tree.base import ROOT_BASE
 from rcon_plugins.tree.instance import Instance
 from tests import children
 from tests.kernel.cgroup.helpers import Running, eventually, sleep_forever
@@ -187,29 +186,29 @@ def test_trees_of_other_users_stay(group: Cgroup, capsys: pytest.CaptureFixture[
 
 
 def test_attached_processes_are_moved_back(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
-    """`rcon attach` leaves a watcher running. This test kills it."""
-    child = Running(group, sleep_forever)
+    """`rcon attach` leaves a watcher running. This test kills it.
+
+    In a base of its own: in that of root, any server or command that starts moves them back.
+    """
+    before, base = group.child("before").create(), f"{group.path}/base"
+    child = Running(before, sleep_forever)
     name = f"held-{os.getpid()}"
+    words = ["attach", str(child.pid), "--pids", "9", "--group", name, "--cgroup", base]
     try:
-        assert children.in_child(run_main, ["attach", str(child.pid), "--pids", "9", "--group", name]) == 0
+        assert children.in_child(run_main, words) == 0
         held = next(found for found in find_groups().groups if found.name == name)
         assert held.pids() == [child.pid]
         path = held.cgroup.path.partition("/attached/")[0]
         os.kill(held.owner.pid, signal.SIGKILL)
         eventually(lambda: not alive(held.owner.pid))
 
-        run_main(["gc", "--below", ROOT_BASE, "--dry-run"])
-        out = capsys.readouterr().out
-        assert (
-            f"{path}: its owner {held.owner.pid} is dead: would move process {child.pid} back, remove it\n"
-            in out
-        )
-        run_main(["gc", "--below", ROOT_BASE])
-        out = capsys.readouterr().out
-        assert f"{path}: removed\n" in out
+        capsys.readouterr()
+        said = f"{path}: its owner {held.owner.pid} is dead: would move process {child.pid} back, remove it\n"
+        assert gc(group, capsys, "--dry-run") == (0, said)
+        assert gc(group, capsys) == (0, f"{path}: removed\n")
         assert not there(path)
         assert alive(child.pid)
-        assert child.pid in group.processes()
+        assert child.pid in before.processes()
     finally:
         child.end()
 

@@ -59,7 +59,7 @@ def test_everything_is_read(
     table: dict[str, tuple[str, Parser]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(swap, "_CHARGED_AHEAD", 0)
+    monkeypatch.setattr(swap, "CHARGED_AHEAD", 0)
     write(tmp_path, contents)
     with Meter([(str(tmp_path), name, parser) for name, (_, parser) in table.items()]) as meter:
         reading = meter.read()
