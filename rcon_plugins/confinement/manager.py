@@ -109,14 +109,13 @@ class Manager:
             plan = plan.within(instance.hierarchy)
             if plan.needs_adoption(instance):
                 instance.adopt()
+            changes = PolicyChangeLog() if changeable else None
         except BaseException:
             instance.close()
             raise
         for warning in plan.warnings(None if owner is None else owner[0]):
             LOGGER.warning("rcon: %s", warning)
-        return Deployment(
-            plan, instance, PolicyChangeLog() if changeable else None, _runtime_directory(instance, owner)
-        )
+        return Deployment(plan, instance, changes, _runtime_directory(instance, owner))
 
 
 class Deployment:

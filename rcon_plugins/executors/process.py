@@ -171,8 +171,12 @@ class ProcessExecutors:
         self._server, self._control = pid, ours
         self._output = OutputReader(log)
         self._supervisor, self._oom = supervisor, oom
-        oom.start(supervisor)
-        supervisor.start()
+        try:
+            oom.start(supervisor)
+            supervisor.start()
+        except BaseException:
+            self.close()  # nobody else would: a server may try again in the same process
+            raise
 
     def count_usable(self) -> int:
         """Return the number of executors, not counting those that are ending."""
