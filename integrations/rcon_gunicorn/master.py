@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 from typing import Any, Protocol
 
 from rcon_gunicorn.workers import server_traits
 from rcon_plugins.confinement.isolation import caveat
 from rcon_plugins.confinement.manager import Deployment, Manager
-from rcon_plugins.errors import RconError
+from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.identity.privileges import keep, needed, settle
 from rcon_plugins.settings.file import load
+
+_log = logging.getLogger("rcon")
 
 #: The pause before a worker is made in place of one that could not start: after the first, and at most. In seconds.
 _FIRST_PAUSE = 0.5
@@ -28,12 +31,12 @@ class _Arbiter(Protocol):
 class Master:
     """The state of one gunicorn master. Made in the master and inherited by the workers it forks."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, boots: Boots) -> None:
         self.deployment = deployment
         #: The capabilities that workers need to change to the users of policies, and those that this worker kept.
         self._needed = needed(deployment.plan.settings.policies.values())
         self._kept = needed(())
-        self.boots = Boots()
+        self.boots = boots
         #: The ended workers whose processes and cgroups could not be removed yet.
         self._unswept: set[int] = set()
         self._pid = os.getpid()
@@ -42,7 +45,8 @@ class Master:
     def start(cls, path: str, server: _Arbiter) -> Master:
         """Load and check the settings, and make the cgroups. Raises `RconError` with the reason and the remedy."""
         manager = Manager(load(path), server=server_traits(server.worker_class))
-        master = cls(manager.deploy(owner=_owner(server.cfg)))
+        boots = Boots()  # before there are cgroups to remove
+        master = cls(manager.deploy(owner=_owner(server.cfg)), boots)
         atexit.register(master.close)  # gunicorn calls no hook when it ends before it serves
         server.log.info(
             "rcon: %s confines requests; cgroups are in %s", path, master.deployment.instance.path
@@ -123,12 +127,14 @@ class Master:
             self.deployment.instance.release()
 
     def close(self) -> None:
-        """End all work and remove the cgroups. Do nothing except in the master."""
+        """End all work and remove the cgroups; log a failure. Do nothing except in the master."""
         if os.getpid() != self._pid:
             return
         atexit.unregister(self.close)
-        with contextlib.suppress(RconError, OSError, ValueError):  # the next start removes what is left
+        try:
             self.deployment.close()
+        except (RconError, OSError, ValueError) as error:
+            _log.warning("rcon: cgroups of this server are left; the next start removes them: %s", error)
 
 
 class Boots:
@@ -139,7 +145,16 @@ class Boots:
     """
 
     def __init__(self) -> None:
-        self._file = os.memfd_create("rcon-boots")
+        """Make the file that all workers share. Raises `KernelError`."""
+        try:
+            self._file = os.memfd_create("rcon-boots")
+            try:
+                os.pwrite(self._file, b"\0\0", 0)  # takes the memory for it, so that no later write lacks that
+            except BaseException:
+                os.close(self._file)
+                raise
+        except OSError as error:
+            raise KernelError.from_oserror(error, path="memfd_create(2)") from None
 
     def started(self) -> None:
         """Note that a worker serves."""
@@ -148,7 +163,7 @@ class Boots:
     def failed(self) -> float | None:
         """Note that a worker cannot start. Return how long to wait before the next one; None for the first workers."""
         state = os.pread(self._file, 2, 0)
-        if not state:
+        if not state[0]:
             return None
         os.pwrite(self._file, bytes((1, min(state[1] + 1, 255))), 0)
         return float(min(_FIRST_PAUSE * 2 ** min(state[1], 16), _LONGEST_PAUSE))
