@@ -46,7 +46,7 @@ test-long: root $(VENV)/.test debian ## long CPU windows, failing kernel calls, 
 fuzz: $(VENV)/.test ## a million wrong policy files, wire messages, hosts; prints figures (minutes); ARGS= names targets
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
-soak: root $(VENV)/.test ## thirty minutes of mixed load while processes are killed and stopped at random; prints growth (root); ARGS=--minutes N
+soak: root $(VENV)/.test ## thirty minutes of mixed load on gunicorn and Celery while processes are killed and stopped at random; prints growth (root); ARGS=--minutes N
 	@$(BIN)/python -m tests.soak $(ARGS)
 
 # Every uid of the tests has to reach the folder and write there.

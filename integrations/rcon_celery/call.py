@@ -13,6 +13,7 @@ from celery.canvas import signature
 from celery.exceptions import TaskPredicate
 
 from rcon_celery import codec, wire
+from rcon_celery.results import BackendTraits
 from rcon_celery.retry.attempt import ForkServerLost
 from rcon_plugins.errors import ConfinementError, Killed, LimitExceeded, MemoryLimitExceeded, RconError
 from rcon_plugins.executors.channel import ChannelClosed, ProtocolViolation
@@ -218,8 +219,10 @@ def _read(task: Any, head: wire.AnswerHead, answer: dict[str, Any]) -> tuple[Any
         return codec.decode_value(task.app, answer), None
     if head.how in _REFUSED:
         return None, None
-    if head.how == "unencodable" and codec.is_ignored(task, task.request):
-        return UnencodableResult(head.text), None
+    if head.how == "unencodable":
+        is_disabled = BackendTraits.of(task.backend).is_disabled
+        if codec.is_ignored(task, task.request, is_disabled=is_disabled):
+            return UnencodableResult(head.text), None
     if head.how in ("error", "unencodable"):
         return None, codec.decode_exception(answer["error"], head.text)
     return None, codec.decode_predicate(task, head.how, answer)

@@ -12,7 +12,6 @@ from typing import Any, Final, TypeGuard
 import celery.exceptions
 from billiard.einfo import RemoteTraceback
 from celery.app.task import get_actual_ignore_result
-from celery.backends.base import DisabledBackend
 from celery.canvas import Signature
 from celery.exceptions import Ignore, Reject, Retry
 from celery.result import ResultBase, result_from_tuple
@@ -218,9 +217,12 @@ def encode_no_result(task: Any, serializer: str) -> tuple[Payload, bytes]:
     return encode({"children": []}, _result_serializers(task, serializer))
 
 
-def is_ignored(task: Any, request: Any) -> bool:
-    """Return whether the result is dropped. Then it may be too large, and no serializer need be able to encode it."""
-    return bool(get_actual_ignore_result(task, request)) or isinstance(task.backend, DisabledBackend)
+def is_ignored(task: Any, request: Any, *, is_disabled: bool) -> bool:
+    """Return whether the result is dropped. Then it may be too large, and no serializer need be able to encode it.
+
+    ``is_disabled``: the task's result backend drops all results.
+    """
+    return bool(get_actual_ignore_result(task, request)) or is_disabled
 
 
 def decode_children(app: Any, content: dict[str, Any]) -> list[Any]:

@@ -118,10 +118,16 @@ class PoolProcess:
         return True
 
     def close(self) -> None:
-        """End all executor processes of this process."""
-        if self._manager is not None and self._pid == os.getpid():
-            self._manager.close()
-            self._manager = None
+        """End all executor processes of this process. Log it if their cgroups cannot be removed."""
+        manager, self._manager = self._manager, None
+        if manager is None or self._pid != os.getpid():
+            return
+        try:
+            manager.close()
+        except (RconError, OSError) as error:
+            _log.warning(
+                "rcon: cgroups of this pool process are left; the end of the worker removes them: %s", error
+            )
 
     def run(self, task: Any, code: TaskCode, args: Any, kwargs: Any) -> Any:
         """Run a task confined; return its result or raise its exception."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from celery.app.backends import by_name, by_url
+from celery.backends.base import DisabledBackend
 
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.work import Usage
@@ -90,14 +91,27 @@ def _storing(setting: Any) -> Any:
     return f"{__name__}:{name.replace(':', '/')}{separator}{url}"
 
 
-def serializer_of(app: Any) -> str | None:
-    """Return the serializer of the application's result backend; None if the backend cannot be made.
+class BackendTraits(NamedTuple):
+    """The traits of a result backend that decide how a result is encoded."""
+
+    serializer: str
+    #: Whether it drops all results.
+    is_disabled: bool
+
+    @classmethod
+    def of(cls, backend: Any) -> BackendTraits:
+        """Return the traits of a backend."""
+        return cls(str(backend.serializer), isinstance(backend, DisabledBackend))
+
+
+def traits_of(app: Any) -> BackendTraits | None:
+    """Return the traits of the application's result backend; None if the backend cannot be made.
 
     Make a backend and discard it, so that each fork of this process makes its own.
     """
     try:
         cls, url = by_url(app.backend_cls or app.conf.result_backend, app.loader)
-        return str(cls(app=app, url=url).serializer)
+        return BackendTraits.of(cls(app=app, url=url))
     except Exception:  # noqa: BLE001 - a backend may raise anything; a task that needs it raises it again
         return None
 

@@ -20,6 +20,7 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from rcon_celery import codec, results, task_annotations, wire
 from rcon_celery.decoding_cost import TooCostly
+from rcon_celery.results import BackendTraits
 from rcon_celery.task_annotations import TaskCode
 from rcon_plugins.errors import SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
@@ -37,8 +38,9 @@ class TaskService:
     def __init__(self, app: Any, codes: Mapping[str, TaskCode], hostname: str, *, greenlets: bool) -> None:
         """``codes`` are by the name of the task; ``greenlets``: the worker runs gevent's loop."""
         self._greenlets = greenlets
-        # Look it up before the fork: in a new process, making a backend takes longer than the rest of its first task.
-        self._serializer = results.serializer_of(app)
+        # Look them up before the fork: in a new process, making a backend takes longer than the rest of its first task,
+        # and the user of a policy may not be able to make it.
+        self._backend = results.traits_of(app)
         self._app = app
         self._codes = codes
         self._hostname = hostname
@@ -67,7 +69,7 @@ class TaskService:
             refused = ("too costly", str(error))
         if refused is not None:
             how, text = refused
-            payload, answer = codec.encode_no_result(task, self._serializer_of(task))
+            payload, answer = codec.encode_no_result(task, self._backend_of(task).serializer)
         busy = threads_left(threads_before)
         wire.send(channel, wire.ANSWER, wire.AnswerHead(head.number, how, text, payload, busy), answer)
 
@@ -97,10 +99,10 @@ class TaskService:
             time.sleep(0.001)  # gevent closes files when its loop runs
         signals.worker_process_init.send(sender=self._hostname)
 
-    def _serializer_of(self, task: Any) -> str:
-        """Return the serializer of the task's result backend."""
+    def _backend_of(self, task: Any) -> BackendTraits:
+        """Return the traits of the task's result backend."""
         has_own = type(task).backend is not Task.backend or vars(task).get("_backend") is not None
-        return str(task.backend.serializer) if has_own or self._serializer is None else self._serializer
+        return BackendTraits.of(task.backend) if has_own or self._backend is None else self._backend
 
     def _run(
         self, task: Any, content: Mapping[str, Any], max_result: int
@@ -112,7 +114,8 @@ class TaskService:
         request = task.request_stack.top
         request.headers = content["request"].get("headers")  # Celery replaces headers that it does not know
         task_annotations.begin(request)
-        serializer = self._serializer_of(task)
+        backend = self._backend_of(task)
+        serializer = backend.serializer
         vars(task).pop("run", None)  # the wrapper for autoretry_for is used in the pool's process
         try:
             try:
@@ -131,9 +134,8 @@ class TaskService:
                 return "error", text, codec.encode_exception(error, request.children, serializer)
             try:
                 payload, answer = codec.encode_result(task, result, request.children, serializer)
-                if not codec.is_ignored(task, request) or not codec.why_refused(
-                    "ok", payload, answer, max_result
-                ):
+                is_ignored = codec.is_ignored(task, request, is_disabled=backend.is_disabled)
+                if not is_ignored or not codec.why_refused("ok", payload, answer, max_result):
                     return "ok", "", (payload, answer)
                 encoded = codec.encode_no_result(task, serializer)
             except TooCostly:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -141,12 +140,14 @@ class ConfinedWorker:
             atexit.register(self.close)
 
     def close(self) -> None:
-        """Kill all tasks and remove the cgroups. Do nothing except in the worker's main process."""
+        """Kill all tasks and remove the cgroups; log a failure. Do nothing except in the worker's main process."""
         if os.getpid() != self._pid:
             return
         atexit.unregister(self.close)
-        with contextlib.suppress(RconError, OSError, ValueError):  # a later start removes it
+        try:
             self.deployment.close()
+        except (RconError, OSError, ValueError) as error:
+            _log.warning("rcon: cgroups of this worker are left; the next start removes them: %s", error)
 
 
 class ConfinedTasks:

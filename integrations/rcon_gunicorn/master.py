@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 from typing import Any, Protocol
 
@@ -13,6 +14,8 @@ from rcon_plugins.confinement.manager import Deployment, Manager
 from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.identity.privileges import keep, needed, settle
 from rcon_plugins.settings.file import load
+
+_log = logging.getLogger("rcon")
 
 #: The pause before a worker is made in place of one that could not start: after the first, and at most. In seconds.
 _FIRST_PAUSE = 0.5
@@ -124,12 +127,14 @@ class Master:
             self.deployment.instance.release()
 
     def close(self) -> None:
-        """End all work and remove the cgroups. Do nothing except in the master."""
+        """End all work and remove the cgroups; log a failure. Do nothing except in the master."""
         if os.getpid() != self._pid:
             return
         atexit.unregister(self.close)
-        with contextlib.suppress(RconError, OSError, ValueError):  # the next start removes what is left
+        try:
             self.deployment.close()
+        except (RconError, OSError, ValueError) as error:
+            _log.warning("rcon: cgroups of this server are left; the next start removes them: %s", error)
 
 
 class Boots:
@@ -140,11 +145,18 @@ class Boots:
     """
 
     def __init__(self) -> None:
-        """Make a file in memory. Raises `KernelError`."""
+        """Make the file that all workers share. Raises `KernelError`."""
         try:
             self._file = os.memfd_create("rcon-boots")
+            try:
+                os.pwrite(
+                    self._file, b"\0\0", 0
+                )  # takes the memory for it, so that no later write lacks that
+            except BaseException:
+                os.close(self._file)
+                raise
         except OSError as error:
-            raise KernelError.from_oserror(error, path="memfd_create") from None
+            raise KernelError.from_oserror(error, path="memfd_create(2)") from None
 
     def started(self) -> None:
         """Note that a worker serves."""
@@ -153,7 +165,7 @@ class Boots:
     def failed(self) -> float | None:
         """Note that a worker cannot start. Return how long to wait before the next one; None for the first workers."""
         state = os.pread(self._file, 2, 0)
-        if not state:
+        if not state[0]:
             return None
         os.pwrite(self._file, bytes((1, min(state[1] + 1, 255))), 0)
         return float(min(_FIRST_PAUSE * 2 ** min(state[1], 16), _LONGEST_PAUSE))

@@ -519,7 +519,7 @@ class Client:
         """Wait for so many seconds. Raises `ClientGone`."""
         if self.wait_to_receive is None:
             time.sleep(seconds)
-        elif self._watching(0).poll(seconds * 1000):
+        elif _poll(self._watching(0), seconds * 1000):
             raise ClientGone
 
     def _wait_to_receive(self) -> None:
@@ -533,7 +533,7 @@ class Client:
         self._wait(self._sending)
 
     def _wait(self, poll: select.poll) -> None:
-        ready = [descriptor for descriptor, _ in poll.poll()]
+        ready = _poll(poll)
         if ready != [self._channel]:
             self._reads_without_client += 1
             if self._channel not in ready or self._reads_without_client > _MAX_READS_WITHOUT_CLIENT:
@@ -549,6 +549,17 @@ class Client:
             poll.register(self._channel, events)
         poll.register(client, select.POLLRDHUP)
         return poll
+
+
+def _poll(waiting: select.poll, milliseconds: float | None = None) -> list[int]:
+    """Return the descriptors with events. Raises `ChannelClosed` if the kernel has no memory for poll(2).
+
+    The client could not be watched any more, and the request cannot go on without that.
+    """
+    try:
+        return [descriptor for descriptor, _ in waiting.poll(milliseconds)]
+    except OSError as error:
+        raise ChannelClosed(f"the client cannot be watched: {error}") from error
 
 
 class FrameRateLimiter:

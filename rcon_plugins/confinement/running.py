@@ -34,6 +34,7 @@ from rcon_plugins.errors import (
     LimitExceeded,
     PidsLimitExceeded,
 )
+from rcon_plugins.executors.inline import leave_missed
 from rcon_plugins.executors.pool import ExecutorPool
 from rcon_plugins.executors.thread import ThreadExecutors
 from rcon_plugins.identity.resolution import resolve
@@ -95,6 +96,7 @@ class RunningManager:
         #: The name of the policy for work that no route matches; empty without one.
         self._fallback = settings.fallback or ""
         self._lets_pass = settings.unmatched == "allow"
+        self._has_inline = any(verdict.isolation == "inline" for verdict in plan.verdicts.values())
         #: Guards `_confinements` and their users. Held for a short time only.
         self._lock = threading.Lock()
         #: Held while a confinement is made.
@@ -166,6 +168,7 @@ class RunningManager:
         if self._pid != os.getpid() or not self._open:
             return
         self._open = False
+        leave_missed()  # or the cgroup that this thread is in would stay
         with contextlib.ExitStack() as last:  # run each step, even if an earlier one fails
             last.callback(self._on_close)
             last.callback(self.tally.close)
@@ -205,6 +208,8 @@ class RunningManager:
         """
         if self._pid != os.getpid() or not self._open:
             self._refuse(work, "", None, ConfinementError(self._why_not_here()))
+        if self._has_inline:
+            leave_missed()
         name, key, policies = "", None, self._policies
         try:
             name = self._select_policy(work=work) or self._fallback

@@ -6,8 +6,11 @@ is cheap enough (docs/reference/kernel.md).
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING
+
+from rcon_plugins.errors import KernelError
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Cgroup, Entrance
@@ -18,6 +21,8 @@ class _ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.entered: list[Entrance] = []
+        #: The entrance that `InlineExecutor` could not take back; None if the thread is where it belongs.
+        self.missed: Entrance | None = None
 
 
 _thread = _ThreadState()
@@ -40,14 +45,37 @@ class InlineExecutor:
         try:
             self.entrance.enter()
         except BaseException:
-            self._around().enter()
+            self._return()
             raise
         _thread.entered.append(self.entrance)
 
     def leave(self) -> None:
-        """Move the calling thread back to the cgroup it was in before. Raises `KernelError`."""
-        _thread.entered.pop()
-        self._around().enter()
+        """Move the calling thread back to the cgroup it was in before.
 
-    def _around(self) -> Entrance:
-        return _thread.entered[-1] if _thread.entered else self._home
+        Raises `KernelError`. The thread stays in the cgroup then, until it enters another, or `leave_missed` moves it.
+        """
+        _thread.entered.pop()
+        self._return()
+
+    def _return(self) -> None:
+        """Move the calling thread into the cgroup that it entered before, or to ``home``."""
+        around = _thread.entered[-1] if _thread.entered else self._home
+        try:
+            around.enter()
+        except BaseException:
+            _thread.missed = around
+            raise
+
+
+def leave_missed() -> None:
+    """Move the calling thread out of the cgroup that it could not leave, if it serves nothing now.
+
+    Otherwise it would do the next work in the cgroup of another policy, which could not be removed either. If the
+    kernel refuses it again, the next call tries again.
+    """
+    missed = _thread.missed
+    if missed is None or _thread.entered:
+        return
+    with contextlib.suppress(KernelError):
+        missed.enter()
+        _thread.missed = None

@@ -102,7 +102,11 @@ def _first_file(loggers: tuple[logging.Logger, ...]) -> Iterator[int]:
 
 
 class OutputPipe:
-    """The pipe of one executor process. The writer is closed when it has been passed on."""
+    """The pipe of one executor process.
+
+    The thread that opened it passes the writer on and closes it. No other thread does, since an executor may end
+    meanwhile: the descriptor could be that of another file when it is passed on or closed a second time.
+    """
 
     __slots__ = ("_rest", "ended", "log", "reader", "writer")
 
@@ -333,8 +337,7 @@ class OutputReader:
         self._thread = thread
 
     def finish(self, pipe: OutputPipe) -> None:
-        """Read what is left in the pipe of an executor that has ended, and close it. Does not wait."""
-        pipe.close_writer()
+        """Read what is left in the pipe of an executor that has ended, and close its reader. Does not wait."""
         self._ended.append(pipe)
         self._wake_up()
 

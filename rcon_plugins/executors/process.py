@@ -211,6 +211,7 @@ class ProcessExecutors:
             output = self._open_output(order)
             if output is not None:
                 undo.callback(self._output.finish, output)
+                undo.callback(output.close_writer)
                 order = order._replace(output=True)
             meter = leaf.meter()
             undo.callback(meter.close)

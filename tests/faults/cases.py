@@ -6,6 +6,7 @@ import contextlib
 import copy
 import errno
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -211,10 +212,15 @@ def judge(case: Case, result: dict[str, Any], recordings: dict[str, Recording]) 
     verdict = Verdict(case, result, list(result["faults"]))
     known = copy.deepcopy(recordings[case.scenario].answers)
     known["old"] = known.get("spawn")  # a limit that could not be changed stays as it was
-    if case.phase == "start" and case.errno == errno.EACCES and _of_namespaces(case):
-        # The answer of a container's filter or of a security module, which counts for all executors.
-        for answer in (*known.values(), *result["answers"].values()):
-            (answer or {}).pop("namespaces", None)
+    if case.phase in ("deploy", "start") and case.errno == errno.EACCES and _of_namespaces(case):
+        # The answer of a container's filter or of a security module, which counts for all executors. Landlock alone
+        # then keeps them from writing to cgroups.
+        known = {name: _without_namespaces(answer or {}) for name, answer in known.items()}
+        result["answers"] = {name: _without_namespaces(answer) for name, answer in result["answers"].items()}
+    if case.phase in ("deploy", "start") and case.errno in REFUSALS:
+        # A server that cannot return to its own cgroups moves into its instance. Its threads enter the same ones there.
+        known = {name: _without_own_cgroups(answer or {}) for name, answer in known.items()}
+        result["answers"] = {name: _without_own_cgroups(answer) for name, answer in result["answers"].items()}
     if case.errno in REFUSALS:
         known = {name: _without_unlimited_side(answer or {}) for name, answer in known.items()}
         result["answers"] = {
@@ -245,6 +251,27 @@ def judge(case: Case, result: dict[str, Any], recordings: dict[str, Recording]) 
 def _of_namespaces(case: Case) -> bool:
     """Return whether a call makes namespaces or mounts."""
     return any(name in f"{case.site} {case.purpose}" for name in ("_libc().unshare", "mount"))
+
+
+def _without_namespaces(answer: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the namespaces, and with which error the kernel refuses to write to cgroups."""
+    if "ways" not in answer:
+        return answer
+    ways = {name: "EACCES" if way == "EROFS" else way for name, way in answer["ways"].items()}
+    return {**{key: value for key, value in answer.items() if key != "namespaces"}, "ways": ways}
+
+
+def _without_own_cgroups(answer: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the cgroups of a thread that are those of the server, where the policy has no limit."""
+    if "cgroups" not in answer:
+        return answer
+    kept = {name: path for name, path in answer["cgroups"].items() if re.search("/(work|host)/", path)}
+    return {
+        **answer,
+        "cgroups": kept,
+        "limits": {name: text for name, text in answer["limits"].items() if name.partition(" ")[0] in kept},
+        "ways": {name: way for name, way in answer["ways"].items() if name.partition(":")[0] in kept},
+    }
 
 
 def _without_unlimited_side(answer: dict[str, Any]) -> dict[str, Any]:

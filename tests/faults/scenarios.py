@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
 import mmap
 import os
+import signal
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+from celery.exceptions import Ignore, Reject, Retry
 
 from rcon_plugins import Manager, Outcome, RunningManager, Server, Work
 from rcon_plugins.confinement.admission import LocalAdmission, ProcessAdmission
-from rcon_plugins.errors import RconError
+from rcon_plugins.errors import ConfinementError, Killed, RconError, TimeLimitExceeded
 from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
+from rcon_plugins.executors.fork_server import Service
 from rcon_plugins.settings.file import from_mapping
+from rcon_wsgi import ConfineMiddleware, WsgiService
+from rcon_wsgi.exchange import ResponseCut
 from tests.commands import FAILED, become_rcon
+from tests.faults import celery_pool
 from tests.faults.report import open_kinds, report, report_of_process
 from tests.faults.touch import Setup, ask
 
@@ -33,6 +43,8 @@ ANSWER = FIRST_SERVICE_KIND + 1
 PYTHON = "/usr/bin/python3"
 #: A program for ``rcon run`` that prints what it says of itself.
 PROGRAM = f"{Path(__file__).with_name('report.py').read_text()}\nimport json\nprint(json.dumps(report_of_process()))"
+#: What says that work did not run, or ended early. A task is also sent back to its queue.
+REFUSED = (RconError, ChannelClosed, ResponseCut, Reject, Ignore, Retry)
 #: How long a request may take while calls fail, seconds: the bounds of the code, READY_SECONDS and what follows.
 SLOW = 20.0
 #: How long a server may need until it serves again, once calls fail no longer, seconds.
@@ -90,7 +102,7 @@ class Case:
         began = time.monotonic()
         try:
             yield
-        except (RconError, ChannelClosed) as error:
+        except REFUSED as error:
             self.refusals.append(f"{what}: {type(error).__name__}: {error}"[:300])
         except Exception as error:
             self.faults.append(f"{what}: not an RconError: {error!r}"[:300])
@@ -98,21 +110,31 @@ class Case:
             self.faults.append(f"{what}: took {time.monotonic() - began:.0f} s")
 
     def managed(
-        self, settings: dict[str, Any], steps: Callable[[RunningManager], None], **options: Any
+        self,
+        settings: dict[str, Any],
+        steps: Callable[[RunningManager], None],
+        *,
+        service: Service | None = None,
+        again: Callable[[RunningManager], object] | None = None,
+        **options: Any,
     ) -> None:
-        """Start a server, take the steps, close it."""
+        """Start a server, take the steps, close it. ``again`` makes a request after the failure."""
         before, lost = open_kinds(), threading.Event()
         self.phase("start")
         manager = None
         with self.refusing("start"):
             judged = Manager(from_mapping({**settings, "cgroup": self.base}), **options)
-            manager = judged.start(serve, on_lost=lost.set)
+            manager = judged.start(service or serve, on_lost=lost.set)
         if manager is None:
             self.said = True
+            gc.collect()
+            self.count_descriptors(before)
             return
         steps(manager)
         if not lost.is_set() and not manager.is_lost:
-            self.recover(manager)
+            running, ask_again = manager, again or (lambda one: self.request(one, "again", "report", "p"))
+            self.recover(lambda: ask_again(running), lambda: running.is_lost)
+            del running
         self.phase("close")
         before_close = len(self.refusals)
         with self.refusing("close"):
@@ -161,21 +183,21 @@ class Case:
             time.sleep(0.05)
         self.answers["descriptors"] = found
 
-    def recover(self, manager: RunningManager) -> None:
+    def recover(self, request: Callable[[], object], is_lost: Callable[[], bool]) -> None:
         """Wait until a request is served again."""
         self.phase("recovery")
         while not self.over():
             time.sleep(0.05)
         deadline = time.monotonic() + RECOVERY
         error = ""
-        while time.monotonic() < deadline and not manager.is_lost:
+        while time.monotonic() < deadline and not is_lost():
             try:
-                self.request(manager, "again", "report", "p")
+                request()
                 return
-            except (RconError, ChannelClosed) as why:
+            except REFUSED as why:
                 error = str(why)
             time.sleep(0.1)
-        if not manager.is_lost:  # otherwise a server of several processes replaces this one
+        if not is_lost():  # otherwise a server of several processes replaces this one
             self.faults.append(f"does not serve again: {error}")
 
     def request(self, manager: RunningManager, name: str, act: str, policy: str) -> Outcome:
@@ -254,25 +276,28 @@ def _routed(policies: dict[str, Any]) -> dict[str, Any]:
     return {"policy": policies, "route": [{"path": f"/{name}", "policy": name} for name in policies]}
 
 
+#: A policy with a user of its own and most kinds of limits, and the same with a deadline that is met.
+_TENANT: dict[str, Any] = {
+    "isolation": "process",
+    "user": TENANT,
+    "group": TENANT,
+    "groups": [61011],
+    "cpu": "150%",
+    "memory": "64M",
+    "pids": 24,
+    "concurrency": 4,
+    "umask": "027",
+    "rlimits": {"nofile": 256, "core": 0},
+    "capabilities": ["net_bind_service"],
+    "each": {"memory": "48M", "pids": 12, "timeout": "30s"},
+}
+_QUICK = {**_TENANT, "each": {**_TENANT["each"], "timeout": "150ms"}}
+
+
 def process(case: Case) -> None:
     """Executor processes with a user of their own and most kinds of limits."""
-    policy: dict[str, Any] = {
-        "isolation": "process",
-        "user": TENANT,
-        "group": TENANT,
-        "groups": [61011],
-        "cpu": "150%",
-        "memory": "64M",
-        "pids": 24,
-        "concurrency": 4,
-        "umask": "027",
-        "rlimits": {"nofile": 256, "core": 0},
-        "capabilities": ["net_bind_service"],
-        "each": {"memory": "48M", "pids": 12, "timeout": "30s"},
-    }
-    quick = {**policy, "each": {**policy["each"], "timeout": "150ms"}}
     with files_of_the_application():
-        _processes(case, {"p": policy, "quick": quick})
+        _processes(case, {"p": _TENANT, "quick": _QUICK})
 
 
 def same_user(case: Case) -> None:
@@ -324,6 +349,8 @@ def changing(case: Case) -> None:
         deployment = judged.deploy(owner=(TENANT + 1, TENANT + 1), changeable=True)
     if deployment is None:
         case.said = True
+        gc.collect()
+        case.count_descriptors(before)
         return
     case.phase("start")
     with case.refusing("start"):
@@ -355,6 +382,131 @@ def changing(case: Case) -> None:
     case.count_descriptors(before)
 
 
+def _report_to_client(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+    """Answer with what the process says of itself, once the body of the request was read."""
+    environ["wsgi.input"].read()
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(report_of_process()).encode()]
+
+
+def request(case: Case) -> None:
+    """Requests behind the WSGI middleware: a body, an answer, a client that sends too slowly for the deadline."""
+
+    def respond(manager: RunningManager, name: str, path: str, *, expected: str = "200") -> None:
+        statuses: list[str] = []
+
+        def start_response(status: str, *_: object) -> Callable[[bytes], object]:
+            statuses.append(status)
+            return theirs.send  # which nothing calls
+
+        ours, theirs = socket.socketpair()
+        with ours, theirs, ours.makefile("rb") as from_client:
+            environ: dict[str, Any] = {"PATH_INFO": path, "client": ours}
+            environ["wsgi.input"] = io.BytesIO(b"a body") if expected == "200" else from_client
+            setup_testing_defaults(environ)
+            serve = ConfineMiddleware(
+                _report_to_client, manager=manager, client_socket=lambda one: one["client"]
+            )
+            response = serve(environ, start_response)
+            try:
+                body = b"".join(response)
+            finally:
+                getattr(response, "close", bool)()
+        if not statuses[0].startswith(expected):
+            raise ConfinementError(f"status {statuses[0]}")
+        if expected == "200":
+            case.answers[name] = json.loads(body)
+
+    def steps(manager: RunningManager) -> None:
+        for phase, path, expected in (
+            ("spawn", "/p", "200"),
+            ("again", "/p", "200"),
+            ("timeout", "/quick", "504"),
+        ):
+            case.phase(phase)
+            with case.refusing(phase):
+                respond(manager, phase, path, expected=expected)
+            quiet(manager)
+
+    settings = _routed({"p": _TENANT, "quick": _QUICK})
+    case.managed(
+        settings,
+        steps,
+        service=WsgiService(_report_to_client),
+        again=lambda manager: respond(manager, "again", "/p"),
+    )
+
+
+def task(case: Case) -> None:
+    """Celery's tasks: right answers, a death, a deadline, a task of a pool process that was killed, the shutdown."""
+    before = open_kinds()
+    with tempfile.TemporaryDirectory(prefix="rcon-faults-") as folder:
+        _tasks(case, folder)
+    gc.collect()
+    case.count_descriptors(before)
+
+
+def _tasks(case: Case, folder: str) -> None:
+    late = {"isolation": "process", "each": {"memory": "48M"}, "on_memory": {"expand": "2x", "up_to": "96M"}}
+    policies = {"tenant": _TENANT, "die": _TENANT, "quick": _QUICK, "late": late}
+    policies["inline"] = {"isolation": "inline", "pids": 50, "cpu": "150%"}
+    app = celery_pool.make(case.base, folder, policies)
+    case.phase("deploy")
+    case.said = True
+    with case.refusing("deploy"):
+        pool = celery_pool.PoolProcess(app)
+        case.said = False
+    if case.said:
+        return
+    case.phase("killed")
+    killed = os.fork()
+    if killed == 0:
+        _host_is_here()
+        pool.run_until_killed("late", 60, number="lost")
+    _kill_once_leased(killed, folder)
+    home = Path("/proc/thread-self/cgroup").read_text()
+
+    def run(
+        phase: str, name: str, *arguments: int, ends: tuple[type[Exception], ...] = (), **how: Any
+    ) -> None:
+        case.phase(phase)
+        with case.refusing(phase), contextlib.suppress(*ends):
+            case.answers[phase] = pool.run(name, *arguments, **how)
+
+    def again() -> None:
+        case.answers["again"] = pool.run("tenant")
+
+    case.phase("start")
+    pool.start()
+    run("spawn", "tenant")
+    run("again", "tenant")
+    run("redelivered", "late", 0, number="lost", redelivered=True, rcon_deaths=1)
+    run("inline", "inline")
+    run("die", "die", ends=(Killed,))
+    run("timeout", "quick", ends=(TimeLimitExceeded,))
+    case.recover(again, lambda: False)
+    if Path("/proc/thread-self/cgroup").read_text() != home:
+        case.faults.append("the process stays in the cgroup of a task")
+    case.phase("close")
+    before_close = len(pool.log.said)
+    pool.end()
+    case.said = len(pool.log.said) > before_close
+    case.faults += pool.log.tracebacks
+
+
+def _kill_once_leased(pid: int, folder: str) -> None:
+    """Kill a pool process while it runs a task, soon after it has stored its lease; if it ends before, reap it."""
+    deadline = time.monotonic() + SLOW
+    lives = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while time.monotonic() < deadline and os.waitid(os.P_PID, pid, lives) is None:
+        if any("rcon-lease-lost" in path.name for path in Path(folder).iterdir()):
+            time.sleep(0.2)
+            break
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)  # a zombie at least
+    os.waitpid(pid, 0)
+
+
 def command(case: Case) -> None:
     """``rcon run``: a command with a user of its own, one whose memory can grow and that leaves a child, a timeout."""
     limits = ("--memory", "64M", "--swap", "0", "--pids", "24", "--cpu", "150%")
@@ -379,5 +531,7 @@ SCENARIOS: dict[str, Callable[[Case], None]] = {
     "thread": thread,
     "inline": inline,
     "changing": changing,
+    "request": request,
+    "task": task,
     "command": command,
 }

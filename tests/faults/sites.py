@@ -18,8 +18,12 @@ from types import CodeType, ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-#: The packages whose calls are found.
-PACKAGES = ("kernel", "tree", "executors", "confinement", "identity", "builtin", "command")
+_CORE, _INTEGRATIONS = ROOT / "rcon_plugins", ROOT / "integrations"
+#: The parts of ``rcon_plugins``, and the packages of ``integrations``, whose calls are found.
+PARTS = (
+    "kernel", "tree", "executors", "confinement", "identity", "builtin", "command", "tally", "connections",
+)  # fmt: skip
+ADAPTERS = ("rcon_wsgi", "rcon_gunicorn", "rcon_celery")
 
 _MODULES = {
     "os", "posix", "fcntl", "signal", "_signal", "_socket", "socket", "resource", "select", "pwd", "grp", "_thread",
@@ -27,10 +31,12 @@ _MODULES = {
 }  # fmt: skip
 _PATH_FUNCTIONS = {"exists", "realpath", "isdir", "isfile", "lexists", "samefile", "islink"}
 _PATH_METHODS = {"read_text", "read_bytes", "write_text", "iterdir", "lstat", "is_dir", "is_file", "unlink"}
-_SOCKET_METHODS = {"send", "sendall", "sendmsg", "recv", "recvmsg", "shutdown"}
+_SOCKET_METHODS = {"send", "sendall", "sendmsg", "recv", "recvmsg", "shutdown", "setsockopt"}
 #: The names under which the source holds sockets and poll objects. `Channel.send` and the like are none.
-_SOCKETS = {"self._control", "control", "self._socket", "inner", "end", "peer", "sock"}
+_SOCKETS = {"self._control", "control", "self._socket", "inner", "end", "peer", "sock", "socket.socket"}
 _POLLS = {"poll", "self._poll", "waiting"}
+#: The names under which the source starts a thread.
+_THREADS = {"threading.Thread.start", "thread.start"}
 
 #: Functions that make no system call, or one that cannot fail as it is used here.
 CANNOT_FAIL = {
@@ -61,11 +67,17 @@ CANNOT_FAIL = {
         ("signal.signal", "signal.pthread_sigmask", "_signal.pthread_sigmask", "signal.set_wakeup_fd"),
         "sigaction(2) and sigprocmask(2) fail only for wrong arguments",
     ),
+    **dict.fromkeys(
+        ("signal.setitimer", "signal.getitimer"), "setitimer(2) and getitimer(2) fail only for wrong arguments"
+    ),
 }  # fmt: skip
 
 #: Calls that cannot fail where they are made.
 CANNOT_FAIL_THERE = {
-    "executors.thread:_Signal.": "a byte in a pipe of this process, of which both ends are open",
+    "executors.thread:_Signal.give:os.write": "a byte in a pipe of this process, of which both ends are open",
+    "executors.thread:_Signal.wait:os.read": "the same",
+    "rcon_wsgi.exchange:Client.stop_waiting:socket.socket.shutdown": "shutdown(2) of a client's socket fails only where"
+    " the client is gone, and then reading from it fails as well",
 }
 
 
@@ -109,7 +121,7 @@ class _Finder(ast.NodeTransformer):
         function = ".".join(self._stack)
         self._count[function, name] += 1
         site = Site(self._module, function, name, self._count[function, name])
-        if name in ("os.read", "os.write") and str(site).startswith(tuple(CANNOT_FAIL_THERE)):
+        if str(site) in CANNOT_FAIL_THERE:
             return node
         self.sites.append(site)
         touch = ast.Name("__rcon_touch__", ast.Load())
@@ -135,7 +147,7 @@ class _Finder(ast.NodeTransformer):
             or (owner in _SOCKETS and name in _SOCKET_METHODS)
             or (owner in _POLLS and name == "poll")
             or (name in _PATH_METHODS and owner.startswith("Path("))
-            or text == "threading.Thread.start"
+            or text in _THREADS
         )
         return text if reaches else None
 
@@ -147,9 +159,10 @@ class _Finder(ast.NodeTransformer):
 
 
 def find(path: Path) -> tuple[ast.Module, list[Site]]:
-    """Return the changed syntax tree of a file of the package, and its calls."""
+    """Return the changed syntax tree of a file of the packages, and its calls."""
     tree = ast.parse(path.read_text(), str(path))
-    name = ".".join(path.relative_to(ROOT / "rcon_plugins").with_suffix("").parts).removesuffix(".__init__")
+    top = next(folder for folder in (_CORE, _INTEGRATIONS) if path.is_relative_to(folder))
+    name = ".".join(path.relative_to(top).with_suffix("").parts).removesuffix(".__init__")
     finder = _Finder(name, tree)
     finder.visit(tree)
     if finder.sites:
@@ -168,14 +181,25 @@ def find(path: Path) -> tuple[ast.Module, list[Site]]:
     return tree, finder.sites
 
 
-def sources(packages: Sequence[str] = PACKAGES) -> list[Path]:
+def sources() -> list[Path]:
     """Return the files of the packages."""
-    return [path for package in packages for path in sorted((ROOT / "rcon_plugins" / package).rglob("*.py"))]
+    tops = [*(_CORE / part for part in PARTS), *(_INTEGRATIONS / adapter for adapter in ADAPTERS)]
+    return [
+        path
+        for top in tops
+        for path in (sorted(top.rglob("*.py")) if top.is_dir() else [top.with_suffix(".py")])
+    ]
 
 
-def all_sites(packages: Sequence[str] = PACKAGES) -> list[Site]:
+def all_sites() -> list[Site]:
     """Return every call in the source."""
-    return [site for path in sources(packages) for site in find(path)[1]]
+    return [site for path in sources() for site in find(path)[1]]
+
+
+def _is_ours(module: str) -> bool:
+    """Return whether the calls of a module are found."""
+    first, _, rest = module.partition(".")
+    return first in ADAPTERS or (first == "rcon_plugins" and rest.partition(".")[0] in PARTS)
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -191,8 +215,7 @@ class _Importer:
     def find_spec(
         fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        parts = fullname.split(".")
-        if parts[0] != "rcon_plugins" or len(parts) < 2 or parts[1] not in PACKAGES:
+        if not _is_ours(fullname):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.origin is not None:
@@ -202,9 +225,7 @@ class _Importer:
 
 def install() -> None:
     """Have the modules of the packages loaded so that `touch` runs at each call. Nothing may be imported yet."""
-    early = [
-        name for name in sys.modules if name.startswith("rcon_plugins.") and name.split(".")[1] in PACKAGES
-    ]
+    early = [name for name in sys.modules if _is_ours(name)]
     if early:
         raise RuntimeError(f"imported too early: {early}")
     sys.meta_path.insert(0, _Importer())

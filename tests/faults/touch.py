@@ -54,7 +54,7 @@ def touch(site: str, function: Callable[..., Any], *arguments: Any, **keywords: 
     """Call a function that reaches the kernel, or let it fail."""
     armed = Setup.point
     if Setup.recording or (armed is not None and armed.site == site):
-        here = Point(site, _role(), _purpose(site, arguments, keywords))
+        here = Point(site, _role(), _purpose(site, function, arguments, keywords))
         if Setup.recording or here == armed:
             number = ask(f"{here.site}\t{here.role}\t{here.purpose}")
             if number:
@@ -85,7 +85,7 @@ def _fail(site: str, number: int) -> Any:
         return -1
     if call == "os.access" or (call.startswith("os.path.") and call != "os.path.realpath"):
         return False
-    if call in ("threading.Thread.start", "_thread.start_new_thread"):
+    if call.endswith("hread.start") or call == "_thread.start_new_thread":
         raise RuntimeError("can't start new thread")
     if call.startswith(("pwd.", "grp.")):
         if number == errno.ENOMEM:
@@ -106,11 +106,13 @@ def _role() -> str:
     return "fork server" if os.getppid() == Setup.host else "executor"
 
 
-def _purpose(site: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str:
+def _purpose(
+    site: str, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> str:
     if site.startswith("kernel.syscalls:"):
         return _system_call(site, arguments)
     call = site.rsplit(":", 1)[1]
-    first = arguments[0] if arguments else None
+    first = arguments[0] if arguments else getattr(function, "__self__", None)
     if isinstance(first, (str, os.PathLike)) or (isinstance(first, bytes) and call.startswith("os.")):
         path = os.fsdecode(first)
         if not path.startswith("/") and isinstance(at := keywords.get("dir_fd"), int):

@@ -1,4 +1,7 @@
-"""The WSGI application of the soak: each path is an act, and each answer says how it was confined."""
+"""The WSGI application of the soak: each path is an act, and each answer says how it was confined.
+
+The tasks of the soak do the same acts.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ def _fork(*, leave: bool) -> None:
     os.waitpid(child, 0)
 
 
-def _act(name: str) -> None:
+def act(name: str) -> None:
+    """Do what a name says."""
     if name == "burn":
         _spin(0.005)
     elif name in ("child", "leave"):
@@ -59,14 +63,14 @@ def _act(name: str) -> None:
 
 def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     """Do what the last part of the path says, and answer with `report`."""
-    act = environ["PATH_INFO"].rpartition("/")[2]
+    name = environ["PATH_INFO"].rpartition("/")[2]
     nonce = parse_qs(environ.get("QUERY_STRING", "")).get("nonce", [""])[0]
-    if act == "read":
+    if name == "read":
         digest = hashlib.sha256()
         while piece := environ["wsgi.input"].read(16384):
             digest.update(piece)
         nonce = digest.hexdigest()
-    _act(act)
+    act(name)
     body = report(nonce)
     start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
-    return [body[:10], body[10:]] if act == "stream" else [body]
+    return [body[:10], body[10:]] if name == "stream" else [body]

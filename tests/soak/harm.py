@@ -8,12 +8,12 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from random import Random
 
-from tests.integrations.gunicorn.server import Gunicorn
 from tests.processes import children
 
-#: What is done, and how often in comparison.
+#: What is done, and how often in comparison. The workers of Celery are the processes of its pool.
 ACTS = {
     "kill executor": 40,
     "stop executor": 24,
@@ -21,18 +21,19 @@ ACTS = {
     "stop fork server": 10,
     "kill worker": 6,
     "stop worker": 8,
-    "reload": 2,
 }
+RELOADS = {"reload": 2}
 #: The longest stop, seconds. gunicorn ends a worker that is silent for 30.
 LONGEST_STOP = 4.0
 
 
 class Harm:
-    """A thread that harms a server until it is paused or ended."""
+    """A thread that harms a server until it is paused or ended. ``acts`` is one of `ACTS`, or more."""
 
-    def __init__(self, server: Gunicorn, random: Random) -> None:
+    def __init__(self, pid: int, acts: Mapping[str, int], random: Random) -> None:
         self.done: Counter[str] = Counter()
-        self._server = server
+        self._server = pid
+        self._acts = acts
         self._random = random
         self._goes_on = threading.Event()
         self._ending = threading.Event()
@@ -68,9 +69,9 @@ class Harm:
                 self._continue()
 
     def _harm(self) -> None:
-        act = self._random.choices(list(ACTS), list(ACTS.values()))[0]
+        act = self._random.choices(list(self._acts), list(self._acts.values()))[0]
         if act == "reload":
-            self._server.signal(signal.SIGHUP)
+            os.kill(self._server, signal.SIGHUP)
             self.done[act] += 1
             return
         how, _, kind = act.partition(" ")
@@ -87,7 +88,7 @@ class Harm:
             self.done[act] += 1
 
     def _pids(self, kind: str) -> list[int]:
-        workers = self._server.workers()
+        workers = children(self._server)
         if kind == "worker":
             return workers
         servers = [pid for worker in workers for pid in children(worker)]

@@ -161,7 +161,9 @@ class Load:
             self._say(f"{policy}/{act}: answered")
         else:
             expected = hashlib.sha256(body).hexdigest() if body is not None else nonce
-            why = _why_wrong(json.loads(text), policy, host, uid, expected)
+            name = policy if policy == "own" else f"{policy}~{host}"
+            isolation = policy if policy in ("thread", "inline") else "process"
+            why = why_wrong(json.loads(text), name, isolation, uid, expected)
             if why:
                 self._say(f"{policy}/{act} of {host}: {why}")
             else:
@@ -180,16 +182,15 @@ class Load:
         print(f"  wrong: {text}", flush=True)
 
 
-def _why_wrong(answer: dict[str, Any], policy: str, host: str, uid: int, nonce: str) -> str:
-    """Return what is wrong with an answer; an empty text if nothing is."""
+def why_wrong(answer: dict[str, Any], name: str, isolation: str, uid: int, nonce: str) -> str:
+    """Return what is wrong with an answer from the confinement ``name``; an empty text if nothing is."""
     if answer["nonce"] != nonce:
         return f"the answer of another request: {answer['nonce']}, not {nonce}"
     paths = {path for _, path in answer["cgroups"]}
-    name = policy if policy == "own" else f"{policy}~{host}"
-    part = f"/work/{name}/" if policy in ("tenant", "own") else f"/host/{name}"
+    part = f"/work/{name}/" if isolation == "process" else f"/host/{name}"
     if not any(part in f"{path}/" for path in paths):
         return f"UNCONFINED: not in a cgroup of {name}: {sorted(paths)}"
-    limited = {"memory", "pids"} if policy in ("tenant", "own") else {"pids"}
+    limited = {"memory", "pids"} if isolation == "process" else {"pids"}
     outside = [
         controllers
         for controllers, path in answer["cgroups"]
@@ -199,9 +200,9 @@ def _why_wrong(answer: dict[str, Any], policy: str, host: str, uid: int, nonce: 
         return f"UNCONFINED: outside of its cgroup in {outside}"
     if answer["Uid"] != [str(uid)] * 4:
         return f"UNCONFINED: the uids are {answer['Uid']}"
-    if policy != "inline" and (answer["NoNewPrivs"] != ["1"] or int(answer["CapPrm"][0], 16)):
+    if isolation != "inline" and (answer["NoNewPrivs"] != ["1"] or int(answer["CapPrm"][0], 16)):
         return f"UNCONFINED: privileges {answer['NoNewPrivs']}, {answer['CapPrm']}"
-    if policy in ("tenant", "own") and answer["Seccomp"] != ["2"]:
+    if isolation == "process" and answer["Seccomp"] != ["2"]:
         return "UNCONFINED: no seccomp filter"
     return ""
 

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.integrations.gunicorn.server import Gunicorn
-from tests.processes import children, family
+from tests.processes import children, family, instance_directories
 
 
 class Figures(NamedTuple):
@@ -26,22 +25,22 @@ BOUNDS = Figures(memory=40.0, descriptors=200, threads=16, processes=16, cgroups
 SHARE = 0.25
 
 
-def measure(server: Gunicorn) -> Figures:
-    """Return the figures of a server."""
+def measure(server: int) -> Figures:
+    """Return the figures of a server, by its pid."""
     own = own_processes(server)
     return Figures(
         memory=sum(map(_memory, own)),
         descriptors=sum(_entries(f"/proc/{pid}/fd") for pid in own),
         threads=sum(_entries(f"/proc/{pid}/task") for pid in own),
-        processes=len(family(server.pid)),
-        cgroups=sum(1 for directory in server.cgroups() for _ in os.walk(directory)),
+        processes=len(family(server)),
+        cgroups=sum(1 for directory in instance_directories(server) for _ in os.walk(directory)),
     )
 
 
-def own_processes(server: Gunicorn) -> list[int]:
-    """Return the master, the workers and their fork servers."""
-    workers = server.workers()
-    return [server.pid, *workers, *(pid for worker in workers for pid in children(worker))]
+def own_processes(server: int) -> list[int]:
+    """Return the master, the workers or pool processes, and their fork servers."""
+    workers = children(server)
+    return [server, *workers, *(pid for worker in workers for pid in children(worker))]
 
 
 def grown(first: Figures, now: Figures) -> list[str]:

@@ -26,7 +26,7 @@ import celery
 import msgspec
 import redis
 from celery.exceptions import Reject, SoftTimeLimitExceeded
-from celery.signals import worker_process_init
+from celery.signals import worker_process_init, worker_process_shutdown, worker_shutdown
 from celery.utils.log import get_task_logger
 
 from rcon_celery import confined, expand, install, wire
@@ -48,6 +48,8 @@ ACCEPT = "RCON_TEST_ACCEPT"
 VISIBILITY = "RCON_TEST_VISIBILITY"
 #: If set, results never expire.
 KEPT = "RCON_TEST_KEPT"
+#: If set, the worker's processes may not remove cgroups when they end.
+CANNOT_REMOVE = "RCON_TEST_CANNOT_REMOVE"
 #: How long a process of the pool, and an executor process, takes to start; seconds.
 SLOW_START = "RCON_TEST_SLOW_START"
 
@@ -79,6 +81,9 @@ def make(
         app.conf.result_expires = 0
     if "RCON_TEST_SPAWN" in os.environ:
         app.conf.worker_pool_start_method = "spawn"
+    if CANNOT_REMOVE in os.environ:
+        worker_process_shutdown.connect(become_nobody, weak=False)
+        worker_shutdown.connect(become_nobody, weak=False)
     if SLOW_START in os.environ:
         worker_process_init.connect(start_slowly, weak=False)
     if installed:
@@ -94,6 +99,10 @@ def of_redis(environ: Mapping[str, str]) -> dict[str, int]:
         "unacked_restore_interval": 1,
         "unacked_restore_throttle": 1,
     }
+
+
+def become_nobody(**_: object) -> None:
+    os.seteuid(65534)
 
 
 def start_slowly(**_: object) -> None:

@@ -12,8 +12,9 @@ from celery import Celery
 from rcon_celery import outcome_of
 from rcon_celery.results import add_to_backend
 from rcon_plugins.errors import MemoryLimitExceeded
+from tests.integrations.celery import limited
 from tests.integrations.celery.redis_server import RedisServer
-from tests.integrations.celery.sessions import Sessions
+from tests.integrations.celery.sessions import SETTINGS, Sessions
 from tests.processes import until
 
 
@@ -41,6 +42,15 @@ def test_in_the_metadata(sessions: Sessions) -> None:
         result = session.send("plain")
         session.wait(result)
         assert outcome_of(result) is None
+
+
+def test_a_backend_that_the_user_of_the_policy_cannot_use(sessions: Sessions, tmp_path: Path) -> None:
+    """The executor process makes no backend. Only the pool's process stores results."""
+    tmp_path.chmod(0o700)
+    policy = '[policy.user]\nuser = "nobody"\n[[route]]\ntask = "plain"\npolicy = "user"\n'
+    settings = SETTINGS + policy
+    with sessions(settings=settings, concurrency=1, **{limited.BACKEND: f"file://{tmp_path}"}) as session:
+        assert "/work/user/" in session.get("plain")["cgroup"]
 
 
 def test_in_an_event(sessions: Sessions) -> None:

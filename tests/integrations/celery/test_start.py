@@ -14,7 +14,7 @@ from rcon_plugins.errors import ConfinementError, MemoryLimitExceeded, SettingsE
 from tests.integrations.celery import limited
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.sessions import SETTINGS, Sessions
-from tests.processes import until
+from tests.processes import instance_directories, until
 
 ROUTES = """
 [policy.small]
@@ -32,6 +32,20 @@ policy = "slow"
 task = "pla*"
 policy = "small"
 """
+
+
+def test_cgroups_that_cannot_be_removed_are_logged_and_the_next_start_removes_them(
+    sessions: Sessions,
+) -> None:
+    with sessions(settings=ROUTES, concurrency=1, **{limited.CANNOT_REMOVE: "1"}) as session:
+        assert session.get("where")["confined"]
+        worker = session.worker
+    assert worker.process.returncode == 0
+    assert "rcon: cgroups of this worker are left; the next start removes them: " in worker.log()
+    assert "Signal handler" not in worker.log()  # which Celery says of an exception, with its traceback
+    assert instance_directories(worker.pid)
+    with sessions(settings=ROUTES, concurrency=1):
+        assert not instance_directories(worker.pid)
 
 
 def test_routes_and_names(sessions: Sessions) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 from rcon_gunicorn import Hooks, chain
+from rcon_gunicorn.master import Boots
 from rcon_gunicorn.workers import refusal, server_traits
 from rcon_plugins.confinement.isolation import Server
-from rcon_plugins.errors import ConfinementError
+from rcon_plugins.errors import ConfinementError, KernelError
 from tests.integrations.gunicorn.server import HERE, Gunicorn
 from tests.processes import instance_directories, until
 
@@ -205,6 +207,41 @@ def test_gunicorn_takes_the_hooks() -> None:
     Hooks("rcon.toml").install(mine)
     for name in Hooks.NAMES:
         config.set(name, mine[name])  # checks the number of parameters
+
+
+CANNOT_REMOVE = """
+import os
+from rcon_gunicorn import Hooks
+
+def on_exit(server):
+    os.seteuid(65534)
+
+Hooks().install(globals())
+"""
+
+
+def test_cgroups_that_cannot_be_removed_are_logged_and_the_next_start_removes_them(tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(CANNOT_REMOVE)
+    with Gunicorn(tmp_path, FREE, config=str(config)) as server:
+        assert server.status("/free/who") == 200
+    assert server.process.returncode == 0
+    assert "rcon: cgroups of this server are left; the next start removes them: " in server.log()
+    assert instance_directories(server.pid)
+    with Gunicorn(tmp_path, FREE):
+        assert not instance_directories(server.pid)
+
+
+def test_a_master_without_descriptors_says_so(in_child: Any) -> None:
+    """What the workers share is made before the cgroups. Its error is one that refuses the start in one line."""
+
+    def program() -> str:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+        with pytest.raises(KernelError) as raised:
+            Boots()
+        return str(raised.value)
+
+    assert in_child(program) == "memfd_create(2): Too many open files"
 
 
 BREAKABLE = """

@@ -21,12 +21,12 @@ import pytest
 from rcon_plugins import Manager
 from rcon_plugins.errors import ConfinementError, KernelError
 from rcon_plugins.kernel import descriptors, files, landlock, namespaces
-from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.kernel.cgroup import MAX, Hierarchy, Resources
 from rcon_plugins.kernel.events import Watcher
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.executors.service import ask, begin, managing, serve, soon
-from tests.processes import alive
+from tests.processes import alive, children
 from tests.system_calls import refuse_system_call
 
 MIB = 2**20
@@ -101,6 +101,41 @@ def test_processes_that_left_the_executor_die_though_the_host_has_no_descriptors
     ended, died = in_child(program)
     assert ended == [True, True]
     assert died
+
+
+@pytest.mark.each_layout
+def test_a_start_without_room_for_its_thread_leaves_nothing_and_may_be_tried_again() -> None:
+    """As a pool process of Celery does. The fork server is made before the thread."""
+
+    def program() -> tuple[str, list[int], list[bool]]:
+        full = Hierarchy.discover().cgroup(f"/rcon-failing-{os.getpid()}", controllers=frozenset({"pids"}))
+        settings = from_mapping(
+            {"policy": {"p": {"isolation": "process"}}, "route": [{"policy": "p"}], "cgroup": "/rcon"}
+        )
+        manager = Manager(settings)
+        deployment = manager.deploy()
+        before = _open_files()
+        full.create()
+        full.configure(Resources(pids_max=2))
+        full.attach(os.getpid())
+        with pytest.raises(KernelError, match="the thread rcon-supervisor could not be started") as raised:
+            deployment.start(serve)
+        left = [_open_files() - before, len(children(os.getpid()))]
+        full.configure(Resources(pids_max=MAX))
+        running = deployment.start(serve)
+        served = [ask(running, "pid")[1].ending == "ok"]
+        running.close()
+        deployment.close()
+        Hierarchy.discover().cgroup("/").attach(os.getpid())
+        full.delete()
+        return str(raised.value.errno), left, served
+
+    number, left, served = in_child(program)
+    assert (int(number), left, served) == (errno.EAGAIN, [0, 0], [True])
+
+
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def _exists(pid: int) -> bool:

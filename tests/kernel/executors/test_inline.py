@@ -13,11 +13,12 @@ import pytest
 from rcon_plugins import Manager, Policy, Server, Work, confine
 from rcon_plugins.confinement.admission import InlineAdmission
 from rcon_plugins.confinement.confinement import InlineConfinement
-from rcon_plugins.errors import SettingsError
+from rcon_plugins.errors import KernelError, SettingsError
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import running
 from tests.kernel.quota import judge, quota_in_force, window
+from tests.processes import instance_directories
 
 pytestmark = pytest.mark.each_layout
 
@@ -81,6 +82,37 @@ def test_blocks_nest() -> None:
         return [*seen, "rcon" not in where()]
 
     assert in_child(program) == [True, True, True, True]
+
+
+def test_a_thread_that_could_not_leave_is_moved_before_the_next_request() -> None:
+    """Otherwise that would run in the cgroup of another policy, which could not be removed at the end."""
+
+    def program() -> list[bool]:
+        settings = {
+            "policy": {"p": {"isolation": "inline", "pids": 50}},
+            "route": [{"path": "/p", "policy": "p"}],
+            "unmatched": "allow",
+        }
+        manager = Manager(from_mapping(settings), server=ALONE).start()
+        home = where()
+        admission = manager.admit(Work("call", "p", {"path": "/p"}))
+        assert isinstance(admission, InlineAdmission)
+        (confinement,) = manager._confinements.values()
+        assert isinstance(confinement, InlineConfinement)
+        assert confinement.executor is not None
+        number = confinement.executor._home._files[0][0]
+        kept = os.dup(number)
+        with pytest.raises(KernelError, match="Bad file descriptor"):
+            admission.call(os.close, number)
+        admission.finish("error")
+        os.dup2(kept, number)
+        found = [where() != home]
+        assert manager.admit(Work("call", "free", {"path": "/free"})) is None
+        found.append(where() == home)
+        manager.close()
+        return [*found, not instance_directories(os.getpid())]
+
+    assert in_child(program) == [True, True, True]
 
 
 def test_a_kept_confinement_is_entered_by_many_threads_at_once() -> None:

@@ -47,6 +47,7 @@ def test_text_is_logged_line_by_line(reader: Reader) -> None:
     os.write(pipe.writer, b"a\nb")
     time.sleep(0.1)
     os.write(pipe.writer, b"c\r\n\nlast")
+    pipe.close_writer()
     reader.reader.finish(pipe)
     reader.reader.close()
     assert reader.lines() == ["a", "bc", "", "last"]
@@ -58,6 +59,7 @@ def test_long_lines_are_split_between_characters(reader: Reader) -> None:
     for start in range(0, len(text), 10_000):
         os.write(pipe.writer, text[start : start + 10_000].encode())
     os.write(pipe.writer, b"\nnext\n")
+    pipe.close_writer()
     reader.reader.finish(pipe)
     reader.reader.close()
     *pieces, last = reader.lines()
@@ -71,6 +73,7 @@ def test_the_last_lines_are_logged_after_a_flood(reader: Reader) -> None:
     for _ in range(6000):
         os.write(pipe.writer, b"x" * 99 + b"\n")
     os.write(pipe.writer, b"why it died\n")
+    pipe.close_writer()
     reader.reader.finish(pipe)
     reader.reader.close()
     lines = reader.lines()
@@ -98,6 +101,7 @@ def test_a_writer_waits_at_most_a_moment_for_a_log_that_takes_nothing(tmp_path: 
         with contextlib.suppress(BlockingIOError):
             said += os.read(end, 4096).decode()
         time.sleep(0.01)
+    pipe.close_writer()
     reader.finish(pipe)
     reader.close()
     os.close(end)
@@ -124,6 +128,7 @@ def test_nothing_is_kept_for_each_key(reader: Reader, monkeypatch: pytest.Monkey
     for number in range(640):
         pipe = reader.reader.open(f"p~{number}", "p", str(number))
         os.write(pipe.writer, b"x\n")
+        pipe.close_writer()
         reader.reader.finish(pipe)
         if number % 64 == 63:
             until = time.monotonic() + 10
@@ -134,6 +139,16 @@ def test_nothing_is_kept_for_each_key(reader: Reader, monkeypatch: pytest.Monkey
     reader.reader.close()
     assert len(list(Path("/proc/self/fd").iterdir())) <= open_files + 1  # the writer of the last
     assert sum(line.endswith("] x") for line in reader.path.read_text().splitlines()) == 640
+
+
+def test_the_end_of_an_executor_leaves_the_writer_to_its_thread(reader: Reader) -> None:
+    """An executor may end while the thread that orders it still has to pass the writer on."""
+    pipe = reader.reader.open("p", "p", None)
+    reader.reader.finish(pipe)
+    reader.reader.close()
+    assert pipe.ended
+    os.fstat(pipe.writer)
+    pipe.close_writer()
 
 
 def test_a_file_that_is_rotated_gets_the_lines(tmp_path: Path) -> None:
@@ -148,6 +163,7 @@ def test_a_file_that_is_rotated_gets_the_lines(tmp_path: Path) -> None:
         time.sleep(0.01)
     (tmp_path / "log").rename(tmp_path / "old")
     os.write(pipe.writer, b"two\n")
+    pipe.close_writer()
     reader.finish(pipe)
     reader.close()
     handler.close()

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import io
 import json
+import resource
+import socket
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcon_plugins.errors import ApplicationError
-from rcon_plugins.executors.channel import MAX_PAYLOAD, Frame
+from rcon_plugins.executors.channel import MAX_PAYLOAD, ChannelClosed, Frame
 from rcon_plugins.outcome import Outcome
 from rcon_wsgi import ResponseCut, wire
+from rcon_wsgi.exchange import Client
 from tests.unit.wsgi.peer import DONE, END, FAILED, NUMBER, START, START_500, data, meeting, only
 
 GARBAGE = b"\xc1 is never msgpack"
@@ -386,3 +389,19 @@ def test_a_failure_of_many_small_chunks_is_not_held_back_for_ever() -> None:
         assert met.server.status == "500 Oh No"
         met.says(DONE)
         assert b"".join(result) == b"x" * 2000
+
+
+def test_a_client_that_the_kernel_cannot_watch_ends_the_request(in_child: Any) -> None:
+    """poll(2) fails with more descriptors than a process may open."""
+
+    def program() -> str:
+        ours, theirs = socket.socketpair()
+        client = Client(ours, theirs.fileno())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+        wait = client.wait_to_receive
+        assert wait is not None
+        with pytest.raises(ChannelClosed) as raised:
+            wait()
+        return str(raised.value)
+
+    assert in_child(program) == "the client cannot be watched: [Errno 22] Invalid argument"
