@@ -51,11 +51,11 @@ def log_files(log: object) -> list[int]:
 
     Leave out standard output and standard error, which executor processes have too.
     """
-    descriptors = fork_server.open_log_files(_loggers())
+    found = fork_server.open_log_files(_loggers())
     captured = getattr(log, "logfile", None)  # opened by capture_output
     if captured is not None and not captured.closed:
-        descriptors.add(captured.fileno())
-    return sorted(descriptor for descriptor in descriptors if descriptor > 2)
+        found.add(captured.fileno())
+    return sorted(descriptor for descriptor in found if descriptor > 2)
 
 
 def leaving_log_files() -> Callable[[], None]:

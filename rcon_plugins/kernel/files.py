@@ -323,18 +323,20 @@ def locked(directory: str) -> Iterator[None]:
         raise failure(error, directory) from None
     try:
         deadline = time.monotonic() + _LOCK_SECONDS
-        while not _try_lock(descriptor) and time.monotonic() < deadline:
+        while not _try_lock(descriptor, directory) and time.monotonic() < deadline:
             time.sleep(0.002)
         yield
     finally:
         posix.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, directory: str) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise failure(error, directory) from None
     return True
 
 

@@ -29,6 +29,7 @@ NOT_MET = {
     "tree.attach": _ATTACH,
     "tree.previous_cgroups": _ATTACH,
     "kernel.files:locked": _ATTACH,
+    "kernel.files:_try_lock": _ATTACH,
     "kernel.proc:visible_pid": _ATTACH,
     "kernel.proc:parents": _ATTACH,
     "tree.doctor": _EXPLAIN,
