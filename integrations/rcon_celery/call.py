@@ -18,6 +18,7 @@ from rcon_celery.retry.attempt import ForkServerLost
 from rcon_plugins.errors import ConfinementError, Killed, LimitExceeded, MemoryLimitExceeded, RconError
 from rcon_plugins.executors.channel import ChannelClosed, ProtocolViolation
 from rcon_plugins.executors.executor import SOFT_TIME
+from rcon_plugins.executors.output import escape_unprintable
 from rcon_plugins.settings.units import format_size
 from rcon_plugins.work import Work
 
@@ -189,7 +190,7 @@ def _settle(task: Any, admission: ProcessAdmission, head: wire.AnswerHead, answe
     elif error is None or head.how in _PREDICATES:
         outcome = admission.finish("ok")
     else:
-        outcome = admission.finish("error", codec.sentence(error))
+        outcome = admission.finish("error", escape_unprintable(codec.sentence(error)))
     if outcome.ending not in ("ok", "error"):
         raise _exception_of(outcome) from error
     for child in children:
@@ -206,7 +207,8 @@ def _settle(task: Any, admission: ProcessAdmission, head: wire.AnswerHead, answe
 
 def _malformed(task: Any, admission: ProcessAdmission, error: Exception) -> Killed:
     """Kill a process that sent what no executor process sends. Return the exception of its task."""
-    admission.abort(f"answer that cannot be decoded: {codec.sentence(error)[:_MAX_REASON]}")
+    reason = escape_unprintable(codec.sentence(error)[:_MAX_REASON])
+    admission.abort(f"answer that cannot be decoded: {reason}")
     return Killed(
         f"{task.name}: its process sent an answer that cannot be decoded, and was killed; "
         "look for code that writes to file descriptors which it did not open"

@@ -21,8 +21,9 @@ from kombu.utils.encoding import safe_repr as _safe_repr
 
 from rcon_celery import decoding_cost
 from rcon_celery.task_annotations import STAGE
-from rcon_celery.wire import MAX_ERROR, How, Payload
+from rcon_celery.wire import MAX_ERROR, MAX_ERROR_LINES, How, Payload
 from rcon_plugins.executors.channel import ProtocolViolation
+from rcon_plugins.executors.output import escape_unprintable
 
 serialization: Any = _serialization  # its functions have no types
 safe_repr: Any = _safe_repr
@@ -35,6 +36,8 @@ MAX_CHILDREN: Final = 5000
 MAX_EXCEPTIONS: Final = 2000
 #: The most characters that a SyntaxError in an answer may underline beyond its text. A traceback shows each of them.
 _MAX_UNDERLINED: Final = 10_000
+#: The characters that end a line.
+_LINE_ENDS: Final = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 #: The longest names of an exception's module and class, characters.
 _MAX_NAME: Final = 1000
 
@@ -205,6 +208,8 @@ def encode_predicate(
     else:
         content["args"] = [_data_or_repr(value, serializers) for value in error.args]
     _check_results(content)
+    if content.get("error") is not None:
+        _check_exceptions(content["error"])
     payload, data = encode(content, serializers)
     if len(data) > MAX_ERROR and content.get("sig") is not None:
         # The message is sent already. Only handlers of the signal ``task_retry`` could look at its signature.
@@ -322,7 +327,8 @@ def _rebuilt(described: dict[str, Any]) -> Exception:
         # It stands for an exception from the module that its first argument names.
         args = constructor_args = (
             *(name if name in sys.modules else celery.exceptions.__name__ for name in args[:1]),
-            *args[1:],
+            *(escape_unprintable(name) if isinstance(name, str) else name for name in args[1:2]),
+            *args[2:],
         )
     error = None
     if not (_makes_own_text(cls) and _has_wide_field([*args, *constructor_args])):
@@ -333,7 +339,8 @@ def _rebuilt(described: dict[str, Any]) -> Exception:
         return wrapper
     error.args = args
     for name, value in described["state"].items():
-        if not callable(getattr(cls, name, None)):
+        # `_described` sends no special attribute. A traceback would take notes apart, line by line.
+        if name[:2] != "__" and not callable(getattr(cls, name, None)):
             vars(error)[name] = value
     _check_underlined(error)
     return error
@@ -409,6 +416,8 @@ def _exception_class(module: str | None, name: str) -> type[Exception]:
 
 
 def _stand_in(name: str) -> type[Exception]:
+    # The worker's log has its name, which the task chose.
+    name = escape_unprintable(name)
     # Name a module that is loaded: Celery tries to pickle the exception, which would import any other module.
     return create_exception_cls(name, celery.exceptions.__name__)  # type: ignore[no-any-return]
 
@@ -447,16 +456,39 @@ def _pair(value: Any) -> tuple[Any, Any]:
 
 
 def _check_exceptions(described: Any) -> None:
-    """Raise `TooCostly` for a group of too many exceptions."""
-    waiting, count = [described], 0
+    """Raise `TooCostly` for a group of too many exceptions, and for texts of too many lines."""
+    waiting, count, lines = [described], 0, 0
     while waiting:
         each = waiting.pop()
         for is_exception, value in (*each["args"], *each["constructor_args"]):
             if is_exception:
                 waiting += value if isinstance(value, list) else [value]
+        lines += max(
+            _line_ends([value for is_exception, value in each[key] if not is_exception])
+            for key in ("args", "constructor_args")
+        )
+        lines += _line_ends(each["state"])
+        if lines > MAX_ERROR_LINES:
+            raise decoding_cost.TooCostly(
+                f"its exception has more than {MAX_ERROR_LINES} lines of text, and that is the most"
+            )
         count += 1
         if count + len(waiting) > MAX_EXCEPTIONS:
             raise decoding_cost.TooCostly(f"more than {MAX_EXCEPTIONS // 2} exceptions in a group")
+
+
+def _line_ends(value: object) -> int:
+    """Count where `str.splitlines` ends a line, in all texts of a value."""
+    waiting, count = [value], 0
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            count += sum(map(each.count, _LINE_ENDS)) if not each.isprintable() else 0
+        elif isinstance(each, Mapping):
+            waiting += [*each, *each.values()]
+        elif isinstance(each, list | tuple):
+            waiting += each
+    return count
 
 
 def _are_exceptions(value: object) -> TypeGuard[Sequence[BaseException]]:

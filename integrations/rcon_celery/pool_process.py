@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from celery.exceptions import Reject, SoftTimeLimitExceeded
 
-from rcon_celery import codec, results
+from rcon_celery import codec, log_lines, results
 from rcon_celery.call import SoftTimeLimit, run_in_process, run_in_thread, work_of
 from rcon_celery.retry.attempt import Attempt, ForkServerLost, RetryPolicy
 from rcon_celery.retry.lease import Heartbeat
@@ -84,6 +84,7 @@ class PoolProcess:
     def start(self) -> None:
         """Start the manager and its fork server. Raises `RconError`."""
         worker, server = self._worker, self._worker.pool.server
+        log_lines.name_lines()
         self.accepted = codec.accepted_encodings(self._app)
         service = TaskService(self._app, self._codes, worker.hostname, greenlets=server.greenlets)
         after_fork = [

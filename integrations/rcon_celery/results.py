@@ -67,6 +67,12 @@ def record(task: Any, outcome: Outcome, *, send_event: bool) -> None:
         )
 
 
+def recorded(task: Any) -> Outcome | None:
+    """Return the outcome that `record` noted for the task that is running; None before its end."""
+    outcome = getattr(task.request, _ATTRIBUTE, None)
+    return outcome if isinstance(outcome, Outcome) else None  # a message can put any other value there
+
+
 def add_to_backend(app: Any) -> None:
     """Make the application's result backend store outcomes.
 

@@ -30,6 +30,8 @@ _TEXT_CHARACTERS: Final = 64 * 1024
 
 #: The longest answer that is not a result, bytes. Celery writes it as text several times.
 MAX_ERROR: Final = 1024 * 1024
+#: The most lines of the texts of an exception. A traceback handles each line by itself, several times.
+MAX_ERROR_LINES: Final = 10_000
 
 How = Literal["ok", "error", "retry", "ignore", "reject", "unencodable", "too long", "too costly"]
 

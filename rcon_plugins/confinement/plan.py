@@ -143,17 +143,26 @@ class Plan(NamedTuple):
             if why is not None:
                 found.setdefault(why, []).append(name)
         warnings = [f"{_policies(names)}: {why}" for why, names in found.items()]
-        unbounded = [
-            name
-            for name, verdict in self.verdicts.items()
-            if verdict.isolation == "process"
-            and verdict.policy.memory is None
-            and shares_memory(verdict.policy, uid)
+        together = [
+            verdict
+            for verdict in self.verdicts.values()
+            if verdict.isolation == "process" and verdict.policy.memory is None
         ]
+        unbounded = [one.policy.name for one in together if shares_memory(one.policy, uid)]
         if unbounded:
             warnings.append(
                 f"{_policies(unbounded)}: files in /dev/shm, and shared memory, outlive their request or task, and no "
                 "limit bounds them together. Set `memory =`."
+            )
+        passing = [
+            one.policy.name
+            for one in together
+            if one.policy.each.memory is not None and one.policy.name not in unbounded
+        ]
+        if passing:
+            warnings.append(
+                f"{_policies(passing)}: a memfd passed over a socket outlives its request or task, and `each.memory` "
+                "does not bound it. Set `memory =`."
             )
         limited = [name for name, policy in self.settings.policies.items() if promised(policy) is not None]
         gap = self.hierarchy.swap_gap() if limited else None

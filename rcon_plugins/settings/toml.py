@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import tomllib
 from typing import Any, Final
 
@@ -45,10 +47,16 @@ def read_toml(file: str) -> dict[str, Any]:
 def _content_of(file: str) -> bytes:
     try:
         with open(file, "rb", buffering=0, opener=_open) as opened:
-            os.set_blocking(opened.fileno(), True)
+            kind = os.fstat(opened.fileno()).st_mode
+            if stat.S_ISFIFO(kind):
+                os.set_blocking(opened.fileno(), True)
+            elif not stat.S_ISREG(kind):
+                raise SettingsError("is not a regular file", hint="give the path of a file with policies")
             content = b""
             while len(content) <= LONGEST and (piece := opened.read(LONGEST + 1 - len(content))):
                 content += piece
+            if piece is None:  # a file of the kernel, such as /proc/kmsg, without data
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(

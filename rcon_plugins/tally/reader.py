@@ -36,6 +36,7 @@ from rcon_plugins.tally.layout import (
     words_of,
 )
 from rcon_plugins.tree import runtime
+from rcon_plugins.tree.owner import Owner
 
 #: How often to read what a writer is changing, before it is taken as it is.
 MOST_TRIES = 100
@@ -44,20 +45,26 @@ _LIMITS = ("memory", "timeout", "pids", "result")
 _FULL = ("concurrency", "budget", "processes", "pids")
 #: What counts all that found no record.
 _REST = Name("", None, "other")
+#: The words of the header that change when another process takes the slot over, or when records get other names.
+_OWNER = (Header.SEQUENCE, Header.PID, Header.STARTED, Header.TAKEOVERS)
 #: More records than any writer makes. A file that claims more is not read.
 _MOST_RECORDS = 1_000_000
+#: Our numbers for processes of other PID namespaces, and the most that are kept.
+_visible: dict[tuple[int, int, int], int] = {}
+_MOST_VISIBLE = 10_000
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
     """What was counted for one policy and key, since the server began. Add two with ``+``.
 
     ``endings`` and ``refusals`` have every name of `layout.ENDINGS` and `layout.REFUSALS`. ``lost`` is the number of
-    units of work whose server process died. The usage is that of ended work; None where it was never measured.
-    ``memory_peak`` is the highest peak of one unit of work in bytes, ``memory_peak_sum`` the sum of the peaks.
+    units of work whose server process died; None where it is unknown whether that process lives. The usage is that of
+    ended work; None where it was never measured. ``memory_peak`` is the highest peak of one unit of work in bytes,
+    ``memory_peak_sum`` the sum of the peaks.
     """
 
     begun: int = 0
-    lost: int = 0
+    lost: int | None = 0
     endings: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(ENDINGS, 0))
     refusals: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(REFUSALS, 0))
     evictions: int = 0
@@ -77,9 +84,9 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
         return Counts(**together)
 
     @property
-    def under_way(self) -> int:
-        """The units of work that have begun and not ended."""
-        return max(0, self.begun - self.lost - sum(self.endings.values()))
+    def under_way(self) -> int | None:
+        """The units of work that have begun and not ended; None where `lost` is unknown."""
+        return None if self.lost is None else max(0, self.begun - self.lost - sum(self.endings.values()))
 
     @property
     def limit_hits(self) -> int:
@@ -142,10 +149,11 @@ def read_directory(path: str) -> TallyOfServer | None:
     """Return the tally in a runtime directory; None if there is none, or this user may not read one of its files."""
     counts: dict[Name, Counts] = {}
     processes = torn = unsettled = 0
+    owner = Owner.of(Path(path).name)
     try:
         names = [entry.name for entry in Path(path).iterdir() if entry.name.isdigit()]
         for name in sorted(names, key=int):
-            slot = _Slot.open(f"{path}/{name}")
+            slot = _Slot.open(f"{path}/{name}", owner and owner.namespace)
             if slot is None:
                 continue
             try:
@@ -162,22 +170,26 @@ def read_directory(path: str) -> TallyOfServer | None:
 class _Slot:
     """One file, open to read."""
 
-    def __init__(self, descriptor: int, records: int) -> None:
+    def __init__(self, descriptor: int, records: int, namespace: int | None) -> None:
         self._file = descriptor
         self._records = records
+        self._namespace = namespace
         self.torn = 0
         self.unsettled = 0
 
     @classmethod
-    def open(cls, path: str) -> _Slot | None:
-        """Open a slot; None if the file is none of version 1. Raises OSError."""
+    def open(cls, path: str, namespace: int | None = None) -> _Slot | None:
+        """Open a slot; None if the file is none of version 1. Raises OSError.
+
+        ``namespace`` is the PID namespace of its server; None is our own.
+        """
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         with contextlib.ExitStack() as undo:
             undo.callback(posix.close, descriptor)
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 return None
-            slot = cls(descriptor, 0)
+            slot = cls(descriptor, 0, namespace)
             header = slot._words(0, HEADER_WORDS)
             records = header[Header.RECORDS]
             expected = (MAGIC, VERSION, RECORD_WORDS, NAME_WORDS)
@@ -202,9 +214,9 @@ class _Slot:
         found, torn, unsettled, header = self._read_once()
         for _ in range(MOST_TRIES):
             after = self._words(0, HEADER_WORDS)
-            if header[Header.SEQUENCE] == after[Header.SEQUENCE] and not after[Header.SEQUENCE] % 2:
+            if all(header[word] == after[word] for word in _OWNER) and not after[Header.SEQUENCE] % 2:
                 break
-            if after[Header.SEQUENCE] % 2 and not self._is_written(after):
+            if after[Header.SEQUENCE] % 2 and self._is_written(after) is False:
                 torn += 1
                 break
             found, torn, unsettled, header = self._read_once()
@@ -215,6 +227,8 @@ class _Slot:
 
     def _read_once(self) -> tuple[list[tuple[Name, Counts]], int, int, memoryview]:
         header = self._words(0, HEADER_WORDS)
+        # Before the records are read: what a process that is dead by now counted does not change any more.
+        is_written = self._is_written(header)
         used = min(header[Header.USED], self._records)
         before = self._words(sequence_at(0), used)
         records = self._words(record_at(0, self._records), used * RECORD_WORDS)
@@ -227,16 +241,16 @@ class _Slot:
             if before[index] != after[index] or after[index] % 2:
                 words, settled = self._settled(index)
                 if not settled:
-                    if self._is_written(header):
-                        unsettled += 1
-                    else:
+                    if is_written is False:
                         torn += 1
+                    else:
+                        unsettled += 1
             try:
                 name = unpack_name(names[index * NAME_WORDS : (index + 1) * NAME_WORDS].tobytes())
             except ValueError:
                 continue  # its name is being written: the table has changed, and is read again
             if name is not None:
-                found.append((name, _counts_of(words)))
+                found.append((name, _counts_of(words, is_written)))
         return found, torn, unsettled, header
 
     def _settled(self, index: int) -> tuple[memoryview, bool]:
@@ -249,11 +263,16 @@ class _Slot:
                 return words, True
         return words, False
 
-    @staticmethod
-    def _is_written(header: memoryview) -> bool:
-        """Return whether the process that writes the slot is alive, as far as this process can see."""
-        pid: int = header[Header.PID]
-        return pid != 0 and proc.start_time(pid) == header[Header.STARTED]
+    def _is_written(self, header: memoryview) -> bool | None:
+        """Return whether the process that writes the slot is alive; None if that cannot be seen from here."""
+        pid, started = header[Header.PID], header[Header.STARTED]
+        if pid == 0:
+            return False
+        own = proc.pid_namespace()
+        namespace = own if self._namespace is None else self._namespace
+        if namespace != own and (seen := _visible_pid(pid, started, namespace)) is not None:
+            return proc.start_time(seen) == started
+        return proc.is_alive(pid, started, namespace)
 
     def _words(self, at: int, count: int) -> memoryview:
         data = b""
@@ -266,14 +285,36 @@ class _Slot:
         return memoryview(data).cast("Q")
 
 
-def _counts_of(words: memoryview) -> Counts:
+def _visible_pid(pid: int, started: int, namespace: int) -> int | None:
+    """Return our number for a process of another PID namespace; None if it cannot be seen.
+
+    Look each one up once: that takes a pass over all processes.
+    """
+    process = pid, started, namespace
+    if process not in _visible:
+        found = proc.visible_pid(*process)
+        if found is None:
+            return None
+        if len(_visible) >= _MOST_VISIBLE:
+            _visible.clear()
+        _visible[process] = found
+    return _visible[process]
+
+
+def _counts_of(words: memoryview, is_written: bool | None) -> Counts:
+    """Return the counts of a record. ``is_written``: whether its writer lives. What a dead one left is lost."""
+    lost: int | None = words[Column.LOST]
+    ended = sum(words[Column.ENDINGS + index] for index in range(len(ENDINGS)))
+    if not is_written and (left := words[Column.BEGUN] - ended) > words[Column.LOST]:
+        lost = None if is_written is None else left
+
     def known(column: Column, counted: Column) -> int | None:
         return words[column] if words[counted] else None
 
     cpu = known(Column.CPU_MICROSECONDS, Column.CPU_KNOWN)
     return Counts(
         begun=words[Column.BEGUN],
-        lost=words[Column.LOST],
+        lost=lost,
         endings={name: words[Column.ENDINGS + index] for index, name in enumerate(ENDINGS)},
         refusals={name: words[Column.REFUSALS + index] for index, name in enumerate(REFUSALS)},
         evictions=words[Column.EVICTIONS],
@@ -290,6 +331,8 @@ def _counts_of(words: memoryview) -> Counts:
 def _together(field: str, mine: Any, theirs: Any) -> Any:
     if isinstance(mine, dict):
         return {name: number + theirs[name] for name, number in mine.items()}
+    if field == "lost" and (mine is None or theirs is None):
+        return None
     if mine is None or theirs is None:
         return theirs if mine is None else mine
     return max(mine, theirs) if field == "memory_peak" else mine + theirs

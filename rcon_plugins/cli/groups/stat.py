@@ -140,7 +140,10 @@ def _tally_lines(tally: Counts | None, group: Group) -> list[str]:
     if tally is None:
         return [_line("served", "unknown")] if group.is_of_server() else []
     return [
-        _line("served", f"{_numbers(tally.endings)}; {tally.under_way} under way, {tally.lost} lost"),
+        _line(
+            "served",
+            f"{_numbers(tally.endings)}; {count(tally.under_way)} under way, {count(tally.lost)} lost",
+        ),
         _line("refused", _numbers(tally.refusals)),
         _line(
             "executors",

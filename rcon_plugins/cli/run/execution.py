@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,15 +94,29 @@ def report_of(options: Mapping[str, Any]) -> int | None:
     try:
         if path == "-":
             return fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        # Without O_NONBLOCK, opening a FIFO would wait for a reader. ENXIO means that it has none.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+        opened = os.open(path, flags, 0o644)
         try:
+            os.set_blocking(opened, True)
             # The standard descriptors may be closed, and are closed while the command runs.
             return fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 3)
         finally:
             os.close(opened)
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENXIO and _is_fifo(path):
+            raise BadUsage(
+                f"--json: {path!r}: no process reads this FIFO (start its reader first, or name a file)"
+            ) from None
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise BadUsage(f"--json: {path!r}: {reason} (name a file that can be written)") from None
+
+
+def _is_fifo(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)  # noqa: PTH116 - pathlib is slow to import
+    except OSError:
+        return False
 
 
 def execute(

@@ -459,8 +459,8 @@ class Cgroup:
 
         The user becomes the owner of the directory and of the files that move processes. The user does not own the
         limits, ``cgroup.kill`` or ``cgroup.freeze``. ``shut``: the user cannot move processes here from elsewhere, as
-        always on v2. On v1 the user then can move no process here at all, only between the cgroups below. Raises
-        KernelError.
+        always on v2. On v1 the user then can move no process here at all, only between the cgroups below. On v2 the
+        user then can make at most `MOST_DESCENDANTS` cgroups below; v1 has no such limit. Raises KernelError.
         """
         for branch in self._branches:
             branch.delegate(uid, gid, shut=shut)

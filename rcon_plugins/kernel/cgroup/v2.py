@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from typing import Any
+from typing import Any, Final
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
@@ -92,6 +92,10 @@ def _io_max(text: str) -> dict[Device, IoMax]:
     return found
 
 
+#: The most cgroups below one that is delegated to the user of a command. Each takes memory of the kernel.
+MOST_DESCENDANTS: Final = 1000
+
+
 class V2Branch(Branch):
     """The directory of a cgroup in the v2 hierarchy. On hybrid hosts it usually has no controllers."""
 
@@ -132,6 +136,15 @@ class V2Branch(Branch):
     def complete(self) -> bool:
         """Return whether the cgroups above pass on all controllers of this branch."""
         return self.controllers <= offered(self.directory)
+
+    def delegate(self, uid: int, gid: int, *, shut: bool = False) -> None:
+        """Delegate the directory. ``shut``: also bound how many cgroups that user makes below it.
+
+        ``cgroup.max.descendants`` is there since Linux 4.14. Its owner stays root.
+        """
+        if shut and files.read_if_there(self.directory, "cgroup.max.descendants") == "max":
+            files.write(self.directory, "cgroup.max.descendants", str(MOST_DESCENDANTS))
+        super().delegate(uid, gid, shut=shut)
 
     def configure(self, resources: Resources) -> None:
         """Write the limits, and check that the kernel applies the cpuset."""

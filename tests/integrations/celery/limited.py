@@ -517,6 +517,10 @@ def define(app: celery.Celery, url: str) -> None:
             raise ExceptionGroup("many", [ValueError(number) for number in range(1999)])
         if kind == "exception":
             raise ValueError("x" * 2**21)
+        if kind == "lines":
+            raise ValueError("\n" * 200_000)
+        if kind == "forged":
+            raise ValueError("x\n[2026-11-30: CRITICAL/MainProcess] forged \x1b[31mred\rover")
         value: list[Any] = []
         for _ in range(150 * (kind == "deep")):
             value = [value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,14 @@ def exception(module: str, name: str, *args: object) -> str:
     return repr(json.dumps({"children": [], "error": error}).encode())
 
 
+def raised(state: str, message: str = '"x"') -> str:
+    """Return the code that makes an answer of a ValueError."""
+    error = (
+        f'"module": "builtins", "type": "ValueError", "constructor_args": [], "args": [[false, {message}]]'
+    )
+    return f"""rb'{{"children": [], "error": {{{error}, "state": {state}}}}}'"""
+
+
 @pytest.mark.parametrize(
     ("how", "text", "content_type", "encoding", "data", "frame"),
     [
@@ -130,6 +139,8 @@ def exception(module: str, name: str, *args: object) -> str:
         ),
         ("error", "", *JSON, exception("builtins", "SyntaxError", "m", ["f", 1, "x", {}, 1, "y"]), 65536),
         ("too long", "9" * 900_000, *JSON, "b'{\"children\": 1}'", 65536),
+        ("error", "", *JSON, raised('{"__notes__": ["' + r"\n" * 450_000 + '"]}'), 65536),
+        ("error", "", *JSON, raised("{}", '"' + r"\n" * 200_000 + '"'), 65536),
     ],
     ids=[
         "compressed",
@@ -146,6 +157,8 @@ def exception(module: str, name: str, *args: object) -> str:
         "underlined",
         "no place",
         "size",
+        "notes",
+        "lines",
     ],
 )
 @pytest.mark.measures
@@ -182,7 +195,7 @@ def test_the_text_of_an_exception_costs_little(session: Session) -> None:
     assert resident_peak(process) - resident < 64 * 2**20
 
 
-@pytest.mark.parametrize("kind", ["lists", "deep", "children", "exceptions", "exception"])
+@pytest.mark.parametrize("kind", ["lists", "deep", "children", "exceptions", "exception", "lines"])
 def test_a_result_that_would_cost_much_is_not_sent(session: Session, kind: str) -> None:
     error = session.error("expensive", ResultTooLarge, kind)
     assert str(error).startswith("expensive: its result costs too much to decode: ")
@@ -195,3 +208,22 @@ def test_a_process_that_never_answers_ends_at_its_time_limit(session: Session) -
 
 def test_well_formed_answer_is_accepted(session: Session) -> None:
     assert session.get("hostile", "value") == 1
+
+
+def test_a_task_cannot_forge_lines_of_the_workers_log(session: Session) -> None:
+    session.error("expensive", ValueError, "forged")
+    session.error(
+        "hostile",
+        UnpickleableExceptionWrapper,
+        "error",
+        "nowhere",
+        "X\n[CRITICAL/MainProcess] forged by name",
+        "m",
+    )
+    lines = session.worker.log().splitlines()
+    assert not [line for line in lines if re.match(r"\[(2026-11-30: )?CRITICAL", line)]
+    assert any(
+        re.match(r"\[\S+\] \[2026-11-30: CRITICAL/MainProcess\] forged \\x1b\[31mred", line) for line in lines
+    )
+    assert any(re.match(r"\[\S+\] +raise ValueError", line) for line in lines)
+    assert "\x1b[31mred" not in session.worker.log()

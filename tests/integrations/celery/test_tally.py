@@ -71,7 +71,7 @@ def test_tasks_that_end_at_the_same_time_are_counted_each(sessions: Sessions, po
         for result in results:
             with contextlib.suppress(MemoryLimitExceeded, TimeLimitExceeded, ValueError):
                 session.wait(result)
-        until(lambda: sum(counts(directory, name).under_way for name in endings) == 0)
+        until(lambda: all(counts(directory, name).under_way == 0 for name in endings))
         found = {name: counts(directory, name) for name in endings}
         for name, ending in endings.items():
             ended = {of: number for of, number in found[name].endings.items() if number}

@@ -15,6 +15,7 @@ import pytest
 
 from rcon_plugins.command.run import Order, run
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
+from rcon_plugins.kernel.cgroup.v2 import MOST_DESCENDANTS
 from tests.commands import become_rcon
 from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.command.harness import ALLOCATE, left_by, rcon
@@ -161,6 +162,36 @@ def test_an_inner_rcon_in_a_group_delegated_to_its_user(open_path: Path) -> None
     paths = [line.split(":", 2)[2] for line in out.splitlines() if "/work/inner/main" in line]
     assert paths
     assert all("/work/outer/rcon-" in path for path in paths)
+
+
+#: Make cgroups below the own one until the kernel refuses, and remove them. Print how many there were, and the reason.
+MAKE_MANY = """
+import errno, os
+(path,) = [line[3:].strip() for line in open("/proc/self/cgroup") if line.startswith("0::")]
+made, reason = [], ""
+unified = "/sys/fs/cgroup/unified"
+own = f"{unified if os.path.isdir(unified) else '/sys/fs/cgroup'}{path}"
+while len(made) < 3000 and not reason:
+    try:
+        os.mkdir(f"{own}/{len(made)}")
+        made.append(f"{own}/{len(made)}")
+    except OSError as error:
+        reason = errno.errorcode[error.errno]
+try:
+    open(f"{own}/cgroup.max.descendants", "w")
+except OSError as error:
+    reason += " " + errno.errorcode[error.errno]
+for each in made:
+    os.rmdir(each)
+print(len(made), reason)
+"""
+
+
+@pytest.mark.layout("v2", "hybrid")
+def test_the_user_of_a_command_makes_a_bounded_number_of_cgroups() -> None:
+    done = rcon("run", "--user", "nobody", "--", "/usr/bin/python3", "-c", MAKE_MANY)
+    below = MOST_DESCENDANTS - 1  # the group has one already, for the command
+    assert (done.status, done.out.split()) == (0, [str(below), "EAGAIN", "EACCES"])
 
 
 def test_an_inner_rcon_in_a_group_not_delegated(open_path: Path) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -375,6 +376,32 @@ class Acts:
     def mount_cgroups_anew() -> str:
         """Become root of a user namespace, and mount the cgroups there without a mount point: fsopen(2)."""
         return ways_back.mount_cgroups_anew()
+
+    @staticmethod
+    def hold_memfds(name: str, count: int) -> int:
+        """Receive files over an abstract socket. Return how many MiB they hold."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+            receiver.bind(f"\0{name}")
+            files = [socket.recv_fds(receiver, 1, 1)[1][0] for _ in range(count)]
+        held = sum(os.fstat(file).st_blocks * 512 for file in files) >> 20
+        for file in files:
+            os.close(file)
+        return held
+
+    @staticmethod
+    def pass_memfd(name: str, mebibytes: int) -> None:
+        """Fill a memfd, and send it to the process that holds them."""
+        file = os.memfd_create("passed")
+        for _ in range(mebibytes):
+            os.write(file, bytes(2**20))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            for _ in range(200):
+                with contextlib.suppress(ConnectionRefusedError):  # not there yet, or dead
+                    sender.connect(f"\0{name}")
+                    break
+                time.sleep(0.01)
+            socket.send_fds(sender, [b"x"], [file])
+        os.close(file)
 
     @staticmethod
     def fill(path: str, mebibytes: int) -> str:

@@ -32,7 +32,7 @@ from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.command.harness import rcon
 from tests.kernel.executors import ways_back
-from tests.kernel.executors.service import ask, managing
+from tests.kernel.executors.service import ask, begin, end, managing
 from tests.system_calls import refuse_system_call
 
 pytestmark = pytest.mark.each_layout
@@ -371,6 +371,34 @@ def test_a_policy_without_memory_is_warned_about_where_memory_is_shared() -> Non
     assert warnings(**POLICY) == []
     assert len(warnings(**POLICY, shared_memory="server")) == 1
     assert f"{text} together. Set `memory =`." in verdict(**POLICY).warnings(TENANT)
+
+
+def test_memory_passed_over_a_socket_is_warned_about_where_nothing_bounds_it_together() -> None:
+    text = "policy p: a memfd passed over a socket outlives its request or task, and `each.memory` does not bound it."
+
+    def warned(**policy: Any) -> bool:
+        return f"{text} Set `memory =`." in verdict(**policy).warnings()
+
+    expanding = {"limit": "64M", "expand": "2x", "up_to": "128M"}
+    assert warned(**POLICY)
+    assert warned(user=TENANT, group=TENANT, each={"memory": expanding})
+    assert not warned(**POLICY, memory="128M")
+    assert not warned(user=TENANT, group=TENANT, each={"timeout": "20s"})
+    assert not warned(**POLICY, shared_memory="server")  # another warning covers it
+
+
+def test_memory_passed_over_a_socket_is_bounded_by_memory_alone() -> None:
+    """Each of 4 requests leaves 32 MiB in a process of the policy, where `each` has 64 MiB."""
+    name = f"rcon-test-{os.getpid()}"
+    with managing(POLICY) as manager:
+        holder = begin(manager, "hold_memfds", name, 4)
+        assert [ask(manager, "pass_memfd", name, 32)[1].ending for _ in range(4)] == ["ok"] * 4
+        held, outcome = end(holder)
+    assert (held, outcome.ending) == (128, "ok")
+    with managing({**POLICY, "memory": "96M"}) as manager:
+        holder = begin(manager, "hold_memfds", name, 4)
+        assert [ask(manager, "pass_memfd", name, 32)[1].ending for _ in range(4)] != ["ok"] * 4
+        holder.abort("it waits for more")
 
 
 def test_private_memory_that_the_server_cannot_give_is_refused_at_start() -> None:

@@ -137,13 +137,61 @@ def test_the_next_process_counts_on_and_says_what_was_lost(tmp_path: Path) -> No
     for round_ in range(1, 4):
         with pytest.raises(ChildDied):
             in_child(die_at_work, tmp_path)
-        assert (counted(tmp_path).begun, counted(tmp_path).endings["ok"]) == (5 * round_, 3 * round_)
+        found = counted(tmp_path)
+        assert (found.begun, found.endings["ok"]) == (5 * round_, 3 * round_)
+        assert (found.lost, found.under_way) == (2 * round_, 0)  # a reader sees that its owner is dead
     tally = Tally.take(str(tmp_path))
     work(tally)
     found = counted(tmp_path)
     tally.close()
     assert [one.name for one in tmp_path.iterdir()] == ["0"]
     assert (found.begun, found.lost, found.endings["ok"], found.under_way) == (16, 6, 10, 0)
+
+
+def test_whether_work_is_lost_is_unknown_where_its_owner_cannot_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tally = Tally.take(str(tmp_path))
+    work(tally, 3)
+    monkeypatch.setattr("rcon_plugins.kernel.proc.is_alive", lambda *_: None)
+    assert (counted(tmp_path).lost, counted(tmp_path).under_way) == (0, 0)
+    tally.begin(tally.record("p", "k"))
+    found = counted(tmp_path)
+    assert (found.begun, found.lost, found.under_way) == (4, None, None)
+    assert (found + Counts(begun=1)).lost is None
+    assert found.to_data()["lost"] is None
+    monkeypatch.undo()
+    assert (counted(tmp_path).lost, counted(tmp_path).under_way) == (0, 1)
+    tally.close()
+
+
+#: Process 1 of a PID namespace begins a unit of work in the directory of an instance with its name, and waits.
+IN_A_NAMESPACE = """
+import os, sys
+from rcon_plugins.tally.writer import Tally
+from rcon_plugins.tree.owner import Owner
+directory = f"{sys.argv[1]}/{Owner.here().instance_name}"
+os.mkdir(directory)
+tally = Tally.take(directory)
+tally.begin(tally.record("p", "k"))
+print(directory, flush=True)
+sys.stdin.readline()
+os._exit(0)
+"""
+
+
+def test_whether_a_server_in_another_pid_namespace_lives_is_seen(tmp_path: Path) -> None:
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c"]
+    with subprocess.Popen(
+        [*command, IN_A_NAMESPACE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        directory = Path(server.stdout.readline().strip())
+        found = counted(directory)
+        server.communicate("end\n")
+    assert (found.begun, found.lost, found.under_way) == (1, 0, 1)
+    found = counted(directory)
+    assert (found.begun, found.lost) in ((1, 1), (1, None))  # None: our namespace does not see all others
 
 
 def die_in_the_middle(directory: Path) -> None:

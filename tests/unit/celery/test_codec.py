@@ -122,6 +122,55 @@ def test_the_exceptions_of_a_group_are_bounded() -> None:
         codec.decode_exception(nested, "")
 
 
+def test_the_lines_of_an_exception_are_bounded() -> None:
+    """A traceback takes each line apart, and in a group does so again at each level."""
+    assert codec.decode_exception(described("builtins", "ValueError", "x\n" * 9999), "")
+    nested = described("builtins", "ValueError", "\n" * 200_000)
+    for end in ("\n", "\r", "\x85", "\u2028"):
+        for text in (end * 10_001, ["x", {"y": [end * 10_001]}]):
+            with pytest.raises(TooCostly, match="more than 10000 lines"):
+                codec.decode_exception(described("builtins", "ValueError", text), "")
+    group = {**described("builtins", "ExceptionGroup"), "args": [[False, "m"], [True, [nested]]]}
+    with pytest.raises(TooCostly):
+        codec.decode_exception({**group, "constructor_args": group["args"]}, "")
+    with pytest.raises(TooCostly):
+        codec.decode_exception({**described("nowhere", "T"), "state": {"text": "\n" * 10_001}}, "")
+    for error in (ValueError("\n" * 200_000), ExceptionGroup("m", [ValueError("\n" * 6000)] * 2)):
+        with pytest.raises(TooCostly):
+            codec.encode_exception(error, [], "json")
+
+    def nothing() -> None:
+        """Do nothing."""
+
+    task = application().task(nothing, name="t")
+    with pytest.raises(TooCostly):
+        codec.encode_predicate(task, Retry(exc=ValueError("\n" * 200_000)), [], "json")
+
+
+@pytest.mark.parametrize("name", ["__notes__", "__cause__", "__dict__"])
+def test_an_executor_sets_no_special_attribute_of_an_exception(name: str) -> None:
+    answer = {**described("builtins", "ValueError"), "state": {name: ["x"] * 9, "own": 1}}
+    assert vars(codec.decode_exception(answer, "")) == {"own": 1}
+
+
+def test_an_error_in_source_code_keeps_its_place() -> None:
+    error = codec.decode_exception(
+        described("builtins", "SyntaxError", "m", ["f.py", 1, 2, "x = 1", 1, 4]), ""
+    )
+    assert isinstance(error, SyntaxError)
+    assert (error.lineno, error.offset, error.end_offset) == (1, 2, 4)
+    assert "^^" in "".join(traceback.format_exception(error))
+
+
+def test_the_names_of_classes_have_no_control_characters() -> None:
+    forged = "X\n[CRITICAL/MainProcess] forged \x1b[31m"
+    error = codec.decode_exception(described("nowhere", forged), "")
+    assert type(error).__name__ == "X\\n[CRITICAL/MainProcess] forged \\x1b[31m"
+    wrapper = ("celery.utils.serialization", "UnpickleableExceptionWrapper")
+    error = codec.decode_exception(described(*wrapper, "this", forged, ["a"], "text"), "")
+    assert type(error.restore()).__name__.isprintable()  # type: ignore[attr-defined]
+
+
 def described(module: str, name: str, *args: Any) -> dict[str, Any]:
     pairs = [[False, value] for value in args]
     return {"module": module, "type": name, "args": pairs, "constructor_args": pairs, "state": {}}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.cli.rcon import run_main
+from rcon_plugins.cli.run import execution
 from rcon_plugins.cli.run.commands import attach, run
 from rcon_plugins.settings.limit_table import OPTIONS
 
@@ -66,6 +67,28 @@ def test_junk_for_each_option_of_run(
     assert flag in message or (flag in ("--user", "--cap") and value.rpartition(",")[2] in message), message
     assert "(" in message
     assert not made.exists()
+
+
+def test_a_fifo_without_a_reader_is_refused_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made, fifo = tmp_path / "made", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    assert run_main(["run", "--json", str(fifo), "--", "touch", str(made)]) == 2
+    assert "no process reads this FIFO (start its reader first" in one_line(capfd)
+    assert not made.exists()
+
+
+def test_a_fifo_with_a_reader_is_opened_blocking(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    report = execution.report_of({"json": str(tmp_path / "fifo")})
+    assert report is not None
+    assert os.get_blocking(report)
+    os.write(report, b"x")
+    assert os.read(reader, 2) == b"x"
+    os.close(report)
+    os.close(reader)
 
 
 @pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag in ATTACH for value in ATTACH[flag]])

@@ -3,16 +3,20 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import socket
+import stat
 import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
 from rcon_plugins.errors import SettingsError
+from rcon_plugins.settings import toml
 from rcon_plugins.settings.budget import Budget
 from rcon_plugins.settings.file import Settings, from_mapping, json_schema, load
 from rcon_plugins.settings.limits import Each, IoLimits
@@ -238,7 +242,25 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         assert refused.value.file == str(tmp_path / name)
         assert refused.value.hint
     with pytest.raises(SettingsError, match="longer than 4 MiB"):
-        load("/dev/zero")
+        load(written(tmp_path, "#" * (4 * 2**20 + 1)))
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/dev/tty", "/dev/random"])
+def test_a_device_is_refused_at_once(path: str) -> None:
+    with pytest.raises(SettingsError, match=r"is not a regular file|No such device") as refused:
+        load(path)
+    assert refused.value.hint
+
+
+def test_a_file_of_the_kernel_that_would_wait_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /proc/kmsg, which is a regular file for stat(2): to read it would take what it holds from others."""
+    first, second = socket.socketpair()
+    with first, second:
+        first.setblocking(False)
+        monkeypatch.setattr(toml, "_open", lambda path, flags: os.dup(first.fileno()))
+        monkeypatch.setattr(toml, "stat", SimpleNamespace(S_ISREG=lambda mode: True, S_ISFIFO=stat.S_ISFIFO))
+        with pytest.raises(SettingsError, match="temporarily unavailable"):
+            load("/proc/kmsg")
 
 
 def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
