@@ -5,6 +5,7 @@ Results, including "not found", are cached for `LIFE` seconds, since a database 
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -34,14 +35,25 @@ _kept: dict[tuple[object, ...], tuple[float, object]] = {}
 
 
 def _for_a_while(ask: Callable[[*_Asked], _Answer]) -> Callable[[*_Asked], _Answer]:
-    """Cache the results of a function, including "not found", for `LIFE` seconds."""
+    """Cache the results of a function, including "not found", for `LIFE` seconds.
+
+    The function raises `KernelError` (ENOMEM) if there is no memory for an entry.
+    """
 
     def answer(*asked: *_Asked) -> _Answer:
         now = time.monotonic()
         known = _kept.get((ask, *asked))
         if known is not None and now < known[0]:
             return known[1]  # type: ignore[return-value]
-        found = ask(*asked)
+        try:
+            found = ask(*asked)
+        except MemoryError:  # of getpwnam(3) and the like: ENOMEM, or an entry that is too large
+            raise KernelError(
+                "the user database cannot be read: there is no memory for the entry",
+                errno=errno.ENOMEM,
+                path="getpwnam(3), getgrnam(3)",
+                hint="try again when the machine has more free memory",
+            ) from None
         if len(_kept) >= _MOST:
             _kept.clear()
         _kept[(ask, *asked)] = (now + LIFE, found)

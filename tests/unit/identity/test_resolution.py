@@ -415,3 +415,20 @@ def test_ten_times_as_many_results_as_the_cache_keeps(monkeypatch: pytest.Monkey
         userdb.user(3_000_000_000 + number)
         assert len(userdb._kept) <= 50
     userdb.forget()
+
+
+def test_an_entry_for_which_there_is_no_memory_is_no_missing_user() -> None:
+    """getpwnam(3) says ENOMEM. It is asked again the next time."""
+
+    @userdb._for_a_while
+    def ask(name: str) -> int:
+        asked.append(name)
+        if len(asked) == 1:
+            raise MemoryError
+        return 7
+
+    asked: list[str] = []
+    with pytest.raises(KernelError, match="no memory") as caught:
+        ask("anna")
+    assert caught.value.errno == errno.ENOMEM
+    assert (ask("anna"), asked) == (7, ["anna", "anna"])
