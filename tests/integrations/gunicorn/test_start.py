@@ -241,7 +241,10 @@ def test_a_master_without_descriptors_says_so(in_child: Any) -> None:
             Boots()
         return str(raised.value)
 
-    assert in_child(program) == "memfd_create(2): Too many open files"
+    assert in_child(program) == (
+        "memfd_create(2): Too many open files (raise the limit on open files of this process: RLIMIT_NOFILE, "
+        "`ulimit -n`, LimitNOFILE= of a unit)"
+    )
 
 
 BREAKABLE = """
