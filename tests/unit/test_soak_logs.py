@@ -18,6 +18,10 @@ OTHER = "[2026-11-30 22:18:50: ERROR/ForkPoolWorker-2] the supervisor of executo
 PREFIX = "[tenant] [2026-11-30 22:18:50: WARNING/ForkPoolWorker-2] "
 
 
+def named(text: str) -> str:
+    return "".join(f"[own anna.example:80] {line}" for line in text.splitlines(True))
+
+
 @pytest.mark.parametrize(
     ("log", "count"),
     [
@@ -25,6 +29,8 @@ PREFIX = "[tenant] [2026-11-30 22:18:50: WARNING/ForkPoolWorker-2] "
         pytest.param(
             FAILED + TRACEBACK + "\nThe above exception was …\n\n" + TRACEBACK, 0, id="with-its-cause"
         ),
+        pytest.param(FAILED + named(TRACEBACK), 0, id="named"),
+        pytest.param(OTHER + named(TRACEBACK), 1, id="named-of-a-server"),
         pytest.param(OTHER + TRACEBACK, 1, id="of-a-server"),
         pytest.param(FAILED + TRACEBACK + OTHER + TRACEBACK, 1, id="after-that-of-a-task"),
         pytest.param(TRACEBACK, 1, id="alone"),

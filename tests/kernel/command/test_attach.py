@@ -19,7 +19,6 @@ from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree import attach as tree_attach
 from rcon_plugins.tree.garbage import collect
-from tests.kernel.cgroup.helpers import layout
 from tests.kernel.command.harness import Done, left_by, rcon, until
 from tests.kernel.quota import judge, window
 from tests.processes import cpu_seconds
@@ -157,12 +156,14 @@ def test_processes_of_a_killed_watcher_are_moved_back_and_not_killed(base: Cgrou
         assert base.children() == []
 
 
+@pytest.mark.layout("v1", "hybrid")
 def test_without_a_record_processes_stay_below_the_base() -> None:
-    """A watcher in a container records in the /run there. The limits around the base hold for its processes."""
+    """A watcher in a container records in the /run there. The limits around the base hold for its processes.
+
+    On v2 the base passes controllers on, and takes no processes.
+    """
     base = f"/rcon-tests-{os.getpid()}"
     cgroup = Hierarchy.discover().cgroup(base)
-    if layout() == "v2":
-        pytest.skip("on v2 the base passes controllers on, and takes no processes")
     with running("sleep", "1000") as one:
         attach(one, "--pids", "50", "--cgroup", base)
         mine = watcher(one[0].pid)
