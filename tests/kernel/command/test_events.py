@@ -82,14 +82,18 @@ def test_on_event_gets_each_event_and_its_limits_are_applied(tmp_path: Path) -> 
 
 
 def until_limit(value: int, *files: str) -> str:
-    """Return shell code that waits until the group of the command has this limit, in one of these files."""
+    """Return shell code that waits until the group of the command has this limit, in one of these files.
+
+    It ends the command with status 9 if that takes a minute, so that nothing waits for ever when the test has failed.
+    """
     return f"""show() {{
     for line in $(cat /proc/self/cgroup); do
         names=${{line#*:}}; names=${{names%%:*}}; path=${{line#*:*:}}
         for file in {" ".join(files)}; do cat /sys/fs/cgroup/$names${{path%/main}}/$file 2>/dev/null; done
     done
 }}
-until show | grep -qx {value}; do sleep 0.1; done"""
+left=600
+until show | grep -qx {value}; do left=$((left - 1)); [ $left -gt 0 ] || exit 9; sleep 0.1; done"""
 
 
 def test_on_event_runs_outside_the_group_and_delays_nothing(tmp_path: Path) -> None:
