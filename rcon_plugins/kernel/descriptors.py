@@ -5,6 +5,7 @@ Each failure is a `KernelError` with the remedy: this process or the machine has
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
@@ -51,8 +52,14 @@ def socket_pair(kind: int, module: Any) -> tuple[Any, Any]:
 
 
 def of_process(pid: int) -> int:
-    """Return a descriptor of a process, pidfd_open(2). Raises `KernelError`; ESRCH: it is gone."""
+    """Return a descriptor of a process, pidfd_open(2). Raises `KernelError`; ESRCH: it is gone.
+
+    While the kernel takes an ended process apart, it has a number and no leader any more. The errno is that of a number
+    of a thread then: EINVAL, in newer kernels ENOENT.
+    """
     try:
         return os.pidfd_open(pid)
     except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT):
+            error = ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         raise KernelError.from_oserror(error, path=f"pidfd_open({pid})") from None
