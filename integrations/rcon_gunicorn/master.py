@@ -149,9 +149,8 @@ class Boots:
         try:
             self._file = os.memfd_create("rcon-boots")
             try:
-                os.pwrite(
-                    self._file, b"\0\0", 0
-                )  # takes the memory for it, so that no later write lacks that
+                # Takes the memory for it, so that no later write lacks that.
+                os.pwrite(self._file, b"\0\0", 0)
             except BaseException:
                 os.close(self._file)
                 raise

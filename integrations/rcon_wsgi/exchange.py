@@ -147,22 +147,25 @@ class Exchange:
 
     def _start(self, start_response: StartResponse, start: wire.Start) -> Iterable[bytes]:
         self._status = start.status
-        self._left = wire.body_length(start, self._environ["REQUEST_METHOD"])
         if start.status.startswith("500"):
             self._ending = "error"
             outcome, only = self._hold_back()
             if outcome is not None and outcome.ending not in ANSWERED:
                 return respond(self._environ, start_response, outcome)
-            self._hand_over()
-            start_response(start.status, start.headers)
+            self._begin_body(start_response, start)
             return _SizedExchange(self) if only else self
         kind, payload = self._next()
         if kind == wire.ONLY:
             return self._only(start_response, start, payload)
         self._take(kind, payload)
+        self._begin_body(start_response, start)
+        return self
+
+    def _begin_body(self, start_response: StartResponse, start: wire.Start) -> None:
+        """Give the server the headers of a response whose body it then iterates over."""
+        self._left = wire.body_length(start, self._environ["REQUEST_METHOD"])
         self._hand_over()
         start_response(start.status, start.headers)
-        return self
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -262,8 +265,7 @@ class Exchange:
                 return [chunk]
             self._take(kind, payload)
         self._pending.append(chunk)
-        self._hand_over()
-        start_response(start.status, start.headers)
+        self._begin_body(start_response, start)
         return _SizedExchange(self)
 
     def _chunk(self, kind: int, payload: bytes) -> bytes:
