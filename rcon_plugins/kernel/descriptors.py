@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
+import posix
 from typing import Any
 
-from rcon_plugins.errors import KernelError
+from rcon_plugins.errors import KernelError, fork_refused
 
 
 def event_counter() -> int:
@@ -63,3 +64,16 @@ def of_process(pid: int) -> int:
         if error.errno in (errno.EINVAL, errno.ENOENT):
             error = ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         raise KernelError.from_oserror(error, path=f"pidfd_open({pid})") from None
+
+
+def fork_beside(*pipe: int) -> int:
+    """Call fork(2). If it fails, close these descriptors, which are for the child, and raise KernelError.
+
+    Not for a process with other threads, or that runs code of others: see `process.fork`.
+    """
+    try:
+        return posix.fork()
+    except OSError as error:
+        for descriptor in pipe:
+            posix.close(descriptor)
+        raise fork_refused(error) from None

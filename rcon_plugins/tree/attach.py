@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, NoReturn
 
-from rcon_plugins.errors import KernelError, RconError, fork_refused
+from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.kernel import descriptors, files, proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree import attach_watcher, previous_cgroups
@@ -110,12 +110,7 @@ def attach(request: AttachRequest, hierarchy: Hierarchy, base: str | None = None
     reading, writing = descriptors.pipe()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    try:
-        pid = os.fork()
-    except OSError as error:
-        posix.close(reading)
-        posix.close(writing)
-        raise fork_refused(error) from None
+    pid = descriptors.fork_beside(reading, writing)
     if pid == 0:
         posix.close(reading)
         _become_watcher(request, hierarchy, base, writing)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal, NamedTuple
 
-from rcon_plugins.errors import KernelError, fork_refused
+from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import descriptors, features, process, seccomp
 from rcon_plugins.kernel.capability import CAP_SETGID, CAP_SETUID, Capabilities, read_state
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, swap, v1
@@ -225,7 +225,7 @@ def _inline(instance: Instance) -> None:
 def _attach(leaf: Cgroup) -> None:
     """Fork a waiting child, attach it to ``leaf``, and end it."""
     reading, writing = descriptors.pipe()
-    child = _fork(reading, writing)
+    child = descriptors.fork_beside(reading, writing)
     if child == 0:
         posix.close(writing)
         os.read(reading, 1)
@@ -238,20 +238,10 @@ def _attach(leaf: Cgroup) -> None:
         os.waitpid(child, 0)
 
 
-def _fork(*pipe: int) -> int:
-    """Fork. If that fails, close the ends of the pipe and raise KernelError."""
-    try:
-        return os.fork()
-    except OSError as error:
-        for descriptor in pipe:
-            posix.close(descriptor)
-        raise fork_refused(error) from None
-
-
 def _in_a_child(act: Callable[[], None]) -> None:
     """Call ``act`` in a child. Raise the KernelError that it raised."""
     reading, writing = descriptors.pipe()
-    child = _fork(reading, writing)
+    child = descriptors.fork_beside(reading, writing)
     if child == 0:
         try:
             posix.close(reading)

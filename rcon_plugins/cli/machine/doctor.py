@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 
 from rcon_plugins.cli.exit import BadUsage, Refused
-from rcon_plugins.errors import fork_refused
 from rcon_plugins.identity import userdb
 from rcon_plugins.kernel import descriptors
 from rcon_plugins.kernel.capability import Identity, drop
@@ -46,10 +45,7 @@ def _as_user(name: str, base: str | None) -> Report:
     if os.geteuid() != 0:
         raise BadUsage(f"--user needs root (sudo rcon doctor --user {name}, or: sudo -u {name} rcon doctor)")
     reading, writing = descriptors.pipe()
-    try:
-        child = os.fork()
-    except OSError as error:
-        raise fork_refused(error) from None
+    child = descriptors.fork_beside(reading, writing)
     if child == 0:
         status = 1
         try:

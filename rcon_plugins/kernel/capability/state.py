@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import posix
+import re
 import threading
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ SECBIT_KEEP_CAPS = 1 << 4
 SECBIT_KEEP_CAPS_LOCKED = 1 << 5
 SECBIT_NO_CAP_AMBIENT_RAISE = 1 << 6  # Linux 4.3
 SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED = 1 << 7
+
+
+_FIELDS = re.compile(rb"^(Cap\w+|NoNewPrivs|Uid|Gid|Groups):(.*)$", re.MULTILINE)
 
 
 class Ids(NamedTuple):
@@ -73,20 +77,20 @@ def read_securebits() -> int:
 
 def parse_status(text: bytes, securebits: int | None = None) -> State:
     """Parse the text of a ``/proc/PID/status``, which lacks the securebits. Raises `KeyError`, `ValueError`."""
-    # The name of the program comes first; the kernel escapes newlines in it.
-    lines = (line.partition(b":") for line in text.split(b"\n"))
-    fields = {name.decode("ascii", "replace"): value for name, colon, value in lines if colon}
+    # The name of the program comes first; the kernel escapes newlines in it. Other lines are left alone: each new
+    # process reads this twice.
+    fields = dict(_FIELDS.findall(text))
     return State(
-        permitted=_capabilities(fields["CapPrm"]),
-        effective=_capabilities(fields["CapEff"]),
-        inheritable=_capabilities(fields["CapInh"]),
-        ambient=_capabilities(fields["CapAmb"]),
-        bounding=_capabilities(fields["CapBnd"]),
+        permitted=_capabilities(fields[b"CapPrm"]),
+        effective=_capabilities(fields[b"CapEff"]),
+        inheritable=_capabilities(fields[b"CapInh"]),
+        ambient=_capabilities(fields[b"CapAmb"]),
+        bounding=_capabilities(fields[b"CapBnd"]),
         securebits=securebits,
-        no_new_privs=fields["NoNewPrivs"].strip() == b"1",
-        uids=_ids(fields["Uid"]),
-        gids=_ids(fields["Gid"]),
-        groups=tuple(sorted(int(group) for group in fields["Groups"].split())),
+        no_new_privs=fields[b"NoNewPrivs"].strip() == b"1",
+        uids=_ids(fields[b"Uid"]),
+        gids=_ids(fields[b"Gid"]),
+        groups=tuple(sorted([int(group) for group in fields[b"Groups"].split()])),
     )
 
 
@@ -113,5 +117,4 @@ def _capabilities(text: bytes) -> Capabilities:
 
 
 def _ids(text: bytes) -> Ids:
-    real, effective, saved, fs = (int(number) for number in text.split())
-    return Ids(real, effective, saved, fs)
+    return Ids(*map(int, text.split()))

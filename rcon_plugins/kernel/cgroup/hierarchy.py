@@ -149,8 +149,9 @@ class Hierarchy(NamedTuple):
 
     def _branches(self, path: str, controllers: frozenset[str], threaded: bool) -> list[Branch]:
         found: list[Branch] = []
+        homes = [(name, self.mount_of(name)) for name in controllers]
         for mount in self.mounts:
-            here = frozenset(name for name in controllers if self.mount_of(name) == mount)
+            here = frozenset([name for name, home in homes if home == mount])
             if mount.version == 2:
                 if threaded:
                     here &= v2.THREADED

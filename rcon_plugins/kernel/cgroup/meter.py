@@ -195,29 +195,30 @@ class Meter:
         self._swap_areas: int | None = None
         try:
             for directory, some in itertools.groupby(targets, lambda target: target[0]):
-                with files.opening(directory) as open_one:
+                with files.Directory(directory) as opened:
                     for _, name, parser in some:
-                        self._open(open_one, directory, name, parser)
+                        self._open(opened, directory, name, parser)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, open_one: Callable[[str, int], int], directory: str, name: str, parser: Parser) -> None:
+    def _open(self, opened: files.Directory, directory: str, name: str, parser: Parser) -> None:
         path = f"{directory}/{name}"
-        if any(known == f"{directory}/{_INSTEAD_OF.get(name)}" for _, known, _ in self._files):
+        better = _INSTEAD_OF.get(name)
+        if better and any(known == f"{directory}/{better}" for _, known, _ in self._files):
             return
         fd: int | None = None
         if name in _PEAKS:
             # A reset peak shows only through the fd that reset it (v2, kernel 6.12).
             try:
-                fd = open_one(name, os.O_RDWR)
+                fd = opened.open(name, os.O_RDWR)
                 self._peaks.append((fd, _PEAKS[name]))
             except KernelError as error:
                 if not (files.gone(error) or files.refused(error)):
                     raise
         if fd is None:
             try:
-                fd = open_one(name, os.O_RDONLY)
+                fd = opened.open(name, os.O_RDONLY)
             except KernelError as error:
                 if error.errno == errno.ENOENT and files.is_directory(directory):
                     return
