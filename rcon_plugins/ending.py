@@ -24,6 +24,7 @@ Ending = Literal[
     "aborted",  # stopped by the host: the client went away, or the server stops
     "refused",  # never started: it could not be confined
     "forbidden",  # never started: its identity is not allowed
+    "unroutable",  # never started: no route names it
 ]
 
 #: Why a host stopped work itself: at its deadline, on `abort`, or because its process broke the protocol.

@@ -10,7 +10,8 @@
     │   ├── DelegationError
     │   └── CapabilityError
     ├── ConfinementError           the work did not run
-    │   └── IdentityRefused        its identity is not allowed
+    │   ├── IdentityRefused        its identity is not allowed
+    │   └── Unroutable             no route names it
     ├── ApplicationError           the confined code raised
     ├── Killed                     the process ended before the work was done
     └── LimitExceeded              the work ran into a limit
@@ -151,6 +152,10 @@ class CapabilityError(KernelError):
 
 class ConfinementError(RconError):
     """Raised when work could not be confined. The work did not run."""
+
+
+class Unroutable(ConfinementError):
+    """Raised for work that no route names, or whose policy does not exist. The work did not run."""
 
 
 class IdentityRefused(ConfinementError):

@@ -122,6 +122,20 @@ def rcon_drop(policy: Policy, target: str, identity: Identity | None) -> None:
 
 
 @hookspec
+def rcon_executor_started(policy: Policy) -> None:
+    """Prepare a new executor process for its work: connect to a database, start threads, warm a cache.
+
+    Called in each executor process, confined and with the rights of its work, after the application's fork hooks
+    (`os.register_at_fork`) and before its first request or task. The built-in plugin calls the function that the
+    setting ``executor_started`` names. What the hook does counts against the limits of the policy, but not against
+    ``each.timeout``: a process that is not ready within ten seconds is killed.
+
+    :param policy: the policy that the process serves for the rest of its life.
+    :raises Exception: anything raised means that the process ends and the work does not run.
+    """
+
+
+@hookspec
 def rcon_work_started(work: Work, policy: Policy) -> None:
     """Hear that work is about to run. Called in the host process, in the thread that serves it.
 

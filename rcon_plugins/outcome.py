@@ -40,6 +40,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
             return errors.Killed(self.detail, self.signal, self.usage)
         if self.ending == "forbidden":
             return errors.IdentityRefused(self.detail)
+        if self.ending == "unroutable":
+            return errors.Unroutable(self.detail)
         if self.ending == "refused":
             return errors.ConfinementError(self.detail)
         return None

@@ -24,7 +24,7 @@ from rcon_plugins.errors import (
     MemoryLimitExceeded,
     RconError,
 )
-from rcon_plugins.executors import fork_server
+from rcon_plugins.executors import log_files
 from rcon_plugins.executors.output import log_of
 from rcon_plugins.settings.budget import BUDGET
 
@@ -89,7 +89,7 @@ class PoolProcess:
         service = TaskService(self._app, self._codes, worker.hostname, greenlets=server.greenlets)
         after_fork = [
             self._after_fork,
-            fork_server.leaving_log_files(_loggers()),
+            log_files.leaving_log_files(_loggers()),
             service.install_signal_handlers,
         ]
         if server.greenlets:
@@ -248,7 +248,7 @@ def server_files() -> list[int]:
 
     Standard output and standard error are not among them; sockets and pipes are closed anyway.
     """
-    found = fork_server.open_log_files(_loggers()) | fork_server.open_files_named(_BILLIARD_FILE)
+    found = log_files.open_log_files(_loggers()) | log_files.open_files_named(_BILLIARD_FILE)
     return sorted(descriptor for descriptor in found if descriptor > 2)
 
 

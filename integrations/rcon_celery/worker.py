@@ -119,6 +119,7 @@ class ConfinedWorker:
         by its key in an error message. Raises `RconError` with the problem and its remedy.
         """
         manager = Manager(settings, server=pool.server, plugins=[tasks], memory=largest)
+        manager.plan.load_function()
         worker = cls(manager.deploy(changeable=True), pool, hostname)
         atexit.register(worker.close)
         _log.info("rcon: tasks are confined in the cgroup %s", worker.deployment.instance.path)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from rcon_gunicorn.logs import error_log, join_error_log, leaving_log_files, log_files
+from rcon_gunicorn.logs import error_log, join_error_log, leaving_log_files, open_log_files
 from rcon_gunicorn.master import Master
 from rcon_gunicorn.workers import after_fork, refusal, server_traits
 from rcon_plugins.confinement.running import RunningManager
@@ -162,7 +162,7 @@ class Hooks:
                 after_fork=[*after_fork(traits), leaving_log_files()],
                 # With the heartbeat file a request could keep a hung worker alive; with a log file it could empty the
                 # log.
-                server_files=[worker.tmp.fileno(), *log_files(worker.log)],
+                server_files=[worker.tmp.fileno(), *open_log_files(worker.log)],
                 log=error_log(),
             )
         self._manager = manager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from rcon_plugins.executors import fork_server
+from rcon_plugins.executors import log_files
 from rcon_plugins.executors.output import Log, log_of
 
 #: gunicorn's own loggers.
@@ -46,12 +46,12 @@ def error_log() -> Log:
     return log_of([logging.getLogger(_ERROR_LOG)])
 
 
-def log_files(log: object) -> list[int]:
+def open_log_files(log: object) -> list[int]:
     """Return the descriptors of gunicorn's log files, which are open for writing. ``log`` is the worker's logger.
 
     Leave out standard output and standard error, which executor processes have too.
     """
-    found = fork_server.open_log_files(_loggers())
+    found = log_files.open_log_files(_loggers())
     captured = getattr(log, "logfile", None)  # opened by capture_output
     if captured is not None and not captured.closed:
         found.add(captured.fileno())
@@ -60,7 +60,7 @@ def log_files(log: object) -> list[int]:
 
 def leaving_log_files() -> Callable[[], None]:
     """Return a function that makes gunicorn's loggers in an executor process write to standard error, not to files."""
-    return fork_server.leaving_log_files(_loggers())
+    return log_files.leaving_log_files(_loggers())
 
 
 def _loggers() -> list[logging.Logger]:

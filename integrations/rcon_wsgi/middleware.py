@@ -16,7 +16,7 @@ from rcon_plugins.confinement.admission import LocalAdmission, ProcessAdmission
 from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.confinement.manager import Manager
 from rcon_plugins.confinement.running import RunningManager
-from rcon_plugins.errors import IdentityRefused, LimitExceeded, RconError
+from rcon_plugins.errors import IdentityRefused, LimitExceeded, RconError, Unroutable
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.file import Settings, load
 from rcon_wsgi.exchange import Exchange
@@ -88,6 +88,9 @@ class ConfineMiddleware:
             return respond_refused(environ, start_response, error)
         except IdentityRefused:
             return respond(environ, start_response, Outcome(ending="forbidden"))
+        except Unroutable:
+            status = self._manager.plan.settings.unmatched_status
+            return respond(environ, start_response, Outcome(ending="unroutable"), status=status)
         except RconError:  # the manager has reported it to hooks and log
             return respond(environ, start_response, Outcome(ending="refused"))
         if admission is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote
 
@@ -120,6 +121,7 @@ ANSWERED: Final = frozenset({"ok", "error"})
 
 _UNAVAILABLE: Final = "503 Service Unavailable"
 _FORBIDDEN: Final = "403 Forbidden"
+_MISDIRECTED: Final = "421 Misdirected Request"
 _GATEWAY_TIMEOUT: Final = "504 Gateway Timeout"
 
 
@@ -156,6 +158,9 @@ _PROBLEMS: Final[dict[Ending, _Problem]] = {
         "Identity not allowed",
         "The policy does not allow the user that the request would run as.",
     ),
+    "unroutable": _Problem(
+        _MISDIRECTED, "No policy for this request", "The server has no policy for this host and path."
+    ),
     "aborted": _Problem(
         _UNAVAILABLE, "Request stopped", "The server stopped the request before it was done."
     ),
@@ -189,17 +194,20 @@ def respond(
     retry_after: int | None = None,
     *,
     replacing: bool = False,
+    status: int | None = None,
 ) -> list[bytes]:
     """Answer a request with a problem document for its outcome.
 
-    ``retry_after`` is in seconds. Use ``replacing`` in an ``except`` block, after the application may have called
-    ``start_response``: the server then raises the current exception if headers have been sent.
+    ``retry_after`` is in seconds. ``status`` replaces the status of the outcome. Use ``replacing`` in an ``except``
+    block, after the application may have called ``start_response``: the server then raises the current exception if
+    headers have been sent.
     """
     problem = _PROBLEMS.get(outcome.ending, _KILLED)
+    line = problem.status if status is None else _status_line(status)
     document: dict[str, object] = {
         "type": f"urn:problem-type:rcon:{outcome.ending if outcome.ending in _PROBLEMS else 'killed'}",
         "title": problem.title,
-        "status": int(problem.status[:3]),
+        "status": int(line[:3]),
         "detail": problem.detail,
     }
     if outcome.limit:
@@ -211,7 +219,14 @@ def respond(
     if outcome.ending == "concurrency":
         headers.append(("Retry-After", str(retry_after or 1)))
     if replacing:
-        start_response(problem.status, headers, sys.exc_info())
+        start_response(line, headers, sys.exc_info())
     else:
-        start_response(problem.status, headers)
+        start_response(line, headers)
     return [] if environ.get("REQUEST_METHOD") == "HEAD" else [body]
+
+
+def _status_line(status: int) -> str:
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:  # not a registered one
+        return f"{status} Refused"

@@ -9,8 +9,9 @@ from typing import Any
 import pluggy
 
 from rcon_plugins import hookspecs
-from rcon_plugins.builtin import identity, limits, log, seccomp
+from rcon_plugins.builtin import identity, limits, seccomp
 from rcon_plugins.builtin.landlock import Landlock
+from rcon_plugins.builtin.log import Log
 from rcon_plugins.builtin.namespaces import Namespaces
 from rcon_plugins.builtin.process import BeforeIdentity, Rlimits
 from rcon_plugins.builtin.routing import Routing
@@ -29,7 +30,7 @@ def make_plugin_manager(settings: Settings, extra: Iterable[object] = ()) -> plu
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(limits, "rcon.limits")
-    manager.register(log, "rcon.log")
+    manager.register(Log(), "rcon.log")
     manager.register(Routing(settings), "rcon.routing")
     # pluggy calls these last, in this order. Plugins that need privileges come before the identity, which drops them.
     # Rlimits come after Landlock and the identity, because these open files.

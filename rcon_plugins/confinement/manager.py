@@ -28,7 +28,7 @@ from rcon_plugins.tree.instance import Instance
 
 if TYPE_CHECKING:
     from rcon_plugins.confinement.isolation import Server
-    from rcon_plugins.executors.fork_server import Service
+    from rcon_plugins.executors.inside import Service
     from rcon_plugins.kernel.cgroup import Hierarchy
     from rcon_plugins.settings.file import Settings
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.builtin.plugins import make_plugin_manager
+from rcon_plugins.builtin.started import Started
 from rcon_plugins.confinement.isolation import Server, Verdict, caveat, judge, process_refusals, shares_memory
 from rcon_plugins.errors import ConfinementError, DelegationError, SettingsError
 from rcon_plugins.identity.resolution import check as check_identity
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tree.instance import Instance
+
+
+_STARTED = "rcon.started"
 
 
 class Plan(NamedTuple):
@@ -93,6 +97,14 @@ class Plan(NamedTuple):
         for verdict in self.verdicts.values():
             verdict._replace(refusals=tuple(process_refusals(verdict))).check(self.settings.file)
             check_identity(verdict.policy, self.settings.file)
+
+    def load_function(self) -> None:
+        """Import the function of `executor_started`, once. Call it where the application is loaded.
+
+        Raises `SettingsError` if there is no such function.
+        """
+        if not self.plugins.has_plugin(_STARTED) and (started := Started.of(self.settings)) is not None:
+            self.plugins.register(started, _STARTED)
 
     def check_service(self, service: object | None) -> None:
         """Raise `ConfinementError` if a policy needs processes and there is no service to run in them."""

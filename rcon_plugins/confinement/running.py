@@ -31,10 +31,14 @@ from rcon_plugins.ending import Ending
 from rcon_plugins.errors import (
     ConfinementError,
     IdentityRefused,
+    KernelError,
     LimitExceeded,
     PidsLimitExceeded,
+    RconError,
+    Unroutable,
 )
 from rcon_plugins.executors.inline import leave_missed
+from rcon_plugins.executors.inside import other_thread_names
 from rcon_plugins.executors.pool import ExecutorPool
 from rcon_plugins.executors.thread import ThreadExecutors
 from rcon_plugins.identity.resolution import resolve
@@ -48,7 +52,7 @@ from rcon_plugins.tree.locks import ByteLocks
 if TYPE_CHECKING:
     from rcon_plugins.confinement.admission import Admission, Host, LocalAdmission, ProcessAdmission
     from rcon_plugins.confinement.plan import Plan
-    from rcon_plugins.executors.fork_server import Service
+    from rcon_plugins.executors.inside import Service
     from rcon_plugins.executors.output import Log
     from rcon_plugins.settings.policy import Policy
     from rcon_plugins.tally.layout import Refusal
@@ -59,6 +63,8 @@ if TYPE_CHECKING:
 #: The number of open files of a server, and of each executor: socket, usage files, entrances of its cgroup, pipes.
 _SERVER_FILES = 1024
 _EXECUTOR_FILES = 16
+#: The key of the confinement of a trial begins so. No request or task has such a key.
+_TRIAL = "\0trial "
 #: The most pieces of shared memory that the log names at the end.
 _MOST_NAMED = 10
 
@@ -149,15 +155,52 @@ class RunningManager:
         if service is not None and plan.uses_processes:
             ledger = () if self._budget is None else (self._budget.ledger.file,)
             changes = () if self._policies.changes is None else (self._policies.changes.file,)
-            self._pool.processes.start(service, after_fork, [*server_files, *ledger, *changes], log)
-        if plan.uses_threads:
-            try:
+            plan.load_function()
+            # Threads of a job runner are its own.
+            names = () if plan.server.tasks else other_thread_names()
+            self._pool.processes.start(service, after_fork, [*server_files, *ledger, *changes], log, names)
+        try:
+            # Celery ends a pool process that does not report within seconds.
+            if self._pool.processes.usable and not plan.server.tasks:
+                self._try_an_executor()
+            if plan.uses_threads:
                 self.instance.sweep_threaded(settings.confinements)
-            except BaseException:
-                self._pool.close()  # nobody else would end the fork server
-                raise
+        except BaseException:
+            with contextlib.ExitStack() as last:  # nobody else would end the fork server
+                last.callback(self._removals.close)
+                last.callback(self._monitor.close)
+                last.callback(self._pool.close)
+            raise
         self._began = time.time()
         self._open = True
+
+    def _try_an_executor(self) -> None:
+        """Make an executor process and end it: what would refuse every request stops the server now.
+
+        It gets a confinement of its own: running work of other processes of the server neither hinders it nor is
+        hindered. Do nothing if no policy says as whom its work runs before there is some. Raises `ConfinementError`.
+        """
+        for policy in self._of_processes():
+            try:
+                identity = resolve(policy, {})
+            except RconError:
+                continue
+            name = cgroup_name(policy.name, f"{_TRIAL}{self._pid}", self._generations.get(policy.name, 0))
+            try:
+                self._pool.try_one(name, policy, identity)
+            except (ConfinementError, KernelError) as error:
+                raise ConfinementError(
+                    f"policy {policy.name}: no executor process can serve: {error}"
+                ) from error
+            return
+
+    def _of_processes(self) -> list[Policy]:
+        """Return the policies whose work runs in processes, the one for work without a route first."""
+        verdicts = self.plan.verdicts
+        found = [
+            policy for name, policy in self._policies.by_name.items() if verdicts[name].isolation == "process"
+        ]
+        return sorted(found, key=lambda policy: policy.name != self._fallback)
 
     def close(self) -> None:
         """Kill running work, end all executor processes, and remove the cgroups that this manager made.
@@ -202,9 +245,9 @@ class RunningManager:
         budget; the error's ``limit`` is `BUDGET` then. ``memory`` is called with the policy. If it returns a number of
         bytes, that replaces ``each.memory`` for this work alone.
 
-        Raises `ConfinementError` if the work cannot be confined, `IdentityRefused` if its policy does not allow the
-        identity it would get, `ConcurrencyLimitExceeded` if the policy's concurrency or the budget is used up,
-        `PidsLimitExceeded` if its confinement has as many processes as it may.
+        Raises `ConfinementError` if the work cannot be confined, `Unroutable` if it has no policy, `IdentityRefused` if
+        its policy does not allow the identity it would get, `ConcurrencyLimitExceeded` if the policy's concurrency or
+        the budget is used up, `PidsLimitExceeded` if its confinement has as many processes as it may.
         """
         if self._pid != os.getpid() or not self._open:
             self._refuse(work, "", None, ConfinementError(self._why_not_here()))
@@ -219,7 +262,7 @@ class RunningManager:
                 policies.refresh()
             policy = policies.by_name.get(name)
             if policy is None:
-                raise _NoPolicy(_why_no_policy(work, name))
+                raise _no_policy(work, name)
             key = work.attributes.get(policy.per) if policy.per is not None else None
             identity = resolve(policy, work.attributes) if policy.user is not None else None
             if name in self._sharing:
@@ -256,7 +299,7 @@ class RunningManager:
             return None
         policy = self._policies.all().get(name)
         if policy is None:
-            raise _NoPolicy(_why_no_policy(work, name))
+            raise _no_policy(work, name)
         return policy
 
     def _hold(self, policy: Policy, key: str | None) -> Confinement:
@@ -377,7 +420,7 @@ class RunningManager:
         """Count, and report to hooks and log, that the work does not run, and raise the error."""
         ending: Ending
         # Work without a policy gets one record: a client may invent the names.
-        record = self.tally.record(*(("", None) if isinstance(error, _NoPolicy) else (policy, key)))
+        record = self.tally.record(*((policy, key) if policy in self._policies.by_name else ("", None)))
         self.tally.refuse(record, _reason_of(error))
         if isinstance(error, LimitExceeded):
             error.policy, error.key = policy, key
@@ -386,7 +429,11 @@ class RunningManager:
                 work, Outcome(ending=ending, policy=policy, key=key, limit=error.limit, detail=str(error))
             )
             raise error
-        ending = "forbidden" if isinstance(error, IdentityRefused) else "refused"
+        kinds: tuple[tuple[type[Exception], Ending], ...] = (
+            (IdentityRefused, "forbidden"),
+            (Unroutable, "unroutable"),
+        )
+        ending = next((found for kind, found in kinds if isinstance(error, kind)), "refused")
         self._report(work, Outcome(ending=ending, policy=policy, key=key, detail=str(error)))
         if isinstance(error, ConfinementError):
             raise error
@@ -411,10 +458,6 @@ class RunningManager:
         )
 
 
-class _NoPolicy(ConfinementError):
-    """Raised for work that no route names, or whose policy does not exist."""
-
-
 def _reason_of(error: Exception) -> Refusal:
     if isinstance(error, PidsLimitExceeded):
         return "pids"
@@ -424,7 +467,7 @@ def _reason_of(error: Exception) -> Refusal:
         return "processes" if error.limit == "processes" else "concurrency"
     if isinstance(error, IdentityRefused):
         return "forbidden"
-    return "unroutable" if isinstance(error, _NoPolicy) else "refused"
+    return "unroutable" if isinstance(error, Unroutable) else "refused"
 
 
 def _budget(plan: Plan) -> MemoryBudget | None:
@@ -432,10 +475,10 @@ def _budget(plan: Plan) -> MemoryBudget | None:
     return None if settings is None or whole is None else MemoryBudget(machine_ledger(), whole, settings.wait)
 
 
-def _why_no_policy(work: Work, name: str) -> str:
+def _no_policy(work: Work, name: str) -> ConfinementError:
     if name:
-        return f"a plugin selected the policy {name!r}, which does not exist"
-    return (
+        return ConfinementError(f"a plugin selected the policy {name!r}, which does not exist")
+    return Unroutable(
         f"no route names {work.quoted()}; add a route or a policy named `default`, "
         'or set unmatched = "allow" to let such work run without limits'
     )

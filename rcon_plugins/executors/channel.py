@@ -29,12 +29,16 @@ CHUNK = 64 * 1024
 _LEAST_READ, _FREE_READS = 1024, 16
 #: Kinds below this one belong to the executor itself; services number their kinds from here.
 FIRST_SERVICE_KIND = 16
-#: The executor process is confined and waits. Its first frame, and its last after each unit of work. Payload: its pid.
+#: The executor process waits for work. Sent after CONFINED, and last after each unit of work. Payload of the first: the
+#: names of its other threads, which the application has started.
 READY = 1
-#: The new executor process could not be confined. Sent in place of the first READY. Payload: the reason, as text.
+#: The new executor process could not be confined, or prepared for work. Sent in place of CONFINED or of the first
+#: READY. Payload: the reason, as text.
 FAILED = 2
-#: The confinement has as many processes as it may. Sent in place of the first READY. Payload: the reason, as text.
+#: The confinement has as many processes as it may. Sent in place of CONFINED. Payload: the reason, as text.
 FULL = 3
+#: The executor process is confined. Its first frame. Payload: `CONFINED_RECORD`.
+CONFINED = 4
 
 
 _NOT_OURS = "this process is a fork of the channel's owner and may not use it"

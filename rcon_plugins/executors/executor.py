@@ -37,6 +37,7 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.channel import READY, Channel, ChannelClosed, ChannelTimeout
 from rcon_plugins.kernel.attempts import Attempts
 from rcon_plugins.kernel.files import gone
+from rcon_plugins.kernel.proc import thread_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -129,7 +130,7 @@ class Executor:
         self.state = State.STARTING
         #: The time when it entered its state (`time.monotonic`).
         self.since = time.monotonic()
-        #: Its pid; 0 until it is ready for the first time.
+        #: Its pid; 0 until it is confined.
         self.pid = 0
         #: The number of units of work it has served, including the one under way.
         self.uses = 0
@@ -163,21 +164,21 @@ class Executor:
 
     # -- transitions ------------------------------------------------------------------------------
 
-    def set_ready(self, pid: int) -> None:
-        """Note READY: it is confined and waits for work."""
-        self.pid = pid
+    def set_ready(self) -> None:
+        """Note READY: it waits for work."""
         with self.lock:
             if self.state in (State.STARTING, State.RETURNING):
                 self.state, self.since = State.WAITING, time.monotonic()
 
     def read_start(self) -> None:
-        """Take the reading from which its first work counts: to start and to be confined was no part of that.
+        """Take the reading from which its first work counts: its start, and what the application did then, is no part.
 
         Raises `KernelError`, but not if the cgroup is gone: whoever uses the executor learns that it died.
         """
         with self.lock:
             try:
                 if self._meter is not None:
+                    self._meter.reset_peak()
                     self.reading = self._meter.read()
             except KernelError as error:
                 if not gone(error):
@@ -248,8 +249,15 @@ class Executor:
         """Whether the fork server reported the end of the process, or can no longer report it."""
         return self.state in _EXIT_REPORTED
 
-    def is_alone(self) -> bool:
-        """Return whether the executor process is the only process in its cgroup. Raises `KernelError`."""
+    def is_alone(self, reading: Reading) -> bool:
+        """Return whether the executor process is the only process in its cgroup. Raises `KernelError`.
+
+        ``reading`` is the usage of the cgroup now. Threads of the process count in it, as do those that a library
+        starts in each executor. They are counted elsewhere too, so that they cost no second file. Code that ends and
+        starts threads meanwhile can hide a process of its own so; it could leave a thread as well.
+        """
+        if reading.pids_current is not None and reading.pids_current == thread_count(self.pid):
+            return True
         return self.leaf.processes() == [self.pid]
 
     def is_back(self, seconds: float) -> bool | None:
@@ -267,7 +275,7 @@ class Executor:
             return False
         if frame.kind != READY:
             return False
-        self.set_ready(self.pid)
+        self.set_ready()
         return True
 
     def read(self) -> Reading:

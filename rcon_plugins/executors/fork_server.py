@@ -3,10 +3,7 @@
 The host forks it after the application is loaded and before other threads serve, so that no fork happens beside
 threads. It runs no application code. It reaps the executor processes and reports to the host how each ended. When the
 host ends, for any reason, it kills the executor processes and all processes that they started, and ends too.
-
-Host and fork server talk over a ``SOCK_SEQPACKET`` pair. The host sends a `SpawnOrder` (with one end of the new
-executor's channel, and of the pipe for its output), a `KillOrder` or a `SignalOrder`; the fork server sends an
-`ExitReport`. Both ends are this project's own code, so orders are pickled; an exit report is a fixed record.
+For what the two say to each other see `orders`.
 """
 
 from __future__ import annotations
@@ -16,43 +13,31 @@ import array
 import contextlib
 import errno
 import gc
-import logging
 import os
 import pickle
 import posix
 import signal
 import socket
-import struct
-import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from rcon_plugins.errors import ConfinementError, KernelError
-from rcon_plugins.executors.channel import FAILED, FULL, READY, Channel, ChannelClosed, Frame
+from rcon_plugins.executors.channel import Channel
 from rcon_plugins.executors.inherited import InheritedFiles
+from rcon_plugins.executors.inside import EXIT_SERVICE_RAISED, Template, run_executor
+from rcon_plugins.executors.orders import LONGEST_ORDER, ExitReport, KillOrder, SignalOrder, SpawnOrder
 from rcon_plugins.kernel import descriptors, process
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
+from rcon_plugins.kernel.clone import Child, Cloner, CloneUnavailable
 from rcon_plugins.kernel.proc import other_threads
 from rcon_plugins.kernel.syscalls import poll_readable
-from rcon_plugins.tree.locks import entering
 
 if TYPE_CHECKING:
-    import pluggy
-
-    from rcon_plugins.kernel.capability import Identity
+    from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.settings.policy import Policy
-    from rcon_plugins.tree.instance import Instance
 
-#: The function that serves one unit of work in an executor process. It is called with the first frame.
-Service = Callable[[Channel, Frame], None]
-
-PID = struct.Struct("!i")
-_EXIT_REPORT = struct.Struct("!qii")
-_MAX_ORDER = 128 * 1024
 #: The longest time until orphans are looked for, where no signal tells of their end, seconds.
 _ORPHAN_SECONDS = 1.0
 #: The most children to reap before the next order.
@@ -62,49 +47,6 @@ _LAST_SECONDS, _REAP_SECONDS = 0.5, 5.0
 #: How long to try to send an exit report for which the kernel has no memory, in steps of 10 ms.
 _REPORT_ATTEMPTS = 500
 
-_EXIT_NOT_CONFINED = 71
-_EXIT_SERVICE_RAISED = 70
-
-
-class SpawnOrder(NamedTuple):
-    """Make an executor process in the cgroup ``work/<name>/<leaf>``. It serves one policy until it ends.
-
-    ``identity`` is the user and groups that it changes to; None keeps those of the server. With ``output``, a pipe
-    comes with the order that replaces the files of the server: see `InheritedFiles`.
-    """
-
-    number: int
-    name: str
-    leaf: str
-    policy: Policy
-    identity: Identity | None = None
-    output: bool = False
-
-
-class KillOrder(NamedTuple):
-    """Kill an executor process by its pid, because it may have left its cgroup.
-
-    With ``cgroup``, its name and leaf as in `SpawnOrder`, kill all in that too: the host could not.
-    """
-
-    number: int
-    cgroup: tuple[str, str] | None = None
-
-
-class SignalOrder(NamedTuple):
-    """Send a signal, which its service handles, to an executor process by its pid."""
-
-    number: int
-    signal: int
-
-
-class ExitReport(NamedTuple):
-    """An executor process ended with a wait status. With pid 0 it could not be forked, and ``status`` is an errno."""
-
-    number: int
-    pid: int
-    status: int
-
 
 class ForkServer:
     """The fork server, in its own process. `run` never returns."""
@@ -113,22 +55,18 @@ class ForkServer:
         self,
         control: _socket.socket,
         host: int,
-        instance: Instance,
-        hook: pluggy.HookRelay,
-        service: Service,
-        after_fork: Sequence[Callable[[], object]] = (),
-        server_files: Sequence[int] = (),
+        template: Template,
+        server_files: Collection[int],
     ) -> None:
         self._control = control
         self._host = host
-        self._instance = instance
-        self._hook = hook
-        self._service = service
-        self._after_fork = after_fork
+        self._template = template
+        self._instance = template.instance
         self._server_files = server_files
         self._host_pidfd = -1
         self._pid = 0
         self._files: InheritedFiles | None = None
+        self._cloner: Cloner | None = None
         self._children: dict[int, tuple[SpawnOrder, int]] = {}  # by pidfd
         #: The failed attempts to read an order. The first is printed.
         self._order_attempts = Attempts()
@@ -140,6 +78,7 @@ class ForkServer:
         status = 1
         self._pid = os.getpid()
         try:
+            self._template.fork_hooks.clear()
             # Leave the terminal's foreground group, because only the host handles an interrupt.
             os.setsid()
             process.take_default_signals()
@@ -150,11 +89,13 @@ class ForkServer:
             process.join_new_session_keyring()
             process.adopt_orphans()
             self._sigchld_read, self._sigchld_write = process.open_sigchld_pipe()
-            gc.collect()
             gc.freeze()  # objects that exist now stay shared with every executor process
+            with contextlib.suppress(CloneUnavailable):
+                self._cloner = Cloner()
             self._serve()
             status = 0
         except BaseException:  # noqa: BLE001 - this process ends: print the reason, whatever it is
+            self._leave_child()
             traceback.print_exc()
         finally:
             try:
@@ -176,6 +117,11 @@ class ForkServer:
                 return
             else:
                 time.sleep(0.001)
+
+    def _leave_child(self) -> None:
+        """End a child that came here because of an error: it must not go on as the fork server."""
+        if os.getpid() != self._pid:
+            os._exit(EXIT_SERVICE_RAISED)
 
     def _close_server_files(self) -> None:
         needed = {self._control.fileno(), self._host_pidfd, self._instance.locks}
@@ -219,7 +165,7 @@ class ForkServer:
         """Carry out one order. Return False when the host has closed its side."""
         try:
             data, ancillary, _, _ = self._control.recvmsg(
-                _MAX_ORDER, _socket.CMSG_SPACE(2 * array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
+                LONGEST_ORDER, _socket.CMSG_SPACE(2 * array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
             )
         except ConnectionResetError:  # closed before it read all reports
             return False
@@ -249,27 +195,61 @@ class ForkServer:
             if len(passed) != 1 + order.output:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # no descriptor was left for them
             fault = self._prepare(order.policy)
-            pid = process.fork()
-            if pid == 0:
-                self._become_executor(order, passed, fault)
-            try:
-                self._children[descriptors.of_process(pid)] = (order, pid)
-            except OSError:
-                os.kill(pid, signal.SIGKILL)  # a child not yet reaped: the pid is still its own
-                posix.waitpid(pid, 0)
-                raise
+            leaf = self._instance.executor_cgroup(order.name, order.leaf)
+            begins_there = fault is None and not self._is_full(order, leaf)
+            child, cloned = self._make_child(leaf.unified_directory if begins_there else None)
+            if child.pid == 0:
+                self._become_executor(order, leaf, passed, fault, cloned=cloned)
+            self._children[child.pidfd] = (order, child.pid)
         except OSError as error:
+            self._leave_child()
             self._report(ExitReport(order.number, 0, error.errno or errno.EIO))
         finally:
             for descriptor in passed:
                 posix.close(descriptor)
 
-    def _prepare(self, policy: Policy) -> BaseException | None:
-        """Call rcon_prepare. Return the exception it raised, which the new process reports."""
+    def _make_child(self, directory: str | None) -> tuple[Child, bool]:
+        """Make a child, and return whether it began in the v2 cgroup of this directory. Raises `KernelError`."""
+        if self._cloner is not None and directory is not None:
+            try:
+                return self._cloner.into(directory), True
+            except CloneUnavailable:
+                self._cloner = None
+            except KernelError:
+                self._leave_child()  # a forked process may move there, or tell the host why it cannot
+        pid = process.fork()
+        if pid == 0:
+            return Child(0, 0), False
         try:
-            self._hook.rcon_prepare(policy=policy)
+            return Child(pid, descriptors.of_process(pid)), False
+        except OSError:
+            os.kill(pid, signal.SIGKILL)  # a child not yet reaped: the pid is still its own
+            posix.waitpid(pid, 0)
+            raise
+
+    def _is_full(self, order: SpawnOrder, leaf: Cgroup) -> bool:
+        """Return whether the kernel would refuse a process in the confinement, and count that as a hit of its limit.
+
+        The next failure of running work would be taken for one of that limit.
+        """
+        pids = order.policy.pids
+        if pids is None or not leaf.counts_unified("pids"):
+            return False
+        with self._instance.policy_cgroup(order.name).meter({"pids"}) as meter:
+            return (meter.read().pids_current or 0) >= pids
+
+    def _prepare(self, policy: Policy) -> BaseException | None:
+        """Call rcon_prepare. Return why the new process cannot be confined, which it reports; None if it can."""
+        try:
+            self._template.hook.rcon_prepare(policy=policy)
         except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
             return error
+        self._template.fork_hooks.clear()  # a plugin may have loaded a library
+        if threads := other_threads():
+            return ConfinementError(
+                f"a library started threads in the fork server, where no executor process can be made then: "
+                f"{', '.join(threads)}; configure it to start no threads after a fork, or at first use"
+            )
         return None
 
     def _signal(self, executor: int, number: int) -> None:
@@ -300,7 +280,7 @@ class ForkServer:
     def _report(self, report: ExitReport) -> None:
         for attempts_left in reversed(range(_REPORT_ATTEMPTS)):
             try:
-                self._control.send(_EXIT_REPORT.pack(*report))
+                self._control.send(report.pack())
                 return
             except (BrokenPipeError, ConnectionResetError):
                 return  # the host is gone: the loop sees that by itself
@@ -310,7 +290,13 @@ class ForkServer:
             time.sleep(0.01)
 
     def _become_executor(
-        self, order: SpawnOrder, passed: Sequence[int], fault: BaseException | None
+        self,
+        order: SpawnOrder,
+        leaf: Cgroup,
+        passed: Sequence[int],
+        fault: BaseException | None,
+        *,
+        cloned: bool,
     ) -> NoReturn:
         try:
             channel_end, *output = passed
@@ -320,15 +306,25 @@ class ForkServer:
                 posix.close(pidfd)
             os.setsid()
             process.close_sigchld_pipe(self._sigchld_read, self._sigchld_write)
-            for renew in self._after_fork:
+            for renew in self._template.after_fork:
                 renew()
             end = socket.socket(fileno=channel_end)
             end.setblocking(True)
-            run_executor(Channel(end), order, self._pid, self._instance, self._hook, self._service, fault)
+            clones = self._cloner is not None
+            run_executor(
+                Channel(end),
+                order,
+                leaf,
+                self._template,
+                self._pid,
+                cloned=cloned,
+                clones=clones,
+                fault=fault,
+            )
         except BaseException:  # noqa: BLE001 - this process ends: print the reason, whatever it is
             traceback.print_exc()
         finally:
-            os._exit(_EXIT_SERVICE_RAISED)
+            os._exit(EXIT_SERVICE_RAISED)
 
     def _replace_files(self, policy: Policy, output: Sequence[int]) -> BaseException | None:
         """Take the server's files from this process if it has a pipe for its output. Return what went wrong."""
@@ -340,154 +336,3 @@ class ForkServer:
         except (OSError, KernelError) as error:
             return error
         return None
-
-
-def run_executor(
-    channel: Channel,
-    order: SpawnOrder,
-    server: int,
-    instance: Instance,
-    hook: pluggy.HookRelay,
-    service: Service,
-    fault: BaseException | None = None,
-) -> NoReturn:
-    """Run an executor process: drop privileges, report READY, serve one unit of work after the other, end.
-
-    ``fault`` is why it cannot be confined, if that is known before the fork.
-
-    A process that confined code forked may return here through the service. It ends immediately and prints nothing.
-    """
-    me = os.getpid()
-    try:
-        if fault is not None:
-            raise fault
-        if not _enter(order, instance):
-            channel.send(
-                (FULL, f"the pids limit of {order.policy.pids} processes and threads is reached".encode())
-            )
-            os._exit(_EXIT_NOT_CONFINED)
-        process.replace_with_closed_socket(instance.locks)
-        hook.rcon_drop(policy=order.policy, target="process", identity=order.identity)
-        if order.identity is not None:
-            process.join_new_session_keyring()
-        process.die_with_parent(server)
-        _check_alone()
-    except BaseException as error:  # noqa: BLE001 - report any exception to the host, and run no work
-        with contextlib.suppress(ChannelClosed):  # the host ends, and removed the cgroup just now
-            channel.send((FAILED, f"{type(error).__name__}: {error}".encode(errors="replace")[:4096]))
-        os._exit(_EXIT_NOT_CONFINED)
-    status = _EXIT_SERVICE_RAISED
-    try:
-        channel.send((READY, PID.pack(me)))
-        while True:
-            service(channel, channel.receive())
-            if os.getpid() != me:
-                break
-            _flush()
-            channel.send((READY, PID.pack(me)))
-    except ChannelClosed:
-        status = 0
-        if order.policy.leave_children and os.getpid() == me:
-            _let_threads_go_on()
-    except BaseException:  # noqa: BLE001 - this process ends: print any exception
-        if os.getpid() == me:
-            traceback.print_exc()
-    finally:
-        if os.getpid() == me:
-            _flush()
-        os._exit(status)
-
-
-def _let_threads_go_on() -> None:
-    """Wait for the threads that the work left running, as Python does at its exit. The host may kill them earlier."""
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread():
-            thread.join()
-
-
-def _check_alone() -> None:
-    """Raise `ConfinementError` if other threads of this process still have the privileges that this thread dropped."""
-    if threads := other_threads():
-        raise ConfinementError(
-            f"a library started threads in a fork hook, which still have the server's privileges: "
-            f"{', '.join(threads)}; configure it to start threads at first use, not in os.register_at_fork"
-        )
-
-
-def _enter(order: SpawnOrder, instance: Instance) -> bool:
-    """Enter the leaf. Return False if the confinement is full.
-
-    The kernel counts processes that move in, but does not refuse them (cgroup-v2.rst, pids). So the workers of the
-    server enter one at a time, under a lock.
-    """
-    leaf, pids = instance.executor_cgroup(order.name, order.leaf), order.policy.pids
-    if pids is None:
-        leaf.enter_process()
-        return True
-    group = instance.policy_cgroup(order.name)
-    with entering(instance.locks, order.name):
-        if (group.read().pids_current or 0) >= pids:
-            return False
-        leaf.enter_process()
-        return (group.read().pids_current or 0) <= pids
-
-
-def read_exit_report(data: bytes) -> ExitReport:
-    """Return the exit report that a record encodes."""
-    return ExitReport(*_EXIT_REPORT.unpack(data))
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-
-
-# -- log files ------------------------------------------------------------------------------------
-
-#: Keeps the removed handlers, because an unreferenced file object would close its descriptor and warn.
-_removed_handlers: list[logging.Handler] = []
-
-
-def open_log_files(loggers: Iterable[logging.Logger]) -> set[int]:
-    """Return the descriptors of the files that these loggers write to, in this process.
-
-    Executor processes must not have them: a process with a file open for writing may truncate it.
-    """
-    streams = [handler.stream for _, handler in _file_handlers(loggers)]
-    return {stream.fileno() for stream in streams if stream is not None and not stream.closed}
-
-
-def open_files_named(part: str) -> set[int]:
-    """Return the descriptors of the files of this process that have ``part`` in their path. Raises OSError."""
-    return {file.descriptor for file in process.open_files() if part in file.path}
-
-
-def leaving_log_files(loggers: Iterable[logging.Logger]) -> Callable[[], None]:
-    """Return a function for ``after_fork`` that makes these loggers write to standard error instead of files.
-
-    In an executor process the handler's descriptor may belong to another file, or the handler may open its file again
-    as the user of the work. The handlers are looked up here, because visiting every logger takes a new process a while.
-    """
-    return partial(_replace_handlers, list(_file_handlers(loggers)))
-
-
-def _replace_handlers(found: Iterable[tuple[logging.Logger, logging.FileHandler]]) -> None:
-    for logger, handler in found:
-        # Not sys.stderr, which Celery replaces with a stream that writes to these loggers.
-        substitute = logging.StreamHandler(sys.__stderr__)
-        substitute.setLevel(handler.level)
-        substitute.setFormatter(handler.formatter)
-        for condition in handler.filters:
-            substitute.addFilter(condition)
-        logger.removeHandler(handler)
-        logger.addHandler(substitute)
-        _removed_handlers.append(handler)
-
-
-def _file_handlers(loggers: Iterable[logging.Logger]) -> Iterator[tuple[logging.Logger, logging.FileHandler]]:
-    for logger in loggers:
-        for handler in logger.handlers:
-            if isinstance(handler, logging.FileHandler):
-                yield logger, handler

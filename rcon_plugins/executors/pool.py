@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
 from rcon_plugins.executors.executor import USABLE, Executor, Key, State
-from rcon_plugins.executors.process import LOGGER, Monitor, ProcessExecutors
+from rcon_plugins.executors.process import DEATH_SECONDS, LOGGER, Monitor, ProcessExecutors
 
 if TYPE_CHECKING:
     import pluggy
@@ -102,6 +102,16 @@ class ExecutorPool:
                 executor.channel.close()
                 raise
         return executor
+
+    def try_one(self, name: str, policy: Policy, identity: Identity | None) -> None:
+        """Make an executor process, end it, and wait a short time until it is gone. Raises as `take`."""
+        executor = self.processes.spawn(name, policy, identity)
+        try:
+            self.processes.wait_ready(executor)
+        finally:
+            self.discard(executor, "it was made as a trial")
+            executor.channel.close()
+            executor.ended.wait(DEATH_SECONDS)
 
     def give_back(self, executor: Executor) -> None:
         """Return an executor whose work is over to the pool, where it waits for more work."""
@@ -235,8 +245,9 @@ class ExecutorPool:
     def _order_spares(self, executor: Executor) -> None:
         """Have replacements spawned while the executor serves its last request.
 
-        Until they serve, they use only CPU time of their confinement, which they would use later too. If they would
-        use memory or pids that the request under way may need, `take` does not call this: they are spawned later.
+        Until they serve, they use what they would use later too: CPU time of their confinement, and what the
+        application opens in each (`rcon_executor_started`). If they would use memory or pids that the request under
+        way may need, `take` does not call this: they are spawned later.
         """
         key = executor.key
         late = not executor.pid and executor.channel.quiet

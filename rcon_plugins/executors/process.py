@@ -6,33 +6,38 @@ import _socket  # the real one: gevent replaces `socket`
 import array
 import contextlib
 import errno
+import gc
 import itertools
 import logging
 import os
 import pickle
+import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from rcon_plugins.errors import ConfinementError, KernelError, PidsLimitExceeded
-from rcon_plugins.executors.channel import FULL, READY, Channel, ChannelClosed, ChannelTimeout
-from rcon_plugins.executors.executor import USABLE, Executor, Monitored, State
-from rcon_plugins.executors.fork_server import (
-    PID,
-    ForkServer,
-    KillOrder,
-    Service,
-    SignalOrder,
-    SpawnOrder,
-    read_exit_report,
+from rcon_plugins.errors import ConfinementError, KernelError, PidsLimitExceeded, on_one_line
+from rcon_plugins.executors.channel import (
+    CONFINED,
+    FULL,
+    READY,
+    Channel,
+    ChannelClosed,
+    ChannelTimeout,
+    Frame,
 )
+from rcon_plugins.executors.executor import USABLE, Executor, Monitored, State
+from rcon_plugins.executors.fork_server import ForkServer
+from rcon_plugins.executors.inside import CONFINED_RECORD, Service, Template
 from rcon_plugins.executors.oom import OomGuard
+from rcon_plugins.executors.orders import ExitReport, KillOrder, SignalOrder, SpawnOrder
 from rcon_plugins.executors.output import Log, OutputPipe, OutputReader, standard_error
 from rcon_plugins.executors.supervisor import Supervisor
-from rcon_plugins.kernel import descriptors, process
+from rcon_plugins.kernel import descriptors, fork_hooks, process
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.cgroup import Resources
 from rcon_plugins.kernel.files import failure, gone
@@ -58,6 +63,9 @@ CLOSE_SECONDS = 10.0
 KILL_AGAIN_SECONDS = 0.2
 #: How many times to make a cgroup while other workers remove its parent.
 _ATTEMPTS = 20
+_NUMBER = re.compile(r"^Thread-\d+")
+#: The most threads that the log names.
+_MOST_NAMED = 10
 
 
 class Monitor(Protocol):
@@ -112,6 +120,10 @@ class ProcessExecutors:
         self._control_broken = False
         self._closing = False
         self._report_attempts = Attempts()
+        #: The names of the application's threads, until the log has told which of them executors lack.
+        self._threads: Collection[str] = ()
+        #: Whether the log says already that executors move into their cgroups.
+        self._move_logged = False
         self._server = 0
         self._control: _socket.socket | None = None
         self._supervisor: Supervisor | None = None
@@ -139,13 +151,21 @@ class ProcessExecutors:
         after_fork: Sequence[Callable[[], object]] = (),
         server_files: Sequence[int] = (),
         log: Log = standard_error,
+        threads: Collection[str] = (),
     ) -> None:
         """Fork the fork server from the calling process, which should have no other threads, and start the supervisor.
 
         Each new executor process calls ``after_fork``, for libraries that need a call after a fork. ``server_files``
         are descriptors of the server's own files, which confined code must not have. ``log`` receives the output of
-        executors with a user of their own. Raises `KernelError`.
+        executors with a user of their own. ``threads`` are the names of the application's threads, which do not exist
+        in executors: the log says so, unless fork hooks start them again. Raises `KernelError`.
+
+        The fork hooks of the application (`os.register_at_fork`) that a parent calls run here, and those for a child in
+        each new executor process, when it is confined.
         """
+        self._threads = threads
+        # The fork server cannot: finalizers and callbacks of the collector (`gc.callbacks`) are the application's code.
+        gc.collect()
         # All that needs descriptors is made before the fork: after it, there would be a fork server to end.
         with contextlib.ExitStack() as undo:
             try:
@@ -156,14 +176,16 @@ class ProcessExecutors:
                 undo.callback(supervisor.close)
                 oom = OomGuard(lambda: list(self._living.values()), self.kill)
                 undo.callback(oom.close)
-                pid = process.fork()
+                with fork_hooks.postponed() as hooks:
+                    collects = gc.isenabled()
+                    pid = process.fork()
+                    if pid == 0:
+                        undo.pop_all()
+                        ours.close()
+                        template = Template(self._instance, self._hook, service, after_fork, hooks, collects)
+                        ForkServer(theirs, self._host, template, server_files).run()
             except OSError as error:
                 raise failure(error, "the fork server") from error
-            if pid == 0:
-                undo.pop_all()
-                ours.close()
-                hook, instance = self._hook, self._instance
-                ForkServer(theirs, self._host, instance, hook, service, after_fork, server_files).run()
             undo.pop_all()
         theirs.close()
         self._server, self._control = pid, ours
@@ -289,14 +311,33 @@ class ProcessExecutors:
         return outdated
 
     def wait_ready(self, executor: Executor) -> None:
-        """Wait until the new executor process is confined.
+        """Wait until the new executor process is confined and ready for work.
 
-        Raises `ConfinementError`, with the reason from the process, if it could not be confined. Raises
+        Raises `ConfinementError`, with the reason from the process, if it could not be confined or prepared. Raises
         `PidsLimitExceeded` if its confinement has as many processes as it may. The executor is killed in both cases.
         Raises `KernelError` if its usage cannot be read.
         """
+        until = time.monotonic() + READY_SECONDS
+        frame = self._first_frame(executor, until)
+        if frame.kind == CONFINED:
+            executor.pid, clones = CONFINED_RECORD.unpack(frame.payload)
+            if not clones and executor.leaf.unified_directory is not None:
+                self._log_move()
+            frame = self._first_frame(executor, until)
+            if frame.kind == READY:
+                executor.set_ready()
+                executor.read_start()
+                self._log_threads(frame.payload)
+                return
+        self.kill(executor, "it could not be confined")
+        executor.ended.wait(DEATH_SECONDS)
+        reason = on_one_line(frame.payload.decode(errors="replace"))
+        raise PidsLimitExceeded(reason, limit="pids") if frame.kind == FULL else ConfinementError(reason)
+
+    def _first_frame(self, executor: Executor, until: float) -> Frame:
+        """Return the next frame of a new executor process. Raises `ConfinementError`, and kills a late one."""
         try:
-            frame = executor.channel.receive_within(READY_SECONDS)
+            return executor.channel.receive_within(max(0.0, until - time.monotonic()))
         except ChannelClosed as error:
             if isinstance(error, ChannelTimeout):
                 self.kill(executor, f"it was not ready within {READY_SECONDS:g} s")
@@ -307,14 +348,32 @@ class ProcessExecutors:
                 else "it ended before it was ready"
             )
             raise ConfinementError(f"no executor process could be made: {reason}") from error
-        if frame.kind == READY:
-            executor.set_ready(*PID.unpack(frame.payload))
-            executor.read_start()
+
+    def _log_move(self) -> None:
+        """Tell once that new processes take longer here."""
+        if not self._move_logged:
+            self._move_logged = True
+            LOGGER.info(
+                "rcon: a new executor process takes some 15 ms longer here, because it has to move into its cgroup: "
+                "clone3(2) is refused, as by the seccomp profile of a container, or Linux is older than 5.7"
+            )
+
+    def _log_threads(self, there: bytes) -> None:
+        """Tell once which threads of the application do not run in executors. ``there`` names those that do."""
+        if not self._threads:
             return
-        self.kill(executor, "it could not be confined")
-        executor.ended.wait(DEATH_SECONDS)
-        reason = frame.payload.decode(errors="replace")
-        raise PidsLimitExceeded(reason, limit="pids") if frame.kind == FULL else ConfinementError(reason)
+        names = there.decode(errors="replace").split("\0")
+        missing = sorted((_counted(self._threads) - _counted(names)).elements())
+        self._threads = ()
+        if missing:
+            named = ", ".join(map(repr, missing[:_MOST_NAMED]))
+            more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+            LOGGER.warning(
+                "rcon: threads that the application started while it was loaded do not run in executor processes: "
+                '%s%s. Start them in each one: write executor_started = "module:function" in the settings',
+                named,
+                more,
+            )
 
     def submit(self, job: Callable[[], object], when: float | None = None) -> None:
         """Have the supervisor call ``job`` soon, or at ``when``. For jobs that must not keep a request waiting."""
@@ -420,7 +479,7 @@ class ProcessExecutors:
             if not self._closing:
                 self._lose_server()
             return False
-        report = read_exit_report(data)
+        report = ExitReport.unpack(data)
         executor = self._living.get(report.number)
         if executor is not None:
             if report.pid == 0:
@@ -504,3 +563,8 @@ class ProcessExecutors:
                 "%s was killed and does not end: a process in it waits inside the kernel, or left the cgroup",
                 executor.leaf.path,
             )
+
+
+def _counted(names: Collection[str]) -> Counter[str]:
+    """Count threads by name. The number in a name that Python gave is another one in each process."""
+    return Counter(_NUMBER.sub("Thread", name) for name in names)

@@ -20,7 +20,7 @@ from functools import cache
 from typing import NamedTuple, NoReturn
 
 from rcon_plugins.errors import KernelError
-from rcon_plugins.kernel import descriptors, process
+from rcon_plugins.kernel import descriptors, fork_hooks, process
 from rcon_plugins.kernel.capability import CAP_SYS_ADMIN, raise_capability, read_state
 from rcon_plugins.kernel.cgroup.mounts import MountEntry, mount_table, parse_mountinfo
 from rcon_plugins.kernel.files import gone, refused
@@ -229,9 +229,10 @@ def _trial() -> str | None:
     """Enter namespaces in a child. Return why they are not for this process, or None. Raises `KernelError`."""
     reading, writing = descriptors.pipe()
     try:
-        child = process.fork()
-        if child == 0:
-            _enter_and_answer(writing)
+        with fork_hooks.left_out():
+            child = process.fork()
+            if child == 0:
+                _enter_and_answer(writing)
         posix.close(writing)
         writing = -1
         answer = _answer_of(child, reading)

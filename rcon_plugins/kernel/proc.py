@@ -18,8 +18,8 @@ from rcon_plugins.kernel import files
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 _DEAD = frozenset("ZXx")
 _PF_KTHREAD = 0x00200000
-#: Links of ``/proc/self/task`` when the process has one thread: two of any directory, and one for each entry.
-_LINKS_WITH_ONE_THREAD = 3
+#: Links of ``/proc/PID/task`` without those of its entries: the two of any directory.
+_OWN_LINKS = 2
 
 
 # -- one process, identified by pid and start time
@@ -176,6 +176,14 @@ def process_of(thread: int) -> int | None:
     return None
 
 
+def thread_count(pid: int) -> int | None:
+    """Return how many threads a process has; None if it has ended or cannot be seen. Opens no file."""
+    try:
+        return _threads_in(f"/proc/{pid}/task")
+    except OSError:
+        return None
+
+
 def is_kernel_thread(pid: int) -> bool:
     """Return whether a pid is a kernel thread (stat, flags: PF_KTHREAD in include/linux/sched.h)."""
     fields = stat_fields(pid)
@@ -225,8 +233,12 @@ def _read(pid: int, name: str) -> str | None:
 
 def is_single_threaded() -> bool:
     """Return whether the calling process has one thread. A zombie leader counts as one. Opens no file."""
+    return _threads_in("/proc/self/task") == 1
+
+
+def _threads_in(directory: str) -> int:
     # A directory has a link for each entry: proc(5), and proc_task_getattr in the kernel.
-    return os.stat("/proc/self/task").st_nlink == _LINKS_WITH_ONE_THREAD
+    return os.stat(directory).st_nlink - _OWN_LINKS
 
 
 def other_threads() -> list[str]:

@@ -11,13 +11,14 @@ import _socket  # a cooperative library may have replaced `socket`
 import contextlib
 import errno
 import fcntl
+import gc
 import os
 import posix
 import resource
 import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import KernelError, fork_refused
@@ -39,21 +40,28 @@ _CGROUP_TREE = "/sys/fs/cgroup/"
 _MEMORY_DEVICES = frozenset({"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"})
 
 
-def fork() -> int:
-    """Call fork(2): return 0 in the child and the child's pid in the parent. Every signal is blocked in the child.
+def fork(call: Callable[[], int] | None = None) -> int:
+    """Call fork(2): return 0 in the child and the child's pid in the parent. Raises `KernelError`.
 
-    So no handler of the parent can run in the child before `take_default_signals`. Raises `KernelError`.
+    Every signal is blocked in the child, so that no handler of the parent can run in it before `take_default_signals`.
+    The garbage collector is off in the child, so that no finalizer and no callback (`gc.callbacks`) can. ``call`` makes
+    the child in another way. It returns as fork(2) does, or raises `KernelError`.
     """
     before = _signal.pthread_sigmask(signal.SIG_BLOCK, _signal.valid_signals())
+    collects = gc.isenabled()
+    gc.disable()
+    pid = -1
     try:
-        pid = posix.fork()
-    except BaseException as error:
-        _signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if isinstance(error, OSError):
-            raise fork_refused(error) from None
+        pid = posix.fork() if call is None else call()
+    except KernelError:
         raise
-    if pid != 0:
-        _signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    except OSError as error:
+        raise fork_refused(error) from None
+    finally:
+        if pid != 0:
+            if collects:
+                gc.enable()
+            _signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pid
 
 

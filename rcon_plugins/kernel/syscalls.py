@@ -62,11 +62,15 @@ _NUMBERS = {
         "capset": 126,
         "prctl": 157,
         "keyctl": 250,
+        "set_robust_list": 273,
+        "get_robust_list": 274,
         "seccomp": 317,
     },
     "aarch64": {
         "capget": 90,
         "capset": 91,
+        "set_robust_list": 99,
+        "get_robust_list": 100,
         "setresuid": 147,
         "setresgid": 149,
         "setgroups": 159,
@@ -78,6 +82,7 @@ _NUMBERS = {
 
 # Since Linux 5.0 a new system call has the same number on both.
 _SINCE_5 = {
+    "clone3": 435,
     "mount_setattr": 442,
     "landlock_create_ruleset": 444,
     "landlock_add_rule": 445,
@@ -103,6 +108,7 @@ def _libc() -> ctypes.CDLL:
 
 @cache
 def _number(name: str) -> int:
+    """Return the number of a system call on this machine. Raises `KernelError` (ENOSYS) if it is not known."""
     machine = os.uname().machine
     if machine not in _NUMBERS or ctypes.sizeof(ctypes.c_long) != 8:
         raise KernelError(
@@ -114,15 +120,16 @@ def _number(name: str) -> int:
     return _SINCE_5[name] if name in _SINCE_5 else _NUMBERS[machine][name]
 
 
-def syscall(name: str, *arguments: Any) -> int:
+def syscall(name: str, *arguments: Any, holding_gil: bool = False) -> int:
     """Call ``name`` without the C library's wrapper, for the calling thread alone, and return the result.
 
-    Passes integers as long, everything else as ctypes does, and adds zeros up to five arguments. Raises `KernelError`
-    whose path is the name of the call.
+    Passes integers as long, everything else as ctypes does, and adds zeros up to five arguments. ``holding_gil``: no
+    other thread of Python runs before the call returns. Raises `KernelError` whose path is the name of the call.
     """
     passed = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     passed += [ctypes.c_long(0)] * (5 - len(passed))
-    result = int(_syscall()(ctypes.c_long(_number(name)), *passed))
+    call = _syscall_holding_gil() if holding_gil else _syscall()
+    result = int(call(ctypes.c_long(_number(name)), *passed))
     if result == -1:
         number = ctypes.get_errno()
         raise KernelError(f"{name}: {os.strerror(number)}", errno=number, path=name)
@@ -145,6 +152,13 @@ def unprivileged(error: KernelError, what: str) -> CapabilityError:
 @cache
 def _syscall() -> Any:
     function = _libc()["syscall"]  # a new object: setting its result type affects no other user
+    function.restype = ctypes.c_long
+    return function
+
+
+@cache
+def _syscall_holding_gil() -> Any:
+    function = ctypes.PyDLL(None, use_errno=True)["syscall"]
     function.restype = ctypes.c_long
     return function
 

@@ -33,6 +33,13 @@ class _Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             examples=["refuse"],
         ),
     ] = "refuse"
+    unmatched_status: Annotated[
+        Annotated[int, Meta(ge=400, le=599)],
+        Meta(
+            description="The HTTP status of a request that is refused because no route matches.",
+            examples=[404],
+        ),
+    ] = 421
     cgroup: Annotated[
         Annotated[str, Meta(pattern="^/")] | None,
         Meta(description="The cgroup to make groups in, as a path below the mount.", examples=["/rcon"]),
@@ -41,6 +48,13 @@ class _Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         tuple[str, ...],
         Meta(description="Installed plugins to use, by entry-point name.", examples=[["audit"]]),
     ] = ()
+    executor_started: Annotated[
+        Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")] | None,
+        Meta(
+            description="A function to call in each new executor process, before its first request or task.",
+            examples=["shop.database:connect"],
+        ),
+    ] = None
     confinements: Annotated[
         Annotated[int, _COUNT],
         Meta(

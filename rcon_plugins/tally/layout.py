@@ -46,7 +46,7 @@ Refusal = Literal[
     "processes",  # all executor processes of the server process are busy
     "pids",  # its confinement has as many processes as it may
     "forbidden",  # its identity is not allowed
-    "unroutable",  # no route names it, or a policy that does not exist
+    "unroutable",  # no route names it
     "refused",  # it could not be confined, for another reason
 ]
 

@@ -28,7 +28,7 @@ from rcon_plugins import Manager, Outcome, RunningManager, Server, Work
 from rcon_plugins.confinement.admission import LocalAdmission, ProcessAdmission
 from rcon_plugins.errors import ConfinementError, Killed, RconError, TimeLimitExceeded
 from rcon_plugins.executors.channel import FIRST_SERVICE_KIND, Channel, ChannelClosed, Frame
-from rcon_plugins.executors.fork_server import Service
+from rcon_plugins.executors.inside import Service
 from rcon_plugins.settings.file import from_mapping
 from rcon_wsgi import ConfineMiddleware, WsgiService
 from rcon_wsgi.exchange import ResponseCut

@@ -22,6 +22,7 @@ ALL = [
     errors.CapabilityError("no"),
     errors.ConfinementError("did not run"),
     errors.IdentityRefused("uid 0"),
+    errors.Unroutable("no route"),
     errors.ApplicationError("ValueError", "text", "Traceback"),
     errors.Killed("ended", 9, USAGE),
     errors.LimitExceeded("much", policy="p", key="k", limit="memory", usage=USAGE),

@@ -252,7 +252,7 @@ class ProcessAdmission(Admission):
     def _why_unfit(self, reading: Reading) -> str | None:
         """Return why the executor process must not serve again; None if it may. Raises `KernelError`."""
         executor = self._executor
-        if self._threads_left or (reading.pids_current != 1 and not executor.is_alone()):
+        if self._threads_left or (reading.pids_current != 1 and not executor.is_alone(reading)):
             return _LEFT_BEHIND
         if self._warned:
             return "it received a soft limit signal"

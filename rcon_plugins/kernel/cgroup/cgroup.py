@@ -49,7 +49,14 @@ class Cgroup:
     def _use(self, controllers: frozenset[str], threaded: bool) -> None:
         self.controllers = controllers
         self.threaded = threaded
-        self._branches = self._make_branches(self._path, controllers, threaded)
+        self._made: list[Branch] | None = None
+
+    @property
+    def _branches(self) -> list[Branch]:
+        """The branches. Made at first use, because many a cgroup is only the parent of another."""
+        if self._made is None:
+            self._made = self._make_branches(self._path, self.controllers, self.threaded)
+        return self._made
 
     def __repr__(self) -> str:
         return f"<Cgroup {self._path}>"
@@ -68,6 +75,17 @@ class Cgroup:
     def directories(self) -> list[str]:
         """The directories of this cgroup, one per hierarchy used."""
         return [branch.directory for branch in self._branches]
+
+    @property
+    def unified_directory(self) -> str | None:
+        """The directory in the v2 hierarchy, where a process can begin; None without one.
+
+        It may have no controllers.
+        """
+        branches = (
+            branch for branch in self._branches if isinstance(branch, V2Branch) and not branch.threaded
+        )
+        return next((branch.directory for branch in branches), None)
 
     @property
     def mounts(self) -> list[Mount]:
@@ -165,15 +183,20 @@ class Cgroup:
         for branch in self._branches:
             branch.attach(pid)
 
-    def enter_process(self) -> None:
+    def enter_process(self, *, cloned: bool = False) -> None:
         """Move the calling process here. Intended for a process with a single thread.
 
-        Raises KernelError. The process may then have entered only some of the hierarchies, and must not run the code
-        that the limits are for.
+        ``cloned``: it began in `unified_directory`, and only enters the other hierarchies. Raises KernelError. The
+        process may then have entered only some of the hierarchies, and must not run the code that the limits are for.
         """
         alone = proc.is_single_threaded()
         for branch in self._branches:
-            branch.enter_process(alone=alone)
+            if not (cloned and isinstance(branch, V2Branch)):
+                branch.enter_process(alone=alone)
+
+    def counts_unified(self, controller: str) -> bool:
+        """Return whether a controller limits this cgroup in the v2 hierarchy."""
+        return any(isinstance(branch, V2Branch) and branch.carries(controller) for branch in self._branches)
 
     def entrance(
         self, controllers: Iterable[str] | None = None, home: Mapping[str, str] | None = None

@@ -54,7 +54,7 @@ def test_reload_under_load_fails_no_request(tmp_path: Path, arguments: tuple[str
 
 def test_reload_reads_the_settings_again_and_keeps_the_old_if_they_are_wrong(tmp_path: Path) -> None:
     with Gunicorn(tmp_path, SETTINGS, *SYNC) as server:
-        assert server.get("/other/who").status == 503
+        assert server.get("/other/who").status == 421
 
         def reload(settings: str) -> None:
             before = set(server.workers())

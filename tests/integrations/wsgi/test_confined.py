@@ -180,9 +180,9 @@ def test_concurrency(served: Served) -> None:
 
 def test_no_route(served: Served) -> None:
     answer = get(served, "nobody.invalid", "who")
-    assert answer.status == 503
-    assert answer.problem["type"] == "urn:problem-type:rcon:refused"
-    refused = [line["detail"] for line in lines(served) if line["event"] == "refused"]
+    assert answer.status == 421
+    assert answer.problem["type"] == "urn:problem-type:rcon:unroutable"
+    refused = [line["detail"] for line in lines(served) if line["event"] == "unroutable"]
     assert any("no route names 'GET /who' of the host 'nobody.invalid'; " in detail for detail in refused)
 
 
@@ -190,7 +190,7 @@ def test_no_route(served: Served) -> None:
     "host", ["../../x.example", "a" * 300 + ".example", "%00.example", "a/b.example", "*.example"]
 )
 def test_an_invalid_host(served: Served, host: str) -> None:
-    assert get(served, host, "who").status in (200, 503)
+    assert get(served, host, "who").status in (200, 421)
 
 
 def test_inline(served: Served) -> None:

@@ -124,7 +124,7 @@ def test_rcon_event_comes_before_the_limit_is_reached_and_may_raise_it(tmp_path:
     listener = Listener(memory_usage=Limits(memory=Memory.parse("400M")))
     with managing({"each": {"memory": "128M"}}, plugins=[listener]) as manager:
         work = begin(manager, "allocate_and_wait", 120, str(go_on), 80)
-        leaf = work.group.child(f"{os.getpid()}-0")
+        leaf = work._executor.leaf
         eventually(lambda: read_limits(leaf).memory_max == 400 * MIB)
         go_on.touch()
         assert end(work)[1].ending == "ok"
@@ -132,7 +132,7 @@ def test_rcon_event_comes_before_the_limit_is_reached_and_may_raise_it(tmp_path:
         assert (event.limit, event.bound) == ("each.memory", int(128 * MIB * 0.9))
         # That was for one work: no other begins with it.
         work = begin(manager, "sleep", 0.1)
-        leaf = work.group.child(f"{os.getpid()}-1")
+        leaf = work._executor.leaf
         assert read_limits(leaf).memory_max == 128 * MIB
         end(work)
 

@@ -313,11 +313,11 @@ def test_what_was_there_at_the_start_must_be_there_in_the_drop(number: int) -> N
         spoil = [change_the_mounts]
         if number:
             spoil.append(lambda: answer_landlock_with(number))
-        with managing({"isolation": "process"}, after_fork=spoil) as manager:
-            try:
+        try:
+            with managing({"isolation": "process"}, after_fork=spoil) as manager:
                 return str(ask(manager, "pid")[1].ending)
-            except ConfinementError as error:
-                return str(error)
+        except ConfinementError as error:
+            return str(error)
 
     found = in_child(program)
     assert ("andlock" in found) if number else (found == "ok")

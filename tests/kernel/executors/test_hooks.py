@@ -96,9 +96,11 @@ def test_rcon_prepare_is_called_in_the_fork_server_and_what_it_made_is_there_in_
     baker = Baker()
     with managing({"max_uses": 1, "pids": 9, "each": {"timeout": "30s"}}, plugins=[baker]) as manager:
         call = f"p {manager.fork_server_pid}"
-        assert ask(manager, "environment", "MADE")[0] == call
         made = ask(manager, "environment", "MADE")[0].split(", ")
-        assert len(made) >= 2  # of its predecessors', too, and perhaps of a successor's
+        assert len(made) == 2  # that of the trial at the start, too
+        assert set(made) == {call}
+        made = ask(manager, "environment", "MADE")[0].split(", ")
+        assert len(made) >= 3  # of its predecessors', too, and perhaps of a successor's
         assert set(made) == {call}
     assert baker.made == []
 
@@ -107,12 +109,22 @@ def test_an_error_in_rcon_prepare_means_that_the_work_does_not_run() -> None:
     class Empty:
         @hookimpl
         def rcon_prepare(self) -> None:
-            raise LookupError("no flour")
+            self.left -= 1
+            if self.left < 0:
+                raise LookupError("no flour")
 
-    with managing({"each": {"timeout": "30s"}}, plugins=[Empty()]) as manager:
+        def __init__(self, left: int) -> None:
+            self.left = left
+
+    with managing({"each": {"timeout": "30s"}}, plugins=[Empty(1)]) as manager:  # enough for the trial
         for _ in range(2):
             with pytest.raises(ConfinementError, match="LookupError: no flour"):
                 ask(manager, "pid")
+    with (
+        pytest.raises(ConfinementError, match="no executor process can serve: LookupError: no flour"),
+        managing({"each": {"timeout": "30s"}}, plugins=[Empty(0)]),
+    ):
+        pass
 
 
 def test_an_error_in_rcon_work_started_means_that_the_work_does_not_run() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -179,16 +180,24 @@ def test_no_key_names_a_cgroup_outside(key: str) -> None:
         assert admission.key == key
 
 
-def test_a_process_whose_privileges_cannot_be_dropped_runs_nothing() -> None:
+def test_a_process_whose_privileges_cannot_be_dropped_runs_nothing(tmp_path: Path) -> None:
     class Stubborn:
         @hookimpl
         def rcon_drop(self, target: str) -> None:
-            raise PermissionError(f"not in this {target}")
+            if stubborn.exists():
+                raise PermissionError(f"not in this {target}")
 
+    stubborn = tmp_path / "stubborn"
     with managing({"each": {"timeout": "60s"}}, plugins=[Stubborn()]) as manager:
+        stubborn.touch()
         for _ in range(2):
             with pytest.raises(ConfinementError, match="PermissionError: not in this process"):
                 ask(manager, "pid")
+    with (
+        pytest.raises(ConfinementError, match="no executor process can serve: PermissionError"),
+        managing({"each": {"timeout": "60s"}}, plugins=[Stubborn()]),
+    ):
+        pass
 
 
 def test_a_manager_is_of_no_use_in_a_fork() -> None:

@@ -123,7 +123,7 @@ WRONG = [
     ("", "policy", "everything would be refused"),
     ('unmatched = "refuse"', "policy", "[policy.default]"),
     ('polcy = "x"', "polcy", "did you mean 'policy'"),
-    ("zzz = 1", "zzz", "unmatched, cgroup"),
+    ("zzz = 1", "zzz", "unmatched, unmatched_status, cgroup"),
     ('unmatched = "alow"', "unmatched", "did you mean 'allow'"),
     ("unmatched = true", "unmatched", "true is refused"),
     ("unmatched = 2026-11-30", "unmatched", "2026-11-30 is refused"),
@@ -140,6 +140,8 @@ WRONG = [
         "route[1].policy",
         "p48, p49 and 950 more",
     ),
+    ("unmatched_status = 200", "unmatched_status", "for example 404"),
+    ('executor_started = "connect"', "executor_started", 'for example "shop.database:connect"'),
     ('plugins = "audit"', "plugins", 'for example ["audit"]'),
     ('plugins = ["a", "a"]', "plugins[2]", "named twice"),
     ("confinements = 0", "confinements", ">= 1"),
@@ -321,7 +323,17 @@ def objects(schema: object) -> list[Mapping[str, Any]]:
 def test_the_schema_describes_the_file() -> None:
     schema = json.loads(json.dumps(json_schema()))
     assert set(schema["properties"]) == {
-        *("unmatched", "cgroup", "plugins", "confinements", "processes", "threads", "budget"),
+        *(
+            "unmatched",
+            "unmatched_status",
+            "cgroup",
+            "plugins",
+            "executor_started",
+            "confinements",
+            "processes",
+            "threads",
+            "budget",
+        ),
         *("policy", "route"),
     }
     assert "name" not in schema["$defs"]["Policy"]["properties"]

@@ -1,0 +1,68 @@
+"""What host and fork server send each other: orders to make, kill or signal an executor process, and how each ended.
+
+They talk over a ``SOCK_SEQPACKET`` pair. The host sends a `SpawnOrder` (with one end of the new executor's channel, and
+of the pipe for its output), a `KillOrder` or a `SignalOrder`. The fork server sends an `ExitReport`. Both ends are this
+project's own code, so orders are pickled; an exit report is a fixed record.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rcon_plugins.kernel.capability import Identity
+    from rcon_plugins.settings.policy import Policy
+
+#: An order is at most this long, bytes.
+LONGEST_ORDER = 128 * 1024
+_EXIT_REPORT = struct.Struct("!qii")
+
+
+class SpawnOrder(NamedTuple):
+    """Make an executor process in the cgroup ``work/<name>/<leaf>``. It serves one policy until it ends.
+
+    ``identity`` is the user and groups that it changes to; None keeps those of the server. With ``output``, a pipe
+    comes with the order that replaces the files of the server: see `InheritedFiles`.
+    """
+
+    number: int
+    name: str
+    leaf: str
+    policy: Policy
+    identity: Identity | None = None
+    output: bool = False
+
+
+class KillOrder(NamedTuple):
+    """Kill an executor process by its pid, because it may have left its cgroup.
+
+    With ``cgroup``, its name and leaf as in `SpawnOrder`, kill all in that too: the host could not.
+    """
+
+    number: int
+    cgroup: tuple[str, str] | None = None
+
+
+class SignalOrder(NamedTuple):
+    """Send a signal, which its service handles, to an executor process by its pid."""
+
+    number: int
+    signal: int
+
+
+class ExitReport(NamedTuple):
+    """An executor process ended with a wait status. With pid 0 it could not be forked, and ``status`` is an errno."""
+
+    number: int
+    pid: int
+    status: int
+
+    def pack(self) -> bytes:
+        """Return the record to send."""
+        return _EXIT_REPORT.pack(*self)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> ExitReport:
+        """Return the report that a record encodes."""
+        return cls(*_EXIT_REPORT.unpack(data))
