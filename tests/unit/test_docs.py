@@ -1,7 +1,8 @@
 """The documentation says what the code does: hooks, settings, examples, links and commands.
 
 Code blocks of README.md and docs/*.md: every `python` block compiles, and runs when `<!-- run -->` stands on the line
-before it. Every `toml` block is a settings file that loads, unless `<!-- fragment -->` stands before it.
+before it; those with `<!-- app -->` run in tests/integrations/gunicorn/test_frameworks.py. Every `toml` block is a
+settings file that loads, unless `<!-- fragment -->` stands before it.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def test_python_in_the_documentation_runs(block: Block, tmp_path: Path) -> None:
 
 def test_notes_on_blocks_are_known() -> None:
     """A misspelt one would be passed over."""
-    known = {"python": ("", "run"), "toml": ("", "fragment")}
+    known = {"python": ("", "run", "app"), "toml": ("", "fragment")}
     assert [str(block) for block in blocks(*known) if block.note not in known[block.language]] == []
 
 

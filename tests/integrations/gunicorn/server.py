@@ -45,11 +45,13 @@ class Gunicorn:
         app: str = "application:app",
         inherit: bool = True,
         control: Path | None = None,
+        health: str = "/free/who",
     ) -> None:
         """``inherit`` hands the socket over, so that no port is ever taken; else gunicorn binds it itself.
 
-        ``control``: the path of gunicorn's control socket.
+        ``control``: the path of gunicorn's control socket. ``health``: a path that answers 200 once it serves.
         """
+        self.health = health
         self.directory = directory
         self.arguments = arguments
         self.settings = directory / "rcon.toml"
@@ -88,7 +90,7 @@ class Gunicorn:
 
     def wait_until_served(self) -> Gunicorn:
         try:
-            until(lambda: self.process.poll() is not None or self.status("/free/who") == 200)
+            until(lambda: self.process.poll() is not None or self.status(self.health) == 200)
             until(self.is_booted)  # gunicorn does not make all workers at once
             assert self.process.poll() is None
         except AssertionError:
