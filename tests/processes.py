@@ -23,6 +23,12 @@ def until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
         time.sleep(0.02)
 
 
+def has_reaped(pid: int) -> bool:
+    """Whether a process has reaped a child that ran: the page faults of its children are counted then."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[8]) > 0
+
+
 def children(pid: int) -> list[int]:
     """Return the living children of a process, forked by any of its threads."""
     found: list[int] = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote
 
@@ -119,6 +118,11 @@ def _decoded(path: str) -> str:
 #: The endings for which the client gets the application's response; for others it gets a problem.
 ANSWERED: Final = frozenset({"ok", "error"})
 
+#: The usual answers for a host or path that a server does not have.
+_PHRASES: Final = {
+    400: "Bad Request", 403: "Forbidden", 404: "Not Found", 410: "Gone", 421: "Misdirected Request",
+    503: "Service Unavailable",
+}  # fmt: skip
 _UNAVAILABLE: Final = "503 Service Unavailable"
 _FORBIDDEN: Final = "403 Forbidden"
 _MISDIRECTED: Final = "421 Misdirected Request"
@@ -226,7 +230,5 @@ def respond(
 
 
 def _status_line(status: int) -> str:
-    try:
-        return f"{status} {HTTPStatus(status).phrase}"
-    except ValueError:  # not a registered one
-        return f"{status} Refused"
+    # Not `http.HTTPStatus`: after USR2 the folder of gunicorn, which has a package `http`, is first on the path.
+    return f"{status} {_PHRASES.get(status, 'Refused')}"

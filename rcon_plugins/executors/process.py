@@ -363,7 +363,13 @@ class ProcessExecutors:
         if not self._threads:
             return
         names = there.decode(errors="replace").split("\0")
-        missing = sorted((_counted(self._threads) - _counted(names)).elements())
+        there_too = Counter(map(_without_number, names))
+        missing = []
+        for name in sorted(self._threads):
+            if there_too[_without_number(name)]:
+                there_too[_without_number(name)] -= 1
+            else:
+                missing.append(name)
         self._threads = ()
         if missing:
             named = ", ".join(map(repr, missing[:_MOST_NAMED]))
@@ -565,6 +571,6 @@ class ProcessExecutors:
             )
 
 
-def _counted(names: Collection[str]) -> Counter[str]:
-    """Count threads by name. The number in a name that Python gave is another one in each process."""
-    return Counter(_NUMBER.sub("Thread", name) for name in names)
+def _without_number(name: str) -> str:
+    """Return the name of a thread without the number that Python gave: it is another one in each process."""
+    return _NUMBER.sub("Thread", name)

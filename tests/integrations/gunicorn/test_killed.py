@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.integrations.gunicorn.server import Gunicorn, Load
-from tests.processes import alive, children, entries, until
+from tests.processes import alive, children, entries, has_reaped, until
 
 SETTINGS = """
 [policy.free]
@@ -83,6 +83,7 @@ def test_fork_server(tmp_path: Path, arguments: tuple[str, ...]) -> None:
             load.wait_for_answers(10)
             for worker in workers:
                 for fork_server in children(worker):
+                    until(partial(has_reaped, fork_server))  # the trial of a worker that starts is over
                     kill(fork_server)
             until(lambda: not set(workers) & set(server.workers()))
             load.wait_for_answers(20)

@@ -196,9 +196,9 @@ def test_lines_reach_the_error_log_also_after_it_is_reopened(tmp_path: Path) -> 
     log = tmp_path / "error.log"
     with Gunicorn(tmp_path, SETTINGS, *SYNC, "--error-logfile", str(log)) as server:
         for round_ in (1, 2):
-            server.get("/elsewhere/who")
-            until(lambda: '"refused"' in log.read_text())
-            line = next(line for line in log.read_text().splitlines() if '"refused"' in line)
+            server.get("/elsewhere/who", Host=f"round{round_}.example")  # one line for each host and minute
+            until(lambda: '"unroutable"' in log.read_text())
+            line = next(line for line in log.read_text().splitlines() if '"unroutable"' in line)
             assert re.match(r"\[[^]]+\] \[\d+\] \[WARNING\] \{", line)
             if round_ == 1:
                 log.rename(tmp_path / "error.log.1")

@@ -196,5 +196,5 @@ def test_the_serving_thread_is_confined_if_that_is_enough(server: Gunicorn) -> N
 
 def test_a_request_without_a_route_is_refused(server: Gunicorn) -> None:
     answer = server.get("/elsewhere/who")
-    assert answer.status == 503
+    assert answer.status == 421
     assert answer.headers["Content-Type"] == "application/problem+json"
