@@ -84,10 +84,8 @@ class Postponed:
 
     def restore(self) -> None:
         """Put all hooks back. Those that were registered meanwhile stay."""
-        for now, others, originals in zip(self._lists, self._others, self._originals, strict=True):
-            new = [hook for hook in now if hook not in originals]
-            now[:] = [*originals, *new]
-            others[:] = _others_in(now)
+        for now, originals in zip(self._lists, self._originals, strict=True):
+            now[:] = [*originals, *[hook for hook in now if hook not in originals]]
 
     def run(self) -> None:
         """Put all hooks back, and run those of the application for a child. Call it in the child that may run them.
@@ -139,7 +137,8 @@ def is_of_application(hook: Any) -> bool:
     """Return whether neither Python nor this package registered a hook.
 
     Python registers private functions, and methods of objects that its modules have. Everything else is the
-    application's, such as `gc.enable`, the method of an object of its own, or a `partial`.
+    application's, such as `gc.enable`, the method of an object of its own, or a `partial`. This looks at many objects:
+    a new process that asked would copy the pages of all of them.
     """
     owner = getattr(hook, "__self__", None)
     if owner is None:
