@@ -161,11 +161,10 @@ def test_ten_times_as_many_keys_want_spares() -> None:
 def test_executors_that_do_not_end_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork server that is stopped reports no exit, so every executor that is ended stays."""
     monkeypatch.setattr(pool, "_FEWEST_ENDING", 2)
-    monkeypatch.setattr(process, "READY_SECONDS", 0.1)
+    monkeypatch.setattr(process, "READY_SECONDS", 20.0)
     monkeypatch.setattr(process, "DEATH_SECONDS", 0.1)
     with managing({"per": "host", "isolation": "process"}, settings={**BOUNDS, "processes": 2}) as manager:
         for number in range(2):
-            monkeypatch.setattr(process, "READY_SECONDS", 20.0)
             ask(manager, "pid", host=f"h{number}")
         monkeypatch.setattr(process, "READY_SECONDS", 0.1)
         assert manager.fork_server_pid is not None
