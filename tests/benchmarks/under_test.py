@@ -51,6 +51,7 @@ class Gunicorn:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
+                cwd=self._files.name,  # `python -m` imports from the working directory first
                 env=environ,
                 stdout=log,
                 stderr=log,
