@@ -31,7 +31,6 @@ from rcon_plugins.ending import Ending
 from rcon_plugins.errors import (
     ConfinementError,
     IdentityRefused,
-    KernelError,
     LimitExceeded,
     PidsLimitExceeded,
     RconError,
@@ -188,7 +187,7 @@ class RunningManager:
             name = cgroup_name(policy.name, f"{_TRIAL}{self._pid}", self._generations.get(policy.name, 0))
             try:
                 self._pool.try_one(name, policy, identity)
-            except (ConfinementError, KernelError) as error:
+            except (ConfinementError, OSError) as error:
                 raise ConfinementError(
                     f"policy {policy.name}: no executor process can serve: {error}"
                 ) from error

@@ -114,10 +114,10 @@ class OutputPipe:
         self.reader, self.writer = descriptors.pipe()
         try:
             os.set_blocking(self.reader, False)
-        except BaseException:
+        except OSError as error:
             posix.close(self.reader)
             posix.close(self.writer)
-            raise
+            raise KernelError.from_oserror(error, path="a pipe for the output") from None
         self.log = log
         #: The beginning of a line whose end has not been written yet.
         self._rest = b""
