@@ -118,59 +118,50 @@ def _decoded(path: str) -> str:
 #: The endings for which the client gets the application's response; for others it gets a problem.
 ANSWERED: Final = frozenset({"ok", "error"})
 
-#: The usual answers for a host or path that a server does not have.
+#: The phrases of the answers below, and of the usual ones for a host or path that a server does not have. Not
+#: `http.HTTPStatus`: after USR2 the folder of gunicorn, which has a package `http`, is first on the path.
 _PHRASES: Final = {
     400: "Bad Request", 403: "Forbidden", 404: "Not Found", 410: "Gone", 421: "Misdirected Request",
-    503: "Service Unavailable",
+    503: "Service Unavailable", 504: "Gateway Timeout",
 }  # fmt: skip
-_UNAVAILABLE: Final = "503 Service Unavailable"
-_FORBIDDEN: Final = "403 Forbidden"
-_MISDIRECTED: Final = "421 Misdirected Request"
-_GATEWAY_TIMEOUT: Final = "504 Gateway Timeout"
 
 
 class _Problem(NamedTuple):
-    status: str
+    status: int
     title: str
     detail: str
 
 
 _PROBLEMS: Final[dict[Ending, _Problem]] = {
-    "memory": _Problem(
-        _UNAVAILABLE, "Memory limit reached", "The request needed more memory than its policy allows."
-    ),
+    "memory": _Problem(503, "Memory limit reached", "The request needed more memory than its policy allows."),
     "pids": _Problem(
-        _UNAVAILABLE,
+        503,
         "Process limit reached",
         "The request needed more processes or threads than its policy allows.",
     ),
-    "timeout": _Problem(
-        _GATEWAY_TIMEOUT, "Time limit reached", "The request took longer than its policy allows."
-    ),
+    "timeout": _Problem(504, "Time limit reached", "The request took longer than its policy allows."),
     "concurrency": _Problem(
-        _UNAVAILABLE,
+        503,
         "Too many requests at once",
         "The server already handles the maximum number of these requests. Try again later.",
     ),
     "refused": _Problem(
-        _UNAVAILABLE,
+        503,
         "Request not confined",
         "The server refused the request because it could not confine it.",
     ),
     "forbidden": _Problem(
-        _FORBIDDEN,
+        403,
         "Identity not allowed",
         "The policy does not allow the user that the request would run as.",
     ),
     "unroutable": _Problem(
-        _MISDIRECTED, "No policy for this request", "The server has no policy for this host and path."
+        421, "No policy for this request", "The server has no policy for this host and path."
     ),
-    "aborted": _Problem(
-        _UNAVAILABLE, "Request stopped", "The server stopped the request before it was done."
-    ),
+    "aborted": _Problem(503, "Request stopped", "The server stopped the request before it was done."),
 }
 _KILLED: Final = _Problem(
-    _UNAVAILABLE, "Request ended", "The process that served the request ended before it was done."
+    503, "Request ended", "The process that served the request ended before it was done."
 )
 
 _ENDINGS: Final[dict[type[LimitExceeded], Ending]] = {
@@ -207,11 +198,12 @@ def respond(
     headers have been sent.
     """
     problem = _PROBLEMS.get(outcome.ending, _KILLED)
-    line = problem.status if status is None else _status_line(status)
+    status = status or problem.status
+    line = f"{status} {_PHRASES.get(status, 'Refused')}"
     document: dict[str, object] = {
         "type": f"urn:problem-type:rcon:{outcome.ending if outcome.ending in _PROBLEMS else 'killed'}",
         "title": problem.title,
-        "status": int(line[:3]),
+        "status": status,
         "detail": problem.detail,
     }
     if outcome.limit:
@@ -227,8 +219,3 @@ def respond(
     else:
         start_response(line, headers)
     return [] if environ.get("REQUEST_METHOD") == "HEAD" else [body]
-
-
-def _status_line(status: int) -> str:
-    # Not `http.HTTPStatus`: after USR2 the folder of gunicorn, which has a package `http`, is first on the path.
-    return f"{status} {_PHRASES.get(status, 'Refused')}"

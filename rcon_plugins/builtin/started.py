@@ -31,24 +31,20 @@ class Started:
         try:
             function = pkgutil.resolve_name(name)
         except Exception as error:
-            raise SettingsError(
-                f"{name!r} cannot be imported: {type(error).__name__}: {error}",
-                key=_KEY,
-                value=name,
-                hint="name a function that the server can import, such as shop.database:connect",
-                file=settings.file,
-            ) from error
+            problem = f"cannot be imported: {type(error).__name__}: {error}"
+            hint = "name a function that the server can import, such as shop.database:connect"
+            raise _wrong(settings, problem, hint) from error
         if not callable(function):
-            raise SettingsError(
-                f"{name!r} is a {type(function).__name__}, which cannot be called",
-                key=_KEY,
-                value=name,
-                hint="name a function without parameters",
-                file=settings.file,
-            )
+            problem = f"is a {type(function).__name__}, which cannot be called"
+            raise _wrong(settings, problem, "name a function without parameters")
         return cls(function)
 
     @hookimpl(trylast=True)
     def rcon_executor_started(self) -> None:
         """Call the function without arguments."""
         self._function()
+
+
+def _wrong(settings: Settings, problem: str, hint: str) -> SettingsError:
+    name = settings.executor_started
+    return SettingsError(f"{name!r} {problem}", key=_KEY, value=name, hint=hint, file=settings.file)

@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from rcon_plugins.builtin.log import LOGGER
 from rcon_plugins.builtin.plugins import calling
@@ -45,6 +45,7 @@ from rcon_plugins.kernel.process import raise_descriptor_limit
 from rcon_plugins.kernel.shared_memory import left_by
 from rcon_plugins.outcome import Outcome
 from rcon_plugins.settings.budget import BUDGET
+from rcon_plugins.settings.units import listed
 from rcon_plugins.tree.group_names import cgroup_name
 from rcon_plugins.tree.locks import ByteLocks
 
@@ -349,12 +350,11 @@ class RunningManager:
         """Name in the log what users of executors left in shared memory: it stays until somebody removes it."""
         left = left_by(self._sharing_uids, self._began) if self._sharing_uids else []
         if left:
-            named = ", ".join(f"{one.name!r} (uid {one.uid})" for one in left[:_MOST_NAMED])
-            more = f" and {len(left) - _MOST_NAMED} more" if len(left) > _MOST_NAMED else ""
+            named = listed([f"{one.name!r} (uid {one.uid})" for one in left], _MOST_NAMED)
             size = sum(one.size for one in left) / 2**20
             LOGGER.warning(
-                "rcon: users of executors left %.1f MiB of shared memory: %s%s. Remove it (rm, ipcrm).",
-                size, named, more,
+                "rcon: users of executors left %.1f MiB of shared memory: %s. Remove it (rm, ipcrm).",
+                size, named,
             )  # fmt: skip
 
     def _take_superfluous(self) -> list[Confinement]:
@@ -417,23 +417,17 @@ class RunningManager:
 
     def _refuse(self, work: Work, policy: str, key: str | None, error: Exception) -> NoReturn:
         """Count, and report to hooks and log, that the work does not run, and raise the error."""
-        ending: Ending
         # Work without a policy gets one record: a client may invent the names.
         record = self.tally.record(*((policy, key) if policy in self._policies.by_name else ("", None)))
         self.tally.refuse(record, _reason_of(error))
         if isinstance(error, LimitExceeded):
             error.policy, error.key = policy, key
-            ending = "pids" if isinstance(error, PidsLimitExceeded) else "concurrency"
+            ending: Ending = "pids" if isinstance(error, PidsLimitExceeded) else "concurrency"
             self._report(
                 work, Outcome(ending=ending, policy=policy, key=key, limit=error.limit, detail=str(error))
             )
             raise error
-        kinds: tuple[tuple[type[Exception], Ending], ...] = (
-            (IdentityRefused, "forbidden"),
-            (Unroutable, "unroutable"),
-        )
-        ending = next((found for kind, found in kinds if isinstance(error, kind)), "refused")
-        self._report(work, Outcome(ending=ending, policy=policy, key=key, detail=str(error)))
+        self._report(work, Outcome(ending=_kind_of(error), policy=policy, key=key, detail=str(error)))
         if isinstance(error, ConfinementError):
             raise error
         raise ConfinementError(f"{work.name}: {type(error).__name__}: {error}") from error
@@ -464,6 +458,11 @@ def _reason_of(error: Exception) -> Refusal:
         if error.limit == BUDGET:
             return "budget"
         return "processes" if error.limit == "processes" else "concurrency"
+    return _kind_of(error)
+
+
+def _kind_of(error: Exception) -> Literal["forbidden", "unroutable", "refused"]:
+    """Return why work was refused without a limit. The tally and the outcome have the same words for it."""
     if isinstance(error, IdentityRefused):
         return "forbidden"
     return "unroutable" if isinstance(error, Unroutable) else "refused"

@@ -233,7 +233,7 @@ class ForkServer:
         The next failure of running work would be taken for one of that limit.
         """
         pids = order.policy.pids
-        if pids is None or not leaf.counts_unified("pids"):
+        if self._cloner is None or pids is None or not leaf.counts_unified("pids"):
             return False
         with self._instance.policy_cgroup(order.name).meter({"pids"}) as meter:
             return (meter.read().pids_current or 0) >= pids

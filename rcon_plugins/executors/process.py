@@ -41,6 +41,7 @@ from rcon_plugins.kernel import descriptors, fork_hooks, process
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.cgroup import Resources
 from rcon_plugins.kernel.files import failure, gone
+from rcon_plugins.settings.units import listed
 
 if TYPE_CHECKING:
     import pluggy
@@ -372,13 +373,10 @@ class ProcessExecutors:
                 missing.append(name)
         self._threads = ()
         if missing:
-            named = ", ".join(map(repr, missing[:_MOST_NAMED]))
-            more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
             LOGGER.warning(
                 "rcon: threads that the application started while it was loaded do not run in executor processes: "
-                '%s%s. Start them in each one: write executor_started = "module:function" in the settings',
-                named,
-                more,
+                '%s. Start them in each one: write executor_started = "module:function" in the settings',
+                listed(list(map(repr, missing)), _MOST_NAMED),
             )
 
     def submit(self, job: Callable[[], object], when: float | None = None) -> None:

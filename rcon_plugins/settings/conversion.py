@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.units import UNITS, as_toml, quoted, show
+from rcon_plugins.settings.units import UNITS, as_toml, listed, quoted, show
 
 T = TypeVar("T")
 
@@ -200,9 +200,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
 
 def one_of(known: Iterable[str]) -> str:
     """Return a hint that lists the known words, as far as one line has room for them."""
-    words = list(known)
-    more = f" and {len(words) - _MOST_WORDS} more" if len(words) > _MOST_WORDS else ""
-    return f"one of: {', '.join(words[:_MOST_WORDS])}{more}"
+    return f"one of: {listed(list(known), _MOST_WORDS)}"
 
 
 def explain(value: object, kind: Any, key: str) -> SettingsError | None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
@@ -232,6 +232,12 @@ def parse(unit: str, text: str) -> float | int | str:
 def format_value(unit: str, value: float | str) -> str:
     """Return a value in the spelling of a settings file: ``format_value("size", 67108864)`` is ``"64M"``."""
     return UNITS[unit].format(value)
+
+
+def listed(words: Sequence[str], most: int) -> str:
+    """Return at most so many words with commas between them, and how many more there are."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
 
 
 def show(value: object) -> str:
