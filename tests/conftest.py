@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
 import shutil
 import signal
@@ -148,6 +149,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     missing = [name for name in TIERS if name not in present]
     if "CI" in os.environ and everything and missing:
         raise pytest.UsageError(f"in CI every tier is run, and no test was found in: {', '.join(missing)}")
+    # Each server that a test makes here collects garbage before it forks, and a collection writes to all objects, which
+    # copies their pages in forked children. The collector need not look at what pytest and the modules keep for ever.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import select
@@ -269,6 +270,7 @@ def main() -> None:
     """Serve the runner until the end of its input."""
     leftovers.become_subreaper()
     base, ledger = f"/rcon-faults-{os.getpid()}", use_own_ledger()
+    gc.freeze()  # a collection in a case would write to all objects that are here, and so copy their pages
     try:
         for line in sys.stdin:
             print(json.dumps(run(json.loads(line))), flush=True)
