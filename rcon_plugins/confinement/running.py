@@ -128,6 +128,9 @@ class RunningManager:
             on_end=self._remove_unused,
             on_spawn=lambda name, policy: tally.spawn(tally.record(policy.name, self._key_of(name))),
             on_evict=lambda name, policy: tally.evict_executor(tally.record(policy.name, self._key_of(name))),
+            on_too_much_memory=lambda name, policy: tally.replace_for_memory(
+                tally.record(policy.name, self._key_of(name))
+            ),
             on_lost=on_lost,
             monitor=self._monitor,
             current=self._policies.latest,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import ConcurrencyLimitExceeded, RconError
 from rcon_plugins.executors.executor import USABLE, Executor, Key, State
+from rcon_plugins.executors.kept_memory import KeptMemory
 from rcon_plugins.executors.process import DEATH_SECONDS, LOGGER, Monitor, ProcessExecutors
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class ExecutorPool:
     the same confinement and identity. When the bound is reached, the least recently used waiting process is ended.
     ``is_kept`` returns whether the confinement of a name may still be used. When an executor is gone, ``on_end`` is
     called with the name of its confinement. ``on_spawn`` is called with the name of the confinement and its policy for
-    each executor that is made, ``on_evict`` for each that ends to make room for another.
+    each executor that is made, ``on_evict`` for each that ends to make room for another, and ``on_too_much_memory`` for
+    each that `kept_memory` finds to keep too much.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class ExecutorPool:
         on_end: Callable[[str], object],
         on_spawn: Callable[[str, Policy], object] = lambda *_: None,
         on_evict: Callable[[str, Policy], object] = lambda *_: None,
+        on_too_much_memory: Callable[[str, Policy], object] = lambda *_: None,
         on_lost: Callable[[], object] | None = None,
         current: Callable[[Policy], Policy] = lambda policy: policy,
         key_of: Callable[[str], str | None] = lambda _: None,
@@ -66,6 +69,7 @@ class ExecutorPool:
             current=current,
             key_of=key_of,
         )
+        self.kept_memory = KeptMemory(on_too_much_memory)
         self._most = most
         self._is_kept = is_kept
         self._on_end = on_end

@@ -76,7 +76,7 @@ class Header(IntEnum):
 
 
 class Column(IntEnum):
-    """The words of a record. Twelve are set apart for endings and for refusals each; the last three are free."""
+    """The words of a record. Twelve are set apart for endings and for refusals each; the last two are free."""
 
     BEGUN = 0
     #: Begun, and neither ended nor going on: its process died.
@@ -98,6 +98,8 @@ class Column(IntEnum):
     MEMORY_KNOWN = 34
     OOM_KILLS = 35
     OOM_KNOWN = 36
+    #: Executor processes that were replaced because of the memory that they kept.
+    MEMORY_REPLACEMENTS = 37
 
 
 #: What a name is of. A policy without keys, one of its keys, or all its keys that have no record of their own.

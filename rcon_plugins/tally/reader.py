@@ -70,6 +70,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int = 0
     executor_evictions: int = 0
     spawns: int = 0
+    memory_replacements: int = 0
     wall_seconds: float = 0.0
     cpu_seconds: float | None = None
     memory_peak: int | None = None
@@ -320,6 +321,7 @@ def _counts_of(words: memoryview, is_written: bool | None) -> Counts:
         evictions=words[Column.EVICTIONS],
         executor_evictions=words[Column.EXECUTOR_EVICTIONS],
         spawns=words[Column.SPAWNS],
+        memory_replacements=words[Column.MEMORY_REPLACEMENTS],
         wall_seconds=words[Column.WALL_MICROSECONDS] / 1e6,
         cpu_seconds=None if cpu is None else cpu / 1e6,
         memory_peak=known(Column.MEMORY_PEAK, Column.MEMORY_KNOWN),

@@ -273,6 +273,10 @@ class Tally:
         """Count an executor process that was made."""
         self._count(record, Column.SPAWNS)
 
+    def replace_for_memory(self, record: Record) -> None:
+        """Count an executor process that was replaced because of the memory that it kept."""
+        self._count(record, Column.MEMORY_REPLACEMENTS)
+
     def _count(self, record: Record, column: int) -> None:
         if self._pid != getpid():  # before the lock, which another thread may have held at the fork
             return

@@ -147,8 +147,8 @@ def _tally_lines(tally: Counts | None, group: Group) -> list[str]:
         _line("refused", _numbers(tally.refusals)),
         _line(
             "executors",
-            f"{tally.spawns} made, {tally.executor_evictions} given up for others;"
-            f" its cgroup given up {tally.evictions} times",
+            f"{tally.spawns} made, {tally.executor_evictions} given up for others,"
+            f" {tally.memory_replacements} kept too much memory; its cgroup given up {tally.evictions} times",
         ),
     ]
 

@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 #: How long aborted work may take to end by itself before it is killed, seconds.
 ABORT_GRACE = 0.2
-#: Replace an executor process that still uses more than this share of its memory limit after its work.
-_HEAVY = 0.5
 _LEFT_BEHIND = "the request or task left processes behind"
 
 
@@ -264,8 +262,12 @@ class ProcessAdmission(Admission):
             return "its limits were changed for its last request or task"
         most = self._own_memory or self.policy.each.memory or self.policy.memory
         held = reading.memory_current
-        if most is not None and held is not None and held > _HEAVY * most.limit:
-            return "it still uses much of its memory limit"
+        if (
+            most is not None
+            and held is not None
+            and self._pool.kept_memory.is_too_much(executor, held, most.limit)
+        ):
+            return "it keeps much of its memory limit"
         return None
 
     def _conclude_end(self, detail: str = "") -> Outcome:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rcon_plugins.kernel import files
+from rcon_plugins.kernel.cgroup.need import need
 from rcon_plugins.kernel.cgroup.resources import MAX, Resources
 from rcon_plugins.kernel.events.event import Event
-from rcon_plugins.kernel.events.sources import need
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.cgroup import Cgroup

@@ -15,6 +15,7 @@ from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import files
 from rcon_plugins.kernel.attempts import Attempts
 from rcon_plugins.kernel.cgroup.meter import value_of
+from rcon_plugins.kernel.cgroup.need import need
 from rcon_plugins.kernel.cgroup.swap import CHARGED_AHEAD
 from rcon_plugins.kernel.cgroup.v1 import count_notices, open_notice
 from rcon_plugins.kernel.events.event import POLLED_SECONDS, Event, Kind, Pressure
@@ -260,24 +261,6 @@ class PolledUsage(Source):
             self._above[one] = above
             if above and not was_above:
                 yield Event("memory_usage", self._cgroup, now, 1, None, threshold, usage)
-
-
-def need(directory: str, usage: int) -> int:
-    """Return ``usage`` without unmapped page cache (``memory.stat``), in bytes.
-
-    Mapped files, such as programs and libraries, count: if dropped, they would only be read again.
-    """
-    data = (files.read_if_there(directory, "memory.stat") or "").encode()
-
-    def count(*names: bytes) -> int:
-        # v1 names file_mapped differently, and prefixes sums that include the cgroups below.
-        values = (value_of(data, prefix + name) for prefix in (b"total_", b"") for name in names)
-        return next((value for value in values if value is not None), 0)
-
-    # Shared memory also counts as mapped, but is no page cache.
-    mapped = max(0, count(b"file_mapped", b"mapped_file") - count(b"shmem"))
-    cache = count(b"active_file") + count(b"inactive_file")
-    return max(0, usage - max(0, cache - mapped))
 
 
 class Populated(Source):

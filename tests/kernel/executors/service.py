@@ -45,6 +45,7 @@ def serve(channel: Channel, frame: Frame) -> None:
 
 
 _channel: list[Channel] = []
+_kept: dict[str, list[bytes]] = {}
 
 
 class Acts:
@@ -107,6 +108,21 @@ class Acts:
     def allocate(mebibytes: int) -> int:
         held = [bytearray(os.urandom(4096) * 256) for _ in range(mebibytes)]
         return len(held)
+
+    @staticmethod
+    def keep(mebibytes: int, name: str = "") -> list[int]:
+        """Keep memory, under a name only once, as a cache does. Return the pid, and how often this process took any."""
+        if name not in _kept:
+            _kept[name or str(len(_kept))] = [os.urandom(4096) * 256 for _ in range(mebibytes)]
+        return [os.getpid(), len(_kept)]
+
+    @staticmethod
+    def fill_page_cache(path: str, mebibytes: int) -> int:
+        with open(path, "wb") as file:
+            for _ in range(mebibytes):
+                file.write(os.urandom(4096) * 256)
+            os.fsync(file.fileno())
+        return os.getpid()
 
     @staticmethod
     def lose_child(mebibytes: int, seconds: float = 0.0) -> str:

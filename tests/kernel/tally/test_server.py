@@ -196,6 +196,13 @@ def test_each_refusal_is_counted_by_its_reason(policy: str) -> None:
         assert counts(directory, policy, "a").executor_evictions == 1
 
 
+def test_executors_that_keep_too_much_memory_are_counted(policy: str) -> None:
+    with serving({policy: {"each": {"memory": "64M"}}}) as (manager, directory):
+        for _ in range(3):
+            assert ask(manager, "keep", 52, command=policy)[1].ending == "ok"
+        assert counts(directory, policy).memory_replacements == 3
+
+
 def test_what_no_route_names_is_shown_with_its_server(
     policy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

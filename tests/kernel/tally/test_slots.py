@@ -81,6 +81,8 @@ def test_what_is_counted_is_read_by_another_process(tmp_path: Path) -> None:
         tally.evict(record)
         tally.evict_executor(record)
         tally.evict_executor(record)
+        for _ in range(3):
+            tally.replace_for_memory(record)
         found = in_child(counted, tmp_path)
     finally:
         tally.close()
@@ -91,6 +93,7 @@ def test_what_is_counted_is_read_by_another_process(tmp_path: Path) -> None:
         evictions=1,
         executor_evictions=2,
         spawns=1,
+        memory_replacements=3,
         wall_seconds=4.0,
         cpu_seconds=2.0,
         memory_peak=4096,
