@@ -1,7 +1,8 @@
-"""Run two hundred jobs of a photo service, one in five of them harmful, on one confined worker: ``make demo-jobs``.
+"""Run two hundred jobs of a photo service, one in five of them harmful, on one Celery worker: ``make demo-jobs``.
 
-Starts a redis-server and a Celery worker, sends the jobs, and writes a table of how each kind ended and what it used.
-Exits with 0 if every job ended as expected, with 1 if not, with 2 if the demonstration cannot start.
+First without confinement, with one limit around the whole worker; then with the limits of each task. Each time it
+starts a redis-server and a worker, sends the jobs, and writes a table of how each kind ended and what it used. Exits
+with 0 if every confined job ended as expected, with 1 if not, with 2 if the demonstration cannot start.
 """
 
 from __future__ import annotations
@@ -14,44 +15,41 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from inputs import Inputs, Job
 from report import Row, say, write
-from servers import PROCESSES, CannotStart, Redis, Worker
-
-if TYPE_CHECKING:
-    from celery import Celery
+from servers import PROCESSES, WHOLE, CannotStart, Redis, Worker
 
 #: How long all jobs together may take, seconds.
 PATIENCE = 180.0
+#: Without confinement: when no job has ended for so long, all processes are stuck, seconds.
+STUCK = 6.0
 
 
 def main() -> int:
     """Run the demonstration."""
-    parser = argparse.ArgumentParser(description="Two hundred jobs on one confined Celery worker.")
+    parser = argparse.ArgumentParser(
+        description="Two hundred jobs on one Celery worker, unconfined and confined."
+    )
     parser.add_argument(
         "--jobs", type=int, default=200, help="about how many jobs to send (default: %(default)s)"
     )
+    parser.add_argument("--only-confined", action="store_true", help="leave out the half without confinement")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupted)
     try:
         with contextlib.ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="photos-")))
-            say("making pictures, starting a redis-server and a worker …")
+            say("making pictures, starting a redis-server …")
             inputs = stack.enter_context(contextlib.closing(Inputs(directory)))
-            redis = stack.enter_context(contextlib.closing(Redis(directory)))
-            os.environ["PHOTOS_REDIS"] = redis.url
-            worker = Worker(directory)
-            stack.callback(worker.stop)
-            worker.wait_until_ready()
-            from tasks import app  # it reads PHOTOS_REDIS
-
-            stack.callback(app.close)
-            return demonstrate(app, inputs.jobs(options.jobs / 200), worker)
+            jobs = inputs.jobs(options.jobs / 200)
+            if not options.only_confined:
+                show_unconfined(run(jobs, directory, confined=False))
+            return show_confined(run(jobs, directory, confined=True))
     except CannotStart as error:
         say(str(error))
         return 2
@@ -60,43 +58,90 @@ def main() -> int:
         return 130
 
 
-def demonstrate(app: Celery, jobs: list[Job], worker: Worker) -> int:
-    """Send the jobs, wait for them, and write the table; return the exit status."""
-    children = worker.children()
-    began = time.monotonic()
-    sent = [(job, app.tasks[f"photos.{job.task}"].delay(*job.arguments)) for job in jobs]
-    wait([result for _, result in sent], began)
-    seconds = time.monotonic() - began
-    rows = [row for row in gather(sent) if row.count]
-    replaced = len(set(children) - set(worker.children()))
-    lost = worker.log().count("WorkerLostError")
-    status = worker.stop()
-    left = worker.left_behind()
-    write(rows, sys.stdout)
-    print(f"\n  {len(jobs)} jobs in {seconds:.0f} s on one worker with {PROCESSES} processes", flush=True)
+class Half(NamedTuple):
+    """What one half of the demonstration measured."""
+
+    rows: list[Row]
+    seconds: float
+    #: The processes of the worker's pool that ended meanwhile.
+    replaced: int
+    lost: int
+    #: The processes and cgroups that the worker left; empty if none.
+    left: str
+    status: int
+
+
+def run(jobs: list[Job], directory: Path, *, confined: bool) -> Half:
+    """Send the jobs to a new worker, wait for them, and end it. Raises `CannotStart`."""
+    with contextlib.ExitStack() as stack:
+        redis = stack.enter_context(contextlib.closing(Redis(directory)))
+        os.environ["PHOTOS_REDIS"] = redis.url
+        say(f"starting a worker {'with' if confined else 'without'} confinement …")
+        worker = Worker(directory, confined=confined)
+        stack.callback(worker.stop)
+        worker.wait_until_ready()
+        from tasks import app  # it reads PHOTOS_REDIS
+
+        stack.callback(app.close)
+        children = worker.children()
+        began = time.monotonic()
+        sent = [(job, app.tasks[f"photos.{job.task}"].delay(*job.arguments)) for job in jobs]
+        ended = wait([result for _, result in sent], PATIENCE if confined else STUCK)
+        seconds = ended - began
+        rows = [row for row in gather(sent) if row.count]
+        sent.clear()  # Celery tells the server of each result that is no longer waited for
+        replaced = len(set(children) - set(worker.children()))
+        lost = worker.log().count("WorkerLostError")
+        status = worker.stop()
+        return Half(rows, seconds, replaced, lost, worker.left_behind(), status)
+
+
+def show_unconfined(half: Half) -> None:
+    """Write what became of the jobs without confinement."""
+    write(half.rows, sys.stdout)
+    harmless = [row for row in half.rows if row.expected == "ok"]
+    done, all_of_them = sum(row.results["ok"] for row in harmless), sum(row.count for row in harmless)
+    limits = ", ".join(f"{name} {value}" for name, value in WHOLE.items())
+    print(f"\n  Without confinement, on one worker with {PROCESSES} processes, all of it within {limits}:")
+    print(f"  {done} of {all_of_them} harmless jobs were done in {half.seconds:.0f} s")
+    print(f"  processes of the worker lost: {half.replaced}; WorkerLostError: {half.lost}\n", flush=True)
+
+
+def show_confined(half: Half) -> int:
+    """Write what became of the confined jobs; return the exit status."""
+    write(half.rows, sys.stdout)
+    jobs = sum(row.count for row in half.rows)
+    print(f"\n  Confined: {jobs} jobs in {half.seconds:.0f} s on one worker with {PROCESSES} processes")
+    left = half.left or "nothing"
     print(
-        f"  processes of the worker lost: {replaced}; WorkerLostError: {lost}; left behind: {left or 'nothing'}"
+        f"  processes of the worker lost: {half.replaced}; WorkerLostError: {half.lost}; left behind: {left}"
     )
-    good = all(row.as_expected for row in rows) and not replaced and not lost and not left and status == 0
+    expected = all(row.as_expected for row in half.rows)
+    good = expected and not (half.replaced or half.lost or half.left or half.status)
     print("  every job ended as expected" if good else "  not as expected: see the lines with ✗", flush=True)
     return 0 if good else 1
 
 
-def wait(results: list[Any], began: float) -> None:
-    """Show the progress until all jobs ended: as a bar on a terminal, else as a line for each quarter."""
-    shown, moves = -1, sys.stderr.isatty()
-    while time.monotonic() - began < PATIENCE:
+def wait(results: list[Any], stuck: float) -> float:
+    """Show the progress until all jobs ended, or none has for so many seconds. Return when the last one ended.
+
+    On a terminal as a bar, else as a line for each quarter.
+    """
+    shown, last, moves = -1, 0, sys.stderr.isatty()
+    end = began = time.monotonic()
+    while last < len(results) and time.monotonic() < min(end + stuck, began + PATIENCE):
         ended = sum(result.ready() for result in results)
+        if ended != last:
+            last, end = ended, time.monotonic()
         steps = ended if moves else 4 * ended // len(results)
         if steps != shown:
             shown = steps
             line = f"  {'█' * (30 * ended // len(results)):30}  {ended} of {len(results)} jobs"
             print(f"\r{line}" if moves else line, end="" if moves else "\n", file=sys.stderr, flush=True)
-        if ended == len(results):
-            break
         time.sleep(0.2)
     if moves:
         print(file=sys.stderr)
+    return end
 
 
 def gather(sent: list[tuple[Job, Any]]) -> list[Row]:
@@ -108,7 +153,7 @@ def gather(sent: list[tuple[Job, Any]]) -> list[Row]:
         row = rows.setdefault((job.task, job.input, job.expected), Row(job.task, job.input, job.expected))
         outcome = outcome_of(result)
         ended = "ok" if result.state == "SUCCESS" else type(result.result).__name__
-        row.add(ended if result.ready() else "still running", outcome.usage if outcome is not None else None)
+        row.add(ended if result.ready() else "not ended", outcome.usage if outcome is not None else None)
     return sorted(rows.values(), key=lambda row: (row.expected != "ok", row.task))
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 #: The number of processes of the worker's pool.
 PROCESSES = 4
+#: What bounds the first half of the demonstration: one limit around the whole worker, as a container has.
+WHOLE = {"memory": "1G", "pids": "200"}
 #: How long a server may take to start or to end, seconds.
 PATIENCE = 60.0
 
@@ -48,13 +50,40 @@ class Redis:
 
 
 class Worker:
-    """A Celery worker that runs the application of the example."""
+    """A Celery worker that runs the application of the example.
 
-    def __init__(self, directory: Path) -> None:
-        self._log = directory / "worker.log"
-        command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "--concurrency", str(PROCESSES)]
+    Without ``confined`` its tasks have no limits. `WHOLE` bounds the worker then, so that it harms nothing else.
+    """
+
+    def __init__(self, directory: Path, *, confined: bool) -> None:
+        self._log = directory / f"worker-{'confined' if confined else 'unconfined'}.log"
+        application = "tasks" if confined else "unconfined"
+        command = [
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            application,
+            "worker",
+            "--concurrency",
+            str(PROCESSES),
+        ]
         command += ["--hostname", "photos@localhost", "--loglevel", "INFO"]
         command += ["--without-gossip", "--without-mingle"]
+        #: The number of processes between this one and the worker.
+        self._around = 0 if confined else 1
+        if not confined:
+            limits = [word for name, value in WHOLE.items() for word in (f"--{name}", value)]
+            # Only the process that needs too much is killed, as without a group.
+            command = [
+                str(Path(sys.executable).with_name("rcon")),
+                "run",
+                *limits,
+                "--oom",
+                "process",
+                "--",
+                *command,
+            ]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, cwd=HERE, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -75,7 +104,10 @@ class Worker:
 
     def children(self) -> list[int]:
         """Return the pids of its pool."""
-        return children(self._process.pid)
+        parents = [self._process.pid]
+        for _ in range(self._around):
+            parents = [child for pid in parents for child in children(pid)]
+        return [child for pid in parents for child in children(pid)]
 
     def stop(self) -> int:
         """End it once its running jobs are done; return its exit status."""

@@ -118,7 +118,7 @@ class Acts:
 
     @staticmethod
     def fill_page_cache(path: str, mebibytes: int) -> int:
-        with open(path, "wb") as file:
+        with Path(path).open("wb") as file:
             for _ in range(mebibytes):
                 file.write(os.urandom(4096) * 256)
             os.fsync(file.fileno())
