@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from celery import Celery
@@ -51,6 +52,7 @@ def rcon(state: Any) -> dict[str, Any]:
     if worker is None:
         return _NOT_CONFINED
     return {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "when": time.monotonic(),
         "cgroup": worker.deployment.instance.path,
         "policies": {

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def test_inspect(sessions: Sessions) -> None:
         session.error("hang", TimeLimitExceeded)
         session.get("where")
         command = [sys.executable, "-m", "celery", "-A", limited.__name__, "inspect", "rcon", "--json"]
+        before = datetime.now(UTC).replace(microsecond=0)
         done = subprocess.run(
             command,
             cwd=ROOT,
@@ -46,6 +48,8 @@ def test_inspect(sessions: Sessions) -> None:
             timeout=60,
         )
         (reply,) = json.loads(done.stdout).values()
+        told = datetime.fromisoformat(reply["time"])
+        assert before <= told <= datetime.now(UTC)
         assert reply["policies"]["hog"] == {"each": {"memory": "64M", "timeout": "1m"}}
         assert reply["policies"]["small"]["memory"] == "1G"
         assert (reply["endings"], reply["refusals"]) == ({"ok": 1, "memory": 2, "timeout": 1}, {})
