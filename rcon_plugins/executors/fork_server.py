@@ -14,7 +14,6 @@ import contextlib
 import errno
 import gc
 import os
-import pickle
 import posix
 import signal
 import socket
@@ -24,6 +23,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from rcon_plugins.errors import ConfinementError, KernelError
+from rcon_plugins.executors import orders
 from rcon_plugins.executors.channel import Channel
 from rcon_plugins.executors.inherited import InheritedFiles
 from rcon_plugins.executors.inside import EXIT_SERVICE_RAISED, Template, run_executor
@@ -176,7 +176,7 @@ class ForkServer:
             return True
         if not data:
             return False
-        order = pickle.loads(data)  # noqa: S301 - from our own host, never from an executor process
+        order = orders.unpack(data)
         if isinstance(order, KillOrder):
             self._signal(order.number, signal.SIGKILL)
             if order.cgroup is not None:
@@ -308,7 +308,7 @@ class ForkServer:
             process.close_sigchld_pipe(self._sigchld_read, self._sigchld_write)
             for renew in self._template.after_fork:
                 renew()
-            end = socket.socket(fileno=channel_end)
+            end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, channel_end)
             end.setblocking(True)
             clones = self._cloner is not None
             run_executor(

@@ -7,7 +7,9 @@ project's own code, so orders are pickled; an exit report is a fixed record.
 
 from __future__ import annotations
 
+import pickle
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 #: An order is at most this long, bytes.
 LONGEST_ORDER = 128 * 1024
+#: The most policies that the fork server keeps.
+_MOST_POLICIES = 128
 _EXIT_REPORT = struct.Struct("!qii")
 
 
@@ -49,6 +53,33 @@ class SignalOrder(NamedTuple):
 
     number: int
     signal: int
+
+
+Order = SpawnOrder | KillOrder | SignalOrder
+
+
+def pack(order: Order) -> bytes:
+    """Return the message for an order."""
+    if isinstance(order, SpawnOrder):
+        number, name, leaf, policy, identity, output = order
+        return pickle.dumps((number, name, leaf, pickle.dumps(policy), identity, output))
+    return pickle.dumps(order)
+
+
+def unpack(message: bytes) -> Order:
+    """Return the order that a message encodes."""
+    order = pickle.loads(message)  # noqa: S301 - from our own host, never from an executor process
+    if type(order) is not tuple:
+        return order  # type: ignore[no-any-return]
+    number, name, leaf, policy, identity, output = order
+    return SpawnOrder(number, name, leaf, _policy(policy), identity, output)
+
+
+# Making a policy checks it, which touches 80 pages of memory. After each fork the fork server has to copy them again.
+@lru_cache(_MOST_POLICIES)
+def _policy(pickled: bytes) -> Policy:
+    policy: Policy = pickle.loads(pickled)  # noqa: S301 - as above
+    return policy
 
 
 class ExitReport(NamedTuple):

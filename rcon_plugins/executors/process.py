@@ -10,7 +10,6 @@ import gc
 import itertools
 import logging
 import os
-import pickle
 import re
 import signal
 import socket
@@ -21,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from rcon_plugins.errors import ConfinementError, KernelError, PidsLimitExceeded, on_one_line
+from rcon_plugins.executors import orders
 from rcon_plugins.executors.channel import (
     CONFINED,
     FULL,
@@ -34,7 +34,7 @@ from rcon_plugins.executors.executor import USABLE, Executor, Monitored, State
 from rcon_plugins.executors.fork_server import ForkServer
 from rcon_plugins.executors.inside import CONFINED_RECORD, Service, Template
 from rcon_plugins.executors.oom import OomGuard
-from rcon_plugins.executors.orders import ExitReport, KillOrder, SignalOrder, SpawnOrder
+from rcon_plugins.executors.orders import ExitReport, KillOrder, Order, SignalOrder, SpawnOrder
 from rcon_plugins.executors.output import Log, OutputPipe, OutputReader, standard_error
 from rcon_plugins.executors.supervisor import Supervisor
 from rcon_plugins.kernel import descriptors, fork_hooks, process
@@ -439,14 +439,14 @@ class ProcessExecutors:
             os.kill(self._server, signal.SIGKILL)
             process.reap(self._server)
 
-    def _send_order(self, order: SpawnOrder | KillOrder | SignalOrder, *passed: int) -> None:
+    def _send_order(self, order: Order, *passed: int) -> None:
         """Send the fork server an order. Raises OSError; never waits for a fork server that does not read."""
         control = self._control
         if control is None:
             raise BrokenPipeError(errno.EPIPE, "closed")
         rights = array.array("i", passed)
         ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)] if passed else []
-        control.sendmsg([pickle.dumps(order)], ancillary, _socket.MSG_DONTWAIT)
+        control.sendmsg([orders.pack(order)], ancillary, _socket.MSG_DONTWAIT)
 
     def _kill_once(self, executor: Executor) -> None:
         executor.killed_at = time.monotonic()
