@@ -23,7 +23,9 @@ import errno
 import os
 import posix
 import signal
+import struct
 import sys
+from functools import partial
 from typing import NamedTuple
 
 from rcon_plugins.errors import KernelError
@@ -46,16 +48,9 @@ _OPENSSL_1_1_1D = 0x1010104F
 _NOT_HERE = frozenset({errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.E2BIG})
 
 
-class _Arguments(ctypes.Structure):
-    """struct clone_args, version 2 (Linux 5.7)."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_uint64)
-        for name in (
-            "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls", "set_tid",
-            "set_tid_size", "cgroup",
-        )
-    )  # fmt: skip
+#: struct clone_args, version 2 (Linux 5.7): flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls,
+#: set_tid, set_tid_size, cgroup.
+_ARGUMENTS = struct.Struct("11Q")
 
 
 class CloneUnavailable(KernelError):
@@ -90,7 +85,8 @@ class Cloner:
                 "the thread id of this C library is not known", errno=errno.ENOSYS, path="clone3"
             )
         self._tid_address = address.value
-        self._robust_list = (ctypes.c_void_p(head.value), ctypes.c_size_t(length.value))
+        self._robust_list = (head.value, length.value)
+        self._pidfd = ctypes.c_int(-1)
         self._after_fork = ctypes.pythonapi.PyOS_AfterFork_Child
         self._after_fork.restype = None
 
@@ -105,28 +101,24 @@ class Cloner:
             cgroup = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise KernelError.from_oserror(error, path=directory) from None
-        pidfd = ctypes.c_int(-1)
-        arguments = _Arguments(
-            flags=_CLONE_INTO_CGROUP | _CLONE_PIDFD | _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID,
-            pidfd=ctypes.addressof(pidfd),
-            child_tid=self._tid_address,
-            exit_signal=signal.SIGCHLD,
-            cgroup=cgroup,
-        )
+        arguments = _ARGUMENTS.pack(
+            _CLONE_INTO_CGROUP | _CLONE_PIDFD | _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID,
+            ctypes.addressof(self._pidfd), self._tid_address, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup,
+        )  # fmt: skip
         try:
-            pid = process.fork(lambda: self._clone(arguments))
+            pid = process.fork(partial(self._clone, arguments))
         except KernelError as error:
             if error.errno in _NOT_HERE:
                 raise _unavailable(error) from None
             raise
         finally:
             posix.close(cgroup)
-        return Child(pid, pidfd.value if pid else 0)
+        return Child(pid, self._pidfd.value if pid else 0)
 
-    def _clone(self, arguments: _Arguments) -> int:
+    def _clone(self, arguments: bytes) -> int:
         """Call clone3. Raises `KernelError`."""
         # The GIL stays held, so that no other thread can run between the call and the child's first instruction.
-        pid = syscall("clone3", ctypes.byref(arguments), ctypes.sizeof(arguments), holding_gil=True)
+        pid = syscall("clone3", arguments, len(arguments), holding_gil=True)
         if pid == 0:
             try:
                 syscall("set_robust_list", *self._robust_list, holding_gil=True)

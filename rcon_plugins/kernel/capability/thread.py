@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import struct
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -35,23 +36,13 @@ from rcon_plugins.kernel.syscalls import (
     syscall,
 )
 
+#: struct __user_cap_header_struct (version, pid) and two of struct __user_cap_data_struct: capset(2).
+_HEADER, _DATA = struct.Struct("Ii"), struct.Struct("6I")
 _VERSION_3 = 0x20080522
 _NO_ID = 0xFFFFFFFF  # -1: the kernel leaves the id as it is
 _MOST_GROUPS = 65536
 _LOCKS = 0xAA  # every second bit of securebits locks the one below it
 _BITS = 0xFF
-
-
-class _Header(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _Data(ctypes.Structure):
-    _fields_ = (
-        ("effective", ctypes.c_uint32),
-        ("permitted", ctypes.c_uint32),
-        ("inheritable", ctypes.c_uint32),
-    )
 
 
 def set_capabilities(permitted: Capabilities, effective: Capabilities, inheritable: Capabilities) -> None:
@@ -62,14 +53,10 @@ def set_capabilities(permitted: Capabilities, effective: Capabilities, inheritab
     within the current inheritable and bounding sets together. The ambient set loses the capabilities that are no longer
     both permitted and inheritable. Raises `CapabilityError`.
     """
-    header = _Header(_VERSION_3, 0)
-    low, high = 0xFFFFFFFF, 32
-    data = (_Data * 2)(
-        _Data(effective.mask & low, permitted.mask & low, inheritable.mask & low),
-        _Data(effective.mask >> high, permitted.mask >> high, inheritable.mask >> high),
-    )
+    sets = (effective.mask, permitted.mask, inheritable.mask)
+    data = _DATA.pack(*[mask & 0xFFFFFFFF for mask in sets], *[mask >> 32 for mask in sets])
     try:
-        syscall("capset", ctypes.byref(header), ctypes.byref(data))
+        syscall("capset", _HEADER.pack(_VERSION_3, 0), data)
     except KernelError as error:
         _refuse_sets(error, permitted, effective, inheritable)
 
