@@ -61,8 +61,11 @@ def levels(path: str) -> list[str]:
     return found
 
 
-class Branch(abc.ABC):
-    """One directory of a cgroup, in one version of the interface."""
+class Branch:
+    """One directory of a cgroup, in one version of the interface.
+
+    It is no `abc.ABC`, whose ``isinstance`` is a function of Python. A new process takes a hundred of them.
+    """
 
     #: The files whose owner changes with that of the directory when a cgroup is delegated.
     delegated_files: tuple[str, ...] = ()
