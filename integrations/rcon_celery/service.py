@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # `signal` converts what it returns to enums
 import concurrent.futures.thread
 import os
 import signal
@@ -76,7 +77,7 @@ class TaskService:
     def install_signal_handlers(self) -> None:
         """Handle the signals of soft limits. Called in each new executor process."""
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            _signal.signal(number, handler)
 
     def _soft_time_reached(self, *_: object) -> None:
         self._raise_in_task(SoftTimeLimitExceeded())
