@@ -60,6 +60,8 @@ Key = tuple[str, "Identity | None"]
 class State(enum.Enum):
     """The state of an executor. The table in this module's docstring lists the transitions."""
 
+    __hash__ = object.__hash__  # that of an enum is a function of Python
+
     #: Ordered; not confined yet.
     STARTING = enum.auto()
     #: Confined; waits for work.

@@ -536,7 +536,7 @@ class ProcessExecutors:
             if not executor.exit_reported:
                 self._kill_again(executor, late)
                 return False
-            if executor.leaf.processes(subtree=True):
+            if executor.leaf.has_processes():
                 if executor.state is not State.LEFT:
                     self._kill_again(executor, late)
                 return False

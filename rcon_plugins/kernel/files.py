@@ -86,6 +86,17 @@ def open_file(directory: str, name: str, flags: int = os.O_RDONLY) -> int:
         posix.close(at)  # gevent's os.close() waits for an event loop unless the file is regular
 
 
+def are_empty(directory: str, names: Iterable[str]) -> bool:
+    """Return whether all these files have no content, or do not exist. Raises KernelError."""
+    try:
+        with Directory(directory) as opened:
+            return all(map(opened.is_empty, names))
+    except KernelError as error:
+        if not gone(error):
+            raise
+        return True
+
+
 def _open_in(at: int, directory: str, name: str, flags: int) -> int:
     if not name or "/" in name:
         raise ValueError(f"not the name of a kernel file: {name!r}")
@@ -121,6 +132,37 @@ class Directory:
     def open(self, name: str, flags: int) -> int:
         """Open a file in it, as :func:`open_file` does."""
         return _open_in(self._at, self._path, name, flags)
+
+    def is_empty(self, name: str) -> bool:
+        """Return whether a file has no content, or does not exist. Raises KernelError."""
+        try:
+            fd = self.open(name, os.O_RDONLY)
+            try:
+                return not os.read(fd, 1)
+            finally:
+                posix.close(fd)
+        except OSError as error:
+            if gone(error):
+                return True
+            raise failure(error, f"{self._path}/{name}") from None
+
+    def has(self, name: str) -> bool:
+        """Return whether there is a file of this name. Raises KernelError."""
+        try:
+            return stat.S_ISREG(os.stat(name, dir_fd=self._at, follow_symlinks=False).st_mode)
+        except OSError as error:
+            if gone(error):
+                return False
+            raise failure(error, f"{self._path}/{name}") from None
+
+    def write(self, name: str, value: str) -> None:
+        """Write a file in it, as :func:`write` does."""
+        path = f"{self._path}/{name}"
+        try:
+            fd = self.open(name, os.O_WRONLY)
+        except KernelError as error:
+            raise failure(error, path, value) from None
+        _write_all(fd, path, value)
 
 
 def _open_directory(directory: str, flags: int = os.O_RDONLY) -> int:
@@ -161,7 +203,8 @@ class _Parent:
 
     def __exit__(self, *_: object) -> None:
         """Close what is open."""
-        self._close()
+        if self._at is not None:
+            self._close()
 
     def _close(self) -> None:
         if self._at is not None:
@@ -199,33 +242,29 @@ def _read_to_the_end(fd: int, path: str) -> str:
 
 def read_if_there(directory: str, name: str) -> str | None:
     """Return the text like :func:`read`; None if the file or its directory does not exist."""
-    with _unless_gone:
+    try:
         return read(directory, name)
+    except KernelError as error:
+        if not gone(error):
+            raise
     return None
 
 
 def read_those_there(directory: str, names: Iterable[str]) -> dict[str, str]:
     """Return the texts of the files that exist, by name, as :func:`read_if_there` does."""
     found: dict[str, str] = {}
-    with _unless_gone, Directory(directory) as opened:
-        for name in names:
-            with _unless_gone:
-                found[name] = _read_to_the_end(opened.open(name, os.O_RDONLY), f"{directory}/{name}")
+    try:
+        with Directory(directory) as opened:
+            for name in names:
+                try:
+                    found[name] = _read_to_the_end(opened.open(name, os.O_RDONLY), f"{directory}/{name}")
+                except KernelError as error:
+                    if not gone(error):
+                        raise
+    except KernelError as error:
+        if not gone(error):
+            raise
     return found
-
-
-class _UnlessGone:
-    """Suppresses the error of a missing file. ENODEV, ESRCH: it was removed between the open and the read."""
-
-    def __enter__(self) -> None:
-        """Begin."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        """Return whether to suppress the error."""
-        return isinstance(error, KernelError) and gone(error)
-
-
-_unless_gone = _UnlessGone()
 
 
 def may_write(directory: str, name: str) -> bool:
@@ -249,10 +288,14 @@ def write(directory: str, name: str, value: str, hint: str | None = None) -> Non
         fd = open_file(directory, name, os.O_WRONLY)
     except KernelError as error:
         raise failure(error, f"{directory}/{name}", value, hint) from None
+    _write_all(fd, f"{directory}/{name}", value, hint)
+
+
+def _write_all(fd: int, path: str, value: str, hint: str | None = None) -> None:
     try:
         os.write(fd, value.encode())
     except OSError as error:
-        raise failure(error, f"{directory}/{name}", value, hint) from None
+        raise failure(error, path, value, hint) from None
     finally:
         posix.close(fd)
 
@@ -375,7 +418,7 @@ def _try_lock(descriptor: int, directory: str) -> bool:
 def subdirectories(directory: str) -> list[str]:
     """Return the names of the child cgroups; none if the directory is gone."""
     try:
-        if _is_childless(directory):
+        if is_childless(directory):
             return []
         at = _open_directory(directory)
         try:
@@ -389,8 +432,8 @@ def subdirectories(directory: str) -> list[str]:
         raise failure(error, directory) from None
 
 
-def _is_childless(directory: str) -> bool:
-    """Return whether one call shows that ``directory`` has no child directories. Most have none."""
+def is_childless(directory: str) -> bool:
+    """Return whether one call shows that a cgroup has no child cgroups. Most have none."""
     try:
         status = os.lstat(directory)
     except OSError:
@@ -401,7 +444,7 @@ def _is_childless(directory: str) -> bool:
 
 def subtree(directory: str) -> list[str]:
     """Return ``directory`` and all directories below it, the deepest first."""
-    if _is_childless(directory):
+    if is_childless(directory):
         return [directory]
     found = [directory] if is_directory(directory) else []
     for here in found:

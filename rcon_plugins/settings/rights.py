@@ -140,5 +140,6 @@ class Rlimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         The values are in bytes or whole seconds, or are counts.
         """
         fields = zip(self.__struct_encode_fields__, self.__struct_fields__, strict=True)
-        values = ((name, getattr(self, attribute)) for name, attribute in fields)
-        return {name: int(value) for name, value in values if value is not None}
+        return {
+            name: int(value) for name, attribute in fields if (value := getattr(self, attribute)) is not None
+        }

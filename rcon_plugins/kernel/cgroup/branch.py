@@ -152,6 +152,17 @@ class Branch:
             found.update(int(line) for line in (text or "").split())
         return found
 
+    def has_processes(self) -> bool:
+        """Return whether a process is in this cgroup or in one below it. A threaded one lists none."""
+        for directory in files.subtree(self.directory):
+            try:
+                if not files.are_empty(directory, ("cgroup.procs",)):
+                    return True
+            except KernelError as error:
+                if error.errno != errno.EOPNOTSUPP:  # a threaded one below
+                    raise
+        return False
+
     def remove(self) -> bool:
         """Remove the directory; return False if it is busy."""
         return files.remove_directory(self.directory)

@@ -245,14 +245,19 @@ class Cgroup:
         """Return the processes in this cgroup; with ``subtree`` also in those below it. A threaded one lists none."""
         return sorted(self._ids("cgroup.procs", subtree))
 
+    def has_processes(self) -> bool:
+        """Return whether a process is in this cgroup or in one below it. A threaded one lists none."""
+        return any(branch.has_processes() for branch in self._branches)
+
     def threads(self, *, subtree: bool = False) -> list[int]:
         """Return the threads in this cgroup; with ``subtree`` also in those below it."""
         return sorted(self._ids(None, subtree))
 
-    def _ids(self, name: str | None, subtree: bool) -> set[int]:
+    def _ids(self, name: str | None, subtree: bool, *, but: Branch | None = None) -> set[int]:
         found: set[int] = set()
         for branch in self._branches:
-            found |= branch.ids(name or branch.thread_file, subtree=subtree)
+            if branch is not but:
+                found |= branch.ids(name or branch.thread_file, subtree=subtree)
         return found
 
     # -- usage --------------------------------------------------------------------------------
@@ -262,22 +267,19 @@ class Cgroup:
         wanted = self.controllers if controllers is None else frozenset(controllers)
         targets = []
         for branch in self._branches:
-            table = meter.V2_FILES if isinstance(branch, V2Branch) else meter.V1_FILES
-            if isinstance(branch, V2Branch) and len(self._branches) > 1 and not branch.controllers:
+            is_v2 = isinstance(branch, V2Branch)
+            if is_v2 and len(self._branches) > 1 and not branch.controllers:
                 continue
             if branch.entry_directory() != branch.directory:
                 continue  # shares its parent's IO, see V1Branch
-            for name, (controller, parser) in table.items():
-                if controller in wanted and self._accounts(branch, name):
-                    targets.append((branch.directory, name, parser))
+            table = meter.V2_FILES if is_v2 else meter.V1_FILES
+            there = branch.controllers | {"cpu"} if is_v2 else branch.mount.controllers
+            targets += [
+                (branch.directory, name, parser)
+                for name, (controller, parser) in table.items()
+                if controller in wanted and name.partition(".")[0] in there
+            ]
         return Meter(targets)
-
-    @staticmethod
-    def _accounts(branch: Branch, name: str) -> bool:
-        prefix = name.partition(".")[0]
-        if isinstance(branch, V2Branch):
-            return prefix == "cpu" or prefix in branch.controllers
-        return prefix in branch.mount.controllers
 
     def read(self) -> Reading:
         """Return what this cgroup has used until now. Raises KernelError."""
@@ -396,7 +398,8 @@ class Cgroup:
         for branch in self._branches:
             if isinstance(branch, V2Branch) and branch.kill():
                 # cgroup.kill misses processes that are on the v1 side only.
-                self._signal(self._ids("cgroup.procs", True) - branch.ids("cgroup.procs", subtree=True))
+                if others := self._ids("cgroup.procs", True, but=branch):
+                    self._signal(others - branch.ids("cgroup.procs", subtree=True))
                 return
         with contextlib.suppress(KernelError):
             # Prevent further forks, also on a kernel that cannot freeze.

@@ -138,9 +138,9 @@ class Resources(_Limits):
 
     def written(self) -> tuple[str, ...]:
         """Return the names of the fields that are set."""
-        values = self._asdict().items()
+        values = zip(self._fields, self, strict=True)
         return tuple(
-            name for name, value in values if value is not None and value is not False and value != {}
+            [name for name, value in values if value is not None and value is not False and value != {}]
         )
 
 

@@ -7,6 +7,7 @@ import os
 import posix
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
@@ -180,7 +181,7 @@ class V1Branch(Branch):
 
         Return False if that cpuset is empty.
         """
-        if self.carries("memory"):
+        if self.carries("memory") and not _all_account_hierarchically(self.mount.path):
             _account_hierarchically(self.directory)
         return not self.carries("cpuset") or _pass_cpuset_on(self.directory)
 
@@ -243,11 +244,18 @@ class V1Branch(Branch):
                 _set_cpus(self.directory, value)
             elif name == "cpu.cfs_quota_us":
                 _set_quota(self.directory, int(value))
+            elif name == "memory.limit_in_bytes":
+                _limit_memory(self.directory, value)
             else:
                 files.write(self.directory, name, value)
-            if name == "memory.limit_in_bytes" and files.is_file(self.directory, _TCP_LIMIT):
-                files.write(self.directory, _TCP_LIMIT, value)
-        if self.mount.controllers == {"blkio"} and io_is_limited(self.directory):
+        if self.mount.controllers == _ONLY_IO:
+            self._keep_in_limits()
+
+    def _keep_in_limits(self) -> None:
+        """See to it that IO limits hold for all that is below, also those that another process wrote just now."""
+        if (self._is_of_another() or not files.is_childless(self.directory)) and io_is_limited(
+            self.directory
+        ):
             self._take_back()
             self._take_children_in()
 
@@ -294,9 +302,12 @@ class V1Branch(Branch):
                 hint="cgroup v1 can limit IO either of a group as a whole or of each of its processes: set one of them",
             )
 
+    def _is_of_another(self) -> bool:
+        return files.owner_of(self.directory) not in (None, os.geteuid())
+
     def _take_back(self) -> None:
         """Take the ownership of a delegated cgroup back, so that its user makes no cgroups in it; see `delegate`."""
-        if files.owner_of(self.directory) not in (None, os.geteuid()):
+        if self._is_of_another():
             files.change_owner(self.directory, None, os.geteuid(), os.getegid())
 
     def _take_children_in(self) -> None:
@@ -332,7 +343,7 @@ def io_holder(mount: Mount, path: str) -> str | None:
 
 def io_is_limited(directory: str) -> bool:
     """Return whether a blkio cgroup has a throttling rule."""
-    return any(files.read_those_there(directory, IO_FILES.values()).values())
+    return not files.are_empty(directory, IO_FILES.values())
 
 
 def gather_io(directory: str, seconds: float = 2.0) -> None:
@@ -357,6 +368,12 @@ def gather_io(directory: str, seconds: float = 2.0) -> None:
                 return
 
 
+@cache
+def _all_account_hierarchically(root: str) -> bool:
+    """Return whether the root of a hierarchy accounts so: all cgroups below it inherit that, and cannot change it."""
+    return files.read_if_there(root, "memory.use_hierarchy") == "1"
+
+
 def _account_hierarchically(directory: str) -> None:
     # Without use_hierarchy (the default before 5.11) the limit of a cgroup does not hold for cgroups below it.
     if files.read_if_there(directory, "memory.use_hierarchy") == "0":
@@ -375,9 +392,17 @@ def _pass_cpuset_on(directory: str) -> bool:
     above = files.read_those_there(os.path.dirname(directory), _CPUSET)
     if not all(above.get(name) for name in _CPUSET):
         return False
-    for name, value in above.items():
-        files.write(directory, name, value)
+    with files.Directory(directory) as opened:
+        for name, value in above.items():
+            opened.write(name, value)
     return True
+
+
+def _limit_memory(directory: str, value: str) -> None:
+    with files.Directory(directory) as opened:
+        opened.write("memory.limit_in_bytes", value)
+        if opened.has(_TCP_LIMIT):
+            opened.write(_TCP_LIMIT, value)
 
 
 def _set_quota(directory: str, quota: int) -> None:

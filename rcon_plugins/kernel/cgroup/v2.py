@@ -135,7 +135,7 @@ class V2Branch(Branch):
 
     def complete(self) -> bool:
         """Return whether the cgroups above pass on all controllers of this branch."""
-        return self.controllers <= offered(self.directory)
+        return not self.controllers or self.controllers <= offered(self.directory)
 
     def delegate(self, uid: int, gid: int, *, shut: bool = False) -> None:
         """Delegate the directory. ``shut``: also bound how many cgroups that user makes below it.
