@@ -172,7 +172,7 @@ class ProcessState:
         self._directory = _working_directory()
         self._umask = os.umask(0o777)
         os.umask(self._umask)
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
         self._alarm = signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0)
 
     def restore(self) -> None:
@@ -186,9 +186,9 @@ class ProcessState:
         if not self._alarm:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._handlers.items():
-            if signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            if _signal.getsignal(number) is not handler:
+                _signal.signal(number, handler)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, self._mask)
 
 
 def threads_left(before: set[threading.Thread]) -> bool:

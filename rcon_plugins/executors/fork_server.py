@@ -151,8 +151,8 @@ class ForkServer:
             # Orders come first: confined code chooses how many children this process has.
             if control in ready and not self._take_order():
                 return
-            if self._sigchld_read in ready:
-                process.drain(self._sigchld_read)
+            if ready - {control}:
+                process.drain(self._sigchld_read)  # the signal comes with what a pidfd tells
             if more or not ready or ready - {control}:
                 more = self._reap_some()
                 if not ready:

@@ -36,6 +36,7 @@ _SIGNALS = _signal.valid_signals()
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 #: Wait for children of any kind: waitpid(2), __WALL.
 _WALL = 0x40000000
+_CHUNK = 4096
 _DESCRIPTORS = "/proc/self/fd"
 _CGROUP_TREE = "/sys/fs/cgroup/"
 _MEMORY_DEVICES = frozenset({"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"})
@@ -187,7 +188,7 @@ def open_sigchld_pipe() -> tuple[int, int]:
 def drain(descriptor: int) -> None:
     """Read and discard all available data of a non-blocking descriptor."""
     with contextlib.suppress(BlockingIOError):
-        while os.read(descriptor, 4096):
+        while len(os.read(descriptor, _CHUNK)) == _CHUNK:
             pass
 
 

@@ -103,8 +103,8 @@ _POLLHUP = 0x010
 _ZEROS = (0,) * 5
 
 
-class _PollFd(ctypes.Structure):
-    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+#: struct pollfd: fd, events, revents.
+_POLL_FD = struct.Struct("ihh")
 
 
 @cache
@@ -298,7 +298,8 @@ class Poll:
 
     def __init__(self, wanted: Mapping[int, int]) -> None:
         self._count = len(wanted)
-        self._array = (_PollFd * self._count)(*(_PollFd(fd, mask, 0) for fd, mask in wanted.items()))
+        packed = b"".join([_POLL_FD.pack(fd, mask, 0) for fd, mask in wanted.items()])
+        self._entries = (ctypes.c_char * len(packed)).from_buffer_copy(packed)
         self._call = _libc().poll
 
     def wait(self, timeout: float | None) -> dict[int, int]:
@@ -307,10 +308,12 @@ class Poll:
         An interrupted call returns nothing. Raises `KernelError`.
         """
         milliseconds = -1 if timeout is None else max(0, math.ceil(timeout * 1000))
-        count = self._call(self._array, ctypes.c_ulong(self._count), milliseconds)
+        count = self._call(self._entries, ctypes.c_ulong(self._count), milliseconds)
         if count < 0:
             number = ctypes.get_errno()
             if number == errno.EINTR:  # a signal handler ran
                 return {}
             raise KernelError(f"poll: {os.strerror(number)}", errno=number, path="poll")
-        return {entry.fd: entry.revents for entry in self._array if entry.revents} if count else {}
+        if not count:
+            return {}
+        return {fd: revents for fd, _, revents in _POLL_FD.iter_unpack(self._entries) if revents}
