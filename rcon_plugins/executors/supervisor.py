@@ -53,6 +53,8 @@ class Supervisor:
         self._closed = False
         self._watched: dict[int, Callable[[], bool]] = {descriptor: on_readable}
         self._thread = threading.Thread(target=self._run, name="rcon-supervisor", daemon=True)
+        #: The thread's own identifier, once it runs.
+        self._ident = 0
 
     def watch(self, descriptor: int, on_readable: Callable[[], bool]) -> None:
         """Have the thread wait for one more descriptor, in the same way. Call it before `start`."""
@@ -98,11 +100,14 @@ class Supervisor:
                     os.close(self._wake)
 
     def _wake_up(self) -> None:
+        if threading.get_ident() == self._ident:
+            return  # it looks for jobs and deadlines before it waits again
         with self._lock:
             if not self._closed:  # otherwise the descriptor may belong to another file by now
                 os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
+        self._ident = threading.get_ident()
         poll = select.poll()
         for descriptor in self._watched:
             poll.register(descriptor, select.POLLIN)
