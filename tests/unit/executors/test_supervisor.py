@@ -69,6 +69,23 @@ def test_deadlines_of_executors_that_are_gone_are_dropped(pipe: tuple[int, int])
     assert seen == [kept]
 
 
+def test_the_thread_does_not_wake_itself(pipe: tuple[int, int]) -> None:
+    """A turn costs more than what most deadlines and jobs do."""
+    turns: list[float] = []
+    over = threading.Event()
+
+    def again(number: int) -> None:
+        when = time.monotonic() + 0.05
+        supervisor.at(when, over.set if number == 5 else partial(again, number + 1))
+
+    supervisor = Supervisor(pipe[0], lambda: True, chores=lambda: turns.append(0.0))
+    supervisor.start()
+    supervisor.submit(partial(again, 1))
+    assert over.wait(10)
+    assert len(turns) <= 1 + 5 + 5  # a wait may end a moment before its deadline, and is begun again
+    supervisor.close()
+
+
 def test_one_failing_job_does_not_end_the_watch(
     pipe: tuple[int, int], caplog: pytest.LogCaptureFixture
 ) -> None:
