@@ -254,11 +254,9 @@ def mount_read_only_below(path: str) -> None:
 
 def mount(source: str | None, target: str, filesystem: str | None, flags: int, options: str = "") -> None:
     """Call mount(2), for the mount namespace of the calling thread. Raises `KernelError`."""
-    first, second, third = (
-        None if name is None else os.fsencode(name) for name in (source, target, filesystem)
-    )
+    names = [None if name is None else os.fsencode(name) for name in (source, target, filesystem)]
     try:
-        syscall("mount", first, second, third, flags, options.encode())
+        syscall("mount", *names, flags, options.encode())
     except KernelError as error:
         number = error.errno or 0
         raise KernelError(f"mount {target}: {os.strerror(number)}", errno=number, path=target) from None

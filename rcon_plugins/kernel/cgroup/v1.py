@@ -492,11 +492,12 @@ def add_notice(directory: str, name: str, descriptor: int, argument: str = "") -
 
     One eventfd may serve several cgroups. Raises KernelError. Source: memory.rst, chapters 9 and 10.
     """
-    about = files.open_file(directory, name)
-    try:
-        files.write(directory, "cgroup.event_control", f"{descriptor} {about} {argument}".strip())
-    finally:
-        posix.close(about)
+    with files.Directory(directory) as opened:
+        about = opened.open(name, os.O_RDONLY)
+        try:
+            opened.write("cgroup.event_control", f"{descriptor} {about} {argument}".strip())
+        finally:
+            posix.close(about)
 
 
 def count_notices(descriptor: int) -> int:
