@@ -15,14 +15,17 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 _HEADER = struct.Struct("!BI")
+_HEADER_SIZE = _HEADER.size
 
 #: The largest payload of one frame, bytes. Longer data is sent in several frames.
 MAX_PAYLOAD = 1024 * 1024
 #: A good size for the pieces of a streamed body, bytes.
 CHUNK = 64 * 1024
+_READ = CHUNK + _HEADER_SIZE
 #: A frame that comes in smaller pieces than this on the average is refused, after the first ``_FREE_READS`` reads. A
 #: read costs this process more than the other side pays for a byte. The kernel cuts what a sender writes into far
 #: larger pieces.
@@ -41,6 +44,10 @@ FULL = 3
 CONFINED = 4
 
 
+#: Plain numbers: combining members of an enum takes longer than the system call.
+_AT_ONCE = int(socket.MSG_DONTWAIT)
+_LOOK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
 _NOT_OURS = "this process is a fork of the channel's owner and may not use it"
 
 
@@ -49,6 +56,11 @@ class Frame(NamedTuple):
 
     kind: int
     payload: bytes
+
+
+#: Makes a frame of a kind and a payload. The constructor of a `NamedTuple` is a function in Python, and takes thrice
+#: as long.
+_make_frame: Callable[[tuple[int, bytes]], Frame] = partial(tuple.__new__, Frame)
 
 
 class ChannelClosed(Exception):
@@ -72,6 +84,8 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        #: gevent's socket waits despite MSG_DONTWAIT; the plain socket inside it does not.
+        self._plain: socket.socket = getattr(sock, "_sock", sock)
         #: A bytearray while a frame is incomplete, so that one that comes byte by byte is not copied for each.
         self._buffer: bytes | bytearray = b""
         self._position = 0
@@ -91,10 +105,8 @@ class Channel:
         """Whether the other side is alive and no data from it waits to be received, here or in the socket."""
         if self._buffer:
             return False
-        # gevent's socket waits despite the flags; the plain socket inside it does not.
-        inner = getattr(self._socket, "_sock", self._socket)
         try:
-            inner.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self._plain.recv(1, _LOOK)
         except BlockingIOError:
             return True
         except OSError:
@@ -126,11 +138,11 @@ class Channel:
         except OSError as error:
             raise ChannelClosed(str(error)) from error
 
-    def receive(self, wait: Callable[[], object] | None = None) -> Frame:
+    def receive(self, wait: Callable[[], object] | None = None, *, at_once: bool = False) -> Frame:
         """Return the next frame. Blocks until it is whole.
 
         ``wait`` is called before each read of the socket, so that it can wait for other events too. An exception of
-        ``wait`` is passed on.
+        ``wait`` is passed on. With ``at_once``, raise `ChannelTimeout` instead of blocking.
 
         Raises `ChannelClosed` at the end of the stream, `ProtocolViolation` for a frame above the bound, or for one
         that comes in tiny pieces.
@@ -139,30 +151,24 @@ class Channel:
             raise ChannelClosed(_NOT_OURS)
         reads = 0
         while True:
-            start = self._position + _HEADER.size
-            if len(self._buffer) >= start:
-                kind, length = _HEADER.unpack_from(self._buffer, self._position)
+            buffer, position = self._buffer, self._position
+            start = position + _HEADER_SIZE
+            if len(buffer) >= start:
+                kind, length = _HEADER.unpack_from(buffer, position)
                 if length > MAX_PAYLOAD:
                     raise ProtocolViolation(f"a frame of {length} bytes; the most is {MAX_PAYLOAD}")
                 end = start + length
-                if len(self._buffer) >= end:
+                if len(buffer) >= end:
                     break
                 if reads > _FREE_READS + length // _LEAST_READ:
                     raise ProtocolViolation(f"a frame of {length} bytes in more than {reads} pieces")
             if wait is not None:
                 wait()
-            self._fill()
+            self._fill(at_once)
             reads += 1
-        if isinstance(self._buffer, bytes):
-            payload = self._buffer[start:end]
-        else:
-            with memoryview(self._buffer) as view:
-                payload = bytes(view[start:end])
-        if end == len(self._buffer):
-            self._buffer, self._position, self.drained = b"", 0, True
-        else:
-            self._position, self.drained = end, self._buffer[end] < FIRST_SERVICE_KIND
-        return Frame(kind, payload)
+        payload = buffer[start:end] if isinstance(buffer, bytes) else _copied(buffer, start, end)
+        self._advance(end)
+        return _make_frame((kind, payload))
 
     def receive_batch(self, wait: Callable[[], object] | None = None) -> list[Frame]:
         """Return the next frames, last first: at least one, and all further frames of the service received already.
@@ -171,19 +177,19 @@ class Channel:
         """
         frames = [self.receive(wait)]
         buffer, position, size = self._buffer, self._position, len(self._buffer)
-        while size - position >= _HEADER.size:
+        while size - position >= _HEADER_SIZE:
             kind, length = _HEADER.unpack_from(buffer, position)
-            start = position + _HEADER.size
+            start = position + _HEADER_SIZE
             if kind < FIRST_SERVICE_KIND or length > MAX_PAYLOAD or start + length > size:
                 break
             position = start + length
-            with memoryview(buffer) as view:
-                frames.append(Frame(kind, bytes(view[start:position])))
-        if position == size:
-            self._buffer, self._position, self.drained = b"", 0, True
-        else:
-            self._position, self.drained = position, buffer[position] < FIRST_SERVICE_KIND
-        frames.reverse()
+            payload = (
+                buffer[start:position] if isinstance(buffer, bytes) else _copied(buffer, start, position)
+            )
+            frames.append(_make_frame((kind, payload)))
+        if len(frames) > 1:
+            self._advance(position)
+            frames.reverse()
         return frames
 
     def check(self) -> None:
@@ -196,13 +202,15 @@ class Channel:
 
         With 0, do not wait.
         """
+        # Nearly always the frame has arrived. To wait for it costs three more system calls.
+        try:
+            return self.receive(at_once=True)
+        except ChannelTimeout:
+            if not seconds:
+                raise
         self._socket.settimeout(seconds)
         try:
             return self.receive()
-        except ChannelClosed as error:
-            if isinstance(error.__cause__, TimeoutError | BlockingIOError):
-                raise ChannelTimeout(f"no frame within {seconds:g} s") from error
-            raise
         finally:
             with contextlib.suppress(OSError):  # closed by now
                 self._socket.settimeout(None)
@@ -241,10 +249,19 @@ class Channel:
             except BlockingIOError:
                 wait()
 
-    def _fill(self) -> None:
-        """Read from the socket once, and append to the buffer."""
+    def _advance(self, position: int) -> None:
+        """Note that all before ``position`` in the buffer has been received."""
+        if position == len(self._buffer):
+            self._buffer, self._position, self.drained = b"", 0, True
+        else:
+            self._position, self.drained = position, self._buffer[position] < FIRST_SERVICE_KIND
+
+    def _fill(self, at_once: bool) -> None:
+        """Read from the socket once, and append to the buffer. With ``at_once``, do not wait."""
         try:
-            data = self._socket.recv(CHUNK + _HEADER.size)
+            data = self._plain.recv(_READ, _AT_ONCE) if at_once else self._socket.recv(_READ)
+        except (BlockingIOError, TimeoutError) as error:
+            raise ChannelTimeout("no frame arrived in time") from error
         except OSError as error:
             raise ChannelClosed(str(error)) from error
         if not data:
@@ -258,3 +275,8 @@ class Channel:
             del self._buffer[: self._position]
         self._position = 0
         self._buffer += data
+
+
+def _copied(buffer: bytearray, start: int, end: int) -> bytes:
+    with memoryview(buffer) as view:
+        return bytes(view[start:end])
