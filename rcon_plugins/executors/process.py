@@ -236,7 +236,7 @@ class ProcessExecutors:
                 undo.callback(self._output.finish, output)
                 undo.callback(output.close_writer)
                 order = order._replace(output=True)
-            meter = leaf.meter()
+            meter = leaf.meter(memory_limit_hits=False)
             undo.callback(meter.close)
             ours, theirs = descriptors.socket_pair(socket.SOCK_STREAM, socket)
             undo.callback(theirs.close)

@@ -262,8 +262,11 @@ class Cgroup:
 
     # -- usage --------------------------------------------------------------------------------
 
-    def meter(self, controllers: Iterable[str] | None = None) -> Meter:
-        """Open the usage files; with ``controllers`` only those of these. The cgroup must exist. Raises KernelError."""
+    def meter(self, controllers: Iterable[str] | None = None, *, memory_limit_hits: bool = True) -> Meter:
+        """Open the usage files; with ``controllers`` only those of these. The cgroup must exist. Raises KernelError.
+
+        Without ``memory_limit_hits``, leave out the files that v1 counts these in: two fewer to read each time.
+        """
         wanted = self.controllers if controllers is None else frozenset(controllers)
         targets = []
         for branch in self._branches:
@@ -277,7 +280,9 @@ class Cgroup:
             targets += [
                 (branch.directory, name, parser)
                 for name, (controller, parser) in table.items()
-                if controller in wanted and name.partition(".")[0] in there
+                if controller in wanted
+                and name.partition(".")[0] in there
+                and (memory_limit_hits or name not in meter.MEMORY_LIMIT_HITS)
             ]
         return Meter(targets)
 

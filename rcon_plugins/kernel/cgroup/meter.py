@@ -15,8 +15,8 @@ from rcon_plugins.kernel import files
 from rcon_plugins.kernel.cgroup import swap
 
 Fields = list[float | int | None]
-#: Parse one file into the list of Reading's fields.
-Parser = Callable[[bytes, Fields], None]
+#: How to read one file: it is one number, for the field of this index; or a function that parses it into the fields.
+Parser = int | Callable[[bytes, Fields], None]
 
 
 class Reading(NamedTuple):
@@ -51,10 +51,11 @@ class Reading(NamedTuple):
 
 def value_of(data: bytes, key: bytes) -> int | None:
     """Return the number after ``key`` in a flat keyed file; None if the key is missing."""
-    start = 0 if data.startswith(key + b" ") else data.find(b"\n" + key + b" ") + 1
-    if start == 0 and not data.startswith(key + b" "):
+    mark = key + b" "
+    start = 0 if data.startswith(mark) else data.find(b"\n" + mark) + 1
+    if start == 0 and not data.startswith(mark):
         return None
-    start += len(key) + 1
+    start += len(mark)
     end = data.find(b"\n", start)
     return int(data[start:] if end < 0 else data[start:end])
 
@@ -87,6 +88,7 @@ def _sum_after(data: bytes, key: bytes) -> int:
 
 # The index of each field of Reading in the list that the parsers fill.
 (_CPU, _MEMORY, _PEAK, _SWAP, _IO_READ, _IO_WRITE, _PIDS, _OOM, _MEMORY_HITS, _PIDS_HITS) = range(10)
+_COUNT = len(Reading._fields)
 
 
 def _cpu_stat(data: bytes, found: Fields) -> None:
@@ -103,7 +105,7 @@ def _io_stat(data: bytes, found: Fields) -> None:
 
 
 def _blkio(data: bytes, found: Fields) -> None:
-    found[_IO_READ], found[_IO_WRITE] = blkio_totals(data)
+    found[_IO_READ], found[_IO_WRITE] = (0, 0) if data == b"Total 0\n" else blkio_totals(data)
 
 
 def _memory_events(data: bytes, found: Fields) -> None:
@@ -123,50 +125,34 @@ def _pids_events(data: bytes, found: Fields) -> None:
     found[_PIDS_HITS] = value_of(data, b"max")
 
 
-def _memory_usage(data: bytes, found: Fields) -> None:
-    found[_MEMORY] = int(data)
-
-
-def _memory_peak(data: bytes, found: Fields) -> None:
-    found[_PEAK] = int(data)
-
-
-def _swap(data: bytes, found: Fields) -> None:
-    found[_SWAP] = int(data)
-
-
 def _memory_and_swap_peak(data: bytes, found: Fields) -> None:
     memory = found[_PEAK]
     found[_SWAP] = 0 if memory is None else swap.least_peak(int(data), int(memory))
 
 
-def _pids_current(data: bytes, found: Fields) -> None:
-    found[_PIDS] = int(data)
-
-
 #: The controller and the parser of each file.
 V2_FILES: dict[str, tuple[str, Parser]] = {
     "cpu.stat": ("cpu", _cpu_stat),
-    "memory.current": ("memory", _memory_usage),
-    "memory.peak": ("memory", _memory_peak),  # kernel 5.19
-    "memory.swap.peak": ("memory", _swap),  # kernel 6.5
-    "memory.swap.current": ("memory", _swap),
+    "memory.current": ("memory", _MEMORY),
+    "memory.peak": ("memory", _PEAK),  # kernel 5.19
+    "memory.swap.peak": ("memory", _SWAP),  # kernel 6.5
+    "memory.swap.current": ("memory", _SWAP),
     "memory.events": ("memory", _memory_events),
     "io.stat": ("io", _io_stat),
-    "pids.current": ("pids", _pids_current),
+    "pids.current": ("pids", _PIDS),
     "pids.events": ("pids", _pids_events),
 }
 V1_FILES: dict[str, tuple[str, Parser]] = {
     "cpuacct.usage": ("cpu", _cpuacct_usage),
-    "memory.usage_in_bytes": ("memory", _memory_usage),
-    "memory.max_usage_in_bytes": ("memory", _memory_peak),
+    "memory.usage_in_bytes": ("memory", _MEMORY),
+    "memory.max_usage_in_bytes": ("memory", _PEAK),
     "memory.memsw.max_usage_in_bytes": ("memory", _memory_and_swap_peak),
     "memory.oom_control": ("memory", _oom_control),
     "memory.failcnt": ("memory", _failcnt),
     # If the limit on memory and swap together is as low, this file counts instead of memory.failcnt.
     "memory.memsw.failcnt": ("memory", _failcnt),
     "blkio.throttle.io_service_bytes_recursive": ("io", _blkio),  # kernel 4.16
-    "pids.current": ("pids", _pids_current),
+    "pids.current": ("pids", _PIDS),
     "pids.events": ("pids", _pids_events),
 }
 #: The text that resets the peak, by file.
@@ -178,6 +164,8 @@ _PEAKS = {
 }
 #: A file that is read only where the kernel does not have another.
 _INSTEAD_OF = {"memory.swap.current": "memory.swap.peak"}
+#: Files that count only how often a memory limit was reached.
+MEMORY_LIMIT_HITS = frozenset({"memory.failcnt", "memory.memsw.failcnt"})
 #: They tell the least that ``swap_peak`` can have been.
 _LEAST_SWAP = ("memory.swap.current", "memory.memsw.max_usage_in_bytes")
 
@@ -229,16 +217,22 @@ class Meter:
 
     def read(self) -> Reading:
         """Return the usage until now. Raises KernelError (ENODEV: the cgroup was deleted)."""
-        found: Fields = [None] * len(Reading._fields)
+        found: Fields = [None] * _COUNT
+        read = os.pread
         given_up: tuple[int, str, Parser] | None = None
         for one in self._files:
             fd, path, parser = one
             try:
-                parser(os.pread(fd, 4096, 0), found)
+                data = read(fd, 4096, 0)
             except OSError as error:
                 if parser is not _blkio or error.errno != errno.ENODEV:
                     raise files.failure(error, path) from None
                 given_up = one
+                continue
+            if isinstance(parser, int):
+                found[parser] = int(data)
+            else:
+                parser(data, found)
         if given_up is not None:
             # On v1 the IO of a cgroup counts in the one above as soon as that has IO limits. The other counters remain.
             self._files.remove(given_up)
