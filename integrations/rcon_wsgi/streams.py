@@ -66,7 +66,8 @@ class Conversation:
         raise ProtocolViolation(f"a frame of kind {answer} is no answer to a read")
 
     def _check_owner(self) -> None:
-        if not self.mine:  # before the lock, which another thread may have held when this process was forked
+        # Before the lock, which another thread may have held when this process was forked.
+        if os.getpid() != self._owner:
             raise ChannelClosed("a process that the application forked may not answer the request")
 
     def _check_open(self) -> None:

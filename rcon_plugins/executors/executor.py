@@ -60,7 +60,8 @@ Key = tuple[str, "Identity | None"]
 class State(enum.Enum):
     """The state of an executor. The table in this module's docstring lists the transitions."""
 
-    __hash__ = object.__hash__  # that of an enum is a function of Python
+    # `enum` hashes the name instead, in Python; each request looks its executor's state up in a set.
+    __hash__ = object.__hash__
 
     #: Ordered; not confined yet.
     STARTING = enum.auto()

@@ -163,6 +163,8 @@ class ProcessAdmission(Admission):
             self._pool.leave(executor)
         else:
             self._replace(unfit)
+        if ending == "ok" and not usage.oom_kills:
+            return self._conclude(ending, usage, detail=detail)
         end = End(ending, "max_result" if ending == "result" else None, detail=detail)
         if ending == "error" and (hit := self._pids_limit_hit(reading)) is not None:
             problem = f"{self.work.name}: no more processes or threads could be started"
