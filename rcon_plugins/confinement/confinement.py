@@ -152,13 +152,12 @@ class InlineConfinement(Confinement):
         Make the cgroup again if another worker of the server removed it as its least recently used one. Raises
         `KernelError`.
         """
-        for attempts_left in reversed(range(_ATTEMPTS)):
-            executor = self.executor
-            if executor is None:
-                return None
+        attempts_left = _ATTEMPTS
+        while (executor := self.executor) is not None:
             try:
                 executor.enter()
             except KernelError as error:
+                attempts_left -= 1
                 if not gone(error) or not attempts_left:
                     raise
             else:
@@ -173,7 +172,7 @@ class InlineConfinement(Confinement):
         identity: Identity | None,  # noqa: ARG002 - always None: an inline policy has no identity
         memory: int | None,  # noqa: ARG002 - judged: `each.memory` needs a process
     ) -> LocalAdmission:
-        return InlineAdmission(self, work, reservation, self.enter)
+        return InlineAdmission(self, work, reservation)
 
     def close_files(self) -> Cgroup | None:
         if self.executor is not None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
+
 from rcon_plugins.errors import ConcurrencyLimitExceeded, ConfinementError
 from rcon_plugins.settings.budget import BUDGET, promised
 from rcon_plugins.settings.units import format_size
@@ -22,17 +24,15 @@ _SHORTEST_WAIT = 0.01
 _LONGEST_WAIT = 0.25
 
 
-class Reservation:
+class Reservation(msgspec.Struct):
     """The slot and the memory of the budget that one unit of work holds while it runs. Each is None if not needed.
 
     ``record`` counts it, from its beginning to its outcome.
     """
 
+    record: Record | None = None
     slot: Allocation | None = None
     memory: Allocation | None = None
-
-    def __init__(self, record: Record | None = None) -> None:
-        self.record = record
 
 
 class Reservations:

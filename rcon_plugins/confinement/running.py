@@ -97,7 +97,8 @@ class RunningManager:
         self._policies = LivePolicies(settings.policies, changes, self._policies_changed)
         # The hooks that each unit of work calls.
         self._select_policy = calling(self.hook.rcon_select_policy)
-        self._work_started = calling(self.hook.rcon_work_started)
+        has_plugin = self.hook.rcon_work_started.get_hookimpls()
+        self._work_started = calling(self.hook.rcon_work_started) if has_plugin else None
         self._work_finished = calling(self.hook.rcon_work_finished)
         #: The name of the policy for work that no route matches; empty without one.
         self._fallback = settings.fallback or ""
@@ -281,9 +282,13 @@ class RunningManager:
                 self._reservations.reserve(
                     reservation, confinement.policy, confinement.first_slot, own_memory, wait=wait
                 )
-            self._work_started(work=work, policy=policy)
-            admit = partial(confinement.admit, work, reservation, identity, own_memory)
-            admission = self._reservations.retry(wait, admit) if wait else admit()
+            if self._work_started is not None:
+                self._work_started(work=work, policy=policy)
+            if wait:
+                admit = partial(confinement.admit, work, reservation, identity, own_memory)
+                admission = self._reservations.retry(wait, admit)
+            else:
+                admission = confinement.admit(work, reservation, identity, own_memory)
             self.tally.begin(record)
             return admission
         except BaseException as error:

@@ -45,7 +45,7 @@ class InlineExecutor:
         try:
             self.entrance.enter()
         except BaseException:
-            self._return()
+            self._return(_thread.entered)
             raise
         _thread.entered.append(self.entrance)
 
@@ -54,12 +54,13 @@ class InlineExecutor:
 
         Raises `KernelError`. The thread stays in the cgroup then, until it enters another, or `leave_missed` moves it.
         """
-        _thread.entered.pop()
-        self._return()
+        entered = _thread.entered
+        entered.pop()
+        self._return(entered)
 
-    def _return(self) -> None:
-        """Move the calling thread into the cgroup that it entered before, or to ``home``."""
-        around = _thread.entered[-1] if _thread.entered else self._home
+    def _return(self, entered: list[Entrance]) -> None:
+        """Move the calling thread into the last cgroup that it has ``entered``, or to ``home``."""
+        around = entered[-1] if entered else self._home
         try:
             around.enter()
         except BaseException:

@@ -143,9 +143,12 @@ class Router:
             self._add(order, route)
         self._depth = max((domain.count(".") + 1 for domain in self._domains), default=0)
         self._named = {name: index for name, index in self._named.items() if index}
+        self._is_empty = not (self._hosts or self._domains or self._named or self._others)
 
     def match(self, work: Work) -> str | None:
         """Return the policy name of the first route that matches, or None. See `find`."""
+        if self._is_empty:
+            return None
         found = self.find(work)
         return None if found is None else found.policy
 

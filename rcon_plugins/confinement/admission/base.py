@@ -44,14 +44,15 @@ class Admission:
     Later calls change nothing and return the same outcome.
     """
 
+    #: How the work ended; None while it is under way.
+    outcome: Outcome | None = None
+
     def __init__(self, host: Host, work: Work, reservation: Reservation) -> None:
         self.host = host
         self.work = work
         self.reservation = reservation
         self.policy = host.policy
         self.key = host.key
-        #: How the work ended; None while it is under way.
-        self.outcome: Outcome | None = None
         self._started = time.monotonic()
 
     def finish(self, ending: Finished = "ok", detail: str = "") -> Outcome:
@@ -87,10 +88,8 @@ class Admission:
 class LocalAdmission(Admission):
     """Admission of work that runs in a thread of this process: each function that is passed to `call`."""
 
-    def __init__(self, host: Host, work: Work, reservation: Reservation) -> None:
-        super().__init__(host, work, reservation)
-        #: Whether any of the work ran.
-        self.ran = False
+    #: Whether any of the work ran.
+    ran = False
 
     def call(self, function: Callable[..., _Result], *arguments: object) -> _Result:
         """Call ``function`` confined. Return its result, or raise what it raises. Set ``ran`` once it is called."""
