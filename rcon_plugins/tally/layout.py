@@ -11,10 +11,10 @@ next one takes the slot over and counts on. So totals never fall, and there are 
     names                          41 words each: what the record counts
     slots of sparse histograms     none in version 1
 
-The sequence of a record is odd while it is being written. The sequence of the table, in the header, is odd while
-records get another name or are added to each other. A reader copies a record between two readings of its sequence, and
-tries again if these differ or are odd. It bounds its tries: a writer can die in the middle. What it left odd is taken
-as it is, and counted as torn.
+The sequence of a record is odd while several of its words are being written; one alone may change at any time. The
+sequence of the table, in the header, is odd while records get another name or are added to each other. A reader copies
+a record between two readings of its sequence, and tries again if these differ or are odd. It bounds its tries: a writer
+can die in the middle. What it left odd is taken as it is, and counted as torn.
 
 A plain store of a word is atomic, and other CPUs see the stores of one CPU in order, on x86-64. On ARM the lock around
 each update, and the interpreter's own, are barriers; the format relies on no more.

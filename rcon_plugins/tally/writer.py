@@ -233,7 +233,9 @@ class Tally:
         if self._pid != getpid():
             return
         usage = outcome.usage
-        cpu, peak, kills = usage.cpu_seconds, usage.memory_peak, usage.oom_kills
+        peak, kills = usage.memory_peak, usage.oom_kills
+        wall = int(usage.wall_seconds * 1e6)
+        cpu = None if usage.cpu_seconds is None else int(usage.cpu_seconds * 1e6)
         with self._lock:
             words, sequence, at = self._words, record.sequence, record.at
             if not words:
@@ -241,10 +243,12 @@ class Tally:
             words[sequence] = (words[sequence] + 1) | 1
             try:
                 words[at + _ENDING_COLUMNS.get(outcome.ending, _ABORTED)] += 1
-                words[at + _WALL] += max(0, int(usage.wall_seconds * 1e6))
+                if wall > 0:
+                    words[at + _WALL] += wall
                 if cpu is not None:
-                    words[at + _CPU] += max(0, int(cpu * 1e6))
                     words[at + _CPU_KNOWN] += 1
+                    if cpu > 0:
+                        words[at + _CPU] += cpu
                 if peak is not None:
                     words[at + _PEAK_SUM] += peak
                     words[at + _MEMORY_KNOWN] += 1
@@ -281,14 +285,9 @@ class Tally:
         if self._pid != getpid():  # before the lock, which another thread may have held at the fork
             return
         with self._lock:
-            words, sequence = self._words, record.sequence
-            if not words:
-                return
-            words[sequence] = (words[sequence] + 1) | 1
-            try:
-                words[record.at + column] += 1
-            finally:
-                words[sequence] = (words[sequence] | 1) + 1
+            words = self._words
+            if words:
+                words[record.at + column] += 1  # one word alone: without the sequence
 
     def _writing(self, index: int) -> _Writing:
         return _Writing(self._words, sequence_at(index), record_at(index, self._most))
