@@ -71,6 +71,7 @@ NOT_MET = {
     "rcon_gunicorn.master:Boots.__init__": _GUNICORN,
     "rcon_gunicorn.master:Boots.": "one page of memory, which the master has written to",
     "rcon_celery.service:ProcessState.restore:os.chdir#2": "the working directory of the worker was removed",
+    "rcon_celery.service:ProcessState.restore:_signal.signal": "a task replaced the handler of a soft limit",
     "tally.writer:Tally._take_slot:os.unlink": _RARE,
     "tally.reader": "rcon top, stat and ls, and remote control; no request is served",
     "executors.channel:Channel.refuse": "the response of an HTTP request: tests/integrations/wsgi",
