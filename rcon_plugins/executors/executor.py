@@ -137,8 +137,8 @@ class Executor:
         self.pid = 0
         #: The number of units of work it has served, including the one under way.
         self.uses = 0
-        #: The memory that its first work left in use, in bytes; None before, or if unknown.
-        self.kept: int | None = None
+        #: The memory of its own that its first work left in use, in bytes; 0 if that was little, or before.
+        self.kept = 0
         #: Whether the limits of its policy changed since it was made. It serves at most one more unit of work then.
         self.outdated = False
         #: The first reason for which the host killed it; None if the host did not.

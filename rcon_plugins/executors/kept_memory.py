@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("rcon")
 
-#: Later work may take this share of the room that the first work left. Less than this share of the limit is no matter.
+#: Later work may take this share of the room that the first work left, which counts if it kept as much of the limit.
 _SHARE = 0.5
 #: The first work may keep this share of the limit.
 _MOST = 0.75
@@ -40,42 +40,53 @@ class KeptMemory:
         self._on_too_much = on_too_much
         self._lock = threading.Lock()
         self._warned: set[str] = set()
+        #: The policies where a process that kept much reached its limit later: it was no cache.
+        self._in_vain: set[str] = set()
 
     def is_too_much(self, executor: Executor, held: int, limit: int) -> bool:
         """Return whether an executor process that holds so many bytes after its work has to be replaced.
 
         Unmapped page cache does not count, since the kernel drops it for the next work. Raises `KernelError`.
         """
-        is_first = executor.uses == 1
-        if is_first:
-            executor.kept = held
+        if executor.uses == 1:
+            executor.kept = 0
         if held <= _SHARE * limit:
             return False
-        held = need_of(executor.leaf, held)
-        if is_first:
-            executor.kept, most = held, _MOST * limit
-        else:
-            kept = executor.kept or 0
-            most = kept + _SHARE * (limit - kept)
-        if held <= most:
+        held, shared = need_of(executor.leaf, held)
+        if executor.uses == 1 and held <= _MOST * limit and executor.policy.name not in self._in_vain:
+            # Files in memory and shared memory may be in the hands of others by now.
+            executor.kept = held - shared
+        if held <= executor.kept + _SHARE * (limit - executor.kept):
             return False
         self._on_too_much(executor.name, executor.policy)
-        if is_first:
-            self._warn(executor, held, limit)
+        if executor.uses == 1 and held > _MOST * limit:
+            key = "memory" if executor.policy.each.memory is None else "each.memory"
+            self._warn(
+                executor.policy,
+                f"a new process keeps {_whole(held)} after its first request or task, more than three quarters of "
+                f'{key} = "{format_size(limit)}". It is replaced, so each process loads its data again. '
+                f'To keep it, set {key} = "{_whole(held / _MOST)}"',
+            )
         return True
 
-    def _warn(self, executor: Executor, held: int, limit: int) -> None:
-        name = executor.policy.name
+    def reached_limit(self, executor: Executor) -> None:
+        """Note that an executor process reached its memory limit. If it kept much, no other of its policy may."""
+        if not executor.kept:
+            return
         with self._lock:
-            if name in self._warned:
-                return
-            self._warned.add(name)
-        key = "memory" if executor.policy.each.memory is None else "each.memory"
-        LOGGER.warning(
-            "rcon: policy %s: a new process keeps %s after its first request or task, more than three quarters of "
-            '%s = "%s". It is replaced, so each process loads its data again. To keep it, set %s = "%s"',
-            *(name, _whole(held), key, format_size(limit), key, _whole(held / _MOST)),
+            self._in_vain.add(executor.policy.name)
+        self._warn(
+            executor.policy,
+            f"a process reached its memory limit with {_whole(executor.kept)} in use that its first request or task "
+            "had left. From now on a process that keeps more than half of the limit is replaced",
         )
+
+    def _warn(self, policy: Policy, text: str) -> None:
+        with self._lock:
+            if policy.name in self._warned:
+                return
+            self._warned.add(policy.name)
+        LOGGER.warning("rcon: policy %s: %s", policy.name, text)
 
 
 def _whole(size: float) -> str:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 #: How long aborted work may take to end by itself before it is killed, seconds.
 ABORT_GRACE = 0.2
 _LEFT_BEHIND = "the request or task left processes behind"
+_KEEPS_MEMORY = "it keeps much of its memory limit"
 
 
 class ProcessAdmission(Admission):
@@ -244,8 +245,9 @@ class ProcessAdmission(Admission):
         """Kill the executor process, which must not serve again, and have its replacement spawned."""
         executor = self._executor
         self._pool.replace(executor, reason)
-        if reason == _LEFT_BEHIND:
-            # Wait a short time, so that processes left by the work have ended before the work is reported as over.
+        if reason in (_LEFT_BEHIND, _KEEPS_MEMORY):
+            # Wait a short time, so that processes left by the work have ended before the work is reported as over, and
+            # the next work has the memory of this one.
             executor.ended.wait(DEATH_SECONDS)
         executor.channel.close()
 
@@ -269,7 +271,7 @@ class ProcessAdmission(Admission):
             and held is not None
             and self._pool.kept_memory.is_too_much(executor, held, most.limit)
         ):
-            return "it keeps much of its memory limit"
+            return _KEEPS_MEMORY
         return None
 
     def _conclude_end(self, detail: str = "") -> Outcome:
@@ -297,6 +299,8 @@ class ProcessAdmission(Admission):
             if end.ending != "aborted":
                 how = end.detail if end.limit else f"process {end.detail}"
                 detail = f"{self.work.name}: {how}"
+            if end.ending == "memory":
+                self._pool.kept_memory.reached_limit(executor)
             usage = self._usage(reading)
             if end.ending == "aborted":
                 detail = with_oom_kills(detail, usage.oom_kills, end.ending)

@@ -117,6 +117,11 @@ class Acts:
         return [os.getpid(), len(_kept)]
 
     @staticmethod
+    def keep_memfd(mebibytes: int) -> int:
+        file = os.memfd_create("kept")
+        return sum(os.write(file, os.urandom(4096) * 256) for _ in range(mebibytes))
+
+    @staticmethod
     def fill_page_cache(path: str, mebibytes: int) -> int:
         with Path(path).open("wb") as file:
             for _ in range(mebibytes):

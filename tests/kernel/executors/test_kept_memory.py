@@ -31,10 +31,10 @@ def test_what_the_first_work_keeps_is_loaded_once(
 
 
 def test_what_later_work_adds_is_lost_before_there_is_no_room() -> None:
-    """Of 96 MiB the first work keeps 40. Half of what is left, 28 MiB, may be added."""
+    """Of 96 MiB the first work keeps 52. Half of what is left, 22 MiB, may be added."""
     with managing({"each": {"memory": "96M"}, "max_uses": 20}) as manager:
         found = []
-        for size in (40, *[10] * 8):
+        for size in (52, *[8] * 8):
             answer, outcome = ask(manager, "keep", size)
             assert outcome.ending == "ok"
             found.append(answer)
@@ -60,6 +60,26 @@ def test_a_first_work_that_keeps_too_much_is_told_once_with_the_limit_that_helps
     with managing({**better, "max_uses": 20}) as manager:
         found = [ask(manager, "keep", 78, "model")[0] for _ in range(4)]
     assert found == [[found[0][0], 1]] * 4
+
+
+def test_what_is_no_cache_costs_one_request(caplog: pytest.LogCaptureFixture) -> None:
+    """Each request loses more than half of the limit. The second one has no room; from then on, each is the first."""
+    with managing({"each": {"memory": "96M"}, "max_uses": 20}) as manager:
+        endings = [ask(manager, "keep", 58)[1].ending for _ in range(6)]
+    assert endings == ["ok", "memory", *["ok"] * 4]
+    (warning,) = [record.message for record in caplog.records if "had left" in record.message]
+    assert re.fullmatch(
+        r"rcon: policy p: a process reached its memory limit with \d\dM in use that its first request or task "
+        r"had left\. "
+        "From now on a process that keeps more than half of the limit is replaced",
+        warning,
+    )
+
+
+def test_files_in_memory_are_no_cache() -> None:
+    """They may be in the hands of others."""
+    with managing({"each": {"memory": "96M"}, "max_uses": 20}) as manager:
+        assert [ask(manager, "keep_memfd", 58)[1].ending for _ in range(4)] == ["ok"] * 4
 
 
 def test_page_cache_does_not_count() -> None:
