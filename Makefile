@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+COMMANDS := scripts/capcon scripts/rcon
 DEMO := examples/tenants/demo.py
 CUSTOMERS := examples/customers/show.py
 JOBS := examples/jobs/photos.py
@@ -103,23 +104,23 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'   # the first with --group
 
-# One stamp for each set of packages, made again when pyproject.toml changes.
-$(VENV)/.run: pyproject.toml | $(BIN)/python
+# One stamp for each set of packages, made again when pyproject.toml or the scripts of the commands change.
+$(VENV)/.run: pyproject.toml $(COMMANDS) | $(BIN)/python
 	@echo "Installing rcon-plugins and gunicorn ..."
 	@$(BIN)/python -m pip install --quiet --editable '.[gunicorn]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | $(BIN)/python
+$(VENV)/.test: pyproject.toml $(COMMANDS) | $(BIN)/python
 	@echo "Installing what the tests need ..."
 	@$(BIN)/python -m pip install --quiet --editable . --group test --group lint --group vm
 	@touch $@ $(VENV)/.run $(VENV)/.jobs
 
-$(VENV)/.jobs: pyproject.toml | $(BIN)/python
+$(VENV)/.jobs: pyproject.toml $(COMMANDS) | $(BIN)/python
 	@echo "Installing rcon-plugins, Celery and Pillow ..."
 	@$(BIN)/python -m pip install --quiet --editable . --group jobs
 	@touch $@
 
-$(VENV)/.docs: pyproject.toml | $(BIN)/python
+$(VENV)/.docs: pyproject.toml $(COMMANDS) | $(BIN)/python
 	@echo "Installing what the site is built with ..."
 	@$(BIN)/python -m pip install --quiet --editable . --group docs
 	@touch $@

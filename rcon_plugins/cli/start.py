@@ -1,4 +1,4 @@
-"""The console scripts ``rcon`` and ``capcon``. Only ``run`` does not load click, so that it starts quickly."""
+"""What the scripts ``rcon`` and ``capcon`` run. Only ``run`` does not load click, so that it starts quickly."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+#: The variable in which a script passes on a copy of its environment (``scripts/rcon``).
+COPY = "RCON_ENVIRONMENT"
+#: Before a copy that gzip has compressed; before any other is a colon.
+_COMPRESSED = "::"
 
 
 def main() -> NoReturn:
@@ -22,6 +27,8 @@ def capcon_main() -> NoReturn:
 
 def _script(program: str, completing: str) -> NoReturn:
     try:
+        if copy := os.environ.pop(COPY, None):
+            _restore_environment(copy)
         if sys.argv[1:2] == ["run"] and completing not in os.environ:
             _run(program, sys.argv[2:])
         if program == "rcon":
@@ -36,6 +43,26 @@ def _script(program: str, completing: str) -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
         os._exit(128 + signal.SIGINT)  # SIGINT is blocked
+
+
+def _restore_environment(copy: str) -> None:
+    """Replace ``os.environ`` with the environment that the script was started with, before sh changed it.
+
+    ``copy`` is ``/proc/PID/environ`` in base64 after a colon, or compressed after two.
+    """
+    import binascii
+
+    from rcon_plugins.kernel.proc import parse_environment
+
+    content = binascii.a2b_base64(copy.lstrip(":"))
+    if copy.startswith(_COMPRESSED):
+        import zlib
+
+        content = zlib.decompress(content, wbits=31)  # with the header of gzip
+    variables = parse_environment(content)
+    for name in filter(None, list(os.environb)):
+        del os.environb[name]
+    os.environb.update(variables)
 
 
 def _run(program: str, words: list[str]) -> None:

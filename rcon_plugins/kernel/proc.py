@@ -265,18 +265,31 @@ def inherited_descriptors() -> list[int]:
 
 
 def original_environment() -> dict[bytes, bytes]:
-    """Return the environment that this process was executed with (``/proc/self/environ``), to pass it on unchanged.
+    """Return the environment of this process, to pass it on: ``os.environb`` without the change that Python makes.
 
-    In the C locale Python adds LC_CTYPE to ``os.environ`` (PEP 538). Returns ``os.environb`` if the file cannot be
-    read.
+    In the C locale Python sets LC_CTYPE (PEP 538): return the value of ``/proc/self/environ``, if it has one.
     """
+    variables = dict(os.environb)
     try:
         with open("/proc/self/environ", "rb") as file:
-            content = file.read()
+            at_start = parse_environment(file.read())
     except OSError:
-        return dict(os.environb)
-    pairs = (entry.partition(b"=") for entry in content.split(b"\0"))
-    return {name: value for name, equals, value in pairs if name and equals}
+        return variables
+    if b"LC_CTYPE" in at_start:
+        variables[b"LC_CTYPE"] = at_start[b"LC_CTYPE"]
+    else:
+        variables.pop(b"LC_CTYPE", None)
+    return variables
+
+
+def parse_environment(content: bytes) -> dict[bytes, bytes]:
+    """Return the variables of a file ``/proc/PID/environ``, in its order. Of two with one name, the first counts."""
+    found: dict[bytes, bytes] = {}
+    for entry in content.split(b"\0"):
+        name, equals, value = entry.partition(b"=")
+        if name and equals:
+            found.setdefault(name, value)
+    return found
 
 
 # -- programs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -69,9 +70,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def clean(tmp_path: Path) -> Path:
-    """The interpreter of a new venv, with nothing in it: the pip of the tests installs into it."""
-    venv.create(tmp_path / "venv")
-    return tmp_path / "venv" / "bin" / "python"
+    """The interpreter of a new venv, with nothing in it: the pip of the tests installs into it.
+
+    Its path has a space, and is longer than the kernel reads of a line with ``#!``.
+    """
+    folder = tmp_path / "a venv" / ("x" * 200) / ("y" * 60)
+    venv.create(folder)
+    return folder / "bin" / "python"
 
 
 def pip(python: Path, *arguments: str | Path, cwd: Path) -> str:
@@ -90,12 +95,17 @@ def test_the_files_of_the_wheel(built: Path) -> None:
     info = f"rcon_plugins-{VERSION}.dist-info"
     with zipfile.ZipFile(built / f"rcon_plugins-{VERSION}-py3-none-any.whl") as wheel:
         names = set(wheel.namelist())
-    assert {name.partition("/")[0] for name in names} == {*PACKAGES, info}
+    data = f"rcon_plugins-{VERSION}.data"
+    assert {name.partition("/")[0] for name in names} == {*PACKAGES, info, data}
+    assert {name for name in names if name.startswith(data)} == {
+        f"{data}/scripts/capcon",
+        f"{data}/scripts/rcon",
+    }
     expected = {
         name.removeprefix("integrations/") for name in tracked() if name.endswith((".py", "py.typed"))
     }
     expected = {name for name in expected if name.startswith(tuple(f"{package}/" for package in PACKAGES))}
-    assert {name for name in names if not name.startswith(info)} == expected
+    assert {name for name in names if not name.startswith((info, data))} == expected
     assert {f"{package}/py.typed" for package in PACKAGES} <= names
     assert {f"{info}/METADATA", f"{info}/RECORD", f"{info}/WHEEL", f"{info}/licenses/LICENSE"} <= names
 
@@ -112,11 +122,13 @@ def test_an_installed_wheel_imports(built: Path, clean: Path, tmp_path: Path) ->
     wheel = built / f"rcon_plugins-{VERSION}-py3-none-any.whl"
     install(clean, f"{wheel}[gunicorn,celery]", cwd=tmp_path)
     check_imports(clean, tmp_path)
+    check_commands(clean, tmp_path)
 
 
 def test_an_editable_install_imports(clean: Path, tmp_path: Path) -> None:
     install(clean, "--editable", f"{ROOT}[gunicorn,celery]", cwd=tmp_path)
     check_imports(clean, tmp_path)
+    check_commands(clean, tmp_path)
 
 
 def check_imports(python: Path, cwd: Path) -> None:
@@ -160,6 +172,35 @@ for name in modules:
     in_fork(lambda: importlib.import_module(name))
 """
     run(python, "-W", "error", "-c", script, ",".join(PACKAGES), *importable(), cwd=cwd)
+
+
+def check_commands(python: Path, cwd: Path) -> None:
+    """Both commands start by their path, through links, and from PATH, whatever variables Python would read."""
+    hidden = cwd / "hidden"
+    hidden.mkdir()
+    for name in ("platform", "sitecustomize", "rcon_plugins", "click"):
+        (hidden / f"{name}.py").write_text("raise ImportError('of the command')")
+    link, relative = cwd / "linked", cwd / "relative"
+    link.mkdir()
+    relative.mkdir()
+    environments: list[dict[str, str]] = [{}, {"PYTHONPATH": str(hidden), "PYTHONHOME": str(hidden)}]
+    for command in ("capcon", "rcon"):
+        script = python.parent / command
+        (link / command).symlink_to(script)
+        (relative / command).symlink_to(os.path.relpath(link / command, relative))
+        for env in environments:
+            for path in (script, link / command, relative / command, os.path.relpath(script, cwd)):
+                shown = printed(str(path), "--version", cwd=cwd, env=env)
+                assert shown == f"{command} {VERSION}\n"
+        # As with sudo, whose secure_path has a link to the script.
+        assert printed("/usr/bin/env", command, "--version", cwd=cwd, env={"PATH": f"{link}:/usr/bin:/bin"})
+        assert printed("/bin/sh", command, "--version", cwd=script.parent, env={})
+
+
+def printed(*command: str, cwd: Path, env: dict[str, str]) -> str:
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
 def test_the_core_needs_no_server(built: Path, clean: Path, tmp_path: Path) -> None:

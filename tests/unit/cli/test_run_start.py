@@ -169,7 +169,13 @@ def test_help_is_not_parsed_further(words: list[str]) -> None:
         parse(words, RUN_OPTIONS if words[0] != "-h" else CAPCON_OPTIONS)
 
 
-def test_the_scripts_start_without_click() -> None:
-    text = (Path(__file__).resolve().parents[3] / "pyproject.toml").read_text()
-    assert 'rcon = "rcon_plugins.cli.start:main"' in text
-    assert 'capcon = "rcon_plugins.cli.start:capcon_main"' in text
+@pytest.mark.parametrize(("name", "main"), [("rcon", "main"), ("capcon", "capcon_main")])
+def test_the_scripts_start_without_click(name: str, main: str) -> None:
+    text = (Path(__file__).resolve().parents[3] / "scripts" / name).read_text()
+    assert text.endswith(f"\n{main}()\n")
+    assert [line for line in text.splitlines() if "import" in line.split()] == [
+        "import sys",
+        f"        from rcon_plugins.cli.start import {main}",
+        "        import site",
+        f"        from rcon_plugins.cli.start import {main}",
+    ]
