@@ -107,13 +107,6 @@ def landlock_brings() -> tuple[int, list[tuple[str, str]]]:
     return abi, [(since, brings) for number, since, brings in _LANDLOCK if number > abi]
 
 
-def switched_off() -> frozenset[str]:
-    """Return the controllers, by the kernel's names, that were switched off at boot (``/proc/cgroups``)."""
-    lines = (files.read_if_there("/proc", "cgroups") or "").splitlines()
-    rows = (line.split() for line in lines if not line.startswith("#"))
-    return frozenset(row[0] for row in rows if len(row) == 4 and row[3] == "0")
-
-
 def container(
     paths: Iterable[tuple[str, str]] = (("/run/.containerenv", "podman"), ("/.dockerenv", "docker")),
 ) -> str | None:

@@ -11,8 +11,7 @@ from typing import Literal, NamedTuple
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import descriptors, features, process, seccomp
 from rcon_plugins.kernel.capability import CAP_SETGID, CAP_SETUID, Capabilities, read_state
-from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, swap, v1
-from rcon_plugins.kernel.cgroup.mounts import is_systemds
+from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, mounts, swap, v1
 from rcon_plugins.kernel.cgroup.resources import CONTROLLERS
 from rcon_plugins.tree import previous_cgroups, systemd
 from rcon_plugins.tree.instance import Instance
@@ -88,7 +87,7 @@ def examine(base: str | None = None) -> Report:
         capabilities=list(read_state().effective.names()),
         landlock=features.landlock_brings()[0],
         container=features.container(),
-        systemd=is_systemds(),
+        systemd=mounts.is_systemds(),
         findings=findings,
     )
 
@@ -104,12 +103,10 @@ def _mounts(hierarchy: Hierarchy) -> Iterator[Finding]:
             )
         else:
             yield Finding("machine", mount.path, "there", f"cgroup v{mount.version}: {names}")
-    off = features.switched_off()
+    off = mounts.switched_off()
     for name in sorted(CONTROLLERS - hierarchy.controllers):
         if v1.KERNEL_NAMES[name] in off:
-            yield Finding(
-                "machine", name, "missing", "switched off in the kernel", f"boot with cgroup_enable={name}"
-            )
+            yield Finding("machine", name, "missing", *mounts.refusal_of_boot(v1.KERNEL_NAMES[name]))
 
 
 def _try(hierarchy: Hierarchy, base: str | None) -> tuple[str | None, list[Finding]]:

@@ -203,7 +203,7 @@ class Hierarchy(NamedTuple):
         asked = [
             name for name, value in values.items() if name not in ("oom_group", "files") and value is not MAX
         ]
-        if resources.swap_max == 0 and not swap.present():
+        if resources.swap_max == 0 and not swap.present() and not _needs_memory(self, resources):
             # Without swap on the machine, the limit holds already.
             asked.remove("swap_max")
         found = []
@@ -255,6 +255,8 @@ def _file(hierarchy: Hierarchy, name: str, threaded: bool) -> tuple[str, str] | 
     else:
         mount = hierarchy.unified
         if mount is None or controller not in mount.controllers:
+            if controller in mounts.switched_off():
+                return mounts.refusal_of_boot(controller)
             remedy = _delegate(controller) if hierarchy.layout == "v2" else "boot with cgroup v2"
             return (f"the {controller} controller is not available here", remedy)
     if mount is None:
@@ -281,10 +283,12 @@ def _controller(hierarchy: Hierarchy, controller: str, threaded: bool) -> tuple[
                 f"the IO limits of {hierarchy.io_holder} apply here, and cgroup v1 cannot nest IO limits",
                 f"set IO limits only in {hierarchy.io_holder}, or boot with cgroup v2",
             )
+        kernel_name = v1.KERNEL_NAMES[controller]
+        if kernel_name in mounts.switched_off():
+            return mounts.refusal_of_boot(kernel_name)
         if hierarchy.layout == "v2":
             reason = f"the {controller} controller is not available in this part of the cgroup tree"
             return (reason, _delegate(controller))
-        kernel_name = v1.KERNEL_NAMES[controller]
         remedy = f"mount -t cgroup -o {kernel_name} none /sys/fs/cgroup/{kernel_name}, or boot with cgroup v2"
         return (f"the {controller} controller is not mounted", remedy)
     if mount.read_only:
@@ -333,13 +337,19 @@ def _memory_high(
     return None
 
 
+def _needs_memory(hierarchy: Hierarchy, resources: Resources) -> bool:
+    """Return whether the limit of swap cannot be set without one of memory, as on v1."""
+    mount = hierarchy.mount_of("memory")
+    return mount is not None and mount.version == 1 and resources.memory_max is None
+
+
 def _swap(hierarchy: Hierarchy, resources: Resources, _within: Resources | None) -> tuple[str, str] | None:
     mount = hierarchy.mount_of("memory")
     if mount is None:
         return None
+    if _needs_memory(hierarchy, resources):
+        return ("cgroup v1 limits swap only together with memory", "limit the memory as well")
     if mount.version == 1:
-        if resources.memory_max is None:
-            return ("cgroup v1 limits swap only together with memory", "limit the memory as well")
         if files.read_if_there(mount.path, "memory.memsw.limit_in_bytes") is None:
             return ("swap is not accounted for", "boot with swapaccount=1, or turn swap off")
         return None

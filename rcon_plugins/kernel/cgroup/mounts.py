@@ -47,6 +47,35 @@ class Mount(NamedTuple):
         return self.path if path == "/" else f"{self.path}{path}"
 
 
+def switched_off() -> frozenset[str]:
+    """Return the controllers, by the kernel's names on v1, that were switched off at boot.
+
+    ``/proc/cgroups`` says so (cgroups(7)). Kernels without cgroup v1 leave controllers out there, but not the option
+    ``cgroup_disable`` in ``/proc/cmdline`` (kernel-parameters.rst).
+    """
+    off: set[str] = set()
+    listed: set[str] = set()
+    for line in (files.read_if_there("/proc", "cgroups") or "").splitlines():
+        fields = line.split()
+        if len(fields) == 4 and fields[3] == "0":
+            off.add(fields[0])
+        elif len(fields) == 4 and fields[3] == "1":
+            listed.add(fields[0])
+    for word in (files.read_if_there("/proc", "cmdline") or "").split():
+        option, _, names = word.partition("=")
+        if option == "cgroup_disable":
+            off |= {"blkio" if name == "io" else name for name in names.split(",")} - listed
+    return frozenset(off)
+
+
+def refusal_of_boot(controller: str) -> tuple[str, str]:
+    """Return why a controller that is `switched_off` cannot be used, and the remedy."""
+    return (
+        f"the kernel was booted with the {controller} controller switched off",
+        f"boot without cgroup_disable={controller}, or with cgroup_enable={controller} where the firmware adds that",
+    )
+
+
 def parse_mountinfo(text: str) -> list[MountEntry]:
     """Return all lines of a mountinfo file, with octal escapes decoded."""
     entries = []
