@@ -57,6 +57,7 @@ def _in_unit(name: str) -> Meta:
 Cpus = Annotated[float, _in_unit("share")]
 CpuTime = Annotated[float, _in_unit("cpu_time")]
 Size = Annotated[int, _in_unit("size")]
+MemorySize = Annotated[int, _in_unit("memory")]
 Duration = Annotated[float, _in_unit("duration")]
 Factor = Annotated[float, _in_unit("factor")]
 Umask = Annotated[int, _in_unit("umask")]

@@ -13,12 +13,15 @@ from typing import Literal, NamedTuple
 
 from rcon_plugins.errors import SettingsError
 
-#: How a value is written: ``"30%"``, ``"30ms"``, ``"256M"``, ``64``, ``"0-1,3"``, ``"20s"``, ``"2x"``, ``"/srv"``.
-Unit = Literal["share", "cpu_time", "size", "count", "cpus", "duration", "factor", "device"]
+#: How a value is written: ``"30%"``, ``"30ms"``, ``"256M"``, ``"256M"`` or ``"50%"``, ``64``, ``"0-1,3"``, ``"20s"``,
+#: ``"2x"``, ``"/srv"``.
+Unit = Literal["share", "cpu_time", "size", "memory", "count", "cpus", "duration", "factor", "device"]
 
 _COUNT_MAX = 2**63 - 1
 #: Bytes of a page of memory, the least limit.
 PAGE = 4096
+#: The remedy for a limit of memory that is too low.
+NEEDS_MEMORY = "a command needs some MiB: for example 256M"
 
 
 class Limit(NamedTuple):
@@ -66,8 +69,10 @@ class Limit(NamedTuple):
 
         value = units.parse(self.unit, text)
         if isinstance(value, int) and not self.least <= value <= self.most:
-            least, most = units.format_value(self.unit, self.least), units.format_value(self.unit, self.most)
-            hint = f"at least {least}, at most {most}; for example {self.example}"
+            if self.least == PAGE:
+                raise SettingsError(f"{text} is less than a page of memory", value=text, hint=NEEDS_MEMORY)
+            most = "" if self.most == _COUNT_MAX else f", at most {self.most}"
+            hint = f"at least {units.format_value(self.unit, self.least)}{most}; for example {self.example}"
             raise SettingsError(f"{text} is out of range", value=text, hint=hint)
         return value
 
@@ -96,12 +101,13 @@ LIMITS: tuple[Limit, ...] = (
         field="cpus", removable=False,
     ),
     Limit(
-        "memory", "size", "SIZE", "Most memory: 512M, 2G (1024-based); killed beyond it.",
-        "Bytes of memory. The kernel kills processes that need more, unless the limit may expand.", "256M",
+        "memory", "memory", "SIZE", "Most memory: 512M, 0.5G, 50% of the machine; killed beyond it.",
+        "Bytes of memory, or a share of what the machine or container has: 50%. The kernel kills processes that need "
+        "more, unless the limit may expand.", "256M",
         field="memory_max", least=PAGE,
     ),
     Limit(
-        "memory_high", "size", "SIZE", "Slow down above this much memory; needs --memory.",
+        "memory_high", "memory", "SIZE", "Slow down above this much memory; needs --memory.",
         "Bytes of memory above which allocation is slowed down.", "200M",
         field="memory_high", least=PAGE, needs="memory",
     ),
@@ -111,7 +117,7 @@ LIMITS: tuple[Limit, ...] = (
         table="memory",
     ),
     Limit(
-        "up_to", "size", "SIZE", "Expand the memory limit up to this.",
+        "up_to", "memory", "SIZE", "Expand the memory limit up to this.",
         "Bytes up to which the limit grows. The kernel kills processes that need more.", "1G",
         table="memory",
     ),
@@ -161,7 +167,7 @@ LIMITS: tuple[Limit, ...] = (
         table="each",
     ),
     Limit(
-        "memory_soft", "size", "SIZE", "Ask a task to finish at this much memory: 200M.",
+        "memory_soft", "memory", "SIZE", "Ask a task to finish at this much memory: 200M.",
         "Bytes of memory at which a task is asked to finish.", "200M",
         table="each",
     ),

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.conversion import CpuList, Cpus, CpuTime, Duration, Size, dotted
+from rcon_plugins.settings.conversion import CpuList, Cpus, CpuTime, Duration, MemorySize, Size, dotted
 from rcon_plugins.settings.limit_table import BY_KEY
 from rcon_plugins.settings.memory import Memory, check_a_page
 from rcon_plugins.settings.units import (
@@ -70,7 +70,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     cpu_weight: Annotated[Annotated[int, _range("cpu_weight")] | None, _about("cpu_weight")] = None
     cpus: Annotated[CpuList | None, _about("cpus")] = None
     memory: Annotated[Memory | None, _about("memory")] = None
-    memory_high: Annotated[Size | None, _about("memory_high")] = None
+    memory_high: Annotated[MemorySize | None, _about("memory_high")] = None
     swap: Annotated[Size | None, _about("swap")] = None
     io: Annotated[
         Mapping[str, IoLimits],
@@ -147,7 +147,7 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     timeout: Annotated[Duration | None, _about("timeout")] = None
     timeout_soft: Annotated[Duration | None, _about("timeout_soft")] = None
-    memory_soft: Annotated[Size | None, _about("memory_soft")] = None
+    memory_soft: Annotated[MemorySize | None, _about("memory_soft")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,14 +9,14 @@ import msgspec
 from msgspec import Meta
 
 from rcon_plugins.errors import SettingsError
-from rcon_plugins.settings.conversion import Factor, Size, Written
+from rcon_plugins.settings.conversion import Factor, MemorySize, Written
 from rcon_plugins.settings.limit_table import PAGE
-from rcon_plugins.settings.units import UNITS, format_size, parse_factor, parse_size
+from rcon_plugins.settings.units import UNITS, format_size, parse_factor, parse_memory
 
 _T = TypeVar("_T")
 _EXAMPLES: Final = {"limit": '"256M"', "expand": '"2x"', "up_to": '"1G"'}
 _TABLE: Final = '{ limit = "256M", expand = "2x", up_to = "1G" }'
-_SIZE: Final = UNITS["size"].schema
+_SIZE: Final = UNITS["memory"].schema
 
 
 class Memory(msgspec.Struct, Written, frozen=True):
@@ -63,14 +63,14 @@ class Memory(msgspec.Struct, Written, frozen=True):
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
-            return cls(parse_size(value))
+            return cls(parse_memory(value))
         for key in value:
             if key not in _EXAMPLES:
                 raise SettingsError("unknown key", key=str(key), value=value[key], hint=f"as in {_TABLE}")
         for key, example in _EXAMPLES.items():
             if key not in value:
                 raise SettingsError(f"the key {key!r} is missing", hint=f"{key} = {example}, as in {_TABLE}")
-        limit, up_to = _parsed(value, "limit", parse_size), _parsed(value, "up_to", parse_size)
+        limit, up_to = _parsed(value, "limit", parse_memory), _parsed(value, "up_to", parse_memory)
         expand = _parsed(value, "expand", parse_factor)
         if up_to <= limit:
             raise SettingsError(
@@ -129,7 +129,7 @@ class OnMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ]
     up_to: Annotated[
-        Size,
+        MemorySize,
         Meta(
             description="Bytes up to which it grows. A task that needs more is not retried.", examples=["2G"]
         ),

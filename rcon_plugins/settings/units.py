@@ -1,6 +1,7 @@
 """The units in settings: text to numbers and numbers to text. Past this door, values are plain int, float and str.
 
-``share``: CPU time per time, in CPUs. ``cpu_time`` and ``duration``: seconds. ``size``: bytes. ``factor``: times.
+``share``: CPU time per time, in CPUs. ``cpu_time`` and ``duration``: seconds. ``size``: bytes. ``memory``: bytes,
+also written as a share of the machine's memory. ``factor``: times.
 ``umask``: the bits. ``cpus``: the numbers of CPUs, as text. ``count``: a number. ``device``: text. These are the units
 of the rows of `rcon_plugins.settings.limit_table`, and ``umask``.
 
@@ -17,16 +18,20 @@ that the parser reads again::
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
-from rcon_plugins.errors import SettingsError
+from rcon_plugins.errors import KernelError, SettingsError
 
 _DECIMAL = r"\d{1,12}(?:\.\d{1,6})?"
 _PERCENT = r"\d{1,7}(?:\.\d{1,6})?%"  # the kernel takes no quota of 10**5 CPUs and more
 _TIMES = r"\d{1,3}(?:\.\d{1,3})?x"
+#: As people write sizes: ``256M``, ``512m``, ``0.5G``, and ``100 KiB`` as messages print it. Not ``MB``: it is 10**6.
+_SIZE = r"\d{1,19}|\d{1,19}(?:\.\d{1,6})?(?:[KMGTkmgt]| ?[KMGT]iB)"
+_SHARE_OF_MEMORY = r"\d{1,3}(?:\.\d{1,6})?%"
 _SIZES: Final = {"T": 1024**4, "G": 1024**3, "M": 1024**2, "K": 1024, "": 1}
 _TIME_UNITS: Final = {"h": Decimal(3600), "m": Decimal(60), "s": Decimal(1), "ms": Decimal("0.001")}
 _LARGEST_SIZE = 2**63 - 1  # the largest value of the kernel's signed 64-bit counters
@@ -35,7 +40,8 @@ _HIGHEST_CPU = 65535  # far above the maximum that a kernel can be built for
 _LONG_NUMBER = 256  # bits: Python writes no integers of more than 4300 digits
 
 _HINT_CPUS = '"30%" is 30 % of one CPU, "150%" is one and a half'
-_HINT_SIZE = 'write "256M", "64K" or "2G", in steps of 1024'
+_HINT_SIZE = 'write "256M", "64K" or "0.5G", in steps of 1024'
+_HINT_MEMORY = 'write "50%" of the machine, more than "0%" and at most "100%", or a size: "256M"'
 _HINT_DURATION = 'write "20s", "500ms", "2m" or "1h"'
 _HINT_FACTOR = '"2x" is twice as much each time, "1.5x" half as much again'
 _HINT_CPU_LIST = 'write "0-1,3" for the CPUs 0, 1 and 3'
@@ -62,7 +68,10 @@ def format_cpus(cpus: float) -> str:
 
 
 def parse_size(value: object) -> int:
-    """Return a number of bytes: ``"256M"``, in steps of 1024 (K, M, G, T); a plain number is bytes. 0 is a size."""
+    """Return a number of bytes: ``"256M"``, in steps of 1024 (K, M, G, T); a plain number is bytes. 0 is a size.
+
+    ``"256m"``, ``"0.5G"`` and ``"256 MiB"`` are read, too. A part of a byte is left out.
+    """
     if isinstance(value, str):
         size = _size_of_text(value)
     elif isinstance(value, int) and not isinstance(value, bool):
@@ -76,15 +85,37 @@ def parse_size(value: object) -> int:
 
 
 def _size_of_text(text: str) -> int:
-    if found := re.fullmatch(r"(\d{1,19})([KMGT]?)", text, re.ASCII):
-        return int(found[1]) * _SIZES[found[2]]
+    if re.fullmatch(_SIZE, text, re.ASCII):
+        number = text.removesuffix("iB").rstrip("KMGTkmgt ")
+        return int(Decimal(number) * _SIZES[text.removesuffix("iB")[len(number) :].strip().upper()])
     hint = _HINT_SIZE
     almost = re.fullmatch(rf"({_DECIMAL}) ?([KMGT]?)(?:i?B)?", text, re.ASCII | re.IGNORECASE)
     if almost:
         size = Decimal(almost[1]) * _SIZES[almost[2].upper()]
         if size == int(size):
-            hint = f'write "{format_size(int(size))}": whole numbers of bytes, K, M, G or T, in steps of 1024'
+            hint = f'write "{format_size(int(size))}": bytes, K, M, G or T, in steps of 1024'
     raise SettingsError(f"{show(text)} is not a size", value=text, hint=hint)
+
+
+def parse_memory(value: object) -> int:
+    """Return a number of bytes of memory: a size, or ``"50%"`` of what this process can use, in whole pages.
+
+    That is the memory of the machine, or the least limit of the cgroups around this process, as in a container:
+    `Hierarchy.usable_memory`. It is read when the value is parsed.
+    """
+    if not isinstance(value, str) or not value.endswith("%"):
+        return parse_size(value)
+    if not re.fullmatch(_SHARE_OF_MEMORY, value, re.ASCII) or not 0 < (share := Decimal(value[:-1])) <= 100:
+        raise SettingsError(f"{show(value)} is no share of the memory", value=value, hint=_HINT_MEMORY)
+    from rcon_plugins.kernel.cgroup import Hierarchy
+
+    try:
+        memory = Hierarchy.discover().usable_memory()
+    except KernelError as error:
+        problem = f"{show(value)}: the memory of this machine cannot be read: {error.problem}"
+        raise SettingsError(problem, value=value, hint=_HINT_SIZE) from None
+    page = os.sysconf("SC_PAGE_SIZE")
+    return int(share * memory / 100) // page * page
 
 
 def format_size(size: int) -> str:
@@ -208,7 +239,17 @@ UNITS: Final[Mapping[str, Unit]] = {
     "size": Unit(
         parse_size,
         format_size,
-        {"anyOf": [{"type": "string", "pattern": r"^\d{1,19}[KMGT]?$"}, {"type": "integer", "minimum": 0}]},
+        {"anyOf": [{"type": "string", "pattern": rf"^({_SIZE})$"}, {"type": "integer", "minimum": 0}]},
+    ),
+    "memory": Unit(
+        parse_memory,
+        format_size,
+        {
+            "anyOf": [
+                {"type": "string", "pattern": rf"^({_SIZE}|{_SHARE_OF_MEMORY})$"},
+                {"type": "integer", "minimum": 0},
+            ]
+        },
     ),
     "duration": Unit(parse_duration, format_duration, _DURATION),
     "factor": Unit(parse_factor, format_factor, {"type": "string", "pattern": rf"^{_TIMES}$"}),

@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "ending": ("kernel",),
     "outcome": ("errors", "ending", "work"),
     "connections": ("errors", "kernel"),
-    "settings": ("errors", "work"),
+    "settings": ("errors", "work", "kernel"),
     "tree": ("errors", "kernel"),
     "tally": ("errors", "outcome", "kernel", "tree"),
     "identity": ("errors", "kernel", "settings"),

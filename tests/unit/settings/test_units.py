@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcon_plugins.errors import SettingsError
+from rcon_plugins.kernel.cgroup import Hierarchy
+from rcon_plugins.settings.file import json_schema
+from rcon_plugins.settings.policy import Policy
 from rcon_plugins.settings.units import (
     UNITS,
     cpu_numbers,
@@ -20,6 +24,7 @@ from rcon_plugins.settings.units import (
     parse_cpu_list,
     parse_cpus,
     parse_duration,
+    parse_memory,
     parse_size,
     show,
 )
@@ -36,7 +41,16 @@ MEANT = [
     ("size", "4097", 4097, "4097"),
     ("size", 4096, 4096, "4K"),
     ("size", "2T", 2 * 1024**4, "2T"),
+    ("size", "512m", 512 * 1024**2, "512M"),
+    ("size", "0.5G", 512 * 1024**2, "512M"),
+    ("size", "1.5g", 1536 * 1024**2, "1536M"),
+    ("size", "0.1G", 107374182, "107374182"),
+    ("size", "100 KiB", 100 * 1024, "100K"),
+    ("size", "256MiB", 256 * 1024**2, "256M"),
     ("size", 0, 0, "0"),
+    ("memory", "256M", 256 * 1024**2, "256M"),
+    ("memory", "0.5g", 512 * 1024**2, "512M"),
+    ("memory", 4096, 4096, "4K"),
     ("size", "0M", 0, "0"),
     ("duration", "20s", 20.0, "20s"),
     ("duration", "500ms", 0.5, "500ms"),
@@ -79,11 +93,22 @@ REFUSED = [
     ("share", "٣٠%", '"30%"'),
     ("share", "30%\n", '"30%"'),
     ("size", "256MB", 'write "256M"'),
-    ("size", "256MiB", 'write "256M"'),
-    ("size", "256m", 'write "256M"'),
+    ("size", "256mb", 'write "256M"'),
     ("size", "256 M", 'write "256M"'),
-    ("size", "0.5G", 'write "512M"'),
-    ("size", "1.3K", 'write "256M"'),
+    ("size", "256mib", 'write "256M"'),
+    ("size", "0.5", 'write "256M"'),
+    ("size", ".5G", 'write "256M"'),
+    ("size", "0.5GG", 'write "256M"'),
+    ("size", "50%", 'write "256M"'),
+    ("memory", "0%", '"50%"'),
+    ("memory", "0.0%", '"50%"'),
+    ("memory", "100.1%", '"50%"'),
+    ("memory", "-5%", '"50%"'),
+    ("memory", "50 %", '"50%"'),
+    ("memory", "max%", '"50%"'),
+    ("memory", "\u0665%", '"50%"'),
+    ("memory", "256MB", 'write "256M"'),
+    ("memory", 0.5, 'write "256M"'),
     ("size", "512B", 'write "512"'),
     ("size", "-1", 'write "256M"'),
     ("size", -1, 'write "256M"'),
@@ -126,6 +151,27 @@ def test_invalid_values_are_refused_with_value_and_remedy(unit: str, written: ob
     assert show(written) in str(refused.value)
     assert remedy in (refused.value.hint or "")
     assert refused.value.value == written
+
+
+@pytest.mark.parametrize(
+    ("written", "share"), [("100%", 1.0), ("50%", 0.5), ("12.5%", 0.125), ("0.01%", 0.0001)]
+)
+def test_a_share_of_the_memory_is_whole_pages(written: str, share: float) -> None:
+    usable = Hierarchy.discover().usable_memory()
+    assert parse_memory(written) % 4096 == 0
+    assert 0 <= usable * share - parse_memory(written) < os.sysconf("SC_PAGE_SIZE")
+    assert parse_memory(format_size(parse_memory(written))) == parse_memory(written)
+
+
+def test_the_schema_has_shares_of_the_memory_only_where_they_are_read() -> None:
+    assert re.fullmatch(texts_of(UNITS["memory"].schema), "12.5%")
+    assert not re.fullmatch(texts_of(UNITS["size"].schema), "12.5%")
+    shares = str(json_schema()).count(repr(texts_of(UNITS["memory"].schema)))
+    # memory, memory_high, of policies and of each; memory_soft; limit and up_to of each memory; on_memory.up_to
+    assert shares == 2 * 2 + 1 + 2 * 2 + 1
+    assert Policy.make("x", memory="100%", memory_high="50%", each={"memory": "50%", "memory_soft": "25%"})
+    with pytest.raises(SettingsError, match="is not a size"):
+        Policy.make("x", memory="256M", swap="50%")
 
 
 @given(st.integers(0, 2**63 - 1))
