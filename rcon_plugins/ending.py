@@ -34,6 +34,10 @@ Cause = Literal["timeout", "aborted", "protocol"]
 _REQUESTED = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
 #: A peak this close to a memory limit reached it: the kernel counts pages in batches.
 _REACHED = 0.95
+#: A process that spent this share of its CPU time limit may have reached it: the kernel counts that time in ticks, and
+#: from before the process entered its cgroup.
+_SPENT = 0.75
+_UNITS = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 #: Below this share of the limit, memory ran out elsewhere: in a group around it, or on the whole machine.
 _ELSEWHERE = 0.9
 
@@ -63,7 +67,8 @@ class LimitsInForce(NamedTuple):
 
     ``pids`` is None where a failed fork does not explain the end. ``timeout`` is the wall time limit as people read
     it, ``timeout_key`` the key that it is written under. ``ends_all``: an OOM kill of one process ends all of the
-    work, so a command is not ``"ok"`` after that, even if it exits before it is killed.
+    work, so a command is not ``"ok"`` after that, even if it exits before it is killed. ``cpu_time`` is the
+    RLIMIT_CPU of its processes in seconds, or None.
     """
 
     memory: Bounds = Bounds()
@@ -71,6 +76,7 @@ class LimitsInForce(NamedTuple):
     timeout: str = ""
     timeout_key: str = "each.timeout"
     ends_all: bool = False
+    cpu_time: float | None = None
 
 
 class End(NamedTuple):
@@ -144,6 +150,9 @@ def _explain(
         if limits.pids is not None and (limit := pids_limit_hit(before, after, limits.pids)) is not None:
             return End("pids", limit, number, _pids_detail(limit, limits.pids))
     if number is not None:
+        if _spent_cpu_time(after, limits.cpu_time, number):
+            text = f"CPU time limit {limits.cpu_time:g}s of a process reached (rlimits.cpu, or ulimit -t)"
+            return End("killed", "rlimits.cpu", number, text)
         return End("killed", None, number, f"ended by {_signal_name(number)}")
     if is_command:
         return End("error")
@@ -152,6 +161,14 @@ def _explain(
     if status is None:
         return End("killed", None, None, "ended, and its exit status is unknown")
     return End("killed", None, None, f"exited with status {os.waitstatus_to_exitcode(status)}")
+
+
+def _spent_cpu_time(after: Snapshot, limit: float | None, number: int) -> bool:
+    """Return whether RLIMIT_CPU ended the process: by SIGXCPU, and at a hard limit by SIGKILL (setrlimit(2))."""
+    if limit is None or number not in (signal.SIGXCPU, signal.SIGKILL):
+        return False
+    spent = max(after.each.cpu_seconds or 0, after.group.cpu_seconds or 0)
+    return number == signal.SIGXCPU or spent >= _SPENT * limit
 
 
 def pids_limit_hit(before: Snapshot, after: Snapshot, pids: Bounds) -> str | None:
@@ -192,23 +209,30 @@ def _memory_end(after: Snapshot, memory: Bounds, number: int | None) -> End:
         peak = after.group.memory_peak
     if bound is None or (peak is not None and peak < _ELSEWHERE * bound):
         return End(
-            "memory", None, number, f"memory limit of a group around it reached (peak {_mebibytes(peak)})"
+            "memory", None, number, f"memory limit of a group around it reached (peak {_rounded(peak)})"
         )
     peak = None if peak is None else min(peak, bound)
-    return End("memory", key, number, f"memory limit {text} reached (peak {_mebibytes(peak)}{memory.note})")
+    return End("memory", key, number, f"memory limit {text} reached (peak {_rounded(peak)}{memory.note})")
 
 
 def _rose(before: int | None, after: int | None) -> bool:
     return after is not None and after > (before or 0)
 
 
-def _mebibytes(count: int | None) -> str:
-    return "unknown" if count is None else format_memory(count, ".1f")
+def _rounded(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    name, unit = next((one for one in _UNITS if count >= one[1]), _UNITS[-1])
+    return f"{count / unit:.1f} {name}"
 
 
-def format_memory(count: int, digits: str) -> str:
-    """Return bytes in MiB, or in KiB below 1 MiB. ``digits`` is the format of the number."""
-    return f"{count / 2**20:{digits}} MiB" if count >= 2**20 else f"{count / 1024:{digits}} KiB"
+def format_memory(count: int) -> str:
+    """Return bytes as people write them: ``100 KiB``, ``1.5 GiB``, ``1025 MiB``. What is no whole page is rounded."""
+    for name, unit in _UNITS:
+        tenths = count * 10 / unit
+        if count >= unit and tenths == int(tenths):
+            return f"{tenths / 10:.1f} {name}".replace(".0 ", " ")
+    return _rounded(count)
 
 
 def _signal_name(number: int) -> str:

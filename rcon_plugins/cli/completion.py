@@ -158,6 +158,23 @@ def running_a_command(function: Any) -> Any:
     return click.argument("command", nargs=-1, type=CommandWord(), required=True)(function)
 
 
+class SuggestingGroup(click.Group):
+    """A group whose message for an unknown command names the most similar one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command of the first word. Raise `click.UsageError` if there is none."""
+        unknown = not args[0].startswith("-") and self.get_command(ctx, args[0]) is None
+        if unknown and not ctx.resilient_parsing:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise click.UsageError(f"No such command {args[0]!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
 class OwnParser(click.Command):
     """A command that parses its words with `rcon_plugins.cli.options.parse`.
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rcon_plugins.errors import RconError, on_one_line
+from rcon_plugins.errors import DelegationError, RconError, on_one_line
 
 if TYPE_CHECKING:
     import click
@@ -78,13 +78,26 @@ def status_of(act: Callable[[], int], program: str, command: str) -> int:
         say(program, str(error))
         return error.status
     except RconError as error:
-        say(program, str(error))
+        say(program, shortened(error))
         return OWN_FAILURE
     except OSError as error:
         # An error of the kernel's files is a KernelError; this one comes from writing to standard output.
         say(program, f"{error.filename or 'standard output'}: {error.strerror}")
         discard_output()
         return OWN_FAILURE
+
+
+def shortened(error: RconError) -> str:
+    """Return the message of an error; for a user without a cgroup, with one way to get it, and rcon doctor for others.
+
+    A way of several steps is left out: they are for root, and too many for one line.
+    """
+    first, *more = (getattr(error, "hint", None) or "").split("; ")
+    if not isinstance(error, DelegationError) or not more or os.geteuid() == 0:
+        return str(error)
+    if all(one.startswith("or") for one in more):
+        return f"{error.problem} ({first}; rcon doctor shows other ways)"
+    return f"{error.problem} (rcon doctor shows how to get one)"
 
 
 def _with_help(message: str, command: str) -> str:

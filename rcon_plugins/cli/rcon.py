@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
+from rcon_plugins.cli.completion import SuggestingGroup
 from rcon_plugins.cli.exit import run_group
 from rcon_plugins.errors import RconError, SettingsError
 
@@ -68,7 +69,7 @@ def run_main(arguments: list[str]) -> int:
     return run_group(rcon, "rcon", arguments)
 
 
-class Rcon(click.Group):
+class Rcon(SuggestingGroup):
     """A group that lists, describes and completes its subcommands without importing them.
 
     With RCON_PLUGINS set, the commands of those plugins are there too.

@@ -48,7 +48,7 @@ class Order(NamedTuple):
     group. ``timeout`` is in seconds of wall time. ``keep`` are descriptors that the caller needs afterwards. ``watch``
     watches the group and its leaf in threads, from before the command's first instruction until its end.
     ``memory_note`` is added to the message about the memory limit. ``oom_group``: an OOM kill of one of its processes
-    ends the whole command.
+    ends the whole command. ``cpu_time`` is the RLIMIT_CPU that ``become`` sets, in seconds.
     """
 
     program: str
@@ -64,19 +64,24 @@ class Order(NamedTuple):
     watch: Callable[[Cgroup, Cgroup], AbstractContextManager[None]] | None = None
     memory_note: str = ""
     oom_group: bool = True
+    cpu_time: float | None = None
 
 
 class NotRun(RconError):
-    """Raised when the command could not be executed. ``status`` is the exit status that a shell would return."""
+    """Raised when the command could not be executed. ``status`` is the exit status that a shell would return.
 
-    def __init__(self, error: OSError) -> None:
+    ``interpreter`` is the interpreter of a script, if that could not be executed.
+    """
+
+    def __init__(self, error: OSError, interpreter: str | None = None) -> None:
         super().__init__(os.strerror(error.errno or errno.EIO))
+        self.interpreter = interpreter
         self.errno = error.errno or errno.EIO
         self.status = NOT_FOUND if self.errno == errno.ENOENT else NOT_EXECUTABLE
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The new process, which could not execute the command, sends it to the caller by pickle.
-        return type(self), (OSError(self.errno, ""),)
+        return type(self), (OSError(self.errno, ""), self.interpreter)
 
 
 class Ended(NamedTuple):
@@ -274,7 +279,7 @@ class _Run:
             try:
                 os.execve(order.program, order.arguments, order.variables)  # noqa: S606  no shell, on purpose
             except OSError as error:
-                raise NotRun(error) from None
+                raise NotRun(error, _interpreter(order.program)) from None
         except BaseException as error:  # noqa: BLE001 - this process ends: the caller raises it, whatever it is
             import pickle
 
@@ -296,6 +301,8 @@ class _Run:
             oom_kills=self._oom_kills(group.oom_kills, status, _reached(group, memory.group))
         )
         limits = LimitsInForce(memory, pids, _seconds(self._order.timeout), "timeout", ends_all)
+        if os.WIFSIGNALED(status):
+            limits = limits._replace(cpu_time=self._cpu_time())
         end = _end_of(Snapshot(leaf, group), status, limits, late)
         if group.memory_peak is not None and memory.group is not None:
             # The kernel charges pages in batches before it refuses them, so the peak may be above the limit.
@@ -305,6 +312,13 @@ class _Run:
             # The exit status of a process that survived the OOM kill for a moment does not count.
             code = -signal.SIGKILL
         return Ended(end, _exit_status(code), wall, group, self._group.path)
+
+    def _cpu_time(self) -> float | None:
+        """Return the RLIMIT_CPU of the command in seconds: that of its policy, or the one that it inherited."""
+        import resource  # few commands end by a signal
+
+        soft = resource.getrlimit(resource.RLIMIT_CPU)[0]
+        return self._order.cpu_time or (None if soft == resource.RLIM_INFINITY else float(soft))
 
     def _explain_without_usage(self, status: int, late: bool, wall: float, error: KernelError) -> Ended:
         """Explain the end of a command whose counters cannot be read. It has run, so its exit status counts."""
@@ -362,6 +376,15 @@ def _reached(group: Reading, bound: int | None) -> bool:
     return bound is not None and (group.memory_peak or 0) >= 0.95 * bound
 
 
+def _interpreter(program: str) -> str | None:
+    """Return the interpreter of a script if this user may not execute it; None also if the user cannot find out."""
+    try:
+        from rcon_plugins.kernel.capability.exec_rule import refused_interpreter
+    except (ImportError, OSError):  # the user of the command may not be able to read the module
+        return None
+    return refused_interpreter(program)
+
+
 def _die_with(caller: int) -> None:
     """Have the kernel kill this process when the caller ends. Call it after the last change of ids, which clears it."""
     from rcon_plugins.kernel.syscalls import PR_SET_PDEATHSIG, prctl
@@ -398,7 +421,7 @@ def check_group_name(name: str) -> str:
 
 
 def _size(count: int | None) -> str:
-    return "" if count is None else format_memory(count, ".6g")
+    return "" if count is None else format_memory(count)
 
 
 def _seconds(seconds: float | None) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rcon_plugins.ending import (
     Bounds,
@@ -13,11 +15,13 @@ from rcon_plugins.ending import (
     LimitsInForce,
     Snapshot,
     explain_end,
+    format_memory,
     oom_kills_between,
     pids_limit_hit,
     with_oom_kills,
 )
 from rcon_plugins.kernel.cgroup import Reading
+from rcon_plugins.settings.units import parse_size
 
 MIB = 2**20
 KILLED, TERMINATED, EXIT_3 = signal.SIGKILL, signal.SIGTERM, 3 << 8
@@ -188,3 +192,53 @@ def test_no_fork_was_refused() -> None:
     same = Snapshot(Reading(pids_limit_hits=4), Reading(pids_limit_hits=4))
     assert pids_limit_hit(same, same, Bounds(8, 16)) is None
     assert explain_end(same, same, EXIT_3, PIDS, is_command=True) == End("error")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (100 * 1024, "100 KiB"),
+        (4096, "4 KiB"),
+        (64 * MIB, "64 MiB"),
+        (1024 * MIB, "1 GiB"),
+        (1536 * MIB, "1.5 GiB"),
+        (1025 * MIB, "1025 MiB"),
+        (1536 * 1024, "1.5 MiB"),
+        (10240 * 1024 * MIB, "10 TiB"),
+        (1028 * 1024, "1028 KiB"),
+        (100_000, "97.7 KiB"),
+        (12, "0.0 KiB"),
+    ],
+)
+def test_sizes_are_as_people_write_them(count: int, text: str) -> None:
+    assert format_memory(count) == text
+
+
+@given(st.integers(1, 2**40), st.sampled_from([2**10, 2**20, 2**30]))
+def test_a_size_of_whole_units_is_read_again(number: int, unit: int) -> None:
+    size = min(number * unit, 2**62)
+    assert parse_size(format_memory(size)) == size
+
+
+@pytest.mark.parametrize(
+    ("number", "spent", "limit", "named"),
+    [
+        (signal.SIGXCPU, 0.0, 1.0, True),
+        (signal.SIGKILL, 0.98, 1.0, True),
+        (signal.SIGKILL, 0.1, 1.0, False),
+        (signal.SIGXCPU, 1.0, None, False),
+        (signal.SIGTERM, 1.0, 1.0, False),
+    ],
+)
+def test_a_limit_of_cpu_time_is_named(
+    number: signal.Signals, spent: float, limit: float | None, named: bool
+) -> None:
+    after = Snapshot(Reading(cpu_seconds=spent))
+    end = explain_end(Snapshot(), after, int(number), LimitsInForce(cpu_time=limit), is_command=True)
+    assert (end.ending, end.signal) == ("killed", number)
+    if named:
+        detail = "CPU time limit 1s of a process reached (rlimits.cpu, or ulimit -t)"
+        assert (end.limit, end.detail) == ("rlimits.cpu", detail)
+    else:
+        assert end.limit is None
+        assert end.detail.startswith(f"ended by {number.name}")

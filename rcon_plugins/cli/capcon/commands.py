@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import click
 
-from rcon_plugins.cli.completion import OwnParser, running_a_command, with_options
+from rcon_plugins.cli.completion import OwnParser, SuggestingGroup, running_a_command, with_options
 from rcon_plugins.cli.exit import run_group
 from rcon_plugins.cli.options import CAPCON_OPTIONS, EXPLAIN_OPTIONS
 
@@ -27,7 +27,7 @@ def run_main(arguments: list[str]) -> int:
     return run_group(capcon, "capcon", arguments)
 
 
-@click.group(context_settings=_SETTINGS)
+@click.group(cls=SuggestingGroup, context_settings=_SETTINGS)
 @click.version_option(package_name="rcon-plugins", message="%(prog)s %(version)s")
 def capcon() -> None:
     """Run a command as any user, with only the named capabilities and files; show and explain the rights it holds.

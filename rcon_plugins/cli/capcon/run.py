@@ -23,7 +23,7 @@ from rcon_plugins.kernel.capability import (
     read_state,
     set_no_new_privs,
 )
-from rcon_plugins.kernel.capability.exec_rule import File, predict
+from rcon_plugins.kernel.capability.exec_rule import File, predict, refused_interpreter
 from rcon_plugins.kernel.proc import exec_remedy, original_environment
 
 #: Devices that most programs write to and that hold no data. --read-only and --write always allow them.
@@ -141,4 +141,6 @@ def not_executed(request: Request, program: str, error: OSError) -> Refused:
         hint = "this process may not gain the capabilities of the file: see capcon explain"
     else:
         hint = exec_remedy(error.errno, as_another=request.identity is not None)
-    return Refused(f"{program}: {reason}" + (f" ({hint})" if hint else ""), status)
+    interpreter = refused_interpreter(program)
+    file = f"its interpreter {interpreter}: " if interpreter else ""
+    return Refused(f"{program}: {file}{reason}" + (f" ({hint})" if hint else ""), status)

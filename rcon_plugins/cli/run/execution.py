@@ -6,26 +6,30 @@ import errno
 import os
 import signal
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from rcon_plugins.cli.exit import OWN_FAILURE, BadUsage, say
+from rcon_plugins.cli.exit import BAD_USAGE, OWN_FAILURE, BadUsage, say, shortened
 from rcon_plugins.command import run as command_run
 from rcon_plugins.command.run import Ended, NotRun, Order, check_group_name, group_name
-from rcon_plugins.errors import RconError, SettingsError
+from rcon_plugins.errors import KernelError, RconError, SettingsError
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
 from rcon_plugins.kernel.proc import exec_remedy
-from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD
+from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD, NEEDS_MEMORY
 
 #: A command that one of these signals ends, ends without a message, as in a shell.
 _SILENT = frozenset({signal.SIGINT, signal.SIGPIPE})
+#: With so many bytes of memory the kernel can make the cgroups of a command.
+_ENOUGH = 2**20
 
 
 def check_enforceable(hierarchy: Hierarchy, resources: Resources) -> None:
     """Raise `BadUsage`, with the remedy, for the first limit that this machine cannot enforce. Note a gap in swap."""
     for refusal in hierarchy.refusals(resources):
-        flag = FLAG_OF_FIELD[refusal.limit]
-        raise BadUsage(f"{flag}: cannot be enforced on this machine: {refusal.reason} ({refusal.remedy})")
+        flag, remedy = FLAG_OF_FIELD[refusal.limit], refusal.remedy
+        if refusal.limit == "swap_max" and resources.memory_max is None and "memory" in hierarchy.controllers:
+            remedy = f"add {FLAG_OF_FIELD['memory_max']}"
+        raise BadUsage(f"{flag}: cannot be enforced on this machine: {refusal.reason} ({remedy})")
     note_swap(hierarchy, resources)
 
 
@@ -138,10 +142,13 @@ def execute(
         ended = command_run.run(order, hierarchy, base)
     except NotRun as error:
         remedy = exec_remedy(error.errno, as_another=order.become is not None)
-        problem = f"{order.program}: {error}" + (f" ({remedy})" if remedy else "")
+        file = f"its interpreter {error.interpreter}: " if error.interpreter else ""
+        problem = f"{order.program}: {file}{error}" + (f" ({remedy})" if remedy else "")
         return _not_run(order, report, policy, error.status, problem)
     except RconError as error:
-        return _not_run(order, report, policy, OWN_FAILURE, str(error))
+        if (too_little := _too_little_memory(error, order)) is not None:
+            return _not_run(order, report, policy, BAD_USAGE, too_little)
+        return _not_run(order, report, policy, OWN_FAILURE, shortened(error))
     if finished is not None:
         finished(ended)
     end = ended.end
@@ -155,11 +162,23 @@ def execute(
     return ended.status
 
 
+def _too_little_memory(error: RconError, order: Order) -> str | None:
+    """Return the message if the kernel could not even make the cgroups of the command within its memory limit."""
+    limit = order.resources.memory_max
+    if not isinstance(error, KernelError) or error.errno != errno.ENOMEM:
+        return None
+    if not isinstance(limit, int) or limit >= _ENOUGH:
+        return None
+    from rcon_plugins.settings.units import format_size  # loads slowly
+
+    return f"{BY_KEY['memory'].flag}: {format_size(limit)} is too little to start a command ({NEEDS_MEMORY})"
+
+
 def _not_run(order: Order, report: int | None, policy: str, status: int, problem: str) -> int:
     say("rcon", problem)
     if report is not None:
         data = {"outcome": "refused", "status": status, "detail": problem, "policy": policy}
-        _write(report, {**data, "command": _texts(order.arguments)})
+        _write(report, {**data, "command": list(order.arguments)})
     return status
 
 
@@ -175,16 +194,13 @@ def _report_data(order: Order, ended: Ended, policy: str) -> dict[str, Any]:
         "detail": outcome["detail"],
         "policy": outcome["policy"],
         "group": order.group,
-        "command": _texts(order.arguments),
+        "command": list(order.arguments),
         "usage": outcome["usage"],
     }
 
 
-def _texts(arguments: Sequence[str]) -> list[str]:
-    return [argument.encode(errors="surrogateescape").decode(errors="replace") for argument in arguments]
-
-
 def _write(report: int, data: Mapping[str, Any]) -> None:
+    """Write the report. A byte that is no UTF-8 becomes an escape such as ``\\udcff``: `os.fsencode` restores it."""
     import json
 
     try:

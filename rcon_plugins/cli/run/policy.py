@@ -77,6 +77,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
         become=partial(hook.rcon_drop, policy=policy, target="command", identity=identity),
         timeout=timeout,
         oom_group=oom_group,
+        cpu_time=policy.rlimits.cpu,
         **_watch_fields(policy, manager, options.get("on_event")),
     )
     base = named_base(options.get("cgroup"), settings.cgroup)

@@ -291,7 +291,9 @@ class ProcessAdmission(Admission):
                 after = Snapshot(reading, Reading(memory_peak=self._group_peak()))
                 timeout = self.policy.each.timeout
                 limits = LimitsInForce(
-                    self._memory_bounds(), timeout="" if timeout is None else format_duration(timeout)
+                    self._memory_bounds(),
+                    timeout="" if timeout is None else format_duration(timeout),
+                    cpu_time=self.policy.rlimits.cpu,
                 )
                 end = explain_end(Snapshot(self._before), after, executor.status, limits, cause=self._cause)
             else:

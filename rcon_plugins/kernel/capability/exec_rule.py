@@ -138,6 +138,19 @@ def _interpreter(path: str) -> str | None:
     return os.fsdecode(name)
 
 
+def refused_interpreter(program: str) -> str | None:
+    """Return the interpreter for which execve(2) refuses a script to this thread: it is missing or not executable.
+
+    None if ``program`` is no script, or all its interpreters can be executed.
+    """
+    try:
+        file = File.of(program)
+    except KernelError as error:
+        return None if error.path == program else error.path
+    paths = (*(script.path for script in file.scripts), file.path)[1:]
+    return next((path for path in paths if not os.access(path, os.X_OK, effective_ids=True)), None)
+
+
 class Step(NamedTuple):
     """One change at execve, and the rule that causes it."""
 

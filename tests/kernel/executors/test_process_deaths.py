@@ -50,6 +50,15 @@ def test_an_executor_that_exits_in_mid_work() -> None:
         assert "exited with status 3" in outcome.detail
 
 
+def test_a_limit_of_cpu_time_is_named() -> None:
+    """At the hard limit, which is the soft one, the kernel sends SIGKILL: setrlimit(2)."""
+    with managing({"rlimits": {"cpu": "1s"}}) as manager:
+        outcome = ask(manager, "burn", 30)[1]
+        assert (outcome.ending, outcome.limit, outcome.signal) == ("killed", "rlimits.cpu", signal.SIGKILL)
+        assert "CPU time limit 1s of a process reached (rlimits.cpu" in outcome.detail
+        assert isinstance(outcome.error(), Killed)
+
+
 @pytest.mark.each_layout
 def test_kill_9_of_the_fork_server() -> None:
     lost = threading.Event()
