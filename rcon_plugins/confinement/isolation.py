@@ -198,7 +198,8 @@ def _soft_limit_refusals(policy: Policy, server: Server, hierarchy: Hierarchy) -
     if server.tasks:
         if policy.each.memory_soft is None or "memory" in hierarchy.controllers:
             return []
-        return [Refusal("each.memory_soft", "the memory controller is not available", "leave it out")]
+        needed = hierarchy.refusals(Resources(memory_max=policy.each.memory_soft))
+        return [refusal._replace(limit="each.memory_soft") for refusal in needed]
     return [
         Refusal(
             f"each.{limit}",

@@ -295,11 +295,14 @@ def parse_environment(content: bytes) -> dict[bytes, bytes]:
 # -- programs
 
 
-def exec_remedy(number: int | None, *, as_another: bool = False) -> str:
+def exec_remedy(number: int | None, *, as_another: bool = False, interpreter: str | None = None) -> str:
     """Return the remedy for an errno with which execve(2) refused an existing program; "" if the errno says enough.
 
-    ``as_another``: the program should run as another user than the one that searched for it.
+    ``as_another``: the program should run as another user than the one that searched for it. ``interpreter``: the
+    interpreter of a script that is refused, if it is known.
     """
+    if number == errno.ENOENT and interpreter is not None:
+        return "install it, or correct the line that begins with #!"
     if number == errno.ENOENT:
         return "the interpreter or loader that it names is missing: install it, or correct the line that begins with #!"
     if number == errno.ENOEXEC:

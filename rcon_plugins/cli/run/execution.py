@@ -141,7 +141,8 @@ def execute(
     try:
         ended = command_run.run(order, hierarchy, base)
     except NotRun as error:
-        remedy = exec_remedy(error.errno, as_another=order.become is not None)
+        become = order.become is not None
+        remedy = exec_remedy(error.errno, as_another=become, interpreter=error.interpreter)
         file = f"its interpreter {error.interpreter}: " if error.interpreter else ""
         problem = f"{order.program}: {file}{error}" + (f" ({remedy})" if remedy else "")
         return _not_run(order, report, policy, error.status, problem)

@@ -225,8 +225,9 @@ def test_without_a_delegated_cgroup_the_remedy_is_printed() -> None:
         before = where(pid)
         done = rcon("attach", "--pids", "9", str(pid), before=outside)
         assert (done.status, done.out) == (125, "")
-        assert "run the server as root, or run once as root: " in done.err
+        assert done.err.endswith(" (rcon doctor shows how to get one)\n")
         assert len(done.err.splitlines()) == 1
+        assert "run the server as root, or run once as root:\n" in rcon("doctor", before=outside).out
         assert where(pid) == before
 
 

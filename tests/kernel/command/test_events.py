@@ -48,7 +48,7 @@ def test_expansion_from_64_mib_to_1_gib() -> None:
     assert (done.report["outcome"], done.report["usage"]["memory_peak"] > 200 << 20) == ("ok", True)
     done = rcon("run", *grows, "--", "python3", "-c", "print([b'x' * (1 << 20) for _ in range(2048)])")
     assert (done.status, done.out) == (137, "")
-    assert done.err == "rcon: memory limit 1024 MiB reached (peak 1024.0 MiB, expanded from 64M)\n"
+    assert done.err == "rcon: memory limit 1 GiB reached (peak 1.0 GiB, expanded from 64M)\n"
     assert (done.report["outcome"], done.report["limit"]) == ("memory", "memory")
 
 

@@ -57,6 +57,10 @@ def test_a_controller_that_is_switched_off_at_boot(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"REFUSED: memory: {_NO_BOOT} ({_BOOT})" in done.stdout
     assert "Delegate=" not in done.stdout
+    tasks = tmp_path / "tasks.toml"
+    tasks.write_text('[policy.a]\neach = { memory_soft = "64M" }\n')
+    done = without_memory(tmp_path, script, "check", "--server", "celery", str(tasks))
+    assert (done.returncode, f"REFUSED: each.memory_soft: {_NO_BOOT} ({_BOOT})" in done.stdout) == (1, True)
     done = without_memory(tmp_path, script, "run", "--policy", "a", "--settings", str(file), "--", "true")
     assert (done.returncode, _BOOT in done.stderr, "Delegate=" in done.stderr) == (2, True, False)
     done = without_memory(tmp_path, script, "doctor", "--json")

@@ -260,7 +260,7 @@ def test_where_descriptors_are_out_the_message_names_the_limit() -> None:
         (
             "#!/no/such/interpreter\n",
             127,
-            "No such file or directory (the interpreter or loader that it names is",
+            "its interpreter /no/such/interpreter: No such file or directory (install it, or correct the line",
         ),
         (
             "\x7fELF",
