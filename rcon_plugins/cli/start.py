@@ -48,13 +48,11 @@ def _script(program: str, completing: str) -> NoReturn:
 def _restore_environment(copy: str) -> None:
     """Replace ``os.environ`` with the environment that the script was started with, before sh changed it.
 
-    ``copy`` is ``/proc/PID/environ`` in base64 after a colon, or compressed after two.
+    ``copy`` is ``/proc/PID/environ`` in hexadecimal digits after a colon, or compressed after two.
     """
-    import binascii
-
     from rcon_plugins.kernel.proc import parse_environment
 
-    content = binascii.a2b_base64(copy.lstrip(":"))
+    content = bytes.fromhex(copy.lstrip(":"))
     if copy.startswith(_COMPRESSED):
         import zlib
 

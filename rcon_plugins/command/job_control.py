@@ -85,9 +85,7 @@ class Caller:
     def go_back(self) -> None:
         """Restore the signals and the process group that the caller had."""
         if self._is_orphan is not None:
-            from rcon_plugins.kernel import process
-
-            process.adopt_orphans(False)
+            _adopt_orphans(False)
             self._is_orphan = None
         if os.getpgrp() != self._group:
             self._join_group()
@@ -156,9 +154,7 @@ class Caller:
         ``is_orphan`` is called with the pid of an ended child other than the command, and returns whether it is one of
         them. Raises `KernelError`.
         """
-        from rcon_plugins.kernel import process  # loads ctypes
-
-        process.adopt_orphans()
+        _adopt_orphans(True)
         self._is_orphan = is_orphan
 
     def reap_orphans(self) -> int:
@@ -310,6 +306,13 @@ class Caller:
             signal.pthread_sigmask(signal.SIG_BLOCK, {number})
         else:
             os.kill(self._pid, signal.SIGSTOP)
+
+
+def _adopt_orphans(adopt: bool) -> None:
+    """Do as `rcon_plugins.kernel.process.adopt_orphans` does; that module loads slowly. Raises `KernelError`."""
+    from rcon_plugins.kernel.syscalls import PR_SET_CHILD_SUBREAPER, prctl  # loads ctypes
+
+    prctl(PR_SET_CHILD_SUBREAPER, int(adopt))
 
 
 def _open_terminal() -> int | None:
