@@ -95,7 +95,7 @@ def shortened(error: RconError) -> str:
     first, *more = (getattr(error, "hint", None) or "").split("; ")
     if not isinstance(error, DelegationError) or not more or os.geteuid() == 0:
         return str(error)
-    if all(one.startswith("or") for one in more):
+    if more[0].startswith("or"):
         return f"{error.problem} ({first}; rcon doctor shows other ways)"
     return f"{error.problem} (rcon doctor shows how to get one)"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from rcon_plugins.cli.exit import shortened
 from rcon_plugins.cli.machine import check, which
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.errors import DelegationError, SettingsError
@@ -476,3 +477,24 @@ def test_words_are_completed(
     with pytest.raises(SystemExit):
         run_main([])
     assert capsys.readouterr().out.split() == completed
+
+
+@pytest.mark.parametrize(
+    ("hint", "uid", "shown"),
+    [
+        ("systemctl edit a.service: [Service] Delegate=cpu; or, to get a scope: b; c; or d", 1000, None),
+        (
+            "run once as root: mkdir /a && chown me /a; echo 1 > /a/b; and set cgroup",
+            1000,
+            "rcon doctor shows how to get one",
+        ),
+        ("do one thing", 1000, "do one thing"),
+        ("run once as root: mkdir /a; echo 1 > /a/b", 0, "run once as root: mkdir /a; echo 1 > /a/b"),
+    ],
+)
+def test_a_user_gets_one_way_to_a_cgroup(
+    hint: str, uid: int, shown: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    first = "systemctl edit a.service: [Service] Delegate=cpu; rcon doctor shows other ways"
+    assert shortened(DelegationError("none", hint=hint)) == f"none ({shown or first})"
