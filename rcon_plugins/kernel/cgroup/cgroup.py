@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import posix
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -398,6 +399,30 @@ class Cgroup:
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
 
+    def terminate(self, timeout: float = 5.0) -> list[int]:
+        """Send SIGTERM and SIGCONT once to every process here and below, and thaw them. Return the processes signalled.
+
+        Does not wait for their end. A stopped or frozen process thus runs on, and handles SIGTERM. A process that is
+        forked meanwhile is signalled too, for up to ``timeout`` seconds. No process outside is signalled, nor the
+        calling one. Raises KernelError, after all others are signalled, for a process that could not be.
+        """
+        deadline = time.monotonic() + timeout
+        signalled: set[int] = set()
+        failed: KernelError | None = None
+        while found := self._ids("cgroup.procs", True) - signalled - {0, os.getpid()}:
+            try:
+                self._signal(found, (signal.SIGTERM, signal.SIGCONT), deadline)
+            except KernelError as error:
+                failed = failed or error
+            signalled |= found
+            if time.monotonic() >= deadline:
+                break
+        with contextlib.suppress(KernelError):  # they are not frozen, or cannot be
+            self.thaw()
+        if failed is not None:
+            raise failed
+        return sorted(signalled)
+
     def kill_once(self) -> None:
         """Send SIGKILL to every process here and below, without waiting for their end. Raises KernelError."""
         for branch in self._branches:
@@ -417,29 +442,34 @@ class Cgroup:
             with contextlib.suppress(KernelError):
                 self.thaw()
 
-    def _signal(self, pids: set[int]) -> None:
-        """Send SIGKILL to the processes ``pids`` that are still here. A pid reused outside is left alone.
+    def _signal(
+        self, pids: set[int], numbers: tuple[int, ...] = (signal.SIGKILL,), deadline: float | None = None
+    ) -> None:
+        """Send signals to the processes ``pids`` that are still here. A pid reused outside is left alone.
 
-        Raises KernelError, the first one, after trying all.
+        Stops at ``deadline`` (`time.monotonic`). Raises KernelError, the first one, after trying all.
         """
         failed: KernelError | None = None
         for pid in pids - {0, os.getpid()}:
+            if deadline is not None and time.monotonic() >= deadline:
+                break
             try:
-                self._signal_one(pid)
+                self._signal_one(pid, numbers)
             except OSError as error:
                 if not files.gone(error):
                     failed = failed or files.failure(error, f"kill({pid})")
         if failed is not None:
             raise failed
 
-    def _signal_one(self, pid: int) -> None:
+    def _signal_one(self, pid: int, numbers: tuple[int, ...]) -> None:
         fd = descriptors.of_process(pid)
         try:
             if pid in self._ids("cgroup.procs", True):
                 # Imported here: it is seldom needed, and loads much more.
                 from rcon_plugins.kernel import process
 
-                process.kill(fd, pid)
+                for number in numbers:
+                    process.kill(fd, pid, number=number)
         finally:
             posix.close(fd)
 

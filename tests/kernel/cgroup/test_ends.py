@@ -110,6 +110,59 @@ def test_a_process_that_replaces_itself_by_forks_is_killed(group: Cgroup) -> Non
     assert group.processes() == []
 
 
+def tell(path: str) -> None:
+    """Write to a file at SIGTERM, and go on."""
+
+    def note(*_: object) -> None:
+        with Path(path).open("ab", buffering=0) as file:
+            file.write(b"TERM ")
+
+    signal.signal(signal.SIGTERM, note)
+    Path(path).touch()
+    sleep_forever()
+
+
+def test_terminate_tells_each_process_once_and_nothing_else(group: Cgroup, tmp_path: Path) -> None:
+    """Also one that is stopped, and one that is frozen. None is killed."""
+    one, two, bystander = (group.child(name).create() for name in ("one", "two", "bystander"))
+    inside = group.child("inside").create().child("deep").create()
+    files = {cgroup.name: tmp_path / cgroup.name for cgroup in (one, two, bystander, inside)}
+    with (
+        running(one, tell, str(files["one"])) as first,
+        running(two, tell, str(files["two"])),
+        running(inside, tell, str(files["deep"])) as deep,
+        running(bystander, tell, str(files["bystander"])),
+    ):
+        eventually(lambda: all(path.exists() for path in files.values()))
+        assert group.child("inside").terminate() == [deep.pid]
+        os.kill(first.pid, signal.SIGSTOP)
+        assert one.terminate() == [first.pid]
+        two.freeze()
+        two.terminate()
+        told = [files[name] for name in ("one", "two", "deep")]
+        eventually(lambda: all(path.read_text() for path in told))
+        time.sleep(0.1)
+        assert [path.read_text() for path in told] == ["TERM "] * 3
+        assert files["bystander"].read_text() == ""
+        assert len(group.processes(subtree=True)) == 4
+        group.kill()
+
+
+def test_terminate_stops_in_time_while_processes_fork(group: Cgroup) -> None:
+    with running(group, fork_quickly_and_ignore) as child:
+        child.wait()
+        began = time.monotonic()
+        group.terminate(0.3)
+        assert time.monotonic() - began < 5
+        group.kill()
+    assert group.processes(subtree=True) == []
+
+
+def fork_quickly_and_ignore() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    fork_quickly()
+
+
 def test_without_cgroup_kill(group: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
     """What kernels before 5.14 get: freeze, signal each, again until empty."""
     monkeypatch.setattr("rcon_plugins.kernel.cgroup.v2.V2Branch.kill", lambda self: False)
