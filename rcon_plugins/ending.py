@@ -66,26 +66,31 @@ class LimitsInForce(NamedTuple):
     """The limits in force when work ended.
 
     ``pids`` is None where a failed fork does not explain the end. ``timeout`` is the wall time limit as people read
-    it, ``timeout_key`` the key that it is written under. ``ends_all``: an OOM kill of one process ends all of the
-    work, so a command is not ``"ok"`` after that, even if it exits before it is killed. ``cpu_time`` is the
-    RLIMIT_CPU of its processes in seconds, or None.
+    it, ``timeout_key`` the key that it is written under. ``grace`` is the time between SIGTERM and SIGKILL after that
+    limit, likewise. ``ends_all``: an OOM kill of one process ends all of the work, so a command is not ``"ok"`` after
+    that, even if it exits before it is killed. ``cpu_time`` is the RLIMIT_CPU of its processes in seconds, or None.
     """
 
     memory: Bounds = Bounds()
     pids: Bounds | None = None
     timeout: str = ""
     timeout_key: str = "each.timeout"
+    grace: str = ""
     ends_all: bool = False
     cpu_time: float | None = None
 
 
 class End(NamedTuple):
-    """How work ended; ``limit`` is the limit that ended it as a policy spells it, ``detail`` one line for people."""
+    """How work ended; ``limit`` is the limit that ended it as a policy spells it, ``detail`` one line for people.
+
+    ``needed_kill`` is as in `rcon_plugins.outcome.Outcome`.
+    """
 
     ending: Ending
     limit: str | None = None
     signal: int | None = None
     detail: str = ""
+    needed_kill: bool | None = None
 
 
 def explain_end(
@@ -96,14 +101,19 @@ def explain_end(
     *,
     cause: Cause | None = None,
     is_command: bool = False,
+    needed_kill: bool | None = None,
 ) -> End:
     """Explain the end of a process that did work.
 
     ``before`` and ``after`` are the counters around the work. ``status`` is the wait status; None if unknown.
     ``cause`` is why the host stopped the work itself. A command may exit by itself: with ``is_command`` its exit
-    status decides between ``"ok"`` and ``"error"``. The detail names OOM kills, whatever the ending is.
+    status decides between ``"ok"`` and ``"error"``. ``needed_kill``: after a grace at the wall time limit, SIGKILL
+    ended a process; None without a grace. The detail names OOM kills, whatever the ending is.
     """
     end = _explain(before, after, status, limits, cause, is_command)
+    if needed_kill is not None and end.ending == "timeout":
+        how = "killed after" if needed_kill else "ended within"
+        end = end._replace(detail=f"{end.detail}; {how} the grace of {limits.grace}", needed_kill=needed_kill)
     return end._replace(detail=with_oom_kills(end.detail, oom_kills_between(before, after), end.ending))
 
 

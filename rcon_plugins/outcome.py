@@ -13,7 +13,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """How one unit of work ended.
 
     ``limit`` is the limit that ended it, as the policy spells it (``each.memory``), and ``detail`` one sentence for
-    people. ``signal`` is set where a signal ended its process.
+    people. ``signal`` is set where a signal ended its process. ``needed_kill``: at its wall time limit it got SIGTERM,
+    and after its grace SIGKILL had to end some of it (True) or not (False). None: it got no SIGTERM.
     """
 
     ending: Ending
@@ -23,6 +24,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     limit: str | None = None
     signal: int | None = None
     detail: str = ""
+    needed_kill: bool | None = None
 
     @property
     def ran_into_limit(self) -> bool:

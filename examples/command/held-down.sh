@@ -6,6 +6,9 @@ RCON=${RCON:-rcon}
 echo "== an endless loop, limited to 20 % of a CPU for two seconds"
 $RCON run --cpu 20% --timeout 2s --json - -- sh -c 'while :; do :; done' | grep cpu_seconds
 
+echo "== an endless loop that saves its work when its time is over"
+$RCON run --timeout 1s --grace 5s -- sh -c 'trap "echo saved; exit" TERM; while :; do sleep 0.1; done'
+
 echo "== a program that needs more memory than its limit"
 $RCON run --memory 32M --swap 0 -- dd if=/dev/zero of=/dev/null bs=200M count=1 status=none
 echo "exit status $?"

@@ -52,6 +52,7 @@ class Log:
             "limit": outcome.limit,
             "signal": outcome.signal,
             "detail": outcome.detail,
+            "needed_kill": outcome.needed_kill,
             "usage": msgspec.to_builtins(outcome.usage),
         }
         if count > 1:

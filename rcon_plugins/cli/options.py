@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rcon_plugins.cli.exit import BadUsage
+from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings import limit_table
 
 #: The variable that names the base cgroup for all commands of a shell; an option, or a settings file, comes first.
@@ -66,6 +67,7 @@ RUN_OPTIONS = (
     Option(("--policy",), "NAME", "Apply the limits, user and rights of this policy; options override its limits."),
     Option(("--settings",), "FILE", "The settings file that contains the policy.", completes="path"),
     Option(("--timeout",), "TIME", "Kill the command, and all it started, after this time: 20s, 5m, 1h."),
+    Option(("--grace",), "TIME", limit_table.BY_KEY["grace"].help),
     Option(
         ("--oom",), "group|process",
         "End all of the command after an OOM kill, or only that process; default: group, process on a terminal.",
@@ -182,6 +184,14 @@ def _unknown(flag: str, known: dict[str, Option]) -> str:
     return f"unknown option {flag!r} ({f'did you mean {near[0]}?' if near else 'a command goes after --'})"
 
 
+def seconds_of(key: str, text: str) -> float:
+    """Return the value of the option ``--key``, which takes a time, in seconds. Raises `BadUsage`."""
+    try:
+        return float(limit_table.BY_KEY[key].parse(text))
+    except SettingsError as error:
+        raise BadUsage(f"--{key}: {error}") from None
+
+
 def named_base(option: str | None, setting: str | None = None) -> str | None:
     """Return the base cgroup of ``--cgroup``, the settings or the environment, in this order; None where none is named.
 
@@ -207,7 +217,6 @@ def named_base(option: str | None, setting: str | None = None) -> str | None:
 
 
 def _checked(source: str, path: str) -> str:
-    from rcon_plugins.errors import SettingsError
     from rcon_plugins.settings.file import check_cgroup
 
     try:

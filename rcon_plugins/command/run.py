@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from rcon_plugins.command.job_control import Caller
 from rcon_plugins.command.oom import OomGuard
-from rcon_plugins.ending import Bounds, End, LimitsInForce, Snapshot, explain_end, format_memory
+from rcon_plugins.ending import Bounds, Cause, End, LimitsInForce, Snapshot, explain_end, format_memory
 from rcon_plugins.errors import ControllerUnavailable, KernelError, RconError, fork_refused
 from rcon_plugins.kernel import descriptors, proc
 from rcon_plugins.kernel.cgroup import Hierarchy, Reading, Resources, read_limits
@@ -37,6 +37,8 @@ LEAF = "main"
 #: Exit statuses, as in env(1), nohup(1) and chroot(1); for a signal, as in a shell.
 NOT_EXECUTABLE, NOT_FOUND, SIGNALLED = 126, 127, 128
 _LONGEST_NAME = 40
+#: How long to wait before the next look at a group in its grace, seconds.
+_GRACE_PAUSE = 0.01
 
 
 class Order(NamedTuple):
@@ -45,8 +47,9 @@ class Order(NamedTuple):
     ``program`` is the file, ``arguments`` is argv, ``variables`` is the environment. ``group`` is the name of the
     group. ``resources`` are the limits of ``work/<group>``, ``each`` those of the single command. The new process calls
     ``become`` inside its cgroup, to drop privileges. ``delegate_to`` is the (uid, gid) that may make cgroups below the
-    group. ``timeout`` is in seconds of wall time. ``keep`` are descriptors that the caller needs afterwards. ``watch``
-    watches the group and its leaf in threads, from before the command's first instruction until its end.
+    group. ``timeout`` is in seconds of wall time. ``grace`` is the time between SIGTERM and SIGKILL after that, likewise;
+    None for SIGKILL at once. ``keep`` are descriptors that the caller needs afterwards. ``watch`` watches the group and
+    its leaf in threads, from before the command's first instruction until its end.
     ``memory_note`` is added to the message about the memory limit. ``oom_group``: an OOM kill of one of its processes
     ends the whole command. ``cpu_time`` is the RLIMIT_CPU that ``become`` sets, in seconds.
     """
@@ -60,6 +63,7 @@ class Order(NamedTuple):
     become: Callable[[], object] | None = None
     delegate_to: tuple[int, int] | None = None
     timeout: float | None = None
+    grace: float | None = None
     keep: Sequence[int] = ()
     watch: Callable[[Cgroup, Cgroup], AbstractContextManager[None]] | None = None
     memory_note: str = ""
@@ -107,8 +111,16 @@ class Ended(NamedTuple):
             io_write_bytes=self.reading.io_write_bytes,
             oom_kills=self.reading.oom_kills,
         )
-        ending, limit, number, detail = self.end
-        return Outcome(ending=ending, usage=usage, policy=policy, limit=limit, signal=number, detail=detail)
+        ending, limit, number, detail, needed_kill = self.end
+        return Outcome(
+            ending=ending,
+            usage=usage,
+            policy=policy,
+            limit=limit,
+            signal=number,
+            detail=detail,
+            needed_kill=needed_kill,
+        )
 
 
 def run(order: Order, hierarchy: Hierarchy, base: str | None = None) -> Ended:
@@ -149,6 +161,8 @@ class _Run:
         self._leaf = instance.executor_cgroup(order.group, LEAF)
         self._began = time.monotonic()
         self._oom = OomGuard(self._group, self._leaf)
+        #: Whether SIGKILL ended processes after the grace; None if there was no grace.
+        self._needed_kill: bool | None = None
 
     def run(self) -> Ended:
         self._prepare()
@@ -171,6 +185,8 @@ class _Run:
         deadline = None if self._order.timeout is None else self._began + self._order.timeout
         status = self._caller.wait(deadline)
         late = status is None
+        if deadline is not None and late and self._order.grace is not None:
+            status = self._wait_in_grace(deadline + self._order.grace)
         while status is None:
             self._group.kill_once()
             status = self._caller.wait(time.monotonic() + 0.05)
@@ -183,6 +199,26 @@ class _Run:
             return self._explain(status, late, wall)
         except KernelError as error:
             return self._explain_without_usage(status, late, wall, error)
+
+    def _wait_in_grace(self, until: float) -> int | None:
+        """Tell all processes of the group to end, and wait until they have, but no longer than ``until``.
+
+        Return the wait status of the command; None if it still runs. Notes whether SIGKILL is needed.
+        """
+        with contextlib.suppress(KernelError):  # SIGKILL ends whoever could not be told
+            self._group.terminate(until - time.monotonic())
+        status = self._caller.wait(until)
+        while self._has_processes() and time.monotonic() < until:
+            self._caller.reap_orphans()
+            time.sleep(_GRACE_PAUSE)
+        self._needed_kill = status is None or self._has_processes()
+        return status
+
+    def _has_processes(self) -> bool:
+        try:
+            return bool(self._group.processes(subtree=True))
+        except KernelError:
+            return True  # unknown: they are killed all the same
 
     def _make_group(self) -> None:
         order = self._order
@@ -300,16 +336,19 @@ class _Run:
         group = group._replace(
             oom_kills=self._oom_kills(group.oom_kills, status, _reached(group, memory.group))
         )
-        limits = LimitsInForce(memory, pids, _seconds(self._order.timeout), "timeout", ends_all)
+        order = self._order
+        limits = LimitsInForce(
+            memory, pids, _seconds(order.timeout), "timeout", _seconds(order.grace), ends_all
+        )
         if os.WIFSIGNALED(status):
             limits = limits._replace(cpu_time=self._cpu_time())
-        end = _end_of(Snapshot(leaf, group), status, limits, late)
+        end = self._end_of(Snapshot(leaf, group), status, limits, late)
         if group.memory_peak is not None and memory.group is not None:
             # The kernel charges pages in batches before it refuses them, so the peak may be above the limit.
             group = group._replace(memory_peak=min(group.memory_peak, memory.group))
         code = os.waitstatus_to_exitcode(status)
-        if end.ending == "memory" and ends_all:
-            # The exit status of a process that survived the OOM kill for a moment does not count.
+        if end.ending == "timeout" or (end.ending == "memory" and ends_all):
+            # The exit status of a process that ended in its grace, or after an OOM kill, does not count.
             code = -signal.SIGKILL
         return Ended(end, _exit_status(code), wall, group, self._group.path)
 
@@ -322,12 +361,19 @@ class _Run:
 
     def _explain_without_usage(self, status: int, late: bool, wall: float, error: KernelError) -> Ended:
         """Explain the end of a command whose counters cannot be read. It has run, so its exit status counts."""
-        limits = LimitsInForce(timeout=_seconds(self._order.timeout), timeout_key="timeout")
-        end = _end_of(Snapshot(), status, limits, late)
+        timeout, grace = _seconds(self._order.timeout), _seconds(self._order.grace)
+        limits = LimitsInForce(timeout=timeout, timeout_key="timeout", grace=grace)
+        end = self._end_of(Snapshot(), status, limits, late)
         unknown = f"its usage could not be read: {error}"
         end = end._replace(detail=f"{end.detail}; {unknown}" if end.detail else unknown)
-        code = os.waitstatus_to_exitcode(status)
+        code = -signal.SIGKILL if late else os.waitstatus_to_exitcode(status)
         return Ended(end, _exit_status(code), wall, Reading(), self._group.path)
+
+    def _end_of(self, after: Snapshot, status: int, limits: LimitsInForce, late: bool) -> End:
+        cause: Cause | None = "timeout" if late else None
+        return explain_end(
+            Snapshot(), after, status, limits, cause=cause, is_command=True, needed_kill=self._needed_kill
+        )
 
     def _oom_kills(self, counted: int | None, status: int, reached: bool) -> int | None:
         """Return the number of OOM kills in the group and all below it; None if unknown.
@@ -357,10 +403,6 @@ class _Run:
             Bounds(one, all_together, _size(one), _size(all_together), order.memory_note),
             Bounds(_number(each.pids_max), _number(group.pids_max)),
         )
-
-
-def _end_of(after: Snapshot, status: int, limits: LimitsInForce, late: bool) -> End:
-    return explain_end(Snapshot(), after, status, limits, cause="timeout" if late else None, is_command=True)
 
 
 def _exit_status(code: int) -> int:

@@ -80,7 +80,7 @@ def judge(policy: Policy, server: Server, hierarchy: Hierarchy, hook: pluggy.Hoo
     as_process = _as_written(hierarchy.refusals(together))
     as_process += _as_written(hierarchy.refusals(each, within=together), "each.")
     identity = privileges.refusals(policy)
-    soft = _soft_limit_refusals(policy, server, hierarchy)
+    soft = _soft_limit_refusals(policy, server, hierarchy) + _grace_refusals(policy, server)
     as_process += identity + soft + _privilege_refusals(policy) + _memory_refusals(policy)
     if not server.tasks:
         tries = [  # for any isolation
@@ -209,6 +209,14 @@ def _soft_limit_refusals(policy: Policy, server: Server, hierarchy: Hierarchy) -
         for limit in SOFT_LIMITS
         if getattr(policy.each, limit) is not None
     ]
+
+
+def _grace_refusals(policy: Policy, server: Server) -> list[Refusal]:
+    """Return a refusal for a grace of requests: their clients get the response at the time limit, not after it."""
+    if server.tasks or policy.each.grace is None:
+        return []
+    reason = "a request is answered and killed at its time limit; only tasks and commands have a grace"
+    return [Refusal("each.grace", reason, "leave it out; each.timeout is enforced")]
 
 
 #: The caveat for work that runs in threads of the server.

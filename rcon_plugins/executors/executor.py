@@ -12,6 +12,7 @@ SERVING        the work is over (`end_work`)                   RETURNING  of the
 RETURNING      READY received (`set_ready`)                    WAITING    of the next request
 any of these   killed by the host (`set_killed`)               KILLED     any
 any of these   the fork server reports its exit (`set_exited`) EXITED     supervisor
+any of these   told to end, and has a grace (`set_terminated`) LEAVING    supervisor
 SERVING        ends, but its children go on (`leave_children`) LEAVING    of the request
 LEAVING        the fork server reports its exit (`set_exited`) LEFT       supervisor
 LEAVING        killed by the host (`set_killed`)               KILLED     any
@@ -71,9 +72,9 @@ class State(enum.Enum):
     SERVING = enum.auto()
     #: Its work is over; READY is not reported yet.
     RETURNING = enum.auto()
-    #: Ends by itself; processes that its work started may go on.
+    #: Ends by itself, or in its grace; processes that its work started may go on.
     LEAVING = enum.auto()
-    #: Has exited; processes that its work started go on in its cgroup.
+    #: Has exited; processes that its work started go on in its cgroup, for good or in their grace.
     LEFT = enum.auto()
     #: Killed; its exit is not reported yet.
     KILLED = enum.auto()
@@ -216,6 +217,12 @@ class Executor:
     def leave_children(self) -> None:
         """Let the process end by itself, and let processes that its work started go on."""
         self._change(dict.fromkeys(USABLE, State.LEAVING))
+
+    def set_terminated(self, reason: str) -> None:
+        """Note the reason for which the host told it and all processes that it started to end. They have a grace."""
+        with self.lock:
+            self.kill_reason = self.kill_reason or reason
+        self.leave_children()
 
     def set_killed(self, reason: str) -> None:
         """Note the reason for which the host kills it and all processes that it started. Keep the first reason."""

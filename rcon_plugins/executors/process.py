@@ -58,6 +58,8 @@ LOGGER = logging.getLogger("rcon")
 READY_SECONDS = 10.0
 #: How long a request waits for the end of an executor, seconds. The executor may take longer to end.
 DEATH_SECONDS = 1.0
+#: How long `terminate` signals processes that fork meanwhile, seconds. The supervisor serves no other deadline then.
+TERMINATE_SECONDS = 0.1
 #: How long `close` waits until all executors have ended, seconds.
 CLOSE_SECONDS = 10.0
 #: After so many seconds, kill executors that are still alive again.
@@ -399,6 +401,15 @@ class ProcessExecutors:
             self._note_failure(executor, error)
         executor.channel.hang_up()
         self.submit(partial(self._await_end, executor))
+
+    def terminate(self, executor: Executor, reason: str) -> None:
+        """Send SIGTERM to the executor process and all processes it started. Do not wait: `kill` it after its grace."""
+        executor.set_terminated(reason)
+        try:
+            executor.leaf.terminate(TERMINATE_SECONDS)
+        except OSError as error:
+            if not gone(error):
+                self._note_failure(executor, error)
 
     def notify(self, executor: Executor, number: int) -> None:
         """Send the executor process a signal that its service handles. Does not wait."""

@@ -162,6 +162,11 @@ LIMITS: tuple[Limit, ...] = (
         table="each",
     ),
     Limit(
+        "grace", "duration", "TIME", "At the timeout send SIGTERM, and SIGKILL only after this: 5s.",
+        "Time between SIGTERM at the timeout and SIGKILL, in which a task or command may end by itself.", "5s",
+        table="each", needs="timeout",
+    ),
+    Limit(
         "timeout_soft", "duration", "TIME", "Ask a task to finish after this: 18s.",
         "Wall time after which a task is asked to finish.", "18s",
         table="each",

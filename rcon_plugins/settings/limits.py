@@ -146,11 +146,19 @@ class Each(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits of each request, task or command."""
 
     timeout: Annotated[Duration | None, _about("timeout")] = None
+    grace: Annotated[Duration | None, _about("grace")] = None
     timeout_soft: Annotated[Duration | None, _about("timeout_soft")] = None
     memory_soft: Annotated[MemorySize | None, _about("memory_soft")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.grace is not None and self.timeout is None:
+            raise SettingsError(
+                "a grace begins at the timeout, and there is none",
+                key="grace",
+                value=self.grace,
+                hint='set timeout too, such as "20s", or leave it out',
+            )
         _check_soft("timeout", self.timeout_soft, self.timeout)
         _check_soft("memory", self.memory_soft, None if self.memory is None else self.memory.limit)
 

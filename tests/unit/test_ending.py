@@ -242,3 +242,11 @@ def test_a_limit_of_cpu_time_is_named(
     else:
         assert end.limit is None
         assert end.detail.startswith(f"ended by {number.name}")
+
+
+@pytest.mark.parametrize(("needed", "how"), [(True, "killed after"), (False, "ended within")])
+def test_a_timeout_with_a_grace_says_how_it_ended(needed: bool, how: str) -> None:
+    limits = LimitsInForce(timeout="20s", grace="5s")
+    end = explain_end(Snapshot(), Snapshot(), TERMINATED, limits, cause="timeout", needed_kill=needed)
+    assert end.detail == f"wall time limit 20s reached; {how} the grace of 5s"
+    assert (end.ending, end.limit, end.needed_kill) == ("timeout", "each.timeout", needed)

@@ -201,9 +201,12 @@ def thaw(group: Group) -> int:
 
 @click.command(short_help="Kill all processes of a group.")
 @_group
+@click.option("--grace", metavar="TIME", help="Send SIGTERM first, and SIGKILL only after this: 5s.")
 @_json
-def kill(group: Group, as_json: bool) -> int:
+def kill(group: Group, grace: str | None, as_json: bool) -> int:
     """Kill every process of GROUP with SIGKILL, in nested groups and new sessions too, and print them.
+
+    With --grace, each process gets SIGTERM first, and SIGCONT, so that stopped and frozen ones handle it.
 
     Returns when all have ended. The group itself goes with its owner. A server answers the requests it loses with an
     error. A group of a server's threads cannot be killed: stop the server instead.
@@ -211,6 +214,7 @@ def kill(group: Group, as_json: bool) -> int:
     \b
     Examples:
       rcon kill sleep-1234
+      rcon kill --grace 5s nightly
       rcon kill --json tenant~a.example | jq '.killed[].pid'
 
     \b
@@ -221,7 +225,7 @@ def kill(group: Group, as_json: bool) -> int:
     """
     from rcon_plugins.cli.groups import control
 
-    return control.kill(group, as_json)
+    return control.kill(group, grace, as_json)
 
 
 @click.command(short_help="Print the events of a group as they happen.")

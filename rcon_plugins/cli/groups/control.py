@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import click
 
 from rcon_plugins.cli.columns import printable
 from rcon_plugins.cli.exit import BadUsage
+from rcon_plugins.cli.options import seconds_of
 from rcon_plugins.errors import KernelError
 from rcon_plugins.groups.find import Group
-from rcon_plugins.kernel.files import gone
+from rcon_plugins.kernel.files import gone, refused
 
 #: How long to wait for killed processes to end, in seconds.
 _KILL_SECONDS = 10.0
+#: How long to wait before the next look at a group in its grace, in seconds.
+_PAUSE = 0.01
 
 
 def freeze(group: Group) -> int:
@@ -34,10 +38,15 @@ def thaw(group: Group) -> int:
     return 0
 
 
-def kill(group: Group, as_json: bool) -> int:
-    """Kill all processes of a group, wait until they have ended, and print them. Raises BadUsage, KernelError."""
+def kill(group: Group, grace: str | None, as_json: bool) -> int:
+    """Kill all processes of a group, wait until they have ended, and print them. Raises BadUsage, KernelError.
+
+    ``grace`` is the text of ``--grace``: how long the processes may take to end after SIGTERM.
+    """
+    seconds = None if grace is None else seconds_of("grace", grace)
     _processes_of(group, "killed")
     killed = group.processes()
+    needed_kill = None if seconds is None else _let_end(group, seconds)
     try:
         group.cgroup.kill(_KILL_SECONDS)
     except KernelError as error:
@@ -45,12 +54,37 @@ def kill(group: Group, as_json: bool) -> int:
             raise
     if as_json:
         processes = [{"pid": one.pid, "uid": one.uid, "command": one.command} for one in killed]
-        click.echo(json.dumps({"group": group.label, "killed": processes}, indent=2))
+        data = {"group": group.label, "killed": processes, "needed_kill": needed_kill}
+        click.echo(json.dumps(data, indent=2))
         return 0
-    click.echo(f"{printable(group.label)}: {_counted(len(killed))} killed")
+    how = {None: "killed", True: f"ended or killed after {grace}", False: f"ended within {grace}"}[
+        needed_kill
+    ]
+    click.echo(f"{printable(group.label)}: {_counted(len(killed))} {how}")
     for process in killed:
         click.echo(f"  {process.pid}  {printable(process.command)}")
     return 0
+
+
+def _let_end(group: Group, seconds: float) -> bool:
+    """Tell the processes of a group to end, and wait so long at most. Return whether any is left to be killed."""
+    until = time.monotonic() + seconds
+    try:
+        try:
+            group.cgroup.terminate(seconds)
+        except KernelError as error:
+            if not refused(error):
+                raise
+            # SIGKILL by cgroup.kill may end whoever this user may not signal.
+        while left := bool(group.cgroup.processes(subtree=True)):
+            if time.monotonic() >= until:
+                break
+            time.sleep(_PAUSE)
+    except KernelError as error:
+        if not gone(error):
+            raise
+        return False
+    return left
 
 
 def _processes_of(group: Group, done: str) -> list[int]:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rcon_plugins.cli.exit import BAD_USAGE, OWN_FAILURE, BadUsage, say, shortened
+from rcon_plugins.cli.options import seconds_of
 from rcon_plugins.command import run as command_run
 from rcon_plugins.command.run import Ended, NotRun, Order, check_group_name, group_name
-from rcon_plugins.errors import KernelError, RconError, SettingsError
+from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
 from rcon_plugins.kernel.proc import exec_remedy
 from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD, NEEDS_MEMORY
@@ -67,12 +68,16 @@ def named_group(name: str | None) -> str | None:
 
 def timeout_of(options: Mapping[str, Any]) -> float | None:
     """Return ``--timeout`` in seconds. Raises `BadUsage`."""
-    if "timeout" not in options:
+    return seconds_of("timeout", options["timeout"]) if "timeout" in options else None
+
+
+def grace_of(options: Mapping[str, Any], timeout: float | None) -> float | None:
+    """Return ``--grace`` in seconds; None for SIGKILL at once. Raises `BadUsage`, also without a ``timeout``."""
+    if "grace" not in options:
         return None
-    try:
-        return float(BY_KEY["timeout"].parse(options["timeout"]))
-    except SettingsError as error:
-        raise BadUsage(f"--timeout: {error}") from None
+    if timeout is None:
+        raise BadUsage("--grace needs a timeout to begin at (add --timeout 20s, or leave it out)")
+    return seconds_of("grace", options["grace"])
 
 
 def ends_all(options: Mapping[str, Any], of_policy: str | None = None) -> bool:
@@ -192,6 +197,7 @@ def _report_data(order: Order, ended: Ended, policy: str) -> dict[str, Any]:
         "status": ended.status,
         "signal": outcome["signal"],
         "limit": outcome["limit"],
+        "needed_kill": outcome["needed_kill"],
         "detail": outcome["detail"],
         "policy": outcome["policy"],
         "group": order.group,

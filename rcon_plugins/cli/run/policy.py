@@ -15,7 +15,15 @@ from rcon_plugins.cli.limit_options import limits_of, policy_keys, refused
 from rcon_plugins.cli.options import named_base
 from rcon_plugins.cli.program import find_program
 from rcon_plugins.cli.request import Request
-from rcon_plugins.cli.run.execution import ends_all, execute, group_of, note_swap, report_of, timeout_of
+from rcon_plugins.cli.run.execution import (
+    ends_all,
+    execute,
+    grace_of,
+    group_of,
+    note_swap,
+    report_of,
+    timeout_of,
+)
 from rcon_plugins.command.run import Ended, Order
 from rcon_plugins.confinement import isolation
 from rcon_plugins.errors import ConfinementError, KernelError, SettingsError
@@ -67,6 +75,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
     timeout = timeout_of(options)
     if timeout is None and policy.each.timeout is not None:
         timeout = policy.each.timeout
+    grace = grace_of(options, timeout)
     order = Order(
         program=find_program(command[0]),
         arguments=command,
@@ -76,6 +85,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
         each=each,
         become=partial(hook.rcon_drop, policy=policy, target="command", identity=identity),
         timeout=timeout,
+        grace=policy.each.grace if grace is None else grace,
         oom_group=oom_group,
         cpu_time=policy.rlimits.cpu,
         **_watch_fields(policy, manager, options.get("on_event")),

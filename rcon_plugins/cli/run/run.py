@@ -18,6 +18,7 @@ from rcon_plugins.cli.run.execution import (
     check_enforceable,
     ends_all,
     execute,
+    grace_of,
     group_of,
     report_of,
     timeout_of,
@@ -48,11 +49,13 @@ def run(words: Sequence[str]) -> int:
     hierarchy = Hierarchy.discover()
     fields = _limit_fields(options)
     check_enforceable(hierarchy, fields["resources"])
+    timeout = timeout_of(options)
     order = Order(
         program=find_program(command[0]),
         arguments=command,
         group=group_of(options, command),
-        timeout=timeout_of(options),
+        timeout=timeout,
+        grace=grace_of(options, timeout),
         oom_group=ends_all(options),
         **fields,
         **_user_fields(options, command),

@@ -71,6 +71,7 @@ class Admission:
         limit: str | None = None,
         signal_number: int | None = None,
         detail: str = "",
+        needed_kill: bool | None = None,
     ) -> Outcome:
         self.outcome = outcome = Outcome(
             ending=ending,
@@ -80,6 +81,7 @@ class Admission:
             limit=limit,
             signal=signal_number,
             detail=detail,
+            needed_kill=needed_kill,
         )
         self.host.conclude(self)
         return outcome

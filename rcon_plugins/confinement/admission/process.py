@@ -67,6 +67,9 @@ class ProcessAdmission(Admission):
         self._warned = False
         #: The reason why the host stopped the work; None if it did not.
         self._cause: Cause | None = None
+        #: When SIGKILL follows SIGTERM (`time.monotonic`), and whether it was needed. None: no grace has begun.
+        self._grace_ends: float | None = None
+        self._needed_kill: bool | None = None
         self._threads_left = False
         self._watch: Watch | None = None
         self._settled = False
@@ -179,6 +182,9 @@ class ProcessAdmission(Admission):
         """Conclude work whose channel is closed, by the way its executor process ended."""
         self._settle()
         executor = self._executor
+        if self._grace_ends is not None:
+            executor.channel.hang_up()  # a process that has handled SIGTERM and gone on ends now
+            executor.ended.wait(max(0.0, self._grace_ends - time.monotonic()))
         if not executor.ended.wait(DEATH_SECONDS) and executor.kill_reason is None:
             self._cause = "protocol"
             self._pool.processes.kill(executor, "it violated the protocol")
@@ -236,10 +242,24 @@ class ProcessAdmission(Admission):
         if not self._settle():
             return
         self._cause = "timeout"
-        self._pool.processes.kill(self._executor, "the request or task reached its time limit")
+        reason = "the request or task reached its time limit"
+        if (grace := self.policy.each.grace) is None:
+            self._pool.processes.kill(self._executor, reason)
+        else:
+            self._needed_kill, self._grace_ends = False, time.monotonic() + grace
+            self._executor.set_deadline(self._grace_ends, self._end_grace)
+            self._pool.processes.terminate(self._executor, reason)
         self._executor.when_ended(self._conclude_end)
         if self.on_deadline is not None:
             self.on_deadline()
+
+    def _end_grace(self) -> None:
+        """Kill what is left of work that was told to end. Called in the supervisor's thread."""
+        try:
+            self._needed_kill = bool(self._executor.leaf.processes(subtree=True))
+        except KernelError:
+            self._needed_kill = True  # unknown
+        self._pool.processes.kill(self._executor, "the grace of the task is over")
 
     def _replace(self, reason: str) -> None:
         """Kill the executor process, which must not serve again, and have its replacement spawned."""
@@ -289,13 +309,21 @@ class ProcessAdmission(Admission):
             reading = executor.reading
             if executor.ended.is_set() or self._cause is not None or executor.kill_reason == OOM_REASON:
                 after = Snapshot(reading, Reading(memory_peak=self._group_peak()))
-                timeout = self.policy.each.timeout
-                limits = LimitsInForce(
-                    self._memory_bounds(),
-                    timeout="" if timeout is None else format_duration(timeout),
-                    cpu_time=self.policy.rlimits.cpu,
+                timeout, grace = (
+                    "" if seconds is None else format_duration(seconds)
+                    for seconds in (self.policy.each.timeout, self.policy.each.grace)
                 )
-                end = explain_end(Snapshot(self._before), after, executor.status, limits, cause=self._cause)
+                limits = LimitsInForce(
+                    self._memory_bounds(), timeout=timeout, grace=grace, cpu_time=self.policy.rlimits.cpu
+                )
+                end = explain_end(
+                    Snapshot(self._before),
+                    after,
+                    executor.status,
+                    limits,
+                    cause=self._cause,
+                    needed_kill=self._needed_kill,
+                )
             else:
                 end = End("killed", detail=f"{executor.pid} was killed and does not end")
             if end.ending != "aborted":
@@ -312,6 +340,7 @@ class ProcessAdmission(Admission):
                 limit=end.limit,
                 signal_number=end.signal if end.ending == "killed" else None,
                 detail=detail,
+                needed_kill=end.needed_kill,
             )
 
     def _memory_limits(self) -> tuple[Memory | None, Memory | None]:

@@ -357,6 +357,13 @@ def define(app: celery.Celery, url: str) -> None:
     def hang() -> None:
         time.sleep(MANY)
 
+    @task(name="hang_tidily")
+    @confined(timeout="2s", grace="60s")
+    def hang_tidily(path: str) -> None:
+        """Wait for a program that tidies up at SIGTERM."""
+        script = f"trap 'sleep 1; echo tidy > {path}; exit' TERM; while :; do sleep 0.1; done"
+        subprocess.run(["sh", "-c", script], check=True)
+
     @task(name="hang_briefly")
     @confined(timeout="200ms")
     def hang_briefly() -> None:

@@ -75,6 +75,20 @@ def test_soft_limits(session: Session) -> None:
 
 
 @pytest.mark.each_layout
+def test_a_grace(session: Session, tmp_path: Path) -> None:
+    """The program that the task started tidies up after SIGTERM, and the next task finds its place in the pool."""
+    path = tmp_path / "said"
+    result = session.send("hang_tidily", str(path))
+    with pytest.raises(TimeLimitExceeded, match="wall time limit 2s reached; ended within the grace of 1m"):
+        session.wait(result)
+    assert path.read_text() == "tidy\n"
+    outcome = outcome_of(result)
+    assert outcome is not None
+    assert (outcome.ending, outcome.needed_kill) == ("timeout", False)
+    assert session.get("where")["confined"]
+
+
+@pytest.mark.each_layout
 def test_each_retry_has_more_memory(session: Session) -> None:
     result = session.send("retried", 100 * MIB)
     assert session.wait(result) == 100 * MIB

@@ -61,6 +61,8 @@ def test_the_example_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert "exit status 137" in done.stdout, done
+    assert "saved\n" in done.stdout
+    assert "rcon: wall time limit 1 s reached; ended within the grace of 5 s" in done.stderr
     assert "it finished" in done.stdout
     assert "in its group\nback where it was\n" in done.stdout
     assert "rcon: memory limit 32 MiB reached" in done.stderr

@@ -149,6 +149,34 @@ class Acts:
         return [_orphan(lambda: time.sleep(300)) for _ in range(count)]
 
     @staticmethod
+    def tidy_child(path: str) -> None:
+        """Wait for a child that tidies up at SIGTERM, and takes a second for it."""
+        script = f"trap 'sleep 1; printf tidy > {path}; exit' TERM; while :; do sleep 0.1; done"
+        subprocess.run(["setsid", "sh", "-c", script], check=False)
+
+    @staticmethod
+    def deaf_children(count: int) -> list[int]:
+        """Children that ignore SIGTERM."""
+        return [subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 300"]).pid for _ in range(count)]
+
+    @staticmethod
+    def deaf_for_ever() -> None:
+        """Start a child that ignores SIGTERM, and ignore it, too."""
+        Acts.deaf_children(1)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True:
+            time.sleep(1)
+
+    @staticmethod
+    def answer_after_sigterm() -> str:
+        """Answer when SIGTERM has come."""
+        came: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+        while not came:
+            time.sleep(0.05)
+        return "late"
+
+    @staticmethod
     def orphans(count: int, seconds: float = 30.0) -> int:
         """Processes that end after their parent has. Wait for a place for the next one while there is none."""
         end = time.monotonic() + seconds

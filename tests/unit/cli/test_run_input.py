@@ -41,6 +41,7 @@ RUN = {
     "--policy": ["", "job"],
     "--settings": ["", "/no/such/file"],
     "--timeout": ["", "x", "20", "0s", "-1s"],
+    "--grace": ["", "x", "5", "5s", "0s"],
     "--oom": ["", "x", "Group"],
     "--on-event": ["", " "],
     "--json": ["", "/no/such/folder/file", "/"],

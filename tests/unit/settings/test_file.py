@@ -373,6 +373,7 @@ def test_every_example_of_the_schema_can_be_written(kind: type[msgspec.Struct]) 
         else:
             table |= {"cpu": "30%"} if key == "cpu_burst" else {}
             table |= {"memory": "256M"} if key == "memory_high" else {}
+            table |= {"timeout": "20s"} if key == "grace" else {}
             table |= {"each": {"memory": "256M"}} if key == "on_memory" else {}
             table |= {"user": "web"} if key in ("group", "groups", "owner_must_be", "keep_files") else {}
             Policy.make("p", **(table if kind is Policy else {"each": table}))

@@ -167,6 +167,8 @@ WRONG = [
     ("cpu_burst", "set cpu too", {"cpu_burst": "10ms"}),
     ("cpu_burst", 'at most "30ms"', {"cpu": "30%", "cpu_burst": "30.001ms"}),
     ("each.cpu_burst", "set cpu too", {"cpu": "30%", "each": {"cpu_burst": "10ms"}}),
+    ("each.grace", "set timeout too", {"each": {"grace": "5s"}}),
+    ("each.grace", "no time at all", {"each": {"timeout": "20s", "grace": "0s"}}),
     ("memory_high", "set memory too", {"memory_high": "1M"}),
     ("memory_high", "never reached", {"memory": "1M", "memory_high": "1M"}),
     ("each.memory_high", "set memory too", {"memory": "9M", "each": {"memory_high": "1M"}}),
