@@ -17,6 +17,15 @@ echo "== the same with a limit that expands"
 $RCON run --memory 32M --expand 2x --up-to 1G -- dd if=/dev/zero of=/dev/null bs=60M count=1 status=none &&
     echo "it finished"
 
+echo "== two programs that need more than their shared limit together"
+share="$RCON run --in held-down-$$ --memory 64M --swap 0 --"
+$share sh -c "dd if=/dev/zero bs=1M count=40 status=none >/dev/shm/held-down-$$; sleep 3" &
+sleep 2
+$share dd if=/dev/zero of=/dev/null bs=40M count=1 status=none
+echo "status $? of the second"
+wait
+rm /dev/shm/held-down-$$
+
 echo "== a process that already runs: limit it, then release it"
 sh -c 'while :; do :; done' &
 pid=$!

@@ -63,7 +63,14 @@ RUN_OPTIONS = (
     *_LIMITS,
     _USER,
     _CAP,
-    Option(("--group", "-g"), "NAME", "Name the group; by default the command's name and a number."),
+    Option(
+        ("--group", "-g"), "NAME",
+        "Name the group of this command alone; by default its name and a number. --in shares one.",
+    ),
+    Option(
+        ("--in",), "NAME",
+        "Share the group NAME and its limits with other commands; the first makes it, the last removes it.",
+    ),
     Option(("--policy",), "NAME", "Apply the limits, user and rights of this policy; options override its limits."),
     Option(("--settings",), "FILE", "The settings file that contains the policy.", completes="path"),
     Option(("--timeout",), "TIME", "Kill the command, and all it started, after this time: 20s, 5m, 1h."),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.outcome import Outcome
+    from rcon_plugins.tree.shared import SharedGroup
 
 #: The leaf of the group that the command starts in.
 LEAF = "main"
@@ -45,11 +46,12 @@ class Order(NamedTuple):
     """A command to run, and its group.
 
     ``program`` is the file, ``arguments`` is argv, ``variables`` is the environment. ``group`` is the name of the
-    group. ``resources`` are the limits of ``work/<group>``, ``each`` those of the single command. The new process calls
-    ``become`` inside its cgroup, to drop privileges. ``delegate_to`` is the (uid, gid) that may make cgroups below the
-    group. ``timeout`` is in seconds of wall time. ``grace`` is the time between SIGTERM and SIGKILL after that, likewise;
-    None for SIGKILL at once. ``keep`` are descriptors that the caller needs afterwards. ``watch`` watches the group and
-    its leaf in threads, from before the command's first instruction until its end.
+    group. ``resources`` are the limits of ``work/<group>``, ``each`` those of the single command. With ``shared``, the
+    name of a group of several commands, ``resources`` are the limits of that one, and ``work/<group>`` has none. The
+    new process calls ``become`` inside its cgroup, to drop privileges. ``delegate_to`` is the (uid, gid) that may make
+    cgroups below the group. ``timeout`` is in seconds of wall time. ``grace`` are the seconds between SIGTERM and
+    SIGKILL after that; None for SIGKILL at once. ``keep`` are descriptors that the caller needs afterwards. ``watch``
+    watches the group and its leaf in threads, from before the command's first instruction until its end.
     ``memory_note`` is added to the message about the memory limit. ``oom_group``: an OOM kill of one of its processes
     ends the whole command. ``cpu_time`` is the RLIMIT_CPU that ``become`` sets, in seconds.
     """
@@ -69,6 +71,7 @@ class Order(NamedTuple):
     memory_note: str = ""
     oom_group: bool = True
     cpu_time: float | None = None
+    shared: str | None = None
 
 
 class NotRun(RconError):
@@ -131,33 +134,44 @@ def run(order: Order, hierarchy: Hierarchy, base: str | None = None) -> Ended:
     except ``order.keep``. If the calling process is killed, the kernel kills the command. Other processes in the group
     stay within its limits until ``rcon gc`` ends them.
 
-    Raises `NotRun`, `KernelError`, `DelegationError`, and what ``become`` raises. The command has not run then, and its
-    group is removed.
+    Raises `NotRun`, `NotShared`, `KernelError`, `DelegationError`, and what ``become`` raises. The command has not run
+    then, and its group is removed.
     """
     caller = Caller()
+    shared: SharedGroup | None = None
     try:
-        instance = Instance.create(hierarchy, base)
+        if order.shared is None:
+            instance = Instance.create(hierarchy, base)
+        else:
+            from rcon_plugins.tree.shared import SharedGroup  # most commands share none
+
+            shared = SharedGroup.join(hierarchy, base, order.shared, order.resources)
+            instance = shared.instance
     except BaseException:
         caller.go_back()
         raise
+    close = instance.close if shared is None else shared.leave
     try:
-        ended = _Run(order, instance, caller).run()
+        ended = _Run(order, instance, caller, None if shared is None else shared.cgroup).run()
     except BaseException:
-        instance.close()
+        close()
         caller.go_back()
         raise
-    instance.close()
+    close()
     caller.forget_signals()
     caller.go_back()
     return ended
 
 
 class _Run:
-    def __init__(self, order: Order, instance: Instance, caller: Caller) -> None:
+    def __init__(self, order: Order, instance: Instance, caller: Caller, shared: Cgroup | None) -> None:
         self._order = order
         self._instance = instance
         self._caller = caller
         self._group = instance.policy_cgroup(order.group)
+        #: The group with the limits, if this command shares it with others, and its usage before this command.
+        self._shared = shared
+        self._before = Reading() if shared is None else shared.read()
         self._leaf = instance.executor_cgroup(order.group, LEAF)
         self._began = time.monotonic()
         self._oom = OomGuard(self._group, self._leaf)
@@ -174,7 +188,8 @@ class _Run:
             self._oom.close()
 
     def _prepare(self) -> None:
-        for refusal in self._instance.hierarchy.refusals(self._order.resources):
+        limits = self._order.resources if self._shared is None else Resources()
+        for refusal in self._instance.hierarchy.refusals(limits):
             # The limits were checked for the machine, but the base cgroup may have fewer controllers.
             raise ControllerUnavailable(refusal.reason, path=self._group.path, hint=refusal.remedy)
         if self._instance.needs_adoption:
@@ -224,7 +239,8 @@ class _Run:
         order = self._order
         kills_all = order.oom_group and "memory" in self._group.controllers
         self._group.create()
-        self._group.configure(order.resources.replaced(oom_group=True) if kills_all else order.resources)
+        limits = order.resources if self._shared is None else Resources()
+        self._group.configure(limits.replaced(oom_group=True) if kills_all else limits)
         self._leaf.create()
         self._oom.start(kills_all)
         if order.each.written():
@@ -327,14 +343,15 @@ class _Run:
     def _explain(self, status: int, late: bool, wall: float) -> Ended:
         group = self._group.read()
         leaf = self._leaf.read() if self._leaf.exists() else Reading()
+        whole = group if self._shared is None else self._shared.read()
         ordered = self._order.resources.memory_max
-        above = isinstance(ordered, int) and (group.memory_peak or 0) > ordered
+        above = isinstance(ordered, int) and (whole.memory_peak or 0) > ordered
         # On v2 the kernel itself ends all at once.
         ends_all = self._order.oom_group and self._group.kills_one_by_one
         failed = status or above or (ends_all and self._oom.notices)
         memory, pids = self._bounds() if failed else (Bounds(), Bounds())
         group = group._replace(
-            oom_kills=self._oom_kills(group.oom_kills, status, _reached(group, memory.group))
+            oom_kills=self._oom_kills(group.oom_kills, status, _reached(whole, memory.group))
         )
         order = self._order
         limits = LimitsInForce(
@@ -342,7 +359,9 @@ class _Run:
         )
         if os.WIFSIGNALED(status):
             limits = limits._replace(cpu_time=self._cpu_time())
-        end = self._end_of(Snapshot(leaf, group), status, limits, late)
+        # The memory peak and the refused forks of the group that has the limits explain the end.
+        counted = group._replace(memory_peak=whole.memory_peak, pids_limit_hits=whole.pids_limit_hits)
+        end = self._end_of(Snapshot(leaf, counted), status, limits, late)
         if group.memory_peak is not None and memory.group is not None:
             # The kernel charges pages in batches before it refuses them, so the peak may be above the limit.
             group = group._replace(memory_peak=min(group.memory_peak, memory.group))
@@ -371,8 +390,9 @@ class _Run:
 
     def _end_of(self, after: Snapshot, status: int, limits: LimitsInForce, late: bool) -> End:
         cause: Cause | None = "timeout" if late else None
+        before = Snapshot(group=Reading(pids_limit_hits=self._before.pids_limit_hits))
         return explain_end(
-            Snapshot(), after, status, limits, cause=cause, is_command=True, needed_kill=self._needed_kill
+            before, after, status, limits, cause=cause, is_command=True, needed_kill=self._needed_kill
         )
 
     def _oom_kills(self, counted: int | None, status: int, reached: bool) -> int | None:
@@ -397,10 +417,12 @@ class _Run:
         """Return the current memory and pids limits. Plugins, ``--on-event`` or ``rcon set`` may have changed them."""
         order = self._order
         each = read_limits(self._leaf) if self._leaf.exists() else order.each
-        group = read_limits(self._group) if self._group.exists() else order.resources
+        limited = self._shared or self._group
+        group = read_limits(limited) if limited.exists() else order.resources
         one, all_together = _number(each.memory_max), _number(group.memory_max)
+        whose = "" if order.shared is None else f" of the group {order.shared}"
         return (
-            Bounds(one, all_together, _size(one), _size(all_together), order.memory_note),
+            Bounds(one, all_together, _size(one), _size(all_together) + whose, order.memory_note),
             Bounds(_number(each.pids_max), _number(group.pids_max)),
         )
 

@@ -1,7 +1,8 @@
 """Find the groups on this machine, their owners and their limits.
 
 A group is ``work/<name>``, ``host/<name>`` or ``attached/<name>`` of any instance in the visible cgroup tree. The
-instance may belong to a server, a command, or a program with ``with confine(…)``. Nested instances are found, too, and
+instance may belong to a server, a command, or a program with ``with confine(…)``. A group that commands share
+(``rcon run --in``) has the instances of these commands in it. Nested instances are found, too, and
 those of other users that this user may read. Each call reads the tree again; nothing is cached.
 """
 
@@ -12,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from rcon_plugins.errors import KernelError, UnknownGroup
 from rcon_plugins.groups.sample import Sample
@@ -36,8 +37,10 @@ from rcon_plugins.tree.owner import Owner as InstanceOwner
 from rcon_plugins.tree.survey import survey
 
 #: ``work``: processes that end with the instance. ``host``: threads of the server itself. ``attached``: processes that
-#: ran before the instance, and are moved back at its end.
-Kind = Literal["work", "host", "attached"]
+#: ran before the instance, and are moved back at its end. ``shared``: the instances of commands that share limits.
+Kind = Literal["work", "host", "attached", "shared"]
+#: The kinds of groups in an instance.
+_IN_INSTANCE: tuple[Kind, ...] = ("work", "host", "attached")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def _by_name(tally: TallyOfServer) -> dict[str, Counts]:
 class Group:
     """One group. ``label`` is its shortest name that no other group has.
 
+    The ``instance`` and the ``owner`` of a shared group are those of the command in it that began first.
     ``policy`` and ``key`` are None if the name does not contain them. The methods raise KernelError.
     `rcon_plugins.kernel.files.gone` returns whether the reason is that the group was removed meanwhile.
     """
@@ -140,7 +144,7 @@ class Group:
 
         It covers all processes of the server since it began, also when the group has been made again meanwhile.
         """
-        if self.kind == "attached":
+        if self.kind in ("attached", "shared"):
             return None
         return self.tallies.of(self.instance, self.name, self.owner.uid)
 
@@ -149,7 +153,11 @@ class Group:
 
         None if that is unknown, and for a group of no server. They have no policy, so no group of their own.
         """
-        return None if self.kind == "attached" else self.tallies.unroutable(self.instance, self.owner.uid)
+        return (
+            None
+            if self.kind in ("attached", "shared")
+            else self.tallies.unroutable(self.instance, self.owner.uid)
+        )
 
     def statistics(self) -> Statistics:
         """Return further counters of the kernel."""
@@ -235,7 +243,7 @@ def find_groups(hierarchy: Hierarchy | None = None) -> FoundGroups:
     for path in found.instances:
         instance = path.rpartition("/")[2]
         owner = owners[instance] = _owner(instance)
-        for kind in get_args(Kind):
+        for kind in _IN_INSTANCE:
             for name in hierarchy.cgroup(f"{path}/{kind}").children():
                 try:
                     cgroup = _existing(hierarchy, f"{path}/{kind}/{name}", kind)
@@ -245,7 +253,24 @@ def find_groups(hierarchy: Hierarchy | None = None) -> FoundGroups:
                 if cgroup is not None and not INSTANCE_NAME.fullmatch(name):
                     policy, key = split_name(name)
                     groups.append(Group(name, kind, instance, cgroup, owner, "", policy, key, tallies))
+    for path in found.shared:
+        inside = [one for one in found.instances if one.rpartition("/")[0] == path]
+        try:
+            cgroup = _existing(hierarchy, path, "shared")
+        except KernelError as error:
+            unreadable.append(error.path or path)
+            continue
+        if cgroup is not None and inside:
+            instance = min((one.rpartition("/")[2] for one in inside), key=lambda name: _age(owners, name))
+            name = path.rpartition("/rcon-in-")[2]
+            groups.append(Group(name, "shared", instance, cgroup, owners[instance], "", tallies=tallies))
     return FoundGroups(with_labels(groups), unreadable, owners, tallies)
+
+
+def _age(owners: dict[str, Owner], instance: str) -> tuple[bool, int]:
+    """Return the key by which the oldest living owner comes first."""
+    owner = InstanceOwner.of(instance)
+    return owners[instance].alive is False, 0 if owner is None else owner.started
 
 
 def find_group(name: str, groups: Iterable[Group] | None = None) -> Group:

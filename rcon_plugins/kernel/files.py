@@ -386,18 +386,18 @@ def _status(path: str) -> os.stat_result | None:
 
 
 @contextlib.contextmanager
-def locked(directory: str) -> Iterator[None]:
+def locked(directory: str, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
     """Hold an advisory lock on a directory, flock(2), in the block. Raises KernelError (ENOENT).
 
-    Wait for it a short time, then go on without it: every user who may read the directory, such as confined code, can
-    hold the lock as long as it likes.
+    Wait for it for so many ``seconds``, then go on without it: every user who may read the directory, such as confined
+    code, can hold the lock as long as it likes.
     """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise failure(error, directory) from None
     try:
-        deadline = time.monotonic() + _LOCK_SECONDS
+        deadline = time.monotonic() + seconds
         while not _try_lock(descriptor, directory) and time.monotonic() < deadline:
             time.sleep(0.002)
         yield

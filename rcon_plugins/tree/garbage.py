@@ -8,6 +8,7 @@ processes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from rcon_plugins.kernel.cgroup.branch import check_path
 from rcon_plugins.tree.base import remove_root_base
 from rcon_plugins.tree.owner import Owner
-from rcon_plugins.tree.survey import survey
+from rcon_plugins.tree.survey import SHARED_GROUP, survey
 
 #: The time that `wait_until_empty` waits for processes, seconds. In most cases they are about to end.
 _HOST_SECONDS = 1.0
@@ -146,6 +147,8 @@ def collect_garbage(hierarchy: Hierarchy, below: str = "/", *, unknown: bool = F
         report += [
             done.get(path, Collected(path, "unknown_owner" if path in kept else "removed")) for path in paths
         ]
+    for path in survey(hierarchy, below, every=True).shared:
+        _remove_shared(hierarchy, path)
     for base in {_base_of(one.path) for one in report}:
         remove_root_base(hierarchy, base)
     return report
@@ -156,10 +159,16 @@ def collect(hierarchy: Hierarchy, base: str, *, unknown: bool = False) -> list[C
 
     Kills processes in ``work/``, and moves processes in ``attached/`` back to their previous cgroups. Never kills
     processes in ``host/``, which belong to the server itself: they get a second to end, otherwise the tree stays until
-    the next start. ``unknown``: removes also the trees of unknown owners, if they have no process. Touches nothing else
-    below ``base``. Raises KernelError only if ``base`` cannot be read.
+    the next start. ``unknown``: removes also the trees of unknown owners, if they have no process. Does the same in
+    groups that commands share, and removes those without any tree. Touches nothing else below ``base``. Raises
+    KernelError only if ``base`` cannot be read.
     """
     report = []
+    for name in hierarchy.cgroup(base).children():
+        if SHARED_GROUP.fullmatch(name):
+            shared = f"{base.rstrip('/')}/{name}"
+            report += collect(hierarchy, shared, unknown=unknown)
+            _remove_shared(hierarchy, shared)
     for path, alive in _instances(hierarchy, base):
         if alive is False or (alive is None and unknown):
             try:
@@ -220,6 +229,12 @@ def _collect_one(hierarchy: Hierarchy, path: str, *, known: bool) -> Collected:
     host.delete()
     hierarchy.cgroup(path).delete()
     return Collected(path, "removed")
+
+
+def _remove_shared(hierarchy: Hierarchy, path: str) -> None:
+    """Remove a shared group in which no command has an instance. A command that makes it just now makes it again."""
+    with contextlib.suppress(KernelError):  # left to the next start
+        hierarchy.cgroup(path, shared=True).delete(timeout=0)
 
 
 def _has_unseen(hierarchy: Hierarchy, path: str) -> bool:

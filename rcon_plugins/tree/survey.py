@@ -1,7 +1,8 @@
-"""Find the instances of all users in the visible cgroup tree, including nested ones."""
+"""Find the instances of all users in the visible cgroup tree, including nested ones, and the groups that they share."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.errors import KernelError
@@ -12,11 +13,16 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
 
 
+#: The cgroup of a group that several commands share: see `rcon_plugins.tree.shared`.
+SHARED_GROUP = re.compile(r"rcon-in-(.+)")
+
+
 class Survey(NamedTuple):
-    """The paths of ``instances``, and the ``unreadable`` directories."""
+    """The paths of ``instances`` and of ``shared`` groups, and the ``unreadable`` directories."""
 
     instances: list[str]
     unreadable: list[str]
+    shared: list[str]
 
 
 def survey(hierarchy: Hierarchy, below: str = "/", *, every: bool = False) -> Survey:
@@ -26,6 +32,7 @@ def survey(hierarchy: Hierarchy, below: str = "/", *, every: bool = False) -> Su
     """
     limiting = [*hierarchy.limit_mounts, hierarchy.mounts[-1]]
     found: set[str] = set()
+    shared: set[str] = set()
     unreadable: set[str] = set()
     for mount in hierarchy.mounts if every else limiting[:1]:
         waiting = [below]
@@ -41,4 +48,6 @@ def survey(hierarchy: Hierarchy, below: str = "/", *, every: bool = False) -> Su
                 waiting.append(child)
                 if INSTANCE_NAME.fullmatch(name):
                     found.add(child)
-    return Survey(sorted(found), sorted(unreadable))
+                elif SHARED_GROUP.fullmatch(name):
+                    shared.add(child)
+    return Survey(sorted(found), sorted(unreadable), sorted(shared))

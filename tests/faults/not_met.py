@@ -7,6 +7,7 @@ and that none of them is met.
 from __future__ import annotations
 
 _ATTACH = "rcon attach; no request is served"
+_LOCK = "rcon attach, and rcon run --in (tests/kernel/command/test_in.py); no request is served"
 _EXPLAIN = "an explanation for a person, or a remedy in an error message; nothing runs because of it"
 _TERMINAL = "job control of rcon run on a terminal: tests/kernel/command/test_terminal.py"
 _DISK = "a limit on IO, judged at the start, for a real disk; an error there refuses the start"
@@ -28,8 +29,8 @@ NOT_MET = {
     "kernel.process:_kill_as": "a server that is not root and may change users: tests/kernel/identity",
     "tree.attach": _ATTACH,
     "tree.previous_cgroups": _ATTACH,
-    "kernel.files:locked": _ATTACH,
-    "kernel.files:_try_lock": _ATTACH,
+    "kernel.files:locked": _LOCK,
+    "kernel.files:_try_lock": _LOCK,
     "kernel.proc:visible_pid": _ATTACH,
     "kernel.proc:parents": _ATTACH,
     "tree.doctor": _EXPLAIN,

@@ -29,6 +29,7 @@ _KINDS = {
     "work": "work: processes that end with their owner",
     "host": "host: threads of the server itself, which join and leave",
     "attached": "attached: running processes that rcon attach moved here",
+    "shared": "shared: commands of rcon run --in, which have these limits together",
 }
 
 

@@ -66,6 +66,30 @@ def named_group(name: str | None) -> str | None:
     return name
 
 
+def shared_of(options: Mapping[str, Any]) -> str | None:
+    """Return the value of ``--in``. Raises `BadUsage` for a name that is invalid, or of a group of another kind."""
+    name: str | None = options.get("in")
+    if name is None:
+        return None
+    try:
+        check_group_name(name)
+    except ValueError as error:
+        raise BadUsage(f"--in: {error} (for example build)") from None
+    for option in ("expand", "up_to", "on_event"):
+        if option in options:
+            flag = f"--{option.replace('_', '-')}"
+            raise BadUsage(
+                f"{flag} does not go with --in: it watches a group of one command (leave it out; "
+                f"rcon watch {name} prints events, rcon set {name} changes limits)"
+            )
+    from rcon_plugins.groups.find import find_groups
+
+    known = [group for group in find_groups().groups if group.name == name and group.kind != "shared"]
+    if any(group.owner.alive is not False for group in known):
+        raise BadUsage(f"--in: {name!r} is a group that cannot be shared (choose another name)")
+    return name
+
+
 def timeout_of(options: Mapping[str, Any]) -> float | None:
     """Return ``--timeout`` in seconds. Raises `BadUsage`."""
     return seconds_of("timeout", options["timeout"]) if "timeout" in options else None
@@ -154,6 +178,9 @@ def execute(
     except RconError as error:
         if (too_little := _too_little_memory(error, order)) is not None:
             return _not_run(order, report, policy, BAD_USAGE, too_little)
+        refusal = None if order.shared is None else _not_shared(order, error)
+        if refusal is not None:
+            return _not_run(order, report, policy, BAD_USAGE, refusal)
         return _not_run(order, report, policy, OWN_FAILURE, shortened(error))
     if finished is not None:
         finished(ended)
@@ -180,6 +207,23 @@ def _too_little_memory(error: RconError, order: Order) -> str | None:
     return f"{BY_KEY['memory'].flag}: {format_size(limit)} is too little to start a command ({NEEDS_MEMORY})"
 
 
+def _not_shared(order: Order, error: RconError) -> str | None:
+    """Return why a command cannot share a group, and the remedy; None for another error."""
+    from rcon_plugins.cli.columns import limits_in_words
+    from rcon_plugins.tree.shared import NotShared
+
+    if not isinstance(error, NotShared):
+        return None
+    name = error.name
+    if error.found is None:
+        return f"--in: there is no group {name!r} (give its limits: the first command makes it)"
+    found, given = (", ".join(limits_in_words(one)) or "no limits" for one in (error.found, order.resources))
+    return (
+        f"--in: the group {name!r} has {found}, and not {given} (give the same limits or none, or change them "
+        f"first: rcon set {name})"
+    )
+
+
 def _not_run(order: Order, report: int | None, policy: str, status: int, problem: str) -> int:
     say("rcon", problem)
     if report is not None:
@@ -201,6 +245,7 @@ def _report_data(order: Order, ended: Ended, policy: str) -> dict[str, Any]:
         "detail": outcome["detail"],
         "policy": outcome["policy"],
         "group": order.group,
+        "in": order.shared,
         "command": list(order.arguments),
         "usage": outcome["usage"],
     }

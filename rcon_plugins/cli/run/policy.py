@@ -22,6 +22,7 @@ from rcon_plugins.cli.run.execution import (
     group_of,
     note_swap,
     report_of,
+    shared_of,
     timeout_of,
 )
 from rcon_plugins.command.run import Ended, Order
@@ -76,6 +77,13 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
     if timeout is None and policy.each.timeout is not None:
         timeout = policy.each.timeout
     grace = grace_of(options, timeout)
+    shared = shared_of(options)
+    watching = _watch_fields(policy, manager, options.get("on_event"))
+    if shared is not None and watching:
+        raise BadUsage(
+            f"--in: policy {policy.name} has memory that expands, or plugins that receive events, which watch a group "
+            "of one command (leave out --in, or use another policy)"
+        )
     order = Order(
         program=find_program(command[0]),
         arguments=command,
@@ -88,7 +96,8 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
         grace=policy.each.grace if grace is None else grace,
         oom_group=oom_group,
         cpu_time=policy.rlimits.cpu,
-        **_watch_fields(policy, manager, options.get("on_event")),
+        shared=shared,
+        **watching,
     )
     base = named_base(options.get("cgroup"), settings.cgroup)
     report = report_of(options)

@@ -21,6 +21,7 @@ from rcon_plugins.cli.run.execution import (
     grace_of,
     group_of,
     report_of,
+    shared_of,
     timeout_of,
 )
 from rcon_plugins.command.run import Order
@@ -57,6 +58,7 @@ def run(words: Sequence[str]) -> int:
         timeout=timeout,
         grace=grace_of(options, timeout),
         oom_group=ends_all(options),
+        shared=shared_of(options),
         **fields,
         **_user_fields(options, command),
     )

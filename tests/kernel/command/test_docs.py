@@ -64,5 +64,7 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert "saved\n" in done.stdout
     assert "rcon: wall time limit 1 s reached; ended within the grace of 5 s" in done.stderr
     assert "it finished" in done.stdout
+    assert "status 137 of the second" in done.stdout
+    assert "rcon: memory limit 64 MiB of the group held-down-" in done.stderr
     assert "in its group\nback where it was\n" in done.stdout
     assert "rcon: memory limit 32 MiB reached" in done.stderr

@@ -38,6 +38,7 @@ RUN = {
     "--user": ["", "no-such-user", "4294967295", "70000"],
     "--cap": ["no_such_capability", "64", "net_raw,x"],
     "--group": NAMES,
+    "--in": NAMES,
     "--policy": ["", "job"],
     "--settings": ["", "/no/such/file"],
     "--timeout": ["", "x", "20", "0s", "-1s"],
