@@ -208,6 +208,17 @@ def unified_cgroup(pid: int) -> str | None:
     return next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
 
 
+def cgroup_namespace(pid: int) -> int | None:
+    """Return the inode number of the cgroup namespace of a process; None if it has ended or this user may not know.
+
+    Source: cgroup_namespaces(7).
+    """
+    try:
+        return os.stat(f"/proc/{pid}/ns/cgroup").st_ino
+    except OSError:
+        return None
+
+
 def ipc_namespace(pid: int) -> str | None:
     """Return the IPC namespace of a process (namespaces(7)); None if it has ended or this user may not see that."""
     try:

@@ -16,7 +16,7 @@ from rcon_plugins.kernel.cgroup import mounts, v1, v2
 from rcon_plugins.kernel.cgroup.branch import check_path, levels
 from rcon_plugins.kernel.cgroup.limits import read_limits
 from rcon_plugins.kernel.cgroup.mounts import Mount
-from rcon_plugins.tree import nested
+from rcon_plugins.tree import container_root, nested
 from rcon_plugins.tree.owner import INSTANCE_NAME
 
 if TYPE_CHECKING:
@@ -343,6 +343,15 @@ def _prepare(hierarchy: Hierarchy, path: str) -> str:
             raise _refused(hierarchy, path, errno.EROFS, f"{mount.path} is mounted read-only")
     cgroup = hierarchy.cgroup(path)
     try:
+        if moved := container_root.empty(hierarchy):
+            import logging  # slow, and seldom needed
+
+            logging.getLogger("rcon").info(
+                "rcon: moved %d processes of this container to the cgroup /%s, because a cgroup with processes passes "
+                "no controllers on",
+                len(moved),
+                container_root.LEAF,
+            )
         try:
             cgroup.create()
         except KernelError as error:
@@ -403,6 +412,12 @@ def remedy(
     if number == errno.ENOTDIR:
         return f'choose another path: cgroup = "{ROOT_BASE}"'
     if number == errno.EBUSY:
+        if container_root.is_busy(hierarchy):
+            reason = container_root.why_not(hierarchy) or "they fork too fast"
+            return (
+                f"processes in the root of this container keep controllers from being passed on, and are not moved: "
+                f"{reason}; run as root: {'; '.join(container_root.commands(hierarchy))}"
+            )
         return (
             "a cgroup with processes passes no controllers on: make the server the only process of the container "
             '(CMD ["gunicorn", ...] without a shell), or set cgroup = "..." to a cgroup without processes'

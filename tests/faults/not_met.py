@@ -12,6 +12,7 @@ _EXPLAIN = "an explanation for a person, or a remedy in an error message; nothin
 _TERMINAL = "job control of rcon run on a terminal: tests/kernel/command/test_terminal.py"
 _DISK = "a limit on IO, judged at the start, for a real disk; an error there refuses the start"
 _OTHER_BASE = "the search for a base that the settings do not name; an error there refuses the start"
+_CONTAINER = "a container on cgroup v2 with a shell: tests/kernel/tree/test_container_root.py"
 _LONG = "only for paths of more than 1000 characters, in directories of other users"
 _OTHER_NAMESPACE = "an owner in another PID or IPC namespace, seen by rcon ls, gc and check"
 _HTTP = "the connection of an HTTP client: tests/integrations/wsgi, tests/integrations/gunicorn"
@@ -53,6 +54,7 @@ NOT_MET = {
     "kernel.cgroup.hierarchy:_directory_with": "cpu_burst and swap, judged at the start",
     "kernel.cgroup.mounts:is_systemds": _OTHER_BASE,
     "tree.base:_is_": _OTHER_BASE,
+    "kernel.proc:cgroup_namespace": _CONTAINER,
     "tree.systemd": _OTHER_BASE,
     "kernel.files:_open_directory:os.open#2": _LONG,
     "kernel.files:_Parent": _LONG,
