@@ -42,6 +42,10 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     #: Bytes. The highest since the executor process was made where the kernel cannot reset a peak
     #: (cgroup v2 before 6.12); else of this unit of work alone.
     memory_peak: int | None = None
+    #: Bytes. The largest resident set of a single process of a command, as getrusage(2) has it: memory that the process
+    #: had itself or mapped, without the page cache around it. None if it is not above what rcon itself had before it
+    #: executed the command, some 10 to 20 MB; and for requests and tasks.
+    rss_peak: int | None = None
     #: Bytes. The most swap, likewise; exact on cgroup v2 since Linux 6.5. Elsewhere it is the least that it can have
     #: been, or None: `rcon_plugins.kernel.cgroup.Reading`.
     swap_peak: int | None = None

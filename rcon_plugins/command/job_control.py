@@ -19,10 +19,14 @@ import posix
 import signal
 import time
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.proc import inherited_descriptors
+
+if TYPE_CHECKING:
+    from resource import struct_rusage
 
 #: Signals that are never blocked: faults of this process, and signals that the kernel does not let it block.
 _OWN = frozenset(
@@ -68,6 +72,8 @@ class Caller:
         self._doubtful = 0, 0.0
         self._deadline: float | None = None
         # With SIGCHLD ignored, the kernel reaps children itself and wait() never reports how they ended.
+        #: The largest resident set of a process that this one has reaped, or that a reaped one has; bytes.
+        self.rss_peak = 0
         self._ignores_children = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
         if self._ignores_children:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -168,7 +174,7 @@ class Caller:
                 return reaped
             if ended is None or ended.si_pid == self._child or not self._may_reap(ended.si_pid):
                 return reaped
-            posix.waitpid(ended.si_pid, 0)
+            self._note(posix.wait4(ended.si_pid, 0)[2])
         return _MOST_REAPED
 
     def reap_last_orphans(self) -> None:
@@ -213,7 +219,7 @@ class Caller:
         """Return the wait status of the command if it has ended. Stop too if it has stopped."""
         while True:
             try:
-                found, status = posix.waitpid(self._child, os.WNOHANG | os.WUNTRACED)
+                found, status, usage = posix.wait4(self._child, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
                 raise KernelError(
                     "the exit status of the command is lost: another part of this process reaped it",
@@ -223,8 +229,12 @@ class Caller:
             if found == 0:
                 return None
             if not os.WIFSTOPPED(status):
+                self._note(usage)
                 return int(status)
             self._stop_too(os.WSTOPSIG(status))
+
+    def _note(self, usage: struct_rusage) -> None:
+        self.rss_peak = max(self.rss_peak, usage.ru_maxrss * 1024)
 
     def _forward(self, info: signal.struct_siginfo) -> None:
         number = info.si_signo

@@ -11,7 +11,9 @@ import contextlib
 import errno
 import os
 import posix
+import resource
 import signal
+import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -38,6 +40,11 @@ LEAF = "main"
 #: Exit statuses, as in env(1), nohup(1) and chroot(1); for a signal, as in a shell.
 NOT_EXECUTABLE, NOT_FOUND, SIGNALLED = 126, 127, 128
 _LONGEST_NAME = 40
+#: How a new process says that it executes the command now, and which resident set it had until then, bytes.
+_EXECUTES = struct.Struct("!cQ")
+_MARK = b"E"
+#: What execve(2) itself may add to the resident set after that, bytes.
+_RSS_OF_EXECVE = 1 << 20
 #: How long to wait before the next look at a group in its grace, seconds.
 _GRACE_PAUSE = 0.01
 
@@ -92,13 +99,17 @@ class NotRun(RconError):
 
 
 class Ended(NamedTuple):
-    """How the command ended. ``status`` is the exit status for a shell: 128+n for signal n."""
+    """How the command ended. ``status`` is the exit status for a shell: 128+n for signal n.
+
+    ``rss_peak`` is as in `rcon_plugins.work.Usage`.
+    """
 
     end: End
     status: int
     wall_seconds: float
     reading: Reading
     group: str
+    rss_peak: int | None = None
 
     def outcome(self, policy: str = "") -> Outcome:
         """Return the `Outcome`, in the same form as for a request or task."""
@@ -109,6 +120,7 @@ class Ended(NamedTuple):
             wall_seconds=self.wall_seconds,
             cpu_seconds=self.reading.cpu_seconds,
             memory_peak=self.reading.memory_peak,
+            rss_peak=self.rss_peak,
             swap_peak=self.reading.swap_peak,
             io_read_bytes=self.reading.io_read_bytes,
             io_write_bytes=self.reading.io_write_bytes,
@@ -177,6 +189,8 @@ class _Run:
         self._oom = OomGuard(self._group, self._leaf)
         #: Whether SIGKILL ended processes after the grace; None if there was no grace.
         self._needed_kill: bool | None = None
+        #: The largest resident set of the new process before it executed the command, bytes; None if unknown.
+        self._rss_before: int | None = None
 
     def run(self) -> Ended:
         self._prepare()
@@ -290,6 +304,9 @@ class _Run:
         while piece := os.read(ours, 65536):
             problem += piece
         os.close(ours)
+        if problem.startswith(_MARK):
+            self._rss_before = _EXECUTES.unpack_from(problem)[1]
+            problem = problem[_EXECUTES.size :]
         if problem:
             posix.waitpid(pid, 0)
             _raise(problem)
@@ -328,6 +345,9 @@ class _Run:
                 order.become()
             _die_with(caller)
             self._caller.become_child()
+            with contextlib.suppress(OSError):  # its largest resident set is unknown then
+                rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                os.write(pipe, _EXECUTES.pack(_MARK, rss))
             try:
                 os.execve(order.program, order.arguments, order.variables)  # noqa: S606  no shell, on purpose
             except OSError as error:
@@ -369,7 +389,16 @@ class _Run:
         if end.ending == "timeout" or (end.ending == "memory" and ends_all):
             # The exit status of a process that ended in its grace, or after an OOM kill, does not count.
             code = -signal.SIGKILL
-        return Ended(end, _exit_status(code), wall, group, self._group.path)
+        return Ended(end, _exit_status(code), wall, group, self._group.path, self._rss_peak())
+
+    def _rss_peak(self) -> int | None:
+        """Return the largest resident set of a process of the command; None if it is unknown.
+
+        The kernel keeps the peak of a process through execve(2), so that of a small command is hidden by that of the
+        Python which executed it.
+        """
+        before, peak = self._rss_before, self._caller.rss_peak
+        return None if before is None or peak <= before + _RSS_OF_EXECVE else peak
 
     def _cpu_time(self) -> float | None:
         """Return the RLIMIT_CPU of the command in seconds: that of its policy, or the one that it inherited."""
@@ -386,7 +415,7 @@ class _Run:
         unknown = f"its usage could not be read: {error}"
         end = end._replace(detail=f"{end.detail}; {unknown}" if end.detail else unknown)
         code = -signal.SIGKILL if late else os.waitstatus_to_exitcode(status)
-        return Ended(end, _exit_status(code), wall, Reading(), self._group.path)
+        return Ended(end, _exit_status(code), wall, Reading(), self._group.path, self._rss_peak())
 
     def _end_of(self, after: Snapshot, status: int, limits: LimitsInForce, late: bool) -> End:
         cause: Cause | None = "timeout" if late else None

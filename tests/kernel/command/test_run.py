@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
@@ -86,6 +87,32 @@ def test_a_memory_limit_kills_and_is_reported() -> None:
 def test_a_memory_limit_below_a_mebibyte_is_reported_as_people_write_it() -> None:
     done = rcon("run", "--memory", "100K", "--", "true")
     assert (done.status, done.err) == (137, "rcon: memory limit 100 KiB reached (peak 100.0 KiB)\n")
+
+
+@pytest.mark.each_layout
+def test_the_largest_resident_set_leaves_out_the_page_cache(tmp_path: Path) -> None:
+    """Of processes that their parents and rcon reaped; null where rcon itself had more before it executed the command.
+
+    rcon is executed, not forked from this large process: the kernel keeps the peak through execve(2).
+    """
+    file = DISK / f"rcon-run-{os.getpid()}"
+    write = f"dd if=/dev/zero of={file} bs=1M count=100 status=none; cat {file} > /dev/null; rm {file}"
+    orphan = f"(setsid {ALLOCATE.format(60)} &); sleep 3"
+    for script, least, most in (
+        (f"{write}; {ALLOCATE.format(50)}", 50, 90),
+        (orphan, 60, 90),
+        ("true", None, 0),
+    ):
+        report = tmp_path / "report.json"
+        words = [Path(sys.executable).parent / "rcon", "run", "--json", report, "--", "sh", "-c", script]
+        assert subprocess.run(words, check=False).returncode == 0
+        usage = json.loads(report.read_text())["usage"]
+        if least is None:
+            assert usage["rss_peak"] is None
+        else:
+            assert least << 20 <= usage["rss_peak"] <= most << 20
+        if "count=100" in script:
+            assert usage["memory_peak"] is None or usage["memory_peak"] > 100 << 20
 
 
 @pytest.mark.each_layout
