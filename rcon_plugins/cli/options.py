@@ -73,6 +73,10 @@ RUN_OPTIONS = (
     ),
     Option(("--policy",), "NAME", "Apply the limits, user and rights of this policy; options override its limits."),
     Option(("--settings",), "FILE", "The settings file that contains the policy.", completes="path"),
+    Option(
+        ("--export-cpus",), "",
+        "Set PYTHON_CPU_COUNT and OMP_NUM_THREADS to the number of CPUs that --cpu and --cpus leave.",
+    ),
     Option(("--timeout",), "TIME", "Kill the command, and all it started, after this time: 20s, 5m, 1h."),
     Option(("--grace",), "TIME", limit_table.BY_KEY["grace"].help),
     Option(

@@ -26,7 +26,7 @@ NOT_MET = {
     "command.job_control:Caller._stop": _TERMINAL,
     "command.job_control:_open_terminal": _TERMINAL,
     "command.run:_Run._start:os.kill": _RARE,
-    "command.run:_Run._become_command:os.write": "tells of a command that cannot be executed",
+    "command.run:_Run._become_command:os.write#2": "tells of a command that cannot be executed",
     "kernel.process:_kill_as": "a server that is not root and may change users: tests/kernel/identity",
     "tree.attach": _ATTACH,
     "tree.previous_cgroups": _ATTACH,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import stat
@@ -15,9 +16,12 @@ from rcon_plugins.command import run as command_run
 from rcon_plugins.command.run import Ended, NotRun, Order, check_group_name, group_name
 from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
+from rcon_plugins.kernel.cgroup.resources import parse_list
 from rcon_plugins.kernel.proc import exec_remedy
 from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD, NEEDS_MEMORY
 
+#: The variables of ``--export-cpus``. Python reads the first (since 3.13), nproc(1) and OpenMP the second.
+CPU_VARIABLES = (b"PYTHON_CPU_COUNT", b"OMP_NUM_THREADS")
 #: A command that one of these signals ends, ends without a message, as in a shell.
 _SILENT = frozenset({signal.SIGINT, signal.SIGPIPE})
 #: With so many bytes of memory the kernel can make the cgroups of a command.
@@ -102,6 +106,25 @@ def grace_of(options: Mapping[str, Any], timeout: float | None) -> float | None:
     if timeout is None:
         raise BadUsage("--grace needs a timeout to begin at (add --timeout 20s, or leave it out)")
     return seconds_of("grace", options["grace"])
+
+
+def with_cpu_count(
+    variables: Mapping[bytes, bytes], options: Mapping[str, Any], *limits: Resources
+) -> Mapping[bytes, bytes]:
+    """Return the environment; with ``--export-cpus``, also with the number of CPUs that ``limits`` leave.
+
+    A share of a CPU counts as a whole one. Variables that are set already stay. Raises `BadUsage` without such limits.
+    """
+    if not options.get("export_cpus"):
+        return variables
+    shares = [math.ceil(one.cpu_quota) for one in limits if isinstance(one.cpu_quota, int | float)]
+    sets = [len(parse_list(one.cpus)) for one in limits if one.cpus is not None]
+    if not shares and not sets:
+        raise BadUsage(
+            "--export-cpus needs a limit that leaves some of the CPUs (add --cpu 150% or --cpus 0-1)"
+        )
+    number = str(min([*shares, *sets, len(os.sched_getaffinity(0))])).encode()
+    return {**dict.fromkeys(CPU_VARIABLES, number), **variables}
 
 
 def ends_all(options: Mapping[str, Any], of_policy: str | None = None) -> bool:

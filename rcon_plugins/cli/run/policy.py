@@ -24,6 +24,7 @@ from rcon_plugins.cli.run.execution import (
     report_of,
     shared_of,
     timeout_of,
+    with_cpu_count,
 )
 from rcon_plugins.command.run import Ended, Order
 from rcon_plugins.confinement import isolation
@@ -77,6 +78,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
     if timeout is None and policy.each.timeout is not None:
         timeout = policy.each.timeout
     grace = grace_of(options, timeout)
+    variables = environment_of(Request(command, identity)) if identity else original_environment()
     shared = shared_of(options)
     watching = _watch_fields(policy, manager, options.get("on_event"))
     if shared is not None and watching:
@@ -87,7 +89,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
     order = Order(
         program=find_program(command[0]),
         arguments=command,
-        variables=environment_of(Request(command, identity)) if identity else original_environment(),
+        variables=with_cpu_count(variables, options, resources, each),
         group=group_of(options, command),
         resources=resources,
         each=each,

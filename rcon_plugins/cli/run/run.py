@@ -23,6 +23,7 @@ from rcon_plugins.cli.run.execution import (
     report_of,
     shared_of,
     timeout_of,
+    with_cpu_count,
 )
 from rcon_plugins.command.run import Order
 from rcon_plugins.errors import KernelError, SettingsError
@@ -50,6 +51,8 @@ def run(words: Sequence[str]) -> int:
     hierarchy = Hierarchy.discover()
     fields = _limit_fields(options)
     check_enforceable(hierarchy, fields["resources"])
+    fields |= _user_fields(options, command)
+    fields["variables"] = with_cpu_count(fields["variables"], options, fields["resources"])
     timeout = timeout_of(options)
     order = Order(
         program=find_program(command[0]),
@@ -60,7 +63,6 @@ def run(words: Sequence[str]) -> int:
         oom_group=ends_all(options),
         shared=shared_of(options),
         **fields,
-        **_user_fields(options, command),
     )
     return execute(order, hierarchy, named_base(options.get("cgroup")), report=report_of(options))
 

@@ -25,6 +25,8 @@ from tests.kernel.quota import judge, window
 from tests.processes import alive
 
 NOBODY = 65534
+#: rcon as a program of its own, not a fork of this process.
+RCON = str(Path(sys.executable).parent / "rcon")
 BUSY = 61077
 #: The shell of the fork bomb stays long enough for it to reach the limit, or cannot fork a sleep.
 FORK_BOMB = "b() { b | b & }; b; for i in 1 2 3 4 5; do sleep 1; done; exit 1"
@@ -104,7 +106,7 @@ def test_the_largest_resident_set_leaves_out_the_page_cache(tmp_path: Path) -> N
         ("true", None, 0),
     ):
         report = tmp_path / "report.json"
-        words = [Path(sys.executable).parent / "rcon", "run", "--json", report, "--", "sh", "-c", script]
+        words = [RCON, "run", "--json", str(report), "--", "sh", "-c", script]
         assert subprocess.run(words, check=False).returncode == 0
         usage = json.loads(report.read_text())["usage"]
         if least is None:
@@ -234,6 +236,46 @@ def test_the_command_gets_the_environment_and_open_files(tmp_path: Path) -> None
     assert extra.read_text() == "nine\n"
     assert "9 -> " in done.out
     assert "cgroup" not in done.out
+
+
+@pytest.mark.each_layout
+@pytest.mark.parametrize(
+    ("limits", "number"),
+    [
+        (("--cpu", "50%"), 1),
+        (("--cpu", "150%"), 2),
+        (("--cpu", "101%", "--cpus", "0"), 1),
+        (("--cpus", "0-1"), 2),
+        (("--cpu", "6400%"), len(os.sched_getaffinity(0))),
+    ],
+)
+def test_the_number_of_cpus_is_exported(limits: tuple[str, ...], number: int) -> None:
+    script = "echo $PYTHON_CPU_COUNT $OMP_NUM_THREADS; nproc"
+    done = rcon("run", "--export-cpus", *limits, "--", "sh", "-c", script)
+    assert done.out == f"{number} {number}\n{number}\n"
+
+
+def test_the_number_of_cpus_is_not_exported_over_one_that_is_set(tmp_path: Path) -> None:
+    """Nor without the option, nor without a limit; a policy's limits count."""
+    script = ["sh", "-c", "echo $PYTHON_CPU_COUNT,$OMP_NUM_THREADS"]
+    assert rcon("run", "--cpu", "50%", "--", *script).out == ",\n"
+    direct = subprocess.run(
+        [RCON, "run", "--export-cpus", "--cpu", "50%", "--", *script],
+        env={**os.environ, "OMP_NUM_THREADS": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert direct.stdout == "1,7\n"
+    done = rcon("run", "--export-cpus", "--memory", "64M", "--", *script)
+    assert done.status == 2
+    assert done.err.startswith(
+        "rcon: --export-cpus needs a limit that leaves some of the CPUs (add --cpu 150% "
+    )
+    settings = tmp_path / "rcon.toml"
+    settings.write_text('[policy.batch]\ncpu = "150%"\neach = { cpu = "50%" }\n')
+    words = ("run", "--export-cpus", "--policy", "batch", "--settings", settings, "--")
+    assert rcon(*words, *script).out == "1,1\n"
 
 
 def test_another_user(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_every_option_is_tried() -> None:
     assert flags <= set(LIMITS)
     for command, tried in ((run, RUN), (attach, ATTACH)):
         named = {one for parameter in command.params for one in parameter.opts if one.startswith("--")}
-        assert named - {"--children", "--release"} == set(tried)
+        assert named - {"--children", "--release", "--export-cpus"} == set(tried)
 
 
 @pytest.mark.parametrize(
