@@ -8,7 +8,7 @@ import os
 import posix
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from rcon_plugins.errors import ControllerUnavailable, KernelError
 from rcon_plugins.kernel import descriptors, files, proc
@@ -21,6 +21,8 @@ from rcon_plugins.kernel.cgroup.resources import Resources
 from rcon_plugins.kernel.cgroup.v1 import V1Branch
 from rcon_plugins.kernel.cgroup.v2 import V2Branch
 
+#: So many processes are signalled after one look at who is in the cgroup.
+_SIGNALLED_AT_ONCE = 64
 #: How long create() repeats while other processes remove cgroups that it needs.
 _CREATE_SECONDS = 5.0
 
@@ -450,28 +452,57 @@ class Cgroup:
         Stops at ``deadline`` (`time.monotonic`). Raises KernelError, the first one, after trying all.
         """
         failed: KernelError | None = None
-        for pid in pids - {0, os.getpid()}:
-            if deadline is not None and time.monotonic() >= deadline:
-                break
-            try:
-                self._signal_one(pid, numbers)
-            except OSError as error:
-                if not files.gone(error):
-                    failed = failed or files.failure(error, f"kill({pid})")
+        waiting = sorted(pids - {0, os.getpid()})
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            failed = self._signal_some(waiting[-_SIGNALLED_AT_ONCE:], numbers) or failed
+            del waiting[-_SIGNALLED_AT_ONCE:]
         if failed is not None:
             raise failed
 
-    def _signal_one(self, pid: int, numbers: tuple[int, ...]) -> None:
-        fd = descriptors.of_process(pid)
+    def _signal_some(self, pids: list[int], numbers: tuple[int, ...]) -> KernelError | None:
+        """Send signals to some processes that are still here, after one look at who is here. Return the first error."""
         try:
-            if pid in self._ids("cgroup.procs", True):
-                # Imported here: it is seldom needed, and loads much more.
-                from rcon_plugins.kernel import process
+            with self._opened(pids) as opened:
+                return self._send(opened, numbers)
+        except OSError as error:
+            if len(pids) == 1:
+                return None if files.gone(error) else files.failure(error, f"kill({pids[0]})")
+        # There are not as many descriptors; none has been signalled yet.
+        errors = [self._signal_some([pid], numbers) for pid in pids]
+        return next((error for error in errors if error is not None), None)
 
+    @contextlib.contextmanager
+    def _opened(self, pids: list[int]) -> Iterator[dict[int, int]]:
+        """Yield a descriptor of each process that is here, by its pid. Raises KernelError."""
+        opened: dict[int, int] = {}
+        try:
+            for pid in pids:
+                try:
+                    opened[pid] = descriptors.of_process(pid)
+                except KernelError as error:
+                    if not files.gone(error):
+                        raise
+            here = self._ids("cgroup.procs", True) if opened else set()
+            yield {pid: fd for pid, fd in opened.items() if pid in here}
+        finally:
+            for fd in opened.values():
+                posix.close(fd)
+
+    @staticmethod
+    def _send(opened: dict[int, int], numbers: tuple[int, ...]) -> KernelError | None:
+        """Send signals to processes. Return the first error, after trying all."""
+        # Imported here: it is seldom needed, and loads much more.
+        from rcon_plugins.kernel import process
+
+        failed: KernelError | None = None
+        for pid, fd in opened.items():
+            try:
                 for number in numbers:
                     process.kill(fd, pid, number=number)
-        finally:
-            posix.close(fd)
+            except OSError as error:
+                if not files.gone(error):
+                    failed = failed or files.failure(error, f"kill({pid})")
+        return failed
 
     def delete(self, timeout: float = 2.0, *, recursive: bool | None = None) -> bool:
         """Remove the cgroup and all below it, deepest first. Return whether it is gone.

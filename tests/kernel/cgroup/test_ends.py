@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import threading
 import time
@@ -146,6 +147,38 @@ def test_terminate_tells_each_process_once_and_nothing_else(group: Cgroup, tmp_p
         assert files["bystander"].read_text() == ""
         assert len(group.processes(subtree=True)) == 4
         group.kill()
+
+
+def many(pipe: int, count: int) -> None:
+    """Have many children, which end at SIGTERM."""
+    for _ in range(count):
+        if os.fork() == 0:
+            sleep_forever()
+    os.write(pipe, b"x")
+    sleep_forever()
+
+
+@pytest.mark.parametrize("free", [None, 6], ids=["", "few descriptors"])
+def test_many_processes_are_told_in_a_short_time(group: Cgroup, free: int | None) -> None:
+    reading, writing = os.pipe()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with running(group, many, writing, 300) as child:
+        assert os.read(reading, 1) == b"x"
+        if free is not None:
+            highest = max(int(link.name) for link in Path("/proc/self/fd").iterdir())
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + free, hard))
+        try:
+            began = time.monotonic()
+            told = group.terminate(60)
+            took = time.monotonic() - began
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert len(told) == 301
+        assert took < (60 if free else 20)
+        eventually(lambda: group.processes() == [], seconds=30)
+        assert child.wait() == -signal.SIGTERM
+    os.close(reading)
+    os.close(writing)
 
 
 def test_terminate_stops_in_time_while_processes_fork(group: Cgroup) -> None:
