@@ -413,7 +413,7 @@ def remedy(
         return f'choose another path: cgroup = "{ROOT_BASE}"'
     if number == errno.EBUSY:
         if container_root.is_busy(hierarchy):
-            reason = container_root.why_not(hierarchy) or "they fork too fast"
+            reason = container_root.why_not(hierarchy) or "moving them failed"
             return (
                 f"processes in the root of this container keep controllers from being passed on, and are not moved: "
                 f"{reason}; run as root: {'; '.join(container_root.commands(hierarchy))}"

@@ -107,6 +107,7 @@ class SharedGroup:
         if any(files.is_directory(directory) for directory in group.directories):
             collect(hierarchy, path)
         if has_members(group):
+            _check_owner(group, name)
             limits = read_limits(group)
             if wanted.written() and not is_same(wanted, limits, group):
                 raise NotShared(name, limits)
@@ -204,6 +205,18 @@ def _plain_io(io: Mapping[Device, IoMax]) -> dict[Device, list[int | Max]]:
     return {device: rates for device, rates in plain.items() if any(rate is not MAX for rate in rates)}
 
 
+def _check_owner(group: Cgroup, name: str) -> None:
+    """Raise KernelError for a group of another user, who could kill and freeze what is in it."""
+    for directory in group.directories:
+        if (uid := files.owner_of(directory)) not in (None, os.geteuid()):
+            raise KernelError(
+                f"the group {name} belongs to uid {uid}",
+                errno=errno.EACCES,
+                path=directory,
+                hint="choose another name, or run rcon as that user",
+            )
+
+
 def _cpus(group: Cgroup) -> frozenset[int]:
     for directory in group.directories:
         for name in ("cpuset.cpus.effective", "cpuset.cpus"):
@@ -228,7 +241,7 @@ def _existing_base(hierarchy: Hierarchy, name: str, base: str | None) -> str | N
         if path.rpartition("/")[2] == directory_name(name)
         and (boundary is None or nested.is_within(path, boundary))
         and has_members(hierarchy.cgroup(path))
-        and _may_write(hierarchy, path)
+        and _is_own(hierarchy, path)
     ]
     if not found:
         return None
@@ -246,10 +259,11 @@ def _existing_base(hierarchy: Hierarchy, name: str, base: str | None) -> str | N
     return os.path.dirname(check_path(found[0]))
 
 
-def _may_write(hierarchy: Hierarchy, path: str) -> bool:
+def _is_own(hierarchy: Hierarchy, path: str) -> bool:
+    """Return whether this user made a group. Another one, also a confined one, could kill and freeze what is in it."""
     here = hierarchy.where(path)
     return here is not None and all(
-        files.may_write(directory, "cgroup.procs") for directory in here.cgroup(path).directories
+        files.owner_of(directory) == os.geteuid() for directory in here.cgroup(path).directories
     )
 
 

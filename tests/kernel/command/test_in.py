@@ -329,6 +329,22 @@ def test_a_user_that_is_changed_to_shares_the_group(name: str, tmp_path: Path) -
         assert (done.status, done.out.split().count("9")) == (0, 1)
 
 
+def test_root_does_not_join_the_group_of_another_user(name: str, tmp_path: Path) -> None:
+    """That user could kill and freeze what is in it."""
+    with running(*staying(name, tmp_path / "one", "--pids", "9"), ready=tmp_path / "one"):
+        theirs = left(name)
+        for directory in theirs:
+            os.chown(directory, NOBODY, NOBODY)
+        try:
+            done = rcon("run", "--in", name, "--pids", "9", "--", "true")
+            assert done.status == 125
+            assert f"the group {name} belongs to uid {NOBODY}" in done.err
+            assert "choose another name" in done.err
+        finally:
+            for directory in theirs:
+                os.chown(directory, 0, 0)
+
+
 def test_io_limits_are_shared(name: str, tmp_path: Path) -> None:
     limits = ("--write", "5M", "--device", str(DISK))
     with running(*staying(name, tmp_path / "one", *limits), ready=tmp_path / "one"):
