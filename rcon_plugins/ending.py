@@ -158,7 +158,7 @@ def _explain(
         if _ran_out_of_memory(before, after, limits.memory):
             return _memory_end(after, limits.memory, number)
         if limits.pids is not None and (limit := pids_limit_hit(before, after, limits.pids)) is not None:
-            return End("pids", limit, number, _pids_detail(limit, limits.pids))
+            return End("pids", limit, number, pids_detail(limit, limits.pids))
     if number is not None:
         if _spent_cpu_time(after, limits.cpu_time, number):
             text = f"CPU time limit {limits.cpu_time:g}s of a process reached (rlimits.cpu, or ulimit -t)"
@@ -189,7 +189,8 @@ def pids_limit_hit(before: Snapshot, after: Snapshot, pids: Bounds) -> str | Non
     return "each.pids" if pids.each is not None and (pids.group is None or hit_each) else "pids"
 
 
-def _pids_detail(limit: str, pids: Bounds) -> str:
+def pids_detail(limit: str, pids: Bounds) -> str:
+    """Return the sentence for a pids limit that refused a fork. ``limit`` is what `pids_limit_hit` returned."""
     bound = pids.each if limit == "each.pids" else pids.group
     which = "of a group around it" if bound is None else str(bound)
     return f"pids limit {which} reached: no more processes or threads could be started"

@@ -14,7 +14,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     ``limit`` is the limit that ended it, as the policy spells it (``each.memory``), and ``detail`` one sentence for
     people. ``signal`` is set where a signal ended its process. ``needed_kill``: at its wall time limit it got SIGTERM,
-    and after its grace SIGKILL had to end some of it (True) or not (False). None: it got no SIGTERM.
+    and after its grace SIGKILL had to end some of it (True) or not (False). None: it got no SIGTERM. ``left_behind`` is
+    the number of processes that the work left behind and that were ended after it; threads that it left in its own
+    process count as one.
     """
 
     ending: Ending
@@ -25,6 +27,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     signal: int | None = None
     detail: str = ""
     needed_kill: bool | None = None
+    left_behind: int = 0
 
     @property
     def ran_into_limit(self) -> bool:

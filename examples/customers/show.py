@@ -16,6 +16,7 @@ import json
 import os
 import pwd
 import random
+import re
 import shutil
 import signal
 import socket
@@ -206,10 +207,9 @@ class Server:
     def forbidden(self, host: str) -> str:
         """Return the reason in the log for refusing the requests of this host."""
         for line in self.log_file.read_text(errors="replace").splitlines():
-            _, start, rest = line.partition('{"event"')
-            entry = json.loads(start + rest) if start else {}
-            if entry.get("event") == "forbidden" and entry.get("key") == host:
-                return str(entry.get("detail", ""))
+            found = re.search(r"rcon: forbidden policy=\S+ key=(\S+) [^:]*: (.*)", line)
+            if found is not None and found[1] == host:
+                return found[2]
         return ""
 
     def stop(self) -> None:

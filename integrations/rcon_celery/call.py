@@ -253,7 +253,7 @@ def run_in_thread(task: Any, code: TaskCode, admission: LocalAdmission, args: An
         result = admission.call(_execute_with, task.request, task, code, args, kwargs)
     except BaseException as error:
         if not admission.ran and isinstance(error, RconError):
-            admission.abort(str(error))
+            admission.refuse(str(error))
             raise
         ending: Literal["ok", "error"] = "ok" if isinstance(error, TaskPredicate) else "error"
         outcome = admission.finish(ending, codec.sentence(error))

@@ -135,10 +135,10 @@ class Exchange:
             raise ProtocolViolation(f"a response cannot begin with a frame of kind {kind}")
         except _Failed as failed:
             if failed.outcome.ending not in ANSWERED:
-                return respond(self._environ, start_response, failed.outcome)
+                return self._respond(start_response, failed.outcome)
             raise failed.error from None
         except ChannelClosed:
-            return respond(self._environ, start_response, self._died())
+            return self._respond(start_response, self._died())
         except ClientGone:
             raise self._abandoned() from None
         except BaseException as error:
@@ -151,7 +151,7 @@ class Exchange:
             self._ending = "error"
             outcome, only = self._hold_back()
             if outcome is not None and outcome.ending not in ANSWERED:
-                return respond(self._environ, start_response, outcome)
+                return self._respond(start_response, outcome)
             self._begin_body(start_response, start)
             return _SizedExchange(self) if only else self
         kind, payload = self._next()
@@ -166,6 +166,9 @@ class Exchange:
         self._left = wire.body_length(start, self._environ["REQUEST_METHOD"])
         self._hand_over()
         start_response(start.status, start.headers)
+
+    def _respond(self, start_response: StartResponse, outcome: Outcome) -> list[bytes]:
+        return respond(self._environ, start_response, self._admission.work, outcome)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -260,7 +263,7 @@ class Exchange:
             if kind == wire.DONE:
                 outcome = self._done(payload)
                 if outcome.ending not in ANSWERED:  # the deadline passed just before the end
-                    return respond(self._environ, start_response, outcome)
+                    return self._respond(start_response, outcome)
                 start_response(start.status, start.headers)
                 return [chunk]
             self._take(kind, payload)

@@ -80,19 +80,20 @@ class ConfineMiddleware:
                 os.getpid(),
                 self._owner,
             )
-            return respond(environ, start_response, Outcome(ending="refused"))
+            return respond(environ, start_response, work_of(environ), Outcome(ending="refused"))
         client = self._client_socket(environ) if self._client_socket is not None else None
+        work = work_of(environ)
         try:
-            admission = self._manager.admit(work_of(environ))
+            admission = self._manager.admit(work)
         except LimitExceeded as error:
-            return respond_refused(environ, start_response, error)
+            return respond_refused(environ, start_response, work, error)
         except IdentityRefused:
-            return respond(environ, start_response, Outcome(ending="forbidden"))
+            return respond(environ, start_response, work, Outcome(ending="forbidden"))
         except Unroutable:
             status = self._manager.plan.settings.unmatched_status
-            return respond(environ, start_response, Outcome(ending="unroutable"), status=status)
+            return respond(environ, start_response, work, Outcome(ending="unroutable"), status=status)
         except RconError:  # the manager has reported it to hooks and log
-            return respond(environ, start_response, Outcome(ending="refused"))
+            return respond(environ, start_response, work, Outcome(ending="refused"))
         if admission is None:
             return self._app(environ, start_response)
         if isinstance(admission, ProcessAdmission):
@@ -126,11 +127,10 @@ def _run_here(
         result = admission.call(app, environ, start_response)
     except BaseException as error:
         if not admission.ran and isinstance(error, RconError):
-            admission.abort(str(error))
-            return respond(environ, start_response, Outcome(ending="refused", policy=admission.policy.name))
+            return respond(environ, start_response, admission.work, admission.refuse(str(error)))
         outcome = admission.finish("error", _detail(error))
         if outcome.ran_into_limit and isinstance(error, Exception):
-            return respond(environ, start_response, outcome, replacing=True)
+            return respond(environ, start_response, admission.work, outcome, replacing=True)
         raise
     kind = type(result)
     if kind is list or kind is tuple:

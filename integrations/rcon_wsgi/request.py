@@ -1,11 +1,14 @@
 """A request as `Work`, which routes match, and the answer to a request that was not served.
 
 The answer is ``application/problem+json`` (RFC 9457) with fixed sentences. It names the policy and the limit, as the
-policy file spells it, and no internals: no path, no key, no stack trace.
+policy file spells it, and no internals: no path, no key, no stack trace. Its ``instance`` is the id of the request,
+which the log line of the same request has too.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -52,7 +55,8 @@ class RequestAttributes(Mapping[str, str]):
     """The attributes of a request for routes and keys. An empty attribute counts as missing.
 
     ``host``, ``path``, ``method``, ``remote_addr`` and ``remote_user``; and, not when iterating, ``header:NAME`` for a
-    header (in any case) and ``path:N`` for the N-th segment of the path, from 1.
+    header (in any case), ``path:N`` for the N-th segment of the path, from 1, and ``request_id``, which is no key: that
+    of the header X-Request-ID, else the trace id of the header traceparent, else a new one, made when it is first read.
 
     ``host`` is the Host header, else the server's name: in lower case, without port and without final dots. ``path`` is
     the whole path, SCRIPT_NAME included, decoded as UTF-8. It is not normalised, as each application interprets ``//``
@@ -92,6 +96,9 @@ class RequestAttributes(Mapping[str, str]):
         elif kind == "path" and which.isdecimal() and which != "0":
             segments = self._path.split("/", int(which) + 1)  # the first is what is before the first slash
             value = segments[int(which)] if int(which) < len(segments) else ""
+        elif name == "request_id":
+            # Two threads may ask for it: at the deadline, the one that serves and the one that concludes the request.
+            value = self._environ.get(_ID) or self._environ.setdefault(_ID, _request_id(self._environ))
         else:
             value = self._environ.get(_VARIABLES.get(name, ""))
         return value if isinstance(value, str) else ""
@@ -105,6 +112,26 @@ class RequestAttributes(Mapping[str, str]):
     def __repr__(self) -> str:
         return f"RequestAttributes({dict(self)!r})"
 
+
+def _request_id(environ: Environ) -> str:
+    """Return the id that the client or a proxy gave a request, if it is one; else a new one.
+
+    Anybody can send these headers, and the id goes to logs. So an id of another form is not used.
+    """
+    given = environ.get("HTTP_X_REQUEST_ID")
+    if isinstance(given, str) and _REQUEST_ID.fullmatch(given):
+        return given
+    trace = environ.get("HTTP_TRACEPARENT")
+    found = _TRACEPARENT.fullmatch(trace) if isinstance(trace, str) else None
+    return found["id"] if found is not None else os.urandom(16).hex()
+
+
+#: Where the id of a request is kept. No header has such a name.
+_ID: Final = "rcon.request_id"
+#: Ids that are a URI reference as they stand (RFC 3986), and one word in a log.
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~=+@-]{0,127}")
+#: W3C Trace Context, version 00; an id of zeros is invalid.
+_TRACEPARENT: Final = re.compile(r"00-(?P<id>(?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 _VARIABLES: Final = {"remote_addr": "REMOTE_ADDR", "remote_user": "REMOTE_USER"}
 _NAMES: Final = ("host", "path", "method", *_VARIABLES)
@@ -177,25 +204,26 @@ _ENDINGS: Final[dict[type[LimitExceeded], Ending]] = {
 
 
 def respond_refused(
-    environ: dict[str, Any], start_response: StartResponse, error: LimitExceeded
+    environ: dict[str, Any], start_response: StartResponse, work: Work, error: LimitExceeded
 ) -> list[bytes]:
     """Answer a request that was not admitted because of a limit."""
     ending: Ending = next((found for kind, found in _ENDINGS.items() if isinstance(error, kind)), "refused")
     outcome = Outcome(ending=ending, policy=error.policy, limit=error.limit)
     retry_after = error.retry_after if isinstance(error, ConcurrencyLimitExceeded) else None
-    return respond(environ, start_response, outcome, retry_after)
+    return respond(environ, start_response, work, outcome, retry_after)
 
 
 def respond(
     environ: dict[str, Any],
     start_response: StartResponse,
+    work: Work,
     outcome: Outcome,
     retry_after: int | None = None,
     *,
     replacing: bool = False,
     status: int | None = None,
 ) -> list[bytes]:
-    """Answer a request with a problem document for its outcome.
+    """Answer a request, ``work``, with a problem document for its outcome.
 
     ``retry_after`` is in seconds. ``status`` replaces the status of the outcome. Use ``replacing`` in an ``except``
     block, after the application may have called ``start_response``: the server then raises the current exception if
@@ -209,6 +237,7 @@ def respond(
         "title": problem.title,
         "status": status,
         "detail": problem.detail,
+        "instance": work.attributes["request_id"],
     }
     if outcome.limit:
         document["limit"] = outcome.limit

@@ -72,6 +72,7 @@ class Admission:
         signal_number: int | None = None,
         detail: str = "",
         needed_kill: bool | None = None,
+        left_behind: int = 0,
     ) -> Outcome:
         self.outcome = outcome = Outcome(
             ending=ending,
@@ -82,6 +83,7 @@ class Admission:
             signal=signal_number,
             detail=detail,
             needed_kill=needed_kill,
+            left_behind=left_behind,
         )
         self.host.conclude(self)
         return outcome
@@ -92,6 +94,10 @@ class LocalAdmission(Admission):
 
     #: Whether any of the work ran.
     ran = False
+
+    def refuse(self, detail: str) -> Outcome:
+        """Conclude work that did not run, because its thread could not be confined, as ``"refused"``."""
+        raise NotImplementedError
 
     def call(self, function: Callable[..., _Result], *arguments: object) -> _Result:
         """Call ``function`` confined. Return its result, or raise what it raises. Set ``ran`` once it is called."""

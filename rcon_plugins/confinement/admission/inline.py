@@ -62,6 +62,9 @@ class InlineAdmission(LocalAdmission):
     def abort(self, detail: str) -> Outcome:
         return self.outcome or self._conclude("aborted", self._usage(), detail=detail)
 
+    def refuse(self, detail: str) -> Outcome:
+        return self.outcome or self._conclude("refused", self._usage(), detail=f"{self.work.name}: {detail}")
+
     def _leave(self, executor: InlineExecutor | None, began: float) -> None:
         """Count the CPU time of the calling thread since it entered, and move it out again."""
         self._cpu_seconds += time.thread_time() - began

@@ -17,6 +17,7 @@ from rcon_plugins.ending import (
     Snapshot,
     explain_end,
     kills_between,
+    pids_detail,
     pids_limit_hit,
     with_oom_kills,
 )
@@ -161,22 +162,38 @@ class ProcessAdmission(Admission):
         if usage.oom_kills and executor.guarded:
             self._pool.processes.kill(executor, OOM_REASON)
             return self.died()  # what it answered after an OOM kill does not count
+        left_behind = 0
         if unfit is None:
             self._pool.give_back(executor)
         elif unfit == _LEFT_BEHIND and ending == "ok" and self.policy.leave_children:
             self._pool.leave(executor)
         else:
+            left_behind = self._left_behind() if unfit == _LEFT_BEHIND else 0
             self._replace(unfit)
         if ending == "ok" and not usage.oom_kills:
             return self._conclude(ending, usage, detail=detail)
         end = End(ending, "max_result" if ending == "result" else None, detail=detail)
         if ending == "error" and (hit := self._pids_limit_hit(reading)) is not None:
-            problem = f"{self.work.name}: no more processes or threads could be started"
-            end = End("pids", hit, detail=detail or problem)
+            bounds = Bounds(self.policy.each.pids, self.policy.pids)
+            # Its own words: the exception, or the status that it answered with.
+            own = f" ({detail})" if detail else ""
+            end = End("pids", hit, detail=f"{self.work.name}: {pids_detail(hit, bounds)}{own}")
         if usage.oom_kills:
             detail = with_oom_kills(end.detail or f"{self.work.name}: ", usage.oom_kills, end.ending)
             end = end._replace(detail=detail)
-        return self._conclude(end.ending, usage, limit=end.limit, detail=end.detail)
+        if left_behind and end.ending in ("ok", "error"):
+            sentence = left_behind_detail(left_behind, self._threads_left, self.policy.leave_children)
+            separator = "; " if end.detail else f"{self.work.name}: "
+            end = end._replace(detail=f"{end.detail}{separator}{sentence}")
+        return self._conclude(end.ending, usage, limit=end.limit, detail=end.detail, left_behind=left_behind)
+
+    def _left_behind(self) -> int:
+        """Return how many processes the work left behind and that still run; threads count as one."""
+        try:
+            others = len(self._executor.leaf.processes()) - 1
+        except KernelError:
+            others = 0  # the cgroup is gone
+        return max(others, int(self._threads_left))
 
     def died(self) -> Outcome:
         """Conclude work whose channel is closed, by the way its executor process ended."""
@@ -403,3 +420,14 @@ class ProcessAdmission(Admission):
             # The same reading again: the counters could not be read after the work.
             oom_kills=None if reading is before else kills_between(before, reading),
         )
+
+
+def left_behind_detail(count: int, threads: bool, kept_after_success: bool) -> str:
+    """Return the sentence for what a unit of work left behind and what was ended, with the way to keep it."""
+    if threads:
+        return "threads that it left behind were ended with its process; wait for them before the end"
+    ended = (
+        "1 process that it left behind was" if count == 1 else f"{count} processes that it left behind were"
+    )
+    remedy = "keeps them after a success alone" if kept_after_success else "in the policy keeps them"
+    return f"{ended} ended; leave_children = true {remedy}"

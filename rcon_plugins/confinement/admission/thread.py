@@ -62,6 +62,9 @@ class ThreadAdmission(LocalAdmission):
     def abort(self, detail: str) -> Outcome:
         return self.outcome or self._give_back("aborted", detail)
 
+    def refuse(self, detail: str) -> Outcome:
+        return self.outcome or self._give_back("refused", f"{self.work.name}: {detail}")
+
     def _call_in(
         self, executor: ThreadExecutor, function: Callable[..., _Result], arguments: tuple[object, ...]
     ) -> _Result:
@@ -76,7 +79,7 @@ class ThreadAdmission(LocalAdmission):
             ):  # a caller left its call, which still runs in this context, so no other call can enter it
                 self._context = context.copy()
 
-    def _give_back(self, ending: Finished | Literal["aborted"], detail: str) -> Outcome:
+    def _give_back(self, ending: Finished | Literal["aborted", "refused"], detail: str) -> Outcome:
         executor = self._executor
         usage = Usage(
             wall_seconds=time.monotonic() - self._started,

@@ -75,9 +75,10 @@ class Admission:
     key = None
     name = "double"
 
-    def __init__(self, manager: Manager, executor: Executor | None) -> None:
+    def __init__(self, manager: Manager, executor: Executor | None, work: Work) -> None:
         self._manager = manager
         self._executor = executor
+        self.work = work
         self.outcome: Outcome | None = None
         self.depth = 0
         self.ran = False
@@ -122,6 +123,11 @@ class Admission:
         assert self.outcome is not None
         return self.outcome
 
+    def refuse(self, detail: str) -> Outcome:
+        self._settle(Outcome(ending="refused", policy="double", detail=detail))
+        assert self.outcome is not None
+        return self.outcome
+
     def _settle(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self._manager.outcomes.append(outcome)
@@ -130,8 +136,8 @@ class Admission:
 class InProcess(Admission, ProcessAdmission):  # type: ignore[misc]
     """One request that may run, in a forked process."""
 
-    def __init__(self, manager: Manager, executor: Executor) -> None:
-        super().__init__(manager, executor)
+    def __init__(self, manager: Manager, executor: Executor, work: Work) -> None:
+        super().__init__(manager, executor, work)
         self.channel = executor.channel
 
 
@@ -160,7 +166,7 @@ class Manager:
         if self.refuse is not None:
             raise self.refuse
         if self.isolation == "inline":
-            return Admission(self, None)
+            return Admission(self, None, work)
         if self.isolation == "thread":
             host: Any = SimpleNamespace(
                 policy=Admission.policy, key=None, name="double", conclude=self._conclude
@@ -169,7 +175,7 @@ class Manager:
             return ThreadAdmission(host, work, Reservation(), self._threads, thread)
         with self._lock:
             executor = self._idle.pop() if self._idle else Executor(self._service, self._idle)
-        return InProcess(self, executor)
+        return InProcess(self, executor, work)
 
     def _conclude(self, admission: ThreadAdmission) -> None:
         """Record the outcome of an admission of a thread."""

@@ -149,7 +149,9 @@ def test_an_executor_that_ends_is_a_503(served: Served, name: str) -> None:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b" 503 Service Unavailable\r\n" in head
     assert b"Content-Type: application/problem+json" in head
-    assert json.loads(body) == {
+    problem = json.loads(body)
+    assert re.fullmatch("[0-9a-f]{32}", problem.pop("instance"))
+    assert problem == {
         "type": "urn:problem-type:rcon:killed",
         "title": "Request ended",
         "status": 503,

@@ -99,6 +99,17 @@ def log(query: dict[str, list[str]]) -> dict[str, Any]:
     return who({})
 
 
+def leave(query: dict[str, list[str]]) -> dict[str, Any]:
+    """Leave processes behind that sleep."""
+    for _ in range(int(query["processes"][0])):
+        if os.fork() == 0:
+            os.setsid()
+            os.closerange(0, 1024)
+            time.sleep(20)
+            os._exit(0)
+    return who({})
+
+
 def lose(_: dict[str, list[str]]) -> dict[str, Any]:
     """Answer after a child of this process took more memory than there is."""
     child = os.fork()
@@ -118,6 +129,7 @@ WORKS: dict[str, Callable[[dict[str, list[str]]], dict[str, Any]]] = {
     "files": files,
     "log": log,
     "lose": lose,
+    "leave": leave,
 }
 
 
@@ -153,6 +165,12 @@ def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[byte
     if name in STREAMS:
         start_response("200 OK", [("Content-Type", "text/plain")])
         return STREAMS[name](query)
+    if name == "page":  # a framework makes a page of an exception
+        try:
+            bomb({})
+        except OSError:
+            start_response("500 Internal Server Error", [("Content-Type", "text/plain")])
+            return [b"something went wrong"]
     if name == "posted":
         while environ["wsgi.input"].read(65536):
             pass

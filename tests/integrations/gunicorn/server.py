@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.integrations.gunicorn.fields import fields_in
 from tests.processes import PATIENCE, children, executor_pids, instance_directories, until
 
 HERE = Path(__file__).resolve().parent
@@ -46,8 +47,11 @@ class Gunicorn:
         inherit: bool = True,
         control: Path | None = None,
         health: str = "/free/who",
+        plain: bool = False,
     ) -> None:
-        """``inherit`` hands the socket over, so that no port is ever taken; else gunicorn binds it itself.
+        """``plain`` keeps gunicorn's own log lines; else the fields of rcon's records stand behind them.
+
+        ``inherit`` hands the socket over, so that no port is ever taken; else gunicorn binds it itself.
 
         ``control``: the path of gunicorn's control socket. ``health``: a path that answers 200 once it serves.
         """
@@ -64,6 +68,7 @@ class Gunicorn:
         command += ["--control-socket", str(control)] if control is not None else ["--no-control-socket"]
         command += ["--bind", f"fd://{listener.fileno()}" if inherit else f"127.0.0.1:{self.port}"]
         command += ["--config", config, "--graceful-timeout", "10"]
+        command += [] if plain else ["--logger-class", "fields.FieldsLogger"]
         command += ["--worker-tmp-dir", "/dev/shm", *arguments, app]
         if not inherit:
             listener.close()
@@ -106,13 +111,8 @@ class Gunicorn:
         return self.log_file.read_text(errors="replace")
 
     def lines(self) -> list[dict[str, Any]]:
-        """The structured lines of the log."""
-        found = []
-        for line in self.log().splitlines():
-            start = line.find('{"event"')
-            if start >= 0:
-                found.append(json.loads(line[start:]))
-        return found
+        """The fields of the records in the log."""
+        return fields_in(self.log())
 
     def get(self, path: str, **headers: str) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)

@@ -160,7 +160,7 @@ def test_executors_have_no_log_file_of_the_server(tmp_path: Path, homes: Path, w
         assert "Logging error" not in server.log() + (logs / "error").read_text()
         # The server logs as ever.
         assert server.get("/state", Host="root").status == 403
-        until(lambda: '"forbidden"' in (logs / "error").read_text())
+        until(lambda: "rcon: forbidden " in (logs / "error").read_text())
         until(lambda: "/log?say=something" in (logs / "access").read_text())
         assert "something in" not in (logs / "access").read_text()
         (logs / "access").unlink()

@@ -17,6 +17,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from rcon_wsgi import ConfineMiddleware
 from tests.contract.wsgi import apps
+from tests.integrations.gunicorn.fields import FieldsFormatter
 
 Environ = dict[str, Any]
 TEXT = [("Content-Type", "text/plain; charset=utf-8")]
@@ -96,7 +97,9 @@ class Server(ThreadingMixIn, WSGIServer):
 
 
 def main(settings: str) -> None:
-    logging.basicConfig(format="%(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(FieldsFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     middleware = ConfineMiddleware(by_path, settings)
     server = Server(("127.0.0.1", 0), Handler)

@@ -14,6 +14,7 @@ import pytest
 
 from tests.contract.wsgi.apps import CASES
 from tests.contract.wsgi.client import Served, ask, comparable, request_of, serving
+from tests.integrations.gunicorn.fields import fields_in
 
 SETTINGS = """
 [policy.tenant]
@@ -82,13 +83,8 @@ def get(served: Served, host: str, path: str, method: str = "GET") -> Answer:
 
 
 def lines(served: Served) -> list[dict[str, Any]]:
-    """The structured lines of the server's log."""
-    found = []
-    for line in served.log.read_text().splitlines():
-        _, marked, rest = line.partition("rcon: {")
-        if marked:
-            found.append(json.loads("{" + rest))
-    return found
+    """The fields of the records in the server's log."""
+    return fields_in(served.log.read_text())
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "wsgiref" in case.servers])
@@ -125,8 +121,10 @@ def test_memory(served: Served) -> None:
         "detail": "The request needed more memory than its policy allows.",
         "limit": "each.memory",
         "policy": "small",
+        "instance": answer.problem["instance"],
     }
     (line,) = [line for line in lines(served) if line["event"] == "memory"]
+    assert answer.problem["instance"] == line["request_id"]
     assert line["usage"]["memory_peak"] <= 64 << 20
     assert get(served, "small", "who").status == 200
 

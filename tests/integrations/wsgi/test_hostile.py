@@ -151,7 +151,7 @@ def test_a_client_that_does_not_read_is_cut_off_at_the_deadline(served: Served, 
         assert time.monotonic() - before < 2
         assert is_cut(first, version)
         assert is_cut(second, version)
-    assert served.log.read_text().count('"timeout"') == 2
+    assert served.log.read_text().count("rcon: timeout ") == 2
 
 
 def test_a_deadline_leaves_the_next_request_of_a_connection_alone(served: Served) -> None:

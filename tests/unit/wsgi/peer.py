@@ -12,7 +12,7 @@ from typing import Any
 from rcon_plugins.ending import Ending
 from rcon_plugins.executors.channel import Channel
 from rcon_plugins.outcome import Outcome
-from rcon_wsgi import wire
+from rcon_wsgi import wire, work_of
 from rcon_wsgi.exchange import Exchange
 
 Environ = dict[str, Any]
@@ -28,6 +28,7 @@ class Admission:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self.work = work_of({})
         self.settled: list[tuple[str, str]] = []
         self.outcomes: dict[Ending, Outcome] = {}
         self.on_deadline: Callable[[], object] | None = None

@@ -222,3 +222,4 @@ def test_inline_work_that_cannot_enter_does_not_run() -> None:
     assert answer.status == "503 Service Unavailable"
     assert json.loads(answer.body)["policy"] == "double"
     assert ran == []
+    assert [outcome.ending for outcome in manager.outcomes] == ["refused"]  # the log has a line

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -150,3 +152,64 @@ def test_changes_of_the_environ_do_not_change_the_attributes() -> None:
     work = work_of(environ)
     environ.update(HTTP_HOST="b.example", PATH_INFO="/b", REQUEST_METHOD="POST", REMOTE_USER="anna")
     assert dict(work.attributes) == {"host": "a.example", "path": "/a", "method": "GET"}
+
+
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+MADE = re.compile(r"[0-9a-f]{32}")
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"HTTP_X_REQUEST_ID": "7f3c-1.a_b~c=d+e@f"}, "7f3c-1.a_b~c=d+e@f"),
+        ({"HTTP_X_REQUEST_ID": "x" * 128}, "x" * 128),
+        ({"HTTP_X_REQUEST_ID": "one", "HTTP_TRACEPARENT": TRACE}, "one"),
+        ({"HTTP_TRACEPARENT": TRACE}, "4bf92f3577b34da6a3ce929d0e0e4736"),
+        ({"HTTP_X_REQUEST_ID": "two words", "HTTP_TRACEPARENT": TRACE}, "4bf92f3577b34da6a3ce929d0e0e4736"),
+    ],
+)
+def test_the_id_is_the_one_that_came(headers: dict[str, str], expected: str) -> None:
+    assert work_of(headers).attributes["request_id"] == expected
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"HTTP_X_REQUEST_ID": ""},
+        {"HTTP_X_REQUEST_ID": "x" * 129},
+        {"HTTP_X_REQUEST_ID": "one,two"},  # sent twice
+        {"HTTP_X_REQUEST_ID": "a\nrcon: forged"},
+        {"HTTP_X_REQUEST_ID": "a\n"},
+        {"HTTP_X_REQUEST_ID": "-a"},
+        {"HTTP_X_REQUEST_ID": "//evil.example"},
+        {"HTTP_X_REQUEST_ID": "javascript:alert"},
+        {"HTTP_X_REQUEST_ID": 'a"b'},
+        {"HTTP_X_REQUEST_ID": "\xe9"},
+        {"HTTP_X_REQUEST_ID": "\u0661"},
+        {"HTTP_TRACEPARENT": TRACE + "-more"},
+        {"HTTP_TRACEPARENT": TRACE.upper()},
+        {"HTTP_TRACEPARENT": TRACE.replace("00-4", "ff-4")},
+        {"HTTP_TRACEPARENT": "00-" + "0" * 32 + "-00f067aa0ba902b7-01"},
+        {"HTTP_TRACEPARENT": "00-4bf92f3577b34da6a3ce929d0e0e4736-" + "0" * 16 + "-01"},
+    ],
+)
+def test_an_id_of_another_form_is_not_used(headers: dict[str, str]) -> None:
+    attributes = work_of(headers).attributes
+    made = attributes["request_id"]
+    assert MADE.fullmatch(made)
+    assert attributes["request_id"] == made  # the same for the log and the answer
+    assert work_of(headers).attributes["request_id"] != made
+
+
+@given(ANY_TEXT)
+def test_any_header_leads_to_an_id(header: str) -> None:
+    found = work_of({"HTTP_X_REQUEST_ID": header, "HTTP_TRACEPARENT": header}).attributes["request_id"]
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._~=+@-]{0,127}", found)
+
+
+def test_an_id_is_no_key_and_is_not_listed() -> None:
+    environ = {"HTTP_X_REQUEST_ID": "one"}
+    assert "request_id" not in Per.names
+    assert "request_id" not in list(work_of(environ).attributes)
+    assert "rcon.request_id" not in environ
