@@ -1,6 +1,6 @@
 """A gunicorn configuration module: ``RCON_SETTINGS=rcon.toml gunicorn -c python:rcon_gunicorn.conf app:app``.
 
-The environment is read when gunicorn starts, not when this module is imported.
+The environment is read when gunicorn starts, or here with ``gunicorn --check-config``, which calls no hook.
 """
 
 from rcon_gunicorn.hooks import Hooks
@@ -15,3 +15,5 @@ worker_exit = hooks.worker_exit
 child_exit = hooks.child_exit
 pre_exec = hooks.pre_exec
 on_exit = hooks.on_exit
+
+hooks.check_config(globals())

@@ -12,11 +12,14 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from rcon_gunicorn.check import CheckFailed, checked_configuration, look_where_it_will_serve
 from rcon_gunicorn.logs import error_log, join_error_log, leaving_log_files, open_log_files
-from rcon_gunicorn.master import Master
+from rcon_gunicorn.master import Master, judge
 from rcon_gunicorn.workers import after_fork, refusal, server_traits
 from rcon_plugins.confinement.running import RunningManager
 from rcon_plugins.errors import ConfinementError, RconError
@@ -83,12 +86,31 @@ class Hooks:
         """Set all hooks in a configuration file: call it last, with ``globals()``.
 
         A hook that the file itself defines is kept. It runs first, so that a wrapper that it puts around the
-        application is confined too. The hook of this class runs even if that one raises.
+        application is confined too. The hook of this class runs even if that one raises. `check_config` is called.
         """
+        self.check_config(config)
         for name in self.NAMES:
             ours = getattr(self, name)
             theirs = config.get(name)
             config[name] = ours if theirs is None else chain(theirs, ours)
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Judge the policy file if this is ``gunicorn --check-config``; otherwise do nothing.
+
+        gunicorn calls no hook then. ``config`` is the namespace of the configuration file: call it last. Nothing is
+        made. Ends gunicorn with status 1 and one line, as its start would, if it would not start.
+        """
+        cfg = checked_configuration(config)
+        if cfg is None:
+            return
+        look_where_it_will_serve(cfg)
+        try:
+            path = self._settings_path(cfg.env)
+            if Path(cfg.chdir) != Path.cwd():
+                path = str(Path(cfg.chdir, path))
+            judge(path, cfg.worker_class).plan.load_function()
+        except RconError as error:
+            raise CheckFailed(f"Error: {error}") from None
 
     # in the master
 
@@ -96,8 +118,6 @@ class Hooks:
         """Load and judge the settings, and make this server's part of the cgroup tree."""
         join_error_log()
         try:
-            if server_traits(server.worker_class) is None:
-                raise ConfinementError(refusal(server.worker_class))
             self._master = Master.start(self._settings_path(), server)
         except RconError as error:
             if server.cfg.errorlog != "-":  # the standard error of a daemon is lost
@@ -180,8 +200,9 @@ class Hooks:
         elif self._manager is not None:
             self._manager.close()
 
-    def _settings_path(self) -> str:
-        path = self._path or os.environ.get(SETTINGS_VARIABLE)
+    def _settings_path(self, raw_env: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Return the path. ``raw_env`` is what gunicorn will add to the environment."""
+        path = self._path or raw_env.get(SETTINGS_VARIABLE) or os.environ.get(SETTINGS_VARIABLE)
         if not path:
             raise StartRefused(
                 f"no settings: set the path of the policy file, as in {SETTINGS_VARIABLE}=/etc/rcon.toml"

@@ -8,10 +8,10 @@ import logging
 import os
 from typing import Any, Protocol
 
-from rcon_gunicorn.workers import server_traits
+from rcon_gunicorn.workers import refusal, server_traits
 from rcon_plugins.confinement.isolation import caveat
 from rcon_plugins.confinement.manager import Deployment, Manager
-from rcon_plugins.errors import KernelError, RconError
+from rcon_plugins.errors import ConfinementError, KernelError, RconError
 from rcon_plugins.identity.privileges import keep, needed, settle
 from rcon_plugins.settings.file import load
 
@@ -44,7 +44,7 @@ class Master:
     @classmethod
     def start(cls, path: str, server: _Arbiter) -> Master:
         """Load and check the settings, and make the cgroups. Raises `RconError` with the reason and the remedy."""
-        manager = Manager(load(path), server=server_traits(server.worker_class))
+        manager = judge(path, server.worker_class)
         boots = Boots()  # before there are cgroups to remove
         master = cls(manager.deploy(owner=_owner(server.cfg)), boots)
         atexit.register(master.close)  # gunicorn calls no hook when it ends before it serves
@@ -60,8 +60,7 @@ class Master:
 
         Raises `RconError`, and changes nothing, if they are wrong or cannot be enforced here.
         """
-        traits, hierarchy = server_traits(server.worker_class), self.deployment.instance.hierarchy
-        self.deployment.reload(Manager(load(path), server=traits, hierarchy=hierarchy))
+        self.deployment.reload(judge(path, server.worker_class, self.deployment))
         self._needed = needed(self.deployment.plan.settings.policies.values())
         _warn_of_dirty_workers(server)
         self.warn_of_control_socket(server)
@@ -168,6 +167,18 @@ class Boots:
             return None
         os.pwrite(self._file, bytes((1, min(state[1] + 1, 255))), 0)
         return float(min(_FIRST_PAUSE * 2 ** min(state[1], 16), _LONGEST_PAUSE))
+
+
+def judge(path: str, worker_class: type, deployment: Deployment | None = None) -> Manager:
+    """Load the settings and judge them for this worker class. Make nothing. Raises `RconError`.
+
+    Judge for the part of the cgroup tree that ``deployment`` has; without one for that of this machine.
+    """
+    traits = server_traits(worker_class)
+    if traits is None:
+        raise ConfinementError(refusal(worker_class))
+    hierarchy = None if deployment is None else deployment.instance.hierarchy
+    return Manager(load(path), server=traits, hierarchy=hierarchy)
 
 
 def _owner(cfg: Any) -> tuple[int, int] | None:

@@ -72,6 +72,95 @@ def test_bad_settings_are_one_line_and_no_start(tmp_path: Path, settings: str | 
     assert not instance_directories(pid)
 
 
+CHECKED = [
+    pytest.param('[policy.default]\nmemory = "64MB"\n', "rcon.toml: policy.default.memory", id="unit"),
+    pytest.param('[policy.default]\nmemry = "64M"\n', "memry", id="key"),
+    pytest.param("[policy.default\n", "rcon.toml", id="syntax"),
+    pytest.param('[policy.default]\ncpus = "4000"\n', "policy.default.cpus", id="not-enforceable"),
+    pytest.param('plugins = ["absent"]\n' + PLAIN, "absent", id="plugin"),
+    pytest.param('executor_started = "application:absent"\n' + PLAIN, "executor_started", id="function"),
+    pytest.param(None, "RCON_SETTINGS", id="no-file-named"),
+]
+SITE = """
+from rcon_gunicorn import Hooks
+
+workers = 2
+
+def on_starting(server):
+    raise RuntimeError("gunicorn calls no hook")
+
+Hooks({settings}).install(globals())
+"""
+
+
+def site(directory: Path, settings: str | None) -> str:
+    """A configuration file of a site, which names the policy file."""
+    config = directory / "gunicorn.conf.py"
+    config.write_text(SITE.format(settings="" if settings is None else repr(str(directory / "rcon.toml"))))
+    return str(config)
+
+
+def cgroups_of_servers() -> set[Path]:
+    return set(Path("/sys/fs/cgroup").glob("**/rcon-*"))
+
+
+@pytest.mark.parametrize("own_file", [False, True], ids=["conf", "install"])
+@pytest.mark.parametrize(("settings", "says"), CHECKED)
+def test_check_config_finds_a_wrong_policy_file(
+    tmp_path: Path, settings: str | None, says: str, own_file: bool
+) -> None:
+    config = ("--config", site(tmp_path, settings)) if own_file else ()
+    status, output, pid = start(tmp_path, settings, "--check-config", *config)
+    assert status == 1
+    (line,) = output.strip().splitlines()
+    assert line.startswith("Error: ")
+    assert says in line
+    assert not instance_directories(pid)
+
+
+@pytest.mark.parametrize("own_file", [False, True], ids=["conf", "install"])
+@pytest.mark.parametrize("arguments", [("--check-config",), ("--check-conf",), ()], ids=str)
+def test_check_config_passes_a_right_policy_file_and_makes_nothing(
+    tmp_path: Path, arguments: tuple[str, ...], own_file: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not arguments:
+        monkeypatch.setenv("GUNICORN_CMD_ARGS", "--check-config")
+    config = ("--config", site(tmp_path, PLAIN)) if own_file else ()
+    started = 'executor_started = "application:who"\n'
+    status, output, pid = start(tmp_path, started + PLAIN, *arguments, *config)
+    assert (status, output) == (0, "")
+    assert not [path for path in cgroups_of_servers() if path.name.startswith(f"rcon-{pid}-")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "status"),
+    [
+        # a quota of CPU time fits a thread under sync, and gevent has no thread for it
+        ('[policy.default]\nisolation = "inline"\npids = 400\n', ("-k", "sync"), 0),
+        ('[policy.default]\nisolation = "inline"\npids = 400\n', ("-k", "gevent"), 1),
+        (PLAIN, ("-k", "gunicorn.workers.gasgi.ASGIWorker"), 1),
+    ],
+    ids=["sync", "gevent", "asgi"],
+)
+def test_check_config_judges_for_the_worker_class_of_the_command_line(
+    tmp_path: Path, settings: str, arguments: tuple[str, ...], status: int
+) -> None:
+    found, output, _ = start(tmp_path, settings, "--check-config", *arguments)
+    assert found == status, output
+    assert len(output.strip().splitlines()) == status
+
+
+def test_check_config_looks_at_a_relative_path_from_the_directory_of_the_server(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "rcon.toml").write_text("[policy.default\n")
+    config = tmp_path / "config.py"
+    config.write_text('from rcon_gunicorn import Hooks\nHooks("rcon.toml").install(globals())\n')
+    below = str(tmp_path / "below")
+    status, output, _ = start(tmp_path, PLAIN, "--check-config", "--config", str(config), "--chdir", below)
+    assert status == 1
+    assert f"Error: {below}/rcon.toml: " in output
+
+
 def test_asgi_is_refused_with_the_reason(tmp_path: Path) -> None:
     status, output, pid = start(tmp_path, PLAIN, "--worker-class", "asgi")
     assert status == 1
