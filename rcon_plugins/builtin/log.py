@@ -120,8 +120,11 @@ def _fields(work: Work, outcome: Outcome, count: int) -> dict[str, object]:
 
 def _line(fields: dict[str, object]) -> str:
     """Return the line for people. The fields stand before the detail, whose text may look like more of them."""
+    name, detail = str(fields["work"]), str(fields["detail"])
+    if name not in detail:  # a refusal tells of the limit alone
+        detail = f"{name}: {detail}" if detail else name
     shown = [f"{name}={_word(fields[name])}" for name in _SHOWN if _is_worth_showing(name, fields[name])]
-    return f"rcon: {' '.join([str(fields['event']), *shown])}: {on_one_line(str(fields['detail'] or fields['work']))}"
+    return f"rcon: {' '.join([str(fields['event']), *shown])}: {on_one_line(detail)}"
 
 
 def _is_worth_showing(name: str, value: object) -> bool:

@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, Self
 
-from rcon_plugins.errors import SettingsError
+from rcon_plugins.errors import ConfinementError, SettingsError
 from rcon_plugins.hookspecs import hookimpl
 from rcon_plugins.settings.file import Settings
 
@@ -16,7 +16,8 @@ _KEY = "executor_started"
 class Started:
     """The plugin of the setting. It runs after other plugins that have the hook."""
 
-    def __init__(self, function: Callable[[], Any]) -> None:
+    def __init__(self, name: str, function: Callable[[], Any]) -> None:
+        self._name = name
         self._function = function
 
     @classmethod
@@ -37,12 +38,15 @@ class Started:
         if not callable(function):
             problem = f"is a {type(function).__name__}, which cannot be called"
             raise _wrong(settings, problem, "name a function without parameters")
-        return cls(function)
+        return cls(name, function)
 
     @hookimpl(trylast=True)
     def rcon_executor_started(self) -> None:
-        """Call the function without arguments."""
-        self._function()
+        """Call the function without arguments. Raises `ConfinementError` with what it raised."""
+        try:
+            self._function()
+        except Exception as error:
+            raise ConfinementError(f"{_KEY} {self._name!r} raised {type(error).__name__}: {error}") from error
 
 
 def _wrong(settings: Settings, problem: str, hint: str) -> SettingsError:

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from rcon_plugins.errors import ConfinementError
+from rcon_plugins.errors import ConfinementError, RconError
 from rcon_plugins.executors.channel import CONFINED, FAILED, FULL, READY, Channel, ChannelClosed, Frame
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.proc import other_threads
@@ -95,7 +95,8 @@ def run_executor(
         _let_application_run(order, template)
     except BaseException as error:  # noqa: BLE001 - report any exception to the host, and run no work
         with contextlib.suppress(ChannelClosed):  # the host ends, and removed the cgroup just now
-            channel.send((FAILED, f"{type(error).__name__}: {error}".encode(errors="replace")[:4096]))
+            reason = str(error) if isinstance(error, RconError) else f"{type(error).__name__}: {error}"
+            channel.send((FAILED, reason.encode(errors="replace")[:4096]))
         os._exit(_EXIT_NOT_CONFINED)
     status = EXIT_SERVICE_RAISED
     lasting = set(threading.enumerate())

@@ -119,6 +119,19 @@ def lose(_: dict[str, list[str]]) -> dict[str, Any]:
     return {"status": os.waitpid(child, 0)[1]}
 
 
+def end(query: dict[str, list[str]]) -> dict[str, Any]:
+    """End this process: by a signal, or by itself with a status."""
+    if "signal" in query:
+        os.kill(os.getpid(), int(query["signal"][0]))
+    os._exit(int(query["status"][0]))
+
+
+def started() -> None:
+    """Fail in each new executor process, once the file is there that the environment names."""
+    if Path(os.environ.get("TEST_BROKEN", "/nonexistent")).exists():
+        raise RuntimeError("no database")
+
+
 WORKS: dict[str, Callable[[dict[str, list[str]]], dict[str, Any]]] = {
     "who": who,
     "state": state,
@@ -130,6 +143,7 @@ WORKS: dict[str, Callable[[dict[str, list[str]]], dict[str, Any]]] = {
     "log": log,
     "lose": lose,
     "leave": leave,
+    "end": end,
 }
 
 

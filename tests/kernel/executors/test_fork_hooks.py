@@ -437,7 +437,9 @@ def test_what_fails_in_every_executor_refuses_the_start() -> None:
         except ConfinementError as error:
             return str(error)
 
-    assert in_own_process(program) == "policy p: no executor process can serve: LookupError: no database"
+    assert in_own_process(program) == (
+        f"policy p: no executor process can serve: executor_started '{__name__}:fails' raised LookupError: no database"
+    )
 
 
 @pytest.mark.parametrize(
