@@ -9,6 +9,7 @@ hooks = Hooks()
 
 on_starting = hooks.on_starting
 on_reload = hooks.on_reload
+nworkers_changed = hooks.nworkers_changed
 post_fork = hooks.post_fork
 post_worker_init = hooks.post_worker_init
 worker_exit = hooks.worker_exit

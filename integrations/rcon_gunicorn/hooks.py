@@ -1,8 +1,8 @@
 """gunicorn's server hooks as one object: set up in the master, confine in the workers, clean up at the end.
 
-gunicorn calls ``on_starting``, ``on_reload``, ``child_exit``, ``pre_exec`` and ``on_exit`` in the master, as the user
-that started it. It calls ``post_fork`` in each worker, still as that user, and ``post_worker_init`` and
-``worker_exit`` in each worker after ``--user`` and ``--group`` took effect.
+gunicorn calls ``on_starting``, ``on_reload``, ``nworkers_changed``, ``child_exit``, ``pre_exec`` and ``on_exit`` in the
+master, as the user that started it. It calls ``post_fork`` in each worker, still as that user, and
+``post_worker_init`` and ``worker_exit`` in each worker after ``--user`` and ``--group`` took effect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from rcon_gunicorn.check import CheckFailed, checked_configuration, look_where_it_will_serve
 from rcon_gunicorn.logs import error_log, join_error_log, leaving_log_files, open_log_files
 from rcon_gunicorn.master import Master, judge
+from rcon_gunicorn.trial import TrialPassed, keep_old_workers, make_newer_workers, restore_workers, why_not
 from rcon_gunicorn.workers import after_fork, refusal, server_traits
+from rcon_plugins.confinement.manager import Manager
 from rcon_plugins.confinement.running import RunningManager
 from rcon_plugins.errors import ConfinementError, RconError
 from rcon_wsgi import ConfineMiddleware, WsgiService
@@ -69,6 +71,7 @@ class Hooks:
     NAMES = (
         "on_starting",
         "on_reload",
+        "nworkers_changed",
         "post_fork",
         "post_worker_init",
         "worker_exit",
@@ -81,6 +84,9 @@ class Hooks:
         self._path = None if settings is None else os.fspath(settings)
         self._master: Master | None = None
         self._manager: RunningManager | None = None
+        #: The number of workers before the last change.
+        self._workers_before: int | None = None
+        self._on_trial = False
 
     def install(self, config: MutableMapping[str, Any]) -> None:
         """Set all hooks in a configuration file: call it last, with ``globals()``.
@@ -126,17 +132,52 @@ class Hooks:
         # A reload executes the configuration file again, which makes new Hooks. They find the master's state here.
         cast(Any, server).rcon = self._master
 
+    # gunicorn counts the parameters
+    def nworkers_changed(self, server: Arbiter, new_value: int, old_value: int | None) -> None:  # noqa: ARG002
+        """Remember the number of workers before a reload: gunicorn sets the new one before it calls `on_reload`."""
+        self._workers_before = old_value
+
     def on_reload(self, server: Arbiter) -> None:
-        """Read the policy file again, for new workers. Keep the old settings if the new ones are wrong."""
+        """Read the policy file again, and make one worker on trial before gunicorn ends the old ones.
+
+        If the new settings are wrong, or no worker can serve with them, keep the old settings. If no worker can serve
+        with those either, refuse the reload: the old workers go on.
+        """
         if server_traits(server.worker_class) is None:
             from gunicorn.errors import HaltServer  # type: ignore[import-untyped]
 
             raise HaltServer(refusal(server.worker_class))
         self._master = getattr(server, "rcon", None)
+        master = self._started()
+        make_newer_workers(server)
+        refused: object = None
         try:
-            self._started().reload(self._settings_path(), server)
+            manager = judge(self._settings_path(), server.worker_class, master.deployment)
+            if (refused := self._why_not(server, manager)) is None:
+                master.reload(manager, server)
+                return
         except RconError as error:
-            server.log.error("rcon: the new settings are refused, the old ones stay: %s", error)
+            refused = error
+        reason = self._why_not(server, None)
+        if reason is None:
+            server.log.error("rcon: the new settings are refused, the old ones stay: %s", refused)
+        else:
+            server.log.error("rcon: the reload is refused, the old workers go on: %s", reason)
+            keep_old_workers(server, self._workers_before)
+
+    def _why_not(self, server: Arbiter, manager: Manager | None) -> str | None:
+        """Return why no worker can serve with these settings, by default the present ones; None if one can."""
+        master = self._started()
+
+        def prepare() -> None:
+            self._on_trial = True
+            if manager is not None:
+                master.deployment.reload(manager)
+
+        try:
+            return why_not(server, prepare, lambda pid: master.sweep(pid, server))
+        except RconError as error:
+            return str(error)
 
     def child_exit(self, server: Arbiter, worker: Worker) -> None:
         """Remove the cgroups and processes that a killed worker left behind."""
@@ -160,7 +201,8 @@ class Hooks:
 
     def post_fork(self, server: Arbiter, worker: Worker) -> None:
         """Keep the capabilities that policies with an identity need when the worker changes to ``--user``."""
-        with _failing_alone(self._started(), worker):
+        restore_workers(server)
+        with self._failing_alone(worker):
             self._started().keep_privileges(server)
 
     def post_worker_init(self, worker: Worker) -> None:
@@ -173,7 +215,7 @@ class Hooks:
         if traits is None:
             raise ConfinementError(refusal(type(worker)))
         master = self._started()
-        with _failing_alone(master, worker):
+        with self._failing_alone(worker):
             master.settle_privileges()
             join_error_log()
             manager = master.deployment.start(
@@ -186,6 +228,8 @@ class Hooks:
                 log=error_log(),
             )
         self._manager = manager
+        if self._on_trial:
+            raise TrialPassed
         worker.wsgi = _while_master_lives(
             ConfineMiddleware(
                 worker.wsgi, manager=manager, client_socket=None if traits.greenlets else client_socket
@@ -199,6 +243,28 @@ class Hooks:
             self.child_exit(server, worker)
         elif self._manager is not None:
             self._manager.close()
+
+    @contextlib.contextmanager
+    def _failing_alone(self, worker: Worker) -> Iterator[None]:
+        """End only this worker, after a pause, if the block fails and a worker of this server served before.
+
+        Otherwise the exception ends gunicorn, or the trial.
+        """
+        try:
+            yield
+        except Exception as error:
+            pause = None if self._on_trial else self._started().boots.failed()
+            if pause is None:
+                raise
+            worker.log.error(
+                "rcon: this worker cannot confine requests; gunicorn makes another in %g s: %s", pause, error
+            )
+            parent, until = os.getppid(), time.monotonic() + pause
+            while time.monotonic() < until and worker.alive and os.getppid() == parent:
+                worker.notify()  # its master would take it for hung
+                time.sleep(0.1)
+            worker.booted = True  # an exception before that ends gunicorn
+            raise
 
     def _settings_path(self, raw_env: Mapping[str, str] = MappingProxyType({})) -> str:
         """Return the path. ``raw_env`` is what gunicorn will add to the environment."""
@@ -251,29 +317,6 @@ def _while_master_lives(app: WSGIApplication) -> WSGIApplication:
         return app(environ, start_response)
 
     return serve
-
-
-@contextlib.contextmanager
-def _failing_alone(master: Master, worker: Worker) -> Iterator[None]:
-    """End only this worker, after a pause, if the block fails and a worker of this server served before.
-
-    Otherwise the exception ends gunicorn.
-    """
-    try:
-        yield
-    except Exception as error:
-        pause = master.boots.failed()
-        if pause is None:
-            raise
-        worker.log.error(
-            "rcon: this worker cannot confine requests; gunicorn makes another in %g s: %s", pause, error
-        )
-        parent, until = os.getppid(), time.monotonic() + pause
-        while time.monotonic() < until and worker.alive and os.getppid() == parent:
-            worker.notify()  # its master would take it for hung
-            time.sleep(0.1)
-        worker.booted = True  # an exception before that ends gunicorn
-        raise
 
 
 def _replace(worker: Worker) -> None:

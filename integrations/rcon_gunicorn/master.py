@@ -55,12 +55,9 @@ class Master:
         master.warn_of_control_socket(server)
         return master
 
-    def reload(self, path: str, server: _Arbiter) -> None:
-        """Read the settings from the file again, for new workers.
-
-        Raises `RconError`, and changes nothing, if they are wrong or cannot be enforced here.
-        """
-        self.deployment.reload(judge(path, server.worker_class, self.deployment))
+    def reload(self, manager: Manager, server: _Arbiter) -> None:
+        """Use other settings for new workers. Raises `KernelError`, and changes nothing, if that is not possible."""
+        self.deployment.reload(manager)
         self._needed = needed(self.deployment.plan.settings.policies.values())
         _warn_of_dirty_workers(server)
         self.warn_of_control_socket(server)
