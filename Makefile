@@ -10,7 +10,7 @@ JOBS := examples/jobs/photos.py
 SOURCES := rcon_plugins integrations tests examples
 
 # What the tests need beyond Python: a kernel and an emulator for pure cgroup v2, and what boots them; brokers; systemd to ask.
-DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod e2fsprogs file redis-server rabbitmq-server systemd dbus curl
+DEBIAN := linux-image-amd64 qemu-system-x86 busybox-static kmod e2fsprogs file redis-server rabbitmq-server postgresql systemd dbus curl
 
 # The tests start thousands of interpreters: without byte code each would compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE

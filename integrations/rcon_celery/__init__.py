@@ -16,14 +16,16 @@ Call `install` before the tasks are used. Outside of workers, and in eager mode,
 The modules, in the order in which a task passes them: `install` (an application), `worker` (the worker's main process),
 `pool_process` (a process that runs tasks), `call`, `codec` and `wire` (one task, on its way to an executor process),
 `service` (the executor process), `results` (its outcome), ``retry/`` (the task's next attempt). `decorator` and
-`task_annotations` connect a task's code to them. `remote_control` sends commands to all workers.
+`task_annotations` connect a task's code to them. `handlers` and `contexts` run the handlers of signals, and enter the
+contexts of tracers and loggers, beside the body. `remote_control` sends commands to all workers.
 """
 
 from __future__ import annotations
 
 from rcon_celery.decorator import confined
+from rcon_celery.handlers import handler_side
 from rcon_celery.install import install
 from rcon_celery.results import outcome_of
 from rcon_celery.retry.attempt import expand
 
-__all__ = ["confined", "expand", "install", "outcome_of"]
+__all__ = ["confined", "expand", "handler_side", "install", "outcome_of"]

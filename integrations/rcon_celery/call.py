@@ -6,13 +6,14 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from celery._state import _task_stack
 from celery.canvas import signature
 from celery.exceptions import TaskPredicate
 
-from rcon_celery import codec, wire
+from rcon_celery import codec, contexts, handlers, wire
 from rcon_celery.results import BackendTraits
 from rcon_celery.retry.attempt import ForkServerLost
 from rcon_plugins.errors import ConfinementError, Killed, LimitExceeded, MemoryLimitExceeded, RconError
@@ -154,12 +155,14 @@ def _exchange(
         admission.policy.result_limit,
     )
     try:
-        payload, data = codec.encode_task(task, task.request, args, kwargs, host.accepted)
+        payload, data = codec.encode_task(task, task.request, args, kwargs, host.accepted, contexts.carried())
+        handlers.begin(task.request)
         wire.send(channel, wire.TASK, wire.TaskHead(number, task.name, payload, max_result), data)
         head, answered = wire.receive_answer(channel, number, max_result)
         answer = codec.decode(head.payload, answered, host.accepted)
         if not isinstance(answer, dict):
             raise ProtocolViolation("an answer that is not a mapping")
+        handlers.finish(task.request)  # an executor process answers when they have run
     except ProtocolViolation as violation:
         raise _malformed(task, admission, violation) from None
     except ChannelClosed:
@@ -247,10 +250,17 @@ def _refused(task: Any, head: wire.AnswerHead, admission: ProcessAdmission) -> s
     )
 
 
-def run_in_thread(task: Any, code: TaskCode, admission: LocalAdmission, args: Any, kwargs: Any) -> Any:
+def run_in_thread(
+    task: Any,
+    code: TaskCode,
+    admission: LocalAdmission,
+    args: Any,
+    kwargs: Any,
+    beside: handlers.Handlers,
+) -> Any:
     """Run the task in a thread of this process, for a policy with the isolation ``inline`` or ``thread``."""
     try:
-        result = admission.call(_execute_with, task.request, task, code, args, kwargs)
+        result = admission.call(_execute_with, task.request, task, code, args, kwargs, beside)
     except BaseException as error:
         if not admission.ran and isinstance(error, RconError):
             admission.refuse(str(error))
@@ -264,14 +274,17 @@ def run_in_thread(task: Any, code: TaskCode, admission: LocalAdmission, args: An
     return result
 
 
-def _execute_with(request: Any, task: Any, code: TaskCode, args: Any, kwargs: Any) -> Any:
+def _execute_with(
+    request: Any, task: Any, code: TaskCode, args: Any, kwargs: Any, beside: handlers.Handlers
+) -> Any:
     """Run the code of a task in this thread, with its request. Celery keeps a stack of requests for each thread."""
+    body = partial(code.execute, task, args, kwargs)
     if task.request_stack.top is request:
-        return code.execute(task, args, kwargs)
+        return beside.call(task, args, kwargs, body, outside_too=True)
     _task_stack.push(task)
     task.request_stack.push(request)
     try:
-        return code.execute(task, args, kwargs)
+        return beside.call(task, args, kwargs, body, outside_too=False)
     finally:
         task.request_stack.pop()
         _task_stack.pop()

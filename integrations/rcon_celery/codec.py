@@ -20,6 +20,7 @@ from kombu import serialization as _serialization
 from kombu.utils.encoding import safe_repr as _safe_repr
 
 from rcon_celery import decoding_cost
+from rcon_celery.handlers import PROGRESS
 from rcon_celery.task_annotations import STAGE
 from rcon_celery.wire import MAX_ERROR, MAX_ERROR_LINES, How, Payload
 from rcon_plugins.executors.channel import ProtocolViolation
@@ -51,7 +52,7 @@ _WIDE_FIELD: Final = re.compile(
 _WIDE: Final = re.compile(r"[0-9]{5}|\*|:[^{}]{0,4}\{")
 
 #: Attributes of a task's request that are sent in another way, or that belong to one process.
-_NOT_SENT = frozenset({"args", "kwargs", "called_directly", STAGE})
+_NOT_SENT = frozenset({"args", "kwargs", "called_directly", STAGE, PROGRESS})
 
 
 def accepted_encodings(app: Any) -> dict[str, str]:
@@ -144,11 +145,16 @@ def why_refused(how: How, payload: Payload, data: bytes, max_result: int) -> tup
 
 
 def encode_task(
-    task: Any, request: Any, args: Any, kwargs: Any, accepted: Mapping[str, str]
+    task: Any,
+    request: Any,
+    args: Any,
+    kwargs: Any,
+    accepted: Mapping[str, str],
+    contexts: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Payload, bytes]:
     """Encode a task's arguments and its request, without the attributes that have a meaning only in this process.
 
-    ``accepted``: the `accepted_encodings`.
+    ``accepted``: the `accepted_encodings`. ``contexts``: those of `rcon_celery.contexts`.
     """
     context = {}
     for name, value in vars(request).items():
@@ -159,10 +165,11 @@ def encode_task(
     # can encode all such values. It pickles here only values that this process has decoded.
     serializers = (own,) if len(accepted) == 1 else ("pickle", own)
     try:
-        return encode({"args": args, "kwargs": kwargs, "request": context}, serializers)
+        content = {"args": args, "kwargs": kwargs, "request": context, "contexts": contexts}
+        return encode(content, serializers)
     except Exception:  # noqa: BLE001 - as in encode
         plain = {name: value for name, value in context.items() if _can_encode(value, serializers)}
-        return encode({"args": args, "kwargs": kwargs, "request": plain}, serializers)
+        return encode({**content, "request": plain}, serializers)
 
 
 def encode_result(

@@ -13,6 +13,7 @@ from celery import signals
 from rcon_celery import codec, remote_control, results
 from rcon_celery.call import is_celerys_own
 from rcon_celery.decorator import TaskPolicy, policy_of_class
+from rcon_celery.handlers import Handlers, Side
 from rcon_celery.pool_process import PoolProcess
 from rcon_celery.retry.attempt import RetryPolicy
 from rcon_celery.task_annotations import Annotations, TaskCode
@@ -24,13 +25,21 @@ from rcon_plugins.settings.policy import Policy
 _log = logging.getLogger("rcon")
 
 
-def install(app: Any, settings: Settings | str | os.PathLike[str] | None = None) -> None:
+def install(
+    app: Any,
+    settings: Settings | str | os.PathLike[str] | None = None,
+    *,
+    handler_sides: Mapping[str, Side] | None = None,
+) -> None:
     """Confine the tasks of a Celery application wherever a worker runs them.
 
     A task with `confined` gets the policy of the decorator. All other tasks get their policy from the routes of
     ``settings`` (a policy file or `Settings`), by name (``task``) and queue (``queue``). Without settings they are not
     confined. The file is read when a worker starts. A worker does not start if the settings are wrong, or if this
     machine cannot enforce them.
+
+    ``handler_sides`` says where the handlers of Celery's signals run, by the name of their module or of a package that
+    holds it: "inside" (the executor process), "outside" (the pool's process) or "both"; see `handler_side`.
 
     Call it where the application is made, before its tasks are used. Raises `SettingsError` if it is called too late or
     twice.
@@ -45,15 +54,18 @@ def install(app: Any, settings: Settings | str | os.PathLike[str] | None = None)
             key="rcon_celery.install",
             hint="call it where the application is made",
         )
-    app.rcon = Installation(app, settings)
+    app.rcon = Installation(app, settings, handler_sides or {})
 
 
 class Installation:
     """The confinement of one application, as ``app.rcon``."""
 
-    def __init__(self, app: Any, settings: Settings | str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self, app: Any, settings: Settings | str | os.PathLike[str] | None, sides: Mapping[str, Side]
+    ) -> None:
         self._app = app
         self._given = settings
+        self._handlers = Handlers(self, sides)
         #: The code of each task, by the name of the task.
         self._codes: dict[str, TaskCode] = {}
         self._task_policies: dict[str, TaskPolicy] = {}
@@ -81,6 +93,15 @@ class Installation:
         self._codes[cls.name] = code
         return True
 
+    def confines(self, task: Any) -> bool:
+        """Return whether this process passes the body of this task on to its runner."""
+        return (
+            self.runner is not None
+            and task.app is self._app
+            and task.name in self._codes
+            and not task.request.is_eager
+        )
+
     def _annotate(self, **_: object) -> None:
         """Annotate the tasks of the application. Call it once the configuration is read."""
         own = self._app.conf.task_annotations
@@ -101,7 +122,12 @@ class Installation:
             task: policy.retry for task, policy in self._task_policies.items() if policy.retry is not None
         }
         self.worker = worker
-        self._process = PoolProcess(self._app, worker, self._codes, retry_policies, self._enter_executor)
+        self._process = PoolProcess(
+            self._app, worker, self._codes, retry_policies, self._enter_executor, self._handlers
+        )
+        self._handlers.divide()
+        # The last of them: some handlers of this signal connect others.
+        signals.worker_process_init.connect(self._divide_handlers, weak=False)
         self.runner = self._process
         if not self.runner.is_of_pool:
             self.runner.start()
@@ -109,6 +135,9 @@ class Installation:
     def _start_pool_process(self, **_: object) -> None:
         if self.runner is not None and self.runner.is_of_pool:
             self.runner.try_to_start()  # Celery would ignore an exception
+
+    def _divide_handlers(self, **_: object) -> None:
+        self._handlers.divide()
 
     def _enter_executor(self) -> None:
         """Note that this process is an executor process now."""

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.exceptions import Reject, SoftTimeLimitExceeded
@@ -29,6 +30,7 @@ from rcon_plugins.executors.output import log_of
 from rcon_plugins.settings.budget import BUDGET
 
 if TYPE_CHECKING:
+    from rcon_celery.handlers import Handlers
     from rcon_celery.task_annotations import TaskCode
     from rcon_celery.worker import ConfinedWorker
     from rcon_plugins.confinement.admission import LocalAdmission
@@ -54,16 +56,18 @@ class PoolProcess:
         codes: Mapping[str, TaskCode],
         retry_policies: Mapping[str, RetryPolicy],
         after_fork: Callable[[], object],
+        handlers: Handlers,
     ) -> None:
         """``codes`` and ``retry_policies`` are by the name of the task.
 
-        ``after_fork`` is called in each new executor process.
+        ``after_fork`` is called in each new executor process. ``handlers`` are those of Celery's signals.
         """
         self._app = app
         self._worker = worker
         self._codes = codes
         self._retry_policies = retry_policies
         self._after_fork = after_fork
+        self._handlers = handlers
         self._manager: RunningManager | None = None
         self._pid = 0
         #: The reason why there is no manager.
@@ -86,7 +90,9 @@ class PoolProcess:
         worker, server = self._worker, self._worker.pool.server
         log_lines.name_lines()
         self.accepted = codec.accepted_encodings(self._app)
-        service = TaskService(self._app, self._codes, worker.hostname, greenlets=server.greenlets)
+        service = TaskService(
+            self._app, self._codes, worker.hostname, self._handlers, greenlets=server.greenlets
+        )
         after_fork = [
             self._after_fork,
             log_files.leaving_log_files(_loggers()),
@@ -154,11 +160,12 @@ class PoolProcess:
         try:
             admission = self._admit(task, work, attempt)
             if admission is None:
-                return code.execute(task, args, kwargs)
+                body = partial(code.execute, task, args, kwargs)
+                return self._handlers.call(task, args, kwargs, body, outside_too=True)
             try:
                 if isinstance(admission, ProcessAdmission):
                     return run_in_process(task, admission, args, kwargs, self)
-                return run_in_thread(task, code, admission, args, kwargs)
+                return run_in_thread(task, code, admission, args, kwargs, self._handlers)
             finally:
                 outcome = admission.outcome
                 if outcome is not None:

@@ -14,16 +14,16 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from celery import signals
 from celery._state import _task_stack
 from celery.app.task import Task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
-from rcon_celery import codec, results, task_annotations, wire
+from rcon_celery import codec, contexts, results, task_annotations, wire
 from rcon_celery.decoding_cost import TooCostly
+from rcon_celery.handlers import Ended, Handlers
 from rcon_celery.results import BackendTraits
 from rcon_celery.task_annotations import TaskCode
-from rcon_plugins.errors import SoftMemoryLimitExceeded
+from rcon_plugins.errors import ResultTooLarge, SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 
@@ -32,13 +32,30 @@ _THREAD_POOL: Final = concurrent.futures.thread.__file__
 #: Exceptions that end the executor process: the pool's process is gone, or the task has ended the process.
 _ENDS_THE_PROCESS: Final = (ChannelClosed, SystemExit, KeyboardInterrupt)
 
+#: How a task ended, the text of the answer, and its payload.
+_Answer = tuple[wire.How, str, tuple[wire.Payload, bytes]]
+
 
 class TaskService:
     """Serves the tasks of an application in executor processes; pass it to `Deployment.start`."""
 
-    def __init__(self, app: Any, codes: Mapping[str, TaskCode], hostname: str, *, greenlets: bool) -> None:
-        """``codes`` are by the name of the task; ``greenlets``: the worker runs gevent's loop."""
+    def __init__(
+        self,
+        app: Any,
+        codes: Mapping[str, TaskCode],
+        hostname: str,
+        handlers: Handlers,
+        *,
+        greenlets: bool,
+    ) -> None:
+        """``codes`` are by the name of the task; ``greenlets``: the worker runs gevent's loop.
+
+        ``handlers`` are those of Celery's signals.
+        """
         self._greenlets = greenlets
+        self._celery_handlers = handlers
+        #: Sends the signal that a pool's process sends at its end; None if it has no handlers.
+        self.end_process = self._end if handlers.end_processes() else None
         # Look them up before the fork: in a new process, making a backend takes longer than the rest of its first task,
         # and the user of a policy may not be able to make it.
         self._backend = results.traits_of(app)
@@ -63,14 +80,7 @@ class TaskService:
         content = codec.decode_trusted(head.payload, data)
         task = self._app.tasks[head.name]
         threads_before = set(threading.enumerate())
-        try:
-            how, text, (payload, answer) = self._run(task, content, head.max_result)
-            refused = codec.why_refused(how, payload, answer, head.max_result)
-        except TooCostly as error:
-            refused = ("too costly", str(error))
-        if refused is not None:
-            how, text = refused
-            payload, answer = codec.encode_no_result(task, self._backend_of(task).serializer)
+        how, text, (payload, answer) = self._run(task, content, head.max_result)
         busy = threads_left(threads_before)
         wire.send(channel, wire.ANSWER, wire.AnswerHead(head.number, how, text, payload, busy), answer)
 
@@ -98,55 +108,85 @@ class TaskService:
         """Send the signal that a pool's process sends at its start, so that its handlers set up this process, too."""
         if self._greenlets:
             time.sleep(0.001)  # gevent closes files when its loop runs
-        signals.worker_process_init.send(sender=self._hostname)
+        self._celery_handlers.start_process(self._hostname)
+
+    def _end(self) -> None:
+        """Send the signal that a pool's process sends at its end. A process that served no task has not begun."""
+        if self._state is not None:
+            self._celery_handlers.end_process(self._hostname, os.getpid())
 
     def _backend_of(self, task: Any) -> BackendTraits:
         """Return the traits of the task's result backend."""
         has_own = type(task).backend is not Task.backend or vars(task).get("_backend") is not None
         return BackendTraits.of(task.backend) if has_own or self._backend is None else self._backend
 
-    def _run(
-        self, task: Any, content: Mapping[str, Any], max_result: int
-    ) -> tuple[wire.How, str, tuple[wire.Payload, bytes]]:
-        """Run the task; return the fields of its answer."""
+    def _run(self, task: Any, content: Mapping[str, Any], max_result: int) -> _Answer:
+        """Run the task, with the handlers beside it; return the fields of its answer."""
         args, kwargs = content["args"], content["kwargs"]
         _task_stack.push(task)
         task.push_request(content["request"], args=args, kwargs=kwargs, called_directly=False)
         request = task.request_stack.top
         request.headers = content["request"].get("headers")  # Celery replaces headers that it does not know
         task_annotations.begin(request)
-        backend = self._backend_of(task)
-        serializer = backend.serializer
         vars(task).pop("run", None)  # the wrapper for autoretry_for is used in the pool's process
         try:
-            try:
-                result = self._execute(task, args, kwargs)
-            except _ENDS_THE_PROCESS:
-                raise
-            except Retry as error:
-                return "retry", "", codec.encode_predicate(task, error, request.children, serializer)
-            except Reject as error:
-                return "reject", "", codec.encode_predicate(task, error, request.children, serializer)
-            except Ignore as error:
-                return "ignore", "", codec.encode_predicate(task, error, request.children, serializer)
-            except BaseException as error:  # noqa: BLE001 - send any exception of the task to the pool's process
-                frames = _frames_of_task(error.__traceback__)
-                text = wire.shortened("".join(traceback.format_exception(type(error), error, frames)))
-                return "error", text, codec.encode_exception(error, request.children, serializer)
-            try:
-                payload, answer = codec.encode_result(task, result, request.children, serializer)
-                is_ignored = codec.is_ignored(task, request, is_disabled=backend.is_disabled)
-                if not is_ignored or not codec.why_refused("ok", payload, answer, max_result):
-                    return "ok", "", (payload, answer)
-                encoded = codec.encode_no_result(task, serializer)
-            except TooCostly:
-                raise
-            except Exception as error:  # noqa: BLE001 - serializers raise what they like
-                encoded = codec.encode_exception(error, [], serializer)
-            return "unencodable", wire.shortened(codec.safe_repr(result)), encoded
+            with (
+                contexts.entered(content["contexts"]),
+                self._celery_handlers.beside(task, args, kwargs) as ended,
+            ):
+                return self._answer(task, args, kwargs, max_result, ended)
         finally:
             task.pop_request()
             _task_stack.pop()
+
+    def _answer(self, task: Any, args: Any, kwargs: Any, max_result: int, ended: Ended) -> _Answer:
+        """Run the body of the task; return an answer that the pool's process takes."""
+        try:
+            how, text, encoded = self._encoded(task, args, kwargs, max_result, ended)
+            refused = codec.why_refused(how, *encoded, max_result)
+        except TooCostly as error:
+            refused = ("too costly", str(error))
+        if refused is None:
+            return how, text, encoded
+        ended.by(ResultTooLarge(f"{task.name}: its result is {refused[0]}: {refused[1]}"))
+        return *refused, codec.encode_no_result(task, self._backend_of(task).serializer)
+
+    def _encoded(self, task: Any, args: Any, kwargs: Any, max_result: int, ended: Ended) -> _Answer:
+        """Run the body of the task; return an answer, which may be too large. Raises `TooCostly`."""
+        request, backend = task.request_stack.top, self._backend_of(task)
+        serializer = backend.serializer
+        try:
+            result = self._execute(task, args, kwargs)
+            ended.with_result(result)
+        except _ENDS_THE_PROCESS:
+            raise
+        except Retry as error:
+            ended.by(error)
+            return "retry", "", codec.encode_predicate(task, error, request.children, serializer)
+        except Reject as error:
+            ended.by(error)
+            return "reject", "", codec.encode_predicate(task, error, request.children, serializer)
+        except Ignore as error:
+            ended.by(error)
+            return "ignore", "", codec.encode_predicate(task, error, request.children, serializer)
+        except BaseException as error:  # noqa: BLE001 - send any exception of the task to the pool's process
+            ended.by(error)
+            frames = _frames_of_task(error.__traceback__)
+            text = wire.shortened("".join(traceback.format_exception(type(error), error, frames)))
+            return "error", text, codec.encode_exception(error, request.children, serializer)
+        try:
+            payload, answer = codec.encode_result(task, result, request.children, serializer)
+            is_ignored = codec.is_ignored(task, request, is_disabled=backend.is_disabled)
+            if not is_ignored or not codec.why_refused("ok", payload, answer, max_result):
+                return "ok", "", (payload, answer)
+            encoded = codec.encode_no_result(task, serializer)
+        except TooCostly:
+            raise
+        except Exception as error:  # noqa: BLE001 - serializers raise what they like
+            encoded = codec.encode_exception(error, [], serializer)
+            if not codec.is_ignored(task, request, is_disabled=backend.is_disabled):
+                ended.by(error)
+        return "unencodable", wire.shortened(codec.safe_repr(result)), encoded
 
     def _execute(self, task: Any, args: Any, kwargs: Any) -> Any:
         """Run the code of the task. Only here the signal of a soft limit raises an exception."""

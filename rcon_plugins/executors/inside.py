@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from rcon_plugins.kernel.fork_hooks import Postponed
     from rcon_plugins.tree.instance import Instance
 
-#: The function that serves one unit of work in an executor process. It is called with the first frame.
+#: The function that serves one unit of work in an executor process. It is called with the first frame. If it has an
+#: attribute ``end_process`` that is not None, that is called when the process ends in order: see `ending_of`.
 Service = Callable[[Channel, Frame], None]
 
 #: The content of CONFINED: the pid, and whether processes begin in their cgroup v2 here.
@@ -110,6 +111,8 @@ def run_executor(
             channel.send((READY, b""))
     except ChannelClosed:
         status = 0
+        if os.getpid() == me and (end := ending_of(template.service)) is not None:
+            end()
         if order.policy.leave_children and os.getpid() == me:
             _let_threads_go_on(lasting)
     except BaseException:  # noqa: BLE001 - this process ends: print any exception
@@ -119,6 +122,15 @@ def run_executor(
         if os.getpid() == me:
             _flush()
         os._exit(status)
+
+
+def ending_of(service: Service) -> Callable[[], object] | None:
+    """Return what a service does in an executor process that ends in order; None if it does nothing.
+
+    The host waits for it at most ``END_SECONDS`` of `rcon_plugins.executors.process`, then kills the process.
+    """
+    end: Callable[[], object] | None = getattr(service, "end_process", None)
+    return end
 
 
 def other_thread_names() -> tuple[str, ...]:

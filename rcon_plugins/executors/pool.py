@@ -133,9 +133,12 @@ class ExecutorPool:
         executor.channel.close()  # the executor process ends when its channel is closed
         self.processes.submit(partial(self._spawn_replacement, executor))
 
-    def replace(self, executor: Executor, reason: str) -> None:
-        """Kill an executor that must not be used again, and have its replacement spawned. Does not wait."""
-        self.discard(executor, reason)
+    def replace(self, executor: Executor, reason: str, *, in_order: bool = False) -> None:
+        """Kill an executor that must not be used again, and have its replacement spawned. Does not wait.
+
+        ``in_order``: it has no work and no other processes, and may end by itself.
+        """
+        (self.processes.end if in_order else self.discard)(executor, reason)
         self.processes.submit(partial(self._spawn_replacement, executor))
 
     def forget(self, name: str) -> None:
@@ -182,7 +185,8 @@ class ExecutorPool:
                     late.append(executor)
                 else:
                     # It died, or code of an earlier request still sends or keeps it busy: no other request may use it.
-                    self._end_waiting(executor)
+                    self.discard(executor, "it is no longer needed")
+                    executor.channel.close()
             return executor
         finally:
             for one in reversed(late):
@@ -241,7 +245,7 @@ class ExecutorPool:
         return executor
 
     def _end_waiting(self, executor: Executor) -> None:
-        self.discard(executor, "it is no longer needed")
+        self.processes.end(executor, "it is no longer needed")
         executor.channel.close()
 
     # -- new executors ----------------------------------------------------------------------------

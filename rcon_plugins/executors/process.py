@@ -32,7 +32,7 @@ from rcon_plugins.executors.channel import (
 )
 from rcon_plugins.executors.executor import USABLE, Executor, Monitored, State
 from rcon_plugins.executors.fork_server import ForkServer
-from rcon_plugins.executors.inside import CONFINED_RECORD, Service, Template
+from rcon_plugins.executors.inside import CONFINED_RECORD, Service, Template, ending_of
 from rcon_plugins.executors.oom import OomGuard
 from rcon_plugins.executors.orders import ExitReport, KillOrder, Order, SignalOrder, SpawnOrder
 from rcon_plugins.executors.output import Log, OutputPipe, OutputReader, standard_error
@@ -60,6 +60,8 @@ READY_SECONDS = 10.0
 DEATH_SECONDS = 1.0
 #: How long `terminate` signals processes that fork meanwhile, seconds. The supervisor serves no other deadline then.
 TERMINATE_SECONDS = 0.1
+#: How long an executor process that ends in order may take for it, seconds.
+END_SECONDS = 2.0
 #: How long `close` waits until all executors have ended, seconds.
 CLOSE_SECONDS = 10.0
 #: After so many seconds, kill executors that are still alive again.
@@ -122,6 +124,8 @@ class ProcessExecutors:
         #: Set when an order could not be sent, before the supervisor detects that the fork server ended.
         self._control_broken = False
         self._closing = False
+        #: Whether the service has something to do when an executor process ends.
+        self._ends_in_order = False
         self._report_attempts = Attempts()
         #: The names of the application's threads, until the log has told which of them executors lack.
         self._threads: Collection[str] = ()
@@ -167,6 +171,7 @@ class ProcessExecutors:
         each new executor process, when it is confined.
         """
         self._threads = threads
+        self._ends_in_order = ending_of(service) is not None
         # The fork server cannot: finalizers and callbacks of the collector (`gc.callbacks`) are the application's code.
         gc.collect()
         # All that needs descriptors is made before the fork: after it, there would be a fork server to end.
@@ -411,6 +416,21 @@ class ProcessExecutors:
             if not gone(error):
                 self._note_failure(executor, error)
 
+    def end(self, executor: Executor, reason: str) -> None:
+        """End an executor process that has no work, with all processes that it started. Do not wait.
+
+        If the service has something to do at the end, the process may take `END_SECONDS`; then it is killed.
+        """
+        if not self._ends_in_order:
+            self.kill(executor, reason)
+            return
+        executor.set_killed(reason)
+        if executor.state is State.ENDED:
+            return
+        executor.killed_at = time.monotonic() + END_SECONDS - KILL_AGAIN_SECONDS  # `_reap` kills it then
+        executor.channel.hang_up()
+        self.submit(partial(self._await_end, executor))
+
     def notify(self, executor: Executor, number: int) -> None:
         """Send the executor process a signal that its service handles. Does not wait."""
         with contextlib.suppress(OSError):
@@ -433,6 +453,8 @@ class ProcessExecutors:
 
     def _end_executors(self) -> None:
         """End all executors. The supervisor, which receives the reports of their ends, has ended already."""
+        if self._ends_in_order:
+            self._let_waiting_end()
         for executor in list(self._living.values()):
             executor.attempts = Attempts()  # now
             executor.set_exited(None)
@@ -441,6 +463,16 @@ class ProcessExecutors:
         deadline = time.monotonic() + CLOSE_SECONDS
         while self._reap() is not None and time.monotonic() < deadline:
             time.sleep(0.005)
+
+    def _let_waiting_end(self) -> None:
+        """Let executor processes that have no work end in order, for `END_SECONDS` at most."""
+        waiting = [one for one in self._living.values() if one.state in (State.WAITING, State.RETURNING)]
+        for executor in waiting:
+            executor.channel.hang_up()
+        deadline = time.monotonic() + END_SECONDS
+        with contextlib.suppress(OSError):  # what cannot be read is killed
+            while any(one.leaf.processes() for one in waiting) and time.monotonic() < deadline:
+                time.sleep(0.005)
 
     def _end_server(self, control: _socket.socket) -> None:
         self._control = None
@@ -501,6 +533,9 @@ class ProcessExecutors:
                 executor.set_exited(None, f"fork: {os.strerror(report.status)}")
             else:
                 executor.set_exited(report.status)
+            executor.killed_at = min(
+                executor.killed_at, time.monotonic()
+            )  # what is left of it has no more time
             self._await_end(executor)
         return True
 

@@ -73,6 +73,8 @@ ROOMS = {
     "celery": ("rcon_celery",),
     "kombu": ("rcon_celery",),
     "billiard": ("rcon_celery",),
+    # Only if the application has loaded them.
+    **dict.fromkeys(("opentelemetry", "ddtrace", "sentry_sdk", "structlog"), ("rcon_celery.contexts",)),
     "click": ("rcon_plugins.cli", "rcon_plugins.hookspecs"),  # the hook that adds commands says to what
     "rich": ("rcon_plugins.cli",),
     "jeepney": ("rcon_plugins.tree.systemd",),

@@ -279,9 +279,9 @@ class ProcessAdmission(Admission):
         self._pool.processes.kill(self._executor, "the grace of the task is over")
 
     def _replace(self, reason: str) -> None:
-        """Kill the executor process, which must not serve again, and have its replacement spawned."""
+        """End the executor process, which must not serve again, and have its replacement spawned."""
         executor = self._executor
-        self._pool.replace(executor, reason)
+        self._pool.replace(executor, reason, in_order=reason != _LEFT_BEHIND)
         if reason in (_LEFT_BEHIND, _KEEPS_MEMORY):
             # Wait a short time, so that processes left by the work have ended before the work is reported as over, and
             # the next work has the memory of this one.

@@ -109,7 +109,8 @@ class Producer:
         return path
 
     def now_running(self, result: AsyncResult[Any]) -> None:
-        self.wait_for(result.id, "before_start")  # of the signals and handlers before the body, the last
+        for record in ("prerun", "before_start"):  # the handlers before the body; either is the last
+            self.wait_for(result.id, record)
 
 
 def play(cases: list[Case], app: celery.Celery, records: Records, directory: Path) -> dict[str, Any]:

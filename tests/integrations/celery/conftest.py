@@ -11,6 +11,7 @@ import celery
 import pytest
 
 from tests.integrations.celery import application
+from tests.integrations.celery.postgres_server import PostgresServer
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.rabbitmq_server import RabbitServer
 from tests.integrations.celery.redis_server import RedisServer
@@ -29,6 +30,13 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 def rabbitmq_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
     """The RabbitMQ of this test run. ``rabbitmq_server.host()`` returns a new virtual host."""
     with RabbitServer(tmp_path_factory.mktemp("rabbitmq")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """The PostgreSQL of this test run. ``postgres_server.database()`` returns the name of an empty database."""
+    with PostgresServer() as server:
         yield server
 
 

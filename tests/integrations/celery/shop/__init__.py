@@ -1,0 +1,1 @@
+"""A Django project with PostgreSQL whose Celery tasks are confined, or not."""

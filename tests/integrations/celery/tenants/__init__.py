@@ -1,0 +1,1 @@
+"""A Django project with a PostgreSQL schema for each tenant (django-tenants, tenant-schemas-celery)."""
