@@ -157,6 +157,7 @@ def _exchange(
     try:
         payload, data = codec.encode_task(task, task.request, args, kwargs, host.accepted, contexts.carried())
         handlers.begin(task.request)
+        admission.label_records(number, {"task_id": str(task.request.id), "task_name": task.name})
         wire.send(channel, wire.TASK, wire.TaskHead(number, task.name, payload, max_result), data)
         head, answered = wire.receive_answer(channel, number, max_result)
         answer = codec.decode(head.payload, answered, host.accepted)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.exceptions import Reject, SoftTimeLimitExceeded
+from celery.utils.log import get_logger, get_multiprocessing_logger, mlevel
 
 from rcon_celery import codec, log_lines, results
 from rcon_celery.call import SoftTimeLimit, run_in_process, run_in_thread, work_of
@@ -26,7 +27,7 @@ from rcon_plugins.errors import (
     RconError,
 )
 from rcon_plugins.executors import log_files
-from rcon_plugins.executors.output import log_of
+from rcon_plugins.executors.records import RecordLog
 from rcon_plugins.settings.budget import BUDGET
 
 if TYPE_CHECKING:
@@ -90,14 +91,15 @@ class PoolProcess:
         worker, server = self._worker, self._worker.pool.server
         log_lines.name_lines()
         self.accepted = codec.accepted_encodings(self._app)
-        service = TaskService(
-            self._app, self._codes, worker.hostname, self._handlers, greenlets=server.greenlets
+        records = RecordLog(
+            get_logger("celery.redirected"),
+            mlevel(self._app.conf.worker_redirect_stdouts_level),
+            [*_loggers(), get_multiprocessing_logger()],
         )
-        after_fork = [
-            self._after_fork,
-            log_files.leaving_log_files(_loggers()),
-            service.install_signal_handlers,
-        ]
+        service = TaskService(
+            self._app, self._codes, worker.hostname, self._handlers, records, greenlets=server.greenlets
+        )
+        after_fork = [self._after_fork, service.install_signal_handlers]
         if server.greenlets:
             import gevent  # type: ignore[import-untyped]
 
@@ -107,7 +109,7 @@ class PoolProcess:
             on_lost=self._lost,
             after_fork=after_fork,
             server_files=server_files(),
-            log=log_of([logging.getLogger(), logging.getLogger("celery")]),
+            log=records,
         )
         self._manager, self._pid, self.is_lost = manager, os.getpid(), False
         self._policies_retry = any(

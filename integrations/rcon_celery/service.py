@@ -26,6 +26,7 @@ from rcon_celery.task_annotations import TaskCode
 from rcon_plugins.errors import ResultTooLarge, SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel, ChannelClosed, Frame
 from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
+from rcon_plugins.executors.records import RecordLog
 
 _OWN_FILES: Final = frozenset({__file__, task_annotations.__file__})
 _THREAD_POOL: Final = concurrent.futures.thread.__file__
@@ -45,15 +46,17 @@ class TaskService:
         codes: Mapping[str, TaskCode],
         hostname: str,
         handlers: Handlers,
+        records: RecordLog,
         *,
         greenlets: bool,
     ) -> None:
         """``codes`` are by the name of the task; ``greenlets``: the worker runs gevent's loop.
 
-        ``handlers`` are those of Celery's signals.
+        ``handlers`` are those of Celery's signals. ``records`` is the log of the worker.
         """
         self._greenlets = greenlets
         self._celery_handlers = handlers
+        self._records = records
         #: Sends the signal that a pool's process sends at its end; None if it has no handlers.
         self.end_process = self._end if handlers.end_processes() else None
         # Look them up before the fork: in a new process, making a backend takes longer than the rest of its first task,
@@ -77,6 +80,7 @@ class TaskService:
             self._state = ProcessState(self._handlers)
         self._state.restore()
         head, data = wire.receive_task(channel, frame)
+        self._records.work = head.number.hex()
         content = codec.decode_trusted(head.payload, data)
         task = self._app.tasks[head.name]
         threads_before = set(threading.enumerate())

@@ -25,9 +25,16 @@ from typing import TYPE_CHECKING, NoReturn
 from rcon_plugins.errors import ConfinementError, KernelError
 from rcon_plugins.executors import orders
 from rcon_plugins.executors.channel import Channel
-from rcon_plugins.executors.inherited import InheritedFiles
+from rcon_plugins.executors.inherited import InheritedFiles, replace_output
 from rcon_plugins.executors.inside import EXIT_SERVICE_RAISED, Template, run_executor
-from rcon_plugins.executors.orders import LONGEST_ORDER, ExitReport, KillOrder, SignalOrder, SpawnOrder
+from rcon_plugins.executors.orders import (
+    LONGEST_ORDER,
+    ExitReport,
+    KillOrder,
+    SignalOrder,
+    SpawnOrder,
+    has_own_user,
+)
 from rcon_plugins.kernel import descriptors, process
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
 from rcon_plugins.kernel.clone import Child, Cloner, CloneUnavailable
@@ -300,7 +307,7 @@ class ForkServer:
     ) -> NoReturn:
         try:
             channel_end, *output = passed
-            fault = self._replace_files(order.policy, output) or fault
+            fault = self._replace_files(order, output) or fault
             self._control.close()
             for pidfd in (self._host_pidfd, *self._children):
                 posix.close(pidfd)
@@ -308,6 +315,8 @@ class ForkServer:
             process.close_sigchld_pipe(self._sigchld_read, self._sigchld_write)
             for renew in self._template.after_fork:
                 renew()
+            if self._template.records is not None and output:
+                self._template.records.enter(output[0])
             end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, channel_end)
             end.setblocking(True)
             clones = self._cloner is not None
@@ -326,13 +335,19 @@ class ForkServer:
         finally:
             os._exit(EXIT_SERVICE_RAISED)
 
-    def _replace_files(self, policy: Policy, output: Sequence[int]) -> BaseException | None:
-        """Take the server's files from this process if it has a pipe for its output. Return what went wrong."""
+    def _replace_files(self, order: SpawnOrder, output: Sequence[int]) -> BaseException | None:
+        """Take the server's files from this process if it has a pipe for its output. Return what went wrong.
+
+        A process with the user of the server keeps all but standard output and error.
+        """
         try:
             for pipe in output:
-                if self._files is not None:
-                    self._files.replace(pipe, policy.keep_files)
-                posix.close(pipe)
+                if has_own_user(order) and self._files is not None:
+                    self._files.replace(pipe, order.policy.keep_files)
+                else:
+                    replace_output(pipe, order.policy.keep_files)
+                if self._template.records is None:
+                    posix.close(pipe)
         except (OSError, KernelError) as error:
             return error
         return None

@@ -72,9 +72,7 @@ class InheritedFiles:
 
         ``output`` is the descriptor of its pipe.
         """
-        for name, descriptor in STANDARD_FILES.items():
-            if name not in keep:
-                os.dup2(output, descriptor)
+        replace_output(output, keep)
         for file in self._logs:
             if not _is_named(file.path, keep):
                 os.dup2(output, file.descriptor, inheritable=False)
@@ -100,6 +98,13 @@ class InheritedFiles:
         for name, of, substitute in self._python_streams:
             if of == descriptor:
                 setattr(sys, name, substitute)
+
+
+def replace_output(output: int, keep: Collection[str]) -> None:
+    """Replace standard output and error of this process, unless ``keep`` names them. Raises OSError."""
+    for name, descriptor in STANDARD_FILES.items():
+        if name not in keep:
+            os.dup2(output, descriptor)
 
 
 def _is_named(path: str, names: Collection[str]) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pluggy
 
     from rcon_plugins.executors.orders import SpawnOrder
+    from rcon_plugins.executors.records import RecordLog
     from rcon_plugins.kernel.cgroup import Cgroup
     from rcon_plugins.kernel.fork_hooks import Postponed
     from rcon_plugins.tree.instance import Instance
@@ -49,7 +50,7 @@ class Template(NamedTuple):
     """What all executor processes of a fork server have in common.
 
     ``after_fork`` are functions for libraries that need a call after a fork. ``fork_hooks`` are those that the
-    application registered. ``collects``: the host's garbage collector is on.
+    application registered. ``collects``: the host's garbage collector is on. ``records`` is the host's log of records.
     """
 
     instance: Instance
@@ -58,6 +59,7 @@ class Template(NamedTuple):
     after_fork: Sequence[Callable[[], object]]
     fork_hooks: Postponed
     collects: bool
+    records: RecordLog | None = None
 
 
 def run_executor(

@@ -7,6 +7,7 @@ project's own code, so orders are pickled; an exit report is a fixed record.
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 from functools import lru_cache
@@ -27,7 +28,7 @@ class SpawnOrder(NamedTuple):
     """Make an executor process in the cgroup ``work/<name>/<leaf>``. It serves one policy until it ends.
 
     ``identity`` is the user and groups that it changes to; None keeps those of the server. With ``output``, a pipe
-    comes with the order that replaces the files of the server: see `InheritedFiles`.
+    comes with the order, for its output: see `InheritedFiles`.
     """
 
     number: int
@@ -36,6 +37,11 @@ class SpawnOrder(NamedTuple):
     policy: Policy
     identity: Identity | None = None
     output: bool = False
+
+
+def has_own_user(order: SpawnOrder) -> bool:
+    """Return whether the executor process of an order runs as another user than this process."""
+    return order.identity is not None and order.identity.uid != os.geteuid()
 
 
 class KillOrder(NamedTuple):

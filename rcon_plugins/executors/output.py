@@ -110,7 +110,7 @@ class OutputPipe:
 
     __slots__ = ("_rest", "ended", "log", "reader", "writer")
 
-    def __init__(self, log: _ConfinementLog) -> None:
+    def __init__(self, log: ConfinementLog) -> None:
         self.reader, self.writer = descriptors.pipe()
         try:
             os.set_blocking(self.reader, False)
@@ -130,12 +130,12 @@ class OutputPipe:
             posix.close(self.writer)
             self.writer = -1
 
-    def read(self, reads: int, *, heard: bool) -> tuple[list[_Lines], bool]:
+    def read(self, reads: int, *, heard: bool) -> tuple[list[Lines], bool]:
         """Read what there is. Return the lines to log, and whether nothing will come any more.
 
         Unless ``heard``, drop and count all lines: the log does not take them.
         """
-        found: list[_Lines] = []
+        found: list[Lines] = []
         for _ in range(reads):
             try:
                 data = posix.read(self.reader, _CHUNK)
@@ -152,7 +152,7 @@ class OutputPipe:
                 break
         return found, False
 
-    def read_last(self, *, heard: bool) -> list[_Lines]:
+    def read_last(self, *, heard: bool) -> list[Lines]:
         """Read all that is left, and close the pipe. Return the lines to log."""
         data = self._rest
         with contextlib.suppress(OSError):
@@ -168,33 +168,37 @@ class OutputPipe:
         if not data.endswith(b"\n"):
             data += b"\n"
         words = data.rfind(b"\n", 0, max(0, len(data) - _LAST_WORDS)) + 1
-        lines = self.log.take(data[:words], heard=heard) if words else []
-        return lines + self.log.take(data[words:], heard=heard, beyond=BURST)
+        lines = self.take(data[:words], heard=heard) if words else []
+        return lines + self.take(data[words:], heard=heard, beyond=BURST)
 
-    def _take(self, data: bytes, *, heard: bool) -> list[_Lines]:
+    def take(self, data: bytes, *, heard: bool, beyond: int = 0) -> list[Lines]:
+        """Return the lines of ``data``, which ends with a line end: see `ConfinementLog.take`."""
+        return self.log.take(data, heard=heard, beyond=beyond)
+
+    def _take(self, data: bytes, *, heard: bool) -> list[Lines]:
         data = self._rest + data
         end = data.rfind(b"\n") + 1
-        lines = self.log.take(data[:end], heard=heard) if end else []
+        lines = self.take(data[:end], heard=heard) if end else []
         self._rest = data[end:]
         if len(self._rest) >= _CHUNK:  # a line that may never end
             end = _end_of_characters(self._rest)
-            lines += self.log.take(self._rest[:end] + b"\n", heard=heard)
+            lines += self.take(self._rest[:end] + b"\n", heard=heard)
             self._rest = self._rest[end:]
         return lines
 
 
-class _Lines:
+class Lines:
     """Whole lines to write, and the confinement that they are of."""
 
     __slots__ = ("count", "log", "text")
 
-    def __init__(self, log: _ConfinementLog, text: bytes, count: int) -> None:
+    def __init__(self, log: ConfinementLog, text: bytes, count: int) -> None:
         self.log = log
         self.text = text
         self.count = count
 
 
-class _ConfinementLog:
+class ConfinementLog:
     """What one confinement logs: the prefix, the meter, and the number of dropped lines."""
 
     def __init__(self, policy: str, key: str | None) -> None:
@@ -202,7 +206,7 @@ class _ConfinementLog:
         #: The number of open pipes.
         self.pipes = 0
         self.dropped = 0
-        self._left = float(BURST)
+        self.left = float(BURST)
         self._since = time.monotonic()
         #: Whether the meter was exceeded. It takes lines again when it can take those of a second.
         self.is_full = False
@@ -211,23 +215,23 @@ class _ConfinementLog:
     def used(self) -> float:
         """How much of the meter is used. Those that log least are read first, so that no flood keeps them waiting."""
         self.refill()
-        return BURST - self._left
+        return BURST - self.left
 
     def refill(self) -> None:
         """Add what the time since the last call is worth."""
         now = time.monotonic()
-        self._left = min(BURST, self._left + (now - self._since) * RATE)
+        self.left = min(BURST, self.left + (now - self._since) * RATE)
         self._since = now
-        if self._left >= RATE:
+        if self.left >= RATE:
             self.is_full = False
 
     @property
     def is_idle(self) -> bool:
         """Whether it can be forgotten: a new one would be the same. For any thread."""
         idle = not self.pipes and not self.dropped
-        return idle and self._left + (time.monotonic() - self._since) * RATE >= BURST
+        return idle and self.left + (time.monotonic() - self._since) * RATE >= BURST
 
-    def take(self, data: bytes, *, heard: bool, beyond: int = 0) -> list[_Lines]:
+    def take(self, data: bytes, *, heard: bool, beyond: int = 0) -> list[Lines]:
         """Return the lines of ``data``, which ends with a line end, ready to be logged. Drop those past the meter.
 
         Go past the meter by ``beyond`` bytes at most.
@@ -236,7 +240,7 @@ class _ConfinementLog:
         if not heard or (self.is_full and not beyond):
             self.dropped += data.count(b"\n")
             return []
-        most = self._left + beyond
+        most = self.left + beyond
         # Decode no more than can be logged: a line takes at least its own length.
         longest = max(0, int(most)) + LONGEST_LINE
         taken = data if len(data) <= longest else data[: data.rfind(b"\n", 0, longest) + 1]
@@ -253,20 +257,20 @@ class _ConfinementLog:
             size += cost
             texts.append(text)
             count += last
-        self._left -= size
+        self.left -= size
         dropped = data.count(b"\n") - count
-        if dropped or self._left < 0:
+        if dropped or self.left < 0:
             self.is_full = True
             self.dropped += dropped
-        return [_Lines(self, "".join(texts).encode(), count)] if texts else []
+        return [Lines(self, "".join(texts).encode(), count)] if texts else []
 
-    def take_notice(self) -> list[_Lines]:
+    def take_notice(self) -> list[Lines]:
         """Return the line that says how many lines were dropped; none if there is nothing to say."""
         if not self.dropped:
             return []
         text = f"{self.prefix}… {self.dropped:,} line{'s' * (self.dropped != 1)} dropped\n"
         self.dropped = 0
-        return [_Lines(self, text.encode(), 0)]
+        return [Lines(self, text.encode(), 0)]
 
 
 def _pieces(data: bytes) -> Iterator[tuple[str, bool]]:
@@ -286,6 +290,8 @@ class OutputReader:
     Names of modules are looked up when used, so that under gevent the thread is a greenlet and yields.
     """
 
+    cpu_share, cpu_burst = CPU_SHARE, _CPU_BURST
+
     def __init__(self, log: Log = standard_error) -> None:
         self._log = log
         self._lock = threading.Lock()
@@ -296,18 +302,21 @@ class OutputReader:
         self._added: deque[OutputPipe] = deque()
         self._ended: deque[OutputPipe] = deque()
         #: By the name of the confinement. Guarded by the lock.
-        self._logs: dict[str, _ConfinementLog] = {}
+        self._logs: dict[str, ConfinementLog] = {}
         # Only for the thread:
         self._pipes: dict[int, OutputPipe] = {}
         #: Pipes that nobody can write to any more, until their executor has ended.
         self._silent: set[OutputPipe] = set()
-        self._cpu_left = _CPU_BURST
+        self._cpu_left = self.cpu_burst
         self._cpu_since = time.monotonic()
         #: Since when the log takes nothing (`time.monotonic`); None if it does.
         self._deaf_since: float | None = None
 
-    def open(self, name: str, policy: str, key: str | None) -> OutputPipe:
-        """Return a new pipe for an executor of the confinement ``name``. Raises `KernelError`, OSError."""
+    def open(self, name: str, policy: str, key: str | None, *, own_user: bool = True) -> OutputPipe:
+        """Return a new pipe for an executor of the confinement ``name``. Raises `KernelError`, OSError.
+
+        ``own_user``: its code runs as another user than the server.
+        """
         with self._lock:
             if self._closing.is_set():
                 raise BrokenPipeError(errno.EPIPE, "closed")
@@ -316,13 +325,19 @@ class OutputReader:
             log = self._logs.get(name)
             if log is None:
                 self._logs = {of: one for of, one in self._logs.items() if not one.is_idle}
-                log = _ConfinementLog(policy, key)
-            pipe = OutputPipe(log)
+                log = self._new_log(policy, key)
+            pipe = self._new_pipe(log, own_user=own_user)
             self._logs[name] = log
             log.pipes += 1
             self._added.append(pipe)
         self._wake_up()
         return pipe
+
+    def _new_log(self, policy: str, key: str | None) -> ConfinementLog:
+        return ConfinementLog(policy, key)
+
+    def _new_pipe(self, log: ConfinementLog, *, own_user: bool) -> OutputPipe:  # noqa: ARG002 - of a subclass
+        return OutputPipe(log)
 
     def _start(self) -> None:
         wake = descriptors.event_counter()
@@ -398,7 +413,7 @@ class OutputReader:
             os.eventfd_read(self._wake)
         return [pipe for descriptor, pipe in self._pipes.items() if descriptor in ready]
 
-    def _all_logs(self) -> list[_ConfinementLog]:
+    def _all_logs(self) -> list[ConfinementLog]:
         with self._lock:
             return list(self._logs.values())
 
@@ -412,7 +427,7 @@ class OutputReader:
             heard = self._is_heard(descriptor, last=last)
             if heard is None:
                 return  # the log may take lines soon; meanwhile writers wait when their pipe is full
-            lines: list[_Lines] = []
+            lines: list[Lines] = []
             until = time.thread_time() + _ROUND
             while self._ended and (last or time.thread_time() < until):
                 lines += self._read_last(self._ended.popleft(), heard=heard)
@@ -436,7 +451,7 @@ class OutputReader:
                         lines += log.take_notice()
             self._write(descriptor, lines)
 
-    def _read_last(self, pipe: OutputPipe, *, heard: bool) -> list[_Lines]:
+    def _read_last(self, pipe: OutputPipe, *, heard: bool) -> list[Lines]:
         if pipe.ended:
             return []
         self._pipes.pop(pipe.reader, None)
@@ -455,7 +470,7 @@ class OutputReader:
         self._deaf_since = self._deaf_since or now
         return False if last or now - self._deaf_since > PATIENCE else None
 
-    def _write(self, descriptor: int, lines: list[_Lines]) -> None:
+    def _write(self, descriptor: int, lines: list[Lines]) -> None:
         """Write lines to the log. Count as dropped what it does not take."""
         until = time.monotonic() + _SHORT_PATIENCE
         for number, some in enumerate(lines):
@@ -475,9 +490,10 @@ class OutputReader:
     def _pause_after(self, spent: float) -> float:
         """Return how long to pause after a round that took so many seconds of CPU time."""
         now = time.monotonic()
-        self._cpu_left = min(_CPU_BURST, self._cpu_left + (now - self._cpu_since) * CPU_SHARE) - spent
+        saved = self._cpu_left + (now - self._cpu_since) * self.cpu_share
+        self._cpu_left = min(self.cpu_burst, saved) - spent
         self._cpu_since = now
-        return min(max(_PAUSE, -self._cpu_left / CPU_SHARE), _LONGEST_PAUSE)
+        return min(max(_PAUSE, -self._cpu_left / self.cpu_share), _LONGEST_PAUSE)
 
 
 def _is_writable(descriptor: int, timeout: float) -> bool:

@@ -34,8 +34,16 @@ from rcon_plugins.executors.executor import USABLE, Executor, Monitored, State
 from rcon_plugins.executors.fork_server import ForkServer
 from rcon_plugins.executors.inside import CONFINED_RECORD, Service, Template, ending_of
 from rcon_plugins.executors.oom import OomGuard
-from rcon_plugins.executors.orders import ExitReport, KillOrder, Order, SignalOrder, SpawnOrder
+from rcon_plugins.executors.orders import (
+    ExitReport,
+    KillOrder,
+    Order,
+    SignalOrder,
+    SpawnOrder,
+    has_own_user,
+)
 from rcon_plugins.executors.output import Log, OutputPipe, OutputReader, standard_error
+from rcon_plugins.executors.records import RecordLog, RecordReader
 from rcon_plugins.executors.supervisor import Supervisor
 from rcon_plugins.kernel import descriptors, fork_hooks, process
 from rcon_plugins.kernel.attempts import FIRST_PAUSE, Attempts
@@ -164,8 +172,9 @@ class ProcessExecutors:
 
         Each new executor process calls ``after_fork``, for libraries that need a call after a fork. ``server_files``
         are descriptors of the server's own files, which confined code must not have. ``log`` receives the output of
-        executors with a user of their own. ``threads`` are the names of the application's threads, which do not exist
-        in executors: the log says so, unless fork hooks start them again. Raises `KernelError`.
+        executors with a user of their own; a `RecordLog` receives the log records and the output of all. ``threads``
+        are the names of the application's threads, which do not exist in executors: the log says so, unless fork hooks
+        start them again. Raises `KernelError`.
 
         The fork hooks of the application (`os.register_at_fork`) that a parent calls run here, and those for a child in
         each new executor process, when it is confined.
@@ -190,14 +199,22 @@ class ProcessExecutors:
                     if pid == 0:
                         undo.pop_all()
                         ours.close()
-                        template = Template(self._instance, self._hook, service, after_fork, hooks, collects)
+                        template = Template(
+                            self._instance,
+                            self._hook,
+                            service,
+                            after_fork,
+                            hooks,
+                            collects,
+                            log if isinstance(log, RecordLog) else None,
+                        )
                         ForkServer(theirs, self._host, template, server_files).run()
             except OSError as error:
                 raise failure(error, "the fork server") from error
             undo.pop_all()
         theirs.close()
         self._server, self._control = pid, ours
-        self._output = OutputReader(log)
+        self._output = RecordReader(log) if isinstance(log, RecordLog) else OutputReader(log)
         self._supervisor, self._oom = supervisor, oom
         try:
             oom.start(supervisor)
@@ -280,9 +297,10 @@ class ProcessExecutors:
 
     def _open_output(self, order: SpawnOrder) -> OutputPipe | None:
         """Return a pipe for the output of an executor; None if it keeps that of the server, whose user it has."""
-        if order.identity is None or order.identity.uid == os.geteuid():
+        own_user = has_own_user(order)
+        if not own_user and not isinstance(self._output, RecordReader):
             return None
-        return self._output.open(order.name, order.policy.name, self._key_of(order.name))
+        return self._output.open(order.name, order.policy.name, self._key_of(order.name), own_user=own_user)
 
     def _make_cgroup(self, order: SpawnOrder) -> Cgroup:
         """Make ``work/<name>/<leaf>`` and write all limits.

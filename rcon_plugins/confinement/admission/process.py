@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.executors.executor import SOFT_MEMORY, SOFT_TIME
 from rcon_plugins.executors.oom import REASON as OOM_REASON
 from rcon_plugins.executors.process import DEATH_SECONDS
+from rcon_plugins.executors.records import RecordPipe
 from rcon_plugins.kernel.cgroup import Reading, Resources
 from rcon_plugins.kernel.events import watcher_of_process
 from rcon_plugins.kernel.files import gone
@@ -130,6 +131,12 @@ class ProcessAdmission(Admission):
     def executor_pid(self) -> int:
         """The pid of the executor process."""
         return self._executor.pid
+
+    def label_records(self, number: bytes, fields: Mapping[str, str]) -> None:
+        """Have log records that the work sends with this number carry these fields, in the caller's context."""
+        output = self._executor.output
+        if isinstance(output, RecordPipe):
+            output.label(number.hex(), fields)
 
     def leaves_threads(self) -> None:
         """Note that threads of the work still run in its process. They count as left behind, like processes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,20 @@ def test_output_of_tasks_is_logged_with_the_policy_and_the_key(
     try:
         with closing(app):
             until(lambda: READY in log(), 60)
-            assert Session(worker, app, url).get("say", 7) == ["pipe", "pipe"]
+            session = Session(worker, app, url)
+            sent = session.send("say", 7)
+            assert session.wait(sent) == ["pipe", "pipe"]
             wanted = ("printed 7", "logged 7", "written 7", "from a program 7")
 
             def said() -> list[str]:
                 return [line for line in log().splitlines() if line.endswith(wanted)]
 
             until(lambda: len(said()) >= len(wanted), 20)
-            assert all(line.startswith("[user say] ") for line in said())
+            head = r"\[[^\]]+: WARNING/[\w-]+\] "
+            of_task = rf"say\[{sent.id}\]: "
+            for line in said():
+                task = of_task if line.endswith("logged 7") else ""
+                assert re.match(rf"{head}{task}\[user say\] ", line), line
             assert len(said()) == len(wanted)
     finally:
         worker.stop()
