@@ -247,6 +247,37 @@ def test_a_command(manager: Path) -> None:
     )
 
 
+def test_commands_in_scopes_of_their_own_share_a_group(manager: Path) -> None:
+    """The group is in the scope of the first command. It goes with the last one, and the scopes do."""
+    streams = [[RUNTIME / f"out-{number}", RUNTIME / f"err-{number}"] for number in range(2)]
+    ready, go = RUNTIME / "ready", RUNTIME / "go"
+    limits = ["run", "--in", "build", "--pids", "40", "--"]
+
+    def begin(command: list[str], number: int) -> int:
+        child = os.fork()
+        if child == 0:
+            become_rcon([*limits, *command], streams[number])
+        return child
+
+    def act() -> list[int]:
+        waits = f"touch {ready}; until [ -e {go} ]; do sleep 0.1; done"
+        first = begin(["sh", "-c", waits], 0)
+        eventually(ready.exists)
+        second = begin(["cat", "/proc/self/cgroup"], 1)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])]
+        go.touch()
+        return [*statuses, os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])]
+
+    statuses = in_a_terminal(manager, act)
+    assert [err.read_text() for _, err in streams] == ["", ""]
+    assert statuses == [0, 0]
+    assert re.fullmatch(
+        r"0::\S+/app.slice/rcon-\S+\.scope/rcon-in-build/rcon-\S+/work/cat-\d+/main\n",
+        streams[1][0].read_text(),
+    )
+    eventually(lambda: not list(SLICE.rglob("rcon-*")))
+
+
 def test_a_scope_that_the_manager_may_not_fill_is_refused(manager: Path) -> None:
     """Only pid 1 could move a process from outside into the manager's tree, and pid 1 is not systemd here."""
     session = SLICE / "session-1.scope"
