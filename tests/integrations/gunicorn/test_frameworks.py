@@ -161,11 +161,10 @@ def connections_of(database: Path) -> int:
 @pytest.mark.parametrize("module", ["psycopg_app", "django_app"])
 def test_connections_of_postgresql(tmp_path: Path, database: Path, module: str) -> None:
     """Each executor process has one, also where the application connected while it was loaded."""
-    environ = {"PGHOST": str(database), "PGUSER": "tenant"}
     recipe = RECIPES[module]
     RECIPES[module] = recipe.replace("/run/postgresql", str(database))
     try:
-        with server(tmp_path, module, **environ) as gunicorn:
+        with server(tmp_path, module, PGHOST=str(database), PGUSER="tenant") as gunicorn:
             at_load = 1 if module == "django_app" else 0  # that of the worker
             for _ in range(5):
                 assert gunicorn.get("/").body == b"42"
@@ -220,10 +219,11 @@ def test_prometheus_client(tmp_path: Path) -> None:
     directory = tmp_path / "metrics"
     directory.mkdir()
     directory.chmod(0o1777)
-    environ = {"PROMETHEUS_MULTIPROC_DIR": str(directory)}
     more = METRICS.format(directory=directory)
     keep = f'keep_files = ["{directory}"]'
-    with server(tmp_path, "metrics_app", started=False, more=more, keep=keep, **environ) as gunicorn:
+    with server(
+        tmp_path, "metrics_app", started=False, more=more, keep=keep, PROMETHEUS_MULTIPROC_DIR=str(directory)
+    ) as gunicorn:
         before = figures(gunicorn)["shop_requests_total"]
         pids = {gunicorn.get(path).body for _ in range(500) for path in ("/root", "/other")}
         assert len(pids) > 900, "the kernel gives a pid again when it has gone around"

@@ -25,10 +25,8 @@ policy = "free"
 """
 SETTINGS = 'executor_started = "served:started"\n' + FREE
 REFUSED = "rcon: the reload is refused, the old workers go on: "
-REASON = (
-    "policy free: no executor process can serve: executor_started 'served:started' raised RuntimeError: "
-    "no database"
-)
+RAISED = "executor_started 'served:started' raised RuntimeError: no database"
+REASON = f"policy free: no executor process can serve: {RAISED}"
 SYNC = ("--worker-class", "sync", "--workers", "2")
 CLASSES = {
     "sync": SYNC,
