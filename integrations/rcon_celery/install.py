@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from rcon_celery.handlers import Handlers, Side
 from rcon_celery.pool_process import PoolProcess
 from rcon_celery.retry.attempt import RetryPolicy
 from rcon_celery.task_annotations import Annotations, TaskCode
+from rcon_celery.termination import killing_request
 from rcon_celery.worker import ConfinedTasks, ConfinedWorker, pool_of, start_step
 from rcon_plugins.errors import SettingsError
 from rcon_plugins.settings.file import Settings, load
@@ -93,6 +95,20 @@ class Installation:
         self._codes[cls.name] = code
         return True
 
+    def request_class(self, own: object) -> type:
+        """Return the class of the requests of a task, made from its own."""
+        return killing_request(own, self)
+
+    def kill(self, task: Any, task_id: str, ending: Exception) -> bool:
+        """Kill the body of a task if this process runs it in an executor process; return whether it does.
+
+        With prefork, Celery kills the process of the pool, and the body ends with that.
+        """
+        process = self.runner
+        if process is None or process.is_of_pool or task.name not in self._codes:
+            return False
+        return process.running_tasks.kill(task_id, ending)
+
     def confines(self, task: Any) -> bool:
         """Return whether this process passes the body of this task on to its runner."""
         return (
@@ -131,6 +147,7 @@ class Installation:
         self.runner = self._process
         if not self.runner.is_of_pool:
             self.runner.start()
+            atexit.register(self.runner.close)  # before the worker's own, which removes all cgroups
 
     def _start_pool_process(self, **_: object) -> None:
         if self.runner is not None and self.runner.is_of_pool:
@@ -150,6 +167,9 @@ class Installation:
     def _close_worker_first(self, **_: object) -> None:
         if self.worker is not None:
             self.worker.close_before_restart()
+        if self._process is not None and not self._process.is_of_pool:
+            atexit.unregister(self._process.close)
+            atexit.register(self._process.close)
 
     def _settings(self) -> Settings:
         """Return the settings. Read the file again. Raises `SettingsError`."""

@@ -18,6 +18,7 @@ from rcon_celery.call import SoftTimeLimit, run_in_process, run_in_thread, work_
 from rcon_celery.retry.attempt import Attempt, ForkServerLost, RetryPolicy
 from rcon_celery.retry.lease import Heartbeat
 from rcon_celery.service import TaskService
+from rcon_celery.termination import RunningTasks
 from rcon_plugins.confinement.admission import ProcessAdmission
 from rcon_plugins.confinement.running import RunningManager
 from rcon_plugins.errors import (
@@ -76,6 +77,7 @@ class PoolProcess:
         #: Whether a policy has keys of a `RetryPolicy`.
         self._policies_retry = False
         self._heartbeat = Heartbeat()
+        self.running_tasks = RunningTasks()
         self.accepted: Mapping[str, str] = {}
         #: Whether the fork server ended before `close`.
         self.is_lost = False
@@ -161,15 +163,17 @@ class PoolProcess:
     ) -> Any:
         try:
             admission = self._admit(task, work, attempt)
-            if admission is None:
-                body = partial(code.execute, task, args, kwargs)
-                return self._handlers.call(task, args, kwargs, body, outside_too=True)
+            process = admission if isinstance(admission, ProcessAdmission) else None
             try:
-                if isinstance(admission, ProcessAdmission):
-                    return run_in_process(task, admission, args, kwargs, self)
-                return run_in_thread(task, code, admission, args, kwargs, self._handlers)
+                with self.running_tasks.running(task.request.id, process):
+                    if isinstance(admission, ProcessAdmission):
+                        return run_in_process(task, admission, args, kwargs, self)
+                    if admission is None:
+                        body = partial(code.execute, task, args, kwargs)
+                        return self._handlers.call(task, args, kwargs, body, outside_too=True)
+                    return run_in_thread(task, code, admission, args, kwargs, self._handlers)
             finally:
-                outcome = admission.outcome
+                outcome = admission.outcome if admission is not None else None
                 if outcome is not None:
                     results.record(task, outcome, send_event=self._worker.sends_events)
         except MemoryLimitExceeded as error:

@@ -58,6 +58,9 @@ class Host(Protocol):
     def register(self, cls: type, code: TaskCode) -> bool:
         """Note the class and code of a task; return False for a task that is never confined."""
 
+    def request_class(self, own: object) -> type:
+        """Return the class of the requests of a task, made from its own."""
+
 
 class Annotations:
     """The application's own annotations, together with those of this package."""
@@ -72,6 +75,7 @@ class Annotations:
         code = _code_of(cls, {**found, **dict(self.annotate_any() or {})})
         if self._host.register(cls, code):
             found |= {"__call__": _call(self._host, code), "run": _run(self._host, cls, code)}
+            found["Request"] = self._host.request_class(found.get("Request") or cls.Request)
         return found or None
 
     def annotate_any(self) -> dict[str, Any] | None:

@@ -168,15 +168,44 @@ def nothing_runs(session: Session, name: str) -> None:
     until(lambda: not any(alive(int(pid)) for line in session.log(name) for pid in line.split()))
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
-def test_revoked(sessions: Sessions, number: str) -> None:
-    with sessions(concurrency=1) as session:
+def test_revoked(sessions: Sessions, number: str, pool: str) -> None:
+    with sessions(pool=pool, concurrency=1) as session:
         result = session.send("stay", "revoked")
         until(lambda: bool(session.log("revoked")))
         result.revoke(terminate=True, signal=number)
         with pytest.raises(TaskRevokedError):
             result.get(timeout=60)
         nothing_runs(session, "revoked")
+        assert session.get("where")["confined"]
+        session.worker.stop()
+        assert result.state == "REVOKED"
+
+
+@pytest.mark.parametrize("pool", ["threads", "gevent"])
+def test_revoked_while_others_run(sessions: Sessions, gate: Gate, pool: str) -> None:
+    """Only its own body is killed. A task that has not begun does not begin."""
+    with sessions(pool=pool, concurrency=2) as session:
+        kept = session.send("late", "kept", str(gate.path))
+        result = session.send("stay", "revoked")
+        until(lambda: bool(session.log("revoked")) and len(begins(session, "kept")) == 1)
+        waiting = session.send("stay", "waiting")
+        reserved = session.app.control.inspect()
+        until(
+            lambda: any(
+                one["id"] == waiting.id for some in (reserved.reserved() or {}).values() for one in some
+            )
+        )
+        waiting.revoke(terminate=True)
+        result.revoke(terminate=True)
+        for one in (result, waiting):
+            with pytest.raises(TaskRevokedError):
+                one.get(timeout=60)
+        nothing_runs(session, "revoked")
+        gate.open()
+        assert kept.get(timeout=60) == "done"
+        assert session.log("waiting") == []
         assert session.get("where")["confined"]
 
 
@@ -203,8 +232,25 @@ def test_warm_shutdown_waits(sessions: Sessions, gate: Gate, pool: str) -> None:
         assert not any(path.exists() for path in directories)
 
 
-def test_cold_shutdown(sessions: Sessions) -> None:
-    with sessions(concurrency=1) as session:
+@pytest.mark.parametrize("pool", ["threads", "gevent", "solo"])
+def test_cold_shutdown_returns_a_task_that_is_acknowledged_late(
+    sessions: Sessions, gate: Gate, pool: str
+) -> None:
+    with sessions(pool=pool, concurrency=1) as session:
+        result = session.send("late", "cold", str(gate.path))
+        until(lambda: len(begins(session, "cold")) == 1)
+        session.worker.signal(signal.SIGQUIT)
+        until(lambda: session.worker.process.poll() is not None)
+        assert not alive(int(begins(session, "cold")[0][0]))
+        gate.open()
+        with sessions(pool=pool, concurrency=1, url=session.url) as other:
+            restore(other)
+            assert result.get(timeout=60) == "done"
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
+def test_cold_shutdown(sessions: Sessions, pool: str) -> None:
+    with sessions(pool=pool, concurrency=1) as session:
         session.send("stay", "cold")
         until(lambda: bool(session.log("cold")))
         directories, everybody = session.worker.cgroups(), session.worker.family()

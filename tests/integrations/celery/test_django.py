@@ -35,7 +35,7 @@ policy = "shop"
 """
 
 
-class ShopWorker(NamedTuple):
+class DjangoWorker(NamedTuple):
     """A worker of the project, its producer, and its database."""
 
     worker: Worker
@@ -62,7 +62,7 @@ class ShopWorker(NamedTuple):
         return [pid for (pid,) in found]
 
 
-Opener = Callable[..., contextlib.AbstractContextManager[ShopWorker]]
+Opener = Callable[..., contextlib.AbstractContextManager[DjangoWorker]]
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,9 @@ def opener(
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
     @contextlib.contextmanager
-    def open_shop(
+    def open_worker(
         *arguments: str, confined: bool = True, pool: str = "prefork", concurrency: int = 2, **environ: str
-    ) -> Iterator[ShopWorker]:
+    ) -> Iterator[DjangoWorker]:
         directory = folder / str(next(numbers))
         directory.mkdir()
         database, url = postgres_server.database(template), redis_server.database()
@@ -94,26 +94,26 @@ def opener(
         worker = Worker(directory, SITE, *arguments, pool=pool, concurrency=concurrency, environ=environ)
         app = celery.Celery("producer", broker=url, backend=url, set_as_current=False)
         with closing(app), worker:
-            yield ShopWorker(worker, app, postgres_server, database)
+            yield DjangoWorker(worker, app, postgres_server, database)
 
-    return open_shop
+    return open_worker
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["confined", "plain"])
-def shop(opener: Opener, request: pytest.FixtureRequest) -> Iterator[ShopWorker]:
+def shop(opener: Opener, request: pytest.FixtureRequest) -> Iterator[DjangoWorker]:
     """A worker, confined and not: what plain Celery does, a confined worker does too."""
     with opener(confined=request.param) as shop:
         yield shop
 
 
-def test_each_task_has_a_new_connection(shop: ShopWorker) -> None:
+def test_each_task_has_a_new_connection(shop: DjangoWorker) -> None:
     """With ``CONN_MAX_AGE = 0`` Celery closes the connections before and after each task."""
     sessions = [shop.get("count")[2] for _ in range(4)]
     assert len(set(sessions)) == 4
     until(lambda: not shop.sessions(), 10)
 
 
-def test_after_a_restart_of_the_database_only_tasks_under_way_fail(shop: ShopWorker) -> None:
+def test_after_a_restart_of_the_database_only_tasks_under_way_fail(shop: DjangoWorker) -> None:
     results = [shop.send("count", 0.02) for _ in range(100)]
     until(lambda: sum(result.ready() for result in results) >= 30)
     under_way = shop.postgres.end_sessions(shop.database)
@@ -124,7 +124,7 @@ def test_after_a_restart_of_the_database_only_tasks_under_way_fail(shop: ShopWor
     assert len(answers) == 100
 
 
-def test_no_transaction_crosses_from_one_task_to_another(shop: ShopWorker) -> None:
+def test_no_transaction_crosses_from_one_task_to_another(shop: DjangoWorker) -> None:
     before = shop.get("count")[0]
     for number in range(4):
         seen, _, _ = shop.get("leave_open", f"never {number}")
@@ -135,7 +135,7 @@ def test_no_transaction_crosses_from_one_task_to_another(shop: ShopWorker) -> No
     assert shop.get("count")[0] == before + 1
 
 
-def test_the_body_sees_what_handlers_of_prerun_set(shop: ShopWorker) -> None:
+def test_the_body_sees_what_handlers_of_prerun_set(shop: DjangoWorker) -> None:
     for language in ("de", "en", "de"):
         task, seen, spoken = shop.get("context", headers={"language": language})
         assert (seen, spoken) == (task, language)
