@@ -386,11 +386,21 @@ def _log(one: _Record) -> None:
     """Pass a record to the handlers of its logger, and of those above it, in the context of its work."""
     call: Callable[..., Any] = one.label.context.run if one.label is not None else _call
     logger: logging.Logger | None = one.via
+    found = False
     while logger is not None:
         for handler in logger.handlers:
+            found = True
             if one.record.levelno >= handler.level:
-                call(handler.handle, one.record)
+                try:
+                    call(handler.handle, one.record)
+                except Exception:  # noqa: BLE001 - a handler of the application; the others get the record
+                    handler.handleError(one.record)
         logger = logger.parent if logger.propagate else None
+    if (
+        not found and one.record.levelno >= logging.WARNING
+    ):  # as `logging.lastResort`; sys.stderr may be a logger
+        with contextlib.suppress(OSError):
+            posix.write(2, f"{one.record.getMessage()}\n".encode(errors="backslashreplace"))
 
 
 def _call(function: Callable[[Any], Any], argument: object) -> None:

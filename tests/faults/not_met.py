@@ -80,8 +80,9 @@ NOT_MET = {
     "executors.channel:Channel.refuse": "the response of an HTTP request: tests/integrations/wsgi",
     "executors.fork_server:ForkServer._make_child": "where no process can begin in its cgroup: test_fork_hooks.py",
     "executors.inherited:InheritedFiles.__init__:open": "standard streams of Python under other descriptors",
-    "executors.inherited:InheritedFiles.replace:os.dup2#4": _RARE,
+    "executors.inherited:InheritedFiles.replace:os.dup2#3": _RARE,
     "executors.process:ProcessExecutors._end_server:os.kill": _RARE,
+    "executors.records:_log:posix.write": "a server whose loggers have no handler: test_records.py",
     "identity.userdb:group_named": "a group by its name; one user by name stands for both",
 }
 

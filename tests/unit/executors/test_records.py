@@ -167,3 +167,30 @@ def test_labels_are_bounded() -> None:
     assert pipe.label_of("36") is not None
     for descriptor in (pipe.reader, pipe.writer):
         os.close(descriptor)
+
+
+def test_without_a_handler_a_warning_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    host = Host("tests.records.bare", own_user=False)
+    host.logger.removeHandler(host.kept)
+    host.send(message="nobody logs this")
+    host.send(message="too low", level=20)
+    host.pipe.close_writer()
+    host.reader.finish(host.pipe)
+    host.reader.close()
+    assert capfd.readouterr().err == "nobody logs this\n"
+
+
+def test_a_handler_that_fails_keeps_no_other_from_the_record(capfd: pytest.CaptureFixture[str]) -> None:
+    class Failing(logging.Handler):
+        def handle(self, record: logging.LogRecord) -> bool:
+            raise OSError("the log is full")
+
+    host = Host("tests.records.failing", own_user=False)
+    host.logger.handlers.insert(0, Failing())
+    host.send(message="once")
+    host.send(message="twice")
+    assert [host.record().getMessage(), host.record(1).getMessage()] == ["once", "twice"]
+    host.pipe.close_writer()
+    host.reader.finish(host.pipe)
+    host.reader.close()
+    assert "the log is full" in capfd.readouterr().err
