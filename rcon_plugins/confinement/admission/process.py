@@ -177,7 +177,7 @@ class ProcessAdmission(Admission):
         else:
             left_behind = self._left_behind() if unfit == _LEFT_BEHIND else 0
             self._replace(unfit)
-        if ending == "ok" and not usage.oom_kills:
+        if ending == "ok" and not (usage.oom_kills or left_behind):
             return self._conclude(ending, usage, detail=detail)
         end = End(ending, "max_result" if ending == "result" else None, detail=detail)
         if ending == "error" and (hit := self._pids_limit_hit(reading)) is not None:
