@@ -29,7 +29,7 @@ from celery.exceptions import Reject, SoftTimeLimitExceeded
 from celery.signals import worker_process_init, worker_process_shutdown, worker_shutdown
 from celery.utils.log import get_task_logger
 
-from rcon_celery import confined, expand, install, wire
+from rcon_celery import confined, expand, handler_side, install, wire
 from rcon_plugins.errors import MemoryLimitExceeded, SoftMemoryLimitExceeded
 from rcon_plugins.executors.channel import Channel
 
@@ -82,7 +82,8 @@ def make(
     if "RCON_TEST_SPAWN" in os.environ:
         app.conf.worker_pool_start_method = "spawn"
     if CANNOT_REMOVE in os.environ:
-        worker_process_shutdown.connect(become_nobody, weak=False)
+        # An executor process has no right to do that.
+        worker_process_shutdown.connect(handler_side("outside")(become_nobody), weak=False)
         worker_shutdown.connect(become_nobody, weak=False)
     if SLOW_START in os.environ:
         worker_process_init.connect(start_slowly, weak=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,32 @@ def test_a_process_serves_many_or_one(session: Session) -> None:
 
 
 def test_task_has_no_descriptor_of_the_worker(session: Session) -> None:
-    """Sockets without a peer stand in for sockets. With gevent the executor has an event loop of its own."""
+    """Sockets without a peer stand in for sockets. With gevent the executor has an event loop of its own.
+
+    The one pipe is that of its own output, by the descriptors 1, 2 and one for log records.
+    """
     found = session.get("files")
     assert found
-    for not_for_tasks in ("TCP", "pipe:", "landlock", "pidfd", "pymp-", "/sys/fs/cgroup"):
+    for not_for_tasks in ("TCP", "landlock", "pidfd", "pymp-", "/sys/fs/cgroup"):
         assert not [name for name in found if not_for_tasks in name], found
+    pipes = [name for name in found if "pipe:" in name]
+    assert len(pipes) == 3, found
+    assert len(set(pipes)) == 1, found
+    for pid in session.worker.family():
+        held = {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()}
+        if pid not in session.executors() and pipes[0] in held:
+            # The process that reads it, and none that could write to it.
+            assert set(modes(pid, pipes[0])) == {os.O_RDONLY}, found
+
+
+def modes(pid: int, link: str) -> list[int]:
+    """Return how a process has opened a file, by its descriptors."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        if str(entry.readlink()) == link:
+            text = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text()
+            found.append(int(text.split("flags:")[1].split()[0], 8) & os.O_ACCMODE)
+    return found
 
 
 def test_concurrency_makes_tasks_wait(session: Session) -> None:
