@@ -117,13 +117,22 @@ def run_executor(
             end()
         if order.policy.leave_children and os.getpid() == me:
             _let_threads_go_on(lasting)
-    except BaseException:  # noqa: BLE001 - this process ends: print any exception
+    except BaseException as error:  # noqa: BLE001 - this process ends: print any exception
         if os.getpid() == me:
             traceback.print_exc()
+            if isinstance(error, SystemExit):
+                status = exit_status(error)
     finally:
         if os.getpid() == me:
             _flush()
         os._exit(status)
+
+
+def exit_status(error: SystemExit) -> int:
+    """Return the status with which Python ends a process that this exception reached, 0 to 255."""
+    if error.code is None:
+        return 0
+    return error.code & 0xFF if isinstance(error.code, int) else 1
 
 
 def ending_of(service: Service) -> Callable[[], object] | None:

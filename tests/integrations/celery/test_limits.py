@@ -68,7 +68,7 @@ def test_pids(session: Session) -> None:
 @pytest.mark.parametrize(
     ("how", "message", "number"),
     [
-        ("exit", "die: process exited with status 70", None),
+        ("exit", "die: process exited with status 3", None),
         ("abort", "die: process ended by SIGABRT (Aborted)", 6),
         ("kill", "die: process ended by SIGKILL (Killed)", 9),
     ],
