@@ -158,7 +158,10 @@ def _exchange(
         payload, data = codec.encode_task(task, task.request, args, kwargs, host.accepted, contexts.carried())
         handlers.begin(task.request)
         admission.label_records(number, {"task_id": str(task.request.id), "task_name": task.name})
-        wire.send(channel, wire.TASK, wire.TaskHead(number, task.name, payload, max_result), data)
+        leave_children = admission.policy.leave_children
+        wire.send(
+            channel, wire.TASK, wire.TaskHead(number, task.name, payload, max_result, leave_children), data
+        )
         head, answered = wire.receive_answer(channel, number, max_result)
         answer = codec.decode(head.payload, answered, host.accepted)
         if not isinstance(answer, dict):

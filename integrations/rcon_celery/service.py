@@ -18,7 +18,7 @@ from celery._state import _task_stack
 from celery.app.task import Task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
-from rcon_celery import codec, contexts, results, task_annotations, wire
+from rcon_celery import child_processes, codec, contexts, results, task_annotations, wire
 from rcon_celery.decoding_cost import TooCostly
 from rcon_celery.handlers import Ended, Handlers
 from rcon_celery.results import BackendTraits
@@ -84,7 +84,11 @@ class TaskService:
         content = codec.decode_trusted(head.payload, data)
         task = self._app.tasks[head.name]
         threads_before = set(threading.enumerate())
-        how, text, (payload, answer) = self._run(task, content, head.max_result)
+        try:
+            how, text, (payload, answer) = self._run(task, content, head.max_result)
+        finally:
+            if not head.leave_children:
+                child_processes.remove_folders()
         busy = threads_left(threads_before)
         wire.send(channel, wire.ANSWER, wire.AnswerHead(head.number, how, text, payload, busy), answer)
 
@@ -112,6 +116,7 @@ class TaskService:
         """Send the signal that a pool's process sends at its start, so that its handlers set up this process, too."""
         if self._greenlets:
             time.sleep(0.001)  # gevent closes files when its loop runs
+        child_processes.allow()
         self._celery_handlers.start_process(self._hostname)
 
     def _end(self) -> None:

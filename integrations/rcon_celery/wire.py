@@ -45,12 +45,17 @@ class Payload(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froze
 
 
 class TaskHead(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """A task to run. ``payload`` holds its arguments and request; ``max_result`` is the largest answer, in bytes."""
+    """A task to run.
+
+    ``payload`` holds its arguments and request; ``max_result`` is the largest answer, in bytes. ``leave_children``:
+    processes that the task started may go on after it.
+    """
 
     number: bytes
     name: str
     payload: Payload
     max_result: int
+    leave_children: bool = False
 
 
 class AnswerHead(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
