@@ -17,8 +17,8 @@ The modules, in the order in which a task passes them: `install` (an application
 `pool_process` (a process that runs tasks), `call`, `codec` and `wire` (one task, on its way to an executor process),
 `service` (the executor process), `results` (its outcome), ``retry/`` (the task's next attempt). `decorator` and
 `task_annotations` connect a task's code to them. `handlers` and `contexts` run the handlers of signals, and enter the
-contexts of tracers and loggers, beside the body. `termination` kills the body of a task that Celery terminates.
-`remote_control` sends commands to all workers.
+contexts of tracers and loggers, beside the body. `child_processes` lets a body start processes. `termination` kills the
+body of a task that Celery terminates. `remote_control` sends commands to all workers.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from celery.exceptions import TaskPredicate
 
 from rcon_celery import codec, contexts, handlers, wire
 from rcon_celery.results import BackendTraits
-from rcon_celery.retry.attempt import ForkServerLost
+from rcon_celery.retry.attempt import after_lost_process
 from rcon_plugins.errors import ConfinementError, Killed, LimitExceeded, MemoryLimitExceeded, RconError
 from rcon_plugins.executors.channel import ChannelClosed, ProtocolViolation
 from rcon_plugins.executors.executor import SOFT_TIME
@@ -171,10 +171,10 @@ def _exchange(
         raise _malformed(task, admission, violation) from None
     except ChannelClosed:
         outcome = admission.died()
-        if task.acks_late and outcome.ending == "killed" and host.is_lost:
-            # The broker still has the message, and the task may not be the cause.
-            raise ForkServerLost(outcome.detail) from None
-        raise _exception_of(outcome) from None
+        error = _exception_of(outcome)
+        if isinstance(error, Killed):
+            error = after_lost_process(task, error, with_fork_server=host.is_lost)
+        raise error from None
     except BaseException as error:
         # Do not wait: a pool that ends this process gives it a tenth of a second.
         admission.abandon(codec.sentence(error))

@@ -15,7 +15,7 @@ from celery.utils.log import get_logger, get_multiprocessing_logger, mlevel
 
 from rcon_celery import codec, log_lines, results
 from rcon_celery.call import SoftTimeLimit, run_in_process, run_in_thread, work_of
-from rcon_celery.retry.attempt import Attempt, ForkServerLost, RetryPolicy
+from rcon_celery.retry.attempt import Attempt, ProcessLost, RetryPolicy
 from rcon_celery.retry.lease import Heartbeat
 from rcon_celery.service import TaskService
 from rcon_celery.termination import RunningTasks
@@ -201,7 +201,7 @@ class PoolProcess:
                     raise
                 if failures == _ATTEMPTS:
                     if task.acks_late:
-                        raise ForkServerLost(str(error)) from None
+                        raise ProcessLost(str(error)) from None
                     raise
 
     def _started_manager(self, task: Any) -> RunningManager:

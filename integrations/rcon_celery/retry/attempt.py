@@ -30,12 +30,39 @@ _log = logging.getLogger("rcon")
 
 #: ``max_deaths`` if neither the task nor its policy sets it.
 _DEFAULT_MAX_DEATHS: Final = 3
-#: How many times to send a task without a retry policy again after its fork server was killed.
+#: How many times to send a task without a retry policy again after its process was lost.
 _MAX_LOST: Final = 10
 
 
-class ForkServerLost(Exception):
-    """Raised when the fork server ended during a task that is acknowledged late. The task may not be the cause."""
+class ProcessLost(Exception):
+    """Raised when the process of a task that is acknowledged late ended, and the task is to run again.
+
+    Its fork server ended, so the task may not be the cause, or the task has ``reject_on_worker_lost``.
+    """
+
+
+def after_lost_process(task: Any, error: Killed, *, with_fork_server: bool) -> Exception:
+    """Return the exception to raise after the process of a task ended, and no limit was the cause.
+
+    That is `Retry` for a task with ``retry_on_worker_lost``, as long as it has retries left, and `ProcessLost` for one
+    that is acknowledged late and has ``reject_on_worker_lost``, or whose fork server ended (``with_fork_server``): the
+    task may not be the cause of that. Otherwise it is the error itself.
+    """
+    if task.retry_on_worker_lost:
+        most = task.max_retries
+        if most is not None and task.request.retries >= most:
+            return error
+        pause = task.default_retry_delay
+        try:
+            redelivery.retry(task, pause)
+        except OperationalError as problem:
+            _log.warning("rcon: %s[%s] could not be retried: %s", task.name, task.request.id, problem)
+        else:
+            retry: Exception = Retry(exc=error, when=pause)
+            return retry
+    if task.acks_late and (with_fork_server or task.reject_on_worker_lost):
+        return ProcessLost(str(error))
+    return error
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,8 +150,8 @@ class Attempt:
         with lease.held():
             try:
                 yield
-            except ForkServerLost as error:
-                raise self._after_lost_server(str(error)) from None
+            except ProcessLost as error:
+                raise self._after_lost_process(str(error)) from None
 
     def back_to_queue(self, error: ConcurrencyLimitExceeded) -> Exception | None:
         """Send a task that did not begin back to its queue. Return the exception to raise; None if sending failed.
@@ -172,8 +199,8 @@ class Attempt:
         reject: Exception = Reject(str(problem), requeue=True)
         return reject
 
-    def _after_lost_server(self, detail: str) -> Exception:
-        """Return the exception to raise after the fork server ended while the task ran."""
+    def _after_lost_process(self, detail: str) -> Exception:
+        """Return the exception to raise after the process of the task was lost."""
         self.lost += 1
         most = _MAX_LOST if self._retry_policy is None else self._retry_policy.most_deaths
         if self.deaths + self.lost >= most:

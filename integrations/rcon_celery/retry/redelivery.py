@@ -80,6 +80,13 @@ def resend(task: Any, deaths: int, lost: int, reason: str | None = None, **optio
     return _send(task, headers, _NOT_COPIED | {REASON}, **options)
 
 
+def retry(task: Any, countdown: float) -> None:
+    """Send the message of the running task again as its next retry, as Celery does after it lost a process."""
+    request = task.request
+    signature = task.signature_from_request(request, countdown=countdown, retries=request.retries + 1)
+    signature.apply_async(add_to_parent=False)  # it is the same task, not a child of it
+
+
 def send_duplicate(task: Any, number: str, countdown: float, last_heartbeat: float | None) -> None:
     """Send the same message again, to be delivered after ``countdown`` seconds."""
     headers: dict[str, Any] = {DUPLICATE: number}
