@@ -15,6 +15,7 @@ from celery.utils.log import get_logger, get_multiprocessing_logger, mlevel
 
 from rcon_celery import codec, log_lines, results
 from rcon_celery.call import SoftTimeLimit, run_in_process, run_in_thread, work_of
+from rcon_celery.retry import due
 from rcon_celery.retry.attempt import Attempt, ProcessLost, RetryPolicy
 from rcon_celery.retry.lease import Heartbeat
 from rcon_celery.service import TaskService
@@ -154,6 +155,7 @@ class PoolProcess:
         if attempt.redelivered:
             self._worker.deployment.instance.end_orphans()  # it may still run for a process that is gone
         if not task.acks_late:
+            due.claim(task)
             return self._run_attempt(task, code, args, kwargs, work, attempt)
         with attempt.leased(self._heartbeat):
             return self._run_attempt(task, code, args, kwargs, work, attempt)

@@ -40,7 +40,7 @@ bytes_to_str: Any = _bytes_to_str  # has no types
 #: A run that takes longer than this many seconds stores its lease. The lease is kept as long as results are. If these
 #: are kept for ever, it is kept for so many seconds.
 _SHORT_RUN: Final = 1.0
-_KEPT: Final = 24 * 3600
+KEPT: Final = 24 * 3600
 #: The interval of heartbeats, and how long a lease lives after the last one, seconds. The clocks of workers may differ
 #: by the difference of the two.
 _HEARTBEAT, _LIFETIME = 5.0, 20.0
@@ -214,7 +214,7 @@ class Lease:
         backend, number = self._task.backend, os.urandom(8).hex()
         self._claim_suffix = f"-claim-{before.heartbeat if before is not None else 0}"
         key = self._key(self._claim_suffix)
-        if _is_redis(backend):
+        if is_redis(backend):
             return bool(backend.client.set(key, number, nx=True, ex=int(_LIFETIME)))
         # Other backends have no atomic claim: wait until each delivery had time to write; the last writer wins.
         self._store(key, number)
@@ -270,7 +270,7 @@ class Lease:
         backend = self._task.backend
         backend.set(key, text)
         if not backend.expires:
-            backend.expire(key, _KEPT)  # without an effect in backends where nothing expires
+            backend.expire(key, KEPT)  # without an effect in backends where nothing expires
 
     def _write(self, *, finished: bool) -> None:
         self._written = True
@@ -361,7 +361,7 @@ def _encoded(value: msgspec.Struct) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _is_redis(backend: Any) -> bool:
+def is_redis(backend: Any) -> bool:
     """Return whether results are in Redis, without importing its backend: the package may not be installed."""
     module = sys.modules.get("celery.backends.redis")
     return module is not None and isinstance(backend, module.RedisBackend)
