@@ -127,7 +127,7 @@ class Installation:
 
     def _start_worker(self, parent: Any) -> None:
         """Confine the tasks of Celery's worker ``parent``, which is starting. Raises `RconError`."""
-        pool = pool_of(parent.pool_cls, parent.pool_start_method)
+        pool = pool_of(parent.pool_cls, parent.pool_start_method, restarts=bool(parent.pool_restarts))
         settings = self._settings()
         tasks = self._confined_tasks(settings)
         worker = ConfinedWorker.start(settings, tasks, pool, parent.hostname, self._largest_memory())

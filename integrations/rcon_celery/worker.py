@@ -43,8 +43,10 @@ _POOLS: Final = {
 }
 
 
-def pool_of(pool_class: Any, start_method: str) -> Pool:
+def pool_of(pool_class: Any, start_method: str, *, restarts: bool = False) -> Pool:
     """Return how a pool's class runs tasks. Subclasses of Celery's own pools are accepted.
+
+    ``restarts``: remote control may reload modules and restart the pool.
 
     Raises `ConfinementError` for a pool whose tasks cannot be confined.
     """
@@ -64,6 +66,11 @@ def pool_of(pool_class: Any, start_method: str) -> Pool:
         raise ConfinementError(
             f'worker_pool_start_method = "{start_method}" cannot be confined: only forked processes share the limits '
             'of a worker; set it to "fork"'
+        )
+    if restarts and not pool.children:
+        raise ConfinementError(
+            "worker_pool_restarts = True cannot be confined with this pool: executor processes would keep the code "
+            "with which the worker started; use prefork (-P prefork), or set it to False and restart the worker"
         )
     return pool
 
