@@ -118,6 +118,7 @@ def judge_command(policy: Policy, hierarchy: Hierarchy, hook: pluggy.HookRelay) 
         return _of_no_disk(policy, error)
     refusals = _as_written(hierarchy.refusals(together))
     refusals += _as_written(hierarchy.refusals(each, within=together), "each.")
+    refusals += _soft_limits_of_others(policy)
     return Verdict(policy, "process", "it is a command", (*refusals, *privileges.refusals(policy)))
 
 
@@ -200,6 +201,11 @@ def _soft_limit_refusals(policy: Policy, server: Server, hierarchy: Hierarchy) -
             return []
         needed = hierarchy.refusals(Resources(memory_max=policy.each.memory_soft))
         return [refusal._replace(limit="each.memory_soft") for refusal in needed]
+    return _soft_limits_of_others(policy)
+
+
+def _soft_limits_of_others(policy: Policy) -> list[Refusal]:
+    """Return a refusal for each soft limit of a policy whose work is no task."""
     return [
         Refusal(
             f"each.{limit}",

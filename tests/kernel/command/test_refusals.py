@@ -212,3 +212,13 @@ def test_arguments_that_are_no_utf8_survive_in_json(tmp_path: Path) -> None:
     explain = [str(BIN / "capcon"), "explain", "--json", "--", "/bin/true", os.fsdecode(argument)]
     told = subprocess.run(explain, capture_output=True, check=True).stdout
     assert os.fsencode(json.loads(told)["command"][1]) == argument
+
+
+def test_a_soft_limit_of_a_policy_is_refused(tmp_path: Path) -> None:
+    """Only tasks can receive it. Nothing runs without a limit that its policy names."""
+    settings = tmp_path / "rcon.toml"
+    settings.write_text('[policy.a]\neach = { timeout = "20s", timeout_soft = "10s" }\n')
+    done = rcon("run", "--policy", "a", "--settings", str(settings), "--", "true")
+    assert done.status == 2
+    assert "each.timeout_soft" in done.err
+    assert "only Celery tasks can receive a soft limit (leave it out; each.timeout is enforced" in done.err
