@@ -206,7 +206,8 @@ def test_limits_that_v1_cannot_enforce_are_refused(hierarchy: Hierarchy, group: 
     refused = hierarchy.refusals(Resources(io=disk), within=Resources(io=disk))
     assert [refusal.limit for refusal in refused] == ["io"]
     assert hierarchy.refusals(Resources(io=disk)) == []
-    assert hierarchy.refusals(Resources(swap_max=0)) == []  # there is no swap on this machine
+    assert [refusal.limit for refusal in hierarchy.refusals(Resources(swap_max=0))] == ["swap_max"]
+    assert hierarchy.refusals(Resources(memory_max=MIB, swap_max=0)) == []  # there is no swap on this machine
 
 
 @pytest.mark.layout("v2")
