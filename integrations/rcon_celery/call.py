@@ -172,7 +172,7 @@ def _exchange(
     except ChannelClosed:
         outcome = admission.died()
         error = _exception_of(outcome)
-        if isinstance(error, Killed):
+        if isinstance(error, Killed) and outcome.ending != "aborted":  # which Celery itself asked for
             error = after_lost_process(task, error, with_fork_server=host.is_lost)
         raise error from None
     except BaseException as error:

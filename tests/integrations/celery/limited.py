@@ -495,6 +495,13 @@ def define(app: celery.Celery, url: str) -> None:
         note(name, os.getpid(), start_child())
         time.sleep(MANY)
 
+    @task(name="stay_retried", acks_late=True, retry_on_worker_lost=True, default_retry_delay=0)
+    @confined(timeout="10m", pids=64)
+    def stay_retried(name: str) -> None:
+        """What has its process killed by Celery itself is not lost."""
+        note(name, os.getpid(), start_child())
+        time.sleep(MANY)
+
     @task(name="stay_limited", time_limit=1)
     @confined(timeout="60s", pids=64)
     def stay_limited(name: str) -> None:

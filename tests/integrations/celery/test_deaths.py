@@ -172,7 +172,7 @@ def nothing_runs(session: Session, name: str) -> None:
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
 def test_revoked(sessions: Sessions, number: str, pool: str) -> None:
     with sessions(pool=pool, concurrency=1) as session:
-        result = session.send("stay", "revoked")
+        result = session.send("stay_retried", "revoked")
         until(lambda: bool(session.log("revoked")))
         result.revoke(terminate=True, signal=number)
         with pytest.raises(TaskRevokedError):
@@ -181,6 +181,7 @@ def test_revoked(sessions: Sessions, number: str, pool: str) -> None:
         assert session.get("where")["confined"]
         session.worker.stop()
         assert result.state == "REVOKED"
+        assert len(session.log("revoked")) == 1
 
 
 @pytest.mark.parametrize("pool", ["threads", "gevent"])
