@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -161,20 +162,22 @@ def test_task_has_no_descriptor_of_the_worker(session: Session) -> None:
     pipes = [name for name in found if "pipe:" in name]
     assert len(pipes) == 3, found
     assert len(set(pipes)) == 1, found
-    for pid in session.worker.family():
-        held = {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()}
-        if pid not in session.executors() and pipes[0] in held:
-            # The process that reads it, and none that could write to it.
-            assert set(modes(pid, pipes[0])) == {os.O_RDONLY}, found
+    readers = [modes(pid, pipes[0]) for pid in session.worker.family() if pid not in session.executors()]
+    # The process that reads it, and none that could write to it.
+    assert {mode for found in readers for mode in found} == {os.O_RDONLY}, (readers, found)
 
 
 def modes(pid: int, link: str) -> list[int]:
-    """Return how a process has opened a file, by its descriptors."""
-    found = []
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        if str(entry.readlink()) == link:
-            text = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text()
-            found.append(int(text.split("flags:")[1].split()[0], 8) & os.O_ACCMODE)
+    """Return how a process has opened a file, by its descriptors. Processes and descriptors may end meanwhile."""
+    found, entries = [], []
+    ended = contextlib.suppress(FileNotFoundError, ProcessLookupError)
+    with ended:
+        entries = list(Path(f"/proc/{pid}/fd").iterdir())
+    for entry in entries:
+        with ended:
+            if str(entry.readlink()) == link:
+                text = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text()
+                found.append(int(text.split("flags:")[1].split()[0], 8) & os.O_ACCMODE)
     return found
 
 

@@ -144,10 +144,10 @@ def expected(word: str, task: str, process: str = r"[\w-]+") -> list[str]:
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
 def test_all_that_a_task_logs_and_prints(opener: Opener, pool: str, file: bool) -> None:
     with opener(file=file, pool=pool) as session:
-        task, _ = session.run("say", "one")
-        lines = session.lines("one", 10)
-        raw = [f"{HEAD}WARNING/[\\w-]+\\] written one", f"{HEAD}WARNING/[\\w-]+\\] program one"]
-        for pattern in [*expected("one", task), *raw]:
+        task, _ = session.run("say", "purple")
+        lines = session.lines("purple", 10)
+        raw = [f"{HEAD}WARNING/[\\w-]+\\] written purple", f"{HEAD}WARNING/[\\w-]+\\] program purple"]
+        for pattern in [*expected("purple", task), *raw]:
             assert [line for line in lines if re.fullmatch(pattern, line)], (pattern, lines)
         assert len(lines) == 10
         assert "Traceback (most recent call last):" in session.log()
@@ -156,9 +156,9 @@ def test_all_that_a_task_logs_and_prints(opener: Opener, pool: str, file: bool) 
 @pytest.mark.parametrize("file", [False, True], ids=["console", "file"])
 def test_plain_celery_logs_the_same(opener: Opener, file: bool) -> None:
     with opener(file=file, confined=False) as session:
-        task, _ = session.run("say", "one")
-        lines = session.lines("one", 8)
-        for pattern in expected("one", task):
+        task, _ = session.run("say", "purple")
+        lines = session.lines("purple", 8)
+        for pattern in expected("purple", task):
             assert [line for line in lines if re.fullmatch(pattern, line)], (pattern, lines)
 
 
@@ -176,11 +176,11 @@ def test_detached(redis_server: RedisServer, tmp_path: Path) -> None:
     with closing(app):
         try:
             until(lambda: path.exists() and READY in path.read_text(), PATIENCE)
-            result = app.send_task("say", ["one"])
+            result = app.send_task("say", ["purple"])
             result.get(timeout=PATIENCE)
-            until(lambda: sum("one" in line for line in path.read_text().splitlines()) >= 10, PATIENCE)
+            until(lambda: sum("purple" in line for line in path.read_text().splitlines()) >= 10, PATIENCE)
             lines = path.read_text().splitlines()
-            for pattern in [*expected("one", result.id), ".*written one", ".*program one"]:
+            for pattern in [*expected("purple", result.id), ".*written purple", ".*program purple"]:
                 assert [line for line in lines if re.fullmatch(pattern, line)], (pattern, lines)
         finally:
             pid = int((tmp_path / "pid").read_text())
@@ -218,29 +218,29 @@ def test_json(opener: Opener, file: bool) -> None:
 
 def test_structlog(opener: Opener) -> None:
     with opener(setup="structlog") as session:
-        session.run("event", "one")
+        session.run("event", "purple")
         (line,) = session.lines("an event", 1)
-        assert json.loads(line) == {"event": "an event", "word": "one", "number": 7, "level": "info"}
+        assert json.loads(line) == {"event": "an event", "word": "purple", "number": 7, "level": "info"}
 
 
 def test_root_logger_that_is_not_hijacked(opener: Opener) -> None:
     with opener(setup="own") as session:
-        session.run("say", "one")
-        lines = session.lines("one", 10)
-        assert "OWN INFO proj.orders own logger one" in lines
-        assert "OWN WARNING celery.redirected printed one" in lines
-        assert "OWN WARNING celery.redirected written one" in lines
+        session.run("say", "purple")
+        lines = session.lines("purple", 10)
+        assert "OWN INFO proj.orders own logger purple" in lines
+        assert "OWN WARNING celery.redirected printed purple" in lines
+        assert "OWN WARNING celery.redirected written purple" in lines
 
 
 def test_other_handlers_run_in_the_pools_process(opener: Opener) -> None:
     with opener(setup="handlers") as session:
         (pool,) = session.worker.children()
-        session.run("say", "one")
+        session.run("say", "purple")
         until(lambda: len(session.handled()) == 3, PATIENCE)
         assert session.handled() == [
-            [pool, "INFO", "own logger one"],
-            [pool, "INFO", "thread one"],
-            [pool, "ERROR", "exception one"],
+            [pool, "INFO", "own logger purple"],
+            [pool, "INFO", "thread purple"],
+            [pool, "ERROR", "exception purple"],
         ]
 
 
@@ -250,14 +250,14 @@ def test_handler_of_opentelemetry(opener: Opener) -> None:
         (pool,) = session.worker.children()
         trace = "5af0de5af0de5af0de5af0de5af0de55"
         headers = {"traceparent": f"00-{trace}-abcdef1234567890-01"}
-        session.app.send_task("say", ["one"], headers=headers).get(timeout=PATIENCE)
+        session.app.send_task("say", ["purple"], headers=headers).get(timeout=PATIENCE)
         until(lambda: len(session.handled()) == 3, PATIENCE)
-        assert session.handled()[0] == [pool, "own logger one", trace]
+        assert session.handled()[0] == [pool, "own logger purple", trace]
 
 
 def test_sentry_gets_each_error_once(opener: Opener) -> None:
     with opener(setup="sentry") as session:
-        session.run("say", "one")
+        session.run("say", "purple")
         until(lambda: len(session.handled()) == 2, PATIENCE)
         time.sleep(1)
         assert sorted(message for _, message in session.handled()) == ["exception %s", "late logger %s"]
@@ -265,18 +265,18 @@ def test_sentry_gets_each_error_once(opener: Opener) -> None:
 
 def test_a_task_cannot_forge_lines(opener: Opener) -> None:
     with opener(file=True) as session:
-        task, _ = session.run("forge", "one")
-        session.lines("one", 7)
+        task, _ = session.run("forge", "purple")
+        session.lines("purple", 7)
         log = session.log()
         for line in log.splitlines():
-            if "other" in line or "one" in line or "not a record" in line:
+            if "other" in line or "purple" in line or "not a record" in line:
                 shown = line.replace("Task forge", "")
                 assert re.match(rf"({HEAD}\w+/[\w-]+\] (forge\[{task}\]: )?)?\[tenant forge\] ", shown) or (
                     f"[{task}]" in line
                 ), line
         assert "\x1b" not in log
         assert "of another" not in log
-        assert "[tenant forge] deep one" in log or '[tenant forge] \\x1e{"name"' in log
+        assert "[tenant forge] deep purple" in log or '[tenant forge] \\x1e{"name"' in log
 
 
 def test_a_flood_is_bounded_and_counted(opener: Opener) -> None:
