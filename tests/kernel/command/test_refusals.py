@@ -65,7 +65,11 @@ def test_a_controller_that_is_switched_off_at_boot(tmp_path: Path) -> None:
     assert (done.returncode, _BOOT in done.stderr, "Delegate=" in done.stderr) == (2, True, False)
     done = without_memory(tmp_path, script, "doctor", "--json")
     missing = {(one["area"], one["name"]): one["remedy"] for one in json.loads(done.stdout)["missing"]}
-    assert missing["machine", "memory"] == missing["limits", "memory"] == _BOOT
+    assert missing["machine", "memory"] == _BOOT
+    if (
+        Hierarchy.discover().layout != "v2"
+    ):  # where the mount namespace hides the controller in the root alone
+        assert missing["limits", "memory"] == _BOOT
     assert without_memory(tmp_path, script, "run", "--pids", "9", "--", "true").returncode == 0
 
 
