@@ -62,6 +62,7 @@ class TaskService:
         # Look them up before the fork: in a new process, making a backend takes longer than the rest of its first task,
         # and the user of a policy may not be able to make it.
         self._backend = results.traits_of(app)
+        contexts.carried()  # imports modules of the libraries that are loaded, which takes as long
         self._app = app
         self._codes = codes
         self._hostname = hostname
