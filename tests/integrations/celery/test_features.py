@@ -203,7 +203,11 @@ def restart_pool(session: FeatureSession, **arguments: Any) -> None:
     before = set(session.worker.children())
     answer = session.app.control.pool_restart(reply=True, timeout=60, limit=1, **arguments)
     assert answer == [{session.worker.name: {"ok": "reload started"}}]
-    until(lambda: not before & set(session.worker.children()) and len(session.worker.children()) == 2)
+    try:
+        until(lambda: not before & set(session.worker.children()) and len(session.worker.children()) == 2)
+    except AssertionError as error:
+        now = {pid: Path(f"/proc/{pid}/wchan").read_text() for pid in session.worker.children()}
+        raise AssertionError(f"{error}: {before} before, now {now}; {session.worker.log()[-4000:]}") from None
 
 
 @FORMS
