@@ -245,7 +245,7 @@ class _Run:
 
     def _has_processes(self) -> bool:
         try:
-            return bool(self._group.processes(subtree=True))
+            return self._group.has_processes()
         except KernelError:
             return True  # unknown: they are killed all the same
 
@@ -402,8 +402,6 @@ class _Run:
 
     def _cpu_time(self) -> float | None:
         """Return the RLIMIT_CPU of the command in seconds: that of its policy, or the one that it inherited."""
-        import resource  # few commands end by a signal
-
         soft = resource.getrlimit(resource.RLIMIT_CPU)[0]
         return self._order.cpu_time or (None if soft == resource.RLIM_INFINITY else float(soft))
 

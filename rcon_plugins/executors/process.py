@@ -551,9 +551,8 @@ class ProcessExecutors:
                 executor.set_exited(None, f"fork: {os.strerror(report.status)}")
             else:
                 executor.set_exited(report.status)
-            executor.killed_at = min(
-                executor.killed_at, time.monotonic()
-            )  # what is left of it has no more time
+            # What is left of it has no more time.
+            executor.killed_at = min(executor.killed_at, time.monotonic())
             self._await_end(executor)
         return True
 

@@ -253,7 +253,7 @@ def find_groups(hierarchy: Hierarchy | None = None) -> FoundGroups:
                 if cgroup is not None and not INSTANCE_NAME.fullmatch(name):
                     policy, key = split_name(name)
                     groups.append(Group(name, kind, instance, cgroup, owner, "", policy, key, tallies))
-    for path in found.shared:
+    for path, name in found.shared.items():
         inside = [one for one in found.instances if one.rpartition("/")[0] == path]
         try:
             cgroup = _existing(hierarchy, path, "shared")
@@ -261,8 +261,7 @@ def find_groups(hierarchy: Hierarchy | None = None) -> FoundGroups:
             unreadable.append(error.path or path)
             continue
         if cgroup is not None and inside:
-            instance = min((one.rpartition("/")[2] for one in inside), key=lambda name: _age(owners, name))
-            name = path.rpartition("/rcon-in-")[2]
+            instance = min((one.rpartition("/")[2] for one in inside), key=lambda one: _age(owners, one))
             groups.append(Group(name, "shared", instance, cgroup, owners[instance], "", tallies=tallies))
     return FoundGroups(with_labels(groups), unreadable, owners, tallies)
 

@@ -20,7 +20,7 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
 from rcon_plugins.kernel.cgroup.branch import check_path
 from rcon_plugins.tree.base import remove_root_base
 from rcon_plugins.tree.owner import Owner
-from rcon_plugins.tree.survey import SHARED_GROUP, survey
+from rcon_plugins.tree.survey import shared_name, survey
 
 #: The time that `wait_until_empty` waits for processes, seconds. In most cases they are about to end.
 _HOST_SECONDS = 1.0
@@ -165,7 +165,7 @@ def collect(hierarchy: Hierarchy, base: str, *, unknown: bool = False) -> list[C
     """
     report = []
     for name in hierarchy.cgroup(base).children():
-        if SHARED_GROUP.fullmatch(name):
+        if shared_name(name) is not None:
             shared = f"{base.rstrip('/')}/{name}"
             report += collect(hierarchy, shared, unknown=unknown)
             _remove_shared(hierarchy, shared)
@@ -248,7 +248,7 @@ def _other_owner(hierarchy: Hierarchy, path: str) -> int | None:
     The caller must not move its processes: see `previous_cgroups.other_owner`.
     """
     attached = hierarchy.cgroup(f"{path}/attached")
-    if not attached.processes(subtree=True):
+    if not attached.has_processes():
         return None
     from rcon_plugins.tree import previous_cgroups
 

@@ -289,7 +289,7 @@ class Instance:
     @staticmethod
     def _is_orphaned(leaf: Cgroup) -> bool:
         pid = leaf.path.rpartition("/")[2].partition("-")[0]
-        return pid.isdigit() and proc.start_time(int(pid)) is None and bool(leaf.processes(subtree=True))
+        return pid.isdigit() and proc.start_time(int(pid)) is None and leaf.has_processes()
 
     def _sweep(self, wanted: Callable[[str], bool], timeout: float) -> None:
         failed: KernelError | None = None
@@ -328,7 +328,7 @@ class Instance:
         if wait_until_empty(self._host):
             return False
         self._host.delete(recursive=True)
-        if self._root.child("attached").processes(subtree=True):
+        if self._root.child("attached").has_processes():
             return False
         gone = self._root.delete(recursive=True)
         if gone:

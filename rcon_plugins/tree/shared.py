@@ -25,7 +25,7 @@ from rcon_plugins.tree.base import find_base, own_cgroup, remove_root_base
 from rcon_plugins.tree.garbage import collect
 from rcon_plugins.tree.instance import Instance
 from rcon_plugins.tree.owner import Owner
-from rcon_plugins.tree.survey import survey
+from rcon_plugins.tree.survey import shared_directory, survey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,7 +102,7 @@ class SharedGroup:
         cls, hierarchy: Hierarchy, base: str, name: str, wanted: Resources, around: Instance | None
     ) -> SharedGroup | None:
         """Join once. Return None if the group was removed meanwhile."""
-        path = f"{base.rstrip('/')}/{directory_name(name)}"
+        path = f"{base.rstrip('/')}/{shared_directory(name)}"
         group = hierarchy.narrowed(base).cgroup(path, shared=True)
         if any(files.is_directory(directory) for directory in group.directories):
             collect(hierarchy, path)
@@ -157,11 +157,6 @@ class SharedGroup:
                 remove_root_base(hierarchy, base)
         finally:
             _close(self._around)
-
-
-def directory_name(name: str) -> str:
-    """Return the name of the cgroup of a shared group."""
-    return f"rcon-in-{name}"
 
 
 def has_members(group: Cgroup) -> bool:
@@ -237,8 +232,8 @@ def _existing_base(hierarchy: Hierarchy, name: str, base: str | None) -> str | N
         return None
     found = [
         path
-        for path in survey(hierarchy).shared
-        if path.rpartition("/")[2] == directory_name(name)
+        for path, its_name in survey(hierarchy).shared.items()
+        if its_name == name
         and (boundary is None or nested.is_within(path, boundary))
         and has_members(hierarchy.cgroup(path))
         and _is_own(hierarchy, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.errors import KernelError
@@ -12,17 +11,16 @@ from rcon_plugins.tree.owner import INSTANCE_NAME
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup.hierarchy import Hierarchy
 
-
-#: The cgroup of a group that several commands share: see `rcon_plugins.tree.shared`.
-SHARED_GROUP = re.compile(r"rcon-in-(.+)")
+#: The cgroup of a group that several commands share begins so: see `rcon_plugins.tree.shared`.
+_SHARED = "rcon-in-"
 
 
 class Survey(NamedTuple):
-    """The paths of ``instances`` and of ``shared`` groups, and the ``unreadable`` directories."""
+    """The paths of ``instances``, the names of ``shared`` groups by path, and the ``unreadable`` directories."""
 
     instances: list[str]
     unreadable: list[str]
-    shared: list[str]
+    shared: dict[str, str]
 
 
 def survey(hierarchy: Hierarchy, below: str = "/", *, every: bool = False) -> Survey:
@@ -32,7 +30,7 @@ def survey(hierarchy: Hierarchy, below: str = "/", *, every: bool = False) -> Su
     """
     limiting = [*hierarchy.limit_mounts, hierarchy.mounts[-1]]
     found: set[str] = set()
-    shared: set[str] = set()
+    shared: dict[str, str] = {}
     unreadable: set[str] = set()
     for mount in hierarchy.mounts if every else limiting[:1]:
         waiting = [below]
@@ -48,6 +46,16 @@ def survey(hierarchy: Hierarchy, below: str = "/", *, every: bool = False) -> Su
                 waiting.append(child)
                 if INSTANCE_NAME.fullmatch(name):
                     found.add(child)
-                elif SHARED_GROUP.fullmatch(name):
-                    shared.add(child)
-    return Survey(sorted(found), sorted(unreadable), sorted(shared))
+                elif (group := shared_name(name)) is not None:
+                    shared[child] = group
+    return Survey(sorted(found), sorted(unreadable), dict(sorted(shared.items())))
+
+
+def shared_directory(name: str) -> str:
+    """Return the name of the cgroup of a shared group."""
+    return f"{_SHARED}{name}"
+
+
+def shared_name(directory: str) -> str | None:
+    """Return the name of the shared group whose cgroup has this name; None if it is no such cgroup."""
+    return directory.removeprefix(_SHARED) or None if directory.startswith(_SHARED) else None

@@ -27,8 +27,8 @@ def claim(task: Any) -> None:
     Raises `Ignore` if another delivery of the message has claimed it. Another message with the same id, such as a
     retry, has another number of retries or another time.
     """
-    backend, eta = task.backend, task.request.eta
-    if not eta or not is_redis(backend):
+    eta = task.request.eta
+    if not eta or not is_redis(backend := task.backend):
         return
     key = backend.key_t(f"rcon-due-{redelivery.message_id(task)}-{eta}")
     try:

@@ -76,7 +76,7 @@ def _let_end(group: Group, seconds: float) -> bool:
             if not refused(error):
                 raise
             # SIGKILL by cgroup.kill may end whoever this user may not signal.
-        while left := bool(group.cgroup.processes(subtree=True)):
+        while left := group.cgroup.has_processes():
             if time.monotonic() >= until:
                 break
             time.sleep(_PAUSE)

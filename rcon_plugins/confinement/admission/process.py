@@ -280,7 +280,7 @@ class ProcessAdmission(Admission):
     def _end_grace(self) -> None:
         """Kill what is left of work that was told to end. Called in the supervisor's thread."""
         try:
-            self._needed_kill = bool(self._executor.leaf.processes(subtree=True))
+            self._needed_kill = self._executor.leaf.has_processes()
         except KernelError:
             self._needed_kill = True  # unknown
         self._pool.processes.kill(self._executor, "the grace of the task is over")
