@@ -484,12 +484,15 @@ class ProcessExecutors:
 
     def _let_waiting_end(self) -> None:
         """Let executor processes that have no work end in order, for `END_SECONDS` at most."""
-        waiting = [one for one in self._living.values() if one.state in (State.WAITING, State.RETURNING)]
-        for executor in waiting:
-            executor.channel.hang_up()
-        deadline = time.monotonic() + END_SECONDS
+        now, living = time.monotonic(), list(self._living.values())
+        ending = [one for one in living if one.killed_at > now]  # since before: see `end`
+        for executor in living:
+            if executor.state in (State.WAITING, State.RETURNING):
+                executor.channel.hang_up()
+                ending.append(executor)
+        deadline = now + END_SECONDS
         with contextlib.suppress(OSError):  # what cannot be read is killed
-            while any(one.leaf.processes() for one in waiting) and time.monotonic() < deadline:
+            while any(one.leaf.processes() for one in ending) and time.monotonic() < deadline:
                 time.sleep(0.005)
 
     def _end_server(self, control: _socket.socket) -> None:

@@ -24,6 +24,8 @@ from rcon_celery import confined, handler_side, install
 URL = "OBSERVED_BROKER"
 #: The libraries to set up.
 LIBRARIES = "OBSERVED_LIBRARIES"
+#: How long the handler of ``worker_process_shutdown`` takes in an executor process, seconds.
+SLOW_END = "RCON_TEST_SLOW_END"
 POLICY = "OBSERVED_POLICY"
 #: A JSON object for ``handler_sides``.
 SIDES = "OBSERVED_SIDES"
@@ -84,6 +86,8 @@ def prerun_late(task_id: str, **_: object) -> None:
 
 @signals.worker_process_shutdown.connect
 def shutdown(pid: int, exitcode: int, **_: object) -> None:
+    if is_inside():
+        time.sleep(float(os.environ.get(SLOW_END, "0")))
     note("shutdown", is_inside(), pid, pid == os.getpid(), exitcode)
 
 
