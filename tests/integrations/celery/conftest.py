@@ -11,12 +11,12 @@ import celery
 import pytest
 
 from tests.integrations.celery import application
-from tests.integrations.celery.postgres_server import PostgresServer
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.rabbitmq_server import RabbitServer
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.sessions import Sessions
 from tests.integrations.celery.worker import Worker
+from tests.postgresql import PostgresServer
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import itertools
 import multiprocessing
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,6 @@ from celery.result import allow_join_result
 from celery.utils.nodenames import node_format
 
 import rcon_celery
-from tests.integrations.celery.producers import closing
-from tests.integrations.celery.redis_server import RedisServer
-from tests.integrations.celery.worker import Worker
 
 #: A Redis: the broker unless `BROKER` is set, the result backend unless `BACKEND` is, the store of ``log:<name>``.
 REDIS = "RCON_TEST_REDIS"
@@ -45,8 +41,6 @@ MODULES = "RCON_TEST_MODULES"
 
 LIMITS = {"memory": "256M", "pids": 64, "timeout": "60s"}
 LONG = 1000.0
-#: No result within so many seconds is a hang.
-PATIENCE = 60.0
 
 
 def make(environ: Mapping[str, str]) -> celery.Celery:
@@ -307,65 +301,6 @@ def end_process(how: str) -> None:
     if how == "text":
         sys.exit("for a reason")
     sys.exit({"status": 3, "none": None, "huge": 2**40 + 3, "negative": -1}[how])
-
-
-class FeatureSession:
-    """One worker and its producer."""
-
-    def __init__(self, worker: Worker, app: celery.Celery, url: str) -> None:
-        self.worker = worker
-        self.app = app
-        self.url = url
-
-    def send(self, name: str, *args: Any, **options: Any) -> Any:
-        return self.app.tasks[name].apply_async(args, **options)
-
-    def get(self, name: str, *args: Any, **options: Any) -> Any:
-        """Send a task; return its result or raise its exception."""
-        return self.send(name, *args, **options).get(timeout=PATIENCE)
-
-    def log(self, name: str) -> list[str]:
-        """Return the lines that tasks logged under a name."""
-        with contextlib.closing(redis.Redis.from_url(self.url)) as client:
-            lines: Any = client.lrange(f"log:{name}", 0, -1)
-            return [line.decode() for line in lines]
-
-
-class Opener:
-    """Opens sessions, each with its own database unless ``url`` names one."""
-
-    def __init__(self, server: RedisServer, directory: Path) -> None:
-        self._server = server
-        self._directory = directory
-        self._numbers = itertools.count()
-
-    @contextlib.contextmanager
-    def __call__(
-        self,
-        *arguments: str,
-        pool: str = "prefork",
-        confined: bool = True,
-        concurrency: int = 2,
-        url: str | None = None,
-        name: str = "w",
-        **environ: str,
-    ) -> Iterator[FeatureSession]:
-        directory = self._directory / str(next(self._numbers))
-        directory.mkdir()
-        url = url or self._server.database()
-        environ[REDIS] = url
-        app = make({key: value for key, value in environ.items() if key != MODULES})
-        worker = Worker(
-            directory,
-            __name__,
-            *arguments,
-            pool=pool,
-            concurrency=concurrency,
-            name=name,
-            environ={**environ, **({CONFINED: "1"} if confined else {})},
-        )
-        with closing(app), worker:
-            yield FeatureSession(worker, app, url)
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,9 @@ _E = TypeVar("_E", bound=BaseException)
 class Session:
     """One worker and its producer."""
 
-    def __init__(self, worker: Worker, app: celery.Celery, url: str) -> None:
+    def __init__(self, worker: Worker, app: celery.Celery, url: str, patience: float = PATIENCE) -> None:
+        """``patience``: no result within so many seconds is a hang."""
+        self._patience = patience
         self.worker = worker
         self.app = app
         self.url = url
@@ -46,7 +48,7 @@ class Session:
         return self.app.tasks[name].apply_async(args, **options)
 
     def wait(self, result: Any) -> Any:
-        return result.get(timeout=PATIENCE)
+        return result.get(timeout=self._patience)
 
     def get(self, name: str, *args: Any, **options: Any) -> Any:
         """Send a task; return its result or raise its exception."""

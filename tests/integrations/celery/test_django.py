@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import celery
 import pytest
 
-from tests.integrations.celery.postgres_server import PostgresServer
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import ROOT, Worker
+from tests.postgresql import PostgresServer
 from tests.processes import until
 
 PATIENCE = 60.0

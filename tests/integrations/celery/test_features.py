@@ -18,12 +18,53 @@ from celery.contrib.abortable import AbortableAsyncResult
 from rcon_celery import outcome_of
 from rcon_plugins.errors import Killed, MemoryLimitExceeded, PidsLimitExceeded
 from tests.integrations.celery import features
-from tests.integrations.celery.features import FeatureSession, Opener
+from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
+from tests.integrations.celery.sessions import Session
+from tests.integrations.celery.worker import Worker
 from tests.processes import alive, executor_pids, family, until
 
 POOLS = ("prefork", "threads", "solo", "gevent")
 FORMS = pytest.mark.parametrize("confined", [False, True], ids=["plain", "confined"])
+#: No result within so many seconds is a hang.
+PATIENCE = 60.0
+
+
+class Opener:
+    """Opens sessions, each with its own database unless ``url`` names one."""
+
+    def __init__(self, server: RedisServer, directory: Path) -> None:
+        self._server = server
+        self._directory = directory
+        self._numbers = itertools.count()
+
+    @contextlib.contextmanager
+    def __call__(
+        self,
+        *arguments: str,
+        pool: str = "prefork",
+        confined: bool = True,
+        concurrency: int = 2,
+        url: str | None = None,
+        name: str = "w",
+        **environ: str,
+    ) -> Iterator[Session]:
+        directory = self._directory / str(next(self._numbers))
+        directory.mkdir()
+        url = url or self._server.database()
+        environ[features.REDIS] = url
+        app = features.make({key: value for key, value in environ.items() if key != features.MODULES})
+        worker = Worker(
+            directory,
+            features.__name__,
+            *arguments,
+            pool=pool,
+            concurrency=concurrency,
+            name=name,
+            environ={**environ, **({features.CONFINED: "1"} if confined else {})},
+        )
+        with closing(app), worker:
+            yield Session(worker, app, url, PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +73,12 @@ def opener(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def running(opener: Opener) -> Iterator[Callable[..., FeatureSession]]:
+def running(opener: Opener) -> Iterator[Callable[..., Session]]:
     """Return the one session of a pool, confined or not, that the tests of this module share."""
     with contextlib.ExitStack() as stack:
-        opened: dict[tuple[str, bool], FeatureSession] = {}
+        opened: dict[tuple[str, bool], Session] = {}
 
-        def session(pool: str = "prefork", *, confined: bool = True) -> FeatureSession:
+        def session(pool: str = "prefork", *, confined: bool = True) -> Session:
             key = (pool, confined)
             if key not in opened:
                 opened[key] = stack.enter_context(opener(pool=pool, confined=confined))
@@ -198,7 +239,7 @@ def test_a_task_that_can_be_aborted(running: Any, pool: str, confined: bool) -> 
 # --- the pool changes -----------------------------------------------------------------------------------------
 
 
-def restart_pool(session: FeatureSession, **arguments: Any) -> None:
+def restart_pool(session: Session, **arguments: Any) -> None:
     """Restart the pool; wait until it has none of the processes that it had."""
     before = set(session.worker.children())
     answer = session.app.control.pool_restart(reply=True, timeout=60, limit=1, **arguments)
@@ -292,7 +333,7 @@ def test_due_after_the_visibility_timeout(opener: Opener) -> None:
     assert 1 <= late[True] <= late[False]
 
 
-def is_idle(session: FeatureSession) -> bool:
+def is_idle(session: Session) -> bool:
     """Return whether no message waits or is held by a worker."""
     with contextlib.closing(redis.Redis.from_url(session.url)) as client:
         return client.zcard("unacked_index") == 0 and client.llen("celery") == 0
@@ -350,7 +391,7 @@ OF_A_BACKEND: list[tuple[Any, ...]] = [
 ]
 
 
-def outcome(session: FeatureSession, name: str, *arguments: Any) -> Any:
+def outcome(session: Session, name: str, *arguments: Any) -> Any:
     """Return the result of a task, or its exception as text. Celery's rpc has no chords and no stored states."""
     try:
         return session.get(name, *arguments)
@@ -358,7 +399,7 @@ def outcome(session: FeatureSession, name: str, *arguments: Any) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
-def check_outcomes(session: FeatureSession, *, has_metadata: bool) -> None:
+def check_outcomes(session: Session, *, has_metadata: bool) -> None:
     """Check what is stored of a task that succeeded and of one that was killed at its limit."""
     result = session.send("add", 1, 2)
     assert result.get(timeout=60) == 3

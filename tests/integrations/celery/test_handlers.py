@@ -19,10 +19,10 @@ import redis
 from rcon_celery import handler_side, install
 from rcon_plugins.errors import Killed, ResultTooLarge, SettingsError
 from tests.integrations.celery import observed
-from tests.integrations.celery.postgres_server import PostgresServer
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import ROOT, Worker
+from tests.postgresql import PostgresServer
 from tests.processes import until
 
 PATIENCE = 60.0
@@ -193,6 +193,15 @@ def test_handlers_of_processes_run_in_each_executor_process(opener: Opener, pool
         assert sorted(pid for _, pid, _, _ in ended) == sorted(begun)
         assert all(own and exitcode == 0 for _, _, own, exitcode in ended)
         assert not any(inside for inside, _ in session.notes("init outside"))
+
+
+def test_a_process_that_ends_may_do_so_while_its_worker_ends(opener: Opener) -> None:
+    """The worker ends just after the task, whose process is told to end then."""
+    with opener(**{observed.SLOW_END: "1"}) as session:
+        served = [session.end(session.send("where")) for _ in range(2)]
+        session.worker.stop()
+        ended = [pid for inside, pid, _, _ in session.notes("shutdown") if inside]
+        assert set(ended) == {pid for pid, _ in served}
 
 
 def test_sides_of_modules(opener: Opener) -> None:

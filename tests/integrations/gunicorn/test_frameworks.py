@@ -8,14 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from tests.directories import let_others_read
 from tests.integrations.gunicorn.server import Gunicorn
 from tests.integrations.gunicorn.tenants import TENANTS
 from tests.integrations.gunicorn.test_libraries import Collector, collector
-from tests.postgresql import postgresql
+from tests.postgresql import PostgresServer
 from tests.processes import until
 
 __all__ = ["collector"]  # a fixture
@@ -141,30 +140,28 @@ def test_schedulers(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def database() -> Iterator[Path]:
-    """A PostgreSQL, as the directory of its socket. Each request has a name of its own there, that of its user."""
-    with postgresql("shop") as socket:
-        with psycopg.connect(f"dbname=shop host={socket} user=postgres", autocommit=True) as connection:
-            connection.execute("create role tenant superuser login")
-        yield socket
+def database() -> Iterator[PostgresServer]:
+    """A PostgreSQL. Each request has a name of its own there, that of its user."""
+    with PostgresServer() as server:
+        server.execute("postgres", "create database shop")
+        server.execute("postgres", "create role tenant superuser login")
+        yield server
 
 
-def connections_of(database: Path) -> int:
-    with psycopg.connect(f"dbname=shop host={database} user=postgres") as connection:
-        found = connection.execute(
-            "select count(*) from pg_stat_activity where usename = 'tenant'"
-        ).fetchone()
-    assert found is not None
-    return int(found[0])
+def connections_of(database: PostgresServer) -> int:
+    found = database.execute("shop", "select count(*) from pg_stat_activity where usename = 'tenant'")
+    return int(found[0][0])
 
 
 @pytest.mark.parametrize("module", ["psycopg_app", "django_app"])
-def test_connections_of_postgresql(tmp_path: Path, database: Path, module: str) -> None:
+def test_connections_of_postgresql(tmp_path: Path, database: PostgresServer, module: str) -> None:
     """Each executor process has one, also where the application connected while it was loaded."""
     recipe = RECIPES[module]
-    RECIPES[module] = recipe.replace("/run/postgresql", str(database))
+    RECIPES[module] = recipe.replace("/run/postgresql", database.host)
     try:
-        with server(tmp_path, module, PGHOST=str(database), PGUSER="tenant") as gunicorn:
+        with server(
+            tmp_path, module, PGHOST=database.host, PGPORT=str(database.port), PGUSER="tenant"
+        ) as gunicorn:
             at_load = 1 if module == "django_app" else 0  # that of the worker
             for _ in range(5):
                 assert gunicorn.get("/").body == b"42"

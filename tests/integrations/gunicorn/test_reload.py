@@ -11,18 +11,9 @@ import pytest
 
 from tests.directories import let_others_read
 from tests.integrations.gunicorn.server import HERE, Gunicorn, Load
+from tests.integrations.gunicorn.test_killed import SETTINGS as FREE
 from tests.processes import until
 
-FREE = """
-[policy.free]
-memory = "256M"
-pids = 64
-each = { timeout = "10s" }
-
-[[route]]
-path = "/free/**"
-policy = "free"
-"""
 SETTINGS = 'executor_started = "served:started"\n' + FREE
 REFUSED = "rcon: the reload is refused, the old workers go on: "
 RAISED = "executor_started 'served:started' raised RuntimeError: no database"
