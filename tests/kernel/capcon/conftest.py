@@ -40,9 +40,8 @@ def everybodys(python: str) -> Iterator[Path]:
         folder = Path(name)
         for package in (rcon_plugins, click):
             source = Path(str(package.__file__)).parent
-            shutil.copytree(
-                source, folder / "lib" / source.name, ignore=shutil.ignore_patterns("__pycache__")
-            )
+            # With its byte code, which no capcon could write here: each would compile what it imports.
+            shutil.copytree(source, folder / "lib" / source.name)
         script = f"""#!{python} -IB
 import sys
 sys.path.insert(0, "{folder}/lib")
