@@ -51,7 +51,7 @@ def serving(
     """Run ``python -m`` with these arguments. The server prints its port, unless the port is given."""
     whole = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}", "PYTHONUNBUFFERED": "1"}
     whole |= {"PYTHONWARNINGS": "error", **(environment or {})}
-    with log.open("w") as errors:
+    with log.open("a") as errors:  # to be appended to even if a test empties it
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             stdout=subprocess.PIPE,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,33 @@ from tests.contract.wsgi.long_apps import PIECE, PIECES
 BOUND = 24 << 20  # how many bytes a process may grow while 200 MiB pass through it
 
 
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Served]]:
+    """Return a function that returns a server with an empty log, started on first use."""
+    folder = tmp_path_factory.mktemp("servers")
+    started: dict[str, Served] = {}
+    with contextlib.ExitStack() as stack:
+
+        def get(name: str) -> Served:
+            if name not in started:
+                started[name] = stack.enter_context(
+                    serving(folder / name, "tests.contract.wsgi.serve", name, "process-long")
+                )
+            os.truncate(started[name].log, 0)
+            return started[name]
+
+        yield get
+
+
 @pytest.fixture(params=["wsgiref", "gunicorn"])
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
-    with serving(tmp_path / "log", "tests.contract.wsgi.serve", request.param, "process-long") as served:
-        yield served
+def served(request: pytest.FixtureRequest, serve: Callable[[str], Served]) -> Served:
+    return serve(request.param)
 
 
 @pytest.fixture
-def gunicorn(tmp_path: Path) -> Iterator[Served]:
+def gunicorn(serve: Callable[[str], Served]) -> Served:
     """gunicorn: of the servers here, only it exposes the client's socket."""
-    with serving(tmp_path / "log", "tests.contract.wsgi.serve", "gunicorn", "process-long") as served:
-        yield served
+    return serve("gunicorn")
 
 
 def get(path: str, *, version: str = "1.1", method: str = "GET") -> bytes:
@@ -140,6 +157,7 @@ def test_a_client_that_goes_away_during_its_upload(gunicorn: Served) -> None:
         # The connection is reset, not closed: reading fails instead of returning the end.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert gunicorn.log_has("<read failed: ConnectionResetError>")
+    assert gunicorn.log_has("<outcome ")
     assert ask(gunicorn, get("ok")).endswith(b"ok")
 
 
