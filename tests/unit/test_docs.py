@@ -23,6 +23,7 @@ from rcon_plugins import errors, hookspecs
 from rcon_plugins.ending import Ending
 from rcon_plugins.executors import executor
 from rcon_plugins.settings import file as settings
+from tests.sources import parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -106,7 +107,7 @@ def test_every_hook_is_used_in_a_test() -> None:
     defined = {
         node.name
         for path in (ROOT / "tests").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_bytes()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef)
     }
     assert sorted(set(hooks()) - defined) == []

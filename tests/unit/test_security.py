@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import parsed
+
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = re.findall(
     r"^\| (.+) \| `(tests/\S+\.py)::(test_\w+)` \|$", (ROOT / "docs/security.md").read_text(), re.MULTILINE
@@ -22,5 +24,5 @@ def test_there_are_promises() -> None:
 
 @pytest.mark.parametrize(("promise", "file", "name"), ROWS, ids=[row[2] for row in ROWS])
 def test_the_test_of_a_promise_exists(promise: str, file: str, name: str) -> None:
-    tree = ast.parse((ROOT / file).read_text())
+    tree = parsed(ROOT / file)
     assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, promise

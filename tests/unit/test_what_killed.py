@@ -20,6 +20,7 @@ from rcon_plugins.errors import RconError
 from rcon_plugins.settings.budget import BUDGET
 from rcon_plugins.settings.file import Settings
 from rcon_wsgi import ResponseCut, request
+from tests.sources import parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "howto" / "what-killed-my-request.md").read_text()
@@ -83,7 +84,7 @@ def test_each_limit_on_what_runs_at_once_is_in_the_table() -> None:
     """The ``limit`` of each `ConcurrencyLimitExceeded` that the core raises."""
     limits = set()
     for file in (ROOT / "rcon_plugins").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_bytes())):
+        for node in ast.walk(parsed(file)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "ConcurrencyLimitExceeded":
                 limit = next(keyword.value for keyword in node.keywords if keyword.arg == "limit")
                 limits.add(BUDGET if ast.unparse(limit) == "BUDGET" else ast.literal_eval(limit))

@@ -35,7 +35,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 
 @pytest.fixture(scope="module")
 def ask_directly(serve: Serve) -> Callable[[str, str, str], bytes]:
-    """Return a function that returns the answer of an unconfined server to the request of a case, which it asks once."""
+    """Return a function that returns the answer of an unconfined server to a case. It asks each once."""
 
     @cache
     def answer(server: str, mode: str, name: str) -> bytes:
