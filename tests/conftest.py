@@ -23,13 +23,13 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hypothesis
 import pytest
 
 from tests import children, leftovers
@@ -38,10 +38,6 @@ TESTS = Path(__file__).parent
 TIERS = ("unit", "contract", "integrations", "kernel")
 GRACE = 5.0  # seconds in which processes that were told to end may end
 FEW = 4  # the number of tests of a run that may need a second attempt
-
-# Timings are never asserted, so neither by hypothesis; machines under test are slow.
-hypothesis.settings.register_profile("rcon", deadline=None)
-hypothesis.settings.load_profile("rcon")
 
 
 class Beginning(NamedTuple):
@@ -149,6 +145,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     missing = [name for name in TIERS if name not in present]
     if "CI" in os.environ and everything and missing:
         raise pytest.UsageError(f"in CI every tier is run, and no test was found in: {', '.join(missing)}")
+    # For its summary the plugin would import all of hypothesis, even if no test uses it.
+    if "hypothesis" not in sys.modules and session.config.pluginmanager.has_plugin("hypothesispytest"):
+        session.config.pluginmanager.unregister(name="hypothesispytest")
     # Each server that a test makes here collects garbage before it forks, and a collection writes to all objects, which
     # copies their pages in forked children. The collector need not look at what pytest and the modules keep for ever.
     gc.collect()
