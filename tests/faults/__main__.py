@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 from tests.faults import cases
-from tests.faults.scenarios import SCENARIOS
+from tests.faults.cases import SCENARIOS
 
 #: Print a line after so many cases.
 PROGRESS = 500

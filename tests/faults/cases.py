@@ -22,6 +22,8 @@ ERRNOS = (
     errno.EACCES, errno.EBUSY, errno.ENOENT, errno.ENOSPC, errno.EROFS, errno.EMFILE, errno.ENOMEM, errno.EIO,
     errno.EAGAIN,
 )  # fmt: skip
+#: The names of the scenarios. Those who only start workers do not import what the scenarios need, which is much.
+SCENARIOS = ("process", "same_user", "thread", "inline", "changing", "request", "task", "command")
 #: These errnos say that something is not for this process, or not there.
 REFUSALS = (errno.EACCES, errno.EROFS, errno.ENOENT)
 #: These errnos say that something is gone. It is not, so what is left is removed by the next start.

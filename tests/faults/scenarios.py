@@ -34,6 +34,7 @@ from rcon_wsgi import ConfineMiddleware, WsgiService
 from rcon_wsgi.exchange import ResponseCut
 from tests.commands import FAILED, become_rcon
 from tests.faults import celery_pool
+from tests.faults.cases import SCENARIOS
 from tests.faults.report import open_kinds, report, report_of_process
 from tests.faults.touch import Setup, ask
 
@@ -525,13 +526,6 @@ def _host_is_here() -> None:
     Setup.host = os.getpid()
 
 
-SCENARIOS: dict[str, Callable[[Case], None]] = {
-    "process": process,
-    "same_user": same_user,
-    "thread": thread,
-    "inline": inline,
-    "changing": changing,
-    "request": request,
-    "task": task,
-    "command": command,
-}
+FUNCTIONS: dict[str, Callable[[Case], None]] = dict(
+    zip(SCENARIOS, (process, same_user, thread, inline, changing, request, task, command), strict=True)
+)

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from rcon_plugins.confinement import budget
 from tests import leftovers
-from tests.faults.scenarios import SCENARIOS, Case
+from tests.faults.scenarios import FUNCTIONS, Case
 from tests.faults.touch import Point, Setup, ask
 
 #: How long a case may take, seconds, beside the time for which calls fail.
@@ -137,7 +137,7 @@ def _run_case(case: dict[str, Any], base: str, address: bytes, writing: int) -> 
         os.dup2(log, 2)
         one = Case(base)
         try:
-            SCENARIOS[case["scenario"]](one)
+            FUNCTIONS[case["scenario"]](one)
         except BaseException:
             one.faults.append(traceback.format_exc()[-800:])
         if os.getpid() != Setup.host:

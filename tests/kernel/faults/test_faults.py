@@ -11,8 +11,8 @@ import os
 import pytest
 
 from tests.faults import cases
+from tests.faults.cases import SCENARIOS
 from tests.faults.not_met import NOT_MET, reason
-from tests.faults.scenarios import SCENARIOS
 from tests.faults.sites import all_sites
 
 WORKERS = 6
