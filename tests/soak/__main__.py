@@ -24,6 +24,7 @@ from tests import leftovers
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import Worker
 from tests.integrations.gunicorn.server import Gunicorn
+from tests.integrations.gunicorn.template import ForkedProcess
 from tests.processes import instance_directories
 from tests.soak import tasks
 from tests.soak.harm import ACTS, RELOADS, Harm
@@ -76,7 +77,9 @@ _own: set[int] = set()
 class _Server(Protocol):
     """A server that is loaded and harmed."""
 
-    process: subprocess.Popen[bytes]
+    @property
+    def process(self) -> subprocess.Popen[bytes] | ForkedProcess:
+        """Return its first process."""
 
     def log(self) -> str:
         """Return what it has written."""

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.integrations.gunicorn import template
 from tests.integrations.gunicorn.tenants import TENANTS
+
+
+@pytest.fixture(scope="session", autouse=True)
+def servers_are_forks() -> Iterator[None]:
+    """Start the servers of these tests as forks of one process with gunicorn's modules."""
+    with template.running():
+        yield
 
 
 @pytest.fixture

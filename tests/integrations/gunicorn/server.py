@@ -9,13 +9,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.integrations.gunicorn import template
 from tests.integrations.gunicorn.fields import fields_in
 from tests.processes import PATIENCE, children, executor_pids, instance_directories, until
 
@@ -64,7 +64,7 @@ class Gunicorn:
             self.settings.write_text(settings)
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port: int = listener.getsockname()[1]
-        command = [sys.executable, "-m", "gunicorn", "--chdir", str(HERE)]
+        command = ["--chdir", str(HERE)]
         command += ["--control-socket", str(control)] if control is not None else ["--no-control-socket"]
         command += ["--bind", f"fd://{listener.fileno()}" if inherit else f"127.0.0.1:{self.port}"]
         command += ["--config", config, "--graceful-timeout", "10"]
@@ -72,14 +72,10 @@ class Gunicorn:
         command += ["--worker-tmp-dir", "/dev/shm", *arguments, app]
         if not inherit:
             listener.close()
+        whole = {**os.environ, "RCON_SETTINGS": str(self.settings), **(environ or {})}
         with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                env={**os.environ, "RCON_SETTINGS": str(self.settings), **(environ or {})},
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[listener.fileno()] if inherit else [],
+            self.process = template.start(
+                command, whole, log.fileno(), listener.fileno() if inherit else None
             )
         listener.close()
 

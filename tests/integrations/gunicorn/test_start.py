@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rcon_gunicorn.master import Boots
 from rcon_gunicorn.workers import refusal, server_traits
 from rcon_plugins.confinement.isolation import Server
 from rcon_plugins.errors import ConfinementError, KernelError
+from tests.integrations.gunicorn import template
 from tests.integrations.gunicorn.server import HERE, Gunicorn
 from tests.processes import instance_directories, until
 
@@ -29,24 +29,15 @@ def start(directory: Path, settings: str | None, *arguments: str) -> tuple[int, 
     file = directory / "rcon.toml"
     if settings is not None:
         file.write_text(settings)
-    command = [sys.executable, "-m", "gunicorn", "--chdir", str(HERE), "--no-control-socket"]
-    command += [
-        "--bind",
-        "127.0.0.1:0",
-        "--config",
-        "python:rcon_gunicorn.conf",
-        *arguments,
-        "application:app",
-    ]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "RCON_SETTINGS": str(file) if settings is not None else ""},
-    )
-    output, _ = process.communicate(timeout=30)
-    return process.returncode, output, process.pid
+    command = ["--chdir", str(HERE), "--no-control-socket", "--bind", "127.0.0.1:0"]
+    command += ["--config", "python:rcon_gunicorn.conf", *arguments, "application:app"]
+    environ = {**os.environ, "RCON_SETTINGS": str(file) if settings is not None else ""}
+    with tempfile.TemporaryFile() as output:
+        process = template.start(command, environ, output.fileno())
+        status = process.wait(timeout=30)
+        output.seek(0)
+        text = output.read().decode()
+    return status, text, process.pid
 
 
 @pytest.mark.parametrize(
