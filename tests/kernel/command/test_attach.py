@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources
 from rcon_plugins.tree import attach as tree_attach
 from rcon_plugins.tree.garbage import collect
 from tests.kernel.command.harness import Done, left_by, rcon, until
-from tests.kernel.quota import judge, window
-from tests.processes import cpu_seconds
 
 pytestmark = pytest.mark.each_layout
 
@@ -68,27 +65,6 @@ def watcher(pid: int) -> int:
 
 def attach(processes: Processes, *options: str) -> Done:
     return rcon("attach", *options, *(str(process.pid) for process in processes))
-
-
-@pytest.mark.measures
-def test_two_processes_are_held_down_together_and_the_group_goes_with_them() -> None:
-    with running("yes", count=2) as both:
-        group = f"yes-{both[0].pid}"
-        done = attach(both, "--cpu", "30%", "--group", group)
-        assert (done.status, done.out, done.err) == (0, f"{group}: 2 processes\n", "")
-        mine = watcher(both[0].pid)
-        assert watcher(both[1].pid) == mine
-
-        def measure() -> dict[float, float]:
-            before, began = sum(cpu_seconds(one.pid) for one in both), time.monotonic()
-            time.sleep(window(0.3))
-            used = sum(cpu_seconds(one.pid) for one in both) - before
-            return {0.3: used / (time.monotonic() - began)}
-
-        judge(measure)
-        end(both)
-        until(lambda: not left_by(mine), "the group goes after its last process")
-    until(lambda: not Path("/proc", str(mine)).exists(), "the watcher ends")
 
 
 @pytest.mark.smoke

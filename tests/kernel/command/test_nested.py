@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +18,6 @@ from rcon_plugins.kernel.cgroup.v2 import MOST_DESCENDANTS
 from tests.commands import become_rcon
 from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.command.harness import ALLOCATE, left_by, rcon
-from tests.kernel.quota import judge
 
 pytestmark = pytest.mark.each_layout
 
@@ -103,31 +101,6 @@ def test_an_inner_group_is_inside_the_outer_group() -> None:
     paths = [line.split(":", 2)[2] for line in done.out.splitlines() if "/work/inner/main" in line]
     assert paths
     assert all("/work/outer/rcon-" in path for path in paths)
-
-
-@pytest.mark.measures
-@pytest.mark.layout("v1", "hybrid")
-def test_the_inner_rcon_runs_within_the_outer_quota() -> None:
-    """This runs on the host only, because the inner Python has to start within the quota."""
-
-    def measure() -> dict[float, float]:
-        done = rcon("run", "--cpu", "20%", "--timeout", "5s", "--", RCON, "run", "--cpu", "80%", "--", *SPIN)
-        assert done.report["outcome"] == "timeout"
-        return {0.2: done.report["usage"]["cpu_seconds"] / done.report["usage"]["wall_seconds"]}
-
-    judge(measure)
-
-
-@pytest.mark.measures
-@pytest.mark.parametrize(("outer", "inner"), [(0.2, "80%"), (0.8, "20%")])
-def test_the_tighter_cpu_quota_holds(outer: float, inner: str, open_path: Path) -> None:
-    def measure() -> dict[float, float]:
-        words = ["run", "--cpu", inner, "--timeout", "3s", "--json", f"{open_path}/report.json", "--", *SPIN]
-        assert within(Resources(cpu_quota=outer), words, open_path)[0] == 137
-        usage: dict[str, Any] = json.loads(open_path.joinpath("report.json").read_text())["usage"]
-        return {0.2: usage["cpu_seconds"] / usage["wall_seconds"]}
-
-    judge(measure)
 
 
 @pytest.mark.parametrize(("outer", "inner"), [("64M", "256M"), ("256M", "64M")])

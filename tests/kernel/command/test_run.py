@@ -21,7 +21,6 @@ from rcon_plugins.kernel.cgroup import Cgroup, Resources
 from tests.commands import become_rcon
 from tests.kernel.cgroup.helpers import DISK
 from tests.kernel.command.harness import ALLOCATE, MOUNTS, left_by, rcon, until
-from tests.kernel.quota import judge, window
 from tests.processes import alive
 
 NOBODY = 65534
@@ -61,18 +60,6 @@ def test_the_exit_status_is_that_of_the_command(command: list[str], status: int,
     done = rcon("run", "--", *command)
     assert (done.status, done.err) == (status, said)
     assert done.report["outcome"] == ("ok" if status == 0 else "error" if status == 3 else "killed")
-
-
-@pytest.mark.measures
-def test_a_cpu_quota_holds() -> None:
-    def measure() -> dict[float, float]:
-        done = rcon(
-            "run", "--cpu", "10%", "--timeout", f"{window(0.1):g}s", "--", "sh", "-c", "while :; do :; done"
-        )
-        assert done.report["outcome"] == "timeout"
-        return {0.1: done.report["usage"]["cpu_seconds"] / done.report["usage"]["wall_seconds"]}
-
-    judge(measure)
 
 
 @pytest.mark.each_layout
