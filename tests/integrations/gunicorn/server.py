@@ -60,6 +60,7 @@ class Gunicorn:
         self.arguments = arguments
         self.settings = directory / "rcon.toml"
         self.log_file = directory / "log"
+        self._instance: list[Path] = []
         if settings is not None:
             self.settings.write_text(settings)
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
@@ -133,9 +134,15 @@ class Gunicorn:
         """The directories of this server's instance, one in each hierarchy."""
         return instance_directories(self.pid)
 
+    def instance(self) -> list[Path]:
+        """`cgroups`, which it looks for once: each look reads all cgroups of this machine."""
+        if not self._instance:
+            self._instance = self.cgroups()
+        return self._instance
+
     def executors(self, policy: str = "free") -> list[int]:
         """The pids of the executor processes of a policy, and of what they started."""
-        return executor_pids(self.cgroups(), policy)
+        return executor_pids(self.instance(), policy)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

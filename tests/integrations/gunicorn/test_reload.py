@@ -51,7 +51,7 @@ def wait_until_all_serve(server: Gunicorn, workers: int = 2) -> list[int]:
     """Wait until each worker has an executor process of its own. Return the workers."""
 
     def serving() -> set[str]:
-        leaves = [leaf for cgroup in server.cgroups() for leaf in (cgroup / "work").glob("free/*-*")]
+        leaves = [leaf for cgroup in server.instance() for leaf in (cgroup / "work").glob("free/*-*")]
         return {leaf.name.partition("-")[0] for leaf in leaves} & {str(pid) for pid in server.workers()}
 
     with Load(server):
