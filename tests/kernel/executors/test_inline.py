@@ -17,6 +17,8 @@ from rcon_plugins.errors import KernelError, SettingsError
 from rcon_plugins.settings.file import from_mapping
 from tests.children import in_child
 from tests.kernel.cgroup.helpers import running
+from tests.kernel.executors.test_thread import POLICY as THREAD
+from tests.kernel.executors.test_thread import managed, run
 from tests.kernel.quota import judge, quota_in_force, window
 from tests.processes import instance_directories
 
@@ -148,16 +150,27 @@ def test_the_kernel_has_the_quota() -> None:
 
 @pytest.mark.measures
 def test_cpu_quotas_are_held_within_a_point() -> None:
-    """Each in a process of its own: threads of one would stop each other while they hold the GIL."""
+    """Each in a process of its own: threads of one would stop each other while they hold the GIL.
+
+    Beside them a thread executor with a quota, whose window is shorter: together they leave a CPU idle.
+    """
 
     def program(quota: float) -> float:
         with confine(cpu=f"{quota:.0%}", cpu_weight=10000):
             return burn(window(0.5))
 
-    def measure() -> dict[float, float]:
+    def in_a_thread(quota: float) -> float:
+        policy = {**THREAD, "cpu": f"{quota:.0%}", "cpu_weight": 10000}
+        share: float = managed(policy, lambda manager: run(manager, burn, window(quota)))
+        return share
+
+    def measure() -> list[tuple[float, float]]:
         with contextlib.ExitStack() as stack:
-            started = {quota: stack.enter_context(running(None, program, quota)) for quota in (0.1, 0.2, 0.5)}
-            return {quota: child.result() / 100 for quota, child in started.items()}
+            started = [
+                (quota, stack.enter_context(running(None, program, quota))) for quota in (0.1, 0.2, 0.5)
+            ]
+            started.append((0.2, stack.enter_context(running(None, in_a_thread, 0.2))))
+            return [(quota, child.result() / 100) for quota, child in started]
 
     judge(measure)
 

@@ -7,12 +7,14 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rcon_plugins import hookimpl
+from rcon_plugins import RunningManager, hookimpl
 from rcon_plugins.errors import MemoryLimitExceeded, PidsLimitExceeded, TimeLimitExceeded
 from rcon_plugins.kernel.cgroup import Cgroup
 from tests.kernel.cgroup.helpers import DISK
@@ -200,41 +202,55 @@ def test_the_kernel_has_the_quotas_of_the_policy() -> None:
             assert ask(manager, "quota")[0] == quota
 
 
-@pytest.mark.measures
-@pytest.mark.parametrize("percents", [(10, 20, 50), (150,)], ids=str)
-def test_cpu_quotas_are_held_within_a_point(percents: tuple[int, ...]) -> None:
-    quotas = {f"of-{percent}": percent / 100 for percent in percents}
+@contextlib.contextmanager
+def managing_quotas(
+    *quotas: float, **more: dict[str, Any]
+) -> Iterator[tuple[RunningManager, Callable[[], None]]]:
+    """A manager with a policy for each quota, and ``more`` policies; and a function that judges the quotas.
+
+    The host of a request is the name of its policy.
+    """
+    names = {quota: f"of-{quota:.0%}".rstrip("%") for quota in quotas}
     keys = {"cpu_weight": 10000, "isolation": "process"}
-    policies = {name: {**keys, "cpu": f"{quota:.0%}"} for name, quota in quotas.items()}
-    routes = [{"host": name, "policy": name} for name in quotas]
+    policies = {name: {**keys, "cpu": f"{quota:.0%}"} for quota, name in names.items()} | more
+    routes = [{"host": name, "policy": name} for name in policies]
     with (
         managing({}, settings={"policy": policies, "route": routes}) as manager,
         ThreadPoolExecutor(len(quotas)) as clients,
     ):
 
-        def used(name: str) -> float:
-            usage = ask(manager, "burn", window(*quotas.values()), 2 if quotas[name] > 1 else 1, host=name)[
-                1
-            ].usage
+        def used(quota: float) -> float:
+            processes = 2 if quota > 1 else 1
+            usage = ask(manager, "burn", window(*quotas), processes, host=names[quota])[1].usage
             assert usage.cpu_seconds is not None
             return usage.cpu_seconds / usage.wall_seconds
 
-        for name in quotas:
+        for name in policies:
             ask(manager, "pid", host=name)
-        judge(lambda: dict(zip(quotas.values(), clients.map(used, quotas), strict=True)))
+        yield manager, lambda: judge(lambda: dict(zip(quotas, clients.map(used, quotas), strict=True)))
 
 
 @pytest.mark.measures
-def test_io_of_all_requests_together_is_one_limit() -> None:
+def test_cpu_quota_above_one_cpu() -> None:
+    with managing_quotas(1.5) as (_, judge_quotas):
+        judge_quotas()
+
+
+@pytest.mark.measures
+def test_cpu_quotas_are_held_within_a_point_and_io_of_all_requests_together_is_one_limit() -> None:
+    """In one window: what writes mostly waits."""
     folder = Path(tempfile.mkdtemp(dir=DISK, prefix="rcon-test-"))
+    writes = {"isolation": "process", "cpu_weight": 10000, "io": {str(folder): {"write": "5M"}}}
     try:
-        limit = {"write": "5M"}
-        with managing({"isolation": "process", "io": {str(folder): limit}}) as manager:
-            rate, outcome = ask(manager, "write_directly", str(folder / "data"), 15)
-            assert 4.5 * MIB <= rate <= 5.5 * MIB
-            written = outcome.usage.io_write_bytes
-            assert (
-                written is None or written >= 15 * MIB
-            )  # None on v1, where IO is throttled and told for all together
+        with (
+            managing_quotas(0.1, 0.2, 0.5, writes=writes) as (manager, judge_quotas),
+            ThreadPoolExecutor(1) as client,
+        ):
+            written = client.submit(ask, manager, "write_directly", str(folder / "data"), 15, host="writes")
+            judge_quotas()
+            rate, outcome = written.result()
+        assert 4.5 * MIB <= rate <= 5.5 * MIB
+        size = outcome.usage.io_write_bytes
+        assert size is None or size >= 15 * MIB  # None on v1, where IO is throttled and told for all together
     finally:
         shutil.rmtree(folder)

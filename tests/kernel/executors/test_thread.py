@@ -27,7 +27,7 @@ from tests import leftovers
 from tests.children import in_child
 from tests.kernel.executors import ways_back
 from tests.kernel.executors.service import Left, leaving, soon, status
-from tests.kernel.quota import judge, quota_in_force, window
+from tests.kernel.quota import quota_in_force
 
 TENANT, OTHER = 61001, 61002
 POLICY: dict[str, Any] = {"isolation": "thread", "user": TENANT, "group": TENANT, "groups": [61011]}
@@ -538,14 +538,3 @@ def test_the_kernel_has_the_quota() -> None:
         return run(manager, quota_in_force), quota_in_force()
 
     assert managed({**POLICY, "cpu": "30%"}, program) == (0.3, None)
-
-
-@pytest.mark.measures
-def test_cpu_quota() -> None:
-    def burn(seconds: float) -> float:
-        wall, cpu = time.monotonic(), time.thread_time()
-        while time.monotonic() < wall + seconds:
-            pass
-        return (time.thread_time() - cpu) / (time.monotonic() - wall)
-
-    judge(lambda: {0.2: managed({**POLICY, "cpu": "20%"}, lambda manager: run(manager, burn, window(0.2)))})
