@@ -14,7 +14,7 @@ from tests.integrations.gunicorn.tenants import TENANTS
 
 @pytest.fixture(scope="session", autouse=True)
 def servers_are_forks() -> Iterator[None]:
-    """Start the servers of these tests as forks of one process with gunicorn's modules."""
+    """Start the servers of these tests as forks of a process with gunicorn's modules."""
     with template.running():
         yield
 

@@ -1,10 +1,13 @@
-"""Start gunicorn in forks of one process that has imported the modules of gunicorn's master.
+"""Start gunicorn in forks of a process that has imported the modules of gunicorn's master.
 
 Half of the CPU time of a small server is the start of its interpreter and these imports. The template does them once.
 A fork then calls what ``python -m gunicorn`` calls, with the command line, environment and files of that server, and
 ends as an interpreter ends. It has imported no application, and nothing that a master imports after its first fork.
 
-``python -m tests.integrations.gunicorn.template NUMBER`` is the template. It takes orders on the socket NUMBER.
+Servers with gevent have a template of their own. It has also imported what gevent imports in each worker to replace
+the modules of the standard library, half of the CPU time of such a worker. It has replaced nothing.
+
+``python -m tests.integrations.gunicorn.template NUMBER KIND`` is a template. It takes orders on the socket NUMBER.
 """
 
 from __future__ import annotations
@@ -21,14 +24,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-#: The modules that a master has imported when it forks its first worker (with the modules that they import).
-MODULES = (
+_ALL = (
     "gunicorn.app.wsgiapp",
     "gunicorn.glogging",
     "gunicorn.workers.sync",
     "rcon_gunicorn",
     "rcon_plugins.builtin.plugins",
 )
+_OF_GEVENT = (
+    "local",
+    "events",
+    "select",
+    "selectors",
+    "signal",
+    "ssl",
+    "subprocess",
+    "thread",
+    "threading",
+    "time",
+)
+#: The modules that a master has imported when it forks its first worker (with those that they import), by kind.
+MODULES = {
+    "plain": _ALL,
+    "gevent": (*_ALL, "gunicorn.workers.ggevent", *(f"gevent.{name}" for name in _OF_GEVENT)),
+}
 #: The longest order: a command line and an environment.
 LONGEST = 1 << 17
 
@@ -67,20 +86,22 @@ class ForkedProcess:
 class Template:
     """A running template; ended by `close`."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
         self._control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._interpreter = of_interpreter(os.environ)
         with other:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(other.fileno())],
+                [sys.executable, "-m", __name__, str(other.fileno()), kind],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[other.fileno()],
             )
 
-    def suits(self, environ: Mapping[str, str]) -> bool:
-        """Return whether an interpreter that starts with this environment is set up like the template."""
-        return of_interpreter(environ) == self._interpreter
+    def suits(self, arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
+        """Return whether this is the template for such a server, and its interpreter is set up like the template."""
+        kind = "gevent" if "gevent" in arguments else "plain"
+        return kind == self._kind and of_interpreter(environ) == self._interpreter
 
     def start(
         self, arguments: Sequence[str], environ: Mapping[str, str], output: int, listener: int | None
@@ -109,14 +130,13 @@ _running: list[Template] = []
 
 @contextmanager
 def running() -> Iterator[None]:
-    """Let `start` fork a template in this block. Elsewhere it starts an interpreter for each server."""
-    template = Template()
-    _running.append(template)
+    """Let `start` fork templates in this block. Elsewhere it starts an interpreter for each server."""
+    _running.extend(map(Template, MODULES))
     try:
         yield
     finally:
-        _running.remove(template)
-        template.close()
+        while _running:
+            _running.pop().close()
 
 
 def start(
@@ -127,7 +147,7 @@ def start(
     ``output`` becomes its standard output and error. ``listener`` is a socket that it inherits under the same number.
     """
     for template in _running:
-        if template.suits(environ):
+        if template.suits(arguments, environ):
             return template.start(arguments, environ, output, listener)
     return subprocess.Popen(
         [sys.executable, "-m", "gunicorn", *arguments],
@@ -190,7 +210,7 @@ def become_server(order: dict[str, Any], files: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    for module in MODULES:
+    for module in MODULES[sys.argv[2]]:
         importlib.import_module(module)
     import gunicorn.__main__  # type: ignore[import-untyped]
     from gunicorn.app.wsgiapp import run  # type: ignore[import-untyped]
