@@ -76,13 +76,14 @@ def cpu_seconds_of_family(pid: int) -> float:
     return seconds
 
 
-def instance_directories(pid: int) -> list[Path]:
-    """Return the directories of the instance that this process made, in each hierarchy."""
+def instance_directories(*pids: int) -> list[Path]:
+    """Return the directories of the instances that these processes made, in each hierarchy."""
+    heads = tuple(f"rcon-{pid}-" for pid in pids)
     return [
         Path(directory, name)
         for directory, names, _ in os.walk(CGROUPS)
         for name in names
-        if name.startswith(f"rcon-{pid}-")
+        if name.startswith(heads)
     ]
 
 

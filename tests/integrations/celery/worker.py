@@ -94,7 +94,7 @@ class Worker:
 
     def cgroups(self) -> list[Path]:
         """The directories of the instances that it or any process below it made, in each hierarchy."""
-        return [path for pid in self.family() for path in instance_directories(pid)]
+        return instance_directories(*self.family())
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
