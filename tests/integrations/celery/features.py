@@ -252,8 +252,15 @@ def define(app: celery.Celery, confined: Callable[..., Any], url: str) -> None:
         return x
 
     @task(name="again", bind=True)
-    def again(self: Any) -> Any:
+    def again(self: Any, after_retry: bool = False) -> Any:
+        """Retry at once. With ``after_retry`` the second attempt waits until the state of the first is stored.
+
+        Otherwise two processes write the result at the same time. Celery does not write RETRY over SUCCESS, but a
+        reader of its backend for files takes a file that is being written for one that is not there.
+        """
         if self.request.retries:
+            while after_retry and self.AsyncResult(self.request.id).state != "RETRY":
+                time.sleep(0.02)
             return [self.request.retries, self.request.chord is None]
         raise self.retry(countdown=0)
 
@@ -283,6 +290,13 @@ def define(app: celery.Celery, confined: Callable[..., Any], url: str) -> None:
     def work(name: str, seconds: float) -> int:
         note(name, "runs", time.time())
         time.sleep(seconds)
+        return os.getpid()
+
+    @task(name="work_until")
+    def work_until(name: str, gate: str) -> int:
+        note(name, "runs", time.time())
+        while not Path(gate).exists():
+            time.sleep(0.02)
         return os.getpid()
 
     @task(name="work_late", acks_late=True)
