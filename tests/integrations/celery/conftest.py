@@ -11,12 +11,22 @@ import celery
 import pytest
 
 from tests.integrations.celery import application
+from tests.integrations.celery.launcher import Launcher
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.rabbitmq_server import RabbitServer
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.sessions import Sessions
 from tests.integrations.celery.worker import Worker
 from tests.postgresql import PostgresServer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def launcher() -> Iterator[Launcher]:
+    """The process that starts workers, and the commands that tests give to it."""
+    with contextlib.closing(Launcher()) as launcher:
+        Worker.launcher = launcher
+        yield launcher
+        Worker.launcher = None
 
 
 @pytest.fixture(scope="session")

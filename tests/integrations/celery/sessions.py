@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,6 +60,13 @@ class Session:
         with pytest.raises(kind) as caught:
             self.get(name, *args)
         return caught.value
+
+    def celery(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of Celery with this application."""
+        launcher = self.worker.launcher
+        assert launcher is not None
+        environ = {**os.environ, limited.BROKER: self.url}
+        return launcher.run("-A", limited.__name__, *arguments, environ=environ)
 
     def log(self, name: str) -> list[str]:
         """Return the lines that tasks logged under a name."""

@@ -20,9 +20,10 @@ import pytest
 import redis
 
 from tests.integrations.celery import logged
+from tests.integrations.celery.launcher import ROOT
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
-from tests.integrations.celery.worker import READY, ROOT, Worker
+from tests.integrations.celery.worker import READY, Worker
 from tests.processes import alive, until
 
 PATIENCE = 60.0

@@ -20,11 +20,12 @@ from rcon_plugins.groups.find import Group, find_groups
 from rcon_plugins.kernel.cgroup import MAX, read_limits
 from rcon_plugins.settings.units import parse_size
 from tests.integrations.celery import limited
+from tests.integrations.celery.launcher import ROOT
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.sessions import Session, Sessions
 from tests.integrations.celery.test_deaths import nothing_runs
-from tests.integrations.celery.worker import ROOT, Worker
+from tests.integrations.celery.worker import Worker
 from tests.processes import until
 from tests.terminals import terminal
 
@@ -78,16 +79,7 @@ def test_inspect_a_running_task(sessions: Sessions) -> None:
 
 def rcon_set(session: Session, *arguments: str) -> dict[str, Any]:
     """Return the worker's answer to `celery control rcon_set`."""
-    command = [sys.executable, "-m", "celery", "-A", limited.__name__, "control", "--json", "rcon_set"]
-    done = subprocess.run(
-        [*command, *arguments],
-        cwd=ROOT,
-        env={**os.environ, limited.BROKER: session.url},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = session.celery("control", "--json", "rcon_set", *arguments)
     (reply,) = json.loads(done.stdout)
     answer: dict[str, Any] = reply["w@test"]
     return answer

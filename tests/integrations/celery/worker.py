@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
+from tests.integrations.celery.launcher import PROGRAM, ROOT, Launched, Launcher
 from tests.processes import PATIENCE, children, family, instance_directories, until
 
-ROOT = Path(__file__).resolve().parents[3]
-
 READY = " ready."
+#: The variables that Python reads at its start, and Celery at its import. A fork of the launcher is after both.
+READ_EARLY = re.compile("PYTHON|CELERY_|AUTOSCALE_")
 
 
 class Worker:
     """One ``celery worker``; ended by `stop`, and by leaving a ``with`` block."""
+
+    #: Starts the workers. Without it each is a new interpreter, as with ``celery worker`` in a shell.
+    launcher: ClassVar[Launcher | None] = None
 
     def __init__(
         self,
@@ -40,16 +46,24 @@ class Worker:
         self.name = f"{name}@test"
         self.log_file = directory / f"{name}.log"
         self._began = self.log_file.stat().st_size if self.log_file.exists() else 0
-        program = str(Path(sys.executable).with_name("celery"))  # what it starts itself anew with
-        command = [sys.executable, program, "-A", application, "worker", "--hostname", self.name]
+        command = ["-A", application, "worker", "--hostname", self.name]
         command += ["--pool", pool, "--concurrency", str(concurrency), "--loglevel", "INFO"]
         # Nothing here is about several workers getting to know each other, which takes seconds.
         command += ["--without-gossip", "--without-mingle", *arguments]
+        variables = {**os.environ, "C_FORCE_ROOT": "1", "PYTHONFAULTHANDLER": "1", **(environ or {})}
+        # gevent patches modules before the first import.
+        own_start = pool == "gevent" or checkout != ROOT or any(map(READ_EARLY.match, environ or {}))
+        self.process: subprocess.Popen[bytes] | Launched
         with self.log_file.open("ab") as log:
+            if self.launcher is not None and not own_start:
+                self.process = self.launcher.start(
+                    *command, environ=variables, stdout=log.fileno(), stderr=log.fileno()
+                )
+                return
             self.process = subprocess.Popen(
-                command,
+                [sys.executable, PROGRAM, *command],  # what it starts itself anew with
                 cwd=checkout,
-                env={**os.environ, "C_FORCE_ROOT": "1", "PYTHONFAULTHANDLER": "1", **(environ or {})},
+                env=variables,
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
