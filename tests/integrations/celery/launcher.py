@@ -1,8 +1,10 @@
 """Commands of Celery as forks of one process that has imported Celery: imports are most of the CPU time of a start.
 
 `Launcher` is this process, as a test sees it. A fork runs the program ``celery`` as Python itself would run it: its
-script is ``__main__``, and its environment, arguments, directory and files are those of the request. ``-P gevent``
-needs an interpreter of its own, because it patches modules before Celery is imported.
+script is ``__main__``, and its environment, arguments and files are those of the request. Workers with
+gevent are forks of a second process, where gevent has patched modules before the import, as `celery` does.
+
+What this module itself calls in these processes it has imported by name, before gevent patches it.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import importlib
 import json
 import os
 import runpy
-import select
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from os import fork, waitpid
 from pathlib import Path
+from select import select
+from signal import signal as set_handler
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -73,7 +77,7 @@ class Launched:
         return code
 
     def _read(self, timeout: float | None) -> int | None:
-        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+        if self.returncode is None and select([self._status], [], [], timeout)[0]:
             data = os.read(self._status, 8)
             os.close(self._status)
             assert data, f"the launcher ended before {self.args}"
@@ -92,33 +96,46 @@ class Launched:
 
 
 class Launcher:
-    """The process that has imported Celery; ended by `close`."""
+    """The processes that have imported Celery, each started at its first use; ended by `close`."""
 
     def __init__(self) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONFAULTHANDLER": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
+        self._processes: dict[bool, tuple[subprocess.Popen[bytes], socket.socket]] = {}
 
     def close(self) -> None:
-        """End it. Commands that still run go on."""
-        self._control.close()
-        self._process.wait()
+        """End them. Commands that still run go on."""
+        for process, control in self._processes.values():
+            control.close()
+            process.wait()
+
+    def _control(self, gevent: bool) -> socket.socket:
+        """Return the socket for the requests of one process."""
+        if gevent not in self._processes:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, str(theirs.fileno()), *(["gevent"] if gevent else [])],
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                )
+            self._processes[gevent] = process, ours
+        return self._processes[gevent][1]
 
     def start(
-        self, *arguments: str, environ: Mapping[str, str], cwd: Path = ROOT, stdout: int, stderr: int
+        self,
+        *arguments: str,
+        environ: Mapping[str, str],
+        stdout: int,
+        stderr: int,
+        gevent: bool = False,
     ) -> Launched:
-        """Start ``celery`` with these arguments; the files are descriptors."""
+        """Start ``celery`` with these arguments; the files are descriptors. ``gevent``: its pool is that of gevent."""
         reading, writing = os.pipe()
         try:
-            request = json.dumps([arguments, dict(environ), str(cwd)]).encode()
-            socket.send_fds(self._control, [request], [stdout, stderr, writing])
+            request = json.dumps([arguments, dict(environ)]).encode()
+            socket.send_fds(self._control(gevent), [request], [stdout, stderr, writing])
         finally:
             os.close(writing)
         pid = int.from_bytes(os.read(reading, 4), "little")
@@ -149,7 +166,6 @@ class Request(NamedTuple):
 
     arguments: list[str]
     environ: dict[str, str]
-    directory: str
     files: list[int]
 
 
@@ -158,11 +174,11 @@ def serve(control: socket.socket) -> Request | None:
     ended, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler nothing is written to the descriptor
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends it to pytest, which ends this process
+    set_handler(signal.SIGCHLD, lambda *_: None)  # without a handler nothing is written to the descriptor
+    set_handler(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends it to pytest, which ends this process
     statuses: dict[int, int] = {}
     while True:
-        ready, _, _ = select.select([control.fileno(), ended], [], [])
+        ready, _, _ = select([control.fileno(), ended], [], [])
         if ended in ready:
             os.read(ended, 4096)
             reap(statuses)
@@ -171,15 +187,15 @@ def serve(control: socket.socket) -> Request | None:
         data, files, _, _ = socket.recv_fds(control, REQUEST, 3)
         if not data:
             return None
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            set_handler(signal.SIGCHLD, signal.SIG_DFL)
+            set_handler(signal.SIGINT, signal.default_int_handler)
             for file in (control.detach(), ended, wakeup, files.pop(), *statuses.values()):
                 os.close(file)
-            arguments, environ, directory = json.loads(data)
-            return Request(arguments, environ, directory, files)
+            arguments, environ = json.loads(data)
+            return Request(arguments, environ, files)
         for file in files[:2]:
             os.close(file)
         statuses[pid] = files[2]
@@ -189,7 +205,7 @@ def serve(control: socket.socket) -> Request | None:
 def reap(statuses: dict[int, int]) -> None:
     """Write the wait status of each child that has ended to its pipe."""
     with contextlib.suppress(ChildProcessError):  # there is no child
-        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+        while (found := waitpid(-1, os.WNOHANG))[0]:
             pid, status = found
             pipe = statuses.pop(pid)
             with contextlib.suppress(BrokenPipeError):  # the test does not wait for it
@@ -202,7 +218,6 @@ def become(request: Request) -> None:
     for number, file in enumerate(request.files, start=1):
         os.dup2(file, number)
         os.close(file)
-    os.chdir(request.directory)
     os.environ.clear()
     os.environ.update(request.environ)
     sys.argv = [PROGRAM, *request.arguments]
@@ -210,14 +225,20 @@ def become(request: Request) -> None:
     runpy.run_path(PROGRAM, run_name="__main__")
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, *patched: str) -> None:
+    control = socket.socket(fileno=descriptor)
+    if patched:
+        importlib.import_module("gevent.monkey").patch_all()
+        importlib.import_module("celery.concurrency.gevent")
     for name in MODULES:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # no fork has to look at these objects, which would copy their pages
-    if request := serve(socket.socket(fileno=descriptor)):
+    if request := serve(control):
+        if patched:
+            importlib.import_module("gevent").reinit()
         become(request)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

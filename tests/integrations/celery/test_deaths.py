@@ -251,7 +251,8 @@ def test_cold_shutdown_returns_a_task_that_is_acknowledged_late(
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
 def test_cold_shutdown(sessions: Sessions, pool: str) -> None:
-    with sessions(pool=pool, concurrency=1) as session:
+    """Of a worker that is an interpreter of its own, as it is with a variable of Python."""
+    with sessions(pool=pool, concurrency=1, PYTHONFAULTHANDLER="1") as session:
         session.send("stay", "cold")
         until(lambda: bool(session.log("cold")))
         directories, everybody = session.worker.cgroups(), session.worker.family()

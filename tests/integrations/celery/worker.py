@@ -51,13 +51,16 @@ class Worker:
         # Nothing here is about several workers getting to know each other, which takes seconds.
         command += ["--without-gossip", "--without-mingle", *arguments]
         variables = {**os.environ, "C_FORCE_ROOT": "1", "PYTHONFAULTHANDLER": "1", **(environ or {})}
-        # gevent patches modules before the first import.
-        own_start = pool == "gevent" or checkout != ROOT or any(map(READ_EARLY.match, environ or {}))
+        own_start = checkout != ROOT or any(map(READ_EARLY.match, environ or {}))
         self.process: subprocess.Popen[bytes] | Launched
         with self.log_file.open("ab") as log:
             if self.launcher is not None and not own_start:
                 self.process = self.launcher.start(
-                    *command, environ=variables, stdout=log.fileno(), stderr=log.fileno()
+                    *command,
+                    environ=variables,
+                    stdout=log.fileno(),
+                    stderr=log.fileno(),
+                    gevent=pool == "gevent",
                 )
                 return
             self.process = subprocess.Popen(
