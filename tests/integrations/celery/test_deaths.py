@@ -320,8 +320,7 @@ def test_pool_process_tries_its_start_again(sessions: Sessions, tmp_path: Path) 
     settings = 'unmatched = "allow"\nplugins = ["faulty"]\n[policy.small]\nmemory = "1G"\n'
     environ = {"PYTHONPATH": str(tmp_path), "FAULT": str(fault)}
     worker, app, url = sessions.make(settings=settings, concurrency=1, **environ)
-    with closing(app), worker:
-        session = Session(worker, app, url)
+    with closing(app), worker, contextlib.closing(Session(worker, app, url)) as session:
         result = session.send("late", "faulty", str(gate))
         with pytest.raises(ConfinementError, match="the test says so"):
             session.get("where")

@@ -11,7 +11,6 @@ from typing import Any
 
 import celery
 import pytest
-import redis
 from billiard.exceptions import WorkerLostError
 from celery.contrib.abortable import AbortableAsyncResult
 
@@ -63,8 +62,8 @@ class Opener:
             name=name,
             environ={**environ, **({features.CONFINED: "1"} if confined else {})},
         )
-        with closing(app), worker:
-            yield Session(worker, app, url, PATIENCE)
+        with closing(app), worker, contextlib.closing(Session(worker, app, url, PATIENCE)) as session:
+            yield session
 
 
 @pytest.fixture(scope="module")
@@ -341,8 +340,7 @@ def test_due_after_the_visibility_timeout(opener: Opener) -> None:
 
 def is_idle(session: Session) -> bool:
     """Return whether no message waits or is held by a worker."""
-    with contextlib.closing(redis.Redis.from_url(session.url)) as client:
-        return client.zcard("unacked_index") == 0 and client.llen("celery") == 0
+    return session.redis.zcard("unacked_index") == 0 and session.redis.llen("celery") == 0
 
 
 @FORMS

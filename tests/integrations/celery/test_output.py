@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -30,9 +31,8 @@ def test_output_of_tasks_is_logged_with_the_policy_and_the_key(
         return path.read_text() if path.exists() else ""
 
     try:
-        with closing(app):
+        with closing(app), contextlib.closing(Session(worker, app, url)) as session:
             until(lambda: READY in log(), 60)
-            session = Session(worker, app, url)
             sent = session.send("say", 7)
             assert session.wait(sent) == ["pipe", "pipe"]
             wanted = ("printed 7", "logged 7", "written 7", "from a program 7")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from rcon_celery import confined, outcome_of
 from rcon_celery.retry.attempt import RetryPolicy
@@ -29,9 +28,8 @@ MIB = 2**20
 
 def dead_letters(session: Session) -> list[dict[str, Any]]:
     """Return the headers of the messages in the queue ``dead``."""
-    with contextlib.closing(redis.Redis.from_url(session.url)) as client:
-        messages: Any = client.lrange("dead", 0, -1)
-        return [json.loads(message)["headers"] for message in messages]
+    messages: Any = session.redis.lrange("dead", 0, -1)
+    return [json.loads(message)["headers"] for message in messages]
 
 
 def test_each_retry_has_more_memory(sessions: Sessions) -> None:
@@ -106,8 +104,7 @@ def test_deaths_of_workers_are_counted(sessions: Sessions, tmp_path: Path) -> No
             gate = tmp_path / "open"
             gate.touch()
             assert third.get("retried_late", "well", str(gate)) == "done"
-            with contextlib.closing(redis.Redis.from_url(session.url)) as client:
-                until(lambda: not client.keys("rcon-lease-*"))
+            until(lambda: not session.redis.keys("rcon-lease-*"))
 
 
 def test_deaths_of_workers_are_counted_without_a_backend(sessions: Sessions, tmp_path: Path) -> None:
@@ -171,10 +168,9 @@ def test_redelivered_while_it_runs(sessions: Sessions, tmp_path: Path, name: str
 
 def leases(session: Session) -> dict[str, dict[str, Any]]:
     """Return the leases in the result backend."""
-    with contextlib.closing(redis.Redis.from_url(session.url)) as client:
-        keys: Any = client.keys("rcon-lease-*-0-0-0")
-        found: dict[str, Any] = {key: client.get(key) for key in keys}
-        return {key: json.loads(lease) for key, lease in found.items() if lease}
+    keys: Any = session.redis.keys("rcon-lease-*-0-0-0")
+    found: dict[str, Any] = {key: session.redis.get(key) for key in keys}
+    return {key: json.loads(lease) for key, lease in found.items() if lease}
 
 
 def test_a_lease_expires_even_if_results_do_not(sessions: Sessions, tmp_path: Path) -> None:
@@ -182,20 +178,18 @@ def test_a_lease_expires_even_if_results_do_not(sessions: Sessions, tmp_path: Pa
     with sessions(concurrency=1, RCON_TEST_KEPT="1") as session:
         result = session.send("late", "late", str(gate))
         until(lambda: bool(leases(session)))
-        with contextlib.closing(redis.Redis.from_url(session.url)) as client:
-            time.sleep(1.2)  # longer than a run whose lease is removed at its end
-            gate.touch()
-            assert session.wait(result) == "done"
-            until(lambda: [lease["finished"] for lease in leases(session).values()] == [True])
-            keys: Any = client.keys("rcon-*")
-            assert keys
-            assert all(0 < int(str(client.ttl(key))) <= 24 * 3600 for key in keys)
+        time.sleep(1.2)  # longer than a run whose lease is removed at its end
+        gate.touch()
+        assert session.wait(result) == "done"
+        until(lambda: [lease["finished"] for lease in leases(session).values()] == [True])
+        keys: Any = session.redis.keys("rcon-*")
+        assert keys
+        assert all(0 < int(str(session.redis.ttl(key))) <= 24 * 3600 for key in keys)
 
 
 def change_leases(session: Session, **changes: Any) -> None:
-    with contextlib.closing(redis.Redis.from_url(session.url)) as client:
-        for key, lease in leases(session).items():
-            client.set(key, json.dumps({**lease, **changes}))
+    for key, lease in leases(session).items():
+        session.redis.set(key, json.dumps({**lease, **changes}))
 
 
 def test_one_missed_heartbeat_is_no_death(sessions: Sessions, tmp_path: Path) -> None:
