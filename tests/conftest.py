@@ -4,6 +4,7 @@
 - `each_layout` marks a test that depends on the cgroup hierarchy: tests/vm.py runs it again on pure cgroup v2. `smoke`
   marks one quick test of each file of the kernel tier: `make check` runs it, and tests/vm.py does, as that machine has
   another kernel, too.
+- `once` marks a test of a module that is `each_layout` whose code is the same under any hierarchy.
 - `layout("v2")`, or "v1", "hybrid", marks a test for some hierarchies; on others it is deselected. Such a test is
   `each_layout`, too. `init("systemd")` marks a test for the machine that systemd has booted (tests/vm_systemd.py).
 - `measures` marks a test that measures CPU time or the rate of IO. It runs alone: tests/run.py starts it after

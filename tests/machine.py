@@ -12,14 +12,16 @@ change no file while a machine runs.
 from __future__ import annotations
 
 import compileall
+import importlib.metadata
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,11 +29,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = "linux-image-amd64 qemu-system-x86 busybox-static kmod e2fsprogs file systemd dbus"
 SOURCES = ("rcon_plugins", "integrations", "tests", "examples")
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+#: The plugins of pytest in the machine, and no others: to find them takes seconds, as pytest reads the metadata of all
+#: packages, and each fork of pytest copies what they have loaded.
+PLUGINS = ("--disable-plugin-autoload", "-p", "pytest_timeout", "-p", "pytest_rerunfailures")
 #: The exit status of timeout(1) when it has stopped the machine.
 TIMED_OUT = 124
 #: What makes the emulated kernel quick, none of which a test is about: without them it flushes the emulator's TLB at
 #: each system call, moves code so that it is translated again, and clears each page twice.
 QUICK = "mitigations=off nopti norandmaps init_on_alloc=0 audit=0"
+#: Tasks run on the second CPU only if their affinity or their cpuset leaves them no other.
+ONE_CPU = "isolcpus=1"
 #: A CPU with a time stamp counter that Linux trusts, and without AVX, which is slow to emulate.
 CPU = "Nehalem,+rdrand"
 
@@ -77,6 +84,8 @@ def compile_sources(tests: list[str]) -> None:
     """
     for folder in SOURCES:
         compileall.compile_dir(ROOT / folder, quiet=2)
+    if all(map(is_rewritten, test_modules(tests))):
+        return
     subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-qq", *tests],
         cwd=ROOT,
@@ -85,6 +94,28 @@ def compile_sources(tests: list[str]) -> None:
         stdout=subprocess.DEVNULL,
         check=False,  # a module that cannot be imported fails in the machine, and is reported there
     )
+
+
+def test_modules(tests: list[str]) -> Iterator[Path]:
+    """Yield the modules whose assertions pytest rewrites, of the folders and files that ``tests`` names."""
+    for name in tests:
+        path = ROOT / name
+        if path.is_file():
+            yield path
+        else:
+            yield from (*path.rglob("test_*.py"), *path.rglob("conftest.py"))
+
+
+def is_rewritten(module: Path) -> bool:
+    """Return whether pytest has compiled the module since its last change, by the time of that in the byte code."""
+    name = f"{module.stem}.{sys.implementation.cache_tag}-pytest-{importlib.metadata.version('pytest')}.pyc"
+    try:
+        with module.parent.joinpath("__pycache__", name).open("rb") as file:
+            changed, size = struct.unpack("<8xII", file.read(16))
+    except (FileNotFoundError, struct.error):
+        return False
+    stat = module.stat()
+    return (changed, size) == (int(stat.st_mtime) & 0xFFFFFFFF, stat.st_size & 0xFFFFFFFF)
 
 
 def make_initramfs(kernel: Path, path: Path) -> None:
@@ -100,13 +131,27 @@ def make_initramfs(kernel: Path, path: Path) -> None:
         mkinitramfs.mkinitramfs(out, config)
 
 
-def machine(kernel: Path, scratch: Path, memory: str, script: str, disk: Path | None = None) -> list[str]:
-    """Return the command that boots the machine, with ``script`` as PID 1. Its files are made in ``scratch``."""
+def machine(
+    kernel: Path,
+    scratch: Path,
+    memory: str,
+    script: str,
+    disk: Path | None = None,
+    *,
+    one_thread: bool = False,
+) -> list[str]:
+    """Return the command that boots the machine, with ``script`` as PID 1. Its files are made in ``scratch``.
+
+    It has two CPUs. With ``one_thread`` one thread emulates both, and the scheduler moves nothing to the second by
+    itself. That takes a third less CPU time than two threads, which wait for each other.
+    """
     initramfs, init = scratch / "initramfs", scratch / "init"
     make_initramfs(kernel, initramfs)
     init.write_text(script)
-    options = f"console=ttyS2 quiet loglevel=1 panic=-1 luks=no {QUICK} init=/bin/sh"
+    quick = f"{QUICK} {ONE_CPU}" if one_thread else QUICK
+    options = f"console=ttyS2 quiet loglevel=1 panic=-1 luks=no {quick} init=/bin/sh"
     command = [need("qemu-system-x86_64"), "-machine", "q35", "-cpu", CPU, "-smp", "2", "-m", memory]
+    command += ["-accel", f"tcg,thread={'single' if one_thread else 'multi'}"]
     command += ["-nodefaults", "-display", "none", "-no-reboot"]
     command += ["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]
     command += ["-device", "virtio-9p-pci,fsdev=root,mount_tag=/dev/root"]

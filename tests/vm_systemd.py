@@ -21,6 +21,7 @@ from shlex import quote
 
 from tests.machine import (
     PATH,
+    PLUGINS,
     ROOT,
     compile_sources,
     end_on_signals,
@@ -120,10 +121,9 @@ def prepare(directory: Path, arguments: list[str]) -> None:
         "HOME": "/tmp",
         "TMPDIR": "/tmp",
         "PYTHONDONTWRITEBYTECODE": "1",
-        "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
         **{name: os.environ[name] for name in ("CI",) if name in os.environ},
     }
-    options = ["--color=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=300"]
+    options = ["--color=no", *PLUGINS, "-p", "no:cacheprovider", "-o", "timeout=300"]
     options += ["--basetemp", "/tmp/pytest"]
     units.joinpath("tests.service").write_text(
         SERVICE.format(

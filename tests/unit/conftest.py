@@ -1,4 +1,4 @@
-"""Settings of hypothesis, which only these tests use. An emulated machine takes seconds to import it."""
+"""Settings of hypothesis. Only this tier uses it: other runs do not load it, as each fork of theirs would copy it."""
 
 from __future__ import annotations
 
