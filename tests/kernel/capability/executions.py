@@ -14,8 +14,8 @@ import random
 import stat
 import struct
 import sys
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,8 +158,21 @@ def execute(libc: ctypes.CDLL, file: File, seed: int, everything: Capabilities) 
 
     A new process has the state of the thread that starts it. posix_spawn(3) does not copy this process, unlike fork.
     """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(become_and_execute, libc, file, random.Random(seed), everything).result()
+    found: list[Execution | BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(become_and_execute(libc, file, random.Random(seed), everything))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    (result,) = found
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def become_and_execute(

@@ -150,12 +150,15 @@ def test_terminate_tells_each_process_once_and_nothing_else(group: Cgroup, tmp_p
 
 
 def many(pipe: int, count: int) -> None:
-    """Have many children, which end at SIGTERM."""
-    for _ in range(count):
-        if os.fork() == 0:
-            sleep_forever()
-    os.write(pipe, b"x")
-    sleep_forever()
+    """Become a shell with many children, which end at SIGTERM. So many copies of this process take long to make."""
+    os.dup2(pipe, 1)
+    reading, writing = os.pipe()  # of which nothing can be read before all have ended
+    os.dup2(reading, 0)
+    os.set_inheritable(writing, True)
+    script = (
+        f"exec 3<&0; i=0; while [ $i -lt {count} ]; do read -r _ <&3 & i=$((i + 1)); done; printf x; wait"
+    )
+    os.execv("/bin/sh", ["sh", "-c", script])
 
 
 @pytest.mark.parametrize("free", [None, 6], ids=["", "few descriptors"])

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - asked thousands of times
 
 
 def threads() -> list[threading.Thread]:

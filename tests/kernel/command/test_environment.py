@@ -62,7 +62,6 @@ def run(
     )
 
 
-@pytest.mark.smoke
 def test_no_module_of_the_command_is_imported(tmp_path: Path) -> None:
     names = names_of(_IMPORTED)
     assert {"platform", "logging", "token", "click", "msgspec", "pluggy", "rich", "os"} <= {*names}
@@ -136,6 +135,7 @@ def test_the_environment_reaches_the_command_unchanged(name: str, words: tuple[s
     assert done.stdout.split(b"\0") == plain.stdout.split(b"\0")
 
 
+@pytest.mark.smoke
 def test_no_environment_at_all() -> None:
     for words in (RUN, CAPCON):
         done = run(*words, "/usr/bin/env", env={})

@@ -63,6 +63,7 @@ def test_what_the_command_started_has_the_grace_too(tmp_path: Path) -> None:
     assert done.report["signal"] == signal.SIGTERM
 
 
+@pytest.mark.once
 def test_a_stopped_command_handles_the_signal(tmp_path: Path) -> None:
     said = tmp_path / "said"
     script = f"trap 'echo tidy > {said}; exit 0' TERM; kill -STOP $$; sleep 1000"
@@ -79,11 +80,13 @@ def test_forks_do_not_extend_the_grace() -> None:
     assert (done.status, done.report["outcome"], done.report["needed_kill"]) == (137, "timeout", True)
 
 
+@pytest.mark.once
 def test_a_command_that_ends_before_its_timeout_has_no_grace() -> None:
     done = rcon("run", "--timeout", "60s", "--grace", "5s", "--", "sh", "-c", "exit 3")
     assert (done.status, done.err, done.report["needed_kill"]) == (3, "", None)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -101,6 +104,7 @@ def test_a_grace_that_is_refused(options: tuple[str, ...], said: str) -> None:
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.once
 def test_the_grace_of_a_policy(tmp_path: Path) -> None:
     settings = tmp_path / "rcon.toml"
     settings.write_text('[policy.batch]\neach = { timeout = "3s", grace = "60s" }\n')
@@ -140,6 +144,7 @@ def test_rcon_kill_with_a_grace(tmp_path: Path) -> None:
     assert said.read_text() == "tidy\n" * 2
 
 
+@pytest.mark.once
 def test_rcon_kill_says_how_they_ended() -> None:
     group = f"grace-{os.getpid()}"
     with subprocess.Popen(["sleep", "1000"]) as sleeper:

@@ -231,6 +231,7 @@ def test_commands_that_join_and_leave_at_once_are_always_limited(name: str) -> N
     assert left(name) == []
 
 
+@pytest.mark.once
 def test_the_limits_of_a_policy_are_shared(name: str, tmp_path: Path) -> None:
     """The limits of the policy are those of all commands together; `each` has those of one."""
     settings = tmp_path / "rcon.toml"
@@ -274,6 +275,7 @@ def _no_swap() -> str:
     return ", swap 0" if _is_v2() else ""
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -289,6 +291,7 @@ def test_options_that_watch_one_command_are_refused(name: str, options: tuple[st
     )
 
 
+@pytest.mark.once
 def test_the_name_of_a_group_of_one_command_is_refused(name: str, tmp_path: Path) -> None:
     words = ("run", "--group", name, "--", "sh", "-c", f"touch {tmp_path}/one; sleep 1000")
     with running(*words, ready=tmp_path / "one"):
@@ -307,6 +310,7 @@ def test_inside_another_group_the_group_is_inside_too(name: str, tmp_path: Path)
         assert (out.count("7"), out.count("60"), out.count("9")) == (1, 1, 0)
 
 
+@pytest.mark.once
 def test_another_user_does_not_join(name: str, tmp_path: Path) -> None:
     with running(*staying(name, tmp_path / "one", "--pids", "9"), ready=tmp_path / "one"):
         words = ("run", "--json", "-", "--in", name, "--pids", "9", "--", "true")
@@ -322,6 +326,7 @@ def _become_nobody() -> None:
     os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
+@pytest.mark.once
 def test_a_user_that_is_changed_to_shares_the_group(name: str, tmp_path: Path) -> None:
     """Root makes the group; the commands run as another user."""
     with running(*staying(name, tmp_path / "one", "--pids", "9"), ready=tmp_path / "one"):
@@ -329,6 +334,7 @@ def test_a_user_that_is_changed_to_shares_the_group(name: str, tmp_path: Path) -
         assert (done.status, done.out.split().count("9")) == (0, 1)
 
 
+@pytest.mark.once
 def test_root_does_not_join_the_group_of_another_user(name: str, tmp_path: Path) -> None:
     """That user could kill and freeze what is in it."""
     with running(*staying(name, tmp_path / "one", "--pids", "9"), ready=tmp_path / "one"):
@@ -353,6 +359,7 @@ def test_io_limits_are_shared(name: str, tmp_path: Path) -> None:
     assert left(name) == []
 
 
+@pytest.mark.once
 def test_with_a_base_of_its_own(name: str, base: Cgroup, tmp_path: Path) -> None:
     """Groups of the same name in two bases are two groups; a third command has to choose."""
     here = (*("run", "--cgroup", base.path, "--in", name), "--pids", "9", "--", "sh", "-c")
@@ -382,6 +389,7 @@ def test_in_a_cgroup_of_its_own(name: str, base: Cgroup, tmp_path: Path) -> None
     assert home.children() == []
 
 
+@pytest.mark.once
 def test_a_lock_that_another_user_holds_does_not_block_for_ever(name: str) -> None:
     hierarchy = Hierarchy.discover()
     with subprocess.Popen(

@@ -46,6 +46,7 @@ def test_a_command_that_survives_an_oom_kill_does_not_end_silently() -> None:
     assert done.err.splitlines()[-1] == f"rcon: sh: {killed} killed at the memory limit"
 
 
+@pytest.mark.once
 def test_on_a_terminal_a_shell_survives_what_it_runs() -> None:
     with terminal(*LIMITED, "--", "sh", "-c", f"{CHILD}; echo survived; exit 3") as shell:
         assert shell.event() == "ended 3"
@@ -55,6 +56,7 @@ def test_on_a_terminal_a_shell_survives_what_it_runs() -> None:
         assert "survived" not in shell.rest()
 
 
+@pytest.mark.once
 def test_a_timeout_after_an_oom_kill_names_it() -> None:
     done = rcon(*LIMITED, *ONE, "--timeout", "10s", "--", "sh", "-c", f"{CHILD}; sleep 60")
     assert done.report["outcome"] == "timeout"
@@ -63,6 +65,7 @@ def test_a_timeout_after_an_oom_kill_names_it() -> None:
     assert done.err.splitlines()[-1] == f"rcon: {done.report['detail']}"
 
 
+@pytest.mark.once
 def test_a_signal_after_an_oom_kill_names_it() -> None:
     done = rcon(*LIMITED, *ONE, "--", "sh", "-c", f"{CHILD}; kill -INT $$")
     assert done.report["outcome"] == "killed"
@@ -74,6 +77,7 @@ def test_without_an_oom_kill_the_count_is_zero() -> None:
     assert (done.report["usage"]["oom_kills"], done.report["detail"], done.err) == (0, "", "")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("oom", "flags", "ending"),
     [

@@ -108,7 +108,6 @@ def test_too_little_memory() -> None:
         )
 
 
-@pytest.mark.each_layout
 @pytest.mark.parametrize("written", ["48m", "0.046875G", "48 MiB"])
 def test_sizes_are_read_as_people_write_them(written: str) -> None:
     done = rcon("run", "--memory", written, "--", "dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1")

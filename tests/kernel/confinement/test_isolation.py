@@ -52,6 +52,7 @@ def test_auto_takes_the_cheapest_isolation_that_enforces_all(
     assert found.refusals == ()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("isolation", ["auto", "inline", "thread", "process"])
 def test_retry_keys_are_refused_without_tasks(isolation: str) -> None:
     asked = {"isolation": isolation, "max_deaths": 2, "dead_letter": "dead"}

@@ -172,6 +172,7 @@ def test_rcon_event_reports_pids_and_cpu() -> None:
     assert listener.of("cpu_throttled")[0].limit == "cpu"
 
 
+@pytest.mark.once
 def test_rcon_event_that_fails_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
         @hookimpl

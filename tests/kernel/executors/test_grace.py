@@ -60,6 +60,7 @@ def test_what_does_not_end_in_its_grace_is_killed() -> None:
         assert ask(manager, "pid")[1].ending == "ok"
 
 
+@pytest.mark.once
 def test_an_answer_in_the_grace_does_not_count() -> None:
     with managing(policy("60s"), server=TASKS) as manager:
         began = time.monotonic()
@@ -69,6 +70,7 @@ def test_an_answer_in_the_grace_does_not_count() -> None:
         assert (outcome.ending, outcome.needed_kill) == ("timeout", False)
 
 
+@pytest.mark.once
 def test_a_server_that_ends_does_not_wait_for_a_grace() -> None:
     with managing(policy("10m"), server=TASKS) as manager:
         admission = begin(manager, "deaf_for_ever")
@@ -80,6 +82,7 @@ def test_a_server_that_ends_does_not_wait_for_a_grace() -> None:
     assert admission.died().ending == "timeout"
 
 
+@pytest.mark.once
 def test_requests_have_no_grace() -> None:
     settings = from_mapping({"policy": {"p": policy("1s")}, "route": [{"policy": "p"}]})
     with pytest.raises(SettingsError, match="only tasks and commands have a grace") as caught:

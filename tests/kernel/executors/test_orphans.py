@@ -153,6 +153,7 @@ def test_a_killed_server_leaves_no_zombie_but_its_fork_server(base: Cgroup) -> N
     assert left <= 1
 
 
+@pytest.mark.once
 def test_an_executor_adopts_no_orphans(base: Cgroup) -> None:
     """Otherwise os.wait() of the application would return processes that it did not make."""
 
@@ -166,6 +167,7 @@ def test_an_executor_adopts_no_orphans(base: Cgroup) -> None:
     assert under_a_lazy_init(program) == ([0, "none"], 0)
 
 
+@pytest.mark.once
 def test_many_orphans_delay_no_order(base: Cgroup) -> None:
     """One tenant makes orphans as fast as it can; another's executors are spawned and killed meanwhile."""
 
@@ -190,6 +192,7 @@ def test_many_orphans_delay_no_order(base: Cgroup) -> None:
     assert longest < 5
 
 
+@pytest.mark.once
 def test_an_executor_that_makes_the_fork_server_its_tracer_has_not_ended_when_it_stops(base: Cgroup) -> None:
     def program() -> tuple[str, str, bool]:
         with managing(
@@ -203,6 +206,7 @@ def test_an_executor_that_makes_the_fork_server_its_tracer_has_not_ended_when_it
     assert under_a_lazy_init(program) == ("ok", "timeout", True)
 
 
+@pytest.mark.once
 def test_a_traced_executor_does_not_stop_the_fork_server(base: Cgroup) -> None:
     """Nobody can reap it before its tracer has: a child that it left."""
 
@@ -241,6 +245,7 @@ def test_orphans_of_a_command_take_no_pids_after_their_end(base: Cgroup) -> None
     assert under_a_lazy_init(program) == (0, "done\n", 0)
 
 
+@pytest.mark.once
 def test_an_orphan_that_ends_between_two_looks_is_reaped() -> None:
     """When all is killed, rcon reaps what has ended, then asks the kernel whether any is left that may end."""
 
@@ -283,6 +288,7 @@ def test_a_command_with_events_keeps_what_it_reaps_apart(tmp_path: Path, base: C
     assert under_a_lazy_init(program) == (0, "done\n")
 
 
+@pytest.mark.once
 def test_the_caller_of_a_command_adopts_only_while_it_runs() -> None:
     def program() -> list[int]:
         flag = ctypes.c_int(-1)
@@ -296,6 +302,7 @@ def test_the_caller_of_a_command_adopts_only_while_it_runs() -> None:
     assert in_child(program) == [0]
 
 
+@pytest.mark.once
 def test_threads_of_the_server_wait_for_their_own_children(base: Cgroup) -> None:
     """The server itself adopts nothing, so its own waiting is as without rcon."""
 

@@ -203,7 +203,6 @@ def test_deadlines_of_requests_that_are_over_are_not_kept() -> None:
         assert len(supervisor._deadlines) < 10
 
 
-@pytest.mark.each_layout
 @pytest.mark.parametrize("hook", ["rcon_select_policy", "rcon_resources", "rcon_work_started"])
 @pytest.mark.parametrize("policy", [{"pids": 50}, {"each": {"timeout": "30s"}}], ids=["inline", "process"])
 def test_a_failing_plugin_refuses_the_request_and_leaks_nothing(hook: str, policy: dict[str, Any]) -> None:

@@ -35,8 +35,6 @@ from tests.kernel.executors import ways_back
 from tests.kernel.executors.service import ask, begin, end, managing
 from tests.system_calls import refuse_system_call
 
-pytestmark = pytest.mark.each_layout
-
 #: No other test has this user, whose memory is counted, even if other tests run on the same machine.
 TENANT = 1_000_000 + os.getpid()
 POLICY: dict[str, Any] = {"user": TENANT, "group": TENANT, "each": {"memory": "64M"}}
@@ -75,6 +73,7 @@ def verdict(**policy: Any) -> Plan:
 
 
 @pytest.mark.smoke
+@pytest.mark.each_layout
 @pytest.mark.parametrize("policy", [POLICY, ROOT], ids=["as a tenant", "as root"])
 def test_shared_memory_is_the_executors_own_bounded_and_gone_at_its_end(
     policy: dict[str, Any], name: str, key: int
@@ -91,6 +90,7 @@ def test_shared_memory_is_the_executors_own_bounded_and_gone_at_its_end(
     assert ways_back.find_segment(key) == "ENOENT"
 
 
+@pytest.mark.each_layout
 def test_the_size_is_that_of_the_memory_limit(name: str) -> None:
     """The cgroup's limit is above it here, so that the size is what is reached."""
     policy = {"user": TENANT, "group": TENANT, "memory": "256M", "each": {"memory": "32M"}}
@@ -116,6 +116,7 @@ def test_each_executor_has_its_own(name: str) -> None:
         assert ours[kind] not in (first[kind], second[kind])
 
 
+@pytest.mark.each_layout
 def test_a_policy_can_share_the_servers(name: str, key: int) -> None:
     with managing({**POLICY, "shared_memory": "server"}) as manager:
         assert ask(manager, "fill", str(SHM / name), 1)[0] == "WORKED"
@@ -129,6 +130,7 @@ def test_a_policy_can_share_the_servers(name: str, key: int) -> None:
         assert found <= {"EROFS", "EPERM", "EACCES", "ENOSYS"}  # ENOSYS: calls of later kernels
 
 
+@pytest.mark.each_layout
 def test_the_cgroups_are_read_only_also_for_modes_owners_and_attributes() -> None:
     free = in_child(ways_back.by_attributes)
     assert "WORKED" in free.values()
@@ -140,6 +142,7 @@ def test_the_cgroups_are_read_only_also_for_modes_owners_and_attributes() -> Non
     assert {said for name, said in found.items() if name.startswith(by_mount)} == {"EPERM"}
 
 
+@pytest.mark.each_layout
 def test_kernels_before_5_12_make_each_mount_read_only() -> None:
     def program() -> dict[str, str]:
         refuse_system_call(MOUNT_SETATTR)
@@ -191,6 +194,7 @@ def in_own_mounts(program: Callable[[], Any], *prepare: tuple[Any, ...]) -> Any:
     return in_child(alone)
 
 
+@pytest.mark.each_layout
 def test_tmp_is_private_where_it_is_in_memory_and_can_be_written(name: str) -> None:
     """Landlock allows the directory itself: the rules for / do not, as / leads to the cgroups."""
 
@@ -387,6 +391,7 @@ def test_memory_passed_over_a_socket_is_warned_about_where_nothing_bounds_it_tog
     assert not warned(**POLICY, shared_memory="server")  # another warning covers it
 
 
+@pytest.mark.each_layout
 def test_memory_passed_over_a_socket_is_bounded_by_memory_alone() -> None:
     """Each of 4 requests leaves 32 MiB in a process of the policy, where `each` has 64 MiB."""
     name = f"rcon-test-{os.getpid()}"

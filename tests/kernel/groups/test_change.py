@@ -68,6 +68,7 @@ def test_limits_are_set_live(command: Cgroup, own: str, capsys: pytest.CaptureFi
     assert (after.cpu_quota, after.memory_max, after.pids_max, after.cpu_weight) == (0.3, 128 * MIB, MAX, 50)
 
 
+@pytest.mark.once
 def test_as_json(command: Cgroup, own: str, capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(said(capsys, ["set", f"{own}-command", "--pids", "5", "--json"])[0])
     assert told["group"] == f"{own}-command"
@@ -174,6 +175,7 @@ BAD = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "says"), BAD, ids=lambda one: " ".join(one) if isinstance(one, list) else ""
 )

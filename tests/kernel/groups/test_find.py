@@ -200,6 +200,7 @@ def test_a_group_that_was_removed_is_reported_as_gone(instance: Instance, own: s
         find_group(f"{own}-a")
 
 
+@pytest.mark.once
 def test_a_dead_owner_is_recognised(hierarchy: Hierarchy, base: Cgroup, own: str) -> None:
     """And of a number that another process has now, nothing is said."""
     for name in (f"rcon-{os.getpid()}-1", "rcon-4194303-1"):

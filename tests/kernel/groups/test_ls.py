@@ -46,6 +46,7 @@ def test_the_table(instance: Instance, own: str, capsys: pytest.CaptureFixture[s
     assert line.split()[6] == "-"
 
 
+@pytest.mark.once
 def test_as_json(instance: Instance, own: str, capsys: pytest.CaptureFixture[str]) -> None:
     instance.policy_cgroup(f"{own}~a.example").create().configure(Resources(cpu_quota=0.3, pids_max=8))
     row = rows(capsys)[f"{own}~a.example"]
@@ -78,6 +79,7 @@ def test_a_frozen_group_is_marked(instance: Instance, own: str, capsys: pytest.C
             together.thaw()
 
 
+@pytest.mark.once
 def test_names_shared_by_two_groups(
     hierarchy: Hierarchy, base: Cgroup, instance: Instance, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +130,7 @@ def _touch_and_wait() -> None:
     sleep_forever()
 
 
+@pytest.mark.once
 def test_names_of_groups_are_completed(instance: Instance, own: str) -> None:
     instance.policy_cgroup(f"{own}~a.example").create()
     instance.policy_cgroup(f"{own}~b.example").create()
@@ -140,6 +143,7 @@ def test_names_of_groups_are_completed(instance: Instance, own: str) -> None:
         assert [item.value for item in items] == [f"{own}~a.example", f"{own}~b.example"]
 
 
+@pytest.mark.once
 def test_a_group_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(["stat", "no-such-group-anywhere"]) == 2
     out, err = capsys.readouterr()

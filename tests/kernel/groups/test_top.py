@@ -56,6 +56,7 @@ def test_a_live_table(busy: str) -> None:
         assert it.is_clean()
 
 
+@pytest.mark.once
 def test_plain_tables_without_a_terminal(busy: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(["top", "--interval", "0.5", "--iterations", "2", "--sort", "name"]) == 0
     out, err = capsys.readouterr()
@@ -94,6 +95,7 @@ def test_an_object_for_each_refresh(busy: str, capsys: pytest.CaptureFixture[str
         assert 0 <= found["throttled"] <= 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -127,6 +127,7 @@ def hold(size: int) -> None:
     sleep_forever()
 
 
+@pytest.mark.once
 def test_interrupted(group: Cgroup, own: str, watching: Watch) -> None:
     with watching(f"{own}-w") as it:
         it.process.send_signal(signal.SIGINT)
@@ -158,6 +159,7 @@ BAD = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "says"), BAD, ids=lambda one: " ".join(one) if isinstance(one, list) else ""
 )

@@ -88,6 +88,7 @@ def test_clone3_is_refused_in_every_abi_and_works_without_the_filter(elsewhere: 
 TIOCSTI, TIOCLINUX, TIOCGWINSZ = 0x5412, 0x541C, 0x5413
 
 
+@pytest.mark.once
 def test_typing_is_refused_in_every_abi() -> None:
     def tried(filtered: bool) -> list[dict[str, str]]:
         if filtered:
@@ -101,6 +102,7 @@ def test_typing_is_refused_in_every_abi() -> None:
     assert in_child(tried, True) == [refused, refused, free[2]]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("by", ["rcon run --user", "rcon run --policy", "capcon run --user"])
 def test_a_command_of_another_user_cannot_type_into_the_shell(by: str, tmp_path: Path) -> None:
     code = "import fcntl, os; fcntl.ioctl(os.open('/dev/null', os.O_RDWR), 0x5412, b'x')"
@@ -116,6 +118,7 @@ def test_a_command_of_another_user_cannot_type_into_the_shell(by: str, tmp_path:
     assert err.strip().endswith("PermissionError: [Errno 1] Operation not permitted")
 
 
+@pytest.mark.once
 def test_speculation_stays_as_it_was() -> None:
     """Without its flag, kernels before 5.16 make a process with a filter slower."""
 
@@ -128,6 +131,7 @@ def test_speculation_stays_as_it_was() -> None:
     assert in_child(speculation, True) == in_child(speculation, False) != []
 
 
+@pytest.mark.once
 def test_a_thread_without_privileges_needs_no_new_privs(elsewhere: str) -> None:
     def tried() -> tuple[str, dict[str, str]]:
         os.setgid(NOBODY)
@@ -141,6 +145,7 @@ def test_a_thread_without_privileges_needs_no_new_privs(elsewhere: str) -> None:
     assert in_child(tried) == (str(errno.EACCES), ALL_REFUSED)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM])
 def test_a_kernel_without_filters_is_known_from_a_failure(error: int) -> None:
     def without(error: int) -> tuple[bool, str]:
@@ -170,6 +175,7 @@ def test_executors_their_children_and_their_programs_stay_in_their_cgroup(
             assert ask(manager, "births_after_execve", elsewhere)[0] == program
 
 
+@pytest.mark.once
 def test_the_c_library_starts_processes_and_threads_without_clone3() -> None:
     with managing({"isolation": "process"}) as manager:
         found, outcome = ask(manager, "children_of_the_c_library")
@@ -199,6 +205,7 @@ def test_capcon_with_rules_for_files_keeps_the_command_in_its_cgroup(elsewhere: 
     assert json.loads(free.out)["native"] == f"/{Path(elsewhere).name}", free.err
 
 
+@pytest.mark.once
 def test_without_filters_the_caveat_and_the_doctor_say_so() -> None:
     def judged() -> tuple[str | None, str | None, list[Any]]:
         seccomp.is_available.cache_clear()
@@ -222,6 +229,7 @@ def test_without_filters_the_caveat_and_the_doctor_say_so() -> None:
     assert "leave their cgroups" not in caveat
 
 
+@pytest.mark.once
 def test_filters_that_were_there_at_the_start_must_be_there_in_every_executor() -> None:
     """An executor that gets none runs nothing."""
 
@@ -238,6 +246,7 @@ def test_filters_that_were_there_at_the_start_must_be_there_in_every_executor() 
     assert seccomp.NONE_HERE in in_child(refused)
 
 
+@pytest.mark.once
 def test_without_no_new_privs_a_server_needs_a_capability() -> None:
     def refusals(*held: int) -> list[str]:
         wanted = Capabilities.of(CAP_SETUID, CAP_SETGID, CAP_SETPCAP, *held)
@@ -251,6 +260,7 @@ def test_without_no_new_privs_a_server_needs_a_capability() -> None:
     assert in_child(refusals, CAP_SYS_ADMIN) == []
 
 
+@pytest.mark.once
 def test_a_server_that_holds_the_capability_without_effect_raises_it(elsewhere: str) -> None:
     def program() -> tuple[dict[str, str], dict[str, Any]]:
         with managing({"isolation": "process", "no_new_privs": False}) as manager:

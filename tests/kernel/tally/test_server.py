@@ -40,8 +40,6 @@ from tests.children import in_child
 from tests.kernel.cgroup.helpers import eventually
 from tests.kernel.executors.service import ASK, ask, begin, end, serve
 
-pytestmark = pytest.mark.each_layout
-
 TENANT = 20001
 
 
@@ -90,6 +88,7 @@ def rows(capsys: pytest.CaptureFixture[str], *command: str) -> Any:
 
 
 @pytest.mark.smoke
+@pytest.mark.each_layout
 def test_kills_are_counted_and_shown_after_their_cgroups_are_gone(
     policy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,7 +258,7 @@ def refuse_and_give_way(policy: str) -> None:
         assert sum(counts(directory, policy, f"h{number}").evictions for number in range(1, 5)) == 2
 
 
-@pytest.mark.parametrize("isolation", ["inline", "thread"])
+@pytest.mark.parametrize("isolation", [pytest.param("inline", marks=pytest.mark.each_layout), "thread"])
 def test_work_in_threads_is_counted(policy: str, isolation: str) -> None:
     with serving({policy: {"isolation": isolation, "cpu": "50%"}}) as (manager, directory):
 
