@@ -31,7 +31,7 @@ from typing import NamedTuple
 from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import process
 from rcon_plugins.kernel.proc import is_single_threaded
-from rcon_plugins.kernel.syscalls import prctl, syscall
+from rcon_plugins.kernel.syscalls import failed, prctl, prepared, syscall
 
 _PR_GET_TID_ADDRESS = 40
 
@@ -85,7 +85,7 @@ class Cloner:
                 "the thread id of this C library is not known", errno=errno.ENOSYS, path="clone3"
             )
         self._tid_address = address.value
-        self._robust_list = (head.value, length.value)
+        self._keep_robust_list = prepared("set_robust_list", head.value, length.value)
         self._pidfd = ctypes.c_int(-1)
         self._after_fork = ctypes.pythonapi.PyOS_AfterFork_Child
         self._after_fork.restype = None
@@ -118,10 +118,14 @@ class Cloner:
     def _clone(self, arguments: bytes) -> int:
         """Call clone3. Raises `KernelError`."""
         # The GIL stays held, so that no other thread can run between the call and the child's first instruction.
-        pid = syscall("clone3", arguments, len(arguments), holding_gil=True)
+        clone3 = prepared("clone3", arguments, len(arguments))
+        pid = clone3()
+        if pid == -1:
+            raise failed("clone3")
         if pid == 0:
             try:
-                syscall("set_robust_list", *self._robust_list, holding_gil=True)
+                if self._keep_robust_list() == -1:
+                    raise failed("set_robust_list")
                 _imp.acquire_lock()  # which the next call releases
                 self._after_fork()
             except BaseException:  # noqa: BLE001 - the child must not go on as its parent

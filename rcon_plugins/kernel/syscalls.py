@@ -10,8 +10,8 @@ import errno
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 from typing import Any
 
 from rcon_plugins.errors import CapabilityError, KernelError
@@ -126,19 +126,31 @@ def _number(name: str) -> int:
     return _SINCE_5[name] if name in _SINCE_5 else _NUMBERS[machine][name]
 
 
-def syscall(name: str, *arguments: Any, holding_gil: bool = False) -> int:
+def syscall(name: str, *arguments: Any) -> int:
     """Call ``name`` without the C library's wrapper, for the calling thread alone, and return the result.
 
     An argument is an integer, which is passed as long, bytes, None, an array or ``byref``. Adds zeros up to five
-    arguments. ``holding_gil``: no other thread of Python runs before the call returns. Raises `KernelError` whose path
-    is the name of the call.
+    arguments. Raises `KernelError` whose path is the name of the call.
     """
-    call = _syscall_holding_gil() if holding_gil else _syscall()
-    result = int(call(_number(name), *arguments, *_ZEROS[len(arguments) :]))
+    result = int(_syscall()(_number(name), *arguments, *_ZEROS[len(arguments) :]))
     if result == -1:
-        number = ctypes.get_errno()
-        raise KernelError(f"{name}: {os.strerror(number)}", errno=number, path=name)
+        raise failed(name)
     return result
+
+
+def prepared(name: str, *arguments: Any) -> Callable[[], int]:
+    """Return a function that makes a system call later, as `syscall` does. It returns -1 on an error: see `failed`.
+
+    No other thread of Python runs during the call, and no code of Python: a new process would copy the memory that the
+    code touches. Raises `KernelError` (ENOSYS).
+    """
+    return partial(_syscall_holding_gil(), _number(name), *arguments, *_ZEROS[len(arguments) :])
+
+
+def failed(name: str) -> KernelError:
+    """Return the error of a system call that has just returned -1."""
+    number = ctypes.get_errno()
+    return KernelError(f"{name}: {os.strerror(number)}", errno=number, path=name)
 
 
 def unprivileged(error: KernelError, what: str) -> CapabilityError:

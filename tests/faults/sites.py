@@ -72,6 +72,9 @@ CANNOT_FAIL = {
     ),
 }  # fmt: skip
 
+#: System calls of `kernel.clone`, which a function of `kernel.syscalls` has prepared.
+PREPARED = ("clone3", "self._keep_robust_list")
+
 #: Calls that cannot fail where they are made.
 CANNOT_FAIL_THERE = {
     "executors.thread:_Signal.give:os.write": "a byte in a pipe of this process, of which both ends are open",
@@ -134,7 +137,9 @@ class _Finder(ast.NodeTransformer):
         if isinstance(function, ast.Name):
             if function.id == "open" and not self._has_own_open:
                 return "open"
-            return "mmap" if self._is_c_library(function) else None
+            if not self._is_c_library(function):
+                return None
+            return "mmap" if function.id == "call" else function.id
         if self._is_c_library(function):
             return ast.unparse(function)
         if not isinstance(function, ast.Attribute):
@@ -153,6 +158,8 @@ class _Finder(ast.NodeTransformer):
 
     def _is_c_library(self, function: ast.expr) -> bool:
         text = ast.unparse(function)
+        if self._module == "kernel.clone":
+            return text in PREPARED
         if self._module != "kernel.syscalls":
             return False
         return text.startswith("_libc().") or text in ("_syscall()", "self._call", "call")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults.report import simplify
+from tests.faults.sites import PREPARED
 
 _NUMBERS = {
     "x86_64": {116: "setgroups", 117: "setresuid", 119: "setresgid", 125: "capget", 126: "capset", 157: "prctl",
@@ -80,7 +81,7 @@ def ask(text: str) -> int:
 def _fail(site: str, number: int) -> Any:
     """Fail as the function itself does when the kernel returns this errno."""
     call = site.rsplit(":", 1)[1].partition("#")[0]
-    if site.startswith("kernel.syscalls:"):
+    if _is_system_call(site):
         ctypes.set_errno(number)
         return -1
     if call == "os.access" or (call.startswith("os.path.") and call != "os.path.realpath"):
@@ -99,6 +100,10 @@ def _fail(site: str, number: int) -> Any:
     raise error
 
 
+def _is_system_call(site: str) -> bool:
+    return site.startswith("kernel.syscalls:") or site.endswith(PREPARED)
+
+
 def _role() -> str:
     me = os.getpid()
     if me == Setup.host:
@@ -109,7 +114,7 @@ def _role() -> str:
 def _purpose(
     site: str, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> str:
-    if site.startswith("kernel.syscalls:"):
+    if _is_system_call(site):
         return _system_call(site, arguments)
     call = site.rsplit(":", 1)[1]
     first = arguments[0] if arguments else getattr(function, "__self__", None)
