@@ -96,9 +96,15 @@ class RecordLog:
     def __init__(self, output: logging.Logger, level: int, loggers: Iterable[logging.Logger]) -> None:
         self.output = output
         self.level = level
-        # Looked up here, because visiting every logger takes a new process a while.
-        self._loggers = [(logger, list(logger.handlers)) for logger in loggers if logger.handlers]
-        self._known = frozenset(logging.Logger.manager.loggerDict)
+        # Looked up and made here, because a new process has to copy each page of memory that it touches. The list keeps
+        # removed handlers: an unreferenced file object would close its descriptor.
+        self._handlers = [
+            (logger, handler)
+            for logger in loggers
+            for handler in logger.handlers
+            if not isinstance(handler, logging.NullHandler)
+        ]
+        self._sender = _Sender(self, min((handler.level for _, handler in self._handlers), default=0))
         #: The number of the unit of work under way, in an executor process.
         self.work = ""
 
@@ -108,33 +114,21 @@ class RecordLog:
 
     def enter(self, descriptor: int) -> None:
         """Have all loggers send their records over this pipe. Call it in a new executor process."""
-        kept = [
-            (logger, handler)
-            for logger, handlers in self._loggers
-            for handler in handlers
-            if not isinstance(handler, logging.NullHandler)
-        ]
-        if not kept:
-            return
-        sender = _Sender(descriptor, self, self._known, min(handler.level for _, handler in kept))
-        for logger, handler in kept:
+        self._sender.descriptor = descriptor
+        for logger, handler in self._handlers:
             logger.removeHandler(handler)
-            logger.addHandler(sender)
-            _removed.append(handler)
-
-
-#: Keeps the removed handlers: an unreferenced file object would close its descriptor.
-_removed: Final[list[logging.Handler]] = []
+            logger.addHandler(self._sender)
 
 
 class _Sender(logging.Handler):
     """The one handler of all loggers of an executor process. It writes each record to the pipe, once."""
 
-    def __init__(self, descriptor: int, log: RecordLog, known: frozenset[str], level: int) -> None:
+    def __init__(self, log: RecordLog, level: int) -> None:
         super().__init__(level)
-        self._descriptor = descriptor
+        #: The pipe; set in the executor process.
+        self.descriptor = -1
         self._log = log
-        self._known = known
+        self._known = frozenset(logging.Logger.manager.loggerDict)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send a record. Wait while the host does not read."""
@@ -144,7 +138,7 @@ class _Sender(logging.Handler):
         try:
             left = memoryview(self._encoded(record))
             while left:
-                left = left[posix.write(self._descriptor, left) :]
+                left = left[posix.write(self.descriptor, left) :]
         except Exception:  # noqa: BLE001 - as each handler: arguments that do not fit, a pipe that is gone
             self.handleError(record)
 
