@@ -14,7 +14,7 @@ from celery import signals
 from rcon_celery import codec, remote_control, results
 from rcon_celery.call import is_celerys_own
 from rcon_celery.decorator import TaskPolicy, policy_of_class
-from rcon_celery.handlers import Handlers, Side
+from rcon_celery.handlers import Handlers, Side, handler_side
 from rcon_celery.pool_process import PoolProcess
 from rcon_celery.retry.attempt import RetryPolicy
 from rcon_celery.task_annotations import Annotations, TaskCode
@@ -141,18 +141,20 @@ class Installation:
         self._process = PoolProcess(
             self._app, worker, self._codes, retry_policies, self._enter_executor, self._handlers
         )
-        self._handlers.divide()
         # The last of them: some handlers of this signal connect others.
         signals.worker_process_init.connect(self._divide_handlers, weak=False)
+        self._handlers.divide()
         self.runner = self._process
         if not self.runner.is_of_pool:
             self.runner.start()
             atexit.register(self.runner.close)  # before the worker's own, which removes all cgroups
 
+    @handler_side("outside")
     def _start_pool_process(self, **_: object) -> None:
         if self.runner is not None and self.runner.is_of_pool:
             self.runner.try_to_start()  # Celery would ignore an exception
 
+    @handler_side("outside")
     def _divide_handlers(self, **_: object) -> None:
         self._handlers.divide()
 
