@@ -204,6 +204,8 @@ class ForkServer:
             fault = self._prepare(order.policy)
             leaf = self._instance.executor_cgroup(order.name, order.leaf)
             begins_there = fault is None and not self._is_full(order, leaf)
+            # So that the collector of the new process does not look at what this one made since its start.
+            gc.freeze()
             child, cloned = self._make_child(leaf.unified_directory if begins_there else None)
             if child.pid == 0:
                 self._become_executor(order, leaf, passed, fault, cloned=cloned)
