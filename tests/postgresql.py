@@ -55,9 +55,13 @@ class PostgresServer:
         self.execute("postgres", f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         return name
 
+    def connect(self, database: str) -> psycopg.Connection[Any]:
+        """Return a connection whose statements are transactions of their own."""
+        return psycopg.connect(host=self.host, port=self.port, user=USER, dbname=database, autocommit=True)
+
     def execute(self, database: str, statement: str, *values: object) -> list[tuple[Any, ...]]:
         """Run one statement, in a connection of its own; return the rows."""
-        with self._connect(database) as connection:
+        with self.connect(database) as connection:
             cursor = connection.execute(statement.encode(), values or None)
             return cursor.fetchall() if cursor.description else []
 
@@ -82,9 +86,6 @@ class PostgresServer:
     @property
     def _log(self) -> Path:
         return self.directory / "log"
-
-    def _connect(self, database: str) -> psycopg.Connection[Any]:
-        return psycopg.connect(host=self.host, port=self.port, user=USER, dbname=database, autocommit=True)
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [program("postgres"), "-D", str(self._data), "-p", str(self.port)]

@@ -17,7 +17,6 @@ from tests.integrations.celery.rabbitmq_server import RabbitServer
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.sessions import Sessions
 from tests.integrations.celery.worker import Worker
-from tests.postgresql import PostgresServer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,13 +39,6 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 def rabbitmq_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
     """The RabbitMQ of this test run. ``rabbitmq_server.host()`` returns a new virtual host."""
     with RabbitServer(tmp_path_factory.mktemp("rabbitmq")) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[PostgresServer]:
-    """The PostgreSQL of this test run. ``postgres_server.database()`` returns the name of an empty database."""
-    with PostgresServer() as server:
         yield server
 
 

@@ -48,14 +48,18 @@ class Gunicorn:
         control: Path | None = None,
         health: str = "/free/who",
         plain: bool = False,
+        confined: bool = True,
     ) -> None:
         """``plain`` keeps gunicorn's own log lines; else the fields of rcon's records stand behind them.
+
+        ``confined``: with ``config``, that of rcon.
 
         ``inherit`` hands the socket over, so that no port is ever taken; else gunicorn binds it itself.
 
         ``control``: the path of gunicorn's control socket. ``health``: a path that answers 200 once it serves.
         """
         self.health = health
+        self._confined = confined
         self.directory = directory
         self.arguments = arguments
         self.settings = directory / "rcon.toml"
@@ -68,7 +72,7 @@ class Gunicorn:
         command = ["--chdir", str(HERE)]
         command += ["--control-socket", str(control)] if control is not None else ["--no-control-socket"]
         command += ["--bind", f"fd://{listener.fileno()}" if inherit else f"127.0.0.1:{self.port}"]
-        command += ["--config", config, "--graceful-timeout", "10"]
+        command += ["--graceful-timeout", "10", *(["--config", config] if confined else [])]
         command += [] if plain else ["--logger-class", "fields.FieldsLogger"]
         command += ["--worker-tmp-dir", "/dev/shm", *arguments, app]
         if not inherit:
@@ -101,8 +105,9 @@ class Gunicorn:
         return self
 
     def is_booted(self) -> bool:
-        """Whether each worker has come as far as to its fork server; or the master is gone."""
-        return self.process.poll() is not None or all(map(children, self.workers()))
+        """Whether each worker has come as far as to its fork server, if it has one; or the master is gone."""
+        gone = self.process.poll() is not None
+        return gone or not self._confined or all(map(children, self.workers()))
 
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")

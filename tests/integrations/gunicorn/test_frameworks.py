@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -139,13 +138,14 @@ def test_schedulers(tmp_path: Path) -> None:
         process.communicate()
 
 
-@pytest.fixture(scope="module")
-def database() -> Iterator[PostgresServer]:
-    """A PostgreSQL. Each request has a name of its own there, that of its user."""
-    with PostgresServer() as server:
-        server.execute("postgres", "create database shop")
-        server.execute("postgres", "create role tenant superuser login")
-        yield server
+@pytest.fixture
+def database(postgres_server: PostgresServer) -> PostgresServer:
+    """A PostgreSQL with the database and the user of the recipes."""
+    postgres_server.execute("postgres", "drop database if exists shop")
+    postgres_server.execute("postgres", "drop role if exists tenant")
+    postgres_server.execute("postgres", "create database shop")
+    postgres_server.execute("postgres", "create role tenant superuser login")
+    return postgres_server
 
 
 def connections_of(database: PostgresServer) -> int:
