@@ -33,7 +33,12 @@ def main() -> int:
     )
     parser.add_argument("--log", default="", help="a file for what the servers write")
     options = parser.parse_args()
-    pool = cases.Pool(options.workers, options.log)
+    with cases.Pool(options.workers, options.log) as pool:
+        return run(pool, options)
+
+
+def run(pool: cases.Pool, options: argparse.Namespace) -> int:
+    """Run the cases that the options name, and print what is wrong."""
     recordings = cases.record(pool, options.scenarios or SCENARIOS)
     for recording in recordings.values():
         if recording.problems:

@@ -62,14 +62,22 @@ class Verdict:
 
 
 class Pool:
-    """Some workers. `run` yields the results in any order."""
+    """Some workers, which start when there are cases for them and end with the ``with`` block."""
 
     def __init__(self, workers: int, log: str = "") -> None:
         self._workers = workers
         self._log = log
+        self._idle: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._idle:
+            _end(worker)
 
     def run(self, cases: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Run cases, each with a name of any kind that comes with its result."""
+        """Run cases, each with a name of any kind that comes with its result. Yield the results in any order."""
         waiting: Queue[tuple[Any, dict[str, Any]]] = Queue()
         for one in cases:
             waiting.put(one)
@@ -94,7 +102,7 @@ class Pool:
                     name, case = waiting.get_nowait()
                 except Empty:
                     return
-                worker = worker or _start()
+                worker = worker or self._take()
                 line = _ask(worker, {**case, "log": self._log})
                 done.put((name, json.loads(line) if line else _died(case)))
                 if not line:
@@ -102,7 +110,14 @@ class Pool:
                     worker = None
         finally:
             if worker is not None:
-                _end(worker)
+                self._idle.append(worker)
+
+    def _take(self) -> subprocess.Popen[str]:
+        """Return a worker of an earlier run, or start one: it takes two seconds of CPU time to load its modules."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _start()
 
 
 def _start() -> subprocess.Popen[str]:

@@ -7,6 +7,7 @@ touch point fail with each errno, once and for three seconds.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,17 +23,23 @@ PLAIN, FEW = (("thread",), 4) if EMULATED else (("inline", "thread"), 12)
 
 
 @pytest.fixture(scope="module")
-def recordings() -> dict[str, cases.Recording]:
+def pool() -> Iterator[cases.Pool]:
+    with cases.Pool(WORKERS) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def recordings(pool: cases.Pool) -> dict[str, cases.Recording]:
     """The touch points of each scenario, and what the work says when nothing fails."""
-    return cases.record(cases.Pool(WORKERS), SCENARIOS)
+    return cases.record(pool, SCENARIOS)
 
 
 @pytest.mark.smoke
 def test_calls_that_fail_refuse_a_thread() -> None:
-    pool = cases.Pool(2)
-    found = cases.record(pool, PLAIN)
-    assert {name: one.problems for name, one in found.items()} == {name: [] for name in PLAIN}
-    verdicts = cases.run(pool, cases.sample(found)[:FEW], found)
+    with cases.Pool(2) as pool:
+        found = cases.record(pool, PLAIN)
+        assert {name: one.problems for name, one in found.items()} == {name: [] for name in PLAIN}
+        verdicts = cases.run(pool, cases.sample(found)[:FEW], found)
     wrong = [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong]
     assert not wrong, "\n".join(wrong)
     assert any(one.fired and one.result["refusals"] for one in verdicts)
@@ -56,9 +63,9 @@ def test_the_reasons_are_about_calls_that_exist(recordings: dict[str, cases.Reco
 
 
 @pytest.mark.timeout(300)
-def test_a_sample_of_calls_fails(recordings: dict[str, cases.Recording]) -> None:
+def test_a_sample_of_calls_fails(pool: cases.Pool, recordings: dict[str, cases.Recording]) -> None:
     chosen = cases.sample(recordings, int(os.environ.get("RCON_TEST_FAULTS_SEED", "0")))
-    verdicts = cases.run(cases.Pool(WORKERS), chosen, recordings)
+    verdicts = cases.run(pool, chosen, recordings)
     print(cases.figures(verdicts))
     wrong = [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong]
     assert not wrong, "\n".join(wrong)
@@ -73,7 +80,8 @@ if "RCON_TEST_LONG" in os.environ:
         recordings: dict[str, cases.Recording], persisting: bool
     ) -> None:
         chosen = cases.every_case(recordings, persisting=persisting)
-        verdicts = cases.run(cases.Pool(16 if persisting else WORKERS), chosen, recordings)
+        with cases.Pool(16 if persisting else WORKERS) as pool:
+            verdicts = cases.run(pool, chosen, recordings)
         print(cases.figures(verdicts))
         wrong = [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong]
         assert not wrong, "\n".join(wrong)
