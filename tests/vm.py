@@ -146,7 +146,7 @@ def boot(arguments: list[str], *, kernel: Path | None, timeout: int, memory: str
             cgroups=CGROUPS[layout],
             layout=layout,
         )
-        return machine(kernel, scratch, memory, script, disk, one_thread=True)
+        return machine(kernel, scratch, memory, script, disk)
 
     return run(command, timeout)
 
