@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -25,7 +26,6 @@ import jeepney.io.blocking
 import pytest
 
 from rcon_plugins import confine
-from rcon_plugins.errors import MemoryLimitExceeded
 from rcon_plugins.kernel.cgroup import Hierarchy
 from rcon_plugins.kernel.cgroup.mounts import is_systemds
 from rcon_plugins.tree import systemd
@@ -35,7 +35,7 @@ from tests.commands import become_rcon
 from tests.directories import let_others_read
 from tests.integrations.celery.redis_server import RedisServer
 from tests.kernel.cgroup.helpers import running, sleep_forever
-from tests.kernel.command.harness import rcon, until
+from tests.kernel.command.harness import ALLOCATE, rcon, until
 from tests.kernel.systemd.test_user_manager import a_server
 
 pytestmark = [pytest.mark.kernel, pytest.mark.layout("v2"), pytest.mark.init("systemd")]
@@ -48,7 +48,7 @@ USER = "www-data"
 UID, GID = 33, 33  # the same on every Debian
 DELEGATE = "Delegate=cpu cpuset io memory pids"
 #: A command that needs more than 64 MiB of memory.
-GREEDY = ("python3", "-c", "b'x' * (200 << 20)")
+GREEDY = ALLOCATE.format(200).split()
 
 
 def systemctl(*words: str) -> str:
@@ -346,7 +346,7 @@ def test_the_unit_of_gunicorn(site: Path) -> None:
     )
     port = free_port()
     changes = (("/etc/rcon.toml", f"{site}/rcon.toml"), ("127.0.0.1:8000", f"127.0.0.1:{port}"))
-    with started("gunicorn", site, *changes) as unit:
+    with started("gunicorn", site, *changes, ("--workers 2", "--workers 1")) as unit:
         # The unit has Type=notify, so it serves as soon as it is started.
         status, where = get(port)
         assert status == 200
@@ -365,6 +365,7 @@ def test_the_unit_of_gunicorn(site: Path) -> None:
 TASKS = """
 import pathlib
 from celery import Celery
+from celery.signals import worker_ready
 from rcon_celery import confined, install
 app = Celery("site", broker={url!r}, backend={url!r})
 install(app)
@@ -374,19 +375,41 @@ install(app)
 def hog(mebibytes):
     b"x" * (mebibytes << 20)
     return pathlib.Path("/proc/self/cgroup").read_text()
+
+# Sent by the worker: the test would take long to import Celery and the client of Redis.
+@worker_ready.connect
+def send(**_):
+    for mebibytes in (1, 200):
+        hog.apply_async((mebibytes,), task_id=f"hog-{{mebibytes}}")
 """
 
 
-def test_the_unit_of_celery(site: Path, tmp_path: Path) -> None:
-    from celery import Celery
+def result_of(redis: RedisServer, task: str) -> dict[str, Any]:
+    """Return what a worker has stored as the result of a task, in the first database."""
+    deadline = time.monotonic() + 280
+    with (
+        socket.create_connection(("127.0.0.1", redis.port), timeout=100) as connection,
+        connection.makefile("rb") as answers,
+    ):
+        while time.monotonic() < deadline:
+            connection.sendall(f"GET celery-task-meta-{task}\r\n".encode())
+            length = int(answers.readline().removeprefix(b"$"))
+            stored = json.loads(answers.read(length + len("\r\n"))) if length > 0 else {}
+            if stored.get("status") in ("SUCCESS", "FAILURE"):
+                return dict(stored)
+            time.sleep(0.1)
+    raise TimeoutError(f"the task {task} has no result")
 
+
+def test_the_unit_of_celery(site: Path, tmp_path: Path) -> None:
     with RedisServer(tmp_path) as redis:
-        url = redis.database()
-        site.joinpath("tasks.py").write_text(TASKS.format(url=url))
-        app = Celery("site", broker=url, backend=url)
+        site.joinpath("tasks.py").write_text(TASKS.format(url=redis.database()))
         with started("celery", site, ("--concurrency 4", "--concurrency 1")) as unit:
-            where = app.send_task("tasks.hog", [1]).get(timeout=280)
-            assert re.fullmatch(rf"0::/system\.slice/{unit}/rcon-\d+-\d+/work/\S+\n", where)
-            with pytest.raises(MemoryLimitExceeded, match="memory limit 64M reached"):
-                app.send_task("tasks.hog", [200]).get(timeout=280)
-        app.close()
+            small = result_of(redis, "hog-1")
+            assert small["status"] == "SUCCESS"
+            inside = rf"0::/system\.slice/{unit}/rcon-\d+-\d+/work/\S+\n"
+            assert re.fullmatch(inside, small["result"])
+            large = result_of(redis, "hog-200")
+            assert large["status"] == "FAILURE"
+            assert large["result"]["exc_type"] == "MemoryLimitExceeded"
+            assert "memory limit 64M reached" in str(large["result"]["exc_message"])
