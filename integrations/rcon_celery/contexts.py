@@ -30,18 +30,38 @@ def carried() -> dict[str, Carrier]:
     return found
 
 
-@contextlib.contextmanager
-def entered(contexts: Mapping[str, Carrier]) -> Iterator[None]:
-    """Enter contexts that `carried` returned, in an executor process, for the ``with`` block.
+def entered(contexts: Mapping[str, Carrier]) -> AbstractContextManager[None]:
+    """Enter contexts that `carried` returned, in an executor process, for a ``with`` block.
 
     A library that has none gets an empty one, so that nothing of the last task is left in it.
     """
+    # A new process copies each page of memory that it touches: do nothing for a library that has and gets nothing.
+    names = [
+        name
+        for name, (module, _, _) in _LIBRARIES.items()
+        if module in sys.modules and (name in contexts or not _is_empty(name))
+    ]
+    return _entered(contexts, names) if names else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _entered(contexts: Mapping[str, Carrier], names: list[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for name, (module, _, enter) in _LIBRARIES.items():
-            if module in sys.modules:
-                with contextlib.suppress(Exception):
-                    stack.enter_context(enter(contexts.get(name, {})))
+        for name in names:
+            _, _, enter = _LIBRARIES[name]
+            with contextlib.suppress(Exception):
+                stack.enter_context(enter(contexts.get(name, {})))
         yield
+
+
+def _is_empty(name: str) -> bool:
+    """Return whether a library has an empty context here. False if that is not known."""
+    if name == "opentelemetry":
+        with contextlib.suppress(Exception):
+            from opentelemetry.context import get_current
+
+            return not get_current()
+    return False
 
 
 def _from_opentelemetry() -> Carrier:
