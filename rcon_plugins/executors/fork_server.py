@@ -85,7 +85,7 @@ class ForkServer:
         status = 1
         self._pid = os.getpid()
         try:
-            self._template.fork_hooks.clear()
+            self._template.fork_hooks.clear_all()
             # Leave the terminal's foreground group, because only the host handles an interrupt.
             os.setsid()
             process.take_default_signals()

@@ -70,6 +70,9 @@ class Postponed:
         self._originals = ForkHooks(*(list(one) for one in lists))
         #: The hooks that are not the application's.
         self._others = ForkHooks(*(_others_in(one) for one in lists))
+        #: The application's hooks for a child.
+        self._for_child = [hook for hook in lists.after_in_child if hook not in self._others.after_in_child]
+        self._keeps_own = True
 
     def clear(self, *names: str) -> None:
         """Take the application's hooks out of these lists; without names out of all, and also those that are new.
@@ -79,8 +82,19 @@ class Postponed:
         for name in names or ForkHooks._fields:
             now, others = getattr(self._lists, name), getattr(self._others, name)
             if len(now) != len(others):
-                others[:] = _others_in(now)
+                others[:] = [hook for hook in _others_in(now) if self._keeps_own or not _is_own(hook)]
                 now[:] = others
+
+    def clear_all(self) -> None:
+        """Take the application's hooks and those of this package out of the lists, also in each later `clear`.
+
+        For a process where those of this package have run, and that changes nothing which they put in order. They are
+        not run again by `run`, since a new process copies all memory that they touch.
+        """
+        self._keeps_own = False
+        for now in self._lists:
+            now[:] = [hook for hook in now if not _is_own(hook)]
+        self.clear()
 
     def restore(self) -> None:
         """Put all hooks back. Those that were registered meanwhile stay."""
@@ -94,7 +108,7 @@ class Postponed:
         """
         here = list(self._lists.after_in_child)
         self.restore()
-        for hook in self._originals.after_in_child:
+        for hook in self._for_child:
             if hook not in here:
                 try:
                     hook()
@@ -140,16 +154,22 @@ def is_of_application(hook: Any) -> bool:
     application's, such as `gc.enable`, the method of an object of its own, or a `partial`. This looks at many objects:
     a new process that asked would copy the pages of all of them.
     """
+    if _is_own(hook):
+        return False
     owner = getattr(hook, "__self__", None)
     if owner is None:
         package = _package(getattr(hook, "__module__", None))
         is_private = getattr(hook, "__name__", "").startswith("_")
-        return package != _OWN and not (package in sys.stdlib_module_names and is_private)
+        return not (package in sys.stdlib_module_names and is_private)
     if isinstance(owner, ModuleType):
         return True
-    if _package(type(owner).__module__) == _OWN:
-        return False
     return not any(owner is value for one in _standard_modules() for value in list(vars(one).values()))
+
+
+def _is_own(hook: Any) -> bool:
+    """Return whether this package registered a hook: a function of its own, or the method of an object of its own."""
+    owner = getattr(hook, "__self__", None)
+    return _package(getattr(hook if owner is None else type(owner), "__module__", None)) == _OWN
 
 
 def _standard_modules() -> list[ModuleType]:
