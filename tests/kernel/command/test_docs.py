@@ -46,7 +46,6 @@ def test_the_page_describes_each_option() -> None:
     ] == []
 
 
-@pytest.mark.each_layout
 def test_the_example_runs(tmp_path: Path) -> None:
     script = tmp_path / "rcon"
     code = "from rcon_plugins.cli.start import main; main()"

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, Resources, swap
+from rcon_plugins.kernel.syscalls import CLONE_NEWNS, unshare
+from tests.children import in_child
 from tests.directories import let_others_read
-from tests.kernel.command.harness import rcon
+from tests.kernel.command.harness import Done, rcon
 
 NOBODY = 65534
 BIN = Path(sys.executable).parent
@@ -23,54 +25,64 @@ BIN = Path(sys.executable).parent
 #: it out of the hierarchies, as the option cgroup_disable=memory does. The kernel of this machine has it.
 _WITHOUT_MEMORY = """
 set -e
+mount --make-rprivate /
 awk '$1 == "memory" { $4 = 0 } { print }' OFS='\\t' /proc/cgroups >"$1/cgroups"
 mount --bind "$1/cgroups" /proc/cgroups
 mounts=$(awk '$3 ~ /^cgroup/ && $4 ~ /(^|,)memory(,|$)/ { print $2 }' /proc/mounts)
 for mount in $mounts; do umount --lazy "$mount"; done
 file=/sys/fs/cgroup/cgroup.controllers
 if [ -e $file ]; then sed 's/ *memory//' $file >"$1/controllers"; mount --bind "$1/controllers" $file; fi
-shift
-exec "$@"
 """
 _NO_BOOT = "the kernel was booted with the memory controller switched off"
 _BOOT = "boot without cgroup_disable=memory, or with cgroup_enable=memory where the firmware adds that"
 
 
-def without_memory(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = ["unshare", "--mount", "sh", "-c", _WITHOUT_MEMORY, "sh", str(folder), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+def without_memory(folder: Path, *commands: tuple[str | Path, ...]) -> list[Done]:
+    """Run commands of rcon, one after another, where the memory controller is switched off."""
+
+    def run() -> list[Done]:
+        unshare(CLONE_NEWNS)
+        subprocess.run(["sh", "-c", _WITHOUT_MEMORY, "sh", folder], check=True)
+        return [rcon(*words) for words in commands]
+
+    return in_child(run, timeout=100)
 
 
 @pytest.mark.smoke
 @pytest.mark.each_layout
 def test_a_controller_that_is_switched_off_at_boot(tmp_path: Path) -> None:
     """As on a Raspberry Pi, whose firmware adds cgroup_disable=memory."""
-    script = str(BIN / "rcon")
-    done = without_memory(tmp_path, script, "run", "--memory", "64M", "--", "true")
-    assert done.returncode == 2
-    assert done.stderr == (
+    file, tasks = tmp_path / "rcon.toml", tmp_path / "tasks.toml"
+    file.write_text('[policy.a]\nmemory = "64M"\n')
+    tasks.write_text('[policy.a]\neach = { memory_soft = "64M" }\n')
+    limit, check, check_tasks, policy, doctor, other = without_memory(
+        tmp_path,
+        ("run", "--memory", "64M", "--", "true"),
+        ("check", file),
+        ("check", "--server", "celery", tasks),
+        ("run", "--policy", "a", "--settings", file, "--", "true"),
+        ("doctor", "--json"),
+        ("run", "--pids", "9", "--", "true"),
+    )
+    assert limit.status == 2
+    assert limit.err == (
         f"rcon: --memory: cannot be enforced on this machine: {_NO_BOOT} ({_BOOT}; see rcon run --help)\n"
     )
-    file = tmp_path / "rcon.toml"
-    file.write_text('[policy.a]\nmemory = "64M"\n')
-    done = without_memory(tmp_path, script, "check", str(file))
-    assert done.returncode == 1
-    assert f"REFUSED: memory: {_NO_BOOT} ({_BOOT})" in done.stdout
-    assert "Delegate=" not in done.stdout
-    tasks = tmp_path / "tasks.toml"
-    tasks.write_text('[policy.a]\neach = { memory_soft = "64M" }\n')
-    done = without_memory(tmp_path, script, "check", "--server", "celery", str(tasks))
-    assert (done.returncode, f"REFUSED: each.memory_soft: {_NO_BOOT} ({_BOOT})" in done.stdout) == (1, True)
-    done = without_memory(tmp_path, script, "run", "--policy", "a", "--settings", str(file), "--", "true")
-    assert (done.returncode, _BOOT in done.stderr, "Delegate=" in done.stderr) == (2, True, False)
-    done = without_memory(tmp_path, script, "doctor", "--json")
-    missing = {(one["area"], one["name"]): one["remedy"] for one in json.loads(done.stdout)["missing"]}
+    assert check.status == 1
+    assert f"REFUSED: memory: {_NO_BOOT} ({_BOOT})" in check.out
+    assert "Delegate=" not in check.out
+    assert (check_tasks.status, f"REFUSED: each.memory_soft: {_NO_BOOT} ({_BOOT})" in check_tasks.out) == (
+        1,
+        True,
+    )
+    assert (policy.status, _BOOT in policy.err, "Delegate=" in policy.err) == (2, True, False)
+    missing = {(one["area"], one["name"]): one["remedy"] for one in json.loads(doctor.out)["missing"]}
     assert missing["machine", "memory"] == _BOOT
     if (
         Hierarchy.discover().layout != "v2"
     ):  # where the mount namespace hides the controller in the root alone
         assert missing["limits", "memory"] == _BOOT
-    assert without_memory(tmp_path, script, "run", "--pids", "9", "--", "true").returncode == 0
+    assert other.status == 0
 
 
 @pytest.mark.layout("v1", "hybrid")

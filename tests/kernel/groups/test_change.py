@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -26,6 +23,7 @@ from tests.kernel.cgroup.helpers import (
     sleep_forever,
     write_directly,
 )
+from tests.kernel.command.harness import rcon
 
 pytestmark = pytest.mark.each_layout
 
@@ -316,15 +314,7 @@ def _family() -> None:
 def test_not_from_within(command: Cgroup, instance: Instance, own: str, verb: str) -> None:
     """A command that froze itself could not say so, nor be thawed by the one who waits for it."""
     main = instance.executor_cgroup(f"{own}-command", "main")
-    done = subprocess.run(
-        [sys.executable, "-c", "from rcon_plugins.cli.rcon import main; main()", verb, f"{own}-command"],
-        preexec_fn=main.enter_process,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[3],
-        timeout=60,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "holds this rcon itself" in done.stderr
+    done = rcon(verb, f"{own}-command", before=main.enter_process)
+    assert done.status == 2, done.err
+    assert "holds this rcon itself" in done.err
     assert not (command.processes(subtree=True))

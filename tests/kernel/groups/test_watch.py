@@ -7,8 +7,6 @@ import functools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +16,11 @@ import pytest
 from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.kernel.cgroup import Cgroup, Resources
 from rcon_plugins.tree.instance import Instance
+from tests.commands import become_rcon
 from tests.kernel.cgroup.helpers import MIB, eventually, running, sleep_forever, touch
+from tests.processes import alive, entries, until
 
 pytestmark = pytest.mark.each_layout
-
-ROOT = Path(__file__).parents[3]
-MAIN = "from rcon_plugins.cli.rcon import main; main()"
 
 
 class Watching:
@@ -31,24 +28,32 @@ class Watching:
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self._out, self._err = folder / "out", folder / "err"
-        with self._out.open("w") as out, self._err.open("w") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", MAIN, "watch", *arguments], cwd=ROOT, stdout=out, stderr=err
-            )
+        self._status: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            become_rcon(["watch", *arguments], [self._out, self._err])
 
     def watches(self) -> bool:
         """Whether its thread is there, and it waits."""
-        assert self.process.poll() is None, self._err.read_text()
-        names = [path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/comm")]
-        return len(names) > 1
+        assert alive(self.pid), self._err.read_text()
+        return len(entries(Path(f"/proc/{self.pid}/task"))) > 1
 
     def wait_for(self, kind: str) -> None:
         """Until it has told of one."""
         eventually(lambda: kind in self._out.read_text(), 60)
 
     def ended(self) -> tuple[int, str, str]:
-        status = self.process.wait(timeout=60)
-        return status, self._out.read_text(), self._err.read_text()
+        until(lambda: not alive(self.pid))
+        return self._wait(), self._out.read_text(), self._err.read_text()
+
+    def kill(self) -> None:
+        if self._status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self._wait()
+
+    def _wait(self) -> int:
+        self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._status
 
 
 Watch = Callable[..., contextlib.AbstractContextManager[Watching]]
@@ -67,9 +72,7 @@ def _watching(folder: Path, *arguments: str) -> Iterator[Watching]:
         time.sleep(0.3)
         yield made
     finally:
-        if made.process.poll() is None:
-            made.process.kill()
-            made.process.wait()
+        made.kill()
 
 
 @pytest.fixture
@@ -130,7 +133,7 @@ def hold(size: int) -> None:
 @pytest.mark.once
 def test_interrupted(group: Cgroup, own: str, watching: Watch) -> None:
     with watching(f"{own}-w") as it:
-        it.process.send_signal(signal.SIGINT)
+        os.kill(it.pid, signal.SIGINT)
         assert it.ended() == (130, "", "")
 
 
