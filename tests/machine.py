@@ -32,6 +32,8 @@ PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 #: The plugins of pytest in the machine, and no others: to find them takes seconds, as pytest reads the metadata of all
 #: packages, and each fork of pytest copies what they have loaded.
 PLUGINS = ("--disable-plugin-autoload", "-p", "pytest_timeout", "-p", "pytest_rerunfailures")
+#: A line between two runs of pytest in one machine. tests/run.py adds up their results.
+NEXT_RUN = "-- another run of pytest --"
 #: The exit status of timeout(1) when it has stopped the machine.
 TIMED_OUT = 124
 #: What makes the emulated kernel quick, none of which a test is about: without them it flushes the emulator's TLB at
@@ -80,10 +82,13 @@ def compile_sources(tests: list[str]) -> None:
     """Compile our modules, and have pytest compile the test modules that its ``tests`` arguments name.
 
     In the machine nothing of this is kept: there every interpreter would compile our modules again, and pytest rewrite
-    the assertions of every test module, which takes minutes.
+    the assertions of every test module, which takes minutes. The same holds for the code that tests/faults changes.
     """
+    from tests.faults.sites import compile_all
+
     for folder in SOURCES:
         compileall.compile_dir(ROOT / folder, quiet=2)
+    compile_all()
     if all(map(is_rewritten, test_modules(tests))):
         return
     subprocess.run(

@@ -8,16 +8,21 @@ of a socket or a poll object, the start of a thread, or the built-in ``open``.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.machinery
 import importlib.util
+import marshal
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+#: The code of the changed files.
+_KEPT = ROOT / "build" / "faults"
 _CORE, _INTEGRATIONS = ROOT / "rcon_plugins", ROOT / "integrations"
 #: The parts of ``rcon_plugins``, and the packages of ``integrations``, whose calls are found.
 PARTS = (
@@ -203,6 +208,33 @@ def all_sites() -> list[Site]:
     return [site for path in sources() for site in find(path)[1]]
 
 
+def compiled(path: Path) -> CodeType:
+    """Return the code of a file, changed so that `touch` runs at each call.
+
+    Keep it for the next worker. To change and compile all files takes seconds, in an emulated machine half a minute.
+    """
+    kept = _KEPT / f"{'.'.join(path.relative_to(ROOT).parts)}.{sys.implementation.cache_tag}"
+    changed, here = path.stat(), Path(__file__).stat()
+    key = (str(path), changed.st_mtime_ns, changed.st_size, here.st_mtime_ns, here.st_size)
+    with contextlib.suppress(OSError, ValueError, EOFError, TypeError):
+        known, code = marshal.loads(kept.read_bytes())
+        if known == key:
+            return cast(CodeType, code)
+    code = compile(find(path)[0], path, "exec", dont_inherit=True)
+    with contextlib.suppress(OSError):  # in an emulated machine nothing can be written there
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        written = kept.with_name(f"{kept.name}.{os.getpid()}")
+        written.write_bytes(marshal.dumps((key, code)))
+        written.rename(kept)
+    return code
+
+
+def compile_all() -> None:
+    """Keep the code of each file, so that no worker has to compile it."""
+    for path in sources():
+        compiled(path)
+
+
 def _is_ours(module: str) -> bool:
     """Return whether the calls of a module are found."""
     first, _, rest = module.partition(".")
@@ -211,8 +243,7 @@ def _is_ours(module: str) -> bool:
 
 class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
-        path = self.get_filename(fullname)
-        return compile(find(Path(path))[0], path, "exec", dont_inherit=True)
+        return compiled(Path(self.get_filename(fullname)))
 
 
 class _Importer:
