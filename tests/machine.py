@@ -137,20 +137,27 @@ def make_initramfs(kernel: Path, path: Path) -> None:
 
 
 def machine(
-    kernel: Path, scratch: Path, memory: str, script: str, disk: Path | None = None, cpus: int = 2
+    kernel: Path,
+    scratch: Path,
+    memory: str,
+    script: str,
+    disk: Path | None = None,
+    *,
+    cpus: int = 2,
+    parallel: bool = False,
 ) -> list[str]:
     """Return the command that boots the machine, with ``script`` as PID 1. Its files are made in ``scratch``.
 
-    One thread emulates all CPUs, and the scheduler moves nothing to the second by itself. That takes a third less CPU
-    time than two threads, which wait for each other. With one CPU it takes still less.
+    Unless ``parallel``, one thread emulates all CPUs, and the scheduler moves nothing to the second by itself. That
+    takes a third less CPU time than two threads, which wait for each other. With one CPU it takes still less.
     """
     initramfs, init = scratch / "initramfs", scratch / "init"
     make_initramfs(kernel, initramfs)
     init.write_text(script)
-    quick = f"{QUICK} {ONE_CPU}" if cpus > 1 else QUICK
+    quick = f"{QUICK} {ONE_CPU}" if cpus > 1 and not parallel else QUICK
     options = f"console=ttyS2 quiet loglevel=1 panic=-1 luks=no {quick} init=/bin/sh"
     command = [need("qemu-system-x86_64"), "-machine", "q35", "-cpu", CPU, "-smp", str(cpus), "-m", memory]
-    command += ["-accel", "tcg,thread=single"]
+    command += ["-accel", f"tcg,thread={'multi' if parallel else 'single'}"]
     command += ["-nodefaults", "-display", "none", "-no-reboot"]
     command += ["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]
     command += ["-device", "virtio-9p-pci,fsdev=root,mount_tag=/dev/root"]

@@ -27,6 +27,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tests.machine import NEXT_RUN
+
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "tests"
 ALONE = "alone"
@@ -34,6 +36,8 @@ ALONE = "alone"
 LONGEST = "emulator"
 #: The number of tests of all tiers that may need a second attempt; tests/conftest.py bounds those of one tier.
 RERUNS = 8
+#: The same of one tier. An emulated machine runs pytest twice.
+FEW = 4
 BEAT = 60.0  # seconds between two lines of progress
 STOP_SECONDS = 20.0  # how long a tier may take to end after an interrupt
 
@@ -69,6 +73,8 @@ class Tier:
             return f"FAILED (exit status {self.status})"
         if self.tests and not self.counts["passed"]:
             return "FAILED: ran no test"
+        if self.counts["rerun"] > FEW:
+            return f"FAILED: {self.counts['rerun']} tests needed a second attempt; {FEW} may"
         return ""
 
 
@@ -282,12 +288,14 @@ def go_first(leader: int) -> None:
 
 
 def count(log: str) -> Counter[str]:
-    """Return the counts in pytest's last line, by outcome."""
-    found = _SUMMARY.findall(log)
-    words = [part.split() for part in found[-1].split(", ")] if found else []
-    return Counter(
-        {name.removesuffix("s") if name == "errors" else name: int(number) for number, name in words}
-    )
+    """Return the counts in pytest's last line, by outcome; their sum if the log is of several runs."""
+    counts = Counter[str]()
+    for run in log.split(NEXT_RUN):
+        found = _SUMMARY.findall(run)
+        for part in found[-1].split(", ") if found else []:
+            number, name = part.split()
+            counts[name.removesuffix("s") if name == "errors" else name] += int(number)
+    return counts
 
 
 def failures(log: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import run
+from tests.machine import NEXT_RUN
 from tests.run import ALONE, Suite, Tier, count
 
 
@@ -56,8 +57,15 @@ def test_a_tier_without_tests_fails(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_too_many_second_attempts_fail() -> None:
-    code = saying("9 passed, 9 rerun in 0.1s")
-    assert Suite("test", [tier("one", code)]).run() == 1
+    three = saying("3 passed, 3 rerun in 0.1s")
+    assert Suite("test", [tier(name, three) for name in ("one", "two")]).run() == 0
+    assert Suite("test", [tier(name, three) for name in ("one", "two", "three")]).run() == 1
+    assert Suite("test", [tier("one", f"{three}; {saying(NEXT_RUN)}; {three}")]).run() == 1
+
+
+def test_the_counts_of_two_runs_in_one_tier_are_added_up() -> None:
+    log = f"==== 5 passed, 1 error in 3.21s ====\n{NEXT_RUN}\n==== 2 passed, 1 failed in 0.10s ====\n"
+    assert count(log) == {"passed": 7, "error": 1, "failed": 1}
 
 
 def test_lanes_run_side_by_side_and_what_is_alone_after_them(tmp_path: Path) -> None:
