@@ -16,10 +16,12 @@ from rcon_plugins.cli.rcon import run_main
 from rcon_plugins.groups.find import find_groups
 from rcon_plugins.kernel import proc
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy
+from rcon_plugins.kernel.syscalls import mount, unshare
 from rcon_plugins.tree.instance import Instance
 from rcon_plugins.tree.owner import Owner
 from tests import children
 from tests.kernel.cgroup.helpers import eventually
+from tests.kernel.command.harness import rcon
 
 pytestmark = pytest.mark.each_layout
 
@@ -34,8 +36,8 @@ print(instance.path, flush=True)
 if sys.stdin.readline():
     instance.close()
 """
-#: What other commands see from a PID namespace.
-RCON = "import sys; from rcon_plugins.cli.rcon import run_main; sys.exit(run_main(sys.argv[1:]))"
+NEWNS, NEWPID = 0x00020000, 0x20000000
+REC, PRIVATE = 16384, 1 << 18
 
 
 def isolated(code: str, *arguments: str) -> list[str]:
@@ -70,9 +72,19 @@ def server(base: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 def rcon_elsewhere(*arguments: str) -> tuple[int, str]:
-    done = subprocess.run(isolated(RCON, *arguments), capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    return done.returncode, done.stdout
+    """Run rcon as process 1 of a PID namespace. Return its exit status and its output."""
+    done = rcon(*arguments, before=isolate)
+    assert done.err == ""
+    return done.status, done.out
+
+
+def isolate() -> None:
+    """Go on as process 1 of a PID namespace with a /proc of its own. The calling process ends as that one does."""
+    unshare(NEWNS | NEWPID)
+    if first := os.fork():
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]))
+    mount(None, "/", None, REC | PRIVATE)
+    mount("proc", "/proc", "proc", 0)
 
 
 def there(path: str) -> bool:
