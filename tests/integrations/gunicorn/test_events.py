@@ -34,7 +34,10 @@ policy = "busy"
 """
 
 
-@pytest.mark.parametrize(("workers", "isolation"), [("sync", "inline"), ("gthread", "thread")])
+@pytest.mark.parametrize(
+    ("workers", "isolation"),
+    [("sync", "inline"), pytest.param("gthread", "thread", marks=pytest.mark.once)],
+)
 def test_plugins_receive_events_of_requests_in_threads(tmp_path: Path, workers: str, isolation: str) -> None:
     environ = {"PYTHONPATH": str(listener.install(tmp_path)), **listener.environ(tmp_path)}
     arguments = [
