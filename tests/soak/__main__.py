@@ -21,6 +21,7 @@ from random import Random
 from typing import Protocol
 
 from tests import leftovers
+from tests.integrations.celery.launcher import Launched
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import Worker
 from tests.integrations.gunicorn.server import Gunicorn
@@ -78,7 +79,7 @@ class _Server(Protocol):
     """A server that is loaded and harmed."""
 
     @property
-    def process(self) -> subprocess.Popen[bytes] | ForkedProcess:
+    def process(self) -> subprocess.Popen[bytes] | ForkedProcess | Launched:
         """Return its first process."""
 
     def log(self) -> str:

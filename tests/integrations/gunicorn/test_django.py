@@ -45,7 +45,7 @@ class Asked(NamedTuple):
     answer: Any
 
 
-class Shop:
+class Site:
     """A gunicorn with the project, and a database."""
 
     def __init__(self, gunicorn: Gunicorn, connection: psycopg.Connection[Any], *, confined: bool) -> None:
@@ -79,7 +79,7 @@ class Shop:
 @pytest.fixture(scope="module", params=[True, False], ids=["confined", "plain"])
 def shop(
     postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Shop]:
+) -> Iterator[Site]:
     """A server, confined and not: what plain Django does, a confined one does too."""
     database = postgres_server.database()
     postgres_server.execute(database, "CREATE TABLE orders (name text)")
@@ -98,11 +98,11 @@ def shop(
         },
     )
     with gunicorn, postgres_server.connect(database) as connection:
-        yield Shop(gunicorn, connection, confined=request.param)
+        yield Site(gunicorn, connection, confined=request.param)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_transaction_crosses_from_one_request_to_another(shop: Shop, kind: str) -> None:
+def test_no_transaction_crosses_from_one_request_to_another(shop: Site, kind: str) -> None:
     before = len(shop.orders())
     views = {"leave_open": 200, "stream": 200, "fail": 500}
     if shop.confined:
@@ -123,7 +123,7 @@ def test_no_transaction_crosses_from_one_request_to_another(shop: Shop, kind: st
         assert set(shop.states(kind)) == {"idle"}
 
 
-def test_after_a_restart_of_the_database_only_requests_under_way_fail(shop: Shop) -> None:
+def test_after_a_restart_of_the_database_only_requests_under_way_fail(shop: Site) -> None:
     """Of each kind 25 requests, of all at once."""
     before = shop.orders().keys()
     with ThreadPoolExecutor(CLIENTS) as clients:
