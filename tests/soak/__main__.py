@@ -21,11 +21,10 @@ from random import Random
 from typing import Protocol
 
 from tests import leftovers
-from tests.integrations.celery.launcher import Launched
+from tests.forks import ForkedProcess
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import Worker
 from tests.integrations.gunicorn.server import Gunicorn
-from tests.integrations.gunicorn.template import ForkedProcess
 from tests.processes import instance_directories
 from tests.soak import tasks
 from tests.soak.harm import ACTS, RELOADS, Harm
@@ -79,7 +78,7 @@ class _Server(Protocol):
     """A server that is loaded and harmed."""
 
     @property
-    def process(self) -> subprocess.Popen[bytes] | ForkedProcess | Launched:
+    def process(self) -> subprocess.Popen[bytes] | ForkedProcess:
         """Return its first process."""
 
     def log(self) -> str:

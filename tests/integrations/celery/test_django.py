@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import celery
 import pytest
 
-from tests.integrations.celery.launcher import ROOT
+from tests.forks import ROOT
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import Worker

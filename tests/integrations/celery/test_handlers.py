@@ -18,8 +18,8 @@ import redis
 
 from rcon_celery import handler_side, install
 from rcon_plugins.errors import Killed, ResultTooLarge, SettingsError
+from tests.forks import ROOT
 from tests.integrations.celery import observed
-from tests.integrations.celery.launcher import ROOT
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import Worker

@@ -19,8 +19,8 @@ import celery
 import pytest
 import redis
 
+from tests.forks import ROOT
 from tests.integrations.celery import logged
-from tests.integrations.celery.launcher import ROOT
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.worker import READY, Worker

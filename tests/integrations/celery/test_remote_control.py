@@ -19,8 +19,8 @@ from rcon_plugins.errors import MemoryLimitExceeded, TimeLimitExceeded
 from rcon_plugins.groups.find import Group, find_groups
 from rcon_plugins.kernel.cgroup import MAX, read_limits
 from rcon_plugins.settings.units import parse_size
+from tests.forks import ROOT
 from tests.integrations.celery import limited
-from tests.integrations.celery.launcher import ROOT
 from tests.integrations.celery.producers import closing
 from tests.integrations.celery.redis_server import RedisServer
 from tests.integrations.celery.sessions import Session, Sessions

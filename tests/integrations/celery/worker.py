@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from tests.integrations.celery.launcher import PROGRAM, ROOT, Launched, Launcher
+from tests.forks import ROOT, ForkedProcess
+from tests.integrations.celery.launcher import PROGRAM, Launcher
 from tests.processes import PATIENCE, children, family, instance_directories, until
 
 READY = " ready."
@@ -52,7 +53,7 @@ class Worker:
         command += ["--without-gossip", "--without-mingle", *arguments]
         variables = {**os.environ, "C_FORCE_ROOT": "1", "PYTHONFAULTHANDLER": "1", **(environ or {})}
         own_start = checkout != ROOT or any(map(READ_EARLY.match, environ or {}))
-        self.process: subprocess.Popen[bytes] | Launched
+        self.process: subprocess.Popen[bytes] | ForkedProcess
         with self.log_file.open("ab") as log:
             if self.launcher is not None and not own_start:
                 self.process = self.launcher.start(
