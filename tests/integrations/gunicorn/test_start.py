@@ -91,10 +91,6 @@ def site(directory: Path, settings: str | None) -> str:
     return str(config)
 
 
-def cgroups_of_servers() -> set[Path]:
-    return set(Path("/sys/fs/cgroup").glob("**/rcon-*"))
-
-
 @pytest.mark.parametrize("own_file", [False, True], ids=["conf", "install"])
 @pytest.mark.parametrize(("settings", "says"), CHECKED)
 def test_check_config_finds_a_wrong_policy_file(
@@ -120,7 +116,7 @@ def test_check_config_passes_a_right_policy_file_and_makes_nothing(
     started = 'executor_started = "application:who"\n'
     status, output, pid = start(tmp_path, started + PLAIN, *arguments, *config)
     assert (status, output) == (0, "")
-    assert not [path for path in cgroups_of_servers() if path.name.startswith(f"rcon-{pid}-")]
+    assert instance_directories(pid) == []
 
 
 @pytest.mark.parametrize(
