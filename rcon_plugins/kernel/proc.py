@@ -313,11 +313,32 @@ def exec_remedy(number: int | None, *, as_another: bool = False, interpreter: st
     interpreter of a script that is refused, if it is known.
     """
     if number == errno.ENOENT and interpreter is not None:
+        if interpreter.endswith("\r"):
+            return (
+                r"the line that begins with #! ends with a carriage return: remove it with sed -i '1s/\r$//'"
+            )
         return "install it, or correct the line that begins with #!"
     if number == errno.ENOENT:
         return "the interpreter or loader that it names is missing: install it, or correct the line that begins with #!"
     if number == errno.ENOEXEC:
         return "it is no program for this machine, or a script whose first line does not begin with #!"
-    if number == errno.EACCES and as_another:
+    if number == errno.EACCES and (as_another or interpreter is not None):
         return "its user must be allowed to execute it, and to enter each folder above it"
     return ""
+
+
+def exec_problem(
+    program: str,
+    number: int | None,
+    *,
+    as_another: bool = False,
+    interpreter: str | None = None,
+    remedy: str | None = None,
+) -> str:
+    """Return why execve(2) refused an existing program: the file that it refused, the errno's text, the remedy.
+
+    The parameters are those of `exec_remedy`, whose remedy ``remedy`` replaces.
+    """
+    file = "" if interpreter is None else f"its interpreter {interpreter.rstrip()}: "
+    hint = exec_remedy(number, as_another=as_another, interpreter=interpreter) if remedy is None else remedy
+    return f"{program}: {file}{os.strerror(number or errno.EIO)}" + (f" ({hint})" if hint else "")

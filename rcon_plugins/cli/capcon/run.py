@@ -24,7 +24,7 @@ from rcon_plugins.kernel.capability import (
     set_no_new_privs,
 )
 from rcon_plugins.kernel.capability.exec_rule import File, predict, refused_interpreter
-from rcon_plugins.kernel.proc import exec_remedy, original_environment
+from rcon_plugins.kernel.proc import exec_problem, original_environment
 
 #: Devices that most programs write to and that hold no data. --read-only and --write always allow them.
 HARMLESS_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/tty")
@@ -68,9 +68,7 @@ def executable(program: str) -> File:
         return File.of(program)
     except KernelError as error:
         if error.errno == errno.ENOENT and error.path != program:
-            raise Refused(
-                f"{program}: its interpreter {error.path} is missing (install it)", NOT_FOUND
-            ) from None
+            raise Refused(exec_problem(program, error.errno, interpreter=error.path), NOT_FOUND) from None
         raise Refused(str(error), NOT_EXECUTABLE) from None
 
 
@@ -133,14 +131,14 @@ def problems(request: Request, after: State) -> list[str]:
 
 def not_executed(request: Request, program: str, error: OSError) -> Refused:
     """Return the error, with the remedy, for a program that exists but that the kernel did not execute."""
-    reason = os.strerror(error.errno or errno.EIO)
     status = NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
+    remedy = None
     if error.errno in (errno.EACCES, errno.EPERM) and request.read is not None:
-        hint = "add --read-only with its folder and those of its interpreter and libraries, or --read-only /"
+        remedy = (
+            "add --read-only with its folder and those of its interpreter and libraries, or --read-only /"
+        )
     elif error.errno == errno.EPERM:
-        hint = "this process may not gain the capabilities of the file: see capcon explain"
-    else:
-        hint = exec_remedy(error.errno, as_another=request.identity is not None)
-    interpreter = refused_interpreter(program)
-    file = f"its interpreter {interpreter}: " if interpreter else ""
-    return Refused(f"{program}: {file}{reason}" + (f" ({hint})" if hint else ""), status)
+        remedy = "this process may not gain the capabilities of the file: see capcon explain"
+    another, interpreter = request.identity is not None, refused_interpreter(program)
+    problem = exec_problem(program, error.errno, as_another=another, interpreter=interpreter, remedy=remedy)
+    return Refused(problem, status)

@@ -17,7 +17,7 @@ from rcon_plugins.command.run import Ended, NotRun, Order, check_group_name, gro
 from rcon_plugins.errors import KernelError, RconError
 from rcon_plugins.kernel.cgroup import Hierarchy, Resources
 from rcon_plugins.kernel.cgroup.resources import parse_list
-from rcon_plugins.kernel.proc import exec_remedy
+from rcon_plugins.kernel.proc import exec_problem
 from rcon_plugins.settings.limit_table import BY_KEY, FLAG_OF_FIELD, NEEDS_MEMORY
 
 #: The variables of ``--export-cpus``. Python reads the first (since 3.13), nproc(1) and OpenMP the second.
@@ -194,9 +194,7 @@ def execute(
         ended = command_run.run(order, hierarchy, base)
     except NotRun as error:
         become = order.become is not None
-        remedy = exec_remedy(error.errno, as_another=become, interpreter=error.interpreter)
-        file = f"its interpreter {error.interpreter}: " if error.interpreter else ""
-        problem = f"{order.program}: {file}{error}" + (f" ({remedy})" if remedy else "")
+        problem = exec_problem(order.program, error.errno, as_another=become, interpreter=error.interpreter)
         return _not_run(order, report, policy, error.status, problem)
     except RconError as error:
         if (too_little := _too_little_memory(error, order)) is not None:

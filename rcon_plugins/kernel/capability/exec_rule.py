@@ -148,7 +148,11 @@ def refused_interpreter(program: str) -> str | None:
     except KernelError as error:
         return None if error.path == program else error.path
     paths = (*(script.path for script in file.scripts), file.path)[1:]
-    return next((path for path in paths if not os.access(path, os.X_OK, effective_ids=True)), None)
+    return next((path for path in paths if not _may_execute(path)), None)
+
+
+def _may_execute(path: str) -> bool:
+    return os.access(path, os.X_OK, effective_ids=True) and os.path.isfile(path)
 
 
 class Step(NamedTuple):

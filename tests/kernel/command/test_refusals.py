@@ -169,25 +169,25 @@ def test_the_interpreter_that_cannot_be_executed_is_named(tmp_path: Path) -> Non
     (closed / "sh").symlink_to("/bin/sh")
     plain = tmp_path / "plain"
     plain.write_text("")
-    hint = "its user must be allowed to execute it, and to enter each folder above it"
-    for interpreter in (closed / "sh", plain):
-        script = tmp_path / "script"
-        script.write_text(f"#!{interpreter}\n")
+    denied = "Permission denied (its user must be allowed to execute it, and to enter each folder above it)"
+    gone = "No such file or directory (install it, or correct the line that begins with #!)"
+    windows = "No such file or directory (the line that begins with #! ends with a carriage return: remove it"
+    script = tmp_path / "script"
+    for line, status, reason, *user in (
+        (closed / "sh", 126, denied, "--user", "nobody"),
+        (plain, 126, denied),
+        (tmp_path, 126, denied),
+        ("/nowhere/python", 127, gone),
+        ("/bin/sh\r", 127, windows),
+    ):
+        script.write_bytes(f"#!{line}\n".encode())
         script.chmod(0o755)
-        line = f"{script}: its interpreter {interpreter}: Permission denied ({hint})\n"
-        assert rcon("run", "--user", "nobody", "--", script)[::2] == (126, f"rcon: {line}")
-        capcon = [str(BIN / "capcon"), "run", "--user", "nobody", "--", str(script)]
+        expected = f"{script}: its interpreter {str(line).rstrip()}: {reason}"
+        done = rcon("run", *user, "--", script)
+        assert (done.status, done.err[: len(expected) + 6]) == (status, f"rcon: {expected}")
+        capcon = [str(BIN / "capcon"), "run", *(user or ["--drop-all"]), "--", str(script)]
         ran = subprocess.run(capcon, capture_output=True, text=True, check=False)
-        assert (ran.returncode, ran.stderr) == (126, f"capcon: {line}")
-    script.write_text(f"#!{plain}\n")
-    done = rcon("run", "--", script)
-    assert (done.status, done.err) == (126, f"rcon: {script}: its interpreter {plain}: Permission denied\n")
-    script.write_text("#!/nowhere/python\n")
-    done = rcon("run", "--", script)
-    assert done.status == 127
-    assert done.err.startswith(
-        f"rcon: {script}: its interpreter /nowhere/python: No such file or directory ("
-    )
+        assert (ran.returncode, ran.stderr) == (status, done.err.replace("rcon: ", "capcon: ", 1))
 
 
 @pytest.mark.parametrize("words", [("rcon", "chek"), ("rcon", "atach"), ("capcon", "explian")], ids=" ".join)
