@@ -149,13 +149,14 @@ class Handlers:
 
     def start_process(self, hostname: str) -> None:
         """Send ``worker_process_init`` in an executor process."""
-        # Most often no handler runs there. To find that out by sending costs a new process copies of 60 pages.
+        # Most often no handler runs there. To find that out by sending costs a new process copies of some 40 pages.
         if any(
             not isinstance(receiver, _Sided) or receiver.side != "outside"
             for _, receiver in signals.worker_process_init.receivers
         ):
             self._send(signals.worker_process_init, sender=hostname)
-            self.divide()  # some of these handlers connect others
+        # Some of these handlers connect others: those inside just now, those outside before the fork server was forked.
+        self.divide()
 
     def end_process(self, hostname: str, pid: int) -> None:
         """Send ``worker_process_shutdown`` in an executor process that ends."""
