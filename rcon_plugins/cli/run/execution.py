@@ -7,11 +7,12 @@ import math
 import os
 import signal
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rcon_plugins.cli.exit import BAD_USAGE, OWN_FAILURE, BadUsage, say, shortened
+from rcon_plugins.cli.exit import BAD_USAGE, OWN_FAILURE, BadUsage, Refused, say, shortened
 from rcon_plugins.cli.options import seconds_of
+from rcon_plugins.cli.program import find_program
 from rcon_plugins.command import run as command_run
 from rcon_plugins.command.run import Ended, NotRun, Order, check_group_name, group_name
 from rcon_plugins.errors import KernelError, RconError
@@ -168,6 +169,16 @@ def report_of(options: Mapping[str, Any]) -> int | None:
         raise BadUsage(f"--json: {path!r}: {reason} (name a file that can be written)") from None
 
 
+def program_of(options: Mapping[str, Any], command: Sequence[str], policy: str = "") -> str:
+    """Return the path of the program. Raises `Refused` where there is none, and `--json` tells so, too."""
+    try:
+        return find_program(command[0])
+    except Refused as error:
+        # The file may still have the report of an earlier run.
+        _report_refusal(report_of(options), command, policy, error.status, str(error))
+        raise
+
+
 def _is_fifo(path: str) -> bool:
     try:
         return stat.S_ISFIFO(os.stat(path).st_mode)  # noqa: PTH116 - pathlib is slow to import
@@ -247,10 +258,16 @@ def _not_shared(order: Order, error: RconError) -> str | None:
 
 def _not_run(order: Order, report: int | None, policy: str, status: int, problem: str) -> int:
     say("rcon", problem)
+    _report_refusal(report, order.arguments, policy, status, problem)
+    return status
+
+
+def _report_refusal(
+    report: int | None, command: Sequence[str], policy: str, status: int, problem: str
+) -> None:
     if report is not None:
         data = {"outcome": "refused", "status": status, "detail": problem, "policy": policy}
-        _write(report, {**data, "command": list(order.arguments)})
-    return status
+        _write(report, {**data, "command": list(command)})
 
 
 def _report_data(order: Order, ended: Ended, policy: str) -> dict[str, Any]:

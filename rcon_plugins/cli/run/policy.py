@@ -13,7 +13,6 @@ from rcon_plugins.cli.capcon.run import environment_of
 from rcon_plugins.cli.exit import BadUsage
 from rcon_plugins.cli.limit_options import limits_of, policy_keys, refused
 from rcon_plugins.cli.options import named_base
-from rcon_plugins.cli.program import find_program
 from rcon_plugins.cli.request import Request
 from rcon_plugins.cli.run.execution import (
     ends_all,
@@ -21,6 +20,7 @@ from rcon_plugins.cli.run.execution import (
     grace_of,
     group_of,
     note_swap,
+    program_of,
     report_of,
     shared_of,
     timeout_of,
@@ -87,7 +87,7 @@ def run(options: Mapping[str, Any], command: tuple[str, ...]) -> int:
             "of one command (leave out --in, or use another policy)"
         )
     order = Order(
-        program=find_program(command[0]),
+        program=program_of(options, command, policy.name),
         arguments=command,
         variables=with_cpu_count(variables, options, resources, each),
         group=group_of(options, command),

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from rcon_plugins.cli.exit import BadUsage
 from rcon_plugins.cli.options import RUN_OPTIONS, named_base, parse
-from rcon_plugins.cli.program import find_program
 from rcon_plugins.cli.run.execution import (
     check_enforceable,
     ends_all,
     execute,
     grace_of,
     group_of,
+    program_of,
     report_of,
     shared_of,
     timeout_of,
@@ -55,7 +55,7 @@ def run(words: Sequence[str]) -> int:
     fields["variables"] = with_cpu_count(fields["variables"], options, fields["resources"])
     timeout = timeout_of(options)
     order = Order(
-        program=find_program(command[0]),
+        program=program_of(options, command),
         arguments=command,
         group=group_of(options, command),
         timeout=timeout,

@@ -190,6 +190,31 @@ def test_the_interpreter_that_cannot_be_executed_is_named(tmp_path: Path) -> Non
         assert (ran.returncode, ran.stderr) == (status, done.err.replace("rcon: ", "capcon: ", 1))
 
 
+@pytest.mark.parametrize("options", [[], ["--policy", "web"]], ids=["limits", "policy"])
+def test_a_program_that_is_not_there_replaces_the_report_of_an_earlier_run(
+    tmp_path: Path, options: list[str]
+) -> None:
+    settings, report = tmp_path / "rcon.toml", tmp_path / "report.json"
+    settings.write_text("[policy.web]\npids = 8\n")
+    closed = tmp_path / "closed"
+    closed.touch(0o644)
+    if options:
+        options = [*options, "--settings", str(settings)]
+    for program, status in (("/no/such", 127), (str(closed), 126)):
+        report.write_text('{"outcome": "ok"}')
+        done = rcon("run", *options, "--json", report, "--", program, "word")
+        assert done.status == status
+        found = json.loads(report.read_text())
+        assert found.pop("policy") == ("web" if options else "")
+        detail = done.err.removeprefix("rcon: ").rstrip()
+        assert found == {
+            "outcome": "refused",
+            "status": status,
+            "detail": detail,
+            "command": [program, "word"],
+        }
+
+
 @pytest.mark.parametrize("words", [("rcon", "chek"), ("rcon", "atach"), ("capcon", "explian")], ids=" ".join)
 def test_a_misspelled_command_is_suggested(words: tuple[str, str]) -> None:
     """In a process of its own: no other test has loaded the subcommands."""
