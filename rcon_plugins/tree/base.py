@@ -7,8 +7,9 @@ import errno
 import itertools
 import os
 import pwd
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from rcon_plugins.errors import ControllerUnavailable, DelegationError, KernelError
 from rcon_plugins.kernel import files
@@ -45,6 +46,63 @@ def find_base(
 
     Raises DelegationError with the exact remedy, and ValueError if ``setting`` is not a path.
     """
+    return _find(hierarchy, setting, enter_scope, partial(_prepare, hierarchy))
+
+
+class Prospect(NamedTuple):
+    """The base that a start would find, and the hierarchy with the controllers that it has there."""
+
+    base: str
+    hierarchy: Hierarchy
+    #: What the start would do first, for people; None if nothing.
+    first: str | None
+
+
+def look_for_base(
+    hierarchy: Hierarchy, setting: str | None = None, enter_scope: Callable[[], None] | None = None
+) -> Prospect:
+    """Return the base that `find_base` would find. Move no other process, and leave no cgroup.
+
+    Raises what `find_base` raises.
+    """
+    missing: list[str] = []
+
+    with contextlib.ExitStack() as afterwards:
+
+        def prepare(path: str) -> str:
+            if container_root.would_move(hierarchy):
+                missing.append(path)
+                return path
+            afterwards.enter_context(left_as_it_was(hierarchy, path))
+            return _prepare(hierarchy, path)
+
+        base = _find(hierarchy, setting, enter_scope, prepare)
+        if base in missing:
+            # A start would make it, with the controllers of the root.
+            return Prospect(base, hierarchy.narrowed("/"), container_root.ANNOUNCEMENT)
+        return Prospect(base, hierarchy.narrowed(base), None)
+
+
+@contextlib.contextmanager
+def left_as_it_was(hierarchy: Hierarchy, path: str) -> Iterator[None]:
+    """Remove the directories of ``path`` and of those above that the ``with`` block makes, where nobody uses them."""
+    directories = [mount.directory(level) for level in levels(path) for mount in hierarchy.mounts]
+    missing = [directory for directory in directories if not files.is_directory(directory)]
+    try:
+        yield
+    finally:
+        for directory in reversed(missing):
+            with contextlib.suppress(KernelError):
+                files.remove_directory(directory)
+
+
+def _find(
+    hierarchy: Hierarchy,
+    setting: str | None,
+    enter_scope: Callable[[], None] | None,
+    prepare: Callable[[str], str],
+) -> str:
+    """Return the base. ``prepare`` gets one that may be missing, and returns it; see `find_base`."""
     if setting is None and any(mount.root.startswith("/..") for mount in hierarchy.limit_mounts):
         raise DelegationError(
             "this process cannot see its own cgroup and the limits of that cgroup: it is in a cgroup namespace, "
@@ -55,9 +113,9 @@ def find_base(
         )
     location = nested.own_location(hierarchy)
     if location is not None and location.boundary is not None:
-        return _inside(hierarchy, location, setting)
+        return _inside(hierarchy, location, setting, prepare)
     if setting is not None:
-        return _prepare(hierarchy, check_path(setting))
+        return prepare(check_path(setting))
     if location is not None and location.base is not None and _is_writable(hierarchy, location.base):
         return location.base
     if location is None and (found := given(hierarchy)) is not None:
@@ -79,7 +137,7 @@ def find_base(
             if own is not None and _is_ours(hierarchy, own, {str(os.getpid())}, from_systemd=True):
                 return own
     if os.geteuid() == 0:
-        return _prepare(hierarchy, ROOT_BASE)
+        return prepare(ROOT_BASE)
     if owned := owned_on_v1(hierarchy):
         if len(owned) == 1:
             return owned[0]
@@ -212,7 +270,9 @@ def own_cgroup(hierarchy: Hierarchy) -> str | None:
     return paths.pop() if len(paths) == 1 else None
 
 
-def _inside(hierarchy: Hierarchy, location: nested.Location, setting: str | None) -> str:
+def _inside(
+    hierarchy: Hierarchy, location: nested.Location, setting: str | None, prepare: Callable[[str], str]
+) -> str:
     """Return the base of a process that a group holds to limits. Raises DelegationError unless it is in that group."""
     group = location.boundary or "/"
     base = location.base if setting is None else check_path(setting)
@@ -240,7 +300,7 @@ def _inside(hierarchy: Hierarchy, location: nested.Location, setting: str | None
             "or outside of the request or task",
         )
     try:
-        return _prepare(hierarchy, base)
+        return prepare(base)
     except DelegationError as error:
         user = _user_name()
         if error.errno in (errno.EACCES, errno.EPERM):
@@ -347,10 +407,10 @@ def _prepare(hierarchy: Hierarchy, path: str) -> str:
             import logging  # slow, and seldom needed
 
             logging.getLogger("rcon").info(
-                "rcon: moved %d processes of this container to the cgroup /%s, because a cgroup with processes passes "
-                "no controllers on",
+                "rcon: moved %d processes of this container to the cgroup /%s, because %s",
                 len(moved),
                 container_root.LEAF,
+                container_root.REASON,
             )
         try:
             cgroup.create()

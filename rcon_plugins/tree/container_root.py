@@ -9,7 +9,8 @@ nobody else can be in charge of these processes:
 - Each process in it can be seen from here, and is in the same cgroup namespace.
 - No systemd manages it.
 
-Elsewhere `commands` returns the commands by which a person does the same.
+`would_move` tells beforehand, for commands that only look. Elsewhere `commands` returns the commands by which a person
+does the same.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 #: The leaf for the processes of the container. It stays as long as the container.
 LEAF = "init"
+REASON = "a cgroup with processes passes no controllers on"
+#: What `empty` would do.
+ANNOUNCEMENT = f"a start first moves the processes of this container to the cgroup /{LEAF}, because {REASON}"
 #: The most rounds of moving processes that were forked meanwhile.
 _ROUNDS = 20
 
@@ -39,7 +43,7 @@ def empty(hierarchy: Hierarchy) -> list[int]:
     The calling process is among them. If one cannot be moved, move all back. Raises `KernelError`.
     """
     mount = _mount(hierarchy)
-    if mount is None or not _processes(mount) or why_not(hierarchy) is not None:
+    if mount is None or not would_move(hierarchy):
         return []
     moved: list[int] = []
     leaf = mount.directory(f"/{LEAF}")
@@ -64,6 +68,11 @@ def empty(hierarchy: Hierarchy) -> list[int]:
             with contextlib.suppress(KernelError):
                 files.remove_directory(leaf)
         raise
+
+
+def would_move(hierarchy: Hierarchy) -> bool:
+    """Return whether `empty` would move processes."""
+    return is_busy(hierarchy) and why_not(hierarchy) is None
 
 
 def is_busy(hierarchy: Hierarchy) -> bool:

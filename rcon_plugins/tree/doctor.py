@@ -12,8 +12,10 @@ from rcon_plugins.errors import KernelError
 from rcon_plugins.kernel import descriptors, features, process, seccomp
 from rcon_plugins.kernel.capability import CAP_SETGID, CAP_SETUID, Capabilities, read_state
 from rcon_plugins.kernel.cgroup import Cgroup, Hierarchy, IoMax, Resources, device_of, mounts, swap, v1
+from rcon_plugins.kernel.cgroup.branch import check_path
 from rcon_plugins.kernel.cgroup.resources import CONTROLLERS
-from rcon_plugins.tree import previous_cgroups, systemd
+from rcon_plugins.tree import container_root, previous_cgroups, systemd
+from rcon_plugins.tree.base import left_as_it_was, look_for_base
 from rcon_plugins.tree.instance import Instance
 
 #: ``there``: present, or works. ``missing``: not there, and some limit needs it. ``absent``: not there, but no limit
@@ -64,8 +66,10 @@ class Report(NamedTuple):
 def examine(base: str | None = None) -> Report:
     """Examine this machine: make cgroups in ``base``, or a base that is found, try each limit there, and remove them.
 
-    May move this process into a scope of systemd, like all functions that make a tree. Call it in a process with one
-    thread.
+    ``base`` is made if it is missing, and removed then, too.
+
+    May move this process into a scope of systemd, like all functions that make a tree, and no other process. Call it in
+    a process with one thread.
     """
     findings: list[Finding] = []
     hierarchy = None
@@ -75,7 +79,8 @@ def examine(base: str | None = None) -> Report:
         findings.append(Finding("machine", "cgroups", "missing", error.problem, error.hint))
     else:
         findings += _mounts(hierarchy)
-        base, found = _try(hierarchy, base)
+        with left_as_it_was(hierarchy, check_path(base or "/")):
+            base, found = _try(hierarchy, base)
         findings += found
     findings += [*_machine(), *_process()]
     return Report(
@@ -110,8 +115,15 @@ def _mounts(hierarchy: Hierarchy) -> Iterator[Finding]:
 
 
 def _try(hierarchy: Hierarchy, base: str | None) -> tuple[str | None, list[Finding]]:
-    """Make a cgroup tree as a server does, and try everything in it. Return the base and the findings."""
+    """Make a cgroup tree as a server does, and try everything in it. Return the base and the findings.
+
+    Where a server would move other processes to make room, only look.
+    """
     try:
+        if container_root.would_move(hierarchy):
+            prospect = look_for_base(hierarchy, base, systemd.enter_scope)
+            if prospect.first is not None:
+                return prospect.base, list(_untried(prospect.base, prospect.hierarchy, prospect.first))
         instance = Instance.create(hierarchy, base)
     except KernelError as error:
         return None, [Finding("limits", "cgroup", "missing", error.problem, error.hint)]
@@ -120,9 +132,9 @@ def _try(hierarchy: Hierarchy, base: str | None) -> tuple[str | None, list[Findi
         if instance.threads_need_adoption():
             instance.adopt()
         leaf = instance.executor_cgroup("doctor", "main").create()
-        findings += _limits(instance, leaf)
+        findings += _limits(instance.hierarchy, leaf.configure)
         findings += _ways_in(instance, leaf)
-        findings += _features(instance, leaf)
+        findings += _features(instance.hierarchy, leaf.path)
     except KernelError as error:
         findings.append(Finding("limits", "cgroup", "missing", error.problem, error.hint))
     finally:
@@ -130,36 +142,48 @@ def _try(hierarchy: Hierarchy, base: str | None) -> tuple[str | None, list[Findi
     return instance.base, findings
 
 
-def _limits(instance: Instance, leaf: Cgroup) -> Iterator[Finding]:
+def _untried(base: str, hierarchy: Hierarchy, first: str) -> Iterator[Finding]:
+    """Judge by the controllers of the root alone. Nothing can be tried before its processes have moved."""
+    yield Finding("limits", "cgroup", "there", f"cgroups can be made in {base}; {first}")
+    yield from _limits(hierarchy, None)
+    yield Finding(
+        "works", "process, inline, attach", "absent", "not tried: processes of this container would have to move",
+        "rcon run -- true moves them, as the start of a server does; and try again",
+    )  # fmt: skip
+    yield from _features(hierarchy, "/")
+
+
+def _limits(hierarchy: Hierarchy, configure: Callable[[Resources], object] | None) -> Iterator[Finding]:
+    """Try each limit with ``configure``; without it, say whether there is what the limit needs."""
     for controller, (names, resources) in _LIMITS.items():
         if controller == "io":
             try:
                 device = device_of(".")
             except KernelError as error:
-                if "io" in instance.hierarchy.controllers:
+                if "io" in hierarchy.controllers:
                     yield Finding("limits", names, "absent", f"not tried: {error.problem}", error.hint)
                     continue
                 device = None
             resources = Resources(io={device: IoMax(wbps=_BIG)} if device else {})
         elif controller == "cpuset":
             resources = Resources(cpus=",".join(map(str, sorted(os.sched_getaffinity(0)))))
-        if controller not in instance.hierarchy.controllers:
+        if controller not in hierarchy.controllers:
             wanted = resources if controller != "io" or resources.io else Resources(io={})
-            refused = instance.hierarchy.refusals(wanted)
+            refused = hierarchy.refusals(wanted)
             reason = refused[0].reason if refused else f"there is no {controller} controller here"
             yield Finding("limits", names, "missing", reason, refused[0].remedy if refused else None)
             continue
-        yield _attempt("limits", names, partial(leaf.configure, resources))
-    yield from _swap(instance.hierarchy, leaf)
-    high = instance.hierarchy.refusals(Resources(memory_high=_BIG))
-    if "memory" in instance.hierarchy.controllers:
+        yield _limit(names, configure, resources)
+    yield from _swap(hierarchy, configure)
+    high = hierarchy.refusals(Resources(memory_high=_BIG))
+    if "memory" in hierarchy.controllers:
         if high:
             yield Finding("limits", "memory_high", "absent", high[0].reason, high[0].remedy)
         else:
-            yield _attempt("limits", "memory_high", partial(leaf.configure, Resources(memory_high=_BIG)))
+            yield _limit("memory_high", configure, Resources(memory_high=_BIG))
 
 
-def _swap(hierarchy: Hierarchy, leaf: Cgroup) -> Iterator[Finding]:
+def _swap(hierarchy: Hierarchy, configure: Callable[[Resources], object] | None) -> Iterator[Finding]:
     if "memory" not in hierarchy.controllers:
         return
     wanted = Resources(memory_max=_BIG, swap_max=_BIG)
@@ -167,7 +191,7 @@ def _swap(hierarchy: Hierarchy, leaf: Cgroup) -> Iterator[Finding]:
     if not refused:
         machine = "this machine has swap" if swap.present() else "this machine has no swap"
         text = f"accounted, so a memory limit allows no swap unless swap is set; {machine}"
-        yield _attempt("limits", "swap", partial(leaf.configure, wanted), text)
+        yield _limit("swap", configure, wanted, text)
     elif swap.present():
         reason = f"{refused[0].reason}, so memory limits do not bound swap"
         yield Finding("limits", "swap", "missing", reason, refused[0].remedy)
@@ -177,7 +201,18 @@ def _swap(hierarchy: Hierarchy, leaf: Cgroup) -> Iterator[Finding]:
         )
 
 
-def _attempt(area: str, name: str, act: Callable[[], object], text: str = "can be set") -> Finding:
+def _limit(
+    name: str,
+    configure: Callable[[Resources], object] | None,
+    resources: Resources,
+    text: str | None = None,
+) -> Finding:
+    if configure is None:
+        return Finding("limits", name, "there", text or "not tried; what it needs is there")
+    return _attempt("limits", name, partial(configure, resources), text or "can be set")
+
+
+def _attempt(area: str, name: str, act: Callable[[], object], text: str) -> Finding:
     try:
         act()
     except KernelError as error:
@@ -256,15 +291,16 @@ def _in_a_child(act: Callable[[], None]) -> None:
         raise KernelError(problem, errno=int(number))
 
 
-def _features(instance: Instance, leaf: Cgroup) -> Iterator[Finding]:
-    unified = instance.hierarchy.unified
+def _features(hierarchy: Hierarchy, path: str) -> Iterator[Finding]:
+    """Look for the features of v2 at the cgroup ``path``."""
+    unified = hierarchy.unified
     if unified is None:
         yield Finding(
             "kernel", "cgroup v2", "absent", "killing a whole group at once, and the pressure of each group",
             "mount -t cgroup2 none /sys/fs/cgroup/unified, or boot with systemd.unified_cgroup_hierarchy=1",
         )  # fmt: skip
         return
-    for feature in features.features_of(unified.directory(leaf.path)):
+    for feature in features.features_of(unified.directory(path)):
         yield _feature(feature)
 
 

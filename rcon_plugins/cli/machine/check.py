@@ -13,7 +13,7 @@ from rcon_plugins.errors import KernelError, RconError, SettingsError, on_one_li
 from rcon_plugins.identity.resolution import check as check_identity
 from rcon_plugins.settings.file import load
 from rcon_plugins.tree import systemd
-from rcon_plugins.tree.base import find_base
+from rcon_plugins.tree.base import look_for_base
 
 SERVERS = {
     "sync": Server(threads=False),
@@ -28,7 +28,7 @@ _NO_COMMAND = ("and ", "or ", "else ", "outside ")
 def check(file: str, server: str, as_json: bool) -> tuple[str, bool]:
     """Return how each policy would be enforced, as text or JSON, and whether all can be.
 
-    Only if all can be, the base cgroup is looked for, and made if root runs the check and there is none.
+    Only if all can be, the base cgroup is looked for. What has to be made for that is removed again.
     """
     found: dict[str, Any] = {"file": file, "good": False, "cgroup": None, "policies": {}, "notes": []}
     found["problem"] = None
@@ -38,10 +38,13 @@ def check(file: str, server: str, as_json: bool) -> tuple[str, bool]:
         plan.check_budget()
         if not _wrong(found):
             with plan.finding_base():
-                base = find_base(plan.hierarchy, plan.settings.cgroup, systemd.enter_scope)
+                base, hierarchy, first = look_for_base(
+                    plan.hierarchy, plan.settings.cgroup, systemd.enter_scope
+                )
             found["cgroup"] = base
             # The base may have fewer controllers than the machine.
-            _add_verdicts(found, plan.within(plan.hierarchy.narrowed(base)))
+            _add_verdicts(found, plan.within(hierarchy))
+            found["notes"] += [first] if first else []
     except RconError as error:
         found["problem"] = _problem(error)
     found["good"] = not found["problem"] and not _wrong(found)

@@ -52,6 +52,7 @@ def test_settings_that_can_be_enforced(
     assert "\nsite: process - " in out
     assert out.endswith(f"\n{file}: 2 policies can be enforced here, below the cgroup {path}\n")
     assert "REFUSED" not in out
+    assert not any(Path(directory).exists() for directory in base.directories)
 
     assert run_main(["check", "--json", str(file)]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -80,10 +80,32 @@ def test_a_server_starts_beside_a_shell(container: Cgroup) -> None:
     assert done.stdout.splitlines()[-2:] == ["0::/init", "root:"]
 
 
-def test_rcon_doctor_finds_room(container: Cgroup) -> None:
-    done = in_container(container, f"{RCON} doctor")
-    assert "/rcon" in done.stdout, done
-    assert "NO" not in [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
+def test_what_only_looks_moves_nothing_and_says_what_a_start_does(container: Cgroup) -> None:
+    """Afterwards no cgroup is there. Once a command has made room, doctor tries everything."""
+    look = "echo $$ in: $(cat /sys/fs/cgroup/cgroup.procs), cgroups: $(ls -d /sys/fs/cgroup/*/ 2>&1)"
+    check = "printf '[policy.web]\nmemory = \"64M\"\n' > $TMPDIR/rcon-look.toml; "
+    check += f"{RCON} check --json $TMPDIR/rcon-look.toml"
+    script = f"{RCON} doctor; {look}; {check}; {look}; {RCON} run --memory 50M -- true; {RCON} doctor; {look}"
+    done = in_container(container, script)
+    assert done.stderr == "", done.stderr
+    doctor, checked, again = (part.splitlines() for part in done.stdout.split(" in: ")[:3])
+    for lines in (doctor, again[:-1]):
+        assert "NO" not in [line.split()[0] for line in lines if line.strip()], lines
+        assert "every limit can be set here, below the cgroup /rcon" in lines
+    announcement = "a start first moves the processes of this container to the cgroup /init"
+    assert announcement in " ".join(" ".join(doctor).split())
+    assert announcement in " ".join(" ".join(checked).split())
+    assert '"cgroup": "/rcon"' in "".join(checked)
+    untried = "not tried: processes of this container would have to move"
+    assert announcement not in " ".join(" ".join(again).split())
+    assert [untried in "".join(lines) for lines in (doctor, again)] == [True, False]
+    seen = [line for line in done.stdout.splitlines() if " in: " in line]
+    for line in seen[:2]:
+        shell, _, processes = line.partition(" in: ")
+        inside, _, cgroups = processes.partition(", cgroups: ")
+        assert shell in inside.split(), seen
+        assert "No such file" in cgroups
+    assert seen[2].endswith(" in: , cgroups: /sys/fs/cgroup/init/")
 
 
 def test_a_process_of_another_cgroup_namespace_is_not_moved(container: Cgroup) -> None:

@@ -147,3 +147,13 @@ def test_doctor_uses_the_named_cgroup(
     status, out = doctor(capsys, *options, "--user", "nobody")
     assert status == 1
     assert "this process may not write /" in out
+
+
+@pytest.mark.each_layout
+def test_doctor_leaves_no_cgroup(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the one that is named nor one above it."""
+    above = Hierarchy.discover().cgroup(f"/rcon-doctor-{os.getpid()}")
+    status, out = doctor(capsys, "--cgroup", f"{above.path}/below")
+    assert status == 0
+    assert out.endswith(f"every limit can be set here, below the cgroup {above.path}/below\n")
+    assert not any(map(os.path.exists, above.directories))
