@@ -24,6 +24,8 @@ from rcon_plugins.kernel.proc import other_threads
 from rcon_plugins.tree.locks import entering
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     import pluggy
 
     from rcon_plugins.executors.orders import SpawnOrder
@@ -145,10 +147,35 @@ def ending_of(service: Service) -> Callable[[], object] | None:
 
 
 def other_thread_names() -> tuple[str, ...]:
-    """Return the names of the threads of Python beside the calling one, without those of this package."""
+    """Return the names of the threads of Python beside the calling one, without those of this package.
+
+    A thread that the module `threading` does not know, from ``_thread.start_new_thread``, has the name of its function.
+    """
     here = threading.current_thread()
-    names = (thread.name for thread in threading.enumerate() if thread is not here)
+    names = [thread.name for thread in threading.enumerate() if thread is not here]
+    firsts = map(_first, sys._current_frames().values())  # noqa: SLF001 - public, by the documentation of sys
+    names += [f"{_module(first)}.{first.f_code.co_qualname}" for first in firsts if not _is_known(first)]
     return tuple(name for name in names if not name.startswith(_OWN_THREADS))
+
+
+def _is_known(first: FrameType) -> bool:
+    """Return whether a thread is the calling one, one that `threading` knows, or of gevent's pool.
+
+    ``first`` is the frame that it began with. gevent makes the threads of its pool again after a fork.
+    """
+    known = ("threading", "gevent")
+    this = _first(sys._getframe())  # noqa: SLF001 - public, by the documentation of sys
+    return first is this or _module(first).partition(".")[0] in known
+
+
+def _first(frame: FrameType) -> FrameType:
+    while frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 def _let_application_run(order: SpawnOrder, template: Template) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import concurrent.futures.thread
 import ctypes
 import gc
@@ -60,6 +61,12 @@ def logged_lines() -> list[str]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     return lines
+
+
+def count_for_ever() -> None:
+    """A thread that the module threading does not know."""
+    while True:
+        time.sleep(0.01)
 
 
 def sleeper() -> threading.Thread:
@@ -393,6 +400,7 @@ def test_threads_of_the_application_that_executors_lack_are_named_once() -> None
             threading.Thread(target=time.sleep, args=(60,), daemon=True, name="ticks"),
         ):
             thread.start()
+        _thread.start_new_thread(count_for_ever, ())
         os.register_at_fork(
             after_in_child=lambda: threading.Thread(
                 target=time.sleep, args=(60,), daemon=True, name="exporter"
@@ -404,7 +412,9 @@ def test_threads_of_the_application_that_executors_lack_are_named_once() -> None
         return [line for line in lines if "threads" in line]
 
     (line,) = in_own_process(program)
-    assert "do not run in executor processes: 'scheduler', 'ticks'. Start them" in line
+    assert (
+        f"do not run in executor processes: 'scheduler', '{__name__}.count_for_ever', 'ticks'. Start" in line
+    )
 
 
 # -- what runs in each new executor ----------------------------------------------------------------
