@@ -110,7 +110,6 @@ def test_processes_end_with_their_task(session: Session) -> None:
         session.end(left)
 
 
-@pytest.mark.each_layout
 @pytest.mark.usefixtures("machine_budget")
 def test_killed_tasks_run_again(session: Session, sessions: Sessions, tmp_path: Path) -> None:
     """Revoke a task, kill its worker, and start another one with a budget: nothing is left behind."""

@@ -172,6 +172,7 @@ def test_fork_has_no_watcher(group: Cgroup, in_child: Callable[..., object]) -> 
             pass
 
 
+@pytest.mark.once
 def test_under_gevent(group: Cgroup) -> None:
     """The thread is a greenlet there, and others run beside it."""
     code = """

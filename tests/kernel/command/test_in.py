@@ -205,6 +205,7 @@ def _has_ended(pid: int) -> bool:
     return not alive(pid)
 
 
+@pytest.mark.once
 def test_commands_that_join_and_leave_at_once_are_always_limited(name: str) -> None:
     """Four processes run one command after the other. Each is the first, the last, or between them by chance."""
     rounds = 5 if "RCON_TEST_EMULATED" in os.environ else 15

@@ -78,7 +78,6 @@ def test_a_memory_limit_below_a_mebibyte_is_reported_as_people_write_it() -> Non
     assert (done.status, done.err) == (137, "rcon: memory limit 100 KiB reached (peak 100.0 KiB)\n")
 
 
-@pytest.mark.each_layout
 def test_the_largest_resident_set_leaves_out_the_page_cache(tmp_path: Path) -> None:
     """Of processes that their parents and rcon reaped; null where rcon itself had more before it executed the command.
 
@@ -508,7 +507,6 @@ def test_options_override_limits_of_a_policy(tmp_path: Path) -> None:
     assert (done.status, done.report["outcome"]) == (137, "memory")
 
 
-@pytest.mark.each_layout
 def test_a_limit_of_a_policy_is_reported_in_one_line(tmp_path: Path) -> None:
     settings = tmp_path / "rcon.toml"
     settings.write_text('[policy.job]\neach = { timeout = "100ms" }\n')

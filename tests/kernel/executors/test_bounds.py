@@ -151,6 +151,7 @@ def test_deadlines_of_executors_that_are_gone_are_dropped() -> None:
         assert len(supervisor._deadlines) <= 1000
 
 
+@pytest.mark.once
 def test_ten_times_as_many_keys_want_spares() -> None:
     with managing({"per": "host", "max_uses": 1, "each": {"timeout": "60s"}}, settings=BOUNDS) as manager:
         for number in range(10 * PROCESSES):

@@ -116,6 +116,7 @@ def test_orphans_of_a_request_take_no_pids_after_their_end(base: Cgroup) -> None
     assert under_a_lazy_init(program) == (count, "ok", True)
 
 
+@pytest.mark.once
 def test_a_bomb_takes_its_tenant_no_pids_after_its_end(base: Cgroup) -> None:
     def program() -> list[str]:
         with managing(
@@ -273,6 +274,7 @@ def test_an_orphan_that_ends_between_two_looks_is_reaped() -> None:
     assert in_child(program) == "none left"
 
 
+@pytest.mark.once
 def test_a_command_with_events_keeps_what_it_reaps_apart(tmp_path: Path, base: Cgroup) -> None:
     """The command of --on-event is a child of rcon, too, and none of the group."""
     if Hierarchy.discover().unified is None:

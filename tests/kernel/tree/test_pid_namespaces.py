@@ -195,7 +195,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.parametrize("words", ["attach --release", "attach --release {}"])
-@pytest.mark.parametrize("here", [False, True])
+@pytest.mark.parametrize("here", [False, pytest.param(True, marks=pytest.mark.once)])
 def test_a_watcher_in_another_namespace_releases(group: Cgroup, words: str, here: bool) -> None:
     """Its instance is named after that namespace, and its pid is another one outside."""
     name = f"released-{os.getpid()}"
