@@ -189,11 +189,11 @@ class Handlers:
         # A task that was killed has not run them.
         return progress is not _WAITING and progress is not _DONE
 
-    def _send(self, signal: Any, *, outside_too: bool = False, **named: Any) -> None:
+    def _send(self, celery_signal: Any, *, outside_too: bool = False, **named: Any) -> None:
         """Send a signal, here, to the handlers beside the body. Celery logs their exceptions."""
         self._here.outside_too = outside_too
         try:
-            signal.send(**named)
+            celery_signal.send(**named)
         finally:
             self._here.outside_too = None
 
