@@ -1,7 +1,7 @@
 """Start programs as forks of a process that has imported their modules: imports are most of the CPU time of a start.
 
-`Template` is such a process, as a test sees it: ``python -m MODULE NUMBER ...``. The module imports, then calls `serve`
-with the socket of that number. In each fork `serve` returns, and the module goes on as the program.
+`Template` is such a process, as a test sees it: ``python -m MODULE NUMBER KIND``. The module imports, then calls
+`serve` with the socket of that number. In each fork `serve` returns, and the module goes on as the program.
 
 What this module calls in a template it has imported by name, before gevent patches it.
 """
@@ -72,11 +72,11 @@ class ForkedProcess:
 class Template:
     """A process that has imported the modules of a program; ended by `close`."""
 
-    def __init__(self, module: str, *words: str) -> None:
+    def __init__(self, module: str, kind: str) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, str(theirs.fileno()), *words],
+                [sys.executable, "-m", module, str(theirs.fileno()), kind],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -101,6 +101,23 @@ class Template:
         """End it. Programs that still run go on."""
         self._control.close()
         self._process.wait()
+
+
+class Templates:
+    """The templates of a module, one for each kind of the program, started at its first use; ended by `close`."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._by_kind: dict[str, Template] = {}
+
+    def __getitem__(self, kind: str) -> Template:
+        if kind not in self._by_kind:
+            self._by_kind[kind] = Template(self._module, kind)
+        return self._by_kind[kind]
+
+    def close(self) -> None:
+        for template in self._by_kind.values():
+            template.close()
 
 
 def serve(control: socket.socket) -> list[str] | None:

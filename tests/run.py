@@ -27,6 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tests.conftest import FEW
 from tests.machine import NEXT_RUN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +37,6 @@ ALONE = "alone"
 LONGEST = "emulator"
 #: The number of tests of all tiers that may need a second attempt; tests/conftest.py bounds those of one tier.
 RERUNS = 8
-#: The same of one tier. An emulated machine runs pytest twice.
-FEW = 4
 BEAT = 60.0  # seconds between two lines of progress
 STOP_SECONDS = 20.0  # how long a tier may take to end after an interrupt
 
@@ -73,7 +72,7 @@ class Tier:
             return f"FAILED (exit status {self.status})"
         if self.tests and not self.counts["passed"]:
             return "FAILED: ran no test"
-        if self.counts["rerun"] > FEW:
+        if self.counts["rerun"] > FEW:  # an emulated machine runs pytest twice, and each run has this bound
             return f"FAILED: {self.counts['rerun']} tests needed a second attempt; {FEW} may"
         return ""
 

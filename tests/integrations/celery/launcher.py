@@ -3,7 +3,7 @@
 A fork runs the program ``celery`` as Python itself would run it: its script is ``__main__``. Workers with gevent are
 forks of a second process, where gevent has patched modules before the import, as `celery` does.
 
-``python -m tests.integrations.celery.launcher NUMBER [gevent]`` is one of these processes.
+``python -m tests.integrations.celery.launcher NUMBER KIND`` is one of these processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.forks import ForkedProcess, Template, serve
+from tests.forks import ForkedProcess, Templates, serve
 
 #: The script of Celery's command.
 PROGRAM = str(Path(sys.executable).with_name("celery"))
@@ -49,15 +49,14 @@ MODULES = (
 
 
 class Launcher:
-    """The processes that have imported Celery, each started at its first use; ended by `close`."""
+    """The processes that have imported Celery; ended by `close`."""
 
     def __init__(self) -> None:
-        self._templates: dict[str, Template] = {}
+        self._templates = Templates(__name__)
 
     def close(self) -> None:
         """End them. Commands that still run go on."""
-        for template in self._templates.values():
-            template.close()
+        self._templates.close()
 
     def start(
         self,
@@ -68,10 +67,7 @@ class Launcher:
         gevent: bool = False,
     ) -> ForkedProcess:
         """Start ``celery`` with these arguments; the files are descriptors. ``gevent``: its pool is that of gevent."""
-        words = ["gevent"] if gevent else []
-        template = self._templates.get("".join(words))
-        if template is None:
-            template = self._templates["".join(words)] = Template(__name__, *words)
+        template = self._templates["gevent" if gevent else "plain"]
         return template.start(arguments, environ, {1: stdout, 2: stderr})
 
     def run(
@@ -93,9 +89,9 @@ class Launcher:
         return subprocess.CompletedProcess(["celery", *process.args], code, *outputs)
 
 
-def main(descriptor: int, *patched: str) -> None:
+def main(descriptor: int, kind: str) -> None:
     control = socket.socket(fileno=descriptor)
-    if patched:
+    if kind == "gevent":
         importlib.import_module("gevent.monkey").patch_all()
         importlib.import_module("celery.concurrency.gevent")
     for name in MODULES:
@@ -103,7 +99,7 @@ def main(descriptor: int, *patched: str) -> None:
     arguments = serve(control)
     if arguments is None:
         return
-    if patched:
+    if kind == "gevent":
         importlib.import_module("gevent").reinit()
     sys.argv = [PROGRAM, *arguments]
     sys.path[0] = str(Path(PROGRAM).parent)
@@ -111,4 +107,4 @@ def main(descriptor: int, *patched: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2])

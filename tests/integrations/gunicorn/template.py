@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from tests.forks import ForkedProcess, Template, serve
+from tests.forks import ForkedProcess, Templates, serve
 
 _ALL = (
     "gunicorn.app.wsgiapp",
@@ -47,18 +47,17 @@ MODULES = {
     "gevent": (*_ALL, "gunicorn.workers.ggevent", *(f"gevent.{name}" for name in _OF_GEVENT)),
 }
 
-_running: dict[str, Template] = {}
+_running: list[Templates] = []
 
 
 @contextmanager
 def running() -> Iterator[None]:
     """Let `start` fork templates in this block. Elsewhere it starts an interpreter for each server."""
-    _running.update((kind, Template(__name__, kind)) for kind in MODULES)
+    _running.append(Templates(__name__))
     try:
         yield
     finally:
-        while _running:
-            _running.popitem()[1].close()
+        _running.pop().close()
 
 
 def of_interpreter(environ: Mapping[str, str]) -> dict[str, str]:
@@ -75,7 +74,7 @@ def start(
     """
     inherited = [] if listener is None else [listener]
     if _running and of_interpreter(environ) == of_interpreter(os.environ):
-        template = _running["gevent" if "gevent" in arguments else "plain"]
+        template = _running[-1]["gevent" if "gevent" in arguments else "plain"]
         return template.start(
             arguments, environ, {1: output, 2: output, **{file: file for file in inherited}}
         )
