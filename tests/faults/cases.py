@@ -41,6 +41,8 @@ class Case:
     purpose: str
     errno: int
     persisting: bool = False
+    #: Leave out the phases that neither lead to the failing call nor follow it.
+    brief: bool = False
 
     def __str__(self) -> str:
         how = f"{errno.errorcode[self.errno]}{', for a while' if self.persisting else ''}"
@@ -155,6 +157,8 @@ class Recording:
 
     scenario: str
     points: list[tuple[str, str, str, str]]
+    #: Those that only one of two runs met, as threads and processes come and go.
+    uncertain: set[tuple[str, str, str, str]]
     answers: dict[str, Any]
     problems: list[str]
 
@@ -172,9 +176,10 @@ def record(pool: Pool, scenarios: Iterable[str]) -> dict[str, Recording]:
             *result["left"]["cgroups"],
         ]
         if name not in found:
-            found[name] = Recording(name, points, result["answers"], problems)
+            found[name] = Recording(name, points, set(), result["answers"], problems)
             continue
         one = found[name]
+        one.uncertain = {*one.points} ^ {*points}
         one.points = list(dict.fromkeys([*one.points, *points]))
         one.problems += problems
         if one.answers != result["answers"]:
@@ -187,12 +192,14 @@ Point = tuple[str, str, str]
 
 
 def touch_points(recordings: dict[str, Recording]) -> dict[Point, list[tuple[str, str]]]:
-    """Return each touch point, with the scenarios and phases that meet it."""
-    found: dict[Point, list[tuple[str, str]]] = {}
+    """Return each touch point, with the scenarios and phases that meet it: those that always do, if there are any."""
+    always: dict[Point, list[tuple[str, str]]] = {}
+    at_times: dict[Point, list[tuple[str, str]]] = {}
     for name, recording in recordings.items():
-        for phase, *point in recording.points:
-            found.setdefault((point[0], point[1], point[2]), []).append((name, phase))
-    return found
+        for point in recording.points:
+            found = at_times if point in recording.uncertain else always
+            found.setdefault(point[1:], []).append((name, point[0]))
+    return at_times | always
 
 
 def every_case(
@@ -204,7 +211,7 @@ def every_case(
         for turn in range(errnos):
             number = ERRNOS[(index + seed + turn) % len(ERRNOS)]
             place = places[(index + turn * 7 + seed + persisting) % len(places)]
-            found.append(Case(*place, *point, number, persisting))
+            found.append(Case(*place, *point, number, persisting, brief=True))
     return found
 
 

@@ -14,7 +14,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
-_ID = re.compile(r"\d+")
+_ID = re.compile(r"(?<=~~)[0-9a-f]+|(?<=/map_files/)[0-9a-f]+-[0-9a-f]+|\d+")
 #: The base of a worker, or a folder of a scenario.
 _OWN = re.compile(r"rcon-faults-\w+")
 _LIMIT_FILES = (

@@ -135,7 +135,7 @@ def _run_case(case: dict[str, Any], base: str, address: bytes, writing: int) -> 
         os.dup2(null, 0)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        one = Case(base)
+        one = Case(base, case["phase"] if case.get("brief") else "")
         try:
             FUNCTIONS[case["scenario"]](one)
         except BaseException:
