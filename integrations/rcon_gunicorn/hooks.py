@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -264,6 +265,8 @@ class Hooks:
                 worker.notify()  # its master would take it for hung
                 time.sleep(0.1)
             worker.booted = True  # an exception before that ends gunicorn
+            if isinstance(error, RconError):  # all of it is told; gunicorn would log a traceback
+                sys.exit(1)
             raise
 
     def _settings_path(self, raw_env: Mapping[str, str] = MappingProxyType({})) -> str:

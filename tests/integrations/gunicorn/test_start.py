@@ -356,6 +356,7 @@ def test_a_replacement_that_cannot_start_fails_alone_and_is_made_again_later(tmp
         flag.unlink()
         until(lambda: len(server.workers()) == 2 and server.is_booted())
         assert server.process.poll() is None
+        assert "Traceback" not in server.log()  # the line has the reason
 
 
 def test_a_first_worker_that_cannot_start_ends_gunicorn(tmp_path: Path) -> None:
