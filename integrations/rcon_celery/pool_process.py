@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -150,7 +151,8 @@ class PoolProcess:
         work = work_of(task, args, kwargs)
         retry_policy = self._retry_policies.get(task.name)
         if self._policies_retry:
-            retry_policy = _with_policy_keys(retry_policy, self._started_manager(task), work)
+            with _unwrapped():
+                retry_policy = RetryPolicy.of(self._started_manager(task).policy_of(work), retry_policy)
         attempt = Attempt(task, retry_policy)
         if attempt.redelivered:
             self._worker.deployment.instance.end_orphans()  # it may still run for a process that is gone
@@ -187,7 +189,8 @@ class PoolProcess:
         while True:
             manager = self._started_manager(task)
             try:
-                return manager.admit(work, wait=True, memory=attempt.memory)
+                with _unwrapped():
+                    return manager.admit(work, wait=True, memory=attempt.memory)
             except ConcurrencyLimitExceeded as error:
                 if error.limit != BUDGET:
                     raise
@@ -195,8 +198,6 @@ class PoolProcess:
                 if retry is not None:
                     raise retry from None
             except ConfinementError as error:
-                if isinstance(error.__cause__, SoftTimeLimitExceeded):  # while it waited
-                    raise error.__cause__ from None
                 # It has not begun, so it may be tried again.
                 failures += 1
                 if not manager.is_lost or not self._replace_fork_server(task):
@@ -249,13 +250,15 @@ class PoolProcess:
             )
 
 
-def _with_policy_keys(own: RetryPolicy | None, manager: RunningManager, work: Work) -> RetryPolicy | None:
-    """Return the retry policy of a task: the keys of its policy, overridden by the task's own keys."""
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raise the exception of a soft time limit itself where the manager refuses the task for it."""
     try:
-        policy = manager.policy_of(work)
-    except Exception:  # noqa: BLE001 - a plugin may raise anything; it raises again when the task is admitted
-        return own
-    return RetryPolicy.of(policy, own)
+        yield
+    except ConfinementError as error:
+        if isinstance(error.__cause__, SoftTimeLimitExceeded):
+            raise error.__cause__ from None
+        raise
 
 
 def server_files() -> list[int]:

@@ -298,17 +298,21 @@ class RunningManager:
             self._refuse(work, name, key, error)
 
     def policy_of(self, work: Work) -> Policy | None:
-        """Return the policy that a unit of work would get now; None if it would run without limits.
+        """Return the policy that a unit of work gets if it is admitted now; None if it runs without limits.
 
-        Raises the error with which the work would be refused.
+        On an error the work must not run; hooks and log have received the error already. Raises as `admit` does.
         """
-        name: str = self._select_policy(work=work) or self._fallback
-        if not name and self._lets_pass:
-            return None
-        policy = self._policies.all().get(name)
-        if policy is None:
-            raise _no_policy(work, name)
-        return policy
+        name = ""
+        try:
+            name = self._select_policy(work=work) or self._fallback
+            if not name and self._lets_pass:
+                return None
+            policy = self._policies.all().get(name)
+            if policy is None:
+                raise _no_policy(work, name)
+            return policy
+        except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the work does not run
+            self._refuse(work, name, None, error)
 
     def _hold(self, policy: Policy, key: str | None) -> Confinement:
         """Return the confinement of a policy and key, and count one more user. Make it if it is not kept."""

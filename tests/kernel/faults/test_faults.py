@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -70,6 +71,20 @@ def test_a_sample_of_calls_fails(pool: cases.Pool, recordings: dict[str, cases.R
     wrong = [f"{one.case}: {one.wrong}" for one in verdicts if one.wrong]
     assert not wrong, "\n".join(wrong)
     assert sum(one.fired for one in verdicts) > len(verdicts) / 2
+
+
+def test_a_retry_is_refused_while_its_policy_cannot_be_read(
+    pool: cases.Pool, recordings: dict[str, cases.Recording]
+) -> None:
+    """It would run with the memory of a first attempt."""
+    chosen = [
+        case
+        for case in cases.every_case({"task": recordings["task"]}, persisting=False, errnos=1)
+        if "PolicyChangeLog.size" in case.site
+    ]
+    verdicts = cases.run(pool, [replace(case, phase="redelivered") for case in chosen], recordings)
+    assert [one.wrong for one in verdicts if one.wrong] == []
+    assert [len(one.result["refusals"]) for one in verdicts if one.fired] == [1]
 
 
 if "RCON_TEST_LONG" in os.environ:
