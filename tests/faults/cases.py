@@ -246,10 +246,8 @@ def judge(case: Case, result: dict[str, Any], recordings: dict[str, Recording]) 
         known = {name: _without_own_cgroups(answer or {}) for name, answer in known.items()}
         result["answers"] = {name: _without_own_cgroups(answer) for name, answer in result["answers"].items()}
     if case.errno in REFUSALS:
-        known = {name: _without_unlimited_side(answer or {}) for name, answer in known.items()}
-        result["answers"] = {
-            name: _without_unlimited_side(answer) for name, answer in result["answers"].items()
-        }
+        known = {name: _without_unlimited(answer or {}) for name, answer in known.items()}
+        result["answers"] = {name: _without_unlimited(answer) for name, answer in result["answers"].items()}
     for name, answer in result["answers"].items():
         expected = known.get(name)
         if name == "descriptors":
@@ -274,7 +272,7 @@ def judge(case: Case, result: dict[str, Any], recordings: dict[str, Recording]) 
 
 def _of_namespaces(case: Case) -> bool:
     """Return whether a call makes namespaces or mounts."""
-    return any(name in f"{case.site} {case.purpose}" for name in ("_libc().unshare", "mount"))
+    return any(name in f"{case.site} {case.purpose}" for name in ("unshare", "mount"))
 
 
 def _without_namespaces(answer: dict[str, Any]) -> dict[str, Any]:
@@ -298,13 +296,17 @@ def _without_own_cgroups(answer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _without_unlimited_side(answer: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the v2 side of a hybrid, which carries no limits, and which a server may be refused."""
+def _without_unlimited(answer: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the hierarchies without limits, which a server may be refused: the v2 side of a hybrid, and cpuacct."""
     cgroups = answer.get("cgroups", {})
-    if "" not in cgroups or len(cgroups) == 1:
+    unlimited = {"", "cpuacct"} & cgroups.keys()
+    if len(cgroups) <= len(unlimited):
         return answer
-    ways = {name: way for name, way in answer.get("ways", {}).items() if not name.startswith(":")}
-    return {**answer, "cgroups": {name: path for name, path in cgroups.items() if name}, "ways": ways}
+    ways = {
+        name: way for name, way in answer.get("ways", {}).items() if name.partition(":")[0] not in unlimited
+    }
+    kept = {name: path for name, path in cgroups.items() if name not in unlimited}
+    return {**answer, "cgroups": kept, "ways": ways}
 
 
 def difference(expected: Any, found: Any) -> str:

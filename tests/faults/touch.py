@@ -23,9 +23,11 @@ from tests.faults.sites import PREPARED
 
 _NUMBERS = {
     "x86_64": {116: "setgroups", 117: "setresuid", 119: "setresgid", 125: "capget", 126: "capset", 157: "prctl",
-               250: "keyctl", 273: "set_robust_list", 274: "get_robust_list", 317: "seccomp"},
-    "aarch64": {90: "capget", 91: "capset", 99: "set_robust_list", 100: "get_robust_list", 147: "setresuid",
-                149: "setresgid", 159: "setgroups", 167: "prctl", 219: "keyctl", 277: "seccomp"},
+               165: "mount", 250: "keyctl", 272: "unshare", 273: "set_robust_list", 274: "get_robust_list",
+               317: "seccomp"},
+    "aarch64": {40: "mount", 90: "capget", 91: "capset", 97: "unshare", 99: "set_robust_list",
+                100: "get_robust_list", 147: "setresuid", 149: "setresgid", 159: "setgroups", 167: "prctl",
+                219: "keyctl", 277: "seccomp"},
 }[os.uname().machine]  # fmt: skip
 _NUMBERS |= {435: "clone3", 442: "mount_setattr", 444: "landlock_create_ruleset", 445: "landlock_add_rule",
              446: "landlock_restrict_self"}  # fmt: skip

@@ -7,6 +7,7 @@ import http.client
 import os
 import random
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -91,7 +92,11 @@ def are_executors(states: set[str]) -> bool:
 
 @pytest.mark.parametrize(
     ("isolation", "user", "requests"),
-    [("thread", "root", REQUESTS), ("process", "root", REQUESTS // 5), ("thread", "www-data", REQUESTS // 5)],
+    [
+        ("thread", "root", REQUESTS),
+        ("process", "root", REQUESTS // 5),
+        pytest.param("thread", "www-data", REQUESTS // 5, marks=pytest.mark.once),
+    ],
 )
 def test_eight_tenants_in_one_worker(
     tmp_path: Path, homes: Path, isolation: str, user: str, requests: int
@@ -106,8 +111,11 @@ def test_eight_tenants_in_one_worker(
         clients = Clients(server.port, requests)
         clients.start()
         seen: dict[str, set[str]] = {}
-        while clients.at_work(0.05):
+        pause = 0.05
+        while clients.at_work(pause):
+            began = time.monotonic()
             look_at_threads(worker, seen)
+            pause = max(0.05, 4 * (time.monotonic() - began))  # most of the CPU is for the requests
         assert clients.wrong == {}
         assert clients.right.total() == requests
         assert set(clients.right) == set(TENANTS)

@@ -67,8 +67,8 @@ def main() -> None:
     mount(libc, plain, 0)
     mount(libc, nosuid, MS_NOSUID)
     files = list(make_files(draw, plain, nosuid))
-    everything = read_state().permitted
-    found = [execute(libc, draw.choice(files), draw.getrandbits(64), everything) for _ in range(int(count))]
+    first = read_state()
+    found = [execute(libc, draw.choice(files), draw.getrandbits(64), first) for _ in range(int(count))]
     sys.stdout.buffer.write(pickle.dumps([tuple(one) for one in found]))
 
 
@@ -129,8 +129,9 @@ def some(draw: random.Random, capabilities: Capabilities) -> Capabilities:
     return draw.choice((Capabilities(), ALL, few, few, ALL - few)) & capabilities
 
 
-def become(libc: ctypes.CDLL, draw: random.Random, everything: Capabilities) -> None:
-    """Set the calling thread to a random state that its capabilities allow."""
+def become(libc: ctypes.CDLL, draw: random.Random, first: State) -> None:
+    """Set the calling thread, which has the state ``first``, to a random one that its capabilities allow."""
+    everything = first.permitted
     set_securebits(SECBIT_NO_SETUID_FIXUP)  # so that setting ids does not change capabilities
     set_groups(draw.sample(GIDS, draw.randrange(len(GIDS))))
     alike = draw.random() < 0.6
@@ -145,7 +146,7 @@ def become(libc: ctypes.CDLL, draw: random.Random, everything: Capabilities) -> 
     effective = some(draw, permitted)
     set_capabilities(everything, everything, inheritable)
     set_ambient(some(draw, permitted & inheritable))
-    drop_bounding(bounding)
+    drop_bounding(bounding, first.bounding)
     securebits = draw.choice((0, 0, 0, SECBIT_KEEP_CAPS, draw.getrandbits(8)))
     set_securebits(securebits & ALL_SECUREBITS)
     set_capabilities(permitted, effective, inheritable)
@@ -153,7 +154,7 @@ def become(libc: ctypes.CDLL, draw: random.Random, everything: Capabilities) -> 
         set_no_new_privs()
 
 
-def execute(libc: ctypes.CDLL, file: File, seed: int, everything: Capabilities) -> Execution:
+def execute(libc: ctypes.CDLL, file: File, seed: int, first: State) -> Execution:
     """Execute the file from a new thread with a state drawn by ``seed``. The thread ends afterwards.
 
     A new process has the state of the thread that starts it. posix_spawn(3) does not copy this process, unlike fork.
@@ -162,7 +163,7 @@ def execute(libc: ctypes.CDLL, file: File, seed: int, everything: Capabilities) 
 
     def run() -> None:
         try:
-            found.append(become_and_execute(libc, file, random.Random(seed), everything))
+            found.append(become_and_execute(libc, file, random.Random(seed), first))
         except BaseException as error:
             found.append(error)
 
@@ -175,10 +176,8 @@ def execute(libc: ctypes.CDLL, file: File, seed: int, everything: Capabilities) 
     return result
 
 
-def become_and_execute(
-    libc: ctypes.CDLL, file: File, draw: random.Random, everything: Capabilities
-) -> Execution:
-    become(libc, draw, everything)
+def become_and_execute(libc: ctypes.CDLL, file: File, draw: random.Random, first: State) -> Execution:
+    become(libc, draw, first)
     before = read_state()
     called = (file.scripts[0] if file.scripts else file).path
     reading, writing = os.pipe()
