@@ -18,10 +18,10 @@ def main() -> int:
     """Run cases; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], default=[])
+    parser.add_argument("--all", action="store_true", help="each touch point with each errno")
     parser.add_argument(
-        "--all", action="store_true", help="each touch point with each errno, once and for a while"
+        "--persisting", action="store_true", help="with --all: the call fails for three seconds, not once"
     )
-    parser.add_argument("--once", action="store_true", help="with --all: only once")
     parser.add_argument(
         "--errnos", type=int, default=len(cases.ERRNOS), help="with --all: so many errnos in turn"
     )
@@ -52,9 +52,9 @@ def run(pool: cases.Pool, options: argparse.Namespace) -> int:
         return 0
     chosen = cases.sample(recordings, options.seed)
     if options.all:
-        chosen = cases.every_case(recordings, persisting=False, seed=options.seed, errnos=options.errnos)
-        if not options.once:
-            chosen += cases.every_case(recordings, persisting=True, seed=options.seed, errnos=options.errnos)
+        chosen = cases.every_case(
+            recordings, persisting=options.persisting, seed=options.seed, errnos=options.errnos
+        )
     chosen = [case for case in chosen if options.only in str(case)]
     began = time.monotonic()
     kinds: Counter[str] = Counter()

@@ -227,7 +227,8 @@ def sample(recordings: dict[str, Recording], seed: int = 0) -> list[Case]:
     for index, cases in enumerate(by_call.values()):
         turn = index + seed
         number, persisting = ERRNOS[turn % len(ERRNOS)], turn // len(ERRNOS) % 8 == 7
-        found.append(replace(cases[(turn * 7919) % len(cases)], errno=number, persisting=persisting))
+        case = cases[(turn * 7919) % len(cases)]
+        found.append(replace(case, errno=number, persisting=persisting, brief=not persisting))
     return found
 
 

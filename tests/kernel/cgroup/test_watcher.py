@@ -90,7 +90,8 @@ def test_many_added_and_closed_leave_nothing_behind(group: Cgroup) -> None:
             # The kernel takes its time over a threshold of v1.
             thresholds = (MIB,) if number % 100 == 0 else ()
             watcher.add(group, lambda _: None, thresholds=thresholds).close()
-            most = max(most, descriptors())
+            if number % 10 == 9:  # to count takes longer than to add
+                most = max(most, descriptors())
         eventually(lambda: not threads())
         assert descriptors() == before
         # What waits to be closed is bounded, too.
