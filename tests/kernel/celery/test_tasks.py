@@ -65,6 +65,7 @@ def test_orphans_of_a_task_are_adopted_and_reaped(session: Session) -> None:
     assert session.get("orphans") == {"adopted by": "the fork server", "reaped": True}
 
 
+@pytest.mark.once
 @pytest.mark.each_layout
 def test_soft_limits(session: Session) -> None:
     assert (

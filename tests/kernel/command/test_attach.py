@@ -172,6 +172,7 @@ def test_attach_notes_that_existing_memory_is_not_counted(name: str) -> None:
         rcon("attach", "--release", name)
 
 
+@pytest.mark.once
 def test_neither_a_process_nor_a_name_is_attached_twice(name: str) -> None:
     with running("sleep", "1000", count=2) as both:
         attach(both[:1], "--group", name)
@@ -300,6 +301,7 @@ def test_processes_with_expanding_memory_are_released(name: str) -> None:
         assert left_by(mine) == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -108,6 +108,7 @@ def test_on_event_runs_outside_the_group_and_delays_nothing(tmp_path: Path) -> N
     assert "/work/" not in where.read_text()
 
 
+@pytest.mark.once
 def test_invalid_output_of_on_event_is_reported() -> None:
     done = rcon(
         *("run", "--pids", "4", "--on-event", "echo junk", "--"),

@@ -107,6 +107,7 @@ def test_a_fork_is_refused_for_all_commands_together(name: str, tmp_path: Path) 
     assert left(name) == []
 
 
+@pytest.mark.once
 def test_other_limits_and_no_group_are_refused(name: str, tmp_path: Path) -> None:
     made = tmp_path / "made"
     done = rcon("run", "--in", name, "--", "touch", made)
@@ -253,6 +254,7 @@ def test_the_limits_of_a_policy_are_shared(name: str, tmp_path: Path) -> None:
     assert done.err.startswith("rcon: --in: policy batch has memory that expands, ")
 
 
+@pytest.mark.once
 def test_the_other_commands_know_the_group(name: str, tmp_path: Path) -> None:
     ready = tmp_path / "one"
     with running(*staying(name, ready, "--pids", "9", "--memory", "64M"), ready=ready) as command:

@@ -111,6 +111,7 @@ def test_a_kill_in_a_cgroup_that_the_command_made_ends_all() -> None:
         assert done.report["usage"]["oom_kills"] >= 1
 
 
+@pytest.mark.once
 @pytest.mark.layout("v1", "hybrid")
 def test_without_room_for_its_thread_nothing_runs(group: Cgroup) -> None:
     """Where rcon ends the command itself after an OOM kill, that takes a thread, which counts as a process."""

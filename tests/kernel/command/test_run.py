@@ -114,6 +114,7 @@ def test_a_fork_bomb_stops() -> None:
     )
 
 
+@pytest.mark.once
 @pytest.mark.each_layout
 def test_a_signal_after_a_limit_hit_is_reported_as_the_signal() -> None:
     script = "(sleep 0 | sleep 0 | sleep 0 | sleep 0) 2>/dev/null; kill -TERM $$"
@@ -495,6 +496,7 @@ def test_a_policy_that_cannot_be_enforced_is_named_with_file_and_key(
     assert (done.err.count("\n"), done.err[-2:]) == (1, ")\n")
 
 
+@pytest.mark.once
 @pytest.mark.each_layout
 def test_options_override_limits_of_a_policy(tmp_path: Path) -> None:
     settings = tmp_path / "rcon.toml"

@@ -89,6 +89,7 @@ def test_servers_share_the_budget_and_release_it_when_they_die() -> None:
     assert in_child(server) == ["budget.memory 1", "ok"]
 
 
+@pytest.mark.once
 def test_managers_of_one_process_share_the_budget() -> None:
     def server() -> list[str]:
         with budgeted() as first, budgeted() as second:
@@ -100,6 +101,7 @@ def test_managers_of_one_process_share_the_budget() -> None:
     assert in_child(server) == ["budget.memory 1", "ok", "ok"]
 
 
+@pytest.mark.once
 def test_memory_given_to_one_unit_of_work_counts() -> None:
     def server() -> list[str]:
         with budgeted({**POLICY, "each": {"memory": "10M"}}) as manager:
@@ -122,6 +124,7 @@ def test_memory_given_to_one_unit_of_work_counts() -> None:
     ]
 
 
+@pytest.mark.once
 def test_executor_processes_do_not_have_the_ledger(tmp_path: Path) -> None:
     def server() -> list[str]:
         with budgeted() as manager:
@@ -136,6 +139,7 @@ def test_executor_processes_do_not_have_the_ledger(tmp_path: Path) -> None:
     assert str(tmp_path / "rcon/budget") not in found
 
 
+@pytest.mark.once
 def test_without_a_budget_there_is_no_ledger(tmp_path: Path) -> None:
     def server() -> str:
         with managing(POLICY) as manager:

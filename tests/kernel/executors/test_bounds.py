@@ -135,6 +135,7 @@ def kept(manager: RunningManager) -> dict[str, int]:
     }
 
 
+@pytest.mark.once
 def test_deadlines_of_executors_that_are_gone_are_dropped() -> None:
     with managing({"each": {"timeout": "24h"}}, settings=BOUNDS) as manager:
         supervisor = manager._pool.processes._supervisor
@@ -159,6 +160,7 @@ def test_ten_times_as_many_keys_want_spares() -> None:
             assert len(manager._pool._spares_wanted) == len(manager._pool._last_taken) <= PROCESSES
 
 
+@pytest.mark.once
 def test_executors_that_do_not_end_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork server that is stopped reports no exit, so every executor that is ended stays."""
     monkeypatch.setattr(pool, "_FEWEST_ENDING", 2)
@@ -335,6 +337,7 @@ def test_a_removal_without_room_for_a_thread_waits_for_the_next(base: Cgroup) ->
         assert child.result() == (1, 1, True)
 
 
+@pytest.mark.once
 def test_a_server_without_room_for_a_thread_leaves_nothing(base: Cgroup) -> None:
     """It may have one process beside itself: the fork server, and then no thread that hears of its executors."""
     narrow = base.child("narrow").create()

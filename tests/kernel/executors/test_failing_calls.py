@@ -103,6 +103,7 @@ def test_processes_that_left_the_executor_die_though_the_host_has_no_descriptors
     assert died
 
 
+@pytest.mark.once
 @pytest.mark.each_layout
 def test_a_start_without_room_for_its_thread_leaves_nothing_and_may_be_tried_again() -> None:
     """As a pool process of Celery does. The fork server is made before the thread."""

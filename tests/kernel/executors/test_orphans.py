@@ -130,6 +130,7 @@ def test_a_bomb_takes_its_tenant_no_pids_after_its_end(base: Cgroup) -> None:
     assert under_a_lazy_init(program) == ["ok"] * 10
 
 
+@pytest.mark.once
 def test_a_killed_server_leaves_no_zombie_but_its_fork_server(base: Cgroup) -> None:
     """The fork server kills what is left. It reaps that, too, because process 1 does not."""
 

@@ -141,6 +141,7 @@ def test_concurrency_holds_in_all_workers_of_a_server_together() -> None:
     assert in_child(server) == ("concurrency 1", "ok", "2 held")
 
 
+@pytest.mark.once
 @pytest.mark.each_layout
 def test_every_executor_process_at_work() -> None:
     with managing({"per": "host", "each": {"timeout": "60s"}}, settings={"processes": 2}) as manager:

@@ -55,6 +55,7 @@ def test_the_start_of_an_executor_is_no_usage_of_its_first_request() -> None:
             assert used < 0.2
 
 
+@pytest.mark.once
 def test_the_same_process_serves_again_up_to_max_uses() -> None:
     with managing({"max_uses": 2, "each": {"timeout": "20s"}}) as manager:
         pids = [ask(manager, "pid")[0] for _ in range(4)]
@@ -172,6 +173,7 @@ def test_work_is_refused_while_its_confinement_is_full_of_processes() -> None:
         assert ask(manager, "pid")[1].ending == "ok"
 
 
+@pytest.mark.once
 def test_a_fork_cannot_answer_for_its_request() -> None:
     with managing({"each": {"timeout": "20s"}}) as manager:
         for _ in range(3):
@@ -179,6 +181,7 @@ def test_a_fork_cannot_answer_for_its_request() -> None:
             assert isinstance(ask(manager, "pid")[0], int)
 
 
+@pytest.mark.once
 def test_an_error_of_a_request_keeps_its_executor() -> None:
     with managing({"each": {"timeout": "20s"}}) as manager:
         answer, outcome = ask(manager, "raises")
@@ -187,6 +190,7 @@ def test_an_error_of_a_request_keeps_its_executor() -> None:
         assert outcome.error() is None
 
 
+@pytest.mark.once
 def test_a_request_holds_no_descriptor_of_the_server() -> None:
     with managing({"each": {"timeout": "20s"}}) as manager:
         held = ask(manager, "descriptors")[0]

@@ -116,6 +116,7 @@ def test_each_executor_has_its_own(name: str) -> None:
         assert ours[kind] not in (first[kind], second[kind])
 
 
+@pytest.mark.once
 @pytest.mark.each_layout
 def test_a_policy_can_share_the_servers(name: str, key: int) -> None:
     with managing({**POLICY, "shared_memory": "server"}) as manager:
@@ -194,6 +195,7 @@ def in_own_mounts(program: Callable[[], Any], *prepare: tuple[Any, ...]) -> Any:
     return in_child(alone)
 
 
+@pytest.mark.once
 @pytest.mark.each_layout
 def test_tmp_is_private_where_it_is_in_memory_and_can_be_written(name: str) -> None:
     """Landlock allows the directory itself: the rules for / do not, as / leads to the cgroups."""

@@ -147,6 +147,7 @@ def test_limits_that_a_plugin_returns_are_applied_immediately(isolation: str) ->
     assert managed(isolation, {"pids": 6}, program, listener) == 20
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_a_group_is_watched_once_however_much_work_it_has(isolation: str) -> None:
     def program(manager: RunningManager) -> Any:
@@ -160,6 +161,7 @@ def test_a_group_is_watched_once_however_much_work_it_has(isolation: str) -> Non
     assert managed(isolation, {"pids": 9}, program, Listener()) == [0, *[1] * 20, 2]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_nothing_is_watched_without_a_plugin_for_events(isolation: str) -> None:
     def program(manager: RunningManager) -> Any:

@@ -64,6 +64,7 @@ def test_settings_that_can_be_enforced(
     }
 
 
+@pytest.mark.once
 @pytest.mark.each_layout
 def test_a_refused_file_makes_no_cgroup(
     base: Cgroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -158,6 +159,7 @@ def test_without_a_delegated_cgroup(tmp_path: Path, in_child: Any) -> None:
     assert steps[-1].startswith(("    and set cgroup = ", "    or start it with: "))
 
 
+@pytest.mark.once
 @pytest.mark.each_layout
 def test_a_limit_is_named_by_its_key(base: Cgroup, tmp_path: Path) -> None:
     """The reason for isolation = "process" names the limit by its key."""

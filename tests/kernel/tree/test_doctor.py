@@ -126,6 +126,7 @@ def test_in_a_container_with_a_shell(group: Cgroup, capsys: pytest.CaptureFixtur
     assert "every limit can be set here, below the cgroup /" in out
 
 
+@pytest.mark.once
 def test_an_unknown_user_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(["doctor", "--user", "no-such-user"]) == 2
     out, err = capsys.readouterr()

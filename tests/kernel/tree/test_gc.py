@@ -62,6 +62,7 @@ def test_dry_run_prints_and_changes_nothing(group: Cgroup, capsys: pytest.Captur
     assert gc(group, capsys) == (0, "")
 
 
+@pytest.mark.once
 def test_names_that_others_chose_do_not_reach_the_terminal(
     group: Cgroup, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +155,7 @@ def test_cgroups_deeper_than_the_longest_path(group: Cgroup, capsys: pytest.Capt
     assert not there(path)
 
 
+@pytest.mark.once
 def test_as_json(group: Cgroup, capsys: pytest.CaptureFixture[str]) -> None:
     path, pid = children.in_child(leave, group.path)
     found: dict[str, Any] = json.loads(gc(group, capsys, "--json", "--dry-run")[1])
@@ -266,6 +268,7 @@ def test_an_owner_that_cannot_be_seen_lives() -> None:
     assert (seen, lives_on, other) == (False, True, False)
 
 
+@pytest.mark.once
 def test_an_invalid_path_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(["gc", "--below", "rcon/../.."]) == 2
     out, err = capsys.readouterr()

@@ -129,6 +129,7 @@ def test_the_initial_namespace_judges_all_owners(group: Cgroup, capsys: pytest.C
     assert not there(path)
 
 
+@pytest.mark.once
 def test_from_another_namespace_an_owner_is_unknown(group: Cgroup) -> None:
     instance = Instance.create(Hierarchy.discover(), group.path)
     try:
@@ -153,6 +154,7 @@ def left_behind(base: str) -> str:
     return instance.path
 
 
+@pytest.mark.once
 def test_only_the_option_removes_the_tree_of_an_unknown_owner(group: Cgroup) -> None:
     path = children.in_child(left_behind, group.path)
     kept = f"{path}: kept: its owner is in a PID namespace that cannot be seen from here: "
@@ -166,6 +168,7 @@ def test_only_the_option_removes_the_tree_of_an_unknown_owner(group: Cgroup) -> 
     assert not there(path)
 
 
+@pytest.mark.once
 def test_the_option_leaves_trees_with_processes(group: Cgroup) -> None:
     instance = Instance.create(Hierarchy.discover(), group.path)
     sleeper = subprocess.Popen(["sleep", "60"])
