@@ -167,6 +167,8 @@ class RunningManager:
             # Celery ends a pool process that does not report within seconds.
             if self._pool.processes.usable and not plan.server.tasks:
                 self._try_an_executor()
+            if plan.uses_processes:
+                self.instance.sweep_dead()
             if plan.uses_threads:
                 self.instance.sweep_threaded(settings.confinements)
         except BaseException:

@@ -259,6 +259,20 @@ class Instance:
             with contextlib.suppress(KernelError):  # busy, or tried again at the next start
                 self.threaded(name).delete(timeout=0)
 
+    def sweep_dead(self, timeout: float = 1.0) -> None:
+        """Remove the executor cgroups of server processes that were killed together with their fork servers.
+
+        A fork server that lives does it itself. Kills what runs there. Leaves what the kernel does not remove within
+        ``timeout`` seconds to the next start.
+        """
+        deadline = time.monotonic() + timeout  # for all of them
+        for leaf in filter(self._is_of_the_dead, self._leaves()):
+            group = self.hierarchy.cgroup(leaf.path.rpartition("/")[0], shared=True)
+            with contextlib.suppress(KernelError):  # its fork server may be removing it at this moment
+                leaf.kill(max(0.0, deadline - time.monotonic()))
+                leaf.delete(max(0.0, deadline - time.monotonic()))
+                group.delete(timeout=0)
+
     def end_orphans(self, timeout: float = 5.0) -> None:
         """Kill the executor processes of dead server processes, without waiting for their fork servers to do it.
 
@@ -267,7 +281,7 @@ class Instance:
         """
         deadline = time.monotonic() + timeout
         while orphans := [
-            *filter(self._is_orphaned, self._leaves()),
+            *(leaf for leaf in self._leaves() if self._is_of_the_dead(leaf) and leaf.has_processes()),
             *running_work(self.hierarchy, self.base),
         ]:
             for leaf in orphans:
@@ -287,9 +301,10 @@ class Instance:
         ]
 
     @staticmethod
-    def _is_orphaned(leaf: Cgroup) -> bool:
+    def _is_of_the_dead(leaf: Cgroup) -> bool:
+        """Return whether the server process that made a leaf is gone."""
         pid = leaf.path.rpartition("/")[2].partition("-")[0]
-        return pid.isdigit() and proc.start_time(int(pid)) is None and leaf.has_processes()
+        return pid.isdigit() and proc.start_time(int(pid)) is None
 
     def _sweep(self, wanted: Callable[[str], bool], timeout: float) -> None:
         failed: KernelError | None = None

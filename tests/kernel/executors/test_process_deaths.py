@@ -97,6 +97,34 @@ def _start_and_stop() -> None:
     Instance.create(Hierarchy.discover()).close()
 
 
+def test_the_next_worker_removes_what_a_worker_killed_with_its_fork_server_left() -> None:
+    def server() -> tuple[list[str], list[str]]:
+        settings = {"policy": {"p": {"isolation": "process"}}, "route": [{"policy": "p"}]}
+        deployment = Manager(from_mapping(settings)).deploy()
+        try:
+            reading, writing = os.pipe()
+            worker = os.fork()
+            if worker == 0:
+                manager = deployment.start(serve)
+                begin(manager, "sleep", 300)
+                os.write(writing, str(manager.fork_server_pid).encode())
+                time.sleep(300)
+            fork_server = int(os.read(reading, 100))
+            os.kill(fork_server, signal.SIGSTOP)  # or it would remove the cgroup
+            os.kill(worker, signal.SIGKILL)
+            os.waitpid(worker, 0)
+            os.kill(fork_server, signal.SIGKILL)
+            left = [leaf.path for leaf in deployment.instance._leaves()]
+            deployment.start(serve).close()
+            return left, [leaf.path for leaf in deployment.instance._leaves()]
+        finally:
+            deployment.close()
+
+    left, later = in_child(server)
+    assert len(left) == 1
+    assert later == []
+
+
 def test_concurrency_holds_in_all_workers_of_a_server_together() -> None:
     def server() -> tuple[str, str, str]:
         settings = {"policy": {"p": {"concurrency": 2, "isolation": "process"}}, "route": [{"policy": "p"}]}
