@@ -6,7 +6,6 @@ This module imports little, because ``rcon run`` starts with it.
 from __future__ import annotations
 
 import _thread
-import contextlib
 import os
 import select
 import time
@@ -15,12 +14,15 @@ from typing import TYPE_CHECKING
 from rcon_plugins.errors import KernelError, thread_not_started
 from rcon_plugins.kernel import descriptors
 from rcon_plugins.kernel.cgroup.v1 import count_notices
+from rcon_plugins.kernel.files import gone
 
 if TYPE_CHECKING:
     from rcon_plugins.kernel.cgroup import Cgroup, Meter
 
 #: How long to wait for the counter of OOM kills after a notice, seconds. It rises some milliseconds later.
 _PATIENCE = 0.25
+#: How long to try to kill the group, seconds.
+_KILL_SECONDS = 5.0
 #: Look only at the command's own counter for so long, because looking at nested groups takes longer.
 _OWN_FIRST = 0.02
 #: How long to wait before the next poll(2), after one that failed, seconds.
@@ -88,24 +90,34 @@ class OomGuard:
                 if self._over:
                     return
                 self.notices += count_notices(self._notice)
-                with contextlib.suppress(
-                    KernelError
-                ):  # the command has ended, and the group is being removed
-                    self._kill_after_a_kill()
+                self._kill_after_a_kill()
         finally:
             self._running.release()
 
     def _kill_after_a_kill(self) -> None:
-        """Kill the group as soon as the counters show an OOM kill in it. A notice may be for a group around it."""
-        began, pause = time.monotonic(), 0.0002
-        while not self._over and (waited := time.monotonic() - began) < _PATIENCE:
-            if (self._meter is not None and self._meter.oom_kills()) or (
-                waited > _OWN_FIRST and self._was_killed_below()
-            ):
-                self._group.kill_once()
-                return
+        """Kill the group as soon as the counters show an OOM kill in it. A notice may be for a group around it.
+
+        A call that fails is tried again.
+        """
+        began, pause, found = time.monotonic(), 0.0002, False
+        while not self._over and (waited := time.monotonic() - began) < (
+            _KILL_SECONDS if found else _PATIENCE
+        ):
+            try:
+                found = found or self._shows_a_kill(waited)
+                if found:
+                    self._group.kill_once()
+                    return
+            except KernelError as error:
+                if gone(error):
+                    return  # the command has ended, and the group is being removed
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
+
+    def _shows_a_kill(self, waited: float) -> bool:
+        if self._meter is not None and self._meter.oom_kills():
+            return True
+        return waited > _OWN_FIRST and self._was_killed_below()
 
     def _was_killed_below(self) -> bool:
         """Return whether the OOM killer ended a process of a group nested in this one, at the limit of this one."""

@@ -45,6 +45,8 @@ _EXECUTES = struct.Struct("!cQ")
 _MARK = b"E"
 #: What execve(2) itself may add to the resident set after that, bytes.
 _RSS_OF_EXECVE = 1 << 20
+#: How long to try to kill what a command left, seconds. After that the next start does it.
+_KILL_SECONDS = 5.0
 #: How long to wait before the next look at a group in its grace, seconds.
 _GRACE_PAUSE = 0.01
 
@@ -216,12 +218,17 @@ class _Run:
         late = status is None
         if deadline is not None and late and self._order.grace is not None:
             status = self._wait_in_grace(deadline + self._order.grace)
+        until = time.monotonic() + _KILL_SECONDS
         while status is None:
-            self._group.kill_once()
+            try:
+                self._group.kill_once()
+            except KernelError:
+                if time.monotonic() > until:
+                    raise
             status = self._caller.wait(time.monotonic() + 0.05)
         wall = time.monotonic() - self._began
         # Kill the processes that the command left behind.
-        self._group.kill()
+        self._group.kill(_KILL_SECONDS, insist=True)
         self._oom.stop()
         self._caller.reap_last_orphans()
         try:

@@ -269,7 +269,7 @@ class Instance:
         for leaf in filter(self._is_of_the_dead, self._leaves()):
             group = self.hierarchy.cgroup(leaf.path.rpartition("/")[0], shared=True)
             with contextlib.suppress(KernelError):  # its fork server may be removing it at this moment
-                leaf.kill(max(0.0, deadline - time.monotonic()))
+                leaf.kill(max(0.0, deadline - time.monotonic()), insist=True)
                 leaf.delete(max(0.0, deadline - time.monotonic()))
                 group.delete(timeout=0)
 
@@ -315,7 +315,7 @@ class Instance:
                 for leaf in filter(wanted, group.children()):
                     try:
                         cgroup = self.hierarchy.cgroup(f"{group.path}/{leaf}")
-                        cgroup.kill(max(0.0, deadline - time.monotonic()))
+                        cgroup.kill(max(0.0, deadline - time.monotonic()), insist=True)
                         cgroup.delete(max(0.0, min(2.0, deadline - time.monotonic())))
                     except KernelError as error:
                         failed = failed or error
@@ -337,7 +337,7 @@ class Instance:
         if self.locks >= 0:
             posix.close(self.locks)
             self.locks = -1
-        self._work.kill(timeout)
+        self._work.kill(timeout, insist=True)
         self._work.delete(recursive=True)
         self.release()
         if wait_until_empty(self._host):

@@ -360,12 +360,13 @@ class Cgroup:
                 f"this kernel cannot freeze {self._path}", path=self._path, hint="boot Linux 5.2 or newer"
             )
 
-    def kill(self, timeout: float = 5.0) -> None:
+    def kill(self, timeout: float = 5.0, *, insist: bool = False) -> None:
         """Kill every process here and below with SIGKILL, and return when none is left.
 
-        A double fork or a new session does not escape. No process outside is signalled. Raises KernelError: ETIMEDOUT
-        with the processes that do not end, EDEADLK if the calling process is inside, EINVAL for the root of a hierarchy
-        or a threaded cgroup.
+        A double fork or a new session does not escape. No process outside is signalled. A call that fails is tried
+        again for ``timeout`` seconds; one that the kernel refuses only with ``insist``, for a cgroup that this process
+        made itself. Raises KernelError: ETIMEDOUT with the processes that do not end, EDEADLK if the calling process is
+        inside, EINVAL for the root of a hierarchy or a threaded cgroup.
         """
         if self._path == "/" or self.threaded:
             raise KernelError(
@@ -396,7 +397,7 @@ class Cgroup:
                     )
                 self.kill_once()
             except KernelError as error:
-                if late or files.refused(error):
+                if late or error.errno == errno.EDEADLK or (files.refused(error) and not insist):
                     raise  # otherwise the call failed, for want of descriptors or memory: try again
             time.sleep(pause)
             pause = min(pause * 2, 0.05)

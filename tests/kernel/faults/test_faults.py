@@ -6,6 +6,7 @@ touch point fail once with each errno, and for three seconds with one.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -85,6 +86,20 @@ def test_a_retry_is_refused_while_its_policy_cannot_be_read(
     verdicts = cases.run(pool, [replace(case, phase="redelivered") for case in chosen], recordings)
     assert [one.wrong for one in verdicts if one.wrong] == []
     assert [len(one.result["refusals"]) for one in verdicts if one.fired] == [1]
+
+
+@pytest.mark.parametrize("phase", ["leaves", "timeout"])
+def test_a_command_is_killed_though_its_cgroup_is_refused_for_a_while(
+    pool: cases.Pool, recordings: dict[str, cases.Recording], phase: str
+) -> None:
+    points = [
+        cases.Case("command", *point, errno.EACCES, persisting=True, brief=True)
+        for point in recordings["command"].points
+        if point[0] == phase and point[1].startswith("kernel.files:_open_in:") and "cgroup.procs" in point[3]
+    ]
+    verdicts = cases.run(pool, points[:8], recordings)
+    assert any(one.fired for one in verdicts)
+    assert [one.wrong for one in verdicts if one.wrong] == []
 
 
 if "RCON_TEST_LONG" in os.environ:
