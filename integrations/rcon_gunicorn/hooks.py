@@ -11,7 +11,6 @@ import contextlib
 import functools
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -60,6 +59,13 @@ class Worker(Protocol):
 
 class StartRefused(RconError, RuntimeError):
     """Raised in the master when it must not start. gunicorn prints the message alone and exits with 1."""
+
+
+class WorkerRefused(SystemExit):
+    """Ends one worker with status 1, once the reason is logged.
+
+    Not an `Exception`: gunicorn logs a traceback for each of those.
+    """
 
 
 class Hooks:
@@ -265,8 +271,8 @@ class Hooks:
                 worker.notify()  # its master would take it for hung
                 time.sleep(0.1)
             worker.booted = True  # an exception before that ends gunicorn
-            if isinstance(error, RconError):  # all of it is told; gunicorn would log a traceback
-                sys.exit(1)
+            if isinstance(error, RconError):
+                raise WorkerRefused(1) from None
             raise
 
     def _settings_path(self, raw_env: Mapping[str, str] = MappingProxyType({})) -> str:
