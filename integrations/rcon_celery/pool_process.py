@@ -139,7 +139,8 @@ class PoolProcess:
             manager.close()
         except (RconError, OSError) as error:
             _log.warning(
-                "rcon: cgroups of this pool process are left; the next one removes them: %s", error
+                "rcon: cgroups of this pool process are left; the next one, or the end of the worker, removes them: %s",
+                error,
             )
 
     def run(self, task: Any, code: TaskCode, args: Any, kwargs: Any) -> Any:
