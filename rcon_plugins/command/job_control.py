@@ -71,9 +71,11 @@ class Caller:
         #: An ended child that another part of this process should reap, and until when it may; pid 0 for none.
         self._doubtful = 0, 0.0
         self._deadline: float | None = None
-        # With SIGCHLD ignored, the kernel reaps children itself and wait() never reports how they ended.
         #: The largest resident set of a process that this one has reaped, or that a reaped one has; bytes.
         self.rss_peak = 0
+        #: The CPU time of the command and of what it waited for, seconds, also from before it entered its cgroup.
+        self.cpu_seconds = 0.0
+        # With SIGCHLD ignored, the kernel reaps children itself and wait() never reports how they ended.
         self._ignores_children = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
         if self._ignores_children:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -230,6 +232,7 @@ class Caller:
                 return None
             if not os.WIFSTOPPED(status):
                 self._note(usage)
+                self.cpu_seconds = usage.ru_utime + usage.ru_stime
                 return int(status)
             self._stop_too(os.WSTOPSIG(status))
 

@@ -386,8 +386,13 @@ class _Run:
         )
         if os.WIFSIGNALED(status):
             limits = limits._replace(cpu_time=self._cpu_time())
-        # The memory peak and the refused forks of the group that has the limits explain the end.
-        counted = group._replace(memory_peak=whole.memory_peak, pids_limit_hits=whole.pids_limit_hits)
+        # The memory peak and the refused forks of the group that has the limits explain the end, and all CPU time: a
+        # limit of that counts from before the command entered its group.
+        counted = group._replace(
+            memory_peak=whole.memory_peak,
+            pids_limit_hits=whole.pids_limit_hits,
+            cpu_seconds=max(group.cpu_seconds or 0, self._caller.cpu_seconds),
+        )
         end = self._end_of(Snapshot(leaf, counted), status, limits, late)
         if group.memory_peak is not None and memory.group is not None:
             # The kernel charges pages in batches before it refuses them, so the peak may be above the limit.
