@@ -34,8 +34,8 @@ Cause = Literal["timeout", "aborted", "protocol"]
 _REQUESTED = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
 #: A peak this close to a memory limit reached it: the kernel counts pages in batches.
 _REACHED = 0.95
-#: A process that spent this share of its CPU time limit may have reached it: the kernel counts that time in whole ticks,
-#: of which a process beside many others uses a part (0.76 s of a second were seen).
+#: A process that spent this share of its CPU time limit may have reached it: the kernel counts that time in whole
+#: ticks, of which a process beside many others uses a part (0.76 s of a second were seen).
 _SPENT = 0.5
 _UNITS = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 #: Below this share of the limit, memory ran out elsewhere: in a group around it, or on the whole machine.

@@ -26,6 +26,8 @@ LOGGER = logging.getLogger("rcon")
 _SHARE = 0.5
 #: The first work may keep this share of the limit.
 _MOST = 0.75
+#: The limit that a warning names has room for processes that keep a little more than this one.
+_ROOM = 1.1
 _MIB = 1024**2
 
 
@@ -65,7 +67,7 @@ class KeptMemory:
                 executor.policy,
                 f"a new process keeps {_whole(held)} after its first request or task, more than three quarters of "
                 f'{key} = "{format_size(limit)}". It is replaced, so each process loads its data again. '
-                f'To keep it, set {key} = "{_whole(held / _MOST)}"',
+                f'To keep it, set {key} = "{_whole(_ROOM * held / _MOST)}"',
             )
         return True
 

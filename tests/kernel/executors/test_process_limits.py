@@ -123,6 +123,13 @@ def test_processes_left_behind_are_gone_when_the_request_has_ended() -> None:
         assert [pid for pid in sleepers if alive(pid)] == []
 
 
+def charged(cgroup: Cgroup) -> int:
+    """How many processes and threads count against the limit of a cgroup."""
+    places = zip(cgroup.mounts, cgroup.directories, strict=True)
+    directory = next(directory for mount, directory in places if "pids" in mount.controllers)
+    return int(Path(directory, "pids.current").read_text())
+
+
 def inside(cgroup: Cgroup) -> int:
     """How many processes are there, by the hierarchy that limits them, at one moment: others are a little behind."""
     places = zip(cgroup.mounts, cgroup.directories, strict=True)
@@ -155,9 +162,8 @@ def test_a_fork_bomb_never_passes_its_pids_and_is_gone_after(level: str) -> None
         assert 10 < max(seen) <= 16
         assert outcome.ending == "pids", (answer, outcome)
         assert outcome.limit == ("pids" if level == "pids" else "each.pids")
-        assert soon(
-            lambda: all(cgroup.child(c).processes() != [admission.executor_pid] for c in cgroup.children())
-        )
+        # All that the bomb made is dead. The kernel counts it until it is reaped. A successor may have a few threads.
+        assert soon(lambda: charged(cgroup) <= 3)
         assert ask(manager, "pid")[1].ending == "ok"
 
 

@@ -42,6 +42,7 @@ from rcon_plugins.tally.reader import Counts, TallyOfServer, read_directory
 from rcon_plugins.tally.writer import Tally
 from rcon_plugins.work import Usage
 from tests.children import ChildDied, in_child
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[3]
 OK = Outcome(ending="ok", usage=Usage(wall_seconds=0.5, cpu_seconds=0.25, memory_peak=4096, oom_kills=0))
@@ -239,8 +240,8 @@ def test_a_reader_beside_a_writer_never_sees_a_mixture(tmp_path: Path) -> None:
     writer.start()
     try:
         last = reads = 0
-        deadline = time.monotonic() + 3
-        while time.monotonic() < deadline:
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < 3 or (reads <= 20 and waited < PATIENCE):
             found = read_directory(str(directory))
             if found is None or found.unsettled:
                 continue
