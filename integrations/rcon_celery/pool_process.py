@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from rcon_celery.task_annotations import TaskCode
     from rcon_celery.worker import ConfinedWorker
     from rcon_plugins.confinement.admission import LocalAdmission
+    from rcon_plugins.settings.policy import Policy
     from rcon_plugins.work import Work
 
 _log = logging.getLogger("rcon")
@@ -152,8 +152,7 @@ class PoolProcess:
         work = work_of(task, args, kwargs)
         retry_policy = self._retry_policies.get(task.name)
         if self._policies_retry:
-            with _unwrapped():
-                retry_policy = RetryPolicy.of(self._started_manager(task).policy_of(work), retry_policy)
+            retry_policy = RetryPolicy.of(self._policy_of(task, work), retry_policy)
         attempt = Attempt(task, retry_policy)
         if attempt.redelivered:
             self._worker.deployment.instance.end_orphans()  # it may still run for a process that is gone
@@ -190,8 +189,7 @@ class PoolProcess:
         while True:
             manager = self._started_manager(task)
             try:
-                with _unwrapped():
-                    return manager.admit(work, wait=True, memory=attempt.memory)
+                return manager.admit(work, wait=True, memory=attempt.memory)
             except ConcurrencyLimitExceeded as error:
                 if error.limit != BUDGET:
                     raise
@@ -199,6 +197,7 @@ class PoolProcess:
                 if retry is not None:
                     raise retry from None
             except ConfinementError as error:
+                _raise_soft_limit(error)  # while it waited
                 # It has not begun, so it may be tried again.
                 failures += 1
                 if not manager.is_lost or not self._replace_fork_server(task):
@@ -207,6 +206,13 @@ class PoolProcess:
                     if task.acks_late:
                         raise ProcessLost(str(error)) from None
                     raise
+
+    def _policy_of(self, task: Any, work: Work) -> Policy | None:
+        try:
+            return self._started_manager(task).policy_of(work)
+        except ConfinementError as error:
+            _raise_soft_limit(error)
+            raise
 
     def _started_manager(self, task: Any) -> RunningManager:
         if self._manager is None or self._pid != os.getpid():
@@ -251,15 +257,10 @@ class PoolProcess:
             )
 
 
-@contextlib.contextmanager
-def _unwrapped() -> Iterator[None]:
-    """Raise the exception of a soft time limit itself where the manager refuses the task for it."""
-    try:
-        yield
-    except ConfinementError as error:
-        if isinstance(error.__cause__, SoftTimeLimitExceeded):
-            raise error.__cause__ from None
-        raise
+def _raise_soft_limit(error: ConfinementError) -> None:
+    """Raise the exception of a soft time limit itself if the manager refused the task for it."""
+    if isinstance(error.__cause__, SoftTimeLimitExceeded):
+        raise error.__cause__ from None
 
 
 def server_files() -> list[int]:

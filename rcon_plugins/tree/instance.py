@@ -269,8 +269,7 @@ class Instance:
         for leaf in filter(self._is_of_the_dead, self._leaves()):
             group = self.hierarchy.cgroup(leaf.path.rpartition("/")[0], shared=True)
             with contextlib.suppress(KernelError):  # its fork server may be removing it at this moment
-                leaf.kill(max(0.0, deadline - time.monotonic()), insist=True)
-                leaf.delete(max(0.0, deadline - time.monotonic()))
+                _kill_and_delete(leaf, deadline)
                 group.delete(timeout=0)
 
     def end_orphans(self, timeout: float = 5.0) -> None:
@@ -314,9 +313,7 @@ class Instance:
             try:
                 for leaf in filter(wanted, group.children()):
                     try:
-                        cgroup = self.hierarchy.cgroup(f"{group.path}/{leaf}")
-                        cgroup.kill(max(0.0, deadline - time.monotonic()), insist=True)
-                        cgroup.delete(max(0.0, min(2.0, deadline - time.monotonic())))
+                        _kill_and_delete(self.hierarchy.cgroup(f"{group.path}/{leaf}"), deadline)
                     except KernelError as error:
                         failed = failed or error
                 group.delete(max(0.0, min(2.0, deadline - time.monotonic())))
@@ -349,3 +346,9 @@ class Instance:
         if gone:
             remove_root_base(self.hierarchy, self.base)
         return gone
+
+
+def _kill_and_delete(leaf: Cgroup, deadline: float) -> None:
+    """Kill all in an executor cgroup and remove it, until ``deadline`` (`time.monotonic`). Raises KernelError."""
+    leaf.kill(max(0.0, deadline - time.monotonic()), insist=True)
+    leaf.delete(max(0.0, min(2.0, deadline - time.monotonic())))

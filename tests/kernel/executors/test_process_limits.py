@@ -123,19 +123,21 @@ def test_processes_left_behind_are_gone_when_the_request_has_ended() -> None:
         assert [pid for pid in sleepers if alive(pid)] == []
 
 
+def pids_directory(cgroup: Cgroup) -> Path:
+    """The directory in the hierarchy that limits processes."""
+    places = zip(cgroup.mounts, cgroup.directories, strict=True)
+    return next(Path(directory) for mount, directory in places if "pids" in mount.controllers)
+
+
 def charged(cgroup: Cgroup) -> int:
     """How many processes and threads count against the limit of a cgroup."""
-    places = zip(cgroup.mounts, cgroup.directories, strict=True)
-    directory = next(directory for mount, directory in places if "pids" in mount.controllers)
-    return int(Path(directory, "pids.current").read_text())
+    return int((pids_directory(cgroup) / "pids.current").read_text())
 
 
 def inside(cgroup: Cgroup) -> int:
     """How many processes are there, by the hierarchy that limits them, at one moment: others are a little behind."""
-    places = zip(cgroup.mounts, cgroup.directories, strict=True)
-    directory = next(directory for mount, directory in places if "pids" in mount.controllers)
     with contextlib.suppress(OSError):  # it was removed while it was read
-        return len(Path(directory, "cgroup.procs").read_text().split())
+        return len((pids_directory(cgroup) / "cgroup.procs").read_text().split())
     return 0
 
 
